@@ -1,0 +1,254 @@
+"""The models: Gemma 4 (dense, mixture of experts, per-layer embeddings) and Gemma 3, in the order of a forward pass.
+
+In: token ids and a `KVState`. Out: logits. A `Model` never changes once it is loaded and may serve any
+number of states. Shapes beside the lines: T tokens, H query heads, G key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from . import ops
+from .config import Config, LayerConfig
+from .ops import Weight
+from .state import KVState
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The weights of one layer, under their GGUF names. None: this kind of layer has none."""
+
+    attn_norm: mx.array  # norms: [hidden]
+    attn_q: Weight  # [H * D, hidden]
+    attn_q_norm: mx.array  # [D]
+    attn_output: Weight  # [hidden, H * D]
+    post_attention_norm: mx.array
+    ffn_norm: mx.array
+    ffn_down: Weight  # [hidden, ffn]
+    post_ffw_norm: mx.array
+    attn_k: Weight | None = None  # [G * D, hidden]; None: shares another layer's keys and values
+    attn_v: Weight | None = None  # None beside an attn_k: values are the keys before norm and RoPE
+    attn_k_norm: mx.array | None = None  # [D]
+    ffn_gate_up: Weight | None = None  # [2 * ffn, hidden], gate's rows first; None: apart, below
+    ffn_gate: Weight | None = None  # [ffn, hidden]
+    ffn_up: Weight | None = None
+    layer_output_scale: mx.array | None = None  # [1]; None: 1
+    # per-layer embeddings (E2B, E4B), P wide
+    inp_gate: Weight | None = None  # [P, hidden]
+    proj: Weight | None = None  # [hidden, P]
+    post_norm: mx.array | None = None
+    # experts (26B-A4B), E of them, F wide, beside the dense MLP
+    ffn_gate_inp: Weight | None = None  # [E, hidden], the router
+    ffn_gate_inp_scale: mx.array | None = None  # [hidden]
+    ffn_gate_up_exps: Weight | None = None  # [E, 2 * F, hidden]; None: apart
+    ffn_gate_exps: Weight | None = None  # [E, F, hidden]
+    ffn_up_exps: Weight | None = None
+    ffn_down_exps: Weight | None = None  # [E, hidden, F]
+    ffn_down_exps_scale: mx.array | None = None  # [E]; None: 1
+    pre_ffw_norm_2: mx.array | None = None
+    post_ffw_norm_1: mx.array | None = None
+    post_ffw_norm_2: mx.array | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All weights of a model."""
+
+    token_embd: Weight  # [vocab, hidden]
+    output: Weight  # the head, [vocab, hidden]; the embedding itself where they are tied
+    output_norm: mx.array
+    layers: tuple[Layer, ...]
+    rope_freqs: mx.array | None = None  # [D / 2], divides the frequencies of global layers
+    per_layer_token_embd: Weight | None = None  # [vocab, layers * P]
+    per_layer_model_proj: Weight | None = None  # [layers * P, hidden]
+    per_layer_proj_norm: mx.array | None = None  # [P]
+
+
+class Model:
+    """Weights with the procedure that turns tokens into logits. Immutable."""
+
+    def __init__(self, config: Config, weights: Weights) -> None:
+        self.config = config
+        self.weights = weights
+        self._wavelengths = {
+            (layer.sliding, layer.head_dim): _rope_wavelengths(config, layer, weights.rope_freqs)
+            for layer in config.layers
+        }
+        mx.eval(list(self._wavelengths.values()))
+
+    def new_state(self) -> KVState:
+        """An empty KV state for this model: fp32 on a CPU, fp16 on a GPU."""
+        return KVState(self.config, mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.float16)
+
+    def forward(self, ids: mx.array, state: KVState, *, all_logits: bool = False) -> mx.array:
+        """Read tokens into the state.
+
+        Args:
+            ids: int [T], T at least 1, the tokens that follow those in `state`.
+            state: what came before; takes the new keys and values.
+            all_logits: give logits for each token, not for the last alone.
+
+        Returns:
+            fp32 logits for the next token, [vocab], or [T, vocab] with `all_logits`.
+        """
+        x = self._layers(ids, state, ids.size if all_logits else 1)
+        logits = self._head(x)
+        return logits if all_logits else logits[0]
+
+    def prefill(self, ids: mx.array, state: KVState) -> None:
+        """Read tokens, int [T], into the state and want no logits: only keys and values are made."""
+        self._layers(ids, state, 0)
+
+    def _layers(self, ids: mx.array, state: KVState, wanted: int) -> mx.array:
+        """All layers; gives the last `wanted` tokens' hidden state, [wanted, hidden], before the last norm.
+
+        Nothing after the last keys and values depends on any but the wanted tokens, so from there on
+        only those are computed (and with none wanted, the pass ends).
+        """
+        x = ops.embed(ids, self.weights.token_embd) * math.sqrt(self.config.hidden)  # [T, hidden]
+        per_layer = self._per_layer_inputs(ids, x)
+        last_kv = self.config.own_kv_layers - 1
+        for i, layer in enumerate(self.weights.layers):
+            shape = self.config.layers[i]
+            h = ops.rms_norm(x, layer.attn_norm, self.config.eps)
+            if layer.attn_k is not None:
+                self._write_kv(i, layer, shape, h, state)
+            if i == last_kv:
+                if wanted == 0:
+                    break
+                h, x = h[-wanted:], x[-wanted:]
+                per_layer = None if per_layer is None else per_layer[-wanted:]
+            h = self._attention(layer, shape, h, state, ids.size)
+            x = x + ops.rms_norm(h, layer.post_attention_norm, self.config.eps)
+            h = self._mlp(layer, x) if layer.ffn_gate_inp is None else self._mlp_and_experts(layer, x)
+            x = x + ops.rms_norm(h, layer.post_ffw_norm, self.config.eps)
+            if per_layer is not None:
+                x = x + self._per_layer_step(layer, x, per_layer[:, i])
+            if layer.layer_output_scale is not None:
+                x = x * layer.layer_output_scale
+        state.advance(ids.size)
+        return x
+
+    def _per_layer_inputs(self, ids: mx.array, x: mx.array) -> mx.array | None:
+        """What each layer adds of the token itself: [T, layers, P], from the token and its embedding x."""
+        w, c = self.weights, self.config
+        if w.per_layer_token_embd is None or w.per_layer_model_proj is None:
+            return None
+        shape = (ids.size, len(c.layers), c.ple)
+        own = ops.embed(ids, w.per_layer_token_embd).reshape(shape) * math.sqrt(c.ple)
+        projected = ops.linear(x, w.per_layer_model_proj).reshape(shape) * c.hidden**-0.5
+        return (ops.rms_norm(projected, w.per_layer_proj_norm, c.eps) + own) * 2**-0.5
+
+    def _write_kv(self, i: int, layer: Layer, shape: LayerConfig, h: mx.array, state: KVState) -> None:
+        """Keys and values of the tokens h [T, hidden], into the state."""
+        assert layer.attn_k is not None
+        k = _heads(ops.linear(h, layer.attn_k), shape.kv_heads)  # [1, G, T, D]
+        v = k if layer.attn_v is None else _heads(ops.linear(h, layer.attn_v), shape.kv_heads)
+        if self.config.value_norm:
+            v = ops.rms_norm(v, None, self.config.eps)
+        k = self._rope(ops.rms_norm(k, layer.attn_k_norm, self.config.eps), shape, state.length)
+        state.append(i, k, v)
+
+    def _attention(self, layer: Layer, shape: LayerConfig, h: mx.array, state: KVState, new: int) -> mx.array:
+        """The tokens h [Tq, hidden], the last of the `new` ones, attend to all they may see."""
+        queries = h.shape[0]
+        first = state.length + new - queries  # position of the first query
+        q = ops.rms_norm(_heads(ops.linear(h, layer.attn_q), shape.heads), layer.attn_q_norm, self.config.eps)
+        q = self._rope(q, shape, first)  # [1, H, Tq, D]
+        k, v, start = state.view(shape.kv_layer, queries)
+        mask = _mask(queries, k.shape[2], first, start, self.config.window if shape.sliding else None)
+        out = ops.attention(q.astype(k.dtype), k, v, self.config.attention_scale, mask)
+        out = out.astype(h.dtype).swapaxes(1, 2).reshape(queries, -1)  # [Tq, H * D]
+        return ops.linear(out, layer.attn_output)
+
+    def _rope(self, x: mx.array, shape: LayerConfig, position: int) -> mx.array:
+        """Turn heads [1, heads, T, D] by their positions, dimension i with i + D/2."""
+        wavelengths = self._wavelengths[shape.sliding, shape.head_dim]
+        return mx.fast.rope(
+            x, shape.head_dim, traditional=False, base=None, scale=1.0, offset=position, freqs=wavelengths
+        )
+
+    def _mlp(self, layer: Layer, x: mx.array) -> mx.array:
+        """down(gelu(gate(x)) * up(x)), on x [T, hidden] before its norm."""
+        h = ops.rms_norm(x, layer.ffn_norm, self.config.eps)
+        if layer.ffn_gate_up is not None:
+            gate, up = mx.split(ops.linear(h, layer.ffn_gate_up), 2, axis=-1)
+        else:
+            assert layer.ffn_gate is not None and layer.ffn_up is not None
+            gate, up = ops.linear(h, layer.ffn_gate), ops.linear(h, layer.ffn_up)
+        return ops.linear(ops.gelu(gate) * up, layer.ffn_down)
+
+    def _mlp_and_experts(self, layer: Layer, x: mx.array) -> mx.array:
+        """The dense MLP and the chosen experts, each under its own norm, summed: [T, hidden]."""
+        eps = self.config.eps
+        dense = ops.rms_norm(self._mlp(layer, x), layer.post_ffw_norm_1, eps)
+        chosen, share = self._route(layer, x)
+        h = ops.rms_norm(x, layer.pre_ffw_norm_2, eps)[:, None]  # [T, 1, hidden]
+        if layer.ffn_gate_up_exps is not None:
+            gate, up = mx.split(ops.expert_linear(h, layer.ffn_gate_up_exps, chosen), 2, axis=-1)
+        else:
+            assert layer.ffn_gate_exps is not None and layer.ffn_up_exps is not None
+            gate, up = (ops.expert_linear(h, w, chosen) for w in (layer.ffn_gate_exps, layer.ffn_up_exps))
+        assert layer.ffn_down_exps is not None
+        out = ops.expert_linear(ops.gelu(gate) * up, layer.ffn_down_exps, chosen)  # [T, used, hidden]
+        experts = (out * share[..., None]).sum(axis=1)
+        return dense + ops.rms_norm(experts, layer.post_ffw_norm_2, eps)
+
+    def _route(self, layer: Layer, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Choose experts for x [T, hidden]: their numbers and shares, both [T, used]."""
+        c = self.config
+        assert layer.ffn_gate_inp is not None and layer.ffn_gate_inp_scale is not None
+        h = ops.rms_norm(x, None, c.eps) * (c.hidden**-0.5) * layer.ffn_gate_inp_scale
+        scores = ops.linear(h, layer.ffn_gate_inp)  # [T, E]
+        chosen = mx.argpartition(-scores, kth=c.experts_used - 1, axis=-1)[:, : c.experts_used]
+        share = mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1, precise=True)
+        if layer.ffn_down_exps_scale is not None:
+            share = share * layer.ffn_down_exps_scale[chosen]
+        return chosen, share
+
+    def _per_layer_step(self, layer: Layer, x: mx.array, p: mx.array) -> mx.array:
+        """What the per-layer embedding p [T, P] adds to x [T, hidden]."""
+        assert layer.inp_gate is not None and layer.proj is not None
+        h = ops.gelu(ops.linear(x, layer.inp_gate)) * p
+        return ops.rms_norm(ops.linear(h, layer.proj), layer.post_norm, self.config.eps)
+
+    def _head(self, x: mx.array) -> mx.array:
+        """Logits, fp32 [T, vocab], of hidden states [T, hidden]."""
+        h = ops.rms_norm(x, self.weights.output_norm, self.config.eps)
+        return ops.softcap(ops.linear(h, self.weights.output).astype(mx.float32), self.config.softcap)
+
+
+def _heads(x: mx.array, heads: int) -> mx.array:
+    """[T, heads * D] -> [1, heads, T, D]."""
+    return x.reshape(1, x.shape[0], heads, -1).swapaxes(1, 2)
+
+
+def _mask(queries: int, keys: int, first: int, start: int, window: int | None) -> mx.array | str | None:
+    """What `queries` tokens from position `first` see of `keys` tokens from position `start`."""
+    if queries == 1:
+        return None  # the view ends with this token and begins with its window
+    if window is None or keys <= window:
+        return "causal"
+    q = mx.arange(first, first + queries)[:, None]
+    k = mx.arange(start, start + keys)[None]
+    return (k <= q) & (k > q - window)
+
+
+def _rope_wavelengths(config: Config, layer: LayerConfig, rope_freqs: mx.array | None) -> mx.array:
+    """Radians per token, inverted, of each pair of dimensions of a head: fp32 [D / 2].
+
+    theta^(2i/D) (Su et al., arXiv:2104.09864). Global layers divide positions by `rope_scale`; Gemma 4
+    turns only the first frequencies of its global heads: its `rope_freqs` are 1e30 elsewhere.
+    """
+    half = layer.head_dim // 2
+    theta = config.rope_theta_sliding if layer.sliding else config.rope_theta
+    wavelengths = mx.array([theta ** (2 * i / layer.head_dim) for i in range(half)], mx.float32)
+    if layer.sliding:
+        return wavelengths
+    if rope_freqs is not None:
+        return wavelengths * rope_freqs.astype(mx.float32)
+    turning = round(half * (1.0 if config.rope_rotated is None else config.rope_rotated))
+    return mx.where(mx.arange(half) < turning, wavelengths * config.rope_scale, mx.inf)

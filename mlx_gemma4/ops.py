@@ -1,0 +1,210 @@
+"""The operations a model is made of, in stock MLX: the plain twins that every kernel is held to.
+
+In: activations and weights, a weight being a dense `mx.array` [.., N, K], a `Packed` one straight from
+a GGUF's blocks, or an `Affine` one from an MLX safetensors folder. Out: activations in the dtype they
+came in. Nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .quant import Packed, affine_parts, dequantize
+
+# Rows of a look-up-table type are expanded this many weights at a time, to bound the memory it takes.
+_EXPAND = 1 << 26
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A weight [.., N, K] quantized by MLX: scales * code + biases, one pair per `group` weights of a row."""
+
+    codes: mx.array  # uint32 [.., N, K * bits / 32]
+    scales: mx.array  # [.., N, K / group]
+    biases: mx.array
+    group: int
+    bits: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.codes.shape[:-1], self.codes.shape[-1] * 32 // self.bits)
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes + self.biases.nbytes
+
+
+Weight = mx.array | Packed | Affine
+
+
+def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
+    """x / sqrt(mean(x²) + eps) * weight over the last axis, summed in fp32."""
+    return mx.fast.rms_norm(x, weight, eps)
+
+
+def gelu(x: mx.array) -> mx.array:
+    """GELU in its tanh form (Hendrycks and Gimpel, arXiv:1606.08415), as Gemma was trained with."""
+    return 0.5 * x * (1 + mx.tanh(0.7978845608028654 * x * (1 + 0.044715 * x * x)))
+
+
+def softcap(logits: mx.array, cap: float) -> mx.array:
+    """cap * tanh(logits / cap): bends logits into (-cap, cap). 0 leaves them."""
+    return cap * mx.tanh(logits / cap) if cap else logits
+
+
+def linear(x: mx.array, w: Weight) -> mx.array:
+    """x @ wᵀ.
+
+    Args:
+        x: [.., K].
+        w: [N, K].
+
+    Returns:
+        [.., N] in x's dtype.
+    """
+    if isinstance(w, mx.array):
+        return (x.astype(w.dtype) @ w.T).astype(x.dtype)
+    if isinstance(w, Affine):
+        return _affine_matmul(x, w).astype(x.dtype)
+    rows = max(1, _EXPAND // w.shape[-1])
+    if w.format.lut is None or w.format.name == "MXFP4" or w.shape[0] <= rows:
+        return _packed_matmul(x, w, None)
+    # Each piece waits for the one before (`depends`), so that only one is ever expanded.
+    pieces: list[mx.array] = []
+    for start in range(0, w.shape[0], rows):
+        part = _rows(w, start, start + rows)
+        xi = mx.depends([x], pieces[-1:])[0] if pieces else x
+        pieces.append(_packed_matmul(xi, part, None))
+    return mx.concatenate(pieces, axis=-1)
+
+
+def expert_linear(x: mx.array, w: Weight, chosen: mx.array) -> mx.array:
+    """Each token through each of its experts.
+
+    Args:
+        x: [T, 1, K] (the same input for all its experts) or [T, E', K] (one each).
+        w: [E, N, K].
+        chosen: int [T, E'], the experts of each token.
+
+    Returns:
+        [T, E', N] in x's dtype.
+    """
+    rows = mx.broadcast_to(x, (*chosen.shape, x.shape[-1]))[..., None, :]  # [T, E', 1, K]
+    if isinstance(w, mx.array):
+        out = mx.gather_mm(rows.astype(w.dtype), w.swapaxes(-1, -2), rhs_indices=chosen)
+    elif isinstance(w, Affine):
+        out = mx.gather_qmm(
+            rows.astype(w.scales.dtype), w.codes, w.scales, w.biases, rhs_indices=chosen, group_size=w.group, bits=w.bits
+        )
+    else:
+        if chosen.size < w.shape[0]:  # few tokens: expand the scales of the chosen experts only
+            w, chosen = _experts(w, chosen.reshape(-1)), mx.arange(chosen.size).reshape(chosen.shape)
+        out = _packed_matmul(rows, w, chosen)
+    return out.squeeze(-2).astype(x.dtype)
+
+
+def embed(ids: mx.array, table: Weight) -> mx.array:
+    """Rows of a table.
+
+    Args:
+        ids: int [T].
+        table: [V, K].
+
+    Returns:
+        fp32 [T, K].
+    """
+    if isinstance(table, mx.array):
+        return table[ids].astype(mx.float32)
+    if isinstance(table, Affine):
+        codes, scales, biases = (a[ids] for a in (table.codes, table.scales, table.biases))
+        out = mx.dequantize(codes, scales, biases, group_size=table.group, bits=table.bits)
+        return out.astype(mx.float32)
+    return dequantize(table, rows=ids)
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | str | None) -> mx.array:
+    """softmax(scale * q kᵀ + mask) v, each KV head serving heads / kv_heads query heads.
+
+    Args:
+        q: [1, heads, T, D].
+        k, v: [1, kv_heads, S, D].
+        mask: bool [T, S] (true: seen), "causal" (the last query sees all), or None.
+
+    Returns:
+        [1, heads, T, D].
+    """
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+
+def _affine_matmul(x: mx.array, w: Affine) -> mx.array:
+    return mx.quantized_matmul(
+        x.astype(w.scales.dtype), w.codes, w.scales, w.biases, transpose=True, group_size=w.group, bits=w.bits
+    )
+
+
+def _packed_matmul(x: mx.array, w: Packed, chosen: mx.array | None) -> mx.array:
+    """x @ wᵀ for a packed weight, in fp32 (fp16 scales would cost accuracy): [N, K], or gathered experts."""
+    out_dtype, x = x.dtype, x.astype(mx.float32)
+    if w.format.name == "MXFP4":
+        out = _quantized_matmul(x, w.codes, w.sub, None, chosen, w.format.bits, "mxfp4")
+    elif w.format.lut is not None:
+        dense = dequantize(w)
+        if chosen is None:
+            out = x @ dense.T
+        else:
+            out = mx.gather_mm(x, dense.swapaxes(-1, -2), rhs_indices=chosen)
+    else:
+        scales, biases = affine_parts(w)
+        if w.format.group == 32:
+            out = _quantized_matmul(x, w.codes, scales, biases, chosen, w.format.bits, "affine")
+        else:
+            # MLX has no groups of 16. The product over groups of 32 is taken twice, with the other
+            # half of each group set to zero in x and with this half's scales: exact, nothing expanded.
+            halves = x.reshape(*x.shape[:-1], -1, 2, 16)
+            keep = mx.eye(2)[:, :, None]  # [half, half, 1]
+            out = mx.zeros((), mx.float32)
+            for half in range(2):
+                out = out + _quantized_matmul(
+                    (halves * keep[half]).reshape(x.shape),
+                    w.codes,
+                    mx.contiguous(scales[..., half::2]),
+                    mx.contiguous(biases[..., half::2]),
+                    chosen,
+                    w.format.bits,
+                    "affine",
+                )
+    return out.astype(out_dtype)
+
+
+def _quantized_matmul(
+    x: mx.array,
+    codes: mx.array,
+    scales: mx.array | None,
+    biases: mx.array | None,
+    chosen: mx.array | None,
+    bits: int,
+    mode: str,
+) -> mx.array:
+    """MLX's own product over groups of 32, plain or gathered by expert."""
+    if chosen is None:
+        return mx.quantized_matmul(x, codes, scales, biases, transpose=True, group_size=32, bits=bits, mode=mode)
+    return mx.gather_qmm(
+        x, codes, scales, biases, rhs_indices=chosen, transpose=True, group_size=32, bits=bits, mode=mode
+    )
+
+
+def _rows(w: Packed, start: int, stop: int) -> Packed:
+    """Rows start to stop of a packed [N, K]."""
+    stop = min(stop, w.shape[0])
+    codes, sub, top = (None if a is None else a[start:stop] for a in (w.codes, w.sub, w.super))
+    assert codes is not None
+    return Packed(w.format, (stop - start, w.shape[-1]), codes, sub, top)
+
+
+def _experts(w: Packed, ids: mx.array) -> Packed:
+    """The experts `ids` of a packed [E, N, K], in that order."""
+    codes, sub, top = (None if a is None else a[ids] for a in (w.codes, w.sub, w.super))
+    assert codes is not None
+    return Packed(w.format, (ids.size, *w.shape[1:]), codes, sub, top)
