@@ -1,0 +1,8 @@
+"""Makes the fixtures' helper modules (tests/fixtures/*.py) importable from tests."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
