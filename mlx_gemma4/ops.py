@@ -96,7 +96,13 @@ def expert_linear(x: mx.array, w: Weight, chosen: mx.array) -> mx.array:
         out = mx.gather_mm(rows.astype(w.dtype), w.swapaxes(-1, -2), rhs_indices=chosen)
     elif isinstance(w, Affine):
         out = mx.gather_qmm(
-            rows.astype(w.scales.dtype), w.codes, w.scales, w.biases, rhs_indices=chosen, group_size=w.group, bits=w.bits
+            rows.astype(w.scales.dtype),
+            w.codes,
+            w.scales,
+            w.biases,
+            rhs_indices=chosen,
+            group_size=w.group,
+            bits=w.bits,
         )
     else:
         if chosen.size < w.shape[0]:  # few tokens: expand the scales of the chosen experts only

@@ -1,0 +1,191 @@
+"""Text in, text out: a file becomes a `LanguageModel`, a prompt becomes a reply.
+
+In: a path and a prompt. Out: text, whole or piece by piece. The Python API and the command line both
+stand on this module.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from .config import Config, config_from_json
+from .errors import InputError
+from .folder import folder_source
+from .generation import Sampling, Statistics, generate_tokens
+from .gguf_file import open_gguf
+from .loader import Progress, load_gguf_model, load_model
+from .memory import Plan
+from .model import Model
+from .prompts import encode_chat
+from .tokenizer import StreamDecoder, Tokenizer
+
+DEFAULT_MAX_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model with what turns text into its tokens and back."""
+
+    path: Path
+    config: Config
+    model: Model
+    tokenizer: Tokenizer
+    sampling: Sampling  # what the file recommends
+    plan: Plan  # how the weights are held
+
+    def encode_prompt(self, prompt: str, *, raw: bool = False) -> list[int]:
+        """Token ids of a prompt: as a user's turn in the file's chat template, or (`raw`) the text as it is."""
+        if raw:
+            return self.tokenizer.encode(prompt)
+        return encode_chat(self.tokenizer, [{"role": "user", "content": prompt}])
+
+
+@dataclass
+class Chunk:
+    """A piece of a reply as it is made."""
+
+    text: str  # may be empty, while a character's bytes or a control token pass
+    token: int | None  # None: the last piece, text held back until the end
+    statistics: Statistics = field(default_factory=Statistics)
+
+
+def demo_path() -> Path:
+    """The built-in model's file."""
+    return Path(str(files("mlx_gemma4") / "demo" / "gemma4-demo.gguf"))
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    weights: Literal["auto", "packed", "dense"] = "auto",
+    fuse: bool = True,
+    progress: Progress | None = None,
+) -> LanguageModel:
+    """Load a GGUF file (or any part of a split one), or a folder of safetensors with its `config.json`.
+
+    Args:
+        path: the file or folder; None loads the small built-in model.
+        weights: "packed" holds quantized blocks as the file has them, "dense" as fp32; "auto" takes
+            packed on a GPU and what memory allows on a CPU.
+        fuse: join each MLP's gate and up projections.
+        progress: called with (bytes read, bytes in all).
+
+    Raises:
+        InputError: the file can't be used, in one line.
+    """
+    path = demo_path() if path is None else Path(path)
+    if path.is_dir():
+        return _load_folder(path, weights, fuse, progress)
+    with open_gguf(path) as file:
+        tokenizer = Tokenizer.from_gguf(file.metadata, str(path))
+        model, plan = load_gguf_model(file, weights, fuse, progress)
+        sampling = _sampling_defaults(
+            {key: file.metadata.get(f"general.sampling.{key}") for key in ("temp", "top_k", "top_p", "min_p")}, path
+        )
+    return LanguageModel(path, model.config, model, tokenizer, sampling, plan)
+
+
+def stream(
+    lm: LanguageModel,
+    prompt: str | list[int],
+    *,
+    raw: bool = False,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    sampling: Sampling | None = None,
+    on_prompt: Callable[[int, int], None] | None = None,
+) -> Iterator[Chunk]:
+    """Answer a prompt piece by piece.
+
+    Args:
+        lm: a loaded model.
+        prompt: text, or token ids as they are.
+        raw: send the text as it is, without the chat template.
+        max_tokens: the reply's length at most.
+        sampling: how tokens are chosen; None: as the file recommends.
+        on_prompt: called with (tokens read, tokens in all) while the prompt is read.
+
+    Yields:
+        a Chunk a token. The texts, joined, are the reply; no piece breaks a character. All share one
+        `statistics`, which is up to date at every piece.
+
+    Raises:
+        InputError: the prompt is empty or too long.
+    """
+    ids = lm.encode_prompt(prompt, raw=raw) if isinstance(prompt, str) else prompt
+    statistics = Statistics()
+    decoder = StreamDecoder(lm.tokenizer)
+    tokens = generate_tokens(
+        lm.model,
+        lm.model.new_state(),
+        ids,
+        sampling or lm.sampling,
+        max_tokens,
+        lm.tokenizer.stop_ids,
+        statistics,
+        on_prompt,
+    )
+    for token in tokens:
+        yield Chunk(decoder.push(token), token, statistics)
+    yield Chunk(decoder.finish(), None, statistics)
+
+
+def generate(
+    lm: LanguageModel,
+    prompt: str | list[int],
+    *,
+    raw: bool = False,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    sampling: Sampling | None = None,
+) -> str:
+    """Answer a prompt; the whole reply. Arguments and errors are those of `stream`."""
+    return "".join(chunk.text for chunk in stream(lm, prompt, raw=raw, max_tokens=max_tokens, sampling=sampling))
+
+
+def _load_folder(
+    path: Path, weights: Literal["auto", "packed", "dense"], fuse: bool, progress: Progress | None
+) -> LanguageModel:
+    """A folder as mlx-lm and Hugging Face write it."""
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise InputError(f"{path}: this folder has no config.json; give a .gguf file or a model's folder")
+    contents = _read_json(config_file)
+    config = config_from_json(contents, str(config_file))
+    tokenizer = Tokenizer.from_folder(path)
+    source = folder_source(path, config, contents.get("quantization") or {})
+    model, plan = load_model(config, source, weights, fuse, progress)
+    generation = path / "generation_config.json"
+    values = _read_json(generation) if generation.is_file() else {}
+    values["temp"] = values.get("temperature")
+    return LanguageModel(path, config, model, tokenizer, _sampling_defaults(values, generation), plan)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: can't be read as JSON ({error}); download the model again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: is not a JSON object; download the model again")
+    return value
+
+
+def _sampling_defaults(values: Mapping[str, Any], source: Path) -> Sampling:
+    """What a file recommends; where it is silent, what Google's Gemma 4 files say (1.0, 64, 0.95)."""
+    chosen = {"temp": 1.0, "top_k": 64, "top_p": 0.95, "min_p": 0.0}
+    chosen.update({key: value for key in chosen if (value := values.get(key)) is not None})
+    try:
+        return Sampling(
+            temperature=float(chosen["temp"]),
+            top_k=int(chosen["top_k"]),
+            top_p=float(chosen["top_p"]),
+            min_p=float(chosen["min_p"]),
+        )
+    except (TypeError, ValueError, InputError):
+        raise InputError(
+            f"{source}: its sampling defaults {chosen} can't be; give --temperature 0 or mend it"
+        ) from None
