@@ -1,0 +1,256 @@
+"""From Metal source to a program that runs one dispatch of one kernel on the CPU.
+
+In: Metal source text, the kernel's name and template arguments. Out: the path of an executable, kept in a per-user
+cache by the hash of everything it depends on; or `MetalError` with the compiler's words. Every kernel is compiled
+twice: once with real address spaces, for errors only, and once with them erased, to run.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+HEADERS = sorted((HERE / "msl").glob("*.h"))
+RUNTIME = HERE / "runtime.cpp"
+PRELUDE = '#include "msl/simd.h"\nusing namespace metal;\n'
+
+LANGUAGE = ["-x", "c++", "-std=c++20", "-Wno-everything", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", f"-I{HERE}"]
+WARNINGS = [  # only those that Metal calls errors, or that no kernel should have
+    "-Werror=return-type", "-Werror=uninitialized", "-Werror=sometimes-uninitialized", "-Werror=array-bounds",
+    "-Werror=shift-count-overflow", "-Werror=c++11-narrowing", "-Wimplicit-float-conversion",
+]  # fmt: skip
+EXACT = ["-ffp-contract=off", "-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none"]
+SANITIZE = [
+    "-fsanitize-coverage=edge,trace-loads,trace-stores",  # one call per access, answered by runtime.cpp
+    "-fsanitize=alignment,bounds", "-fsanitize-trap=alignment,bounds",
+]  # fmt: skip
+
+
+class MetalError(Exception):
+    """What Apple's compiler or a GPU would refuse, or must not be trusted with; str() says what and where."""
+
+
+@functools.cache
+def compiler() -> tuple[str, ...]:
+    """The command of the C compiler: clang from the PATH, else the one in the `ziglang` wheel."""
+    chosen = os.environ.get("METAL_SIM_CC")
+    if chosen:
+        return tuple(chosen.split())
+    clang = shutil.which("clang")
+    return (clang,) if clang else (sys.executable, "-m", "ziglang", "cc")
+
+
+@functools.cache
+def cache_dir() -> Path:
+    """The per-user folder of compiled kernels (METAL_SIM_CACHE, else below the temporary folder)."""
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    path = Path(os.environ.get("METAL_SIM_CACHE") or Path(tempfile.gettempdir()) / f"metal_sim-{user}")
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+@functools.cache
+def _environment() -> str:
+    """What compiled kernels depend on besides their own text."""
+    version = subprocess.run([*compiler(), "--version"], text=True, capture_output=True, check=True).stdout
+    texts = [p.read_text() for p in (*HEADERS, RUNTIME, Path(__file__))]
+    return "\n".join([version, platform.node(), platform.machine(), *texts])
+
+
+def _cc(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    env = dict(os.environ)
+    env.setdefault("ZIG_GLOBAL_CACHE_DIR", str(cache_dir() / "zig"))
+    env["ZIG_LOCAL_CACHE_DIR"] = env["ZIG_GLOBAL_CACHE_DIR"]
+    return subprocess.run([*compiler(), *map(str, args)], text=True, capture_output=True, env=env)
+
+
+# ---- Metal syntax that clang's C++ does not take
+_ATTRIBUTE = re.compile(r"\[\[(?:[^\[\]]|\[[^\[\]]*\])*\]\]")
+_FUNCTION_CONSTANT = re.compile(r"\bconstant\s+(\w+)\s+(\w+)\s*\[\[\s*function_constant\((\d+)\)\s*\]\]\s*;")
+_SHARED = re.compile(
+    r"(?m)^(?P<indent>[ \t]*)threadgroup\s+(?P<type>(?:typename\s+)?[A-Za-z_][\w:]*(?:\s*<[^;<>]*(?:<[^;<>]*>[^;<>]*)*>)?)"
+    r"\s+(?P<vars>\w+\s*(?:\[[^;]*?\])*(?:\s*,\s*\w+\s*(?:\[[^;,]*?\])*)*)\s*;"
+)
+_VEC_CALL = re.compile(r"\b((?:metal::)?vec<\s*\w+\s*,\s*\w+\s*>)\s*\(")
+_VEC_ALIAS = re.compile(
+    r"\busing\s+(\w+)\s*=\s*(?:metal::)?(?:vec<[^;]*>|[a-z]+[234])\s*;|\btypedef\s+(?:metal::)?(?:vec<[^;]*>|[a-z]+[234])\s+(\w+)\s*;"
+)
+
+
+def _shared_declarations(match: re.Match[str], check: bool) -> str:
+    """`threadgroup T a[N], b;`: a static in its address space to check, memory from the runtime to run."""
+    out = []
+    for variable in re.split(r",(?![^\[]*\])", match["vars"]):
+        name, dims = re.fullmatch(r"\s*(\w+)\s*(.*?)\s*", variable, re.S).groups()  # type: ignore[union-attr]
+        if check:
+            out.append(f"static threadgroup {match['type']} {name}{dims};")
+        else:
+            out.append(
+                f"typedef {match['type']} msl_t_{name}{dims}; static char msl_k_{name}; msl_t_{name}& {name} = "
+                f'*(msl_t_{name}*)msl_threadgroup_alloc(&msl_k_{name}, sizeof(msl_t_{name}), "{name}");'
+            )
+    return match["indent"] + " ".join(out) + "\n" * match[0].count("\n")
+
+
+def rewrite(source: str, check: bool, constants: dict[int, object] | None = None) -> str:
+    """The source as clang's C++, line for line. `constants`: values of function constants by index."""
+
+    def constant(match: re.Match[str]) -> str:
+        kind, name, index = match.groups()
+        value = (constants or {}).get(int(index), False)
+        return f"constant {kind} {name} = ({kind}){str(value).lower()};" + "\n" * match[0].count("\n")
+
+    source = _FUNCTION_CONSTANT.sub(constant, source)
+    source = _ATTRIBUTE.sub(lambda m: "\n" * m[0].count("\n"), source)
+    source = _VEC_CALL.sub(r"msl::make<\1>(", source)
+    for names in set(_VEC_ALIAS.findall(source)):
+        name = names[0] or names[1]
+        source = re.sub(rf"(?<![\w:<]){name}\s*\((?!\s*\*)", f"msl::make<{name}>(", source)
+    return _SHARED.sub(lambda m: _shared_declarations(m, check), source)
+
+
+# ---- the entry point
+ATTRIBUTES = {  # name: (type that mx.fast.metal_kernel gives it, field of msl_context)
+    "dispatch_threads_per_threadgroup": ("uint3", "full_group_size"),
+    "grid_size": ("uint3", "grid"),
+    "simdgroup_index_in_threadgroup": ("uint", "simdgroup"),
+    "simdgroups_per_threadgroup": ("uint", "simdgroups"),
+    "dispatch_simdgroups_per_threadgroup": ("uint", "simdgroups"),
+    "thread_execution_width": ("uint", "32"),
+    "thread_index_in_simdgroup": ("uint", "lane"),
+    "thread_index_in_threadgroup": ("uint", "index"),
+    "thread_position_in_grid": ("uint3", "position_in_grid"),
+    "thread_position_in_threadgroup": ("uint3", "position_in_group"),
+    "threadgroup_position_in_grid": ("uint3", "group"),
+    "threadgroups_per_grid": ("uint3", "groups"),
+    "threads_per_grid": ("uint3", "grid"),
+    "threads_per_simdgroup": ("uint", "32"),
+    "threads_per_threadgroup": ("uint3", "group_size"),
+}
+
+
+def parameters(source: str, name: str) -> list[tuple[str, str]]:
+    """(declaration, attribute) of each parameter of kernel `name`, e.g. ("device float* y", "buffer(1)")."""
+    start = re.search(rf"\bvoid\s+{re.escape(name)}\s*\(", source)
+    if not start:
+        raise MetalError(f"no kernel named {name}")
+    parts, depth, i = [""], 1, start.end()
+    while True:
+        ch = source[i]
+        depth += (ch in "([<{") - (ch in ")]>}")
+        if not depth:
+            break
+        if ch == "," and depth == 1:
+            parts.append("")
+        else:
+            parts[-1] += ch
+        i += 1
+    found = []
+    for part in parts:
+        attribute = re.search(r"\[\[(.*)\]\]", part, re.S)
+        if not attribute:
+            raise MetalError(f"{name}: the parameter `{' '.join(part.split())}` has no attribute")
+        found.append((" ".join(part[: attribute.start()].split()), attribute[1].strip()))
+    return found
+
+
+def _entry(params: list[tuple[str, str]], call: str) -> str:
+    args = []
+    for declaration, attribute in params:
+        index = re.match(r"buffer\((\d+)\)", attribute)
+        if index:
+            args.append(f"msl_buffer{{b[{index[1]}]}}")
+        elif attribute in ATTRIBUTES:
+            field = ATTRIBUTES[attribute][1]
+            scalar = ATTRIBUTES[attribute][0] == "uint"
+            args.append(field if field == "32" else f"msl_cur->{field}" if scalar else f"msl_position{{msl_cur->{field}}}")
+        else:
+            raise MetalError(f"[[{attribute}]] of `{declaration}` is unknown")
+    return f'\nextern "C" void msl_body(void** b) {{ {call}({", ".join(args)}); }}\n'
+
+
+# ---- compile
+_BFLOAT = re.compile(r"^(.*?:\d+:\d+): warning: (implicit conversion loses.* to '(?:const )?(?:bfloat|__bf16|bfloat16_t)'.*?)(?: \[|$)", re.M)
+
+
+def _diagnose(ir: str, name: str) -> list[str]:
+    """Errors that clang lets pass, found in the unoptimized IR: casts between address spaces, misplaced variables."""
+    lines = dict(re.findall(r"^!(\d+) = !DILocation\(line: (\d+)", ir, re.M))
+    errors = []
+    for line in ir.splitlines():
+        if "addrspacecast" in line:
+            at = re.search(r"!dbg !(\d+)", line)
+            errors.append(f"line {lines.get(at[1], '?') if at else '?'}: error: cast between address spaces")
+    for symbol in re.findall(r"^@(_ZZ\w+) = .*addrspace\(3\)", ir, re.M):
+        if f"{len(name)}{name}" not in symbol:
+            errors.append(f"error: threadgroup variable outside the kernel function ({symbol})")
+    return errors
+
+
+def check(source: str, name: str = "", instance: str = "", constants: dict[int, object] | None = None) -> None:
+    """Type-check Metal source under Metal's address-space rules; raises MetalError with what is wrong.
+
+    `name` and `instance` ("f<float, 4>"): the kernel, and its instance if it is a template (else templates are only
+    parsed). `constants`: see `rewrite`.
+    """
+    text = PRELUDE + '#line 1 "kernel.metal"\n' + rewrite(source, True, constants)
+    if "<" in instance:
+        text += f"\ntemplate decltype({instance}) {instance};\n"
+    with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
+        path, ir = Path(folder) / "check.cpp", Path(folder) / "check.ll"
+        path.write_text(text)
+        flags = [*WARNINGS, "-DMSL_CHECK", "-O0", "-gline-tables-only"]
+        done = _cc(*LANGUAGE, *flags, "-S", "-emit-llvm", path, "-o", ir)
+        if done.returncode:
+            raise MetalError(done.stderr.replace(str(path), "kernel.metal")[:6000])
+        errors = [f"{at}: error: {what}" for at, what in _BFLOAT.findall(done.stderr)]
+        errors += _diagnose(ir.read_text(), name) if name else []
+    if errors:
+        raise MetalError("\n".join(dict.fromkeys(errors)))
+
+
+@functools.cache
+def _runtime() -> Path:
+    out = cache_dir() / f"runtime-{hashlib.sha256(_environment().encode()).hexdigest()[:16]}.o"
+    if not out.exists():
+        _must(_cc(*LANGUAGE, "-O2", "-g", "-fno-sanitize=all", "-c", RUNTIME, "-o", _fresh(out)), out)
+    return out
+
+
+def _fresh(out: Path) -> Path:
+    return out.with_name(f"{out.stem}-{os.getpid()}{out.suffix}")
+
+
+def _must(done: subprocess.CompletedProcess[str], out: Path) -> None:
+    """Put what a compiler wrote to `_fresh(out)` in its place in one step: others may be building the same."""
+    if done.returncode:
+        raise MetalError(done.stderr[:6000])
+    os.replace(_fresh(out), out)
+
+
+def build(
+    source: str, name: str, arguments: str = "", sanitize: bool = False, constants: dict[int, object] | None = None
+) -> Path:
+    """The executable that runs kernel `name` (its template `arguments`: "<float, 4>"), checked first, from the cache."""
+    key = "\0".join([source, name, arguments, str(sanitize), str(sorted((constants or {}).items())), _environment()])
+    exe = cache_dir() / hashlib.sha256(key.encode()).hexdigest()[:24]
+    if exe.exists():
+        return exe
+    entry = _entry(parameters(source, name), name + arguments)
+    check(source, name, name + arguments, constants)
+    path, obj = exe.with_suffix(".cpp"), exe.with_suffix(".o")
+    path.write_text(PRELUDE + '#line 1 "kernel.metal"\n' + rewrite(source, False, constants) + entry)
+    flags = SANITIZE if sanitize else ["-fno-sanitize=all"]
+    _must(_cc(*LANGUAGE, *EXACT, "-O1", "-g", *flags, "-c", path, "-o", _fresh(obj)), obj)
+    _must(_cc(obj, _runtime(), "-lm", "-o", _fresh(exe)), exe)
+    obj.unlink()
+    return exe
