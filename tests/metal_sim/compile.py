@@ -27,6 +27,7 @@ LANGUAGE = ["-x", "c++", "-std=c++20", "-Wno-everything", "-fno-exceptions", "-f
 WARNINGS = [  # only those that Metal calls errors, or that no kernel should have
     "-Werror=return-type", "-Werror=uninitialized", "-Werror=sometimes-uninitialized", "-Werror=array-bounds",
     "-Werror=shift-count-overflow", "-Werror=c++11-narrowing", "-Wimplicit-float-conversion",
+    "-Wno-implicit-int-float-conversion", "-ferror-limit=0",
 ]  # fmt: skip
 EXACT = ["-ffp-contract=off", "-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none"]
 SANITIZE = [
@@ -80,6 +81,7 @@ _SHARED = re.compile(
     r"(?m)^(?P<indent>[ \t]*)threadgroup\s+(?P<type>(?:typename\s+)?[A-Za-z_][\w:]*(?:\s*<[^;<>]*(?:<[^;<>]*>[^;<>]*)*>)?)"
     r"\s+(?P<vars>\w+\s*(?:\[[^;]*?\])*(?:\s*,\s*\w+\s*(?:\[[^;,]*?\])*)*)\s*;"
 )
+_ARRAY_PARAMETER = re.compile(r"\b((?:(?:const|constant|device|threadgroup)\s+)+\w+)\s+(\w+)\[\w*\](?=\s*[,)])")
 _VEC_CALL = re.compile(r"\b((?:metal::)?vec<\s*\w+\s*,\s*\w+\s*>)\s*\(")
 _VEC_ALIAS = re.compile(
     r"\busing\s+(\w+)\s*=\s*(?:metal::)?(?:vec<[^;]*>|[a-z]+[234])\s*;|\btypedef\s+(?:metal::)?(?:vec<[^;]*>|[a-z]+[234])\s+(\w+)\s*;"
@@ -110,7 +112,8 @@ def rewrite(source: str, check: bool, constants: dict[int, object] | None = None
         return f"constant {kind} {name} = ({kind}){str(value).lower()};" + "\n" * match[0].count("\n")
 
     source = _FUNCTION_CONSTANT.sub(constant, source)
-    source = _ATTRIBUTE.sub(lambda m: "\n" * m[0].count("\n"), source)
+    source = _ATTRIBUTE.sub(lambda m: "".join(re.findall(r"\\?\n", m[0])), source)
+    source = _ARRAY_PARAMETER.sub(r"\1* \2", source)
     source = _VEC_CALL.sub(r"msl::make<\1>(", source)
     for names in set(_VEC_ALIAS.findall(source)):
         name = names[0] or names[1]
@@ -179,7 +182,22 @@ def _entry(params: list[tuple[str, str]], call: str) -> str:
 
 
 # ---- compile
-_BFLOAT = re.compile(r"^(.*?:\d+:\d+): warning: (implicit conversion loses.* to '(?:const )?(?:bfloat|__bf16|bfloat16_t)'.*?)(?: \[|$)", re.M)
+_TO_BFLOAT = re.compile(r"warning: implicit conversion loses.* to '(?:const )?(?:bfloat|__bf16|bfloat16_t)'")
+_COPY = re.compile(r"error: no (?:viable overloaded '='|(?:matching|viable) constructor)")
+
+
+def _errors(diagnostics: str) -> list[str]:
+    """The compiler's messages that count, each with its notes.
+
+    Added: narrowing to bfloat, which Metal does only in a cast. Dropped: copies of a whole struct from one address
+    space to another, which Metal allows and clang does not.
+    """
+    found = []
+    for block in re.split(r"\n(?=\S*?:\d+:\d+: (?:error|warning|fatal error): )", "\n" + diagnostics):
+        copies = _COPY.search(block) and "the implicit copy" in block and "address space" in block
+        if _TO_BFLOAT.search(block) or (re.search(r": (fatal )?error: ", block) and not copies):
+            found.append(block)
+    return found
 
 
 def _diagnose(ir: str, name: str) -> list[str]:
@@ -210,10 +228,11 @@ def check(source: str, name: str = "", instance: str = "", constants: dict[int, 
         path.write_text(text)
         flags = [*WARNINGS, "-DMSL_CHECK", "-O0", "-gline-tables-only"]
         done = _cc(*LANGUAGE, *flags, "-S", "-emit-llvm", path, "-o", ir)
-        if done.returncode:
-            raise MetalError(done.stderr.replace(str(path), "kernel.metal")[:6000])
-        errors = [f"{at}: error: {what}" for at, what in _BFLOAT.findall(done.stderr)]
-        errors += _diagnose(ir.read_text(), name) if name else []
+        errors = _errors(done.stderr.replace(str(path), "kernel.metal"))
+        if done.returncode and "error: " not in done.stderr:
+            errors.append(f"the compiler failed: {done.stderr}")
+        if name and ir.exists():
+            errors += _diagnose(ir.read_text(), name)
     if errors:
         raise MetalError("\n".join(dict.fromkeys(errors)))
 
