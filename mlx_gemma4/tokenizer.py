@@ -52,6 +52,7 @@ class Tokenizer:
     bos_id       goes before every text
     stop_ids     ids that end a reply
     control_ids  ids that are never text: nothing a user types becomes one, and `decode` leaves them out
+    control_starts  the characters that control tokens begin with ("<")
     chat_template  the file's Jinja source, or None
     """
 
@@ -74,6 +75,7 @@ class Tokenizer:
         self._control = {tokens[i]: i for i in _control_ids(tokens, types)}
         self._splitter = Splitter(self._control)
         self.control_ids = frozenset(self._control.values())
+        self.control_starts = frozenset(text[0] for text in self._control)
         if bos_id is None or not 0 <= bos_id < len(tokens):
             if "<bos>" not in self._control:
                 raise InputError("the tokenizer names no BOS token: convert the model again")
