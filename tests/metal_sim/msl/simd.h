@@ -270,3 +270,6 @@ struct msl_position {
 #define bool2(...) msl::make<bool2>(__VA_ARGS__)
 #define bool3(...) msl::make<bool3>(__VA_ARGS__)
 #define bool4(...) msl::make<bool4>(__VA_ARGS__)
+#ifdef MSL_CHECK
+#pragma clang poison double goto new delete throw try virtual dynamic_cast typeid asm
+#endif

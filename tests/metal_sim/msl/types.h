@@ -152,6 +152,7 @@ MSL_VECTOR(long) MSL_VECTOR(ulong) MSL_VECTOR(half) MSL_VECTOR(float) MSL_VECTOR
 MSL_PACKED(char) MSL_PACKED(uchar) MSL_PACKED(short) MSL_PACKED(ushort) MSL_PACKED(int) MSL_PACKED(uint)
 MSL_PACKED(half) MSL_PACKED(float) MSL_PACKED(bfloat)
 
+namespace metal { namespace msl = ::msl; }  // metal::float4(...)
 namespace msl {
 // Metal's vector constructors: V(), V(scalar), V(other vector of the same length), V(a, b.xy, c)
 template <class V, class A> constexpr int put(V& v, int i, A a) {
