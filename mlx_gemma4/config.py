@@ -287,7 +287,7 @@ class _Reader:
 
     def counts(self, key: str, n: int) -> list[int]:
         """One count a layer, from a scalar or an array of n."""
-        value = self.metadata.get(self.prefix + key)
+        value: Any = self.metadata.get(self.prefix + key)
         if not hasattr(value, "__len__") or isinstance(value, (str, bytes)):
             return [self.count(key)] * n
         if len(value) != n:

@@ -75,11 +75,13 @@ def folder_source(path: Path, config: Config, quantization: Mapping[str, Any]) -
     arrays: dict[str, mx.array] = {}
     for shard in shards:
         try:
-            arrays.update(mx.load(str(shard)))  # type: ignore[arg-type]
+            loaded = mx.load(str(shard))
+            assert isinstance(loaded, dict)
+            arrays.update(loaded)
         except (RuntimeError, ValueError) as error:
             raise InputError(f"{shard}: can't be read ({error}); download it again") from error
-    # GGUF name -> the array, or (codes, scales, biases)
-    found: dict[str, mx.array | tuple[mx.array, mx.array, mx.array]] = {}
+    # GGUF name -> the array alone, or codes, scales and biases
+    found: dict[str, tuple[mx.array, ...]] = {}
     groups: dict[str, int] = {}  # GGUF name -> weights that share a scale
     for name, array in arrays.items():
         if name.endswith((".scales", ".biases")):
@@ -91,26 +93,23 @@ def folder_source(path: Path, config: Config, quantization: Mapping[str, Any]) -
             found[gguf_name(name)] = (array, arrays[f"{stem}.scales"], arrays[f"{stem}.biases"])
             groups[gguf_name(name)] = _group_size(quantization, stem)
         else:
-            found[gguf_name(name)] = array
+            found[gguf_name(name)] = (array,)
     entries = {name: _entry(name, value, groups) for name, value in found.items()}
 
     def read(names: list[str], spec: Spec, holding: Holding) -> Weight:
         parts = [found.pop(name) for name in names]  # so that what is joined or expanded can go
-        if isinstance(parts[0], tuple):
-            stacks = zip(*parts)  # type: ignore[arg-type]
-            codes, scales, biases = (mx.concatenate(list(s), axis=-2) if len(parts) > 1 else s[0] for s in stacks)
+        arrays = [mx.concatenate(list(a), axis=-2) if len(a) > 1 else a[0] for a in zip(*parts, strict=True)]
+        if len(arrays) == 3:
+            codes, scales, biases = arrays
             k = entries[names[0]].shape[-1]
             weight = Affine(codes, scales, biases, k // scales.shape[-1], codes.shape[-1] * 32 // k)
             if holding == "packed" or spec.role == "table":
                 mx.eval(codes, scales, biases)
                 return weight
-            dense = mx.dequantize(
-                *(a.astype(mx.float32) if a.dtype != mx.uint32 else a for a in (codes, scales, biases)),
-                group_size=weight.group,
-                bits=weight.bits,
-            )
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+            dense = mx.dequantize(codes, scales, biases, group_size=weight.group, bits=weight.bits)
         else:
-            dense = mx.concatenate(parts, axis=-2) if len(parts) > 1 else parts[0]  # type: ignore[arg-type]
+            dense = arrays[0]
             if spec.role == "vector" or (holding == "dense" and spec.role == "matrix"):
                 dense = dense.astype(mx.float32)
             if config.architecture == "gemma3" and names[0].endswith("norm.weight"):
@@ -135,14 +134,13 @@ def gguf_name(name: str) -> str:
     return prefix + (stem if stem.endswith(".scale") else f"{stem}.weight")
 
 
-def _entry(name: str, value: mx.array | tuple[mx.array, mx.array, mx.array], groups: dict[str, int]) -> Entry:
-    if isinstance(value, mx.array):
-        return Entry(tuple(value.shape), str(value.dtype), value.nbytes)
-    codes, scales, biases = value
+def _entry(name: str, arrays: tuple[mx.array, ...], groups: dict[str, int]) -> Entry:
+    n_bytes = sum(a.nbytes for a in arrays)
+    if len(arrays) == 1:
+        return Entry(tuple(arrays[0].shape), str(arrays[0].dtype), n_bytes)
+    codes, scales, _ = arrays
     k = scales.shape[-1] * groups[name]
-    bits = codes.shape[-1] * 32 // k
-    n_bytes = codes.nbytes + scales.nbytes + biases.nbytes
-    return Entry((*codes.shape[:-1], k), f"affine {bits} bits, groups of {groups[name]}", n_bytes)
+    return Entry((*codes.shape[:-1], k), f"affine {codes.shape[-1] * 32 // k} bits by {groups[name]}", n_bytes)
 
 
 def _group_size(quantization: Mapping[str, Any], module: str) -> int:

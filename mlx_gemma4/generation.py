@@ -115,7 +115,7 @@ def generate_tokens(
         if produced < max_tokens:
             following = choose(model.forward(token[None], state))
             mx.async_eval(following)
-        value = int(token.item())
+        value = int(token)
         now = time.perf_counter()
         if produced == 1:
             statistics.prompt_time, mark = now - start, now

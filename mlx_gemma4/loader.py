@@ -269,11 +269,8 @@ def gguf_source(file: GGUFFile) -> Source:
         for info in infos:
             quant.check_supported(info, file.path)
         weight = _read_blocks(file, infos, spec, holding)
-        mx.eval(
-            weight
-            if isinstance(weight, mx.array)
-            else [a for a in (weight.codes, weight.sub, weight.super) if a is not None]
-        )
+        if isinstance(weight, mx.array):
+            mx.eval(weight)
         for name in names:
             file.release(name)
         return weight

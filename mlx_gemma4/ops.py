@@ -154,6 +154,7 @@ def _packed_matmul(x: mx.array, w: Packed, chosen: mx.array | None) -> mx.array:
     """x @ wᵀ for a packed weight, in fp32 (fp16 scales would cost accuracy): [N, K], or gathered experts."""
     out_dtype, x = x.dtype, x.astype(mx.float32)
     if w.format.name == "MXFP4":
+        assert w.sub is not None
         out = _quantized_matmul(x, w.codes, w.sub, None, chosen, w.format.bits, "mxfp4")
     elif w.format.lut is not None:
         dense = dequantize(w)
@@ -187,7 +188,7 @@ def _packed_matmul(x: mx.array, w: Packed, chosen: mx.array | None) -> mx.array:
 def _quantized_matmul(
     x: mx.array,
     codes: mx.array,
-    scales: mx.array | None,
+    scales: mx.array,
     biases: mx.array | None,
     chosen: mx.array | None,
     bits: int,
