@@ -1,8 +1,8 @@
 """Byte-pair merging in plain Python, step by step as llama.cpp does it, and cutting text at fixed strings.
 
-In: a vocabulary and the rank of a merge. Out: ids. Slow (some 10 us a character) but without limits: `PlainBPE` is the
-reference for the Rust encoder in tokenizer.py, and takes its place for vocabularies that it can't express (equal
-scores, tokens made of characters that are no tokens, merges of strings that are no tokens).
+In: a vocabulary and the rank of a merge. Out: ids. `PlainBPE` is slow (some 10 us a character) but without
+limits: it is the reference for the Rust encoder in tokenizer.py, and takes its place for vocabularies that the
+Rust one can't express (equal scores, tokens of characters or merges of strings that aren't tokens).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +18,8 @@ from .errors import InputError
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 
-Ints = npt.NDArray[Any]
+Hashes = npt.NDArray[np.uint64]
+Ints = npt.NDArray[np.int64]
 Rank = Callable[[str, str], "float | None"]  # of joining two neighbours; lower joins earlier, None never
 
 
@@ -88,47 +88,53 @@ def merge(symbols: list[str], rank: Rank) -> list[str]:
 
 
 def splits(texts: Sequence[str], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
-    """All ways to cut each text in two tokens of `vocab`: by order of text, then the shortest left part first.
+    """All ways to cut each of `texts`, which are tokens, in two tokens: in order of texts, shortest left part first.
 
-    Some 1.4 million cuts of 236,000 texts in half a second: a table of hashes leaves few of them to look up.
+    `vocab` lists its tokens by id, from 0.
+    Gemma 3 has 1.4 million cuts; a table of substring hashes, without false negatives, leaves 0.5 to look up.
     """
-    flat, ends = _codes([*texts, *vocab])
-    # Substring hash modulo 2^64: the sum of c[i] * m^i over the substring, divided by m^start.
+    flat, ends = _codes(list(vocab))
+    # Hash modulo 2^64: the sum of code[i] * factor^i over the substring, divided by factor^start.
     factor = 0x9E3779B97F4A7C15
-    sums = np.concatenate([[np.uint64(0)], np.cumsum(flat * _powers(factor, len(flat)))])
+    sums = np.zeros(len(flat) + 1, np.uint64)
+    np.cumsum(flat * _powers(factor, len(flat)), out=sums[1:])
     back = _powers(pow(factor, -1, 1 << 64), len(sums))
 
-    def slot(start: Ints, stop: Ints) -> Ints:
+    def slot(start: Ints, stop: Ints) -> Hashes:
         return ((sums[stop] - sums[start]) * back[start]) >> np.uint64(40)
 
     table = np.zeros(1 << 24, np.bool_)
-    table[slot(ends[len(texts) : -1], ends[len(texts) + 1 :])] = True
-    cuts = np.maximum(np.diff(ends[: len(texts) + 1]) - 1, 0)
-    of = np.repeat(np.arange(len(texts)), cuts)  # the text that each cut is of
-    at = np.arange(len(of)) - np.repeat(np.cumsum(cuts) - cuts, cuts) + 1
-    for ok in (
-        lambda: table[slot(ends[of] + at, ends[of + 1])],
-        lambda: table[slot(ends[of], ends[of] + at)],
-    ):
-        keep = ok()
-        of, at = of[keep], at[keep]
-    halves = [(texts[i][:k], texts[i][k:]) for i, k in zip(of.tolist(), at.tolist(), strict=True)]
-    return [pair for pair in halves if pair[0] in vocab and pair[1] in vocab]
+    table[slot(ends[:-1], ends[1:])] = True
+    rows = np.fromiter((vocab[text] for text in texts), np.int64, len(texts))
+    cuts = np.maximum(ends[rows + 1] - ends[rows] - 1, 0)  # of each text
+    of = np.repeat(np.arange(len(texts)), cuts)  # each cut's text, (cuts in all,)
+    at = np.arange(len(of)) - np.repeat(np.cumsum(cuts) - cuts, cuts) + 1  # and its place there
+    start = ends[rows][of]
+    right = table[slot(start + at, ends[rows + 1][of])]
+    of, at, start = of[right], at[right], start[right]
+    left = table[slot(start, start + at)]
+    return [
+        (head, tail)
+        for i, k in zip(of[left].tolist(), at[left].tolist(), strict=True)
+        if (head := texts[i][:k]) in vocab and (tail := texts[i][k:]) in vocab
+    ]
 
 
-def _codes(texts: Sequence[str]) -> tuple[Ints, Ints]:
-    """Code points of all texts, scrambled (n,), and where each text begins, with the end (texts + 1,)."""
+def _codes(texts: Sequence[str]) -> tuple[Hashes, Ints]:
+    """Code points of all texts, scrambled (n,), and where each text begins, then the end (texts + 1,)."""
     flat = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     flat = (flat + np.uint64(1)) * np.uint64(0xD6E8FEB86659FD93)
-    flat ^= flat >> np.uint64(32)
-    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-    return flat, np.concatenate([[0], np.cumsum(lengths)])
+    ends = np.zeros(len(texts) + 1, np.int64)
+    np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)), out=ends[1:])
+    return flat ^ (flat >> np.uint64(32)), ends
 
 
-def _powers(factor: int, count: int) -> Ints:
+def _powers(factor: int, count: int) -> Hashes:
+    """factor^0, factor^1 ... modulo 2^64, (count,)."""
     steps = np.full(count, factor, np.uint64)
     steps[:1] = 1
-    return np.cumprod(steps, dtype=np.uint64)
+    powers: Hashes = np.cumprod(steps, dtype=np.uint64)
+    return powers
 
 
 class PlainBPE:
@@ -175,6 +181,4 @@ class PlainBPE:
         try:
             return [self._vocab[f"<0x{byte:02X}>"] for byte in symbol.encode()]
         except KeyError as error:
-            raise InputError(
-                f"the model's vocabulary has no token for {symbol!r}, nor bytes for it"
-            ) from error
+            raise InputError(f"the model's vocabulary has no token for {symbol!r}, nor bytes for it") from error

@@ -3,11 +3,11 @@
 In: messages ({"role", "content"}, as OpenAI and transformers have them) and a Jinja template.
 Out: the prompt as text (`render_chat`) or as ids (`encode_chat`).
 
-Templates are strangers' code: they run in Jinja's immutable sandbox, with a budget of steps, and an error of theirs is
-an InputError. Messages are strangers' text: a control token spelled in a message stays text, whatever the template does
-to it. To this end `encode_chat` renders with stand-ins for the characters that control tokens begin with ("<"), so that
-the control tokens found in the result are the template's own; then each stretch of text gets its characters back.
-Reading a reply (thinking, tool calls) is not done here.
+Templates are strangers' code: they run in Jinja's immutable sandbox, within a budget of steps, and an error of
+theirs is an InputError. Messages are strangers' text: a control token spelled in a message stays text, whatever
+the template does to it. To this end `encode_chat` renders with stand-ins for the characters that control tokens
+begin with ("<"), so that the control tokens found in the result are the template's own; then each stretch of
+text between them gets its characters back. Reading a reply (thinking, tool calls) is not done here.
 """
 
 from __future__ import annotations
@@ -35,9 +35,19 @@ _MAX_TEXT = 1 << 24  # characters in one string; four times what the longest con
 _steps: ContextVar[list[int]] = ContextVar("steps")  # what is left of them, one entry
 
 # For files without a template. Turns as in Gemma 4's own, without tools and thinking.
-_PLAIN = """{{ bos_token }}{% for message in messages %}{{ start }}{{ 'model' if message['role'] == 'assistant' else message['role'] }}
-{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}{% for part in message['content'] %}{{ part['text'] | trim }}{% endfor %}{% endif %}{{ end }}
-{% endfor %}{% if add_generation_prompt %}{{ start }}model
+_PLAIN = """\
+{{ bos_token }}
+{%- for message in messages %}
+{{- start }}{{ 'model' if message['role'] == 'assistant' else message['role'] }}
+{% if message['content'] is string %}
+{{- message['content'] | trim }}
+{%- else %}
+{%- for part in message['content'] %}{{ part['text'] | trim }}{% endfor %}
+{%- endif %}
+{{- end }}
+{% endfor %}
+{% if add_generation_prompt %}
+{{- start }}model
 {% endif %}"""
 
 
@@ -117,9 +127,9 @@ def encode_chat(
 class _Typed(str):
     """Text from a message, written with stand-ins (`there`: ordinal -> stand-in).
 
-    A template may look in it for a control token, as Gemma 4's does to drop old thinking: strings that its methods are
-    given are written with stand-ins too, so they are found. All results are written with stand-ins, so where this class
-    gets lost on the way (as in "" + text) nothing becomes unsafe.
+    A template may look in it for a control token, as Gemma 4's does to drop old thinking. So the strings that
+    its methods are given are written with stand-ins too, and are found. All results are written with stand-ins:
+    where this class gets lost on the way (as in "" + text) nothing becomes unsafe.
     """
 
     there: dict[int, str]
@@ -150,10 +160,9 @@ def _method(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in (
-    "count find index lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip"
-    " split splitlines startswith endswith strip"
-).split():
+_SEARCHES = ["count", "find", "index", "rfind", "rindex", "startswith", "endswith", "removeprefix", "removesuffix"]
+_PARTS = ["lstrip", "partition", "replace", "rpartition", "rsplit", "rstrip", "split", "splitlines", "strip"]
+for _name in _SEARCHES + _PARTS:
     setattr(_Typed, _name, _method(_name))
 
 
@@ -201,9 +210,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**", "%"})
 
     def __init__(self) -> None:
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols], finalize=_bounded
-        )
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols], finalize=_bounded)
         self.filters.update(tojson=_tojson, _counted=_counted, _bounded=_bounded)
         self.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
 
@@ -211,14 +218,19 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         """The syntax tree, with all loops counted and all operands of + and ~ bounded."""
         tree = super()._parse(source, name, filename)
         for loop in tree.find_all(jinja2.nodes.For):
-            loop.iter = _filter(loop.iter, "_counted")
+            loop.iter = self._filtered(loop.iter, "_counted")
         for add in tree.find_all(jinja2.nodes.Add):
-            add.left, add.right = _filter(add.left, "_bounded"), _filter(add.right, "_bounded")
+            add.left, add.right = (self._filtered(node, "_bounded") for node in (add.left, add.right))
         for concat in tree.find_all(jinja2.nodes.Concat):
-            concat.nodes = [_filter(node, "_bounded") for node in concat.nodes]
+            concat.nodes = [self._filtered(node, "_bounded") for node in concat.nodes]
         return tree
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - Jinja's names
+    def _filtered(self, node: jinja2.nodes.Node, name: str) -> jinja2.nodes.Expr:
+        made = jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+        made.set_environment(self)
+        return made
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # Jinja's names
         _spend()
         if any(isinstance(x, int) and abs(x) > _MAX_TEXT for x in args):
             raise InputError("the model's chat template asks for too much: its code may be broken")
@@ -234,11 +246,6 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if operator == "%" and isinstance(left, str) and re.search(r"\d{6}|\*", left):
             raise InputError("the model's chat template makes too long a string: its code may be broken")
         return super().call_binop(context, operator, left, right)
-
-
-def _filter(node: jinja2.nodes.Expr, name: str) -> jinja2.nodes.Filter:
-    made = jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
-    return made.set_environment(node.environment)
 
 
 def _spend() -> None:
@@ -270,9 +277,7 @@ def _tojson(
     """As transformers has it: no HTML escapes. Private-use characters stay, since they may be stand-ins."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
     if ensure_ascii:
-        text = re.sub(
-            "[^\\x00-\\x7f\ue000-\uf8ff\U000f0000-\U0010ffff]", lambda c: json.dumps(c[0])[1:-1], text
-        )
+        text = re.sub("[^\\x00-\\x7f\ue000-\uf8ff\U000f0000-\U0010ffff]", lambda c: json.dumps(c[0])[1:-1], text)
     return text
 
 

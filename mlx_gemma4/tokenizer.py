@@ -5,16 +5,17 @@ Out: a `Tokenizer` (text -> ids, ids -> text) and a `StreamDecoder` (one id at a
 
 Two kinds of GGUF vocabulary are read, both with the results of llama.cpp (src/llama-vocab.cpp):
 
-`gemma4`  BPE with a list of merges. A space becomes U+2581, the text is cut into runs of newlines and the rest, and
-          what isn't in the vocabulary becomes byte tokens <0xXX>.
+`gemma4`  BPE with a list of merges. A space becomes U+2581, the text is cut into runs of newlines and the
+          rest, and what isn't in the vocabulary becomes byte tokens <0xXX>.
 `llama`   (gemma3 and older) SentencePiece BPE: no merges, but a score for each token. The neighbours whose
           concatenation has the best score join first, the leftmost of equals before the others.
 
-The Rust library `tokenizers` does the work for both; `bpe.PlainBPE` is its twin for the vocabularies that it can't express.
+The Rust library `tokenizers` does the work for both. `bpe.PlainBPE` is its twin, and takes its place for
+vocabularies that the library can't express.
 
-Two things differ from llama.cpp on purpose. Tokens of the shape <|name>, <name|> or <|name|> are control tokens even
-where the file calls them user-defined, so that nobody can type one. And no merge ever makes a control or byte token.
-This module knows nothing about chat: see prompts.py.
+Two things differ from llama.cpp on purpose. Tokens of the shape <|name>, <name|> or <|name|> are control
+tokens even where the file calls them user-defined, so that nobody can type one. And no merge ever makes a
+control or byte token. This module knows nothing about chat: see prompts.py.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from .errors import InputError
 # Values of tokenizer.ggml.token_type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-# <|turn>, <turn|>, <|"|>: in Gemma 4's vocabulary exactly the tokens of its chat and tool grammar have this shape.
+# <|turn>, <turn|>, <|"|>: in Gemma 4's vocabulary just the tokens of its chat and tool grammar look so.
 _MARKER = re.compile(r"<\|[^<>\s]+>|<[^<>\s]+\|>")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-# Tokens that end a reply, beside those the file names: ids 1, 106 and 50 in Gemma 4, 1 and 106 in Gemma 3. They go
-# by text, since 50 is an unused token in Gemma 3 and a trimmed vocabulary has them elsewhere.
+# Tokens that end a reply, beside those the file names: ids 1, 106 and 50 in Gemma 4, 1 and 106 in Gemma 3.
+# They go by text, since 50 is an unused token in Gemma 3 and a trimmed vocabulary has them elsewhere.
 _ENDS = ("<eos>", "<turn|>", "<|tool_response>", "<end_of_turn>")
 
 
@@ -105,7 +106,7 @@ class Tokenizer:
         return _from_folder(Path(path))
 
     def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
-        """Ids of `text`. Control tokens in it stay plain text unless `parse_special`; BOS is never doubled."""
+        """Ids of `text`. Control tokens in it stay text unless `parse_special`. BOS is never doubled."""
         ids: list[int] = []
         for part in self.split_special(text) if parse_special else [text]:
             ids.extend([part] if isinstance(part, int) else self._encode(_valid(part)))
@@ -118,7 +119,7 @@ class Tokenizer:
         return self._splitter.split(text)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of `ids`. Bytes that form no character become U+FFFD; an id outside the vocabulary is nothing."""
+        """Text of `ids`. Bytes that form no character become U+FFFD; unknown ids are left out."""
         return b"".join(self.piece(i, skip_special=skip_special) for i in ids).decode("utf-8", "replace")
 
     def piece(self, token: int, *, skip_special: bool = True) -> bytes:
@@ -146,7 +147,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Text of ids that come one at a time. What `push` and `finish` return, joined, is `decode` of all ids."""
+    """Text of ids that come one at a time. All that `push` and `finish` return, joined, is `decode` of all."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -200,12 +201,9 @@ class _Vocab:
         bytes_ = [text for text, kind in zip(tokens, types, strict=True) if kind == BYTE]
         for text in bytes_:
             if not _BYTE.fullmatch(text):
-                raise InputError(
-                    f"the tokenizer has a byte token {text!r}, not <0xXX>: convert the model again"
-                )
-        control = [tokens[i] for i in _control_ids(tokens, types)]
+                raise InputError(f"the tokenizer has a byte token {text!r}, not <0xXX>: convert the model again")
         self.all_bytes = len(bytes_) == 256
-        self.never = {*control, *bytes_}  # no merge makes these
+        self.never = {*bytes_, *(tokens[i] for i in _control_ids(tokens, types))}  # no merge makes these
         self.user = {
             text: i
             for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
@@ -219,9 +217,7 @@ def _array(metadata: Mapping[str, Any], name: str, length: int | None = None) ->
     if value is None or isinstance(value, str | bytes) or not hasattr(value, "__len__"):
         raise InputError(f"the file has no list tokenizer.ggml.{name}: convert the model again")
     if length is not None and len(value) != length:
-        raise InputError(
-            f"tokenizer.ggml.{name} has {len(value)} entries for {length} tokens: convert the model again"
-        )
+        raise InputError(f"tokenizer.ggml.{name} has {len(value)} entries for {length} tokens: convert the model again")
     result = value.tolist() if hasattr(value, "tolist") else list(value)
     wanted: type | tuple[type, ...] = str if name in ("tokens", "merges") else (int, float)
     if not result or not isinstance(result[0], wanted):
@@ -230,7 +226,7 @@ def _array(metadata: Mapping[str, Any], name: str, length: int | None = None) ->
 
 
 def _control_ids(tokens: Sequence[str], types: Sequence[int]) -> list[int]:
-    """Ids of what users must not be able to type: control tokens, and the markers of chat and tool grammar."""
+    """Ids that users must not be able to type: control tokens, and markers of chat and tool grammar."""
     return [
         i
         for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
@@ -262,18 +258,17 @@ def _newline_runs(vocab: Mapping[str, int]) -> list[str]:
 def _llama_encoder(vocab: _Vocab, scores: list[float], prefix: bool) -> Encoder:
     """SentencePiece BPE by scores.
 
-    Why ranked pairs give the same: let a token t be made at some place of a text. No merge before has crossed the ends
-    of that place, so inside it all went as if t's text stood alone: each token has one split that is ever used, and all
-    its occurrences come from that pair. So a queue of pairs ranked by their token's score, leftmost first, pops what a
-    queue of scores pops. The pairs that are never used do no harm. Only tokens of equal score could differ.
+    Why a list of ranked pairs gives the same. Let a token t be made at some place of a text. No merge before has
+    crossed the ends of that place, so inside it all went as if t's text stood alone: of the ways to cut t in
+    two, only one is ever used. So a queue of pairs, ranked by the score of what they make and leftmost first,
+    pops what a queue of scores pops; pairs that are never used do no harm. Only equal scores of different
+    tokens could make a difference, and they are left to the plain twin.
     """
     ids = vocab.ids
-    # Text that is a user-defined token never gets as far as merging, unless the token spells a space as U+2581.
+    # Text that is a user-defined token doesn't get as far as merging, unless the token has spaces as U+2581.
     barred = vocab.never.union(text for text in vocab.user if SPACE not in text)
     mergeable = [
-        (-score, text)
-        for text, score in zip(ids, scores, strict=True)
-        if len(text) > 1 and text not in barred
+        (-score, text) for text, score in zip(ids, scores, strict=True) if len(text) > 1 and text not in barred
     ]
     mergeable.sort()
     ranks = {text: rank for rank, text in mergeable}
@@ -285,9 +280,7 @@ def _llama_encoder(vocab: _Vocab, scores: list[float], prefix: bool) -> Encoder:
     return PlainBPE(ids, lambda a, b: ranks.get(a + b), vocab.user, prefix=prefix, split_lines=False)
 
 
-def _rust_encoder(
-    vocab: _Vocab, pairs: list[Any], *, prefix: bool, pre_tokenizer: Any | None = None
-) -> Encoder | None:
+def _rust_encoder(vocab: _Vocab, pairs: list[Any], *, prefix: bool, pre_tokenizer: Any | None = None) -> Encoder | None:
     """The `tokenizers` pipeline with these merges, or None where it wouldn't give llama.cpp's results."""
     if not vocab.all_bytes:
         return None  # it would drop characters without a word
@@ -299,7 +292,7 @@ def _rust_encoder(
     engine.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     if pre_tokenizer is not None:
         engine.pre_tokenizer = pre_tokenizer
-    # Matched in the text as typed, before spaces become U+2581; between them each stretch is encoded by itself.
+    # Found in the text as typed, before spaces become U+2581; each stretch between them is encoded by itself.
     engine.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in vocab.user])
     return _encoder(engine)
 
@@ -337,16 +330,12 @@ def _from_folder(folder: Path) -> Tokenizer:
     for i, token in added.items():
         types[i] = CONTROL if token.special or _MARKER.fullmatch(token.content) else USER_DEFINED
     # Markers that the file doesn't call special become so, and then none of them is found in text any more.
-    engine.add_special_tokens(
-        [tokenizers.AddedToken(tokens[i], special=True) for i in added if types[i] == CONTROL]
-    )
+    engine.add_special_tokens([tokenizers.AddedToken(tokens[i], special=True) for i in added if types[i] == CONTROL])
     engine.encode_special_tokens = True
     return _folder_tokenizer(folder, tokens, types, engine)
 
 
-def _folder_tokenizer(
-    folder: Path, tokens: list[str], types: list[int], engine: tokenizers.Tokenizer
-) -> Tokenizer:
+def _folder_tokenizer(folder: Path, tokens: list[str], types: list[int], engine: tokenizers.Tokenizer) -> Tokenizer:
     config, generation = _json(folder / "tokenizer_config.json"), _json(folder / "generation_config.json")
     bos = config.get("bos_token")
     bos = bos.get("content") if isinstance(bos, dict) else bos
