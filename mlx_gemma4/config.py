@@ -157,13 +157,21 @@ def config_from_json(config: Mapping[str, Any], source: str) -> Config:
         raise read.error("layer_types", f"is not a list of {n}")
     sliding = [t == "sliding_attention" for t in types]
     shared = read.count("num_kv_shared_layers", 0, least=0)
-    head_dim = read.count("head_dim", 256)
-    kv_heads = read.count("num_key_value_heads")
+    head_dim, kv_heads = read.count("head_dim", 256), read.count("num_key_value_heads")
     global_dim, global_kv = head_dim, kv_heads
     if kind == "gemma4":
-        global_dim = read.count("global_head_dim", 512)
+        global_dim = read.count("global_head_dim", head_dim if "per_layer_config" in text else 512)
         if text.get("attention_k_eq_v"):
             global_kv = read.count("num_global_key_value_heads", kv_heads)
+    head_dims = [head_dim if s else global_dim for s in sliding]
+    kv_counts = [kv_heads if s else global_kv for s in sliding]
+    # transformers 5.23 and later write what differs from layer to layer by layer number instead.
+    for i, own in (text.get("per_layer_config") or {}).items():
+        if not (i.isdigit() and int(i) < n and isinstance(own, Mapping)):
+            raise read.error("per_layer_config", f"has an entry {i[:20]!r} that is none of the {n} layers")
+        layer = _Reader(own, "", source)
+        head_dims[int(i)] = layer.count("head_dim", head_dims[int(i)])
+        kv_counts[int(i)] = layer.count("num_key_value_heads", kv_counts[int(i)])
     wide = 2 if text.get("use_double_wide_mlp") else 1
     ffn = read.count("intermediate_size")
     ropes = text.get("rope_parameters") or {}
@@ -194,8 +202,8 @@ def config_from_json(config: Mapping[str, Any], source: str) -> Config:
             layers=_layers(
                 sliding,
                 [read.count("num_attention_heads")] * n,
-                [kv_heads if s else global_kv for s in sliding],
-                [head_dim if s else global_dim for s in sliding],
+                kv_counts,
+                head_dims,
                 [ffn * (wide if shared and i >= n - shared else 1) for i in range(n)],
                 shared,
                 source,

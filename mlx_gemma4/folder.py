@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import mlx.core as mx
 from .config import Config
 from .errors import InputError
 from .loader import Entry, Source, Spec
-from .memory import Holding
+from .memory import Holding, on_cpu
 from .ops import Affine, Weight
 
 _TOP = {
@@ -110,7 +111,7 @@ def folder_source(path: Path, config: Config, quantization: Mapping[str, Any]) -
             dense = mx.dequantize(codes, scales, biases, group_size=weight.group, bits=weight.bits)
         else:
             dense = arrays[0]
-            if spec.role == "vector" or (holding == "dense" and spec.role == "matrix"):
+            if spec.role == "vector" or (spec.role == "matrix" and (holding == "dense" or on_cpu())):
                 dense = dense.astype(mx.float32)
             if config.architecture == "gemma3" and names[0].endswith("norm.weight"):
                 dense = 1 + dense  # Hugging Face stores Gemma 3's norms as what they differ from 1
@@ -118,7 +119,8 @@ def folder_source(path: Path, config: Config, quantization: Mapping[str, Any]) -
         return dense
 
     def packed_bytes(name: str, spec: Spec) -> int:
-        return entries[name].n_bytes
+        widened = name not in groups and spec.role == "matrix" and on_cpu()
+        return 4 * prod(spec.shape) if widened else entries[name].n_bytes
 
     return Source(str(path), entries, read, packed_bytes)
 

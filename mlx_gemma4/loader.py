@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from math import prod
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -183,7 +183,8 @@ def _account(source: Source, specs: dict[str, Spec]) -> dict[str, Spec]:
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise InputError(
-            f"{source.name}: tensor {', '.join(missing[:3])}{more} is missing; the file is incomplete, download it again"
+            f"{source.name}: tensor {', '.join(missing[:3])}{more} is missing; "
+            "the file is incomplete, download it again"
         )
     present = {name: spec for name, spec in needed.items() if name in source.entries}
     for name, spec in present.items():
@@ -207,7 +208,7 @@ def _sizes(source: Source, present: dict[str, Spec]) -> tuple[int, int]:
     for name, spec in present.items():
         kept = source.packed_bytes(name, spec)
         packed += kept
-        dense += kept if spec.role == "table" else 4 * int(np.prod(spec.shape))
+        dense += kept if spec.role == "table" else 4 * prod(spec.shape)
     return packed, dense
 
 
@@ -277,7 +278,8 @@ def gguf_source(file: GGUFFile) -> Source:
 
     def packed_bytes(name: str, spec: Spec) -> int:
         info = file.tensors[name]
-        return info.n_bytes if info.type in quant.FORMATS else info.n_bytes * (2 if on_cpu() else 1)
+        widened = info.type not in quant.FORMATS and spec.role == "matrix" and on_cpu()
+        return 4 * prod(spec.shape) if widened else info.n_bytes
 
     entries = {name: Entry(t.shape, t.type, t.n_bytes) for name, t in file.tensors.items()}
     return Source(str(file.path), entries, read, packed_bytes)
@@ -295,6 +297,6 @@ def _read_blocks(file: GGUFFile, infos: list[TensorInfo], spec: Spec, holding: H
     shape = first.shape if len(first.shape) == 1 else (*batch, rows * len(infos), k)
     if first.type in quant.FORMATS and (holding == "packed" or spec.role == "table"):
         return quant.pack(raw, first.type, shape)
-    if spec.role == "vector" or holding == "dense" or (on_cpu() and first.type != "F32" and spec.role == "matrix"):
+    if spec.role == "vector" or holding == "dense" or (spec.role == "matrix" and on_cpu()):
         return quant.dense(raw, first.type, shape, np.float32)
     return quant.dense(raw, first.type, shape, None)

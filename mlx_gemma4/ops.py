@@ -95,15 +95,7 @@ def expert_linear(x: mx.array, w: Weight, chosen: mx.array) -> mx.array:
     if isinstance(w, mx.array):
         out = mx.gather_mm(rows.astype(w.dtype), w.swapaxes(-1, -2), rhs_indices=chosen)
     elif isinstance(w, Affine):
-        out = mx.gather_qmm(
-            rows.astype(w.scales.dtype),
-            w.codes,
-            w.scales,
-            w.biases,
-            rhs_indices=chosen,
-            group_size=w.group,
-            bits=w.bits,
-        )
+        out = _affine_matmul(rows, w, chosen)
     else:
         if chosen.size < w.shape[0]:  # few tokens: expand the scales of the chosen experts only
             w, chosen = _experts(w, chosen.reshape(-1)), mx.arange(chosen.size).reshape(chosen.shape)
@@ -124,9 +116,8 @@ def embed(ids: mx.array, table: Weight) -> mx.array:
     if isinstance(table, mx.array):
         return table[ids].astype(mx.float32)
     if isinstance(table, Affine):
-        codes, scales, biases = (a[ids] for a in (table.codes, table.scales, table.biases))
-        out = mx.dequantize(codes, scales, biases, group_size=table.group, bits=table.bits)
-        return out.astype(mx.float32)
+        scales, biases = (a[ids].astype(mx.float32) for a in (table.scales, table.biases))
+        return mx.dequantize(table.codes[ids], scales, biases, group_size=table.group, bits=table.bits)
     return dequantize(table, rows=ids)
 
 
@@ -144,9 +135,13 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.arra
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
 
-def _affine_matmul(x: mx.array, w: Affine) -> mx.array:
-    return mx.quantized_matmul(
-        x.astype(w.scales.dtype), w.codes, w.scales, w.biases, transpose=True, group_size=w.group, bits=w.bits
+def _affine_matmul(x: mx.array, w: Affine, chosen: mx.array | None = None) -> mx.array:
+    """In fp32, as `_packed_matmul` and for its reason."""
+    x, scales, biases = (a.astype(mx.float32) for a in (x, w.scales, w.biases))
+    if chosen is None:
+        return mx.quantized_matmul(x, w.codes, scales, biases, transpose=True, group_size=w.group, bits=w.bits)
+    return mx.gather_qmm(
+        x, w.codes, scales, biases, rhs_indices=chosen, transpose=True, group_size=w.group, bits=w.bits
     )
 
 
@@ -158,10 +153,7 @@ def _packed_matmul(x: mx.array, w: Packed, chosen: mx.array | None) -> mx.array:
         out = _quantized_matmul(x, w.codes, w.sub, None, chosen, w.format.bits, "mxfp4")
     elif w.format.lut is not None:
         dense = dequantize(w)
-        if chosen is None:
-            out = x @ dense.T
-        else:
-            out = mx.gather_mm(x, dense.swapaxes(-1, -2), rhs_indices=chosen)
+        out = x @ dense.T if chosen is None else mx.gather_mm(x, dense.swapaxes(-1, -2), rhs_indices=chosen)
     else:
         scales, biases = affine_parts(w)
         if w.format.group == 32:
