@@ -75,14 +75,14 @@ FORMATS: dict[str, Format] = {f.name: f for f in (
     Format("Q5_0",   5, 32,  0,  16, False,  32, None, "",          Layout( 32,  22, (Plane( 6, 4, 16), Plane(2, 1, 1)),   (0,))),
     Format("Q5_1",   5, 32,  0,   0, True,   32, None, "",          Layout( 32,  24, (Plane( 8, 4, 16), Plane(4, 1, 1)),   (0, 2))),
     Format("Q8_0",   8, 32,  0, 128, False,  32, None, "",          Layout( 32,  34, (Plane( 2, 8, 32),),                  (0,), flip=True)),
-    Format("Q2_K",   2, 16,  8,   0, True,  256, None, "scale-min", Layout(256,  84, (Plane(16, 2, 32),),                  (80, 82), partial(plain_scales, at=0, n=16), 16)),
+    Format("Q2_K",   2, 16,  8,   0, True,  256, None, "scale-min", Layout(256,  84, (Plane(16, 2, 32),),                  (80, 82), partial(plain_scales, at=0), 16)),
     Format("Q3_K",   3, 16,  6,   4, False, 256, None, "scale-32",  Layout(256, 110, (Plane(32, 2, 32), Plane(0, 1, 32)),  (108,), partial(scales_of_16, at=96), 12)),
     Format("Q4_K",   4, 32, 12,   0, True,  256, None, "scale-min", Layout(256, 144, (Plane(16, 4, 32),),                  (0, 2), partial(scales_and_mins, at=4), 12)),
     Format("Q5_K",   5, 32, 12,   0, True,  256, None, "scale-min", Layout(256, 176, (Plane(48, 4, 32), Plane(16, 1, 32)), (0, 2), partial(scales_and_mins, at=4), 12)),
-    Format("Q6_K",   6, 16,  8,  32, False, 256, None, "int8",      Layout(256, 210, (Plane(0, 4, 64), Plane(128, 2, 32)), (208,), partial(plain_scales, at=192, n=16), 16)),
+    Format("Q6_K",   6, 16,  8,  32, False, 256, None, "int8",      Layout(256, 210, (Plane(0, 4, 64), Plane(128, 2, 32)), (208,), partial(plain_scales, at=192), 16)),
     Format("IQ4_NL", 4, 32,  0,   0, False,  32, IQ4,  "",          Layout( 32,  18, (Plane( 2, 4, 16),),                  (0,))),
     Format("IQ4_XS", 4, 32,  6,   0, False, 256, IQ4,  "scale-32",  Layout(256, 136, (Plane( 8, 4, 16),),                  (0,), partial(scales_of_8, at=2), 6)),
-    Format("MXFP4",  4, 32,  8,   0, False,   0, FP4,  "e8m0",      Layout( 32,  17, (Plane( 1, 4, 16),),                  (), partial(plain_scales, at=0, n=1), 1)),
+    Format("MXFP4",  4, 32,  8,   0, False,   0, FP4,  "e8m0",      Layout( 32,  17, (Plane( 1, 4, 16),),                  (), partial(plain_scales, at=0), 1)),
 )}
 # fmt: on
 

@@ -3,10 +3,11 @@
 In: the raw blocks of a tensor and the `Layout` that says where a block keeps its bits. Out, written into arrays the
 caller owns: codes as one little-endian bit stream in natural order, group scales as one bit stream, fp16 scales.
 
-A GGUF block scatters its bits for the benefit of CPU kernels. Here 8 codes are first laid side by side in a 64-bit
-word, one a byte (`_lay_out`), then pushed together (`_squeeze`), then words are joined to the stream (`_join`). Every
-step is a bitwise operation on a whole array of words that fits the L2 cache, so that it runs at the speed of
-numpy's SIMD loops; [words, blocks] is the order everywhere, blocks last, so that these arrays are contiguous.
+A GGUF block scatters the bits of its codes for the benefit of CPU kernels. Here the codes of a segment, that is of a
+run of bytes at one bit position, are masked out for very many blocks at once (`_take`), which leaves one code a byte;
+neighbours are then pushed together (`_squeeze`), and the segments go to their places in the stream (`_store`). Each
+step is one numpy operation on an array of 64-bit words that stays in the cache, so it runs at the speed of numpy's
+SIMD loops, outside the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,15 +25,8 @@ import numpy.typing as npt
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint64]
 
-CHUNK = 1 << 18  # codes a thread works on at a time: two arrays of as many bytes stay in its L2 cache
-STRIPE = 1 << 23  # codes a thread takes before it asks for more
-
-
-class Piece(NamedTuple):
-    """The lowest `n_bytes` bytes of each word [blocks] are to be stored."""
-
-    words: Words
-    n_bytes: int
+SPAN = 1 << 17  # bytes of the arrays a thread works on: a few of them stay in its L2 cache
+STRIPE = 1 << 21  # codes a thread takes before it asks for more
 
 
 @dataclass(frozen=True)
@@ -53,15 +46,15 @@ class Plane:
 class Layout:
     """What is where in a block of `size` values and `n_bytes` bytes.
 
-    codes: planes from the lowest bits of a code up. flip: True where codes are signed bytes (they become q + 128).
-    super: the bytes where d (and dmin or m) are. sub: gets the group scales, `sub_bytes` a block, as one bit stream.
+    codes: planes from the lowest bits of a code up. super: the bytes where d (and dmin or m) are.
+    sub: writes the group scales, `sub_bytes` a block, as one bit stream. flip: codes are signed bytes; store q + 128.
     """
 
     size: int
     n_bytes: int
     codes: tuple[Plane, ...]
     super: tuple[int, ...] = ()
-    sub: Callable[[Blocks], list[Piece]] | None = None
+    sub: Callable[[Blocks, Bytes], None] | None = None
     sub_bytes: int = 0
     flip: bool = False
 
@@ -69,6 +62,11 @@ class Layout:
     def bits(self) -> int:
         """Bits of a code."""
         return sum(plane.bits for plane in self.codes)
+
+    @property
+    def segment(self) -> int:
+        """Codes that lie in neighbouring bytes of every plane."""
+        return min(plane.run for plane in self.codes if plane.run > 1)
 
 
 @dataclass(frozen=True)
@@ -82,176 +80,172 @@ class Blocks:
     def count(self) -> int:
         return self.raw.size // self.n_bytes
 
-    def field(self, at: int, dtype: str, n: int = 1) -> np.ndarray:
-        """n neighbouring values from byte `at` of each block, as a strided view [n, blocks]."""
-        d = np.dtype(dtype)
-        return np.ndarray((n, self.count), d, self.raw, at, (d.itemsize, self.n_bytes))
+    def field(self, at: int, dtype: str) -> np.ndarray:
+        """The value at byte `at` of each block, as a strided view [blocks]."""
+        return np.ndarray((self.count,), dtype, self.raw, at, (self.n_bytes,))
 
-    def words(self, at: int, dtype: str, n: int = 1) -> Words:
-        """The same, zero-extended to contiguous 64-bit words."""
-        return self.field(at, dtype, n).astype(np.uint64)
-
-
-# ---- steps on words; each works in place, `tmp` is scratch of the same shape ----
+    def words(self, at: int, dtype: str) -> Words:
+        """The same, zero-extended to 64-bit words."""
+        return self.field(at, dtype).astype(np.uint64)
 
 
+@cache
 def _repeat(lane: int, every: int) -> np.uint64:
     """The mask `lane` repeated `every` so many bits over a word."""
     return np.uint64(sum(lane << s for s in range(0, 64, every)))
 
 
-def _squeeze(x: Words, bits: int, tmp: Words) -> None:
-    """8 codes of `bits` bits, one in each byte, to 8 * bits bits at the bottom of the word.
-
-    Three times, neighbours are joined: hi*2**w + lo becomes hi*2**b + lo by taking hi * (2**w - 2**b) off.
-    """
-    if bits == 8:
-        return
-    for narrow in (np.uint16, np.uint32, np.uint64):
-        a, t = x.view(narrow), tmp.view(narrow)
-        w = a.itemsize * 4  # bits of half a lane; of these, the lower b = w/8*bits are in use
-        np.right_shift(a, narrow(w), out=t)
-        np.multiply(t, narrow((1 << w) - (1 << w // 8 * bits)), out=t)
-        np.subtract(a, t, out=a)
+# ---- codes ----
 
 
-def _spread_bits(x: Words) -> None:
-    """The 8 bits at the bottom of each word to the lowest bit of its 8 bytes."""
-    np.multiply(x, _repeat(1, 8), out=x)  # a copy of all 8 bits in each byte
-    np.bitwise_and(x, np.uint64(0x8040201008040201), out=x)  # byte i keeps bit i
-    np.add(
-        x, np.uint64(0x00406070787C7E7F), out=x
-    )  # byte i: 2**i + (128 - 2**i) has bit 7 set, and carries nothing
-    np.right_shift(x, np.uint64(7), out=x)
-    np.bitwise_and(x, _repeat(1, 8), out=x)
-
-
-def _lay_out(layout: Layout, blocks: Blocks, x: Words, tmp: Words, source: Words) -> None:
-    """Fill x [size / 8, blocks]: code k of a block in byte k % 8 of word k // 8."""
-    done = 0  # bits of the codes that are in place
-    for plane in layout.codes:
-        n_words = layout.size * plane.bits // 64
-        if plane.bits == 8:
-            np.copyto(x, blocks.field(plane.at, "<u8", n_words))
-        elif plane.run == 1:  # a byte has one bit of 8 codes in natural order
-            np.copyto(tmp, blocks.field(plane.at, "u1", layout.size // 8))
-            _spread_bits(tmp)
-            np.left_shift(tmp, np.uint64(done), out=tmp)
-            np.bitwise_or(x, tmp, out=x)
-        else:
-            runs = source[:n_words].reshape(-1, plane.run // 8, x.shape[1])
-            np.copyto(source[:n_words], blocks.field(plane.at, "<u8", n_words))
-            _take_apart(runs, plane.bits, done, x, tmp)
-        done += plane.bits
-    if layout.flip:
-        np.bitwise_xor(x, _repeat(0x80, 8), out=x)
-
-
-def _take_apart(source: Words, bits: int, done: int, x: Words, tmp: Words) -> None:
-    """Distribute the 8 // bits codes in each byte of source [runs, words of a run, blocks], to bit `done` of x's bytes."""
-    runs, run, n = source.shape
-    target, scratch = (a.reshape(runs, 8 // bits, run, n) for a in (x, tmp))
-    mask = _repeat(((1 << bits) - 1) << done, 8)
-    for i in range(8 // bits):
-        out = scratch[:, i] if done else target[:, i]
-        shift = done - i * bits
-        if shift > 0:
-            np.left_shift(source, np.uint64(shift), out=out)
-        else:
-            np.right_shift(source, np.uint64(-shift), out=out)
-        np.bitwise_and(out, mask, out=out)
-        if done:
-            np.bitwise_or(target[:, i], out, out=target[:, i])
-
-
-def _join(lanes: Words, width: int, tmp: Words) -> Words:
-    """Write lanes [groups, L, blocks] of `width` bits each one after the other: words [groups, L * width / 64, blocks].
-
-    The words are in `tmp` (of the shape of `lanes`), whose last lane is scratch.
-    """
-    if width == 64:
-        return lanes
-    n_lanes = lanes.shape[1]
-    n_words = -(-n_lanes * width // 64)
-    words, shifted = tmp[:, :n_words], tmp[:, -1]
-    for w in range(n_words):
-        word = words[:, w]
-        fresh = True
-        for lane in range(n_lanes):
-            shift = lane * width - w * 64  # where this lane starts in this word
-            if not -width < shift < 64:
-                continue
-            out = word if fresh else shifted
-            if shift >= 0:
-                np.left_shift(lanes[:, lane], np.uint64(shift), out=out)
+def _codes(layout: Layout, blocks: Blocks, out: Bytes) -> None:
+    """The code stream of some blocks, to `out`, flat."""
+    width = layout.segment
+    # With one plane all its runs look alike: each counts as a block, and one pass takes a segment of every run.
+    size = layout.size if len(layout.codes) > 1 else width * 8 // layout.bits
+    n_bytes = width * (layout.size // size)
+    pieces: dict[int, Words] = {}
+    x, tmp = (_scratch(i, blocks.count * n_bytes) for i in range(2))
+    for start in range(0, size, width):  # the first code of the segment
+        done = 0  # bits of the codes that are in x
+        for plane in layout.codes:
+            run, at = divmod(start, plane.run * 8 // plane.bits)
+            shift, at = divmod(at, plane.run)
+            at += plane.at + run * plane.run
+            if plane.run == 1:
+                _load_bits(blocks, at, width, tmp)
+                np.left_shift(tmp, np.uint64(done), out=tmp)
             else:
-                np.right_shift(lanes[:, lane], np.uint64(-shift), out=out)
-            if not fresh:
-                np.bitwise_or(word, shifted, out=word)
-            fresh = False
-    return words
+                if at not in pieces:
+                    pieces[at] = _load(blocks, at, n_bytes, _scratch(2 + len(pieces), x.nbytes))
+                _take(pieces[at], shift * plane.bits, plane.bits, done, tmp if done else x)
+            if done:
+                np.bitwise_or(x, tmp, out=x)
+            done += plane.bits
+        if layout.flip:
+            np.bitwise_xor(x, _repeat(0x80, 8), out=x)
+        lanes, used = _squeeze(x, tmp, layout.bits)
+        _store(lanes, used, width * layout.bits // 8, out, start * layout.bits // 8, size * layout.bits // 8)
 
 
-def _store(piece: Piece, out: Bytes, at: int) -> int:
-    """Write a piece to out[:, at : at + n_bytes], out being [blocks, bytes]; returns where the next one goes."""
-    done = 0
-    for size in (8, 4, 2, 1):
-        if piece.n_bytes - done >= size:
-            part = piece.words.view(f"<u{size}")[done // size :: 8 // size]
-            target = np.ndarray(part.shape, f"<u{size}", out.data, at + done, (out.shape[1],))
-            np.copyto(target, part)
-            done += size
-    return at + done
+def _load(blocks: Blocks, at: int, n: int, out: Words) -> Words:
+    """n bytes from byte `at` of each block."""
+    np.copyto(out.view(f"V{n}"), blocks.field(at, f"V{n}"))
+    return out
 
 
-# ---- group scales: each of these returns one block's `sub` stream in pieces ----
+def _load_bits(blocks: Blocks, at: int, n: int, out: Words) -> None:
+    """n bits from byte `at` of each block, each to the lowest bit of a byte."""
+    for i in range(n // 8):
+        np.copyto(out[i :: n // 8], blocks.field(at + i, "u1"))
+    np.multiply(out, _repeat(1, 8), out=out)  # a copy of all 8 bits in each byte
+    np.bitwise_and(out, np.uint64(0x8040201008040201), out=out)  # byte i keeps bit i, worth 2**i
+    np.add(out, np.uint64(0x00406070787C7E7F), out=out)  # plus 128 - 2**i: bit 7 is set if it was, nothing carries
+    np.right_shift(out, np.uint64(7), out=out)
+    np.bitwise_and(out, _repeat(1, 8), out=out)
 
 
-def plain_scales(blocks: Blocks, at: int, n: int) -> list[Piece]:
-    """n bytes from `at` on, as they are (n is 1 or a multiple of 8)."""
-    size = 8 if n % 8 == 0 else 1
-    return [Piece(w, size) for w in blocks.words(at, f"<u{size}", n // size)]
+def _take(source: Words, shift: int, bits: int, to: int, out: Words) -> None:
+    """Bits shift .. shift + bits of each byte of source, to bit `to` of the bytes of out; the others become zero."""
+    if to > shift:
+        source = np.left_shift(source, np.uint64(to - shift), out=out)
+    elif to < shift:
+        source = np.right_shift(source, np.uint64(shift - to), out=out)
+    np.bitwise_and(source, _repeat(((1 << bits) - 1) << to, 8), out=out)
 
 
-def scales_and_mins(blocks: Blocks, at: int) -> list[Piece]:
+def _squeeze(x: Words, tmp: Words, used: int) -> tuple[np.ndarray, int]:
+    """Codes of `used` bits, one a byte, pushed together; both arrays are scratch afterwards.
+
+    Returns lanes of 8 to 64 bits and how many of their bits, from the lowest, are in use (8, 40 or 48). Each step
+    joins neighbours low and high. If both fit into the lane of one, the pair is cut to its lower half, which halves
+    the array too. If not, the lane grows: high * 2**lane + low becomes high * 2**used + low by a subtraction.
+    """
+    a, t = x.view(np.uint8), tmp.view(np.uint8)
+    while used < (lane := a.itemsize * 8) < 64:
+        a, t = a.view(f"<u{lane // 4}"), t.view(f"<u{lane // 4}")[: a.size // 2]
+        if 2 * used <= lane:
+            np.right_shift(a, a.dtype.type(lane - used), out=t)
+            np.bitwise_or(a, t, out=a)
+            half = t.view(f"<u{lane // 8}")[: a.size]
+            np.copyto(half, a, casting="unsafe")
+            a, t = half, a.view(f"<u{lane // 8}")
+        else:
+            np.right_shift(a, a.dtype.type(lane), out=t)
+            np.multiply(t, a.dtype.type((1 << lane) - (1 << used)), out=t)
+            np.subtract(a, t, out=a)
+        used *= 2
+    return a, used
+
+
+def _store(lanes: np.ndarray, used: int, n: int, out: Bytes, at: int, stride: int) -> None:
+    """Write the used bits of the lanes, n bytes in all, to byte `at` of every `stride` bytes of out."""
+    count = out.size // stride
+    if used == lanes.itemsize * 8:
+        np.copyto(np.ndarray((count,), f"V{n}", out, at, (stride,)), lanes.view(f"V{n}"))
+        return
+    per_segment = n * 8 // used
+    for i in range(per_segment):
+        done = 0
+        for size in (4, 2, 1):  # 40 or 48 bits
+            if used // 8 - done >= size:
+                part = lanes.view(f"<u{size}")[i * 8 // size + done // size :: per_segment * 8 // size]
+                np.copyto(np.ndarray((count,), f"<u{size}", out, at + i * used // 8 + done, (stride,)), part)
+                done += size
+
+
+# ---- group scales: each of these writes the `sub` stream of some blocks to out [blocks, bytes] ----
+
+
+def plain_scales(blocks: Blocks, out: Bytes, at: int) -> None:
+    """The bytes from `at` on, as they are."""
+    n = out.shape[1]
+    np.copyto(out.reshape(-1).view(f"V{n}"), blocks.field(at, f"V{n}"))
+
+
+def scales_and_mins(blocks: Blocks, out: Bytes, at: int) -> None:
     """Q4_K, Q5_K: 8 pairs of 6 bits, scale | min << 6.
 
     The file has 12 bytes: d, m, x of 4 each. Groups 0-3 are the lower 6 bits of d and m; groups 4-7 have their lower
     4 bits in x (scale low, min high) and their upper 2 in the top of d and m.
     """
-    d, m, x = (_bytes_apart(w) for w in blocks.words(at, "<u4", 3))
-    first = (d & _repeat(0x3F, 16)) | (m & _repeat(0x3F, 16)) << 8
-    second = ((x | x << 4) & _repeat(0x0F, 8)) | (d >> 2 & _repeat(0x30, 16)) | (m << 6 & _repeat(0x3000, 16))
-    return [_six_bits(first), _six_bits(second)]
+    d, m, x = (_bytes_apart(blocks.words(at + i, "<u4")) for i in (0, 4, 8))
+    first = (d & _repeat(0x3F, 16)) | (m & _repeat(0x3F, 16)) << _8
+    second = ((x | x << _4) & _repeat(0x0F, 8)) | (d >> _2 & _repeat(0x30, 16)) | (m << _6 & _repeat(0x3000, 16))
+    _store_six_bits((first, second), out)
 
 
-def scales_of_16(blocks: Blocks, at: int) -> list[Piece]:
+def scales_of_16(blocks: Blocks, out: Bytes, at: int) -> None:
     """Q3_K: 16 scales of 6 bits. The file has their lower halves in 8 bytes (group i and i + 8), then the upper 2 bits
     in 4 bytes (group i, i + 4, i + 8, i + 12)."""
-    low, high = blocks.words(at, "<u8")[0], blocks.words(at + 8, "<u4")[0]
-    first = (low & _repeat(0x0F, 8)) | ((high | high << 30) & _repeat(3, 8)) << 4
-    second = (low >> 4 & _repeat(0x0F, 8)) | ((high >> 4 | high << 26) & _repeat(3, 8)) << 4
-    return [_six_bits(first), _six_bits(second)]
+    low, high = blocks.words(at, "<u8"), blocks.words(at + 8, "<u4")
+    first = (low & _repeat(0x0F, 8)) | ((high | high << _30) & _repeat(3, 8)) << _4
+    second = (low >> _4 & _repeat(0x0F, 8)) | ((high >> _4 | high << _26) & _repeat(3, 8)) << _4
+    _store_six_bits((first, second), out)
 
 
-def scales_of_8(blocks: Blocks, at: int) -> list[Piece]:
+def scales_of_8(blocks: Blocks, out: Bytes, at: int) -> None:
     """IQ4_XS: 8 scales of 6 bits. The file has 2 bytes with the upper 2 bits, then 4 with the lower 4, both in order."""
-    high, low = blocks.words(at, "<u2")[0], _bytes_apart(blocks.words(at + 2, "<u4")[0])
-    for shift, width in ((24, 8), (12, 4), (6, 2)):
+    high, low = blocks.words(at, "<u2"), _bytes_apart(blocks.words(at + 2, "<u4"))
+    for shift, width in ((_24, 8), (_12, 4), (_6, 2)):
         high = (high | high << shift) & _repeat((1 << width) - 1, 4 * width)
-    return [_six_bits(((low | low << 4) & _repeat(0x0F, 8)) | high << 4)]
+    _store_six_bits((((low | low << _4) & _repeat(0x0F, 8)) | high << _4,), out)
+
+
+_2, _4, _6, _8, _12, _24, _26, _30 = (np.uint64(n) for n in (2, 4, 6, 8, 12, 24, 26, 30))
 
 
 def _bytes_apart(x: Words) -> Words:
     """The lower 4 bytes of each word to its 4 16-bit lanes."""
-    x = (x | x << 16) & _repeat(0xFFFF, 32)
-    return (x | x << 8) & _repeat(0xFF, 16)
+    x = (x | x << np.uint64(16)) & _repeat(0xFFFF, 32)
+    return (x | x << _8) & _repeat(0xFF, 16)
 
 
-def _six_bits(x: Words) -> Piece:
-    """8 numbers of 6 bits, one a byte, to 6 bytes."""
-    _squeeze(x, 6, np.empty_like(x))
-    return Piece(x, 6)
+def _store_six_bits(words: tuple[Words, ...], out: Bytes) -> None:
+    """Words of 8 numbers of 6 bits, one a byte, to 6 bytes each."""
+    for i, x in enumerate(words):
+        lanes, used = _squeeze(x, np.empty_like(x), 6)
+        _store(lanes, used, 6, out.reshape(-1), 6 * i, out.shape[1])
 
 
 # ---- all blocks of a tensor ----
@@ -278,50 +272,33 @@ def rearrange(
 
     def stripe(start: int) -> None:
         stop = min(start + STRIPE // layout.size, n_blocks)
-        step = CHUNK // layout.size
+        blocks = Blocks(raw[start * layout.n_bytes : stop * layout.n_bytes], layout.n_bytes)
+        if sub is not None and layout.sub is not None:
+            layout.sub(blocks, sub[start:stop])
+        if super_ is not None:
+            halves = super_[start:stop].view("<u2")
+            for i, at in enumerate(layout.super):
+                np.copyto(halves[:, i], blocks.field(at, "<u2"))
+        step = SPAN // (layout.size * layout.bits // 8 if len(layout.codes) == 1 else layout.segment)
         for a in range(start, stop, step):
             b = min(a + step, stop)
-            blocks = Blocks(raw[a * layout.n_bytes : b * layout.n_bytes], layout.n_bytes)
-            _codes(layout, blocks, codes[a:b])
-            if sub is not None and layout.sub is not None:
-                at = 0
-                for piece in layout.sub(blocks):
-                    at = _store(piece, sub[a:b], at)
-            if super_ is not None:
-                halves = super_[a:b].view("<u2")
-                for i, at in enumerate(layout.super):
-                    np.copyto(halves[:, i], blocks.field(at, "<u2")[0])
+            some = Blocks(raw[a * layout.n_bytes : b * layout.n_bytes], layout.n_bytes)
+            _codes(layout, some, codes[a:b].reshape(-1))
         if on_read is not None:
             on_read(start * layout.n_bytes, stop * layout.n_bytes)
 
     in_threads(stripe, range(0, n_blocks, STRIPE // layout.size))
 
 
-def _codes(layout: Layout, blocks: Blocks, out: Bytes) -> None:
-    """The code stream of some blocks, to out [blocks, size * bits / 8]."""
-    x, tmp, source = (a[: layout.size // 8 * blocks.count].reshape(-1, blocks.count) for a in _scratch())
-    _lay_out(layout, blocks, x, tmp, source)
-    _squeeze(x, layout.bits, tmp)
-    at = 0
-    four = (
-        -1,
-        4,
-        blocks.count,
-    )  # 4 words of 8 codes are 32 codes: whole 32-bit words, whatever the number of bits
-    for group in _join(x.reshape(four), 8 * layout.bits, tmp.reshape(four)):
-        for i, word in enumerate(group):
-            at = _store(Piece(word, min(8, 4 * layout.bits - 8 * i)), out, at)
-
-
 _local = threading.local()
 
 
-def _scratch() -> tuple[Words, Words, Words]:
-    """This thread's three working arrays."""
-    if not hasattr(_local, "arrays"):
-        _local.arrays = tuple(np.empty(CHUNK // 8, np.uint64) for _ in range(3))
-    arrays: tuple[Words, Words, Words] = _local.arrays
-    return arrays
+def _scratch(i: int, n_bytes: int) -> Words:
+    """This thread's working array number i, of n_bytes."""
+    arrays: dict[int, Words] = _local.__dict__
+    if i not in arrays or arrays[i].nbytes < n_bytes:
+        arrays[i] = np.empty(n_bytes // 8, np.uint64)
+    return arrays[i][: n_bytes // 8]
 
 
 @cache
