@@ -32,7 +32,11 @@ _METAL_TYPES = {
 def _dtype(spec: Any) -> np.dtype[Any]:
     """A numpy dtype from a numpy, ml_dtypes or MLX dtype or its name."""
     name = str(spec).removeprefix("mlx.core.")
-    return np.dtype(ml_dtypes.bfloat16) if "bfloat16" in name else np.dtype(getattr(np, name, spec) if isinstance(name, str) else spec)
+    return (
+        np.dtype(ml_dtypes.bfloat16)
+        if "bfloat16" in name
+        else np.dtype(getattr(np, name, spec) if isinstance(name, str) else spec)
+    )
 
 
 def _array(value: Any) -> np.ndarray[Any, Any]:
@@ -71,7 +75,9 @@ def _run(
     job += [np.ascontiguousarray(a).tobytes() for _, a, _ in buffers if a is not None]
     done = subprocess.run([exe], input=b"".join(job), capture_output=True)
     if done.returncode:
-        raise MetalError(_with_line(exe, done.stderr.decode(errors="replace").strip() or f"crashed ({done.returncode})"))
+        raise MetalError(
+            _with_line(exe, done.stderr.decode(errors="replace").strip() or f"crashed ({done.returncode})")
+        )
     results, at = [], 0
     for _, array, writable in buffers:
         if array is not None and writable:
@@ -93,7 +99,7 @@ def _with_line(exe: Path, message: str) -> str:
         return message
     address = hex((int(body[1], 16) + int(pc[1], 16) - 1) % 2**64)
     found = subprocess.run([tool, "-e", exe, address], text=True, capture_output=True).stdout
-    line = re.search(r"kernel\.metal:\d+", found)
+    line = re.search(r"\w+\.metal:[1-9]\d*", found)
     return message[: pc.start()] + (f" at {line[0]}" if line else "")
 
 
@@ -102,7 +108,9 @@ def signature(
     source: str, template: Sequence[tuple[str, Any]] = (), atomic_outputs: bool = False,
 ) -> str:  # fmt: skip
     """The function that mx.fast.metal_kernel wraps around `source`, up to its opening brace."""
-    kinds = [("bool" if isinstance(v, bool) else "int" if isinstance(v, int) else "typename") + f" {k}" for k, v in template]
+    kinds = [
+        ("bool" if isinstance(v, bool) else "int" if isinstance(v, int) else "typename") + f" {k}" for k, v in template
+    ]
     params = []
     for key, array in inputs:
         space = "constant" if array.size < MAX_CONSTANT else "device"
@@ -140,7 +148,7 @@ def kernel(
     name: str, input_names: Sequence[str], output_names: Sequence[str], source: str, header: str = "",
     ensure_row_contiguous: bool = True, atomic_outputs: bool = False,
 ) -> Callable[..., list[np.ndarray[Any, Any]]]:  # fmt: skip
-    """A kernel with the arguments of `mx.fast.metal_kernel`; errors name lines of `header` + signature + `source`.
+    """A kernel with the arguments of `mx.fast.metal_kernel`; errors name lines of `header` and `source`.
 
     The result is called with keywords, as MLX's: inputs, output_shapes, output_dtypes, grid, threadgroup, template,
     init_value (and verbose, stream: ignored). Besides: sanitize (None; "address": bounds to the byte, alignment;
@@ -161,8 +169,11 @@ def kernel(
             function, list(zip(input_names, arrays, strict=True)), list(zip(output_names, dtypes, strict=True)),
             source, template, atomic_outputs,
         )  # fmt: skip
+        text = (
+            f'#line 1 "header.metal"\n{header}\n#line 1 "signature.metal"\n{head}#line 1 "kernel.metal"\n{source}\n}}\n'
+        )
         arguments = f"<{', '.join(_template_value(v) for _, v in template)}>" if template else ""
-        exe = build(f"{header}\n{head}{source}\n}}\n", function, arguments, sanitize is not None)
+        exe = build(text, function, arguments, sanitize is not None)
         buffers: list[tuple[str, Any, bool]] = []
         for key, array in zip(input_names, arrays, strict=True):
             buffers.append((key, array, False))
@@ -189,7 +200,9 @@ def _inline(text: str, root: Path, seen: set[str], skip: Sequence[str]) -> str:
     return re.sub(r'(?m)^\s*#include\s*"([^"]+)".*$', put, text)
 
 
-def library(source: str, include: Path | None = None, skip: Sequence[str] = ()) -> Callable[..., list[np.ndarray[Any, Any]]]:
+def library(
+    source: str, include: Path | None = None, skip: Sequence[str] = ()
+) -> Callable[..., list[np.ndarray[Any, Any]]]:
     """Plain Metal kernels: `run(name, buffers, grid, threadgroup, arguments="<float>", constants={20: True}, ...)`.
 
     `include`: root of `#include "..."`, `skip`: endings of includes to leave out. `buffers`: arrays, numbers, or None

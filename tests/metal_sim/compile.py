@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import re
@@ -31,7 +32,13 @@ WARNINGS = [  # only those that Metal calls errors, or that no kernel should hav
     "-Werror=return-type", "-Werror=uninitialized", "-Werror=sometimes-uninitialized", "-Werror=array-bounds",
     "-Werror=shift-count-overflow", "-Werror=c++11-narrowing", "-ferror-limit=0",
 ]  # fmt: skip
-EXACT = ["-ffp-contract=off", "-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none"]
+EXACT = [
+    "-ffp-contract=off",
+    "-Xclang",
+    "-ffloat16-excess-precision=none",
+    "-Xclang",
+    "-fbfloat16-excess-precision=none",
+]
 SANITIZE = [
     "-fsanitize-coverage=edge,trace-loads,trace-stores",  # one call per access, answered by runtime.cpp
     "-fsanitize=alignment,bounds", "-fsanitize-trap=alignment,bounds",
@@ -44,12 +51,19 @@ class MetalError(Exception):
 
 @functools.cache
 def compiler() -> tuple[str, ...]:
-    """The command of the C compiler: clang from the PATH, else the one in the `ziglang` wheel."""
+    """The command of the C compiler: a clang on the PATH that knows half and bfloat, else that of the ziglang wheel."""
     chosen = os.environ.get("METAL_SIM_CC")
     if chosen:
         return tuple(chosen.split())
     clang = shutil.which("clang")
-    return (clang,) if clang else (sys.executable, "-m", "ziglang", "cc")
+    if clang:
+        probe = 'extern "C" int f(__bf16 a, _Float16 b) { return (int)(a * a) + (int)(b * b); }'
+        args = [clang, *LANGUAGE, *EXACT, "-S", "-", "-o", os.devnull]
+        if subprocess.run(args, input=probe, text=True, capture_output=True).returncode == 0:
+            return (clang,)
+    if importlib.util.find_spec("ziglang"):
+        return (sys.executable, "-m", "ziglang", "cc")
+    raise MetalError("no compiler: install clang 17 or newer, or `pip install ziglang`")
 
 
 @functools.cache
@@ -179,7 +193,9 @@ def _entry(params: list[tuple[str, str]], call: str) -> str:
         elif attribute in ATTRIBUTES:
             field = ATTRIBUTES[attribute][1]
             scalar = ATTRIBUTES[attribute][0] == "uint"
-            args.append(field if field == "32" else f"msl_cur->{field}" if scalar else f"msl_position{{msl_cur->{field}}}")
+            args.append(
+                field if field == "32" else f"msl_cur->{field}" if scalar else f"msl_position{{msl_cur->{field}}}"
+            )
         else:
             raise MetalError(f"[[{attribute}]] of `{declaration}` is unknown")
     return f'\nextern "C" void msl_body(void** b) {{ {call}({", ".join(args)}); }}\n'
@@ -209,19 +225,25 @@ def _errors(diagnostics: str) -> list[str]:
 def _more_errors(ast: str, kernels: set[str]) -> list[str]:
     """Errors in Metal that clang lets pass, from its dump of the syntax tree: casts between address spaces, implicit
     conversions to bfloat, threadgroup variables outside the kernel functions."""
-    line, function, found = "?", "", []
+    file, line, function, found = "", "", "", []
     for node in ast.splitlines():
-        at = re.search(r"(?:line|kernel\.metal):(\d+):\d+", node)
-        line = at[1] if at else line
+        at = re.search(r"(line|[^\s<>]+\.(?:metal|h)):(\d+):\d+", node)
+        if at:
+            file, line = file if at[1] == "line" else at[1], at[2]
         if "FunctionDecl 0x" in node or "CXXMethodDecl 0x" in node:
             signature = re.search(r" (\S+) '[^']*\(.*'", node)
             function = signature[1] if signature else function
         elif "<AddressSpaceConversion>" in node:
-            found.append(f"kernel.metal:{line}: error: cast between address spaces")
+            found.append(f"{file}:{line}: error: cast between address spaces")
         elif "bf" in node and _TO_BFLOAT.search(node):
-            found.append(f"kernel.metal:{line}: error: implicit conversion to bfloat")
-        elif " static" in node and "VarDecl" in node and re.search(r"address_space\(3\)|'threadgroup ", node) and function not in kernels:
-            found.append(f"kernel.metal:{line}: error: threadgroup variable outside a kernel function")
+            found.append(f"{file}:{line}: error: implicit conversion to bfloat")
+        elif (
+            " static" in node
+            and "VarDecl" in node
+            and re.search(r"address_space\(3\)|'threadgroup ", node)
+            and function not in kernels
+        ):
+            found.append(f"{file}:{line}: error: threadgroup variable outside a kernel function")
     return found
 
 
@@ -267,7 +289,11 @@ def _must(done: subprocess.CompletedProcess[str], out: Path) -> None:
 
 
 def build(
-    source: str, name: str, arguments: str = "", sanitize: bool = False, constants: dict[int, object] | None = None
+    source: str,
+    name: str,
+    arguments: str = "",
+    sanitize: bool = False,
+    constants: dict[int, object] | None = None,
 ) -> Path:
     """The executable that runs kernel `name` (its template `arguments`: "<float, 4>"), checked first, from the cache."""
     key = "\0".join([source, name, arguments, str(sanitize), str(sorted((constants or {}).items())), _environment()])

@@ -24,6 +24,7 @@ struct job { u64 buffers, seed, check_bounds, check_races, grid[3], group[3]; };
 struct buffer { u64 bytes, writable; char name[48]; };
 struct region { char *p; u64 n; char name[48]; bool writable, shared; const void* key; };  // shared: threadgroup memory
 struct cell { u32 writer, write_time, reader, read_time; };                            // of one byte; see `race`
+static const u64 ABSENT = 2;                                                           // of buffer::writable
 enum state { READY, SIMD, BARRIER, DONE };
 struct fiber { msl_context c; void* sp; u64 site, last_site; u32 time[2], simd_ops; state st; };
 
@@ -59,17 +60,16 @@ EXPORT [[noreturn]] void msl_fail(const char* text) { stop_here(text); }
 
 // ---- memory: [fault page][bytes, ending at the next page][fault page]...
 static u64 pages(u64 n) { return (n + PAGE - 1) / PAGE * PAGE; }
-static void* map(u64 n) {
-  void* p = mmap(nullptr, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON | MAP_NORESERVE, -1, 0);
+static void* map(u64 n, int access = PROT_READ | PROT_WRITE) {
+  void* p = mmap(nullptr, n, access, MAP_PRIVATE | MAP_ANON | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) stop("out of memory");
   return p;
 }
 static char* place_region(char* at, u64 n, const char* name, bool writable, bool shared, const void* key) {
   if (n_regions == MAX_REGIONS) stop("too many buffers and threadgroup arrays");
   char* p = at + PAGE + pages(n) - (n + 15) / 16 * 16;
-  if (at + 2 * PAGE + pages(n) > arena + arena_bytes) stop("too many threadgroup arrays");
-  mprotect(at, PAGE, PROT_NONE);
-  mprotect(at + PAGE + pages(n), PAGE, PROT_NONE);
+  mprotect(at + PAGE, pages(n), PROT_READ | PROT_WRITE);
+  memset(at + PAGE, 0xFF, pages(n));  // NaN
   region& r = R[n_regions++] = {p, n, "", writable, shared, key};
   strncpy(r.name, name, sizeof r.name - 1);
   return p;
@@ -92,8 +92,7 @@ EXPORT void* msl_threadgroup_alloc(const void* key, u64 n, const char* name) {
     stop_here(t);
   }
   char* p = place_region(shared_end, n, name, true, true, key);
-  shared_end += 2 * PAGE + pages(n);
-  memset(p, 0xFF, n);  // NaN
+  shared_end += PAGE + pages(n);
   if (shadow) memset((void*)(shadow + (p - arena)), 0, n * sizeof(cell));
   return p;
 }
@@ -292,13 +291,13 @@ int main() {
   if (J.buffers > MAX_BUFFERS) stop("too many buffers");
   static buffer B[MAX_BUFFERS];
   read_all(B, J.buffers * sizeof(buffer));
-  arena_bytes = 32 * 2 * PAGE + 4 * SHARED + 32 * PAGE;  // room for the threadgroup arrays
-  for (int i = 0; i < n_buffers; i++) arena_bytes += 2 * PAGE + pages(B[i].bytes);
-  arena = (char*)map(arena_bytes);
+  arena_bytes = 2 * PAGE * MAX_REGIONS + SHARED;  // fault pages, and room for the threadgroup arrays
+  for (int i = 0; i < n_buffers; i++) arena_bytes += pages(B[i].bytes);
+  arena = (char*)map(arena_bytes, PROT_NONE);
   if (J.check_races) shadow = (cell*)map(arena_bytes * sizeof(cell));
   char* at = arena;
-  for (int i = 0; i < n_buffers; at += 2 * PAGE + pages(B[i].bytes), i++) {
-    if (B[i].writable == 2) continue;  // absent: stays null
+  for (int i = 0; i < n_buffers; at += PAGE + pages(B[i].bytes), i++) {
+    if (B[i].writable == ABSENT) continue;  // stays null
     bufs[i] = place_region(at, B[i].bytes, B[i].name, B[i].writable, false, nullptr);
     read_all(bufs[i], B[i].bytes);
     if (!B[i].writable) mprotect(at + PAGE, pages(B[i].bytes), PROT_READ);
