@@ -84,8 +84,12 @@ class Blocks:
         """The value at byte `at` of each block, as a strided view [blocks]."""
         return np.ndarray((self.count,), dtype, self.raw, at, (self.n_bytes,))
 
+    def copy(self, at: int, n: int) -> Blocks:
+        """n bytes from byte `at` of each block, closed up."""
+        return Blocks(self.field(at, f"V{n}").copy().view(np.uint8), n)
+
     def words(self, at: int, dtype: str) -> Words:
-        """The same, zero-extended to 64-bit words."""
+        """The field zero-extended to 64-bit words."""
         return self.field(at, dtype).astype(np.uint64)
 
 
@@ -180,18 +184,22 @@ def _squeeze(x: Words, tmp: Words, used: int) -> tuple[np.ndarray, int]:
 
 def _store(lanes: np.ndarray, used: int, n: int, out: Bytes, at: int, stride: int) -> None:
     """Write the used bits of the lanes, n bytes in all, to byte `at` of every `stride` bytes of out."""
-    count = out.size // stride
-    if used == lanes.itemsize * 8:
-        np.copyto(np.ndarray((count,), f"V{n}", out, at, (stride,)), lanes.view(f"V{n}"))
-        return
-    per_segment = n * 8 // used
-    for i in range(per_segment):
-        done = 0
-        for size in (4, 2, 1):  # 40 or 48 bits
-            if used // 8 - done >= size:
-                part = lanes.view(f"<u{size}")[i * 8 // size + done // size :: per_segment * 8 // size]
-                np.copyto(np.ndarray((count,), f"<u{size}", out, at + i * used // 8 + done, (stride,)), part)
-                done += size
+    if used < lanes.itemsize * 8:
+        lanes = _drop_unused(lanes, used // 8)
+    target = np.ndarray((out.size // stride,), f"V{n}", out, at, (stride,))
+    np.copyto(target, lanes.view(f"V{n}"))
+
+
+def _drop_unused(lanes: Words, n: int) -> Bytes:
+    """The lowest n bytes (5 or 6) of each of an even number of words, one after the other."""
+    pairs = lanes.size // 2
+    out = _scratch(-1, 2 * n * pairs + 8).view(np.uint8)
+    # Odd lanes are written whole, over what is not theirs; then even lanes in pieces, over that.
+    np.copyto(np.ndarray((pairs,), "<u8", out, n, (2 * n,)), lanes[1::2])
+    for at, piece in ((0, 2), (2, 2), (4, n - 4)):
+        part = lanes.view(f"<u{piece}")[at // piece :: 16 // piece]
+        np.copyto(np.ndarray((pairs,), f"<u{piece}", out, at, (2 * n,)), part)
+    return out[: 2 * n * pairs]
 
 
 # ---- group scales: each of these writes the `sub` stream of some blocks to out [blocks, bytes] ----
@@ -209,7 +217,8 @@ def scales_and_mins(blocks: Blocks, out: Bytes, at: int) -> None:
     The file has 12 bytes: d, m, x of 4 each. Groups 0-3 are the lower 6 bits of d and m; groups 4-7 have their lower
     4 bits in x (scale low, min high) and their upper 2 in the top of d and m.
     """
-    d, m, x = (_bytes_apart(blocks.words(at + i, "<u4")) for i in (0, 4, 8))
+    here = blocks.copy(at, 12)
+    d, m, x = (_bytes_apart(here.words(i, "<u4")) for i in (0, 4, 8))
     first = (d & _repeat(0x3F, 16)) | (m & _repeat(0x3F, 16)) << _8
     second = ((x | x << _4) & _repeat(0x0F, 8)) | (d >> _2 & _repeat(0x30, 16)) | (m << _6 & _repeat(0x3000, 16))
     _store_six_bits((first, second), out)
@@ -218,7 +227,8 @@ def scales_and_mins(blocks: Blocks, out: Bytes, at: int) -> None:
 def scales_of_16(blocks: Blocks, out: Bytes, at: int) -> None:
     """Q3_K: 16 scales of 6 bits. The file has their lower halves in 8 bytes (group i and i + 8), then the upper 2 bits
     in 4 bytes (group i, i + 4, i + 8, i + 12)."""
-    low, high = blocks.words(at, "<u8"), blocks.words(at + 8, "<u4")
+    here = blocks.copy(at, 12)
+    low, high = here.words(0, "<u8"), here.words(8, "<u4")
     first = (low & _repeat(0x0F, 8)) | ((high | high << _30) & _repeat(3, 8)) << _4
     second = (low >> _4 & _repeat(0x0F, 8)) | ((high >> _4 | high << _26) & _repeat(3, 8)) << _4
     _store_six_bits((first, second), out)
@@ -226,7 +236,8 @@ def scales_of_16(blocks: Blocks, out: Bytes, at: int) -> None:
 
 def scales_of_8(blocks: Blocks, out: Bytes, at: int) -> None:
     """IQ4_XS: 8 scales of 6 bits. The file has 2 bytes with the upper 2 bits, then 4 with the lower 4, both in order."""
-    high, low = blocks.words(at, "<u2"), _bytes_apart(blocks.words(at + 2, "<u4"))
+    here = blocks.copy(at, 6)
+    high, low = here.words(0, "<u2"), _bytes_apart(here.words(2, "<u4"))
     for shift, width in ((_24, 8), (_12, 4), (_6, 2)):
         high = (high | high << shift) & _repeat((1 << width) - 1, 4 * width)
     _store_six_bits((((low | low << _4) & _repeat(0x0F, 8)) | high << _4,), out)
@@ -244,8 +255,10 @@ def _bytes_apart(x: Words) -> Words:
 def _store_six_bits(words: tuple[Words, ...], out: Bytes) -> None:
     """Words of 8 numbers of 6 bits, one a byte, to 6 bytes each."""
     for i, x in enumerate(words):
-        lanes, used = _squeeze(x, np.empty_like(x), 6)
-        _store(lanes, used, 6, out.reshape(-1), 6 * i, out.shape[1])
+        lanes, _ = _squeeze(x, np.empty_like(x), 6)
+        for at, piece in ((0, 4), (4, 2)):
+            part = lanes.view(f"<u{piece}")[at // piece :: 8 // piece]
+            np.copyto(np.ndarray(x.shape, f"<u{piece}", out, 6 * i + at, (out.shape[1],)), part)
 
 
 # ---- all blocks of a tensor ----
@@ -297,8 +310,8 @@ def _scratch(i: int, n_bytes: int) -> Words:
     """This thread's working array number i, of n_bytes."""
     arrays: dict[int, Words] = _local.__dict__
     if i not in arrays or arrays[i].nbytes < n_bytes:
-        arrays[i] = np.empty(n_bytes // 8, np.uint64)
-    return arrays[i][: n_bytes // 8]
+        arrays[i] = np.empty(-(-n_bytes // 8), np.uint64)
+    return arrays[i][: -(-n_bytes // 8)]
 
 
 @cache
