@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from . import __version__
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class _Commands(click.Group):
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="mlx-gemma4", prog_name="mlx-gemma4")
+@click.version_option(__version__, prog_name="mlx-gemma4")
 def main() -> None:
     """Gemma 4 on Apple Silicon, straight from GGUF files."""
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import quant
-from .config import Config, config_from_gguf
+from .config import Config
 from .errors import InputError
 from .gguf_file import GGUFFile, TensorInfo
 from .memory import Holding, Plan, make_plan, on_cpu
@@ -54,13 +54,6 @@ class Source:
     # Reads tensors of equal type as one weight, their rows joined in the order named.
     read: Callable[[list[str], Spec, Holding], Weight]
     packed_bytes: Callable[[str, Spec], int]
-
-
-def load_gguf_model(
-    file: GGUFFile, holding: Literal["auto", "packed", "dense"], fuse: bool, progress: Progress | None
-) -> tuple[Model, Plan]:
-    """Load the model of an open GGUF. See `load_model`."""
-    return load_model(config_from_gguf(file.metadata, str(file.path)), gguf_source(file), holding, fuse, progress)
 
 
 def load_model(
@@ -183,7 +176,7 @@ def _account(source: Source, specs: dict[str, Spec]) -> dict[str, Spec]:
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise InputError(
-            f"{source.name}: tensor {', '.join(missing[:3])}{more} is missing; "
+            f"{source.name}: {'tensors' if missing[1:] else 'tensor'} {', '.join(missing[:3])}{more} missing; "
             "the file is incomplete, download it again"
         )
     present = {name: spec for name, spec in needed.items() if name in source.entries}

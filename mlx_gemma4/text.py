@@ -13,12 +13,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import Config, config_from_json
+from .config import Config, config_from_gguf, config_from_json
 from .errors import InputError
 from .folder import folder_source
 from .generation import Sampling, Statistics, generate_tokens
 from .gguf_file import open_gguf
-from .loader import Progress, load_gguf_model, load_model
+from .loader import Progress, gguf_source, load_model
 from .memory import Plan
 from .model import Model
 from .prompts import encode_chat
@@ -82,12 +82,13 @@ def load(
     if path.is_dir():
         return _load_folder(path, weights, fuse, progress)
     with open_gguf(path) as file:
+        config = config_from_gguf(file.metadata, str(path))
         tokenizer = Tokenizer.from_gguf(file.metadata, str(path))
-        model, plan = load_gguf_model(file, weights, fuse, progress)
+        model, plan = load_model(config, gguf_source(file), weights, fuse, progress)
         sampling = _sampling_defaults(
             {key: file.metadata.get(f"general.sampling.{key}") for key in ("temp", "top_k", "top_p", "min_p")}, path
         )
-    return LanguageModel(path, model.config, model, tokenizer, sampling, plan)
+    return LanguageModel(path, config, model, tokenizer, sampling, plan)
 
 
 def stream(

@@ -1,0 +1,169 @@
+"""The command line as a person meets it: what is printed where, exit codes, one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from recorded import HERE
+from rewrite import drop, rewrite
+
+MODEL = HERE / "e2b-q4_k_m.gguf"
+COMMAND = [sys.executable, "-m", "mlx_gemma4.cli"]
+
+
+def run(*args: str | Path, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *map(str, args)], input=text, capture_output=True, text=True, timeout=120)
+
+
+def refused(*args: str | Path, code: int = 2, text: str | None = None) -> str:
+    """The one line of stderr that a refusal prints."""
+    done = run("generate", *args, text=text)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("mlx-gemma4: ")
+    return lines[0]
+
+
+def test_reply_on_stdout_statistics_on_stderr() -> None:
+    done = run("generate", "-m", MODEL, "-p", "the and", "-n", "5", "--seed", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n")
+    assert "Reply: " in done.stderr
+    assert "Peak memory: " in done.stderr
+    assert "Prompt: " not in done.stdout
+
+
+def test_built_in_model() -> None:
+    done = run("generate", "-p", "Once upon a time", "-n", "100", "--temperature", "0")
+    assert done.returncode == 0, done.stderr
+    assert "built-in demo" in done.stderr
+    assert "--model gemma-4" in done.stderr
+    words = done.stdout.split()
+    assert len(words) > 50
+    assert len(set(words)) > 25, "the demo repeats itself"
+
+
+def test_json() -> None:
+    done = run("generate", "-m", MODEL, "-p", "the", "-n", "4", "--json", "--temperature", "0")
+    report = json.loads(done.stdout)
+    assert report["reply_tokens"] <= 4
+    assert report["prompt_tokens"] > 1
+    assert report["peak_memory"] > 0
+    plain = run("generate", "-m", MODEL, "-p", "the", "-n", "4", "--temperature", "0")
+    assert report["text"] == plain.stdout.removesuffix("\n")
+
+
+def test_standard_input_and_seed() -> None:
+    args = ("generate", "-m", MODEL, "-n", "12", "--temperature", "1", "--seed", "7", "--raw")
+    assert run(*args, "-p", "-", text="the and").stdout == run(*args, "-p", "the and").stdout
+
+
+def test_verbose_tells_plan_and_fusion() -> None:
+    done = run("generate", "-m", MODEL, "-p", "the", "-n", "1", "-v")
+    assert "Memory plan: weights" in done.stderr
+    assert "Fused gate+up on 4 MLP layers (0 left unfused)" in done.stderr
+
+
+def test_interrupted() -> None:
+    """Ctrl-C leaves what was written, the statistics of what ran, and the exit code that shells expect."""
+    args = [*COMMAND, "generate", "-p", "Once upon a time", "-n", "2000", "--temperature", "1"]
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    first = process.stdout.read(20)  # it has begun to answer
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(first + rest) >= 20
+    assert b"(interrupted)" in errors
+    assert b"Traceback" not in errors
+
+
+def test_closed_pipe() -> None:
+    """`mlx-gemma4 generate | head -c 1` ends quietly."""
+    args = " ".join([*COMMAND, "generate", "-p", "Once", "-n", "300"])
+    done = subprocess.run(["bash", "-c", f"{args} | head -c 1"], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
+    assert "unexpected" not in done.stderr
+
+
+def test_version_and_help() -> None:
+    assert run("--version").stdout.startswith("mlx-gemma4")
+    for args in (["--help"], ["generate", "--help"]):
+        assert "Usage" in run(*args).stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["-m", "nowhere.gguf", "-p", "x"], "nowhere.gguf: no such file"),
+        (["-m", __file__, "-p", "x"], "not a GGUF"),
+        (["-m", str(HERE), "-p", "x"], "no config.json"),
+        (["-m", str(MODEL), "-p", ""], "--prompt is empty"),
+        (["-m", str(MODEL), "-p", "x", "--temperature", "-1"], "--temperature -1.0"),
+        (["-m", str(MODEL), "-p", "x", "--temperature", "nan"], "--temperature nan"),
+        (["-m", str(MODEL), "-p", "x", "--top-k", "-2"], "--top-k -2"),
+        (["-m", str(MODEL), "-p", "x", "--top-p", "0"], "--top-p 0.0"),
+        (["-m", str(MODEL), "-p", "x", "--min-p", "2"], "--min-p 2.0"),
+        (["-m", str(MODEL), "-p", "x", "--repetition-penalty", "0"], "--repetition-penalty 0.0"),
+    ],
+)
+def test_wrong_flag(flags: list[str], says: str) -> None:
+    assert says in refused(*flags)
+
+
+def test_prompt_longer_than_the_context() -> None:
+    line = refused("-m", MODEL, "-p", "-", text="the " * 2000)
+    assert "512" in line
+    assert "context" in line
+
+
+def test_truncated_anywhere(tmp_path: Path) -> None:
+    """Cut at any place, header or data, a file is refused in one line."""
+    whole = MODEL.read_bytes()
+    cut = tmp_path / "cut.gguf"
+    for share in (0, 0.001, 0.1, 0.5, 0.999):
+        cut.write_bytes(whole[: int(len(whole) * share)])
+        assert "cut.gguf" in refused("-m", cut, "-p", "x")
+
+
+def test_missing_tensor(tmp_path: Path) -> None:
+    broken = rewrite(HERE / "e2b-f32.gguf", tmp_path / "broken.gguf", drop("blk.1.ffn_up"))
+    assert "blk.1.ffn_up.weight missing" in refused("-m", broken, "-p", "x")
+
+
+def test_too_little_memory(tmp_path: Path) -> None:
+    """Said before anything is loaded, with both numbers, exit code 3."""
+    code = (
+        "import mlx_gemma4.memory as m; m.available_memory = lambda: 1_000_000; from mlx_gemma4.cli import main; main()"
+    )
+    args = [sys.executable, "-c", code, "generate", "-m", str(MODEL), "-p", "x"]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3
+    assert "needs 0.4 GB of memory and 0.0 GB are free" in done.stderr
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = run("generate", "-m", "nowhere.gguf", "-p", "x", "--debug")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+def test_no_option_leaks_into_the_environment() -> None:
+    """The package runs without a writable home or cache folder."""
+    env = {**os.environ, "HOME": "/nonexistent", "XDG_CACHE_HOME": "/nonexistent"}
+    done = subprocess.run(
+        [*COMMAND, "generate", "-m", str(MODEL), "-p", "the", "-n", "2"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
