@@ -24,7 +24,7 @@ def drawn(s: Sampling, n: int = 300) -> np.ndarray:
 
 def reference(s: Sampling) -> np.ndarray:
     """The distribution that `sample` draws from, by the definitions of its filters."""
-    logits = {i: v for i, v in enumerate(LOGITS)}
+    logits = dict(enumerate(LOGITS))
     if s.top_k:
         kept = sorted(logits, key=lambda i: -logits[i])[: s.top_k]
         logits = {i: logits[i] for i in kept}
@@ -123,7 +123,7 @@ def test_long_prompts_are_read_in_chunks(lm, monkeypatch) -> None:
     """The same reply however the prompt is cut, and progress that ends at its length."""
     prompt, seen = [2, *range(10, 110)], []
     whole = tokens(lm, prompt)
-    assert PREFILL_CHUNK > len(prompt)
+    assert len(prompt) < PREFILL_CHUNK
     monkeypatch.setattr("mlx_gemma4.generation.PREFILL_CHUNK", 16)
     assert tokens(lm, prompt, on_prompt=lambda done, total: seen.append((done, total))) == whole
     assert seen[0] == (16, 101)
