@@ -18,6 +18,7 @@ from recorded import HERE, KINDS, kl, logits, path, prompts, sidecar, tags, wind
 from rewrite import Edit, Entry, rewrite, up_first
 
 from mlx_gemma4 import load
+from mlx_gemma4.quant import Packed
 
 Holding = Literal["packed", "dense"]
 ALL_TYPES = {
@@ -110,14 +111,23 @@ def test_any_chunking_gives_the_same_logits(kind: str, tag: str) -> None:
             np.testing.assert_allclose(last, whole[read - 1], atol=2e-4, err_msg=f"chunks of {size}, {read} read")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_decode_of_packed_weights_equals_prefill(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "tag"), QUANTIZED)
+def test_decode_of_packed_weights_equals_prefill(kind: str, tag: str) -> None:
     """One token at a time takes other paths through packed weights than many at once."""
-    model = kept_model(HERE / f"{kind}-ud.gguf", "packed")
-    ids = prompts(kind)[LONGEST]
+    model = kept_model(HERE / f"{kind}-{tag}.gguf", "packed")
+    ids = prompts(kind)[1]
     whole = every_logit(model, ids)
     for read, last in in_chunks(model, ids, 1).items():
         np.testing.assert_allclose(last, whole[read - 1], atol=2e-4, err_msg=f"{read} read")
+
+
+@pytest.mark.parametrize(("kind", "tag"), QUANTIZED)
+def test_packed_means_packed(kind: str, tag: str) -> None:
+    """The tests above do compare two ways to hold the same weights."""
+    held = {holding: kept_model(HERE / f"{kind}-{tag}.gguf", holding).weights for holding in ("packed", "dense")}
+    assert isinstance(held["packed"].output, Packed)
+    assert all(isinstance(layer.ffn_down, Packed) for layer in held["packed"].layers)
+    assert all(isinstance(layer.ffn_down, mx.array) for layer in held["dense"].layers)
 
 
 @pytest.mark.parametrize("size", [37, 255, 256, 257])
