@@ -203,6 +203,7 @@ def _entry(params: list[tuple[str, str]], call: str) -> str:
 
 # ---- compile
 _COPY = re.compile(r"error: no (?:viable overloaded '='|(?:matching|viable) constructor)")
+_COPY_19 = re.compile(r"error: no viable conversion from '[^']*\b(\w+)(?: const)?' to .*\n.*\b\1 +\w+ *=")  # until clang 19
 _KERNEL = re.compile(r"(?:\[\[\s*kernel\s*\]\]|\bkernel)\s+void\s+(\w+)")
 _TO_BFLOAT = re.compile(
     r"ImplicitCastExpr .* '(?:bfloat|bfloat16_t|__bf16)'(?::'\S+')? <FloatingCast>$"
@@ -216,6 +217,7 @@ def _errors(diagnostics: str) -> list[str]:
     found = []
     for block in re.split(r"\n(?=\S*?:\d+:\d+: (?:error|warning|fatal error): )", "\n" + diagnostics):
         copies = _COPY.search(block) and "the implicit copy" in block and "address space" in block
+        copies = copies or _COPY_19.search(block)
         ours = not re.search(r"error: failed to rename .*: FileNotFound", block)  # zig misses the dump's object file
         if re.search(r": (fatal )?error: ", block) and not copies and ours:
             found.append(block.strip("\n"))
@@ -227,8 +229,7 @@ def _more_errors(ast: str, kernels: set[str]) -> list[str]:
     conversions to bfloat, threadgroup variables outside the kernel functions."""
     file, line, function, found = "", "", "", []
     for node in ast.splitlines():
-        at = re.search(r"(line|[^\s<>]+\.(?:metal|h)):(\d+):\d+", node)
-        if at:
+        for at in re.finditer(r"(?<=[<, ])(line|[^\s<>,:]+):(\d+):\d+", node):  # each says only what has changed
             file, line = file if at[1] == "line" else at[1], at[2]
         if "FunctionDecl 0x" in node or "CXXMethodDecl 0x" in node:
             signature = re.search(r" (\S+) '[^']*\(.*'", node)

@@ -42,6 +42,13 @@ static cell* shadow;
 static void *main_sp, *bufs[MAX_BUFFERS];
 alignas(64) static char slots[32][2][32][64];  // [simdgroup][parity][lane]
 
+// libgcc before 13 cannot round to bfloat; returned in a vector register, as a __bf16
+extern "C" __attribute__((weak)) __bf16 __truncsfbf2(float f) {
+  u32 u = __builtin_bit_cast(u32, f);
+  u = (u & 0x7fffffff) > 0x7f800000 ? u | 0x400000 : u + 0x7fff + (u >> 16 & 1);
+  return __builtin_bit_cast(__bf16, (uint16_t)(u >> 16));
+}
+
 // ---- errors
 [[noreturn]] static void stop(const char* text) { fflush(stdout); fprintf(stderr, "metal_sim: %s\n", text); _exit(3); }
 static void place(char* s, u64 n, const fiber* f) {
