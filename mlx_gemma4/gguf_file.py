@@ -12,7 +12,9 @@ import mmap
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,10 +138,8 @@ class GGUFFile:
     def close(self) -> None:
         """Unmap the file. Arrays from `raw` that are still alive keep their part mapped until they go."""
         for part in self._maps:
-            try:
+            with suppress(BufferError):  # an array still looks at it; the map is freed with the last of them
                 part.close()
-            except BufferError:
-                pass  # an array still looks at it; the map is freed with the last of them
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -188,22 +188,20 @@ def part_paths(path: Path, metadata: dict[str, Any]) -> list[Path]:
     name = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
     if not name or int(name[3]) != count or not 1 <= int(name[2]) <= count:
         raise InputError(
-            f"{path}: is part {metadata.get('split.no', 0) + 1} of {count} of a split GGUF, but its name does not say so;"
+            f"{path}: is one of {count} parts of a split GGUF, but its name does not say which;"
             f" name the parts NAME-00001-of-{count:05d}.gguf and so on"
         )
     names = [path.with_name(f"{name[1]}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
     missing = [p.name for p in names if p != path and not p.exists()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(
-            f"{path}: part {missing[0]}{more} of this split GGUF is missing; put all parts in one folder"
-        )
+        raise InputError(f"{path}: part {missing[0]}{more} of this split GGUF is missing; put all parts in one folder")
     return names
 
 
 def check_parts(names: list[Path], parts: list[Part]) -> None:
     """Each part must say that it is where its name puts it, and together they must hold what was split."""
-    for i, (path, part) in enumerate(zip(names, parts)):
+    for i, (path, part) in enumerate(zip(names, parts, strict=True)):
         found = part.metadata.get("split.no"), part.metadata.get("split.count")
         if found != (i, len(names)):
             raise InputError(
@@ -212,21 +210,17 @@ def check_parts(names: list[Path], parts: list[Part]) -> None:
             )
     total, found_total = parts[0].metadata.get("split.tensors.count"), sum(len(p.tensors) for p in parts)
     if total is not None and total != found_total:
-        raise InputError(
-            f"{names[0]}: the parts hold {found_total} tensors, not {total}; download them again"
-        )
+        raise InputError(f"{names[0]}: the parts hold {found_total} tensors, not {total}; download them again")
 
 
 def join_tensors(names: list[Path], parts: list[Part]) -> dict[str, TensorInfo]:
     """One directory over all parts; a name may occur once."""
     tensors: dict[str, TensorInfo] = {}
-    for i, (path, part) in enumerate(zip(names, parts)):
+    for i, (path, part) in enumerate(zip(names, parts, strict=True)):
         for t in part.tensors:
             if t.name in tensors:
                 raise InputError(f"{path}: two tensors are named {t.name!r}; the file is damaged")
-            tensors[t.name] = (
-                t if i == 0 else TensorInfo(t.name, t.shape, t.type, t.row_bytes, t.n_bytes, i, t.offset)
-            )
+            tensors[t.name] = t if i == 0 else TensorInfo(t.name, t.shape, t.type, t.row_bytes, t.n_bytes, i, t.offset)
     return tensors
 
 
@@ -273,9 +267,7 @@ class Reader:
         return InputError(f"{self.path}: {what}")
 
     def truncated(self, what: str) -> InputError:
-        return self.error(
-            f"ends inside {what}, after {self.size} bytes; it is cut short or damaged, download it again"
-        )
+        return self.error(f"ends inside {what}, after {self.size} bytes; it is cut short or damaged, download it again")
 
     def need(self, n: int, what: str) -> int:
         """Move past the next n bytes and return where they start."""
@@ -293,9 +285,7 @@ class Reader:
         """A key or tensor name: short, and UTF-8."""
         n = self.number("Q", what)
         if not 0 < n <= MAX_KEY_BYTES:
-            raise self.error(
-                f"{what} is {n} bytes long, which none is; the file is damaged, download it again"
-            )
+            raise self.error(f"{what} is {n} bytes long, which none is; the file is damaged, download it again")
         start = self.need(n, what)
         try:
             return self.buf[start : start + n].decode()
@@ -318,11 +308,7 @@ class Reader:
                 start = end + 8
                 end = start + unpack(buf, end)[0]
                 add(buf[start:end].decode("utf-8", "replace"))
-        except (
-            struct.error,
-            OverflowError,
-            IndexError,
-        ):  # a length pointed past the end, and the next read noticed
+        except (struct.error, OverflowError, IndexError):  # after a length that points past the end
             raise self.truncated(what) from None
         self.need(end - self.at, what)
         return out
@@ -336,8 +322,8 @@ class Reader:
             raise self.error(f"{what} {problem}, which is not supported; the file is damaged or too new")
         dtype = np.dtype("u1" if kind == BOOL else "<" + SCALARS[kind])
         start = self.need(count * dtype.itemsize, what)
-        values = np.frombuffer(self.buf, dtype, count, start)
-        return values != 0 if kind == BOOL else values.copy()  # a copy: a view would keep the file mapped
+        values: np.ndarray = np.frombuffer(self.buf, dtype, count, start).copy()  # a view would keep the file mapped
+        return values.astype(bool) if kind == BOOL else values
 
     def value(self, what: str) -> Any:
         kind = self.number("I", what)
@@ -357,9 +343,7 @@ def read_header(r: Reader) -> tuple[dict[str, Any], list[TensorInfo]]:
     # The smallest entry of each kind: a key of 1 byte with a 1-byte value; a name of 1 byte, no dimensions.
     for n, smallest, what in ((n_keys, 14, "keys"), (n_tensors, 25, "tensors")):
         if n > (r.size - r.at) // smallest:
-            raise r.error(
-                f"declares {n} {what}, more than {r.size} bytes can hold; it is cut short or damaged"
-            )
+            raise r.error(f"declares {n} {what}, more than {r.size} bytes can hold; it is cut short or damaged")
 
     metadata: dict[str, Any] = {}
     for i in range(n_keys):
@@ -382,7 +366,7 @@ def check_magic_and_version(r: Reader) -> None:
     if magic == MAGIC[::-1]:
         raise r.error("is a big-endian GGUF, which is not supported; get the little-endian file")
     if magic != MAGIC:
-        if r.buf[:20] == b"version https://git-l":  # pragma: no cover
+        if r.buf[:20] == b"version https://git-l":
             raise r.error("is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
         raise r.error(f"is not a GGUF file (it starts with {magic!r}); give a .gguf file or a model folder")
     r.at = 4
@@ -400,9 +384,7 @@ def read_tensor_info(r: Reader, index: int) -> TensorInfo:
     what = f"tensor {name!r}"
     n_dims = r.number("I", what)
     if n_dims > MAX_DIMS:
-        raise r.error(
-            f"{what} has {n_dims} dimensions, and at most {MAX_DIMS} are possible; the file is damaged"
-        )
+        raise r.error(f"{what} has {n_dims} dimensions, and at most {MAX_DIMS} are possible; the file is damaged")
     dims = [r.number("Q", what) for _ in range(n_dims)] or [1]  # the fastest first, K before N
     number, offset = r.number("I", what), r.number("Q", what)
     kind = TENSOR_TYPES.get(number)
@@ -426,17 +408,15 @@ def place(r: Reader, tensors: list[TensorInfo], data_start: int, alignment: int)
     """Turn offsets into file positions, in file order; refuse what is misaligned, past the end or overlapping."""
     for t in tensors:
         if t.offset % alignment:
-            raise r.error(
-                f"tensor {t.name!r} is at offset {t.offset}, no multiple of {alignment}; the file is damaged"
-            )
+            raise r.error(f"tensor {t.name!r} is at offset {t.offset}, no multiple of {alignment}; the file is damaged")
         if data_start + t.offset + t.n_bytes > r.size:
             missing = data_start + t.offset + t.n_bytes - r.size
             raise r.error(
                 f"is cut short: tensor {t.name!r} ends {missing} bytes after the file does; download it again"
             )
     by_offset = sorted(tensors, key=lambda t: t.offset)
-    for a, b in zip(by_offset, by_offset[1:]):
+    for a, b in pairwise(by_offset):
         if a.offset + a.n_bytes > b.offset:
             raise r.error(f"tensors {a.name!r} and {b.name!r} overlap; the file is damaged")
     for t in tensors:
-        yield TensorInfo(t.name, t.shape, t.type, t.row_bytes, t.n_bytes, 0, data_start + t.offset)
+        yield replace(t, offset=data_start + t.offset)

@@ -11,11 +11,11 @@ All values equal those of llama.cpp's gguf-py in fp32, bit for bit, which fixes 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -25,27 +25,29 @@ from mlx_gemma4.gguf_file import TENSOR_TYPES, TensorInfo
 from mlx_gemma4.quant_pack import (
     Layout,
     Plane,
-    plain_scales,
+    SubWriter,
+    iq4_xs,
+    plain,
+    q3_k,
+    q4_k,
     rearrange,
-    scales_and_mins,
-    scales_of_8,
-    scales_of_16,
 )
 
 Shape = tuple[int, ...]
 Sub = Literal["", "scale-min", "scale-32", "int8", "e8m0"]
+BLOCKS = {t.name: t for t in TENSOR_TYPES.values()}
 
 
 @dataclass(frozen=True)
 class Format:
-    """What the planar arrays of one quantization mean.
+    """What the planar arrays of one quantization mean, and where a block of the file keeps them.
 
     With q the unsigned code and d, m of `super`:
-        sub ""           w = d * (q - offset), or d * q + m with has_min
-        sub "scale-min"  w = (d * scale) * q - (m * min); lower half of the sub bits is the scale, upper half the min
-        sub "scale-32"   w = (d * (scale - 32)) * (q - offset)
-        sub "int8"       w = (d * scale) * (q - offset)
-        sub "e8m0"       w = 2**(scale - 128) * lut[q]
+        sub_kind ""           w = d * (q - offset), or d * q + m with has_min
+        sub_kind "scale-min"  w = (d * scale) * q - (m * min); of the sub bits the lower half is scale, the upper min
+        sub_kind "scale-32"   w = (d * (scale - 32)) * (q - offset)
+        sub_kind "int8"       w = (d * scale) * (q - offset)
+        sub_kind "e8m0"       w = 2**(scale - 128) * lut[q]
     and lut[q] in place of q - offset for formats that have a lut.
     """
 
@@ -57,32 +59,42 @@ class Format:
     has_min: bool
     super_block: int  # weights per fp16 d (and m), 0 if there is none
     lut: tuple[int, ...] | None
-    sub: Sub
-    layout: Layout = field(repr=False, compare=False)  # of the file's blocks; only `pack` looks at it
+    sub_kind: Sub
+    codes_at: tuple[Plane, ...]  # from the lowest bits of a code up
+    super_at: tuple[int, ...]  # the bytes of a block where d (and m) are
+    sub_at: tuple[SubWriter, int] | None  # what reads the group scales, and from which byte on
+
+    @property
+    def layout(self) -> Layout:
+        """For `quant_pack`."""
+        block = BLOCKS[self.name]
+        sub_bytes = block.block_size // self.group * self.sub_bits // 8
+        return Layout(block.block_size, block.block_bytes, self.codes_at, self.super_at, self.sub_at, sub_bytes)
 
 
 # The 16 values of ggml's non-linear 4-bit types, and of FP4 (E2M1), doubled to be whole numbers.
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
-# Byte positions are those of the block structs in ggml-common.h.
+# Byte positions are those of the block structs in ggml-common.h; P(at, bits, run) is explained at `Plane`.
+P = Plane
 # fmt: off
 FORMATS: dict[str, Format] = {f.name: f for f in (
-    #                  group  offset      super  lut   sub
-    #             bits  sub_bits  has_min                           size bytes  planes of the codes (at, bits, run)                       d, m      group scales
-    Format("Q4_0",   4, 32,  0,   8, False,  32, None, "",          Layout( 32,  18, (Plane( 2, 4, 16),),                  (0,))),
-    Format("Q4_1",   4, 32,  0,   0, True,   32, None, "",          Layout( 32,  20, (Plane( 4, 4, 16),),                  (0, 2))),
-    Format("Q5_0",   5, 32,  0,  16, False,  32, None, "",          Layout( 32,  22, (Plane( 6, 4, 16), Plane(2, 1, 1)),   (0,))),
-    Format("Q5_1",   5, 32,  0,   0, True,   32, None, "",          Layout( 32,  24, (Plane( 8, 4, 16), Plane(4, 1, 1)),   (0, 2))),
-    Format("Q8_0",   8, 32,  0, 128, False,  32, None, "",          Layout( 32,  34, (Plane( 2, 8, 32),),                  (0,), flip=True)),
-    Format("Q2_K",   2, 16,  8,   0, True,  256, None, "scale-min", Layout(256,  84, (Plane(16, 2, 32),),                  (80, 82), partial(plain_scales, at=0), 16)),
-    Format("Q3_K",   3, 16,  6,   4, False, 256, None, "scale-32",  Layout(256, 110, (Plane(32, 2, 32), Plane(0, 1, 32)),  (108,), partial(scales_of_16, at=96), 12)),
-    Format("Q4_K",   4, 32, 12,   0, True,  256, None, "scale-min", Layout(256, 144, (Plane(16, 4, 32),),                  (0, 2), partial(scales_and_mins, at=4), 12)),
-    Format("Q5_K",   5, 32, 12,   0, True,  256, None, "scale-min", Layout(256, 176, (Plane(48, 4, 32), Plane(16, 1, 32)), (0, 2), partial(scales_and_mins, at=4), 12)),
-    Format("Q6_K",   6, 16,  8,  32, False, 256, None, "int8",      Layout(256, 210, (Plane(0, 4, 64), Plane(128, 2, 32)), (208,), partial(plain_scales, at=192), 16)),
-    Format("IQ4_NL", 4, 32,  0,   0, False,  32, IQ4,  "",          Layout( 32,  18, (Plane( 2, 4, 16),),                  (0,))),
-    Format("IQ4_XS", 4, 32,  6,   0, False, 256, IQ4,  "scale-32",  Layout(256, 136, (Plane( 8, 4, 16),),                  (0,), partial(scales_of_8, at=2), 6)),
-    Format("MXFP4",  4, 32,  8,   0, False,   0, FP4,  "e8m0",      Layout( 32,  17, (Plane( 1, 4, 16),),                  (), partial(plain_scales, at=0), 1)),
+    # bits, group, sub_bits, offset, has_min, super_block,
+    #                                         lut,  sub_kind     codes_at                       super_at  sub_at
+    Format("Q4_0",   4, 32, 0, 8,   False, 32,  None, "",          (P(2, 4, 16),),               (0,),     None),
+    Format("Q4_1",   4, 32, 0, 0,   True,  32,  None, "",          (P(4, 4, 16),),               (0, 2),   None),
+    Format("Q5_0",   5, 32, 0, 16,  False, 32,  None, "",          (P(6, 4, 16), P(2, 1, 1)),    (0,),     None),
+    Format("Q5_1",   5, 32, 0, 0,   True,  32,  None, "",          (P(8, 4, 16), P(4, 1, 1)),    (0, 2),   None),
+    Format("Q8_0",   8, 32, 0, 128, False, 32,  None, "",          (P(2, 8, 32),),               (0,),     None),
+    Format("Q2_K",   2, 16, 8, 0,   True,  256, None, "scale-min", (P(16, 2, 32),),              (80, 82), (plain, 0)),
+    Format("Q3_K",   3, 16, 6, 4,   False, 256, None, "scale-32",  (P(32, 2, 32), P(0, 1, 32)),  (108,),   (q3_k, 96)),
+    Format("Q4_K",   4, 32, 12, 0,  True,  256, None, "scale-min", (P(16, 4, 32),),              (0, 2),   (q4_k, 4)),
+    Format("Q5_K",   5, 32, 12, 0,  True,  256, None, "scale-min", (P(48, 4, 32), P(16, 1, 32)), (0, 2),   (q4_k, 4)),
+    Format("Q6_K",   6, 16, 8, 32,  False, 256, None, "int8",      (P(0, 4, 64), P(128, 2, 32)), (208,),  (plain, 192)),
+    Format("IQ4_NL", 4, 32, 0, 0,   False, 32,  IQ4,  "",          (P(2, 4, 16),),               (0,),     None),
+    Format("IQ4_XS", 4, 32, 6, 0,   False, 256, IQ4,  "scale-32",  (P(8, 4, 16),),               (0,),     (iq4_xs, 2)),
+    Format("MXFP4",  4, 32, 8, 0,   False, 0,   FP4,  "e8m0",      (P(1, 4, 16),),               (),       (plain, 0)),
 )}
 # fmt: on
 
@@ -119,9 +131,7 @@ class Packed:
         return sum(a.nbytes for a in (self.codes, self.sub, self.super) if a is not None)
 
 
-def pack(
-    raw: np.ndarray, type: str, shape: Shape, on_read: Callable[[int, int], object] | None = None
-) -> Packed:
+def pack(raw: np.ndarray, type: str, shape: Shape, on_read: Callable[[int, int], object] | None = None) -> Packed:
     """Rearrange a tensor's blocks, on all cores, straight into MLX's memory.
 
     Args:
@@ -141,9 +151,12 @@ def pack(
     codes = _Target((*rows, shape[-1] * form.bits // 32), mx.uint32)
     sub = _Target((*rows, per_row * layout.sub_bytes), mx.uint8) if layout.sub else None
     super_ = _Target((*rows, per_row, len(layout.super)), mx.float16) if layout.super else None
-    targets = (None if t is None else t.bytes.reshape(n_blocks, -1) for t in (codes, sub, super_))
-    rearrange(layout, flat, *targets, on_read=on_read)
-    return Packed(form, shape, codes.array(), sub and sub.array(), super_ and super_.array())
+
+    def blocks(target: _Target | None) -> np.ndarray | None:
+        return None if target is None else target.bytes.reshape(n_blocks, -1)
+
+    rearrange(layout, flat, codes.bytes.reshape(n_blocks, -1), blocks(sub), blocks(super_), on_read)
+    return Packed(form, shape, codes.array(), sub.array() if sub else None, super_.array() if super_ else None)
 
 
 class _Target:
@@ -173,9 +186,7 @@ def _writes_show() -> bool:
     return bool(mx.all(a == 3).item())
 
 
-def dense(
-    raw: np.ndarray, type: str, shape: Shape, dtype: mx.Dtype | Callable[..., np.generic] | None = np.float32
-) -> mx.array:
+def dense(raw: np.ndarray, type: str, shape: Shape, dtype: Any = np.float32) -> mx.array:
     """A tensor's numbers, exact in fp32.
 
     Args:
@@ -227,7 +238,7 @@ def scales_and_biases(w: Packed) -> tuple[mx.array, mx.array | None]:
     """fp32 [.., N, K / group]: w = scales * (code - offset, or lut[code]) + biases; None means no biases."""
     form = w.format
     groups = (*w.shape[:-1], w.shape[-1] // form.group)
-    if form.sub == "e8m0":
+    if form.sub_kind == "e8m0":
         assert w.sub is not None
         e = w.sub.astype(mx.uint32)  # 2**(e - 128), with the two smallest as subnormals
         bits = mx.where(e < 2, mx.array(0x00200000, mx.uint32) << e, (e - 1) << 23)
@@ -235,13 +246,13 @@ def scales_and_biases(w: Packed) -> tuple[mx.array, mx.array | None]:
     assert w.super is not None
     d = w.super[..., 0].astype(mx.float32)
     m = w.super[..., 1].astype(mx.float32) if form.has_min else None
-    if not form.sub:
+    if not form.sub_kind:
         return d, m
     assert w.sub is not None
     per_super = (*d.shape, form.super_block // form.group)
-    if form.sub == "int8":
+    if form.sub_kind == "int8":
         scale = w.sub.view(mx.int8)
-    elif form.sub == "scale-32":
+    elif form.sub_kind == "scale-32":
         scale = _six_bit_numbers(w.sub).astype(mx.float32) - 32
     elif form.sub_bits == 8:
         scale, low = w.sub & 15, w.sub >> 4

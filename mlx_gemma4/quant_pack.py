@@ -46,17 +46,16 @@ class Plane:
 class Layout:
     """What is where in a block of `size` values and `n_bytes` bytes.
 
-    codes: planes from the lowest bits of a code up. super: the bytes where d (and dmin or m) are.
-    sub: writes the group scales, `sub_bytes` a block, as one bit stream. flip: codes are signed bytes; store q + 128.
+    codes: planes from the lowest bits of a code up. super: the bytes where d (and dmin or m) are. sub: what writes
+    the group scales as a bit stream of `sub_bytes` a block, and the byte where they begin.
     """
 
     size: int
     n_bytes: int
     codes: tuple[Plane, ...]
     super: tuple[int, ...] = ()
-    sub: Callable[[Blocks, Bytes], None] | None = None
+    sub: tuple[SubWriter, int] | None = None
     sub_bytes: int = 0
-    flip: bool = False
 
     @property
     def bits(self) -> int:
@@ -82,7 +81,8 @@ class Blocks:
 
     def field(self, at: int, dtype: str) -> np.ndarray:
         """The value at byte `at` of each block, as a strided view [blocks]."""
-        return np.ndarray((self.count,), dtype, self.raw, at, (self.n_bytes,))
+        view: np.ndarray = np.ndarray((self.count,), dtype, self.raw, at, (self.n_bytes,))
+        return view
 
     def copy(self, at: int, n: int) -> Blocks:
         """n bytes from byte `at` of each block, closed up."""
@@ -93,10 +93,14 @@ class Blocks:
         return self.field(at, dtype).astype(np.uint64)
 
 
+SubWriter = Callable[[Blocks, Bytes, int], None]  # blocks, out [blocks, bytes], byte of the block
+
+
 @cache
 def _repeat(lane: int, every: int) -> np.uint64:
     """The mask `lane` repeated `every` so many bits over a word."""
-    return np.uint64(sum(lane << s for s in range(0, 64, every)))
+    mask: np.uint64 = np.uint64(sum(lane << s for s in range(0, 64, every)))
+    return mask
 
 
 # ---- codes ----
@@ -126,7 +130,7 @@ def _codes(layout: Layout, blocks: Blocks, out: Bytes) -> None:
             if done:
                 np.bitwise_or(x, tmp, out=x)
             done += plane.bits
-        if layout.flip:
+        if layout.bits == 8:  # signed; q + 128 is not
             np.bitwise_xor(x, _repeat(0x80, 8), out=x)
         lanes, used = _squeeze(x, tmp, layout.bits)
         _store(lanes, used, width * layout.bits // 8, out, start * layout.bits // 8, size * layout.bits // 8)
@@ -205,13 +209,13 @@ def _drop_unused(lanes: Words, n: int) -> Bytes:
 # ---- group scales: each of these writes the `sub` stream of some blocks to out [blocks, bytes] ----
 
 
-def plain_scales(blocks: Blocks, out: Bytes, at: int) -> None:
+def plain(blocks: Blocks, out: Bytes, at: int) -> None:
     """The bytes from `at` on, as they are."""
     n = out.shape[1]
     np.copyto(out.reshape(-1).view(f"V{n}"), blocks.field(at, f"V{n}"))
 
 
-def scales_and_mins(blocks: Blocks, out: Bytes, at: int) -> None:
+def q4_k(blocks: Blocks, out: Bytes, at: int) -> None:
     """Q4_K, Q5_K: 8 pairs of 6 bits, scale | min << 6.
 
     The file has 12 bytes: d, m, x of 4 each. Groups 0-3 are the lower 6 bits of d and m; groups 4-7 have their lower
@@ -224,9 +228,12 @@ def scales_and_mins(blocks: Blocks, out: Bytes, at: int) -> None:
     _store_six_bits((first, second), out)
 
 
-def scales_of_16(blocks: Blocks, out: Bytes, at: int) -> None:
-    """Q3_K: 16 scales of 6 bits. The file has their lower halves in 8 bytes (group i and i + 8), then the upper 2 bits
-    in 4 bytes (group i, i + 4, i + 8, i + 12)."""
+def q3_k(blocks: Blocks, out: Bytes, at: int) -> None:
+    """Q3_K: 16 scales of 6 bits.
+
+    The file has their lower halves in 8 bytes (group i and i + 8), then the upper 2 bits in 4 bytes (group i, i + 4,
+    i + 8, i + 12).
+    """
     here = blocks.copy(at, 12)
     low, high = here.words(0, "<u8"), here.words(8, "<u4")
     first = (low & _repeat(0x0F, 8)) | ((high | high << _30) & _repeat(3, 8)) << _4
@@ -234,8 +241,8 @@ def scales_of_16(blocks: Blocks, out: Bytes, at: int) -> None:
     _store_six_bits((first, second), out)
 
 
-def scales_of_8(blocks: Blocks, out: Bytes, at: int) -> None:
-    """IQ4_XS: 8 scales of 6 bits. The file has 2 bytes with the upper 2 bits, then 4 with the lower 4, both in order."""
+def iq4_xs(blocks: Blocks, out: Bytes, at: int) -> None:
+    """IQ4_XS: 8 scales of 6 bits. The file has 2 bytes with the upper 2 bits, then 4 with the lower 4, in order."""
     here = blocks.copy(at, 6)
     high, low = here.words(0, "<u2"), _bytes_apart(here.words(2, "<u4"))
     for shift, width in ((_24, 8), (_12, 4), (_6, 2)):
@@ -249,7 +256,8 @@ _2, _4, _6, _8, _12, _24, _26, _30 = (np.uint64(n) for n in (2, 4, 6, 8, 12, 24,
 def _bytes_apart(x: Words) -> Words:
     """The lower 4 bytes of each word to its 4 16-bit lanes."""
     x = (x | x << np.uint64(16)) & _repeat(0xFFFF, 32)
-    return (x | x << _8) & _repeat(0xFF, 16)
+    x = (x | x << _8) & _repeat(0xFF, 16)
+    return x
 
 
 def _store_six_bits(words: tuple[Words, ...], out: Bytes) -> None:
@@ -287,7 +295,8 @@ def rearrange(
         stop = min(start + STRIPE // layout.size, n_blocks)
         blocks = Blocks(raw[start * layout.n_bytes : stop * layout.n_bytes], layout.n_bytes)
         if sub is not None and layout.sub is not None:
-            layout.sub(blocks, sub[start:stop])
+            write, at = layout.sub
+            write(blocks, sub[start:stop], at)
         if super_ is not None:
             halves = super_[start:stop].view("<u2")
             for i, at in enumerate(layout.super):
@@ -308,10 +317,11 @@ _local = threading.local()
 
 def _scratch(i: int, n_bytes: int) -> Words:
     """This thread's working array number i, of n_bytes."""
-    arrays: dict[int, Words] = _local.__dict__
-    if i not in arrays or arrays[i].nbytes < n_bytes:
-        arrays[i] = np.empty(-(-n_bytes // 8), np.uint64)
-    return arrays[i][: -(-n_bytes // 8)]
+    arrays: dict[int, Words] = _local.__dict__.setdefault("arrays", {})
+    n = -(-n_bytes // 8)
+    if i not in arrays or arrays[i].size < n:
+        arrays[i] = np.empty(n, np.uint64)
+    return arrays[i][:n]
 
 
 @cache
