@@ -146,19 +146,19 @@ def _template_value(value: Any) -> str:
 
 def kernel(
     name: str, input_names: Sequence[str], output_names: Sequence[str], source: str, header: str = "",
-    ensure_row_contiguous: bool = True, atomic_outputs: bool = False,
+    ensure_row_contiguous: bool = True, atomic_outputs: bool = False, sanitize: str | None = None, seed: int = 0,
 ) -> Callable[..., list[np.ndarray[Any, Any]]]:  # fmt: skip
     """A kernel with the arguments of `mx.fast.metal_kernel`; errors name lines of `header` and `source`.
 
     The result is called with keywords, as MLX's: inputs, output_shapes, output_dtypes, grid, threadgroup, template,
-    init_value (and verbose, stream: ignored). Besides: sanitize (None; "address": bounds to the byte, alignment;
-    "thread": also races), seed (0: threads in order; odd and even: two kinds of scrambled order).
+    init_value (and verbose, stream: ignored). Besides, here or there: sanitize (None; "address": bounds to the byte,
+    alignment; "thread": also races), seed (0: threads in order; odd and even: two kinds of scrambled order).
     """
 
     def call(
         *, inputs: Sequence[Any], output_shapes: Sequence[Sequence[int]], output_dtypes: Sequence[Any],
         grid: Sequence[int], threadgroup: Sequence[int], template: Sequence[tuple[str, Any]] = (),
-        init_value: float | None = None, sanitize: str | None = None, seed: int = 0, **_: Any,
+        init_value: float | None = None, sanitize: str | None = sanitize, seed: int = seed, **_: Any,
     ) -> list[np.ndarray[Any, Any]]:  # fmt: skip
         arrays = [_array(i) for i in inputs]
         if ensure_row_contiguous:

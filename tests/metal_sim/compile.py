@@ -22,6 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 HEADERS = sorted((HERE / "msl").glob("*.h"))
 RUNTIME = HERE / "runtime.cpp"
+MAX_KERNELS = 5000  # kept in the cache, about 80 KB each
 PRELUDE = '#include "msl/simd.h"\nusing namespace metal;\n'
 
 LANGUAGE = [
@@ -72,6 +73,9 @@ def cache_dir() -> Path:
     user = os.getuid() if hasattr(os, "getuid") else "user"
     path = Path(os.environ.get("METAL_SIM_CACHE") or Path(tempfile.gettempdir()) / f"metal_sim-{user}")
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    kernels = sorted((p for p in path.iterdir() if p.is_file()), key=lambda p: p.stat().st_mtime)
+    for old in kernels[:-MAX_KERNELS]:
+        old.unlink(missing_ok=True)
     return path
 
 
@@ -84,10 +88,10 @@ def _environment() -> str:
 
 
 def _cc(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    env = dict(os.environ)
-    env.setdefault("ZIG_GLOBAL_CACHE_DIR", str(cache_dir() / "zig"))
-    env["ZIG_LOCAL_CACHE_DIR"] = env["ZIG_GLOBAL_CACHE_DIR"]
-    return subprocess.run([*compiler(), *map(str, args)], text=True, capture_output=True, env=env)
+    """Run the compiler; what zig caches of kernels is thrown away, what it caches of its libraries stays."""
+    with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
+        env = {"ZIG_GLOBAL_CACHE_DIR": str(cache_dir() / "zig"), **os.environ, "ZIG_LOCAL_CACHE_DIR": scratch}
+        return subprocess.run([*compiler(), *map(str, args)], text=True, capture_output=True, env=env)
 
 
 # ---- Metal syntax that clang's C++ does not take
@@ -270,23 +274,19 @@ def check(source: str, instance: str = "", constants: dict[int, object] | None =
         raise MetalError("\n".join(dict.fromkeys(errors)))
 
 
+def _must(done: subprocess.CompletedProcess[str]) -> None:
+    if done.returncode:
+        raise MetalError(done.stderr[:6000])
+
+
 @functools.cache
 def _runtime() -> Path:
     out = cache_dir() / f"runtime-{hashlib.sha256(_environment().encode()).hexdigest()[:16]}.o"
     if not out.exists():
-        _must(_cc(*LANGUAGE, "-O2", "-g", "-fno-sanitize=all", "-c", RUNTIME, "-o", _fresh(out)), out)
+        fresh = out.with_suffix(f".{os.getpid()}.o")
+        _must(_cc(*LANGUAGE, "-O2", "-g", "-fno-sanitize=all", "-c", RUNTIME, "-o", fresh))
+        os.replace(fresh, out)
     return out
-
-
-def _fresh(out: Path) -> Path:
-    return out.with_name(f"{out.stem}-{os.getpid()}{out.suffix}")
-
-
-def _must(done: subprocess.CompletedProcess[str], out: Path) -> None:
-    """Put what a compiler wrote to `_fresh(out)` in its place in one step: others may be building the same."""
-    if done.returncode:
-        raise MetalError(done.stderr[:6000])
-    os.replace(_fresh(out), out)
 
 
 def build(
@@ -303,10 +303,13 @@ def build(
         return exe
     entry = _entry(parameters(source, name), name + arguments)
     check(source, name + arguments, constants)
-    path, obj = exe.with_suffix(".cpp"), exe.with_suffix(".o")
+    fresh = exe.with_suffix(f".{os.getpid()}")
+    path, obj = Path(f"{fresh}.cpp"), Path(f"{fresh}.o")
     path.write_text(PRELUDE + '#line 1 "kernel.metal"\n' + rewrite(source, False, constants) + entry)
     flags = SANITIZE if sanitize else ["-fno-sanitize=all"]
-    _must(_cc(*LANGUAGE, *EXACT, "-O1", "-g", *flags, "-c", path, "-o", _fresh(obj)), obj)
-    _must(_cc(obj, _runtime(), "-lm", "-o", _fresh(exe)), exe)
+    _must(_cc(*LANGUAGE, *EXACT, "-O1", "-g", *flags, "-c", path, "-o", obj))
+    _must(_cc(obj, _runtime(), "-lm", "-o", fresh))
+    os.replace(fresh, exe)  # in one step: others may be building the same
+    path.unlink()
     obj.unlink()
     return exe
