@@ -101,7 +101,8 @@ def splits(texts: Sequence[str], vocab: Mapping[str, int]) -> list[tuple[str, st
     back = _powers(pow(factor, -1, 1 << 64), len(sums))
 
     def slot(start: Ints, stop: Ints) -> Hashes:
-        return ((sums[stop] - sums[start]) * back[start]) >> np.uint64(40)
+        found: Hashes = ((sums[stop] - sums[start]) * back[start]) >> np.uint64(40)
+        return found
 
     table = np.zeros(1 << 24, np.bool_)
     table[slot(ends[:-1], ends[1:])] = True

@@ -13,9 +13,10 @@ Two kinds of GGUF vocabulary are read, both with the results of llama.cpp (src/l
 The Rust library `tokenizers` does the work for both. `bpe.PlainBPE` is its twin, and takes its place for
 vocabularies that the library can't express.
 
-Two things differ from llama.cpp on purpose. Tokens of the shape <|name>, <name|> or <|name|> are control
-tokens even where the file calls them user-defined, so that nobody can type one. And no merge ever makes a
-control or byte token. This module knows nothing about chat: see prompts.py.
+Three things differ from llama.cpp on purpose. Tokens of the shape <|name>, <name|> or <|name|> are control
+tokens even where the file calls them user-defined, so that nobody can type one. No merge ever makes a control or
+byte token. And </s> is the HTML tag that it is in Gemma 3's vocabulary, not an end of text.
+This module knows nothing about chat: see prompts.py.
 """
 
 from __future__ import annotations
@@ -184,8 +185,8 @@ def _from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
         tokens,
         types,
         encode,
-        bos_id=named.pop("bos"),
-        stop_ids=[i for i in named.values() if isinstance(i, int)],
+        bos_id=named["bos"] if isinstance(named["bos"], int) else None,
+        stop_ids=[i for i in (named["eos"], named["eot"], named["eom"]) if isinstance(i, int)],
         chat_template=template if isinstance(template, str) else None,
     )
 
