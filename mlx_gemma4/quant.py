@@ -229,9 +229,11 @@ def dequantize(w: Packed, dtype: mx.Dtype = mx.float32, rows: mx.array | None = 
 
 def unpack_codes(w: Packed) -> mx.array:
     """The codes as fp32 [.., N, K]: MLX's own unpacking, with scales of one."""
-    groups = (*w.shape[:-1], w.shape[-1] // 32)
-    one, zero = mx.ones(groups), mx.zeros(groups)
-    return mx.dequantize(w.codes, one, zero, group_size=32, bits=w.format.bits)
+    k = w.shape[-1]
+    groups = (w.codes.size // w.codes.shape[-1], k // 32)
+    codes = w.codes.reshape(groups[0], -1)
+    q: mx.array = mx.dequantize(codes, mx.ones(groups), mx.zeros(groups), group_size=32, bits=w.format.bits)
+    return q.reshape(w.shape)
 
 
 def scales_and_biases(w: Packed) -> tuple[mx.array, mx.array | None]:
