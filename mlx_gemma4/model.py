@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from . import ops
 from .config import Config, LayerConfig
+from .execution import execution
 from .ops import Weight
 from .state import KVState
 
@@ -79,28 +80,37 @@ class Model:
         }
         mx.eval(list(self._wavelengths.values()))
 
-    def new_state(self) -> KVState:
-        """An empty KV state for this model: fp32 on a CPU, fp16 on a GPU."""
-        return KVState(self.config, mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.float16)
+    def new_state(self, max_tokens: int | None = None) -> KVState:
+        """An empty KV state for this model, for at most `max_tokens`: fp32 on a CPU, fp16 on a GPU."""
+        dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.float16
+        return KVState(self.config, dtype, max_tokens)
 
     def forward(self, ids: mx.array, state: KVState, *, all_logits: bool = False) -> mx.array:
         """Read tokens into the state.
 
         Args:
             ids: int [T], T at least 1, the tokens that follow those in `state`.
-            state: what came before; takes the new keys and values.
+            state: what came before; takes the new keys and values. Scheduled on return, unless the caller
+                holds `execution()` and does so itself.
             all_logits: give logits for each token, not for the last alone.
 
         Returns:
             fp32 logits for the next token, [vocab], or [T, vocab] with `all_logits`.
         """
-        x = self._layers(ids, state, ids.size if all_logits else 1)
-        logits = self._head(x)
-        return logits if all_logits else logits[0]
+        with execution() as outermost:
+            x = self._layers(ids, state, ids.size if all_logits else 1)
+            logits = self._head(x)
+            logits = logits if all_logits else logits[0]
+            if outermost:
+                mx.async_eval(logits, state.arrays)
+        return logits
 
     def prefill(self, ids: mx.array, state: KVState) -> None:
         """Read tokens, int [T], into the state and want no logits: only keys and values are made."""
-        self._layers(ids, state, 0)
+        with execution() as outermost:
+            self._layers(ids, state, 0)
+            if outermost:
+                mx.async_eval(state.arrays)
 
     def _layers(self, ids: mx.array, state: KVState, wanted: int) -> mx.array:
         """All layers; gives the last `wanted` tokens' hidden state, [wanted, hidden], before the last norm.
@@ -108,6 +118,7 @@ class Model:
         Nothing after the last keys and values depends on any but the wanted tokens, so from there on
         only those are computed (and with none wanted, the pass ends).
         """
+        state.check_room(ids.size)
         x = ops.embed(ids, self.weights.token_embd) * math.sqrt(self.config.hidden)  # [T, hidden]
         per_layer = self._per_layer_inputs(ids, x)
         last_kv = self.config.own_kv_layers - 1
@@ -129,7 +140,7 @@ class Model:
                 x = x + self._per_layer_step(layer, x, per_layer[:, i])
             if layer.layer_output_scale is not None:
                 x = x * layer.layer_output_scale
-        state.advance(ids.size)
+        state.advance(ids)
         return x
 
     def _per_layer_inputs(self, ids: mx.array, x: mx.array) -> mx.array | None:
@@ -158,9 +169,9 @@ class Model:
         first = state.length + new - queries  # position of the first query
         q = ops.rms_norm(_heads(ops.linear(h, layer.attn_q), shape.heads), layer.attn_q_norm, self.config.eps)
         q = self._rope(q, shape, first)  # [1, H, Tq, D]
-        k, v, start = state.view(shape.kv_layer, queries)
-        mask = _mask(queries, k.shape[2], first, start, self.config.window if shape.sliding else None)
-        out = ops.attention(q.astype(k.dtype), k, v, self.config.attention_scale, mask)
+        parts = state.view(shape.kv_layer, queries)
+        window = self.config.window if shape.sliding else None
+        out = ops.attention(q.astype(state.dtype), parts, self.config.attention_scale, first, window)
         out = out.astype(h.dtype).swapaxes(1, 2).reshape(queries, -1)  # [Tq, H * D]
         return ops.linear(out, layer.attn_output)
 
@@ -224,17 +235,6 @@ class Model:
 def _heads(x: mx.array, heads: int) -> mx.array:
     """[T, heads * D] -> [1, heads, T, D]."""
     return x.reshape(1, x.shape[0], heads, -1).swapaxes(1, 2)
-
-
-def _mask(queries: int, keys: int, first: int, start: int, window: int | None) -> mx.array | str | None:
-    """What `queries` tokens from position `first` see of `keys` tokens from position `start`."""
-    if queries == 1:
-        return None  # the view ends with this token and begins with its window
-    if window is None or keys <= window:
-        return "causal"
-    q = mx.arange(first, first + queries)[:, None]
-    k = mx.arange(start, start + keys)[None]
-    return (k <= q) & (k > q - window)
 
 
 def _rope_wavelengths(config: Config, layer: LayerConfig, rope_freqs: mx.array | None) -> mx.array:

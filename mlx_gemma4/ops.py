@@ -7,11 +7,14 @@ came in. Nothing here knows a model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import mlx.core as mx
 
 from .quant import Packed, affine_parts, dequantize
+from .segments import Part
 
 # Rows of a look-up-table type are expanded this many weights at a time, to bound the memory it takes.
 _EXPAND = 1 << 26
@@ -121,18 +124,55 @@ def embed(ids: mx.array, table: Weight) -> mx.array:
     return dequantize(table, rows=ids)
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | str | None) -> mx.array:
-    """softmax(scale * q kᵀ + mask) v, each KV head serving heads / kv_heads query heads.
+def attention(q: mx.array, parts: Sequence[Part], scale: float, position: int, window: int | None) -> mx.array:
+    """softmax(scale * q kᵀ) v over keys and values in parts, each KV head serving heads / kv_heads query heads.
+
+    Each part's scores and products are taken where they lie and summed under one maximum: the parts are never
+    joined, except for many queries on a GPU, whose fused attention wants them whole.
 
     Args:
-        q: [1, heads, T, D].
-        k, v: [1, kv_heads, S, D].
-        mask: bool [T, S] (true: seen), "causal" (the last query sees all), or None.
+        q: [1, heads, T, D], in the parts' dtype.
+        parts: consecutive keys and values, [1, kv_heads, n, D], at least one; seen by no query where they follow
+            it or lie `window` or more before it.
+        position: of the first query.
+        window: None: a query sees all before it.
 
     Returns:
         [1, heads, T, D].
     """
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    masks = [_mask(q.shape[2], part, position, window) for part in parts]
+    if len(parts) == 1:
+        return mx.fast.scaled_dot_product_attention(q, parts[0].keys, parts[0].values, scale=scale, mask=masks[0])
+    if q.shape[2] > 1 and mx.default_device().type != mx.DeviceType.cpu:
+        keys, values = (mx.concatenate([part[i] for part in parts], axis=2) for i in (1, 2))
+        whole = Part(parts[0].start, keys, values)
+        mask = _mask(q.shape[2], whole, position, window)
+        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
+    _, heads, t, d = q.shape
+    groups = parts[0].keys.shape[1]
+    rows = (q * scale).reshape(1, groups, heads // groups * t, d)
+    scores = []
+    for part, mask in zip(parts, masks, strict=True):
+        s = (rows @ part.keys.swapaxes(-1, -2)).astype(mx.float32)  # [1, groups, heads / groups * T, n]
+        if mask is not None:
+            s = mx.where(mask, s.reshape(1, groups, -1, t, s.shape[-1]), -mx.inf).reshape(s.shape)
+        scores.append(s)
+    top = reduce(mx.maximum, (s.max(axis=-1, keepdims=True) for s in scores))
+    weights = [mx.exp(s - top) for s in scores]
+    total = sum(w.sum(axis=-1, keepdims=True) for w in weights)
+    out = sum(w.astype(q.dtype) @ part.values for w, part in zip(weights, parts, strict=True))
+    return (out / total).astype(q.dtype).reshape(q.shape)
+
+
+def _mask(queries: int, part: Part, position: int, window: int | None) -> mx.array | None:
+    """Which keys of a part the queries from `position` on see: bool [T, n], or None where they see all."""
+    start, stop = part.start, part.start + part.keys.shape[2]
+    if stop <= position + 1 and (window is None or start > position + queries - 1 - window):
+        return None
+    q = mx.arange(position, position + queries)[:, None]
+    k = mx.arange(start, stop)[None]
+    seen = k <= q
+    return seen if window is None else seen & (k > q - window)
 
 
 def _affine_matmul(x: mx.array, w: Affine, chosen: mx.array | None = None) -> mx.array:
