@@ -366,7 +366,7 @@ def check_magic_and_version(r: Reader) -> None:
     if magic == MAGIC[::-1]:
         raise r.error("is a big-endian GGUF, which is not supported; get the little-endian file")
     if magic != MAGIC:
-        if r.buf[:20] == b"version https://git-l":
+        if r.buf[:23] == b"version https://git-lfs":
             raise r.error("is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
         raise r.error(f"is not a GGUF file (it starts with {magic!r}); give a .gguf file or a model folder")
     r.at = 4
