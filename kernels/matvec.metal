@@ -1,0 +1,322 @@
+// Packed weights times a few activations:  y[t, n] = sum over k of W[n, k] x[t, k], summed in fp32.
+//
+// Variants, by what is rendered before this text:
+//   NORM     x is RMS-normalised on the way in: x[k] norm[k] / sqrt(mean(x²) + EPS). The squares are
+//            summed beside the products and divide the result at the end: x is read once.
+//   GLU      W is gate over up, [2F, K]: y[t, f] = gelu(gate row f) * (up row f), both in one lane.
+//   TIMES    y[t, n] = gelu(row n) * times[t, n].
+//   EXPERTS  W is [E, N, K]; row block z of the grid takes expert ids[z] and writes y[z]; x is shared
+//            or, with EXPERT_X, x[z].
+//
+// Threads. A row belongs to LANES neighbouring lanes of each of SPLIT simdgroups; a lane works on ROWS
+// rows at once, so that an activation, once converted, meets ROWS weights. A step of a lane is CHUNK
+// weights of each of its rows; neighbouring lanes take neighbouring chunks, so LANES of them read one
+// stretch of a row, 16 bytes a lane where the bits allow. The next step's weights are on their way while
+// this step's are used. Then the lanes of a row add up by shuffles, and its simdgroups over threadgroup
+// memory. SG simdgroups, threadgroup of 32 SG; grid (32 SG ceil(N / rows of a threadgroup), 1, experts).
+//
+// Memory. Every byte of codes, sub and super once, in whole lines. x (and norm) once for each
+// simdgroup's ROWS * 32 / LANES rows, from the cache. y once.
+//
+// A code becomes a float without conversion: its bits are shifted to the top of a mantissa under the
+// exponent of 1, giving v = 1 + code / 2^BITS. With w = a code + b over a group of weights,
+//   sum of w x  =  a 2^BITS (sum of v x - sum of x) + b sum of x,
+// and the sums of x serve all rows. With PAIRS, one shift serves two codes; the lower has
+// v = 1 + code / 2^(2 BITS), so even and odd k are summed apart. Look-up types read their 16 values from
+// threadgroup memory.
+
+#define WORDS (CHUNK * BITS / 32)                      // of codes, a lane, a row and a step
+#define SPAN (CHUNK < GROUP ? CHUNK : GROUP)           // weights that share a scale
+#define SPANS (CHUNK / SPAN)                           // of them in a chunk
+#define SUPERS (SUPER == 32 && CHUNK > 32 ? CHUNK / 32 : 1)  // fp16 scales (or pairs) in a chunk
+
+#define HALVES (PAIRS ? 2 : 1)                         // sums kept apart
+#define STEP float(1 << BITS)
+
+// What a lane reads of one row in one step, as it stands in memory.
+struct Chunk {
+  uint codes[WORDS];
+  uint sub;
+  uint super[SUPERS];
+};
+
+// Codes of one chunk, in loads of VEC words.
+METAL_FUNC void load_codes(const device uint* p, thread uint* w) {
+  UNROLL
+  for (int i = 0; i < WORDS; i += VEC) {
+#if VEC == 4
+    const uint4 u = *(const device uint4*)(p + i);
+    w[i] = u.x;
+    w[i + 1] = u.y;
+    w[i + 2] = u.z;
+    w[i + 3] = u.w;
+#elif VEC == 2
+    const uint2 u = *(const device uint2*)(p + i);
+    w[i] = u.x;
+    w[i + 1] = u.y;
+#else
+    w[i] = p[i];
+#endif
+  }
+}
+
+#if SUB_BITS
+// The per-group fields of chunk c of a row, first group in the lowest bits.
+METAL_FUNC uint load_sub(const device uchar* p, int c) {
+#define FIELD (SPANS * SUB_BITS)
+#if CHUNK < GROUP
+  c /= GROUP / CHUNK;
+#endif
+#if FIELD == 8
+  return p[c];
+#elif FIELD == 16
+  return ((const device ushort*)p)[c];
+#elif FIELD == 32
+  return ((const device uint*)p)[c];
+#elif FIELD == 24
+  return uint(p[3 * c]) | uint(p[3 * c + 1]) << 8 | uint(p[3 * c + 2]) << 16;
+#else
+  // 6 or 12 bits: two bytes that hold them and end inside the row.
+  const int o = FIELD == 12 ? c * 12 / 8 : c / 4 * 3 + (c / 2) % 2;
+  return (uint(p[o]) | uint(p[o + 1]) << 8) >> (c * FIELD - o * 8);
+#endif
+}
+#endif
+
+#if SUPER
+// fp16 scale, or scale and min, of super block i of a row.
+METAL_FUNC uint load_super(const device half* p, int i) {
+#if HAS_MIN
+  return ((const device uint*)p)[i];
+#else
+  return ((const device ushort*)p)[i];
+#endif
+}
+#endif
+
+// Weight = a code + b for group g of a chunk (a look-up type: a value(code)), but for the offset.
+METAL_FUNC void scales(uint sub, uint super, int g, thread float& a, thread float& b) {
+  b = 0;
+#if SUB_E8M0  // a power of two, halved as the table is doubled
+  const uint e = (sub >> (8 * g)) & 0xFFu;
+  a = as_type<float>(e < 2 ? 0x00200000u << e : (e - 1) << 23);
+#elif SUB_SCALE_MIN
+  const uint field = sub >> (SUB_BITS * g), mask = (1u << (SUB_BITS / 2)) - 1;
+  a = low_half(super) * float(field & mask);
+  b = -high_half(super) * float((field >> (SUB_BITS / 2)) & mask);
+#elif SUB_INT8
+  a = low_half(super) * float(int(sub << (24 - 8 * g)) >> 24);
+#elif SUB_SCALE_32
+  a = low_half(super) * float(int((sub >> (6 * g)) & 63u) - 32);
+#else
+  a = low_half(super);
+  if (HAS_MIN) b = high_half(super);
+#endif
+}
+
+// Code i of a chunk as a float from 1 to 2: its bits under the exponent of 1. `one` is the bits of 1.0f.
+// With PAIRS, codes 2j and 2j + 1 are shifted as one, so that an even code stands BITS lower in the mantissa.
+METAL_FUNC float unit_code(const thread uint* w, int i, uint one) {
+  const int first = PAIRS ? i / 2 * 2 : i, span = PAIRS ? 2 * BITS : BITS;  // what is shifted: codes, bits
+  const int word = first * BITS / 32, at = first * BITS % 32, low_end = 23 - span;
+  uint u;
+  if (at + span > 32)
+    u = (w[word] >> (at - low_end)) | (w[word + 1] << (32 - at + low_end));
+  else
+    u = at >= low_end ? w[word] >> (at - low_end) : w[word] << (low_end - at);
+  const uint mask = ((1u << BITS) - 1) << (low_end + (i - first) * BITS);
+  return as_type<float>((u & mask) | one);
+}
+
+// kernel: matvec(x, norm?, codes, sub?, super?, ids?, times?) -> (y)
+const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
+const int slot = int(threadgroup_position_in_grid.z);
+const int words = codes_shape[EXPERTS ? 2 : 1];                 // of codes in a row
+const int chunks = words / WORDS, K = words / BITS * 32;
+const int N = codes_shape[EXPERTS ? 1 : 0], outs = GLU ? N / 2 : N;
+const int part = sg % SPLIT, col = lane % LANES;
+
+// Rows: `OUTS` results a lane, 32 / LANES rows apart; with GLU their up rows follow.
+constexpr int OUTS = GLU ? ROWS / 2 : ROWS, APART = 32 / LANES;
+const int first = (int(threadgroup_position_in_grid.x) * (SG / SPLIT) + sg / SPLIT) * (OUTS * APART) + lane / LANES;
+uint row[ROWS];
+UNROLL
+for (int r = 0; r < ROWS; r++) {
+  row[r] = uint(min(first + r % OUTS * APART, outs - 1) + (r >= OUTS ? outs : 0));
+#if EXPERTS
+  row[r] += uint(ids[slot]) * uint(N);
+#endif
+}
+
+// 0x3F800000, but no literal to the compiler: mask and or are then one instruction with one immediate (NVIDIA).
+const uint one = max(uint(N), 0x3F800000u);
+
+#if HAS_LUT
+threadgroup float lut[16];
+if (sg == 0 && lane < 16) {
+  const float values[16] = LUT;
+  lut[lane] = values[lane];
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+#endif
+
+const device T* xs = x + (EXPERT_X ? uint(slot) * uint(K) : 0u);
+float acc[TOKENS][ROWS], squares[TOKENS];
+UNROLL
+for (int t = 0; t < TOKENS; t++) {
+  squares[t] = 0;
+  UNROLL
+  for (int r = 0; r < ROWS; r++) acc[t][r] = 0;
+}
+
+Chunk now[ROWS], next[ROWS];
+#define LOAD(into, c)                                                                      \
+  UNROLL for (int r = 0; r < ROWS; r++) {                                                  \
+    load_codes(codes + row[r] * uint(words) + uint((c) * WORDS), into[r].codes);           \
+    LOAD_SUB(into, c)                                                                      \
+    LOAD_SUPER(into, c)                                                                    \
+  }
+#if SUB_BITS
+#define LOAD_SUB(into, c) into[r].sub = load_sub(sub + row[r] * uint(K / GROUP * SUB_BITS / 8), c);
+#else
+#define LOAD_SUB(into, c) into[r].sub = 0;
+#endif
+#if SUPER
+#define LOAD_SUPER(into, c)                                                                \
+  UNROLL for (int i = 0; i < SUPERS; i++) into[r].super[i] =                               \
+      load_super(super + row[r] * uint(K / SUPER * (1 + HAS_MIN)), (c) * CHUNK / SUPER + i);
+#else
+#define LOAD_SUPER(into, c) into[r].super[0] = 0;
+#endif
+
+int c = part * LANES + col;
+if (c < chunks) LOAD(now, c)
+while (c < chunks) {
+  const int c2 = c + LANES * SPLIT;
+#if PREFETCH
+  if (c2 < chunks) LOAD(next, c2)
+#endif
+  UNROLL
+  for (int g = 0; g < SPANS; g++) {
+    float dots[TOKENS][ROWS][HALVES], sums[TOKENS][HALVES];
+    UNROLL
+    for (int t = 0; t < TOKENS; t++) {
+      UNROLL
+      for (int h = 0; h < HALVES; h++) {
+        sums[t][h] = 0;
+        UNROLL
+        for (int r = 0; r < ROWS; r++) dots[t][r][h] = 0;
+      }
+    }
+    UNROLL
+    for (int i = 0; i < SPAN; i += 8) {
+      const int at = g * SPAN + i;
+      float v[TOKENS][8];
+#if NORM
+      float scale[8];
+      load4(norm + c * CHUNK + at, scale);
+      load4(norm + c * CHUNK + at + 4, scale + 4);
+#endif
+      UNROLL
+      for (int t = 0; t < TOKENS; t++) {
+        load8(xs + t * K + c * CHUNK + at, v[t]);
+        UNROLL
+        for (int j = 0; j < 8; j++) {
+#if NORM
+          squares[t] += v[t][j] * v[t][j];
+          v[t][j] *= scale[j];
+#endif
+          if (!HAS_LUT) sums[t][j % HALVES] += v[t][j];
+        }
+      }
+      UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        UNROLL
+        for (int j = 0; j < 8; j++) {
+#if HAS_LUT
+          const float w = lut[(now[r].codes[(at + j) / 8] >> ((at + j) % 8 * 4)) & 15u];
+#else
+          const float w = unit_code(now[r].codes, at + j, one);
+#endif
+          UNROLL
+          for (int t = 0; t < TOKENS; t++) dots[t][r][j % HALVES] += w * v[t][j];
+        }
+      }
+    }
+    UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      float a, b;
+      scales(now[r].sub, now[r].super[g * SUPERS / SPANS], g, a, b);
+      UNROLL
+      for (int t = 0; t < TOKENS; t++) {
+#if HAS_LUT
+        acc[t][r] += a * dots[t][r][0];
+#else
+        const float sum = sums[t][0] + (PAIRS ? sums[t][HALVES - 1] : 0.0f);
+        float dot = STEP * dots[t][r][HALVES - 1] - (STEP * sums[t][HALVES - 1] + float(OFFSET) * sum);
+        if (PAIRS) dot += STEP * STEP * (dots[t][r][0] - sums[t][0]);
+        acc[t][r] += a * dot;
+        if (HAS_MIN) acc[t][r] += b * sum;
+#endif
+      }
+    }
+  }
+#if PREFETCH
+  UNROLL
+  for (int r = 0; r < ROWS; r++) now[r] = next[r];
+#endif
+  c = c2;
+#if !PREFETCH
+  if (c < chunks) LOAD(now, c)
+#endif
+}
+
+UNROLL
+for (int t = 0; t < TOKENS; t++) {
+  if (NORM) squares[t] = sum_lanes(squares[t], LANES);
+  UNROLL
+  for (int r = 0; r < ROWS; r++) acc[t][r] = sum_lanes(acc[t][r], LANES);
+}
+
+#if SPLIT > 1
+// Simdgroups that share rows leave their sums; the first of them collects.
+threadgroup float shared_acc[SG][TOKENS][ROWS][APART];
+threadgroup float shared_squares[SG][TOKENS];
+if (col == 0) {
+  UNROLL
+  for (int t = 0; t < TOKENS; t++) {
+    if (lane == 0) shared_squares[sg][t] = squares[t];
+    UNROLL
+    for (int r = 0; r < ROWS; r++) shared_acc[sg][t][r][lane / LANES] = acc[t][r];
+  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+if (part == 0 && col == 0) {
+  for (int s = 1; s < SPLIT; s++) {
+    UNROLL
+    for (int t = 0; t < TOKENS; t++) {
+      if (NORM) squares[t] += shared_squares[sg + s][t];
+      UNROLL
+      for (int r = 0; r < ROWS; r++) acc[t][r] += shared_acc[sg + s][t][r][lane / LANES];
+    }
+  }
+}
+#endif
+
+if (part == 0 && col == 0) {
+  UNROLL
+  for (int t = 0; t < TOKENS; t++) {
+    const float factor = NORM ? rsqrt(squares[t] / float(K) + EPS) : 1.0f;
+    UNROLL
+    for (int r = 0; r < OUTS; r++) {
+      const int n = first + r * APART;
+      float value = acc[t][r] * factor;
+      if (GLU) value = gelu(value) * (acc[t][GLU ? r + OUTS : r] * factor);
+      const uint at = uint(slot * TOKENS + t) * uint(outs) + uint(n);
+#if TIMES
+      if (n < outs) value = gelu(value) * float(times[at]);
+#endif
+      if (n < outs) y[at] = U(value);
+    }
+  }
+}

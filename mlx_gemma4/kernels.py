@@ -1,0 +1,240 @@
+"""Renders a kernel from `kernels/*.metal` for a weight format, a dtype and a backend, and launches it.
+
+In: MLX arrays and packed weights. Out: MLX arrays. One Metal text serves three ways to run it, each a `Maker` with the
+arguments of `mx.fast.metal_kernel`: that function itself, `cuda` below (MLX's CUDA backend), and the CPU simulator of
+the tests. What differs between formats and shapes is rendered as `#define`s before the text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .quant import Format, Packed
+
+Maker = Callable[..., Callable[..., Sequence[Any]]]
+
+_FOLDERS = (Path(__file__).parent / "metal", Path(__file__).parent.parent / "kernels")  # in a wheel, in the tree
+_DEVICE = 8  # elements from which on MLX passes an input in Metal's device address space, not constant
+MAX_TOKENS = 4  # of a mat-vec
+_TYPES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One rendered kernel: what `mx.fast.metal_kernel` wants to know, in Metal."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    header: str
+    source: str
+
+
+@cache
+def _text(file: str) -> str:
+    for folder in _FOLDERS:
+        if (folder / file).exists():
+            return (folder / file).read_text()
+    raise FileNotFoundError(f"kernel source {file} is missing from the installation")
+
+
+def render(entry: str, file: str, dtype: mx.Dtype, defines: dict[str, object], absent: Sequence[str] = ()) -> Kernel:
+    """The kernel `entry` of kernels/`file`.
+
+    A file holds helpers, then kernels: a line `// kernel: NAME(INPUT, OPTIONAL?, ...) -> (OUTPUT, ...)` and its body.
+
+    Args:
+        dtype: of the activations.
+        defines: constants that the text reads.
+        absent: optional inputs and outputs that this kernel goes without.
+    """
+    helpers, *kernels = re.split(r"(?m)^(?=// kernel: )", _text(file))
+    body = next(k for k in kernels if k.startswith(f"// kernel: {entry}("))
+    declared = re.match(r"// kernel: \w+\((.*?)\) -> \((.*?)\)", body)
+    assert declared, f"{file}: {entry} declares no inputs and outputs"
+    names = ([n.strip().rstrip("?") for n in listed.split(",")] for listed in declared.groups())
+    inputs, outputs = (tuple(n for n in some if n not in absent) for some in names)
+    metal = _TYPES[dtype]
+    lines = {"T": metal, f"T_{metal.upper()}": 1, **defines}
+    header = "".join(f"#define {k} {int(v) if isinstance(v, bool) else v}\n" for k, v in lines.items())
+    header += _text("common.metal") + helpers
+    digest = hashlib.sha256((header + body).encode()).hexdigest()[:12]
+    return Kernel(f"{entry}_{digest}", inputs, outputs, header, body)
+
+
+def cuda(name: str, input_names: Sequence[str], output_names: Sequence[str], source: str, header: str) -> Any:
+    """`mx.fast.cuda_kernel` for Metal text."""
+    return mx.fast.cuda_kernel(
+        name, list(input_names), list(output_names), to_cuda(source), _text("cuda.h") + to_cuda(header)
+    )
+
+
+def to_cuda(text: str) -> str:
+    """Metal text as CUDA: threadgroup arrays become shared memory, the other address spaces vanish."""
+    text = re.sub(r"(?m)//.*$", "", text)
+    text = re.sub(r"(?m)^(\s*)threadgroup (?=[^;*&()]*;)", r"\1__shared__ ", text)
+    return re.sub(r"\b(device|constant|threadgroup|thread) ", "", text)
+
+
+def default_maker() -> Maker | None:
+    """How kernels run on this machine's default device, or None on a CPU."""
+    if mx.default_device() == mx.Device(mx.cpu):
+        return None
+    return mx.fast.metal_kernel if mx.metal.is_available() else cuda
+
+
+@cache
+def _build(maker: Maker, kernel: Kernel) -> Callable[..., Sequence[Any]]:
+    return maker(
+        name=kernel.name,
+        input_names=list(kernel.inputs),
+        output_names=list(kernel.outputs),
+        source=kernel.source,
+        header=kernel.header,
+    )
+
+
+# ---------------------------------------------------------------- packed mat-vec
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a mat-vec is cut; see matvec.metal."""
+
+    lanes: int = 8  # lanes of a simdgroup that share a row
+    rows: int = 4  # rows a lane works on at once
+    split: int = 1  # simdgroups that share a row
+    simdgroups: int = 4  # of a threadgroup, a multiple of split
+    chunk: int = 32  # weights a lane takes of each row in a step
+    prefetch: bool = True  # load the next step's weights during this one
+
+    def rows_per_group(self, glu: bool) -> int:
+        """Results that one threadgroup writes."""
+        return self.rows // (1 + glu) * (32 // self.lanes) * (self.simdgroups // self.split)
+
+
+def tiling(fmt: Format, n: int, k: int, glu: bool = False) -> Tiling:
+    """The cut for a weight of n rows of k: measured on an H100, see docs/kernels.md."""
+    del fmt, glu
+    return Tiling(split=4 if n < 8192 else 1) if k >= 1024 else Tiling(rows=2, split=1)
+
+
+def _traits(fmt: Format, chunk: int, k: int) -> dict[str, object]:
+    """A format as constants for matvec.metal."""
+    words = chunk * fmt.bits // 32
+    row = k * fmt.bits // 32
+    lut = ", ".join(f"{v}.0f" for v in fmt.lut) if fmt.lut is not None else ""
+    return {
+        "BITS": fmt.bits,
+        "GROUP": fmt.group,
+        "SUB_BITS": fmt.sub_bits,
+        "SUPER": fmt.super_block,
+        "OFFSET": fmt.offset,
+        "HAS_MIN": fmt.has_min,
+        "HAS_LUT": fmt.lut is not None,
+        "LUT": f"{{{lut}}}",
+        f"SUB_{fmt.sub_kind.upper().replace('-', '_') or 'NONE'}": 1,
+        "VEC": next(v for v in (4, 2, 1) if words % v == 0 and row % v == 0),
+    }
+
+
+def matvec_kernel(
+    fmt: Format,
+    k: int,
+    dtype: mx.Dtype,
+    cut: Tiling,
+    tokens: int = 1,
+    *,
+    out: mx.Dtype | None = None,
+    norm: bool = False,
+    eps: float = 1e-6,
+    glu: bool = False,
+    times: bool = False,
+    experts: bool = False,
+    expert_x: bool = False,
+) -> Kernel:
+    """matvec.metal for a format and a cut; k only decides how wide loads may be."""
+    while k % cut.chunk:
+        cut = replace(cut, chunk=cut.chunk // 2)
+    defines = _traits(fmt, cut.chunk, k) | {name.upper(): value for name, value in asdict(cut).items()}
+    defines["SG"] = defines.pop("SIMDGROUPS")
+    # Pairs cost accuracy (2^-24 * 2^(2 bits) of a term): too much for wide codes, and for fp32's own precision.
+    defines["PAIRS"] = fmt.bits <= 4 and fmt.lut is None and dtype != mx.float32
+    flags = {"GLU": glu, "TIMES": times, "NORM": norm, "EXPERTS": experts, "EXPERT_X": expert_x}
+    defines |= {"TOKENS": tokens, "EPS": f"{eps}f", "U": _TYPES[out or dtype], **flags}
+    present = {"sub": fmt.sub_bits, "super": fmt.super_block, "norm": norm, "ids": experts, "times": times}
+    return render("matvec", "matvec.metal", dtype, defines, [n for n, there in present.items() if not there])
+
+
+def takes(w: Packed, tokens: int) -> bool:
+    """Whether `matvec` can do it: rows of whole 32s, few tokens, arrays that MLX hands over as device memory."""
+    arrays = [a for a in (w.codes, w.sub, w.super) if a is not None]
+    return tokens <= MAX_TOKENS and w.shape[-1] % 32 == 0 and all(a.size >= _DEVICE for a in arrays)
+
+
+def matvec(
+    x: mx.array,
+    w: Packed,
+    maker: Maker,
+    *,
+    norm: mx.array | None = None,
+    eps: float = 1e-6,
+    glu: bool = False,
+    times: mx.array | None = None,
+    ids: mx.array | None = None,
+    out: mx.Dtype | None = None,
+    cut: Tiling | None = None,
+) -> Any:
+    """A few tokens through a packed weight.
+
+    Args:
+        x: [T, K], T from 1 to 4; with `ids`, one token: [1, K] for all experts, or [E', K], one row each.
+        w: [N, K], or with `ids` [E, N, K].
+        norm: fp32 [K]: x goes through RMSNorm with this weight first.
+        glu: w holds gate's rows, then up's; the result is gelu(gate x) * (up x).
+        times: [T, N] in x's dtype: the result is gelu(x wᵀ) * times.
+        ids: int32 [E'], the experts to take.
+        out: dtype of the result, x's by default.
+        cut: instead of `tiling`'s.
+
+    Returns:
+        [T, N], [T, N / 2] with glu, [E', ..] with ids; of whatever kind `maker` returns.
+    """
+    *_, n, k = w.shape
+    cut = cut or tiling(w.format, n, k, glu)
+    slots = 1 if ids is None else ids.size
+    tokens = x.shape[0] if ids is None else 1
+    kernel = matvec_kernel(
+        w.format,
+        k,
+        x.dtype,
+        cut,
+        tokens,
+        out=out,
+        norm=norm is not None,
+        eps=eps,
+        glu=glu,
+        times=times is not None,
+        experts=ids is not None,
+        expert_x=ids is not None and x.shape[0] > 1,
+    )
+    arrays = {"x": x, "norm": norm, "codes": w.codes, "sub": w.sub, "super": w.super, "ids": ids}
+    arrays["times"] = times
+    outs = n // 2 if glu else n
+    threads = 32 * cut.simdgroups
+    groups = -(-outs // cut.rows_per_group(glu))
+    return _build(maker, kernel)(
+        inputs=[arrays[name] for name in kernel.inputs],
+        grid=(threads * groups, 1, slots),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(tokens * slots, outs)],
+        output_dtypes=[out or x.dtype],
+    )[0]

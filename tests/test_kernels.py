@@ -1,0 +1,153 @@
+"""Every kernel, run thread by thread on the Metal simulator, against plain numpy in double precision.
+
+Outputs start as NaN (the simulator poisons them). The reference is rounded to the output's dtype, so that what is
+measured is the kernel's own error: ||got - want|| / ||want|| at most 1e-3 for 16-bit types, 1e-5 for fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import metal_sim
+import ml_dtypes
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from mlx_gemma4 import kernels
+from mlx_gemma4.quant import FORMATS, Packed, pack
+
+LIMITS = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 1e-3}
+DTYPES = list(LIMITS)
+NUMPY = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: ml_dtypes.bfloat16}
+CUTS = [  # by turns, so that every kind of cut meets several formats
+    kernels.Tiling(lanes=8, rows=2, split=4, simdgroups=4, prefetch=False),
+    kernels.Tiling(lanes=16, rows=4, split=1, simdgroups=2, prefetch=True),
+    kernels.Tiling(lanes=4, rows=2, split=2, simdgroups=4, chunk=64, prefetch=False),
+    kernels.Tiling(lanes=32, rows=2, split=1, simdgroups=1, prefetch=True),
+    kernels.Tiling(lanes=8, rows=4, split=2, simdgroups=2, chunk=64, prefetch=True),
+]
+
+
+def random(seed: int, *shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).astype(dtype)
+
+
+def exact(x: Any) -> np.ndarray:
+    """In double precision."""
+    return np.array(x.astype(mx.float32) if isinstance(x, mx.array) else x).astype(np.float64)
+
+
+def weight(name: str, *shape: int) -> tuple[Packed, np.ndarray]:
+    """A random weight of a type, packed, and its values."""
+    size, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    rng = np.random.default_rng(sum(shape))
+    *rows, k = shape
+    blocks = rng.integers(0, 256, (int(np.prod(rows)), k // size, n_bytes), dtype=np.uint8)
+    for at in FORMATS[name].super_at:
+        scale = rng.uniform(0.001, 0.02, blocks.shape[:2]).astype("<f2")
+        blocks[..., at : at + 2] = scale[..., None].view(np.uint8)
+    if name == "MXFP4":
+        blocks[..., 0] = rng.integers(118, 130, blocks.shape[:2])
+    raw = blocks.reshape(blocks.shape[0], -1)
+    values = dequantize(raw, GGMLQuantizationType[name]).reshape(shape)
+    return pack(raw, name, shape), values.astype(np.float64)
+
+
+def close(got: np.ndarray, want: np.ndarray, dtype: mx.Dtype) -> None:
+    want = want.astype(NUMPY[dtype]).astype(np.float64)
+    assert got.dtype == NUMPY[dtype]
+    error = np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want)
+    assert error <= LIMITS[dtype], f"relative error {error:.1e}"
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(0.7978845608028654 * (x + 0.044715 * x**3)))
+
+
+def rms(x: np.ndarray, weight: np.ndarray | float = 1.0, eps: float = 1e-6) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
+
+
+# ---------------------------------------------------------------- mat-vec
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_matvec(name: str, dtype: mx.Dtype) -> None:
+    """Rows that fill no threadgroup, lengths that fill no step: 704 is the expert width of 26B-A4B."""
+    cut = CUTS[(list(FORMATS).index(name) + DTYPES.index(dtype)) % len(CUTS)]
+    lengths = (256, 1280) if GGML_QUANT_SIZES[GGMLQuantizationType[name]][0] == 256 else (64, 704)
+    for n, k in zip((9, 45), lengths, strict=True):
+        w, values = weight(name, n, k)
+        x = random(1, 1, k, dtype=dtype)
+        close(kernels.matvec(x, w, metal_sim.kernel, cut=cut), exact(x) @ values.T, dtype)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut.lanes}x{cut.rows}x{cut.split}")
+def test_cuts(cut: kernels.Tiling) -> None:
+    """A type with pairs and mins under every cut, several tokens at once."""
+    w, values = weight("Q4_K", 45, 1280)
+    x = random(2, 3, 1280, dtype=mx.float16)
+    close(kernels.matvec(x, w, metal_sim.kernel, cut=cut), exact(x) @ values.T, mx.float16)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "IQ4_XS"])
+def test_short_rows_narrow_the_loads(name: str) -> None:
+    """An odd number of 32s: chunks of 64 do not fit, nor 16-byte loads."""
+    k = 96 if name == "Q4_0" else 256
+    w, values = weight(name, 33, k)
+    x = random(3, 1, k)
+    close(kernels.matvec(x, w, metal_sim.kernel, cut=CUTS[2]), exact(x) @ values.T, mx.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0"])
+def test_gate_up(name: str, dtype: mx.Dtype) -> None:
+    """RMSNorm, gate and up, GEGLU, in one, for two tokens."""
+    w, values = weight(name, 2 * 35, 512)
+    x, norm = random(4, 2, 512, dtype=dtype), mx.abs(random(5, 512)) + 0.5
+    gate, up = np.split(rms(exact(x), exact(norm)) @ values.T, 2, axis=-1)
+    got = kernels.matvec(x, w, metal_sim.kernel, norm=norm, glu=True, cut=CUTS[0])
+    close(got, gelu(gate) * up, dtype)
+
+
+def test_gelu_times() -> None:
+    """The gate of per-layer embeddings: GELU, times the token's own embedding."""
+    w, values = weight("Q5_K", 40, 512)
+    x, times = random(9, 2, 512, dtype=mx.float16), random(10, 2, 40, dtype=mx.float16)
+    got = kernels.matvec(x, w, metal_sim.kernel, times=times, cut=CUTS[0])
+    close(got, gelu(exact(x) @ values.T) * exact(times), mx.float16)
+
+
+def test_gate_up_far_from_zero() -> None:
+    """GELU neither overflows nor loses its sign at gates in the thousands."""
+    w, values = weight("Q8_0", 2 * 8, 64)
+    x = random(6, 1, 64) * 1000
+    gate, up = np.split(exact(x) @ values.T, 2, axis=-1)
+    assert np.abs(gate).max() > 1e3
+    close(kernels.matvec(x, w, metal_sim.kernel, glu=True, cut=CUTS[0]), gelu(gate) * up, mx.float32)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_1", "IQ4_NL"])
+def test_experts(name: str) -> None:
+    """Rows of the chosen experts only, for one shared input and for one each."""
+    k = 256 if name == "Q4_K" else 704
+    w, values = weight(name, 5, 2 * 18, k)
+    ids = mx.array([3, 0, 4], mx.int32)
+    for rows in (1, 3):
+        x = random(7, rows, k, dtype=mx.float16)
+        products = np.einsum("enk,ek->en", values[[3, 0, 4]], np.broadcast_to(exact(x), (3, k)))
+        got = kernels.matvec(x, w, metal_sim.kernel, ids=ids, cut=CUTS[0])
+        close(got, products, mx.float16)
+        gate, up = np.split(products, 2, axis=-1)
+        got = kernels.matvec(x, w, metal_sim.kernel, ids=ids, glu=True, cut=CUTS[1])
+        close(got, gelu(gate) * up, mx.float16)
+
+
+def test_logits_in_fp32() -> None:
+    w, values = weight("Q6_K", 40, 512)
+    x = random(8, 1, 512, dtype=mx.bfloat16)
+    close(kernels.matvec(x, w, metal_sim.kernel, out=mx.float32, cut=CUTS[0]), exact(x) @ values.T, mx.float32)
