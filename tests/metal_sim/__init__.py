@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import shutil
 import struct
@@ -21,6 +22,7 @@ from .compile import ATTRIBUTES, MetalError, build, check
 
 __all__ = ["MetalError", "check", "kernel", "library", "unwritten"]
 
+ABSENT = 2  # of a buffer, to runtime.cpp: neither const (0) nor writable (1)
 MAX_CONSTANT = 8  # mx.fast.metal_kernel: inputs of fewer elements go to the constant address space
 _METAL_TYPES = {
     "float32": "float", "float16": "float16_t", "bfloat16": "bfloat16_t", "bool": "bool",
@@ -63,17 +65,24 @@ def unwritten(out: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.flatnonzero((raw == _poison((1,), out.dtype).view(np.uint8)).all(axis=1))
 
 
+def _memory(array: np.ndarray[Any, Any]) -> bytes:
+    """The bytes that the array spans, in the order they lie in memory: a kernel that asks for strides needs those."""
+    if array.flags.c_contiguous or not array.size:
+        return array.tobytes()
+    spread = sum((n - 1) * s for n, s in zip(array.shape, array.strides, strict=True))
+    return ctypes.string_at(array.ctypes.data, spread + array.itemsize)
+
+
 def _run(
     exe: Path, buffers: Sequence[tuple[str, np.ndarray[Any, Any] | None, bool]], grid: Sequence[int],
     threadgroup: Sequence[int], seed: int, sanitize: str | None,
 ) -> list[np.ndarray[Any, Any]]:  # fmt: skip
     """Run the program on (name, array or None, writable) buffers; the writable ones come back."""
     job = [struct.pack("<10Q", len(buffers), seed, sanitize is not None, sanitize == "thread", *grid, *threadgroup)]
-    for name, array, writable in buffers:
-        nbytes, kind = (0, 2) if array is None else (array.nbytes, int(writable))
-        job.append(struct.pack("<QQ48s", nbytes, kind, name.encode()[:47]))
-    job += [np.ascontiguousarray(a).tobytes() for _, a, _ in buffers if a is not None]
-    done = subprocess.run([exe], input=b"".join(job), capture_output=True)
+    contents = [b"" if array is None else _memory(array) for _, array, _ in buffers]
+    for (name, array, writable), content in zip(buffers, contents, strict=True):
+        job.append(struct.pack("<QQ48s", len(content), ABSENT if array is None else writable, name.encode()[:47]))
+    done = subprocess.run([exe], input=b"".join(job + contents), capture_output=True)
     if done.returncode:
         raise MetalError(
             _with_line(exe, done.stderr.decode(errors="replace").strip() or f"crashed ({done.returncode})")

@@ -207,7 +207,9 @@ def _entry(params: list[tuple[str, str]], call: str) -> str:
 
 # ---- compile
 _COPY = re.compile(r"error: no (?:viable overloaded '='|(?:matching|viable) constructor)")
-_COPY_19 = re.compile(r"error: no viable conversion from '[^']*\b(\w+)(?: const)?' to .*\n.*\b\1 +\w+ *=")  # until clang 19
+_COPY_19 = re.compile(
+    r"error: no viable conversion from '[^']*\b(\w+)(?: const)?' to .*\n.*\b\1 +\w+ *="
+)  # until clang 19
 _KERNEL = re.compile(r"(?:\[\[\s*kernel\s*\]\]|\bkernel)\s+void\s+(\w+)")
 _TO_BFLOAT = re.compile(
     r"ImplicitCastExpr .* '(?:bfloat|bfloat16_t|__bf16)'(?::'\S+')? <FloatingCast>$"

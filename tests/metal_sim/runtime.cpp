@@ -281,7 +281,7 @@ static void read_all(void* p, u64 n) { if (fread(p, 1, n, stdin) != n) stop("the
 static void on_fault(int sig, siginfo_t* info, void*) {
   char t[200];
   const char* p = (const char*)info->si_addr;
-  if (sig == SIGILL || sig == SIGTRAP) stop_here("access through a misaligned pointer, or past the end of a thread's array", sig == SIGILL ? p : nullptr);
+  if (sig == SIGILL || sig == SIGTRAP) stop_here("misaligned access, or an array index out of bounds", sig == SIGILL ? p : nullptr);
   if ((u64)(p - arena) < arena_bytes) {
     region* r = near_region(p);
     bool inside = p >= r->p && p < r->p + r->n;

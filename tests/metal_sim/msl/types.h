@@ -137,7 +137,9 @@ template <class V, class R = V> using if_scalar = ::metal::enable_if_t<count<V> 
     packed_##T##3(T##3 v) : x(v.x), y(v.y), z(v.z) {}                                    \
     MSL_PACKED_COPY(packed_##T##3)                                                       \
     operator T##3() const { return T##3{x, y, z}; }                                      \
-  };
+    T operator[](int i) const { return i == 0 ? x : i == 1 ? y : z; }                    \
+  };                                                                                     \
+  template <> struct msl::traits<packed_##T##3> : msl::vector_traits<T, 3> {};
 #ifdef MSL_CHECK
 #define MSL_PACKED_COPY(P)                                                               \
   P(const P&) = default;                                                                 \
