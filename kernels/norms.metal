@@ -1,0 +1,87 @@
+// Residual with the norms around it, one launch:
+//   c = h,  or with BRANCHES  c = rms(h) norm1 + rms(e) norm2,  e = sum over i < USED of share[i] experts[i]
+//   y = (x + rms(c) post) scale,    normed = rms(y) next
+// with rms(a) = a / sqrt(mean(a²) + EPS). x and y [tokens, K] in dtype R, h, experts [tokens USED, K] and normed in T.
+//
+// Threads. One threadgroup of SG simdgroups a token, 8 neighbouring elements a thread and a step, all kept in
+// registers between the sums; grid (32 SG, tokens, 1). K a multiple of 8.
+//
+// Memory. Everything read once and written once, 16 bytes a lane.
+//
+// Rendered before: T, R, K, SG, EPS, BRANCHES, USED, SCALED (scale is there), NEXT (next is there).
+
+#define STEPS ((K + 256 * SG - 1) / (256 * SG))
+// For each i, the thread's 8 elements of step i, from element `at`.
+#define EACH_STEP UNROLL for (int i = 0, at = thread_index * 8; i < STEPS; i++, at += 256 * SG) if (at < K)
+
+// kernel: add_norm(x, h, post, experts?, share?, norm1?, norm2?, scale?, next?) -> (y, normed?)
+const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
+const int thread_index = int(thread_index_in_threadgroup);
+const int token = int(threadgroup_position_in_grid.y), row = token * K;
+threadgroup float room[SG];
+
+float c[STEPS][8], squares = 0;
+EACH_STEP {
+  load8(h + row + at, c[i]);
+  UNROLL
+  for (int j = 0; j < 8; j++) squares += c[i][j] * c[i][j];
+}
+squares = sum_group(squares, room, SG, sg, lane);
+
+#if BRANCHES
+float e[STEPS][8], e_squares = 0;
+EACH_STEP {
+  UNROLL
+  for (int j = 0; j < 8; j++) e[i][j] = 0;
+  for (int u = 0; u < USED; u++) {
+    float v[8];
+    load8(experts + (token * USED + u) * K + at, v);
+    UNROLL
+    for (int j = 0; j < 8; j++) e[i][j] += share[token * USED + u] * v[j];
+  }
+  UNROLL
+  for (int j = 0; j < 8; j++) e_squares += e[i][j] * e[i][j];
+}
+e_squares = sum_group(e_squares, room, SG, sg, lane);
+const float factor1 = rsqrt(squares / K + EPS), factor2 = rsqrt(e_squares / K + EPS);
+squares = 0;
+EACH_STEP {
+  float w1[8], w2[8];
+  load8(norm1 + at, w1);
+  load8(norm2 + at, w2);
+  UNROLL
+  for (int j = 0; j < 8; j++) {
+    c[i][j] = c[i][j] * factor1 * w1[j] + e[i][j] * factor2 * w2[j];
+    squares += c[i][j] * c[i][j];
+  }
+}
+squares = sum_group(squares, room, SG, sg, lane);
+#endif
+
+const float factor = rsqrt(squares / K + EPS);
+squares = 0;
+EACH_STEP {
+  float v[8], w[8];
+  load8(x + row + at, v);
+  load8(post + at, w);
+  UNROLL
+  for (int j = 0; j < 8; j++) {
+    c[i][j] = v[j] + c[i][j] * factor * w[j];
+#if SCALED
+    c[i][j] *= scale[0];
+#endif
+    squares += c[i][j] * c[i][j];
+  }
+  store8(y + row + at, c[i]);
+}
+
+#if NEXT
+const float next_factor = rsqrt(sum_group(squares, room, SG, sg, lane) / K + EPS);
+EACH_STEP {
+  float w[8];
+  load8(next + at, w);
+  UNROLL
+  for (int j = 0; j < 8; j++) w[j] *= c[i][j] * next_factor;
+  store8(normed + row + at, w);
+}
+#endif
