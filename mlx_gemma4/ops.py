@@ -7,12 +7,15 @@ came in. Nothing here knows a model.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 
 import mlx.core as mx
+import numpy as np
 
+from .memory import on_cpu
 from .quant import Packed, affine_parts, dequantize
 from .segments import Part
 
@@ -68,7 +71,7 @@ def linear(x: mx.array, w: Weight) -> mx.array:
         [.., N] in x's dtype.
     """
     if isinstance(w, mx.array):
-        return (x.astype(w.dtype) @ w.T).astype(x.dtype)
+        return _dense_matmul(x, w)
     if isinstance(w, Affine):
         return _affine_matmul(x, w).astype(x.dtype)
     rows = max(1, _EXPAND // w.shape[-1])
@@ -144,7 +147,8 @@ def attention(q: mx.array, parts: Sequence[Part], scale: float, position: int, w
     if len(parts) == 1:
         return mx.fast.scaled_dot_product_attention(q, parts[0].keys, parts[0].values, scale=scale, mask=masks[0])
     if q.shape[2] > 1 and mx.default_device().type != mx.DeviceType.cpu:
-        keys, values = (mx.concatenate([part[i] for part in parts], axis=2) for i in (1, 2))
+        keys = mx.concatenate([part.keys for part in parts], axis=2)
+        values = mx.concatenate([part.values for part in parts], axis=2)
         whole = Part(parts[0].start, keys, values)
         mask = _mask(q.shape[2], whole, position, window)
         return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
@@ -159,8 +163,8 @@ def attention(q: mx.array, parts: Sequence[Part], scale: float, position: int, w
         scores.append(s)
     top = reduce(mx.maximum, (s.max(axis=-1, keepdims=True) for s in scores))
     weights = [mx.exp(s - top) for s in scores]
-    total = sum(w.sum(axis=-1, keepdims=True) for w in weights)
-    out = sum(w.astype(q.dtype) @ part.values for w, part in zip(weights, parts, strict=True))
+    total = reduce(mx.add, (w.sum(axis=-1, keepdims=True) for w in weights))
+    out = reduce(mx.add, (w.astype(q.dtype) @ part.values for w, part in zip(weights, parts, strict=True)))
     return (out / total).astype(q.dtype).reshape(q.shape)
 
 
@@ -173,6 +177,23 @@ def _mask(queries: int, part: Part, position: int, window: int | None) -> mx.arr
     k = mx.arange(start, stop)[None]
     seen = k <= q
     return seen if window is None else seen & (k > q - window)
+
+
+def _dense_matmul(x: mx.array, w: mx.array) -> mx.array:
+    """x @ wᵀ for a dense [N, K]."""
+    if w.dtype == mx.float32 and _numpy_multiplies():
+        rows = np.asarray(x.astype(mx.float32).reshape(-1, x.shape[-1]))
+        return mx.array(rows @ np.asarray(w).T).reshape(*x.shape[:-1], -1).astype(x.dtype)
+    return (x.astype(w.dtype) @ w.T).astype(x.dtype)
+
+
+@cache
+def _numpy_multiplies() -> bool:
+    """Whether numpy is to multiply dense matrices: MLX's Linux wheels carry the reference BLAS, numpy's a fast one.
+
+    40 times the speed on a prompt (docs/log.md). Arrays are shared, not copied; macOS has Accelerate in MLX.
+    """
+    return sys.platform == "linux" and on_cpu()
 
 
 def _affine_matmul(x: mx.array, w: Affine, chosen: mx.array | None = None) -> mx.array:
