@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from .errors import InputError
+from .execution import execution
 from .model import Model
 from .state import KVState
 
@@ -81,10 +82,12 @@ def generate_tokens(
     stop_ids: frozenset[int] = frozenset(),
     statistics: Statistics | None = None,
     on_prompt: Callable[[int, int], None] | None = None,
+    turn_ends: frozenset[int] | None = None,
 ) -> Iterator[int]:
     """Read a prompt and yield the tokens of the reply.
 
-    While a token is handed out, the next is already being computed.
+    While a token is handed out, the next is already being computed. However it ends, `state` then holds the
+    prompt, the tokens handed out, and the stop token where one ended the reply: nothing that nobody has seen.
 
     Args:
         model, state: the model, and what came before; `state` takes prompt and reply.
@@ -94,6 +97,8 @@ def generate_tokens(
         stop_ids: the reply ends before any of these.
         statistics: filled in as it goes, right also when the caller stops early.
         on_prompt: called with (tokens read, tokens in all) as the prompt is read.
+        turn_ends: tokens that end a turn. Given (perhaps empty), marks are left in `state` where a next prompt
+            may part from this one: after the last turns, and at the prompt's end.
 
     Raises:
         InputError: the prompt is empty or too long for the model's context.
@@ -106,43 +111,79 @@ def generate_tokens(
     statistics.prompt_tokens = len(prompt)
     mx.reset_peak_memory()
     start = time.perf_counter()
-    choose = _Chooser(sampling, prompt)
-    token = choose(_prefill(model, state, prompt, on_prompt))
-    mx.async_eval(token)
-    mark = start
-    for produced in range(1, max_tokens + 1):
-        following = None
-        if produced < max_tokens:
-            following = choose(model.forward(token[None], state))
-            mx.async_eval(following)
-        value = int(token)
-        now = time.perf_counter()
-        if produced == 1:
-            statistics.prompt_time, mark = now - start, now
-        statistics.reply_tokens, statistics.reply_time = produced, now - mark
-        statistics.peak_memory = mx.get_peak_memory()
-        if value in stop_ids:
-            return
-        yield value
-        if following is None:
-            return
-        token = following
+    with execution():
+        choose = _Chooser(sampling, prompt)
+    logits = _prefill(model, state, prompt, on_prompt, _marks_wanted(state, prompt, turn_ends))
+    with execution():
+        token = choose(logits)
+        mx.async_eval(token)
+    mark, known = start, state.length
+    try:
+        for produced in range(1, max_tokens + 1):
+            with execution():
+                if produced < max_tokens:
+                    following = choose(model.forward(token[None], state))
+                    mx.async_eval(following)
+                else:  # costs nothing unless the state is used again
+                    model.prefill(token[None], state)
+            value = int(token)
+            known += 1
+            now = time.perf_counter()
+            if produced == 1:
+                statistics.prompt_time, mark = now - start, now
+            statistics.reply_tokens, statistics.reply_time = produced, now - mark
+            statistics.peak_memory = mx.get_peak_memory()
+            if value in stop_ids:
+                return
+            yield value
+            token = following
+    finally:
+        if state.length > known:  # interrupted while a token was on its way
+            state.rewind(known)
 
 
-def _prefill(model: Model, state: KVState, prompt: list[int], on_prompt: Callable[[int, int], None] | None) -> mx.array:
-    """Read the prompt chunk by chunk; the logits after its last token, [vocab]."""
-    done = 0
-    while len(prompt) - done > PREFILL_CHUNK:
-        model.prefill(mx.array(prompt[done : done + PREFILL_CHUNK]), state)
-        mx.eval(state.arrays)
-        mx.clear_cache()
-        done += PREFILL_CHUNK
+_TURNS_MARKED = 4  # of one prompt, the last ones
+
+
+def _marks_wanted(state: KVState, prompt: list[int], turn_ends: frozenset[int] | None) -> list[int]:
+    """Positions to mark while a prompt is read."""
+    if turn_ends is None:
+        return []
+    ends = [state.length + i + 1 for i, token in enumerate(prompt) if token in turn_ends]
+    return sorted({*ends[-_TURNS_MARKED:], *state.wanted_marks, state.length + len(prompt)})
+
+
+def _prefill(
+    model: Model,
+    state: KVState,
+    prompt: list[int],
+    on_prompt: Callable[[int, int], None] | None,
+    marks: list[int],
+) -> mx.array:
+    """Read the prompt chunk by chunk, leaving marks; the logits after its last token, [vocab].
+
+    Chunks end at multiples of `PREFILL_CHUNK` tokens, whatever the state held before: a prompt whose beginning
+    was there already is cut as one that is read whole.
+    """
+    done, logits = 0, mx.array(0.0)
+    while done < len(prompt):
+        before = state.length
+        n = min(PREFILL_CHUNK - before % PREFILL_CHUNK, len(prompt) - done)
+        ids = mx.array(prompt[done : done + n])
+        done += n
+        with execution():
+            if done < len(prompt):
+                model.prefill(ids, state)
+                mx.eval(state.arrays)
+                mx.clear_cache()
+            else:
+                logits = model.forward(ids, state)
+                mx.eval(logits)
+            for position in marks:
+                if before < position <= state.length:
+                    state.mark(position)
         if on_prompt:
             on_prompt(done, len(prompt))
-    logits = model.forward(mx.array(prompt[done:]), state)
-    mx.eval(logits)
-    if on_prompt:
-        on_prompt(len(prompt), len(prompt))
     return logits
 
 

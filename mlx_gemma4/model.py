@@ -83,7 +83,7 @@ class Model:
     def new_state(self, max_tokens: int | None = None) -> KVState:
         """An empty KV state for this model, for at most `max_tokens`: fp32 on a CPU, fp16 on a GPU."""
         dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.float16
-        return KVState(self.config, dtype, max_tokens)
+        return KVState(self, dtype, max_tokens)
 
     def forward(self, ids: mx.array, state: KVState, *, all_logits: bool = False) -> mx.array:
         """Read tokens into the state.

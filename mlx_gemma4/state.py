@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -16,6 +18,9 @@ from .config import Config
 from .errors import InputError
 from .execution import execution
 from .segments import LayerKV, Layout, Part, Segment, appended, arranged, covered_from, empty
+
+if TYPE_CHECKING:
+    from .model import Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +43,10 @@ class KVState:
     """
 
     def __init__(
-        self, config: Config, dtype: mx.Dtype, max_tokens: int | None = None, layout: Layout | None = None
+        self, model: Model, dtype: mx.Dtype, max_tokens: int | None = None, layout: Layout | None = None
     ) -> None:
-        self.config, self.dtype, self.max_tokens = config, dtype, max_tokens
+        self.model, self.dtype, self.max_tokens = model, dtype, max_tokens
+        self.config: Config = model.config
         self.layout = layout or Layout()
         self.closed = False
         self.wanted_marks: set[int] = set()  # positions that the next reading is asked to mark
@@ -52,7 +58,7 @@ class KVState:
         with execution():
             self._layers = {
                 i: empty(shape.kv_heads, shape.head_dim, self.layout, dtype)
-                for i, shape in enumerate(config.layers)
+                for i, shape in enumerate(model.config.layers)
                 if shape.kv_layer == i
             }
 
@@ -86,15 +92,20 @@ class KVState:
                 "fit; make one with a larger max_tokens"
             )
 
-    # What a kernel uses that writes a decode step's keys and values itself
+    # What a kernel uses that writes a decode step's keys and values itself, and the saved form
 
-    def layer(self, layer: int) -> LayerKV:
-        """A layer's segments and tail as they are."""
-        return self._staged.get(layer) or self._layers[layer]
+    @property
+    def layers(self) -> dict[int, LayerKV]:
+        """Segments and tail of each layer that keeps any, as of the last `advance`."""
+        return dict(self._layers)
 
     def stage(self, layer: int, kv: LayerKV) -> None:
         """Give a layer its next contents; they count from `advance` on."""
         self._staged[layer] = kv
+
+    def restore(self, layers: dict[int, LayerKV], tokens: list[int]) -> None:
+        """Give an empty state all of its contents at once."""
+        self._layers, self._tokens, self._length = dict(layers), list(tokens), len(tokens)
 
     # What people use
 
@@ -214,6 +225,12 @@ class KVState:
             self._tokens, self._unread, self._length = tokens, [], position
             self._marks = {p: m for p, m in self._marks.items() if p <= position}
             mx.eval(self.arrays)  # what is cut off can go at once
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a file for `state_file.load_state`; marks are not saved. Raises InputError."""
+        from .state_file import save_state
+
+        save_state(self, path)
 
     def close(self) -> None:
         """Let go of everything. Forks and marks of others keep what they share."""
