@@ -97,8 +97,9 @@ def _cc(*args: str | Path) -> subprocess.CompletedProcess[str]:
 # ---- Metal syntax that clang's C++ does not take
 _ATTRIBUTE = re.compile(r"\[\[(?:[^\[\]]|\[[^\[\]]*\])*\]\]")
 _FUNCTION_CONSTANT = re.compile(r"\bconstant\s+(\w+)\s+(\w+)\s*\[\[\s*function_constant\((\d+)\)\s*\]\]\s*;")
+_TEMPLATE = r"\s*<[^;<>]*(?:<[^;<>]*>[^;<>]*)*>"
 _SHARED = re.compile(
-    r"(?m)(?P<indent>^[ \t]*|[;{}][ \t]*)threadgroup\s+(?P<type>(?:typename\s+)?[A-Za-z_][\w:]*(?:\s*<[^;<>]*(?:<[^;<>]*>[^;<>]*)*>)?)"
+    rf"(?m)(?P<indent>^[ \t]*|[;{{}}][ \t]*)threadgroup\s+(?P<type>(?:typename\s+)?[A-Za-z_][\w:]*(?:{_TEMPLATE})?)"
     r"\s+(?P<vars>\w+\s*(?:\[[^;]*?\])*(?:\s*,\s*\w+\s*(?:\[[^;,]*?\])*)*)\s*;"
 )
 _ARRAY_PARAMETER = re.compile(r"\b((?:(?:const|constant|device|threadgroup)\s+)+\w+)\s+(\w+)\[\w*\](?=\s*[,)])")
@@ -298,7 +299,7 @@ def build(
     sanitize: bool = False,
     constants: dict[int, object] | None = None,
 ) -> Path:
-    """The executable that runs kernel `name` (its template `arguments`: "<float, 4>"), checked first, from the cache."""
+    """The program that runs kernel `name` (its template `arguments`: "<float, 4>"), from the cache or checked first."""
     key = "\0".join([source, name, arguments, str(sanitize), str(sorted((constants or {}).items())), _environment()])
     exe = cache_dir() / hashlib.sha256(key.encode()).hexdigest()[:24]
     if exe.exists():
