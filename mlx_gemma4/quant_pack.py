@@ -5,7 +5,7 @@ caller owns: codes as one little-endian bit stream in natural order, group scale
 
 A GGUF block scatters the bits of its codes for the benefit of CPU kernels. Here the codes of a segment, that is of a
 run of bytes at one bit position, are masked out for very many blocks at once (`_take`), which leaves one code a byte;
-neighbours are then pushed together (`_squeeze`), and the segments go to their places in the stream (`_store`). Each
+neighbours are then pushed together (`_squeeze`), and the segments go to their places in the stream. Each
 step is one numpy operation on an array of 64-bit words that stays in the cache, so it runs at the speed of numpy's
 SIMD loops, outside the interpreter's lock.
 """
@@ -109,43 +109,67 @@ def _repeat(lane: int, every: int) -> np.uint64:
 def _codes(layout: Layout, blocks: Blocks, out: Bytes) -> None:
     """The code stream of some blocks, to `out`, flat."""
     width = layout.segment
-    # With one plane all its runs look alike: each counts as a block, and one pass takes a segment of every run.
-    size = layout.size if len(layout.codes) > 1 else width * 8 // layout.bits
-    n_bytes = width * (layout.size // size)
-    pieces: dict[int, Words] = {}
-    x, tmp = (_scratch(i, blocks.count * n_bytes) for i in range(2))
-    for start in range(0, size, width):  # the first code of the segment
-        done = 0  # bits of the codes that are in x
-        for plane in layout.codes:
-            run, at = divmod(start, plane.run * 8 // plane.bits)
-            shift, at = divmod(at, plane.run)
-            at += plane.at + run * plane.run
-            if plane.run == 1:
-                _load_bits(blocks, at, width, tmp)
-                np.left_shift(tmp, np.uint64(done), out=tmp)
-            else:
-                if at not in pieces:
-                    pieces[at] = _load(blocks, at, n_bytes, _scratch(2 + len(pieces), x.nbytes))
-                _take(pieces[at], shift * plane.bits, plane.bits, done, tmp if done else x)
-            if done:
-                np.bitwise_or(x, tmp, out=x)
-            done += plane.bits
-        if layout.bits == 8:  # signed; q + 128 is not
-            np.bitwise_xor(x, _repeat(0x80, 8), out=x)
-        lanes, used = _squeeze(x, tmp, layout.bits)
-        _store(lanes, used, width * layout.bits // 8, out, start * layout.bits // 8, size * layout.bits // 8)
+    if len(layout.codes) == 1:
+        # All runs look alike, so each counts as a block, and one pass takes a segment of every run. Bytes stay in
+        # the file's order: [blocks, width].
+        size = width * 8 // layout.bits
+        source = _load(blocks, layout.codes[0].at, layout.size * layout.bits // 8)
+        x, tmp = (_scratch(i, source.nbytes) for i in range(2))
+        for start in range(0, size, width):
+            _take(source, start // width * layout.bits, layout.bits, 0, x)
+            if layout.bits == 8:  # signed; q + 128 is not
+                np.bitwise_xor(x, _repeat(0x80, 8), out=x)
+            lanes, _ = _squeeze(x, tmp, layout.bits)
+            n = width * layout.bits // 8
+            target = np.ndarray((x.nbytes // width,), f"V{n}", out, start * layout.bits // 8, (width,))
+            np.copyto(target, lanes.view(f"V{n}"))
+    else:
+        # A segment of every block at a time, as words [width / 8, blocks], so that words can be joined.
+        x, tmp = (_scratch(i, blocks.count * width) for i in range(2))
+        pieces: dict[int, Words] = {}
+        for start in range(0, layout.size, width):
+            _gather(layout, blocks, start, pieces, x, tmp)
+            lanes, used = _squeeze(x, tmp, layout.bits)
+            at, stride = start * layout.bits // 8, layout.size * layout.bits // 8
+            _join(lanes.reshape(-1, blocks.count), used, out, at, stride)
 
 
-def _load(blocks: Blocks, at: int, n: int, out: Words) -> Words:
-    """n bytes from byte `at` of each block."""
+def _gather(layout: Layout, blocks: Blocks, start: int, pieces: dict[int, Words], x: Words, tmp: Words) -> None:
+    """Codes start .. start + segment of each block, out of several planes, to x, one code a byte.
+
+    pieces: what was loaded for other segments of these blocks, by its place in the block.
+    """
+    done = 0  # bits of the codes that are in x
+    for plane in layout.codes:
+        run, at = divmod(start, plane.run * 8 // plane.bits)
+        shift, at = divmod(at, plane.run)
+        at += plane.at + run * plane.run
+        part = tmp if done else x
+        if plane.run == 1:
+            _load_bits(blocks, at, part)
+            np.left_shift(part, np.uint64(done), out=part)
+        else:
+            if at not in pieces:
+                pieces[at] = _scratch(5 + len(pieces), x.nbytes)
+                for i, word in enumerate(pieces[at].reshape(-1, blocks.count)):
+                    np.copyto(word, blocks.field(at + 8 * i, "<u8"))
+            _take(pieces[at], shift * plane.bits, plane.bits, done, part)
+        if done:
+            np.bitwise_or(x, tmp, out=x)
+        done += plane.bits
+
+
+def _load(blocks: Blocks, at: int, n: int) -> Words:
+    """n bytes from byte `at` of each block, one block's after the other."""
+    out = _scratch(2, blocks.count * n)
     np.copyto(out.view(f"V{n}"), blocks.field(at, f"V{n}"))
     return out
 
 
-def _load_bits(blocks: Blocks, at: int, n: int, out: Words) -> None:
-    """n bits from byte `at` of each block, each to the lowest bit of a byte."""
-    for i in range(n // 8):
-        np.copyto(out[i :: n // 8], blocks.field(at + i, "u1"))
+def _load_bits(blocks: Blocks, at: int, out: Words) -> None:
+    """From byte `at` of each block as many bits as out has bytes for it, each to the lowest bit of a byte."""
+    for i, word in enumerate(out.reshape(-1, blocks.count)):
+        np.copyto(word, blocks.field(at + i, "u1"))
     np.multiply(out, _repeat(1, 8), out=out)  # a copy of all 8 bits in each byte
     np.bitwise_and(out, np.uint64(0x8040201008040201), out=out)  # byte i keeps bit i, worth 2**i
     np.add(out, np.uint64(0x00406070787C7E7F), out=out)  # plus 128 - 2**i: bit 7 is set if it was, nothing carries
@@ -162,15 +186,15 @@ def _take(source: Words, shift: int, bits: int, to: int, out: Words) -> None:
     np.bitwise_and(source, _repeat(((1 << bits) - 1) << to, 8), out=out)
 
 
-def _squeeze(x: Words, tmp: Words, used: int) -> tuple[np.ndarray, int]:
-    """Codes of `used` bits, one a byte, pushed together; both arrays are scratch afterwards.
+def _squeeze(x: Words, tmp: Words, bits: int) -> tuple[np.ndarray, int]:
+    """Codes of `bits` bits, one a byte, pushed together; both arrays are scratch afterwards.
 
-    Returns lanes of 8 to 64 bits and how many of their bits, from the lowest, are in use (8, 40 or 48). Each step
-    joins neighbours low and high. If both fit into the lane of one, the pair is cut to its lower half, which halves
-    the array too. If not, the lane grows: high * 2**lane + low becomes high * 2**used + low by a subtraction.
+    Returns lanes, and how many bits of a lane, from the lowest, are in use: all of them, or else those of 8 codes.
+    Each step joins neighbours low and high. If both fit into the lane of one, the pair is cut to its lower half, which
+    halves the array too. If not, the lane grows: high * 2**lane + low becomes high * 2**used + low by a subtraction.
     """
-    a, t = x.view(np.uint8), tmp.view(np.uint8)
-    while used < (lane := a.itemsize * 8) < 64:
+    a, t, used = x.view(np.uint8), tmp.view(np.uint8), bits
+    while used < (lane := a.itemsize * 8) and used < 8 * bits:
         a, t = a.view(f"<u{lane // 4}"), t.view(f"<u{lane // 4}")[: a.size // 2]
         if 2 * used <= lane:
             np.right_shift(a, a.dtype.type(lane - used), out=t)
@@ -186,24 +210,23 @@ def _squeeze(x: Words, tmp: Words, used: int) -> tuple[np.ndarray, int]:
     return a, used
 
 
-def _store(lanes: np.ndarray, used: int, n: int, out: Bytes, at: int, stride: int) -> None:
-    """Write the used bits of the lanes, n bytes in all, to byte `at` of every `stride` bytes of out."""
-    if used < lanes.itemsize * 8:
-        lanes = _drop_unused(lanes, used // 8)
-    target = np.ndarray((out.size // stride,), f"V{n}", out, at, (stride,))
-    np.copyto(target, lanes.view(f"V{n}"))
-
-
-def _drop_unused(lanes: Words, n: int) -> Bytes:
-    """The lowest n bytes (5 or 6) of each of an even number of words, one after the other."""
-    pairs = lanes.size // 2
-    out = _scratch(-1, 2 * n * pairs + 8).view(np.uint8)
-    # Odd lanes are written whole, over what is not theirs; then even lanes in pieces, over that.
-    np.copyto(np.ndarray((pairs,), "<u8", out, n, (2 * n,)), lanes[1::2])
-    for at, piece in ((0, 2), (2, 2), (4, n - 4)):
-        part = lanes.view(f"<u{piece}")[at // piece :: 16 // piece]
-        np.copyto(np.ndarray((pairs,), f"<u{piece}", out, at, (2 * n,)), part)
-    return out[: 2 * n * pairs]
+def _join(lanes: np.ndarray, used: int, out: Bytes, at: int, stride: int) -> None:
+    """Write the used bits of lanes [L, blocks] one after the other to byte `at` of every `stride` bytes of out."""
+    size, count = lanes.itemsize * 8, lanes.shape[1]
+    joined, shifted = (_scratch(3 + i, lanes[0].nbytes).view(lanes.dtype)[:count] for i in range(2))
+    for start in range(0, len(lanes) * used, size):  # the first bit of the word
+        word = None
+        for i, lane in enumerate(lanes):
+            shift = i * used - start
+            if -used < shift < size:
+                if shift:
+                    move = np.left_shift if shift > 0 else np.right_shift
+                    lane = move(lane, lanes.dtype.type(abs(shift)), out=joined if word is None else shifted)
+                word = lane if word is None else np.bitwise_or(word, lane, out=joined)
+        assert word is not None
+        n = min(size, len(lanes) * used - start) // 8
+        part = word.view(f"<u{n}")[:: size // 8 // n]
+        np.copyto(np.ndarray((count,), f"<u{n}", out, at + start // 8, (stride,)), part)
 
 
 # ---- group scales: each of these writes the `sub` stream of some blocks to out [blocks, bytes] ----
