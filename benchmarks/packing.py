@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mlx_gemma4 import quant
-from mlx_gemma4.quant_pack import rearrange
+from mlx_gemma4.quant_pack import Layout, rearrange
 
 K = 4096
 
@@ -30,6 +30,15 @@ def best_of(n: int, work: Callable[[], object]) -> float:
         work()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def arranging(raw: np.ndarray, layout: Layout) -> Callable[[], None]:
+    """The rearrangement of raw blocks into arrays that were written before."""
+    blocks = raw.size // layout.n_bytes
+    codes = np.ones((blocks, layout.size * layout.bits // 8), np.uint8)
+    sub = np.ones((blocks, layout.sub_bytes), np.uint8) if layout.sub else None
+    super_ = np.ones((blocks, 2 * len(layout.super)), np.uint8) if layout.super else None
+    return lambda: rearrange(layout, raw, codes, sub, super_)
 
 
 def main() -> None:
@@ -46,12 +55,7 @@ def main() -> None:
         row_bytes = K // layout.size * layout.n_bytes
         rows = noise.size // row_bytes
         raw = noise[: rows * row_bytes].reshape(rows, row_bytes)
-        blocks = rows * (K // layout.size)
-        codes = np.zeros((blocks, layout.size * layout.bits // 8), np.uint8)
-        sub = np.zeros((blocks, layout.sub_bytes), np.uint8) if layout.sub else None
-        super_ = np.zeros((blocks, 2 * len(layout.super)), np.uint8) if layout.super else None
-        arrange = best_of(opts.runs, lambda: rearrange(layout, raw.reshape(-1), codes, sub, super_))  # noqa: B023
-        del codes, sub, super_
+        arrange = best_of(opts.runs, arranging(raw.reshape(-1), layout))
         pack = best_of(opts.runs, lambda: quant.pack(raw, name, (rows, K)))  # noqa: B023
         print(f"{name:8} {raw.nbytes / arrange / 1e9:12.2f} {raw.nbytes / pack / 1e9:10.2f}", flush=True)
 
