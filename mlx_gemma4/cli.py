@@ -20,6 +20,7 @@ from .errors import InputError
 
 if TYPE_CHECKING:
     from .generation import Statistics
+    from .state import KVState
     from .text import LanguageModel
 
 EXIT_INTERRUPTED = 130  # as shells report Ctrl-C
@@ -69,6 +70,7 @@ def main() -> None:
 @click.option("--repetition-penalty", type=float, help="Over 1 makes recent tokens less likely.")
 @click.option("--seed", type=click.IntRange(0), help="Makes sampling repeatable.")
 @click.option("--raw", is_flag=True, help="Send the text as it is, without the chat template.")
+@click.option("--state", "state_file", metavar="FILE", help="Go on with the conversation saved there, and save it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with reply and statistics.")
 @click.option("-v", "--verbose", is_flag=True, help="Say how the model was loaded.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
@@ -77,6 +79,7 @@ def generate(
     prompt: str,
     max_tokens: int,
     raw: bool,
+    state_file: str | None,
     as_json: bool,
     verbose: bool,
     debug: bool,
@@ -102,13 +105,14 @@ def generate(
         lm = text.load(model, progress=update)
     load_time = time.perf_counter() - start
     sampling = replace(lm.sampling, **{name: value for name, value in flags.items() if value is not None})
-    ids = lm.encode_prompt(prompt, raw=raw)
+    state = _open_state(lm, state_file)
+    ids = lm.encode_prompt(prompt, raw=raw, after=state.tokens)
     logging.info("Loaded in %.2f s; prompt of %d tokens; %s", load_time, len(ids), sampling)
     pieces: list[str] = []
     statistics, interrupted = None, False
     try:
         with _progress("Reading", 1, " tokens") as update:
-            chunks = text.stream(lm, ids, max_tokens=max_tokens, sampling=sampling, on_prompt=update)
+            chunks = text.stream(lm, ids, max_tokens=max_tokens, sampling=sampling, on_prompt=update, state=state)
             first = next(chunks)
         for chunk in _with_first(first, chunks):
             statistics = chunk.statistics
@@ -124,8 +128,19 @@ def generate(
         click.echo()
     if statistics:
         _say(_summary(statistics) + (" (interrupted)" if interrupted else ""))
+    if state_file and statistics:  # an interrupted reply is kept as far as it went, a half-read prompt is not
+        state.save(state_file)
     if interrupted:
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _open_state(lm: LanguageModel, path: str | None) -> KVState:
+    """The saved conversation, where there is one."""
+    from pathlib import Path
+
+    from .state_file import load_state
+
+    return load_state(lm.model, path) if path and Path(path).exists() else lm.model.new_state()
 
 
 def _with_first(first: Any, rest: Iterator[Any]) -> Iterator[Any]:

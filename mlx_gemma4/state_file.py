@@ -182,10 +182,10 @@ def _checked(path: Path) -> np.ndarray[Any, Any]:
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; a KV state is made by saving one") from error
     except (OSError, ValueError) as error:  # an empty file can't be mapped
-        raise InputError(f"{path}: can't be read as a KV state ({error}); delete it and start anew") from error
+        raise InputError(f"{path}: can't be read as a KV state ({error}); give another file") from error
     digest = hashlib.sha256()
     for start in range(0, data.size - _DIGEST, _STEP):
         digest.update(data[start : min(start + _STEP, data.size - _DIGEST)].data)
     if data.size <= _DIGEST or digest.digest() != data[-_DIGEST:].tobytes():
-        raise InputError(f"{path}: is no KV state, or a damaged one (its checksum is wrong); delete it and start anew")
+        raise InputError(f"{path}: is not a KV state or is damaged (its checksum is wrong); give another file")
     return data

@@ -7,7 +7,7 @@ stand on this module.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +22,7 @@ from .loader import Progress, gguf_source, load_model
 from .memory import Plan
 from .model import Model
 from .prompts import encode_chat
+from .state import KVState
 from .tokenizer import StreamDecoder, Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
@@ -38,11 +39,25 @@ class LanguageModel:
     sampling: Sampling  # what the file recommends
     plan: Plan  # how the weights are held
 
-    def encode_prompt(self, prompt: str, *, raw: bool = False) -> list[int]:
-        """Token ids of a prompt: as a user's turn in the file's chat template, or (`raw`) the text as it is."""
+    def encode_prompt(self, prompt: str, *, raw: bool = False, after: Sequence[int] = ()) -> list[int]:
+        """Token ids of a prompt: as a user's turn in the file's chat template, or (`raw`) the text as it is.
+
+        Args:
+            after: the conversation so far, up to its last reply: the prompt is its next turn.
+        """
         if raw:
-            return self.tokenizer.encode(prompt)
-        return encode_chat(self.tokenizer, [{"role": "user", "content": prompt}])
+            return self.tokenizer.encode(prompt, add_bos=not after)
+        turn = {"role": "user", "content": prompt}
+        if not after:
+            return encode_chat(self.tokenizer, [turn])
+        # What the template writes between a reply and the next one, found with a made-up turn before.
+        past = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        before = encode_chat(self.tokenizer, past, add_generation_prompt=False)
+        both = encode_chat(self.tokenizer, [*past, turn])
+        end = max((i for i, token in enumerate(before) if token in self.tokenizer.stop_ids), default=None)
+        if end is None or both[: end + 1] != before[: end + 1]:
+            raise InputError(f"{self.path}: its chat template doesn't let a saved conversation go on; use --raw")
+        return both[end + (after[-1] in self.tokenizer.stop_ids) :]
 
 
 @dataclass
@@ -99,6 +114,7 @@ def stream(
     max_tokens: int = DEFAULT_MAX_TOKENS,
     sampling: Sampling | None = None,
     on_prompt: Callable[[int, int], None] | None = None,
+    state: KVState | None = None,
 ) -> Iterator[Chunk]:
     """Answer a prompt piece by piece.
 
@@ -109,6 +125,7 @@ def stream(
         max_tokens: the reply's length at most.
         sampling: how tokens are chosen; None: as the file recommends.
         on_prompt: called with (tokens read, tokens in all) while the prompt is read.
+        state: a conversation that this continues, of `lm.model`; takes prompt and reply. None: a new one.
 
     Yields:
         a Chunk a token. The texts, joined, are the reply; no piece breaks a character. All share one
@@ -117,12 +134,13 @@ def stream(
     Raises:
         InputError: the prompt is empty or too long.
     """
-    ids = lm.encode_prompt(prompt, raw=raw) if isinstance(prompt, str) else prompt
+    state = lm.model.new_state() if state is None else state
+    ids = lm.encode_prompt(prompt, raw=raw, after=state.tokens) if isinstance(prompt, str) else prompt
     statistics = Statistics()
     decoder = StreamDecoder(lm.tokenizer)
     tokens = generate_tokens(
         lm.model,
-        lm.model.new_state(),
+        state,
         ids,
         sampling or lm.sampling,
         max_tokens,
