@@ -63,6 +63,7 @@ class Tokenizer:
         tokens: Sequence[str],
         types: Sequence[int],
         encode: Encoder,
+        control: Iterable[int],
         *,
         bos_id: int | None = None,
         stop_ids: Iterable[int] = (),
@@ -74,7 +75,7 @@ class Tokenizer:
         self._types = types
         self._encode = encode
         self._pieces: dict[int, bytes] = {}  # filled as ids are met
-        self._control = {tokens[i]: i for i in _control_ids(tokens, types)}
+        self._control = {tokens[i]: i for i in control}
         self._splitter = Splitter(self._control)
         self.control_ids = frozenset(self._control.values())
         self.control_starts = frozenset(text[0] for text in self._control)
@@ -185,6 +186,7 @@ def _from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
         tokens,
         types,
         encode,
+        vocab.control,
         bos_id=named["bos"] if isinstance(named["bos"], int) else None,
         stop_ids=[i for i in (named["eos"], named["eot"], named["eom"]) if isinstance(i, int)],
         chat_template=template if isinstance(template, str) else None,
@@ -204,12 +206,10 @@ class _Vocab:
             if not _BYTE.fullmatch(text):
                 raise InputError(f"the tokenizer has a byte token {text!r}, not <0xXX>: convert the model again")
         self.all_bytes = len(bytes_) == 256
-        self.never = {*bytes_, *(tokens[i] for i in _control_ids(tokens, types))}  # no merge makes these
-        self.user = {
-            text: i
-            for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind == USER_DEFINED and text not in self.never
-        }
+        self.control = _control_ids(tokens, types)
+        self.never = {*bytes_, *(tokens[i] for i in self.control)}  # no merge makes these
+        user = (i for i, kind in enumerate(types) if kind == USER_DEFINED)
+        self.user = {tokens[i]: i for i in user if tokens[i] not in self.never}
 
 
 def _array(metadata: Mapping[str, Any], name: str, length: int | None = None) -> list[Any]:
@@ -350,6 +350,7 @@ def _folder_tokenizer(folder: Path, tokens: list[str], types: list[int], engine:
         tokens,
         types,
         _encoder(engine),
+        _control_ids(tokens, types),
         bos_id=engine.token_to_id(bos) if isinstance(bos, str) else None,
         stop_ids=[i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)],
         chat_template=template,
