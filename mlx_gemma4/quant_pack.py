@@ -324,7 +324,8 @@ def rearrange(
             halves = super_[start:stop].view("<u2")
             for i, at in enumerate(layout.super):
                 np.copyto(halves[:, i], blocks.field(at, "<u2"))
-        step = SPAN // (layout.size * layout.bits // 8 if len(layout.codes) == 1 else layout.segment)
+        # Several planes take more and shorter operations, whose fixed cost wants longer arrays.
+        step = SPAN // (layout.size * layout.bits // 8) if len(layout.codes) == 1 else 2 * SPAN // layout.segment
         for a in range(start, stop, step):
             b = min(a + step, stop)
             some = Blocks(raw[a * layout.n_bytes : b * layout.n_bytes], layout.n_bytes)
