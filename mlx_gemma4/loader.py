@@ -70,7 +70,7 @@ def load_model(
         source: the file's tensors.
         holding: "packed" keeps quantized blocks as they are, "dense" expands them to fp32; "auto" decides
             by device and memory.
-        fuse: join each MLP's gate and up (their kernels expect it; tests compare).
+        fuse: join gate and up, and q, k and v, where their types allow it (tests compare).
         progress: called as bytes are read.
 
     Raises:
@@ -212,25 +212,32 @@ def _kv_bytes_per_token(config: Config) -> int:
 
 
 def _fusions(source: Source, present: dict[str, Spec], layers: int) -> dict[str, list[str]]:
-    """Which tensors are joined, gate's rows first: target name -> [gate, up].
+    """Which tensors are joined, in the order of their rows: target name -> [gate, up] or [q, k] or [q, k, v].
 
-    Rows of different types can't share an array, so a pair must agree in type and shape.
+    Rows of different types can't share an array, so those joined agree in type and in the length of a row.
     """
     joined: dict[str, list[str]] = {}
+
+    def alike(*names: str) -> bool:
+        return len({(source.entries[name].type, source.entries[name].shape[-1]) for name in names}) == 1
+
     for suffix, what in ((".weight", "MLP layers"), ("_exps.weight", "expert layers")):
         fused = apart = 0
         for i in range(layers):
             gate, up = (f"blk.{i}.ffn_{half}{suffix}" for half in ("gate", "up"))
             if gate not in present or up not in present:
                 continue
-            a, b = source.entries[gate], source.entries[up]
-            if (a.type, a.shape) == (b.type, b.shape):
+            if alike(gate, up) and present[gate].shape == present[up].shape:
                 joined[f"blk.{i}.ffn_gate_up{suffix}"] = [gate, up]
                 fused += 1
             else:
                 apart += 1
         if fused or apart:
             log.info("Fused gate+up on %d %s (%d left unfused)", fused, what, apart)
+    for i in range(layers):
+        q, k, v = (f"blk.{i}.attn_{x}.weight" for x in "qkv")
+        if k in present and alike(q, k):
+            joined[f"blk.{i}.attn_qk.weight"] = [q, k, v] if v in present and alike(k, v) else [q, k]
     return joined
 
 
@@ -279,15 +286,14 @@ def gguf_source(file: GGUFFile) -> Source:
 
 
 def _read_blocks(file: GGUFFile, infos: list[TensorInfo], spec: Spec, holding: Holding) -> Weight:
-    """One weight from the raw rows of one tensor, or of several of the same type and shape."""
-    first = infos[0]
-    *batch, rows, k = (1, *first.shape) if len(first.shape) == 1 else first.shape
-    raw = file.raw(first.name)
+    """One weight from the raw rows of one tensor, or of several of the same type and row length."""
+    first, shape, raw = infos[0], infos[0].shape, file.raw(infos[0].name)
     if len(infos) > 1:
         # Experts are joined one by one: [E, N, bytes], not all gates before all ups.
-        parts = [file.raw(info.name).reshape(*batch, rows, first.row_bytes) for info in infos]
-        raw = np.concatenate(parts, axis=-2).reshape(-1, first.row_bytes)
-    shape = first.shape if len(first.shape) == 1 else (*batch, rows * len(infos), k)
+        parts = [file.raw(info.name).reshape(*info.shape[:-1], info.row_bytes) for info in infos]
+        raw = np.concatenate(parts, axis=-2)
+        shape = (*raw.shape[:-1], first.shape[-1])
+        raw = raw.reshape(-1, first.row_bytes)
     if first.type in quant.FORMATS and (holding == "packed" or spec.role == "table"):
         return quant.pack(raw, first.type, shape)
     if spec.role == "vector" or holding == "dense" or (spec.role == "matrix" and on_cpu()):

@@ -23,16 +23,17 @@ class Layer:
     """The weights of one layer, under their GGUF names. None: this kind of layer has none."""
 
     attn_norm: mx.array  # norms: [hidden]
-    attn_q: Weight  # [H * D, hidden]
     attn_q_norm: mx.array  # [D]
     attn_output: Weight  # [hidden, H * D]
     post_attention_norm: mx.array
     ffn_norm: mx.array
     ffn_down: Weight  # [hidden, ffn]
     post_ffw_norm: mx.array
-    attn_k: Weight | None = None  # [G * D, hidden]; None: shares another layer's keys and values
-    attn_v: Weight | None = None  # None beside an attn_k: values are the keys before norm and RoPE
-    attn_k_norm: mx.array | None = None  # [D]
+    attn_qk: Weight | None = None  # q's rows, k's and perhaps v's: [(H + G or 2 G) * D, hidden]; None: apart, below
+    attn_q: Weight | None = None  # [H * D, hidden]
+    attn_k: Weight | None = None  # [G * D, hidden]
+    attn_v: Weight | None = None  # none of the three: values are the keys before norm and RoPE
+    attn_k_norm: mx.array | None = None  # [D]; None: shares another layer's keys and values
     ffn_gate_up: Weight | None = None  # [2 * ffn, hidden], gate's rows first; None: apart, below
     ffn_gate: Weight | None = None  # [ffn, hidden]
     ffn_up: Weight | None = None
@@ -125,14 +126,15 @@ class Model:
         for i, layer in enumerate(self.weights.layers):
             shape = self.config.layers[i]
             h = ops.rms_norm(x, layer.attn_norm, self.config.eps)
-            if layer.attn_k is not None:
-                self._write_kv(i, layer, shape, h, state)
+            q, k, v = self._qkv(layer, shape, h)
+            if k is not None and v is not None:
+                self._write_kv(i, layer, shape, k, v, state)
             if i == last_kv:
                 if wanted == 0:
                     break
-                h, x = h[-wanted:], x[-wanted:]
+                q, x = q[-wanted:], x[-wanted:]
                 per_layer = None if per_layer is None else per_layer[-wanted:]
-            h = self._attention(layer, shape, h, state, ids.size)
+            h = self._attention(layer, shape, q, state, ids.size)
             x = x + ops.rms_norm(h, layer.post_attention_norm, self.config.eps)
             h = self._mlp(layer, x) if layer.ffn_gate_inp is None else self._mlp_and_experts(layer, x)
             x = x + ops.rms_norm(h, layer.post_ffw_norm, self.config.eps)
@@ -153,27 +155,40 @@ class Model:
         projected = ops.linear(x, w.per_layer_model_proj).reshape(shape) * c.hidden**-0.5
         return (ops.rms_norm(projected, w.per_layer_proj_norm, c.eps) + own) * 2**-0.5
 
-    def _write_kv(self, i: int, layer: Layer, shape: LayerConfig, h: mx.array, state: KVState) -> None:
-        """Keys and values of the tokens h [T, hidden], into the state."""
-        assert layer.attn_k is not None
-        k = _heads(ops.linear(h, layer.attn_k), shape.kv_heads)  # [1, G, T, D]
-        v = k if layer.attn_v is None else _heads(ops.linear(h, layer.attn_v), shape.kv_heads)
+    def _qkv(self, layer: Layer, shape: LayerConfig, h: mx.array) -> tuple[mx.array, mx.array | None, mx.array | None]:
+        """The raw queries [T, H * D], keys and values [T, G * D] of h [T, hidden]; no keys: another layer's serve."""
+        q_rows, kv_rows = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        if layer.attn_qk is not None:
+            q, k, v = mx.split(ops.linear(h, layer.attn_qk), [q_rows, q_rows + kv_rows], axis=-1)
+            if v.size:
+                return q, k, v
+        else:
+            assert layer.attn_q is not None
+            q = ops.linear(h, layer.attn_q)
+            if layer.attn_k is None:
+                return q, None, None
+            k = ops.linear(h, layer.attn_k)
+        return q, k, k if layer.attn_v is None else ops.linear(h, layer.attn_v)
+
+    def _write_kv(self, i: int, layer: Layer, shape: LayerConfig, k: mx.array, v: mx.array, state: KVState) -> None:
+        """Raw keys and values, [T, G * D], of new tokens into the state."""
+        k, v = _heads(k, shape.kv_heads), _heads(v, shape.kv_heads)  # [1, G, T, D]
         if self.config.value_norm:
             v = ops.rms_norm(v, None, self.config.eps)
         k = self._rope(ops.rms_norm(k, layer.attn_k_norm, self.config.eps), shape, state.length)
         state.append(i, k, v)
 
-    def _attention(self, layer: Layer, shape: LayerConfig, h: mx.array, state: KVState, new: int) -> mx.array:
-        """The tokens h [Tq, hidden], the last of the `new` ones, attend to all they may see."""
-        queries = h.shape[0]
+    def _attention(self, layer: Layer, shape: LayerConfig, q: mx.array, state: KVState, new: int) -> mx.array:
+        """The raw queries q [Tq, H * D] of the last tokens of `new` ones attend to all they may see."""
+        queries = q.shape[0]
         first = state.length + new - queries  # position of the first query
-        q = ops.rms_norm(_heads(ops.linear(h, layer.attn_q), shape.heads), layer.attn_q_norm, self.config.eps)
+        q = ops.rms_norm(_heads(q, shape.heads), layer.attn_q_norm, self.config.eps)
         q = self._rope(q, shape, first)  # [1, H, Tq, D]
         parts = state.view(shape.kv_layer, queries)
         window = self.config.window if shape.sliding else None
         out = ops.attention(q.astype(state.dtype), parts, self.config.attention_scale, first, window)
-        out = out.astype(h.dtype).swapaxes(1, 2).reshape(queries, -1)  # [Tq, H * D]
-        return ops.linear(out, layer.attn_output)
+        out = out.swapaxes(1, 2).reshape(queries, -1)  # [Tq, H * D]
+        return ops.linear(out.astype(mx.float32), layer.attn_output)
 
     def _rope(self, x: mx.array, shape: LayerConfig, position: int) -> mx.array:
         """Turn heads [1, heads, T, D] by their positions, dimension i with i + D/2."""
