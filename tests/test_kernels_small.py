@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from metal_sim import kernel as simulator
 
-from mlx_gemma4 import fused, quant
+from mlx_gemma4 import attention, fused, quant
 from mlx_gemma4.gguf_file import TENSOR_TYPES
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
@@ -90,8 +90,8 @@ def attend(
         made.append((k, v))
     spans = mx.array([p[1:] for p in parts], mx.int32)
     kwargs = {"scale": 1.3 * dim**-0.5, "window": window, "out": out}
-    got = fused.attention(q, made, spans, maker, **kwargs)
-    check(got, fused.attention_twin(q, made, spans, **kwargs), dtype)
+    got = attention.attention(q, made, spans, maker, **kwargs)
+    check(got, attention.attention_twin(q, made, spans, **kwargs), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -141,8 +141,8 @@ def test_attention_few_tokens_under_a_window(tokens: int, window: int) -> None:
 
 def test_attention_takes_arrays_with_a_batch_of_one() -> None:
     q, k, v, spans = normal(1, 2, 32), normal(1, 1, 70, 32), normal(1, 1, 70, 32, seed=1), mx.array([[0, 70]], mx.int32)
-    got = fused.attention(q, [(k, v)], spans, metal, scale=1.0)
-    assert mx.array_equal(got, fused.attention(q, [(k[0], v[0])], spans, metal, scale=1.0))
+    got = attention.attention(q, [(k, v)], spans, metal, scale=1.0)
+    assert mx.array_equal(got, attention.attention(q, [(k[0], v[0])], spans, metal, scale=1.0))
 
 
 def test_attention_gives_another_dtype() -> None:
@@ -156,8 +156,8 @@ def test_attention_of_a_key_far_above_the_rest() -> None:
     k, v = normal(1, 300, 64, seed=1) * 10, normal(1, 300, 64, seed=2)
     spans = mx.array([[0, 300]], mx.int32)
     check(
-        fused.attention(q, [(k, v)], spans, metal, scale=1.0),
-        fused.attention_twin(q, [(k, v)], spans, scale=1.0),
+        attention.attention(q, [(k, v)], spans, metal, scale=1.0),
+        attention.attention_twin(q, [(k, v)], spans, scale=1.0),
         mx.float32,
     )
 
@@ -183,8 +183,8 @@ def qkv(
     k = normal(tokens, g * dim, dtype=dtype, seed=1) if kind in ("apart", "k=v", "gemma3") else None
     v = normal(tokens, g * dim, dtype=dtype, seed=2) if kind in ("apart", "joined k", "gemma3") else None
     wavelengths = mx.array([10000 ** (2 * i / dim) if i % 3 else np.inf for i in range(dim // 2)], mx.float32)
-    used = mx.arange(fused.TAIL)[:, None] < count
-    old = (normal(g, fused.TAIL, dim, dtype=kv_dtype, seed=s) for s in (3, 4))
+    used = mx.arange(attention.TAIL)[:, None] < count
+    old = (normal(g, attention.TAIL, dim, dtype=kv_dtype, seed=s) for s in (3, 4))
     tail = tuple(mx.where(used, a, mx.array(float("nan"), kv_dtype)) for a in old)
     alone = kind == "q alone"
     arguments = (
@@ -193,8 +193,8 @@ def qkv(
     )
     options = {"heads": h, "kv_heads": g, "eps": EPS, "dtype": kv_dtype}
     options |= {"value_norm": kind != "gemma3", "v_is_k": kind.startswith("k=v")}
-    got = fused.qkv_post(*arguments, maker, **options)
-    want = fused.qkv_post_twin(*arguments, **options)
+    got = attention.qkv_post(*arguments, maker, **options)
+    want = attention.qkv_post_twin(*arguments, **options)
     limit = kv_dtype if dtype == mx.float32 else dtype
     # sin and cos of a thousand radians, whose last bits depend on how the angle was rounded
     check(got[0], want[0], limit, 10)
