@@ -33,8 +33,8 @@ from .tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 
-_MAX_STEPS = 5_000_000  # loop turns that one rendering may take, some two seconds
-_CALL_STEPS = 20  # a call counts as many
+_MAX_STEPS = 3_000_000  # loop turns that one rendering may take: a second
+_CALL_STEPS = 30  # what a call counts for
 _MAX_TEXT = 1 << 24  # characters in one string; four times what the longest context holds
 
 

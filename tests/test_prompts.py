@@ -253,8 +253,12 @@ def test_bad_templates_end_soon_in_one_line(template: str) -> None:
         render_chat(template, HELLO)
     assert "\n" not in str(error.value)
     assert time.perf_counter() - begin < 20  # 1 s or less here
-    with pytest.raises(InputError):
-        encode_chat(with_template(template), HELLO)
+
+
+def test_bad_template_is_an_input_error_of_encode_chat() -> None:
+    for template in ("{% if %}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}"):
+        with pytest.raises(InputError):
+            encode_chat(with_template(template), HELLO)
 
 
 def test_what_a_template_refuses_is_said() -> None:
