@@ -130,15 +130,18 @@ def test_packed_means_packed(kind: str, tag: str) -> None:
     assert all(isinstance(layer.ffn_down, mx.array) for layer in held["dense"].layers)
 
 
-@pytest.mark.parametrize("size", [37, 255, 256, 257])
-@pytest.mark.parametrize("kind", ["e2b", "12b", "gemma3"])
+@pytest.mark.parametrize("size", [1, 257])
+@pytest.mark.parametrize("kind", ["e2b", "12b"])
 def test_long_prompts_outgrow_no_buffer(kind: str, size: int) -> None:
-    """500 tokens: buffers of 256 tokens grow, and sliding layers let go of what left their window."""
+    """560 tokens: buffers of 256 and 512 tokens grow, and sliding layers let go of what left their window, not more."""
     model = kept_model(HERE / f"{kind}-f32.gguf")
-    ids = [2, *np.random.default_rng(size).integers(3, 317, 499).tolist()]
+    ids = [2, *np.random.default_rng(size).integers(3, 317, 559).tolist()]
     whole = every_logit(model, ids)
-    for read, last in in_chunks(model, ids, size).items():
-        np.testing.assert_allclose(last, whole[read - 1], atol=5e-4, err_msg=f"{read} read")
+    state = model.new_state()
+    for start in range(0, len(ids), size):
+        chunk = mx.array(ids[start : start + size], mx.int32)
+        part = np.array(model.forward(chunk, state, all_logits=True))
+        np.testing.assert_allclose(part, whole[start : start + size], atol=5e-4, err_msg=f"{start} read before")
 
 
 def test_states_of_one_model_do_not_meet() -> None:
