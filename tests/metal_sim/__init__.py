@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import shutil
 import struct
@@ -22,6 +23,7 @@ from .compile import ATTRIBUTES, MetalError, build, check
 
 __all__ = ["MetalError", "check", "kernel", "library", "unwritten"]
 
+SANITIZE = os.environ.get("METAL_SIM_SANITIZE")  # what kernels and libraries do that are not told
 ABSENT = 2  # of a buffer, to runtime.cpp: neither const (0) nor writable (1)
 MAX_CONSTANT = 8  # mx.fast.metal_kernel: inputs of fewer elements go to the constant address space
 _METAL_TYPES = {
@@ -155,7 +157,7 @@ def _template_value(value: Any) -> str:
 
 def kernel(
     name: str, input_names: Sequence[str], output_names: Sequence[str], source: str, header: str = "",
-    ensure_row_contiguous: bool = True, atomic_outputs: bool = False, sanitize: str | None = None, seed: int = 0,
+    ensure_row_contiguous: bool = True, atomic_outputs: bool = False, sanitize: str | None = SANITIZE, seed: int = 0,
 ) -> Callable[..., list[np.ndarray[Any, Any]]]:  # fmt: skip
     """A kernel with the arguments of `mx.fast.metal_kernel`; errors name lines of `header` and `source`.
 
@@ -222,7 +224,7 @@ def library(
 
     def run(
         name: str, buffers: Sequence[Any], grid: Sequence[int], threadgroup: Sequence[int], arguments: str = "",
-        constants: dict[int, object] | None = None, sanitize: str | None = None, seed: int = 0,
+        constants: dict[int, object] | None = None, sanitize: str | None = SANITIZE, seed: int = 0,
     ) -> list[np.ndarray[Any, Any]]:  # fmt: skip
         from .compile import parameters
 

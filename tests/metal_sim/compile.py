@@ -15,7 +15,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -62,8 +61,9 @@ def compiler() -> tuple[str, ...]:
         args = [clang, *LANGUAGE, *EXACT, "-S", "-", "-o", os.devnull]
         if subprocess.run(args, input=probe, text=True, capture_output=True).returncode == 0:
             return (clang,)
-    if importlib.util.find_spec("ziglang"):
-        return (sys.executable, "-m", "ziglang", "cc")
+    wheel = importlib.util.find_spec("ziglang")
+    if wheel and wheel.origin:
+        return (str(Path(wheel.origin).with_name("zig")), "cc")
     raise MetalError("no compiler: install clang 17 or newer, or `pip install ziglang`")
 
 
@@ -235,7 +235,7 @@ def _more_errors(ast: str, kernels: set[str]) -> list[str]:
     """Errors in Metal that clang lets pass, from its dump of the syntax tree: casts between address spaces, implicit
     conversions to bfloat, threadgroup variables outside the kernel functions."""
     file, line, function, found = "", "", "", []
-    for node in ast.splitlines():
+    for node in ast[max(ast.find(".metal:") - 200, 0) :].splitlines():  # the prelude comes first
         for at in re.finditer(r"(?<=[<, ])(line|[^\s<>,:]+):(\d+):\d+", node):  # each says only what has changed
             file, line = file if at[1] == "line" else at[1], at[2]
         if "FunctionDecl 0x" in node or "CXXMethodDecl 0x" in node:
@@ -307,12 +307,10 @@ def build(
     entry = _entry(parameters(source, name), name + arguments)
     check(source, name + arguments, constants)
     fresh = exe.with_suffix(f".{os.getpid()}")
-    path, obj = Path(f"{fresh}.cpp"), Path(f"{fresh}.o")
+    path = Path(f"{fresh}.cpp")
     path.write_text(PRELUDE + '#line 1 "kernel.metal"\n' + rewrite(source, False, constants) + entry)
     flags = SANITIZE if sanitize else ["-fno-sanitize=all"]
-    _must(_cc(*LANGUAGE, *EXACT, "-O1", "-g", *flags, "-c", path, "-o", obj))
-    _must(_cc(obj, _runtime(), "-lm", "-o", fresh))
+    _must(_cc(*LANGUAGE, *EXACT, "-O1", "-g", *flags, path, "-x", "none", _runtime(), "-lm", "-o", fresh))
     os.replace(fresh, exe)  # in one step: others may be building the same
     path.unlink()
-    obj.unlink()
     return exe
