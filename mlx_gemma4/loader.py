@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, Literal
 
@@ -295,7 +296,9 @@ def _read_blocks(file: GGUFFile, infos: list[TensorInfo], spec: Spec, holding: H
         shape = (*raw.shape[:-1], first.shape[-1])
         raw = raw.reshape(-1, first.row_bytes)
     if first.type in quant.FORMATS and (holding == "packed" or spec.role == "table"):
-        return quant.pack(raw, first.type, shape)
+        # A tensor may be half the file: its pages go as they are read, where no copy of them was joined.
+        let_go = partial(file.release, first.name) if len(infos) == 1 else None
+        return quant.pack(raw, first.type, shape, on_read=let_go)
     if spec.role == "vector" or holding == "dense" or (spec.role == "matrix" and on_cpu()):
         return quant.dense(raw, first.type, shape, np.float32)
     return quant.dense(raw, first.type, shape, None)

@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from . import ops
 from .config import Config, LayerConfig
+from .decode import Kernels, can_step, step
 from .execution import execution
 from .ops import Weight
 from .state import KVState
@@ -72,9 +73,11 @@ class Weights:
 class Model:
     """Weights with the procedure that turns tokens into logits. Immutable."""
 
-    def __init__(self, config: Config, weights: Weights) -> None:
+    def __init__(self, config: Config, weights: Weights, kernels: Kernels | None = None) -> None:
+        """`kernels` run decode steps; None: stock operations run everything."""
         self.config = config
         self.weights = weights
+        self.kernels = kernels
         self._wavelengths = {
             (layer.sliding, layer.head_dim): _rope_wavelengths(config, layer, weights.rope_freqs)
             for layer in config.layers
@@ -99,9 +102,11 @@ class Model:
             fp32 logits for the next token, [vocab], or [T, vocab] with `all_logits`.
         """
         with execution() as outermost:
-            x = self._layers(ids, state, ids.size if all_logits else 1)
-            logits = self._head(x)
-            logits = logits if all_logits else logits[0]
+            if self.kernels and can_step(self, ids.size):
+                logits = step(self, self.kernels, ids, state, self._rope_of)
+            else:
+                logits = self._head(self._layers(ids, state, ids.size if all_logits else 1))
+            logits = logits if all_logits else logits[-1]
             if outermost:
                 mx.async_eval(logits, state.arrays)
         return logits
@@ -192,10 +197,12 @@ class Model:
 
     def _rope(self, x: mx.array, shape: LayerConfig, position: int) -> mx.array:
         """Turn heads [1, heads, T, D] by their positions, dimension i with i + D/2."""
-        wavelengths = self._wavelengths[shape.sliding, shape.head_dim]
         return mx.fast.rope(
-            x, shape.head_dim, traditional=False, base=None, scale=1.0, offset=position, freqs=wavelengths
+            x, shape.head_dim, traditional=False, base=None, scale=1.0, offset=position, freqs=self._rope_of(shape)
         )
+
+    def _rope_of(self, shape: LayerConfig) -> mx.array:
+        return self._wavelengths[shape.sliding, shape.head_dim]
 
     def _mlp(self, layer: Layer, x: mx.array) -> mx.array:
         """down(gelu(gate(x)) * up(x)), on x [T, hidden] before its norm."""

@@ -1,0 +1,241 @@
+"""The decode step on a GPU: a forward pass for one token, or a few, in fused kernels.
+
+In: token ids, a `KVState`, weights. Out: logits. It computes what `Model` does with stock operations, its twin, in
+9 launches a layer instead of 20 to 30: which, stands in `fused`. An operation whose kernel `doctor` has switched
+off, or that no kernel takes, runs as its own twin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from . import attention, fused, kernels, ops
+from .config import LayerConfig
+from .ops import Weight
+from .quant import Packed
+from .segments import LayerKV, arranged
+
+if TYPE_CHECKING:
+    from .model import Layer, Model
+    from .state import KVState
+
+MAX_TOKENS = kernels.MAX_TOKENS
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Runs operations as kernels on one backend, or as twins."""
+
+    maker: kernels.Maker
+    off: frozenset[str] = frozenset()  # names of operations that run as their twins
+
+    def __call__(self, name: str, *args: Any, **options: Any) -> Any:
+        """The operation `name` of `fused` or `attention`."""
+        module = attention if name in ("qkv_post", "attention") else fused
+        if name in self.off:
+            twin: Callable[..., Any] = getattr(module, f"{name}_twin")
+            return twin(*args, **options)
+        return getattr(module, name)(*args, self.maker, **options)
+
+    def product(self, x: mx.array, w: Weight, **options: Any) -> mx.array:
+        """A mat-vec with whatever is folded into it: options are those of `kernels.matvec`."""
+        done: mx.array
+        if isinstance(w, Packed) and "matvec" not in self.off and kernels.takes(w, x.shape[0]):
+            done = kernels.matvec(x, w, self.maker, **options)
+        elif isinstance(w, mx.array) and w.ndim == 2 and "dense" not in self.off and not options.get("glu"):
+            done = fused.dense(x, w, self.maker, **options)
+        else:
+            done = product_twin(x, w, **options)
+        return done
+
+
+def product_twin(
+    x: mx.array,
+    w: Weight,
+    *,
+    norm: mx.array | None = None,
+    eps: float = 1e-6,
+    glu: bool = False,
+    times: mx.array | None = None,
+    ids: mx.array | None = None,
+) -> mx.array:
+    """`kernels.matvec` in stock MLX, for any weight; the options mean what they mean there."""
+    h = x if norm is None else ops.rms_norm(x, norm, eps)
+    if ids is None:
+        y = ops.linear(h, w)
+    else:
+        shared = h.shape[0] == 1
+        chosen = ids[None] if shared else ids[:, None]
+        y = ops.expert_linear(h[:, None], w, chosen)[0 if shared else slice(None), slice(None) if shared else 0]
+    if glu:
+        gate, up = mx.split(y, 2, axis=-1)
+        y = ops.gelu(gate) * up
+    return y if times is None else ops.gelu(y) * times
+
+
+def can_step(model: Model, tokens: int) -> bool:
+    """Whether `step` takes so many tokens of this model."""
+    one_token = model.config.experts > 0  # experts are chosen token by token
+    return tokens <= (1 if one_token else MAX_TOKENS)
+
+
+def step(
+    model: Model, run: Kernels, ids: mx.array, state: KVState, wavelengths: Callable[[LayerConfig], mx.array]
+) -> mx.array:
+    """Read a few tokens into the state.
+
+    Args:
+        model: its weights and configuration.
+        run: the backend's kernels.
+        ids: int [T], T as `can_step` allows.
+        state: what came before; takes the new keys and values.
+        wavelengths: of a layer's RoPE, fp32 [D / 2].
+
+    Returns:
+        fp32 logits [T, vocab].
+    """
+    c, w, ids = model.config, model.weights, ids.astype(mx.int32)
+    x = run("embed", ids, w.token_embd, math.sqrt(c.hidden))  # [T, hidden], fp32 throughout
+    per_layer = None
+    if w.per_layer_token_embd is not None and w.per_layer_model_proj is not None:
+        projected = run.product(x, w.per_layer_model_proj)
+        per_layer = run(
+            "ple_inputs", ids, projected, w.per_layer_proj_norm, w.per_layer_token_embd, c.hidden**-0.5, eps=c.eps
+        )  # [layers, T, P]
+    keys = _Keys(model, state, ids.size)
+    for i, layer in enumerate(w.layers):
+        shape = c.layers[i]
+        h = _attention(run, layer, shape, i, x, keys, wavelengths(shape))
+        x, _ = run("add_norm", x, h, layer.post_attention_norm, eps=c.eps)
+        scale = layer.layer_output_scale
+        last = scale if per_layer is None else None  # where the layer ends with what follows
+        if layer.ffn_gate_inp is None:
+            h = _mlp(run, layer, x, c.eps)
+            x, _ = run("add_norm", x, h, layer.post_ffw_norm, eps=c.eps, scale=last)
+        else:
+            h, experts = _mlp(run, layer, x, c.eps), _experts(run, model, layer, x)
+            x, _ = run("add_norm", x, h, layer.post_ffw_norm, eps=c.eps, scale=last, experts=experts)
+        if per_layer is not None:
+            assert layer.inp_gate is not None and layer.proj is not None
+            h = run.product(run.product(x, layer.inp_gate, times=per_layer[i]), layer.proj)
+            x, _ = run("add_norm", x, h, layer.post_norm, eps=c.eps, scale=scale)
+    state.advance(ids)
+    logits = run.product(x, w.output, norm=w.output_norm, eps=c.eps)
+    return ops.softcap(logits, c.softcap)
+
+
+def _attention(
+    run: Kernels, layer: Layer, shape: LayerConfig, i: int, x: mx.array, keys: _Keys, wavelengths: mx.array
+) -> mx.array:
+    """What attention adds to x [T, hidden], before its norm."""
+    c = keys.model.config
+    norm = {"norm": layer.attn_norm, "eps": c.eps}
+    q_weight = layer.attn_q if layer.attn_qk is None else layer.attn_qk
+    assert q_weight is not None
+    q = run.product(x, q_weight, **norm)
+    k = v = None
+    own = layer.attn_k_norm is not None
+    joined_v = layer.attn_qk is not None and q.shape[1] > (shape.heads + shape.kv_heads) * shape.head_dim
+    if own:
+        k = None if layer.attn_k is None else run.product(x, layer.attn_k, **norm)
+        v = None if layer.attn_v is None else run.product(x, layer.attn_v, **norm)
+    tail = keys.open_tail(i) if own else None
+    q, tail_keys, tail_values = run(
+        "qkv_post",
+        q,
+        k,
+        v,
+        layer.attn_q_norm,
+        layer.attn_k_norm,
+        wavelengths,
+        keys.position,
+        (tail.tail_keys, tail.tail_values) if tail else None,
+        keys.count(tail.count) if tail else None,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        eps=c.eps,
+        dtype=keys.state.dtype,
+        value_norm=c.value_norm,
+        v_is_k=own and v is None and not joined_v,
+    )
+    if tail:
+        keys.close_tail(i, tail, tail_keys, tail_values)
+    parts, spans = keys.parts(shape)
+    window = c.window if shape.sliding else 0
+    out = run("attention", q, parts, spans, scale=c.attention_scale, window=window, out=mx.float32)
+    return run.product(out, layer.attn_output)
+
+
+def _mlp(run: Kernels, layer: Layer, x: mx.array, eps: float) -> mx.array:
+    """down(gelu(gate(x)) * up(x)), x [T, hidden] before its norm."""
+    norm = {"norm": layer.ffn_norm, "eps": eps}
+    if layer.ffn_gate_up is not None:
+        h = run.product(x, layer.ffn_gate_up, glu=True, **norm)
+    else:
+        assert layer.ffn_gate is not None and layer.ffn_up is not None
+        h = run.product(x, layer.ffn_gate, times=run.product(x, layer.ffn_up, **norm), **norm)
+    return run.product(h, layer.ffn_down)
+
+
+def _experts(
+    run: Kernels, model: Model, layer: Layer, x: mx.array
+) -> tuple[mx.array, mx.array, mx.array | None, mx.array | None]:
+    """The chosen experts' outputs for one token, their shares, and the norms of both branches: for add_norm."""
+    c = model.config
+    assert layer.ffn_gate_inp is not None and layer.ffn_down_exps is not None
+    scores = run.product(x, layer.ffn_gate_inp, norm=layer.ffn_gate_inp_scale, eps=c.eps, factor=c.hidden**-0.5)
+    chosen, share = run("top_k", scores, c.experts_used, scale=layer.ffn_down_exps_scale)
+    norm: dict[str, Any] = {"norm": layer.pre_ffw_norm_2, "eps": c.eps, "ids": chosen[0]}
+    if layer.ffn_gate_up_exps is not None:
+        h = run.product(x, layer.ffn_gate_up_exps, glu=True, **norm)  # [used, F]
+    else:
+        assert layer.ffn_gate_exps is not None and layer.ffn_up_exps is not None
+        h = ops.gelu(run.product(x, layer.ffn_gate_exps, **norm)) * run.product(x, layer.ffn_up_exps, **norm)
+    out = run.product(h, layer.ffn_down_exps, ids=chosen[0])  # [used, hidden]
+    return out[None], share, layer.post_ffw_norm_1, layer.post_ffw_norm_2
+
+
+class _Keys:
+    """The keys and values of one step: what each layer had, and what it gets."""
+
+    def __init__(self, model: Model, state: KVState, tokens: int) -> None:
+        self.model, self.state, self.tokens = model, state, tokens
+        self.position = mx.array([state.length], mx.int32)
+        self._layers = state.layers
+        self._counts: dict[int, mx.array] = {}
+        self._spans: dict[tuple[tuple[int, int], ...], mx.array] = {}
+        self._current: dict[bool, LayerKV] = {}  # sliding or global -> the last layer of that kind with its own
+
+    def count(self, n: int) -> mx.array:
+        """n as int32 [1], made once a step."""
+        return self._counts.setdefault(n, mx.array([n], mx.int32))
+
+    def open_tail(self, i: int) -> LayerKV:
+        """Layer i with room for the step's tokens in its tail: a full one is sealed."""
+        kv, layout = self._layers[i], self.state.layout
+        if kv.count == layout.tail:
+            window = self.model.config.window if self.model.config.layers[i].sliding else None
+            kv = arranged(kv.pieces, kv.stop, kv.tail_keys, layout, window, kv.stop)
+        return kv
+
+    def close_tail(self, i: int, kv: LayerKV, tail_keys: mx.array, tail_values: mx.array) -> None:
+        """Give layer i its new tail."""
+        n = self.tokens
+        kv = replace(kv, tail_keys=tail_keys, tail_values=tail_values, count=kv.count + n, stop=kv.stop + n)
+        self.state.stage(i, kv)
+        self._current[self.model.config.layers[i].sliding] = kv
+
+    def parts(self, shape: LayerConfig) -> tuple[list[attention.Part], mx.array]:
+        """What the step's tokens may see in a layer, and which rows of each part."""
+        kv = self._current[shape.sliding]
+        first = max(0, self.state.length - self.model.config.window + 1) if shape.sliding else 0
+        pieces = [s for s in kv.pieces if s.stop > first]
+        spans = tuple((max(0, first - s.start), s.stop - s.start) for s in pieces)
+        if spans not in self._spans:
+            self._spans[spans] = mx.array(spans, mx.int32)
+        return [(s.keys, s.values) for s in pieces], self._spans[spans]
