@@ -1,4 +1,6 @@
-"""Every kernel, run thread by thread on the Metal simulator, against plain numpy in double precision.
+"""The packed mat-vec, run thread by thread on the Metal simulator, against plain numpy in double precision.
+
+Where there is a GPU (`pytest -k device` on a Mac, or with MLX's CUDA backend), the same tests run on it too.
 
 Outputs start as NaN (the simulator poisons them). The reference is rounded to the output's dtype, so that what is
 measured is the kernel's own error: ||got - want|| / ||want|| at most 1e-3 for 16-bit types, 1e-5 for fp32.
@@ -31,6 +33,15 @@ CUTS = [  # by turns, so that every kind of cut meets several formats
 ]
 
 
+MAKERS = {"simulator": metal_sim.kernel, "device": kernels.default_maker()}
+
+
+@pytest.fixture(params=[name for name, made in MAKERS.items() if made])
+def maker(request: pytest.FixtureRequest) -> kernels.Maker:
+    """What runs the kernels."""
+    return MAKERS[request.param]
+
+
 def random(seed: int, *shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
     return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).astype(dtype)
 
@@ -56,10 +67,10 @@ def weight(name: str, *shape: int) -> tuple[Packed, np.ndarray]:
     return pack(raw, name, shape), values.astype(np.float64)
 
 
-def close(got: np.ndarray, want: np.ndarray, dtype: mx.Dtype) -> None:
+def close(got: Any, want: np.ndarray, dtype: mx.Dtype) -> None:
     want = want.astype(NUMPY[dtype]).astype(np.float64)
-    assert got.dtype == NUMPY[dtype]
-    error = np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want)
+    assert got.dtype == (dtype if isinstance(got, mx.array) else NUMPY[dtype])
+    error = np.linalg.norm(exact(got) - want) / np.linalg.norm(want)
     assert error <= LIMITS[dtype], f"relative error {error:.1e}"
 
 
@@ -76,63 +87,63 @@ def rms(x: np.ndarray, weight: np.ndarray | float = 1.0, eps: float = 1e-6) -> n
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", FORMATS)
-def test_matvec(name: str, dtype: mx.Dtype) -> None:
+def test_matvec(name: str, dtype: mx.Dtype, maker: kernels.Maker) -> None:
     """Rows that fill no threadgroup, lengths that fill no step: 704 is the expert width of 26B-A4B."""
     cut = CUTS[(list(FORMATS).index(name) + DTYPES.index(dtype)) % len(CUTS)]
     lengths = (256, 1280) if GGML_QUANT_SIZES[GGMLQuantizationType[name]][0] == 256 else (64, 704)
     for n, k in zip((9, 45), lengths, strict=True):
         w, values = weight(name, n, k)
         x = random(1, 1, k, dtype=dtype)
-        close(kernels.matvec(x, w, metal_sim.kernel, cut=cut), exact(x) @ values.T, dtype)
+        close(kernels.matvec(x, w, maker, cut=cut), exact(x) @ values.T, dtype)
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut.lanes}x{cut.rows}x{cut.split}")
-def test_cuts(cut: kernels.Tiling) -> None:
+def test_cuts(cut: kernels.Tiling, maker: kernels.Maker) -> None:
     """A type with pairs and mins under every cut, several tokens at once."""
     w, values = weight("Q4_K", 45, 1280)
     x = random(2, 3, 1280, dtype=mx.float16)
-    close(kernels.matvec(x, w, metal_sim.kernel, cut=cut), exact(x) @ values.T, mx.float16)
+    close(kernels.matvec(x, w, maker, cut=cut), exact(x) @ values.T, mx.float16)
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "IQ4_XS"])
-def test_short_rows_narrow_the_loads(name: str) -> None:
+def test_short_rows_narrow_the_loads(name: str, maker: kernels.Maker) -> None:
     """An odd number of 32s: chunks of 64 do not fit, nor 16-byte loads."""
     k = 96 if name == "Q4_0" else 256
     w, values = weight(name, 33, k)
     x = random(3, 1, k)
-    close(kernels.matvec(x, w, metal_sim.kernel, cut=CUTS[2]), exact(x) @ values.T, mx.float32)
+    close(kernels.matvec(x, w, maker, cut=CUTS[2]), exact(x) @ values.T, mx.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0"])
-def test_gate_up(name: str, dtype: mx.Dtype) -> None:
+def test_gate_up(name: str, dtype: mx.Dtype, maker: kernels.Maker) -> None:
     """RMSNorm, gate and up, GEGLU, in one, for two tokens."""
     w, values = weight(name, 2 * 35, 512)
     x, norm = random(4, 2, 512, dtype=dtype), mx.abs(random(5, 512)) + 0.5
     gate, up = np.split(rms(exact(x), exact(norm)) @ values.T, 2, axis=-1)
-    got = kernels.matvec(x, w, metal_sim.kernel, norm=norm, glu=True, cut=CUTS[0])
+    got = kernels.matvec(x, w, maker, norm=norm, glu=True, cut=CUTS[0])
     close(got, gelu(gate) * up, dtype)
 
 
-def test_gelu_times() -> None:
+def test_gelu_times(maker: kernels.Maker) -> None:
     """The gate of per-layer embeddings: GELU, times the token's own embedding."""
     w, values = weight("Q5_K", 40, 512)
     x, times = random(9, 2, 512, dtype=mx.float16), random(10, 2, 40, dtype=mx.float16)
-    got = kernels.matvec(x, w, metal_sim.kernel, times=times, cut=CUTS[0])
+    got = kernels.matvec(x, w, maker, times=times, cut=CUTS[0])
     close(got, gelu(exact(x) @ values.T) * exact(times), mx.float16)
 
 
-def test_gate_up_far_from_zero() -> None:
+def test_gate_up_far_from_zero(maker: kernels.Maker) -> None:
     """GELU neither overflows nor loses its sign at gates in the thousands."""
     w, values = weight("Q8_0", 2 * 8, 64)
     x = random(6, 1, 64) * 1000
     gate, up = np.split(exact(x) @ values.T, 2, axis=-1)
     assert np.abs(gate).max() > 1e3
-    close(kernels.matvec(x, w, metal_sim.kernel, glu=True, cut=CUTS[0]), gelu(gate) * up, mx.float32)
+    close(kernels.matvec(x, w, maker, glu=True, cut=CUTS[0]), gelu(gate) * up, mx.float32)
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q5_1", "IQ4_NL"])
-def test_experts(name: str) -> None:
+def test_experts(name: str, maker: kernels.Maker) -> None:
     """Rows of the chosen experts only, for one shared input and for one each."""
     k = 256 if name == "Q4_K" else 704
     w, values = weight(name, 5, 2 * 18, k)
@@ -140,14 +151,22 @@ def test_experts(name: str) -> None:
     for rows in (1, 3):
         x = random(7, rows, k, dtype=mx.float16)
         products = np.einsum("enk,ek->en", values[[3, 0, 4]], np.broadcast_to(exact(x), (3, k)))
-        got = kernels.matvec(x, w, metal_sim.kernel, ids=ids, cut=CUTS[0])
+        got = kernels.matvec(x, w, maker, ids=ids, cut=CUTS[0])
         close(got, products, mx.float16)
         gate, up = np.split(products, 2, axis=-1)
-        got = kernels.matvec(x, w, metal_sim.kernel, ids=ids, glu=True, cut=CUTS[1])
+        got = kernels.matvec(x, w, maker, ids=ids, glu=True, cut=CUTS[1])
         close(got, gelu(gate) * up, mx.float16)
 
 
-def test_logits_in_fp32() -> None:
+def test_own_tiling(maker: kernels.Maker) -> None:
+    """The cut that is chosen for a shape, many rows and few."""
+    for n, k in ((8200, 64), (50, 2880)):
+        w, values = weight("Q8_0", n, k)
+        x = random(11, 1, k, dtype=mx.float16)
+        close(kernels.matvec(x, w, maker), exact(x) @ values.T, mx.float16)
+
+
+def test_logits_in_fp32(maker: kernels.Maker) -> None:
     w, values = weight("Q6_K", 40, 512)
     x = random(8, 1, 512, dtype=mx.bfloat16)
-    close(kernels.matvec(x, w, metal_sim.kernel, out=mx.float32, cut=CUTS[0]), exact(x) @ values.T, mx.float32)
+    close(kernels.matvec(x, w, maker, out=mx.float32, cut=CUTS[0]), exact(x) @ values.T, mx.float32)

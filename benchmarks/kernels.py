@@ -1,0 +1,147 @@
+"""Times the packed mat-vec on this machine's GPU at the models' real shapes, and checks it there.
+
+    python benchmarks/kernels.py [--only Q4_K] [--tokens 1] [--tune]
+
+In: nothing; random weights are made here. Out: a table (type, rows x length, error, microseconds, GB/s of file bytes),
+MLX's own 4-bit product and a copy for comparison; the exit code is 1 if an error is over 1e-3. Launches wait for each
+other, as in a model, and take turns over copies of the weight, so that no cache holds it. `--tune` tries many cuts of
+each shape and names the best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import platform
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_gemma4.kernels import Maker, Tiling, default_maker, matvec, tiling
+from mlx_gemma4.quant import FORMATS, Packed, dequantize
+
+LIMIT = 1e-3
+ROTATE = 300e6  # bytes of copies, several times the largest cache
+LARGE = ((43008, 5376), (5376, 21504), (262144, 5376), (16384, 5376), (5376, 8192))  # of 31B: gate|up, down, head, q..
+SHAPES = {
+    "Q4_K": (*LARGE, (30720, 3840), (3840, 15360), (24576, 1536), (1536, 12288), (2560, 1536)),
+    "Q6_K": LARGE,
+    "Q5_K": LARGE[:3],
+    "Q8_0": LARGE[:3],
+    "Q4_0": LARGE[:3],
+    "IQ4_XS": LARGE[:3],
+    **{name: LARGE[:2] for name in ("Q5_0", "Q5_1", "Q4_1", "Q3_K", "Q2_K", "IQ4_NL", "MXFP4")},
+}
+
+
+def random_weight(name: str, n: int, k: int) -> Packed:
+    """Random codes and scales; the values of fp16 scales and exponents are tame."""
+    form = FORMATS[name]
+    codes = mx.random.bits((n, k * form.bits // 32))
+    sub = top = None
+    if form.sub_bits:
+        low, high = (118, 130) if form.sub_kind == "e8m0" else (0, 256)
+        sub = mx.random.randint(low, high, (n, k // form.group * form.sub_bits // 8)).astype(mx.uint8)
+    if form.super_block:
+        top = mx.random.uniform(0.001, 0.02, (n, k // form.super_block, 1 + form.has_min)).astype(mx.float16)
+    mx.eval(codes, [a for a in (sub, top) if a is not None])
+    return Packed(form, (n, k), codes, sub, top)
+
+
+def error(y: mx.array, x: mx.array, w: Packed) -> float:
+    """||y - want|| / ||want|| over some rows, with want in double precision."""
+    n = w.shape[0]
+    rows = np.unique(np.r_[0:4, np.random.default_rng(0).integers(0, n, 40), n - 4 : n])
+    values = np.array(dequantize(w, rows=mx.array(rows))).astype(np.float64)
+    want = np.array(x.astype(mx.float32)).astype(np.float64) @ values.T
+    got = np.array(y.astype(mx.float32)).astype(np.float64)[:, rows]
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def seconds(call: Callable[[mx.array, int], mx.array], x: mx.array, launches: int) -> float:
+    """Time of one of many launches that wait for each other; the median of five runs."""
+
+    def run() -> float:
+        start, y = time.perf_counter(), x
+        for i in range(launches):
+            y = call(mx.depends([x], [y])[0], i)
+        mx.eval(y)
+        return (time.perf_counter() - start) / launches
+
+    run()
+    return median(run() for _ in range(5))
+
+
+def cuts(n: int, k: int) -> list[Tiling]:
+    """What --tune tries."""
+    every = itertools.product((8, 16, 32), (2, 4, 8), (1, 2, 3, 4, 6, 7, 8))
+    return [Tiling(lanes, rows, split, split) for lanes, rows, split in every if lanes * split <= k // 32]
+
+
+def measure(name: str, n: int, k: int, tokens: int, maker: Maker, tune: bool) -> float:
+    """One line, or with `tune` one for each of the best cuts; gives the largest error."""
+    first = random_weight(name, n, k)
+    copies = [first] + [random_weight(name, n, k) for _ in range(min(64, int(ROTATE // first.nbytes)))]
+    x = mx.random.normal((tokens, k)).astype(mx.float16)
+    launches = max(10, min(200, int(20e9 / first.nbytes / 10)))
+    results = []
+    for cut in cuts(n, k) if tune else [tiling(FORMATS[name], n, k, tokens)]:
+        wrong = error(matvec(x, first, maker, cut=cut), x, first)
+        t = seconds(lambda v, i, c=cut: matvec(v, copies[i % len(copies)], maker, cut=c), x, launches)
+        results.append((t, wrong, cut))
+    for t, wrong, cut in sorted(results, key=lambda r: r[0])[:5]:
+        kind = f"{cut.lanes} lanes x {cut.rows} rows x {cut.split}"
+        print(
+            f"{name:7} {n:>6} x {k:<6} {first.nbytes / 1e6:6.0f} MB  error {wrong:.1e}  {t * 1e6:7.1f} us  "
+            f"{first.nbytes / t / 1e9:6.0f} GB/s  {kind}",
+            flush=True,
+        )
+    return max(wrong for _, wrong, _ in results)
+
+
+def stock(n: int, k: int) -> None:
+    """MLX's own 4-bit product, groups of 32, of the same shape."""
+    codes = [mx.random.bits((n, k // 8)) for _ in range(3)]
+    scales = [mx.random.uniform(0.001, 0.02, (n, k // 32)).astype(mx.float16) for _ in range(2)]
+    x = mx.random.normal((1, k)).astype(mx.float16)
+    mx.eval(codes, scales)
+    nbytes = codes[0].nbytes + 2 * scales[0].nbytes
+    t = seconds(lambda v, i: mx.quantized_matmul(v, codes[i % 3], *scales, group_size=32, bits=4), x, 50)
+    print(
+        f"MLX 4b  {n:>6} x {k:<6} {nbytes / 1e6:6.0f} MB{'':16} {t * 1e6:9.1f} us  {nbytes / t / 1e9:6.0f} GB/s  stock"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", help="one type")
+    parser.add_argument("--tokens", type=int, default=1)
+    parser.add_argument("--tune", action="store_true", help="try many cuts")
+    options = parser.parse_args()
+    maker = default_maker()
+    if maker is None:
+        print("no GPU: the kernels run on Metal, or on NVIDIA with MLX's cuda extra", file=sys.stderr)
+        return 2
+    info = mx.device_info() if hasattr(mx, "device_info") else {}
+    print(f"{info.get('device_name', 'GPU')}, MLX {mx.__version__}, Python {platform.python_version()}")
+    block = mx.random.bits((256 << 20,))
+    mx.eval(block)
+    t = seconds(lambda v, i: v + 1, block, 10)
+    print(f"copy {block.nbytes / 1e9:.1f} GB: {2 * block.nbytes / t / 1e9:.0f} GB/s read and written")
+    del block
+    worst = 0.0
+    for name, shapes in SHAPES.items():
+        if options.only in (None, name):
+            for n, k in shapes:
+                worst = max(worst, measure(name, n, k, options.tokens, maker, options.tune))
+    for n, k in LARGE[:2]:
+        stock(n, k)
+    return int(worst > LIMIT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
