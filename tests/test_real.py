@@ -101,8 +101,9 @@ def perplexity(lm: LanguageModel) -> float:
     loss = 0.0
     for i in range(chunks):
         chunk = [ids[0], *ids[i * CONTEXT + 1 : (i + 1) * CONTEXT]]  # ids[0] is BOS
-        logits = lm.model.forward(mx.array(chunk, mx.int32), lm.model.new_state(), all_logits=True)
-        predicted = logits[first:-1]
+        state = lm.model.new_state()
+        lm.model.prefill(mx.array(chunk[:first], mx.int32), state)
+        predicted = lm.model.forward(mx.array(chunk[first:-1], mx.int32), state, all_logits=True)
         targets = mx.array(chunk[first + 1 :], mx.int32)[:, None]
         chosen = mx.take_along_axis(predicted, targets, axis=-1)[:, 0]
         loss += float((mx.logsumexp(predicted, axis=-1) - chosen).sum())
