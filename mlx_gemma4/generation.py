@@ -101,13 +101,14 @@ def generate_tokens(
             may part from this one: after the last turns, and at the prompt's end.
 
     Raises:
-        InputError: the prompt is empty or too long for the model's context.
+        InputError: the prompt is empty or too long for the model's context, or the state takes no such reply.
     """
     statistics = statistics or Statistics()
     check_length(state.length + len(prompt), model.config.context)
     max_tokens = min(max_tokens, model.config.context - state.length - len(prompt))
     if max_tokens < 1:
         return
+    state.check_room(len(prompt) + max_tokens)
     statistics.prompt_tokens = len(prompt)
     mx.reset_peak_memory()
     start = time.perf_counter()
@@ -124,8 +125,9 @@ def generate_tokens(
                 if produced < max_tokens:
                     following = choose(model.forward(token[None], state))
                     mx.async_eval(following)
-                else:  # costs nothing unless the state is used again
+                else:  # a lazy graph: on a GPU it costs nothing unless the state is used again
                     model.prefill(token[None], state)
+                    following = token
             value = int(token)
             known += 1
             now = time.perf_counter()

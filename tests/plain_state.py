@@ -1,0 +1,105 @@
+"""The plainest KV state there can be, for tests: whole arrays that only grow, and small models to run it on.
+
+In: what a model's forward pass gives a `KVState`. Out: what it gives back, cut into the same parts.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+from recorded import HERE
+
+from mlx_gemma4 import load
+from mlx_gemma4.execution import execution
+from mlx_gemma4.model import Model
+from mlx_gemma4.segments import Layout, Part
+from mlx_gemma4.state import KVState
+
+
+class SmallModel(Model):
+    """A fixture with another window, whose states are cut into small pieces."""
+
+    layout: Layout
+
+    def new_state(self, max_tokens: int | None = None) -> KVState:
+        return KVState(self, mx.float32, max_tokens, self.layout)
+
+
+@functools.cache
+def _loaded(kind: str) -> Model:
+    return load(HERE / f"{kind}-q4_0.gguf", weights="dense").model  # those of fewest layers
+
+
+@functools.cache
+def small_model(kind: str, window: int, layout: Layout) -> SmallModel:
+    base = _loaded(kind)
+    model = SmallModel(replace(base.config, window=window, context=1 << 17), base.weights)
+    model.layout = layout
+    return model
+
+
+class PlainState:
+    """All keys and values since the beginning, as one array a layer; nothing is ever dropped."""
+
+    dtype = mx.float32
+    arrays: list[mx.array] = []  # noqa: RUF012 - nothing to schedule: the logits need it all
+
+    def __init__(self, model: SmallModel) -> None:
+        self.config, self.layout = model.config, model.layout
+        self.length = 0
+        self.rows: dict[int, tuple[mx.array, mx.array]] = {}
+        self.read = 0  # tokens of the forward pass that is under way
+
+    def check_room(self, tokens: int) -> None:
+        self.read = tokens
+
+    def append(self, layer: int, k: mx.array, v: mx.array) -> None:
+        if layer in self.rows:
+            k, v = (mx.concatenate([old, new], axis=2) for old, new in zip(self.rows[layer], (k, v), strict=True))
+        self.rows[layer] = (k, v)
+
+    def view(self, layer: int, queries: int) -> list[Part]:
+        window = self.config.window if self.config.layers[layer].sliding else None
+        stop = self.length + self.read
+        fits = self.length % self.layout.tail + self.read <= self.layout.tail  # in the tail: nothing is sealed
+        sealed = self.length if fits else stop
+        ends = self.layout.ends(sealed) if window is None else self.layout.sliding_ends(sealed, window)
+        first = 0 if window is None else max(0, stop - queries - window + 1)
+        k, v = self.rows[layer]
+        bounds = zip([0, *ends], [*ends, stop], strict=True)
+        spans = [(max(a, first), b) for a, b in bounds if b > max(a, first)]
+        return [Part(a, k[:, :, a:b], v[:, :, a:b]) for a, b in spans]
+
+    def advance(self, ids: mx.array) -> None:
+        self.length += ids.size
+
+    def cut(self, length: int) -> PlainState:
+        """Another one that holds the first `length` tokens."""
+        other = PlainState.__new__(PlainState)
+        other.__dict__.update(self.__dict__, length=length)
+        other.rows = {i: (k[:, :, :length], v[:, :, :length]) for i, (k, v) in self.rows.items()} if length else {}
+        return other
+
+
+def same_contents(state: KVState, plain: PlainState) -> bool:
+    """Whether a state holds, to the bit, what attention may ever see of the plain one."""
+    if state.length != plain.length:
+        return False
+    same = []
+    for i, kv in state.layers.items() if state.length else ():
+        first = max(0, state.length - state.config.window + 1) if state.config.layers[i].sliding else 0
+        parts = kv.parts(first)
+        for which, theirs in enumerate(plain.rows[i]):
+            ours = mx.concatenate([theirs[:, :, :0], *(part[1 + which] for part in parts)], axis=2)
+            same.append(mx.array_equal(ours, theirs[:, :, first : state.length]))
+    with execution():
+        mx.eval(same)
+    return all(s.item() for s in same)
+
+
+def read(model: Model, state: KVState | PlainState, tokens: list[int]) -> np.ndarray:
+    """The logits after reading tokens in one pass."""
+    return np.array(model.forward(mx.array(tokens), state))  # type: ignore[arg-type]
