@@ -42,16 +42,21 @@ class Kernels:
             return twin(*args, **options)
         return getattr(module, name)(*args, self.maker, **options)
 
-    def product(self, x: mx.array, w: Weight, **options: Any) -> mx.array:
-        """A mat-vec with whatever is folded into it: options are those of `kernels.matvec`."""
+    def product(self, x: mx.array, w: Weight, factor: float = 1.0, **options: Any) -> mx.array:
+        """A mat-vec with whatever is folded into it, times a factor: options are those of `kernels.matvec`."""
         done: mx.array
+        if isinstance(w, mx.array) and "dense" not in self.off and _dense_takes(w, options):
+            done = fused.dense(x, w, self.maker, factor=factor, **options)
+            return done
         if isinstance(w, Packed) and "matvec" not in self.off and kernels.takes(w, x.shape[0]):
             done = kernels.matvec(x, w, self.maker, **options)
-        elif isinstance(w, mx.array) and w.ndim == 2 and "dense" not in self.off and not options.get("glu"):
-            done = fused.dense(x, w, self.maker, **options)
         else:
             done = product_twin(x, w, **options)
-        return done
+        return done if factor == 1.0 else done * factor
+
+
+def _dense_takes(w: mx.array, options: dict[str, Any]) -> bool:
+    return w.ndim == 2 and w.shape[-1] % 8 == 0 and not options.get("glu")
 
 
 def product_twin(
@@ -79,9 +84,10 @@ def product_twin(
 
 
 def can_step(model: Model, tokens: int) -> bool:
-    """Whether `step` takes so many tokens of this model."""
-    one_token = model.config.experts > 0  # experts are chosen token by token
-    return tokens <= (1 if one_token else MAX_TOKENS)
+    """Whether `step` takes so many tokens of this model: its vectors load 8 numbers at a time."""
+    c = model.config
+    most = 1 if c.experts else MAX_TOKENS  # experts are chosen token by token
+    return tokens <= most and c.hidden % 8 == 0 and all(layer.head_dim % 16 == 0 for layer in c.layers)
 
 
 def step(
@@ -134,7 +140,7 @@ def _attention(
 ) -> mx.array:
     """What attention adds to x [T, hidden], before its norm."""
     c = keys.model.config
-    norm = {"norm": layer.attn_norm, "eps": c.eps}
+    norm: dict[str, Any] = {"norm": layer.attn_norm, "eps": c.eps}
     q_weight = layer.attn_q if layer.attn_qk is None else layer.attn_qk
     assert q_weight is not None
     q = run.product(x, q_weight, **norm)
@@ -173,7 +179,7 @@ def _attention(
 
 def _mlp(run: Kernels, layer: Layer, x: mx.array, eps: float) -> mx.array:
     """down(gelu(gate(x)) * up(x)), x [T, hidden] before its norm."""
-    norm = {"norm": layer.ffn_norm, "eps": eps}
+    norm: dict[str, Any] = {"norm": layer.ffn_norm, "eps": eps}
     if layer.ffn_gate_up is not None:
         h = run.product(x, layer.ffn_gate_up, glu=True, **norm)
     else:
