@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import reduce
 
 import mlx.core as mx
 import numpy as np
@@ -143,14 +143,15 @@ def attention(q: mx.array, parts: Sequence[Part], scale: float, position: int, w
     Returns:
         [1, heads, T, D].
     """
+    if q.dtype == mx.float32 and _numpy_multiplies(q.shape[2]):
+        return _numpy_attention(q, parts, scale, position, window)
     masks = [_mask(q.shape[2], part, position, window) for part in parts]
     if len(parts) == 1:
         return mx.fast.scaled_dot_product_attention(q, parts[0].keys, parts[0].values, scale=scale, mask=masks[0])
-    if q.shape[2] > 1 and mx.default_device().type != mx.DeviceType.cpu:
+    if q.shape[2] > 1 and not on_cpu():
         keys = mx.concatenate([part.keys for part in parts], axis=2)
         values = mx.concatenate([part.values for part in parts], axis=2)
-        whole = Part(parts[0].start, keys, values)
-        mask = _mask(q.shape[2], whole, position, window)
+        mask = _mask(q.shape[2], Part(parts[0].start, keys, values), position, window)
         return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
     _, heads, t, d = q.shape
     groups = parts[0].keys.shape[1]
@@ -168,6 +169,27 @@ def attention(q: mx.array, parts: Sequence[Part], scale: float, position: int, w
     return (out / total).astype(q.dtype).reshape(q.shape)
 
 
+def _numpy_attention(q: mx.array, parts: Sequence[Part], scale: float, position: int, window: int | None) -> mx.array:
+    """`attention` where numpy multiplies; scores are worked on in place."""
+    _, heads, t, d = q.shape
+    groups = parts[0].keys.shape[1]
+    rows = np.asarray(q).reshape(groups, heads // groups * t, d) * np.float32(scale)
+    scores = []
+    for part in parts:
+        s = rows @ np.asarray(part.keys)[0].swapaxes(-1, -2)  # [groups, heads / groups * T, n]
+        mask = _mask(t, part, position, window)
+        if mask is not None:
+            by_query = s.reshape(groups, -1, t, s.shape[-1])
+            by_query += np.where(np.asarray(mask), np.float32(0), np.float32(-np.inf))
+        scores.append(s)
+    top = reduce(np.maximum, (s.max(axis=-1, keepdims=True) for s in scores))
+    for s in scores:
+        np.exp(np.subtract(s, top, out=s), out=s)
+    total = sum(s.sum(axis=-1, keepdims=True) for s in scores)
+    out = sum(s @ np.asarray(part.values)[0] for s, part in zip(scores, parts, strict=True))
+    return mx.array(out / total).reshape(q.shape)
+
+
 def _mask(queries: int, part: Part, position: int, window: int | None) -> mx.array | None:
     """Which keys of a part the queries from `position` on see: bool [T, n], or None where they see all."""
     start, stop = part.start, part.start + part.keys.shape[2]
@@ -181,19 +203,19 @@ def _mask(queries: int, part: Part, position: int, window: int | None) -> mx.arr
 
 def _dense_matmul(x: mx.array, w: mx.array) -> mx.array:
     """x @ wᵀ for a dense [N, K]."""
-    if w.dtype == mx.float32 and _numpy_multiplies():
+    if w.dtype == mx.float32 and _numpy_multiplies(x.size // x.shape[-1]):
         rows = np.asarray(x.astype(mx.float32).reshape(-1, x.shape[-1]))
         return mx.array(rows @ np.asarray(w).T).reshape(*x.shape[:-1], -1).astype(x.dtype)
     return (x.astype(w.dtype) @ w.T).astype(x.dtype)
 
 
-@cache
-def _numpy_multiplies() -> bool:
-    """Whether numpy is to multiply dense matrices: MLX's Linux wheels carry the reference BLAS, numpy's a fast one.
+def _numpy_multiplies(rows: int) -> bool:
+    """Whether numpy is to multiply so many rows by a dense matrix: MLX's Linux wheels carry the reference BLAS.
 
-    40 times the speed on a prompt (docs/log.md). Arrays are shared, not copied; macOS has Accelerate in MLX.
+    numpy's is 40 times as fast on a prompt; for a few rows memory is the limit either way, and handing
+    arrays over and back costs more than it gains (docs/log.md). macOS has Accelerate in MLX.
     """
-    return sys.platform == "linux" and on_cpu()
+    return rows >= 4 and sys.platform == "linux" and on_cpu()
 
 
 def _affine_matmul(x: mx.array, w: Affine, chosen: mx.array | None = None) -> mx.array:
