@@ -7,8 +7,9 @@ off, or that no kernel takes, runs as its own twin.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,35 +25,59 @@ if TYPE_CHECKING:
     from .model import Layer, Model
     from .state import KVState
 
+log = logging.getLogger("mlx_gemma4")
+
 MAX_TOKENS = kernels.MAX_TOKENS
 
 
-@dataclass(frozen=True)
+@dataclass
 class Kernels:
-    """Runs operations as kernels on one backend, or as twins."""
+    """Runs operations as kernels on one backend, or as twins.
+
+    A kernel that raises costs a warning: from then on, its operation runs as its twin.
+    """
 
     maker: kernels.Maker
-    off: frozenset[str] = frozenset()  # names of operations that run as their twins
+    # Names of operations that run as their twins; "matvec" means all formats, "matvec Q4_K" that one.
+    off: frozenset[str] = frozenset()
 
     def __call__(self, name: str, *args: Any, **options: Any) -> Any:
         """The operation `name` of `fused` or `attention`."""
         module = attention if name in ("qkv_post", "attention") else fused
-        if name in self.off:
-            twin: Callable[..., Any] = getattr(module, f"{name}_twin")
+        twin: Callable[..., Any] = getattr(module, f"{name}_twin")
+        if any(isinstance(a, ops.Affine) for a in args):  # a table that no kernel reads
             return twin(*args, **options)
-        return getattr(module, name)(*args, self.maker, **options)
+        kernel: Callable[..., Any] = getattr(module, name)
+        return self._run((name,), lambda: kernel(*args, self.maker, **options), lambda: twin(*args, **options))
 
     def product(self, x: mx.array, w: Weight, factor: float = 1.0, **options: Any) -> mx.array:
         """A mat-vec with whatever is folded into it, times a factor: options are those of `kernels.matvec`."""
+
+        def times_factor(y: mx.array) -> mx.array:
+            return y if factor == 1.0 else y * factor
+
+        def twin() -> mx.array:
+            return times_factor(product_twin(x, w, **options))
+
         done: mx.array
-        if isinstance(w, mx.array) and "dense" not in self.off and _dense_takes(w, options):
-            done = fused.dense(x, w, self.maker, factor=factor, **options)
-            return done
-        if isinstance(w, Packed) and "matvec" not in self.off and kernels.takes(w, x.shape[0]):
-            done = kernels.matvec(x, w, self.maker, **options)
+        if isinstance(w, mx.array) and _dense_takes(w, options):
+            done = self._run(("dense",), lambda: fused.dense(x, w, self.maker, factor=factor, **options), twin)
+        elif isinstance(w, Packed) and kernels.takes(w, x.shape[0]):
+            names = ("matvec", f"matvec {w.format.name}")
+            done = self._run(names, lambda: times_factor(kernels.matvec(x, w, self.maker, **options)), twin)
         else:
-            done = product_twin(x, w, **options)
-        return done if factor == 1.0 else done * factor
+            done = twin()
+        return done
+
+    def _run(self, names: Sequence[str], kernel: Callable[[], Any], twin: Callable[[], Any]) -> Any:
+        if self.off.isdisjoint(names):
+            try:
+                return kernel()
+            except Exception as error:  # whatever a backend's compiler or launch raises
+                self.off |= {names[-1]}
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                log.warning("Kernel %s fails here and is off, stock operations run instead: %s", names[-1], reason)
+        return twin()
 
 
 def _dense_takes(w: mx.array, options: dict[str, Any]) -> bool:
