@@ -8,6 +8,7 @@ measured is the kernel's own error: ||got - want|| / ||want|| at most 1e-3 for 1
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import metal_sim
@@ -37,9 +38,13 @@ MAKERS = {"simulator": metal_sim.kernel, "device": kernels.default_maker()}
 
 
 @pytest.fixture(params=[name for name, made in MAKERS.items() if made])
-def maker(request: pytest.FixtureRequest) -> kernels.Maker:
+def maker(request: pytest.FixtureRequest) -> Iterator[kernels.Maker]:
     """What runs the kernels."""
-    return MAKERS[request.param]
+    device = mx.default_device()
+    if request.param == "device":
+        mx.set_default_device(mx.gpu)
+    yield MAKERS[request.param]
+    mx.set_default_device(device)
 
 
 def random(seed: int, *shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
