@@ -6,6 +6,7 @@
 typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;
+typedef unsigned long ulong;
 typedef __nv_bfloat16 bfloat;
 #define METAL_FUNC __device__ __forceinline__
 
