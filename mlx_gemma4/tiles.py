@@ -1,0 +1,191 @@
+"""Products of many rows on a GPU: a weight becomes fp16 a tile at a time, for MLX's own matmul.
+
+In: activations and packed (or dense) weights. Out: activations, what `ops.linear` and `ops.expert_linear`, the twins,
+give. A prompt's product reads a weight once for hundreds of rows, so what counts is the matrix units: they want plain
+numbers. One launch expands a tile, the next multiplies it, and each tile waits for the product before, so that one or
+two are alive at a time, never a second copy of a weight.
+
+fp16 keeps 11 bits, of x and of the result (sums are fp32 within), but reaches only from 6e-8 to 65504. So each row of x
+goes in divided by the power of two below its largest magnitude, and its results are multiplied by it again: exact both
+ways. Of weights, magnitudes over 65504 are out of reach; no model has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import kernels, quant
+from .kernels import _DEVICE, _TYPES, Maker, _build, _traits, render
+from .memory import on_cpu
+from .ops import Weight
+from .quant import Packed
+
+# Weights of a tile, 64 MB of fp16: enough rows to fill the matrix units, little beside a model.
+TILE = 1 << 25
+# Rows from which on tiles pay; fewer go through the mat-vec, MAX_TOKENS at a time.
+MANY_ROWS = 17
+# The same for experts, in rows (chosen experts of all tokens) for each expert there is.
+MANY_ROWS_AN_EXPERT = 4
+
+
+def expand(w: Packed, maker: Maker, dtype: mx.Dtype = mx.float16) -> Any:
+    """The numbers of a packed weight, of its shape, in any float type; computed in fp32."""
+    k = w.shape[-1]
+    planes = {"codes": w.codes, "sub": w.sub, "super": w.super}
+    # The planes' leading axes are rows, one after the other.
+    flat = {name: a.reshape(-1, *_row(name, a)) for name, a in planes.items() if a is not None}
+    rows = flat["codes"].shape[0]
+    absent = [name for name in planes if name not in flat]
+    kernel = render("expand", "expand.metal", dtype, {**_traits(w.format, 32, k), "K": k}, absent)
+    return _build(maker, kernel)(
+        inputs=[flat[name] for name in kernel.inputs],
+        grid=(256 * -(-rows * k // 2048), 1, 1),
+        threadgroup=(256, 1, 1),
+        output_shapes=[w.shape],
+        output_dtypes=[dtype],
+    )[0]
+
+
+def expand_twin(w: Packed, dtype: mx.Dtype = mx.float16) -> mx.array:
+    """`expand` in stock MLX."""
+    return quant.dequantize(w, dtype)
+
+
+def linear(x: mx.array, w: Packed | mx.array, maker: Maker) -> mx.array:
+    """x @ wᵀ.
+
+    Args:
+        x: [.., K].
+        w: [N, K].
+
+    Returns:
+        [.., N] in x's dtype.
+    """
+    n, k = w.shape
+    h, scale = _to_half(x.reshape(-1, k))
+    done: list[mx.array] = []
+    for start, stop in _tiles(n, k, 256):
+        tile = _tile(w, start, stop, [h, *done[-1:]], maker)
+        done.append(h @ tile.T)
+    y = done[0] if len(done) == 1 else mx.concatenate(done, axis=-1)
+    return _from_half(y, scale).astype(x.dtype).reshape(*x.shape[:-1], n)
+
+
+def expert_linear(x: mx.array, w: Packed | mx.array, chosen: mx.array, maker: Maker) -> mx.array:
+    """Each token through each of its experts.
+
+    Rows are sorted by expert, and the host is told how many each expert has: one wait for the GPU.
+
+    Args:
+        x: [T, 1, K] or [T, E', K].
+        w: [E, N, K].
+        chosen: int [T, E'].
+
+    Returns:
+        [T, E', N] in x's dtype.
+    """
+    experts, n, k = w.shape
+    used = chosen.shape[1]
+    flat = chosen.reshape(-1)
+    order = mx.argsort(flat)
+    ids = flat[order]
+    rows = x[:, 0][order // used] if x.shape[1] == 1 else x.reshape(-1, k)[order]
+    h, scale = _to_half(rows)
+    starts = np.searchsorted(np.array(ids), np.arange(experts + 1)).tolist()
+    done: list[mx.array] = []
+    for first, last in _tiles(experts, n * k, 1):
+        a, b = starts[first], starts[last]
+        if a < b:
+            tile = _tile(w, first, last, [h, *done[-1:]], maker)
+            done.append(_grouped(h[a:b], tile, ids[a:b] - first))
+    y = _from_half(mx.concatenate(done), scale).astype(x.dtype)
+    return y[mx.argsort(order)].reshape(*chosen.shape, n)
+
+
+def few_rows(x: mx.array, w: Packed, maker: Maker) -> mx.array:
+    """x @ wᵀ for x [T, K] by the mat-vec, `kernels.MAX_TOKENS` rows at a time."""
+    step = kernels.MAX_TOKENS
+    done = [kernels.matvec(x[i : i + step], w, maker) for i in range(0, x.shape[0], step)]
+    return done[0] if len(done) == 1 else mx.concatenate(done)
+
+
+def few_expert_rows(x: mx.array, w: Packed, chosen: mx.array, maker: Maker) -> mx.array:
+    """`expert_linear` by the mat-vec, a row for each chosen expert of each token."""
+    rows = mx.broadcast_to(x, (*chosen.shape, x.shape[-1])).reshape(chosen.size, -1)
+    y: mx.array = kernels.matvec(mx.contiguous(rows), w, maker, ids=chosen.reshape(-1).astype(mx.int32))
+    return y.reshape(*chosen.shape, -1)
+
+
+def takes(w: Weight) -> bool:
+    """Whether a weight can be expanded: dense, or packed in rows of whole 32s and handed over as device memory."""
+    if isinstance(w, mx.array):
+        return True
+    if not isinstance(w, Packed):
+        return False
+    arrays = [a for a in (w.codes, w.sub, w.super) if a is not None]
+    return w.shape[-1] % 32 == 0 and all(a.size // w.shape[0] >= _DEVICE for a in arrays)
+
+
+def _row(name: str, plane: mx.array) -> tuple[int, ...]:
+    """The shape of one row of a plane: of `super`, blocks and numbers."""
+    return plane.shape[-2:] if name == "super" else plane.shape[-1:]
+
+
+def _tiles(count: int, size: int, multiple: int) -> list[tuple[int, int]]:
+    """Ranges of `count` things of `size` weights, in tiles alike, of a multiple of things where there are several."""
+    tiles = -(-count * size // TILE)
+    each = max(1, -(-count // tiles))
+    if tiles > 1:
+        each = -(-each // multiple) * multiple
+    return [(start, min(start + each, count)) for start in range(0, count, each)]
+
+
+def _tile(w: Packed | mx.array, start: int, stop: int, after: list[mx.array], maker: Maker) -> mx.array:
+    """Rows (or experts) of a weight as fp16, not before `after` is there."""
+    if isinstance(w, mx.array):
+        return mx.depends([w[start:stop]], after)[0].astype(mx.float16)
+    codes, sub, top = (None if a is None else a[start:stop] for a in (w.codes, w.sub, w.super))
+    assert codes is not None
+    part = Packed(w.format, (stop - start, *w.shape[1:]), mx.depends([codes], after)[0], sub, top)
+    tile: mx.array = expand(part, maker)
+    return tile
+
+
+def _grouped(h: mx.array, tile: mx.array, ids: mx.array) -> mx.array:
+    """Rows h [R, K], sorted by expert, through experts `ids` [R] of a tile [E, N, K]: [R, N]."""
+    y = mx.gather_mm(h[:, None], tile.swapaxes(-1, -2), rhs_indices=ids, sorted_indices=True)
+    return y[:, 0]
+
+
+def _scaled(x: mx.array) -> tuple[mx.array, mx.array]:
+    top = mx.abs(x.astype(mx.float32)).max(axis=-1, keepdims=True)
+    # The exponent's bits alone are the power of two.
+    scale = mx.maximum((top.view(mx.uint32) & 0x7F800000).view(mx.float32), 2.0**-100)
+    return (x / scale).astype(mx.float16), scale
+
+
+def _unscaled(y: mx.array, scale: mx.array) -> mx.array:
+    return y.astype(mx.float32) * scale
+
+
+@cache
+def _compiled(f: Callable[..., Any], gpu: bool) -> Callable[..., Any]:
+    """`f` in as few launches as MLX can; on a CPU that would call a compiler."""
+    return mx.compile(f) if gpu else f
+
+
+def _to_half(x: mx.array) -> tuple[mx.array, mx.array]:
+    """x [T, K] as fp16 with magnitudes under 2, and what to multiply rows by to undo it: fp32 [T, 1]."""
+    h: tuple[mx.array, mx.array] = _compiled(_scaled, not on_cpu())(x)
+    return h
+
+
+def _from_half(y: mx.array, scale: mx.array) -> mx.array:
+    """fp32 y * scale."""
+    z: mx.array = _compiled(_unscaled, not on_cpu())(y, scale)
+    return z
