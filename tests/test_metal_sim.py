@@ -372,6 +372,12 @@ WRONG = {  # seen in the result
     "uninitialized threadgroup memory": change("thread_index_in_simdgroup == 0", "t == 0"),
 }
 
+WIDE = """ }}
+  struct Wide {{ float v[8]; }};
+  threadgroup Wide room;
+  if (t == 64) {{ {} }}
+  if (t == 0) {{ for (int i = 0; i < 8; i++) s += 0 * room.v[i]; y[g] = s; """
+
 SANITIZED = {  # only the sanitizers are sure: (source, a piece of the message)
     "lost barrier": (WRONG["lost barrier"], "race on threadgroup memory `part`"),
     "barrier of the simdgroup only": (WRONG["barrier of the simdgroup only"], "race on threadgroup memory `part`"),
@@ -380,6 +386,11 @@ SANITIZED = {  # only the sanitizers are sure: (source, a piece of the message)
         change(WRITE, WRITE + " } if (thread_index_in_simdgroup == 0) { part[simdgroup_index_in_threadgroup] = 0;"),
         "race on threadgroup memory",
     ),
+    "eight floats at once": (
+        change(WRITE, WIDE.format("for (int i = 0; i < 8; i++) room.v[i] = s;")),
+        "race on threadgroup memory `room`",
+    ),
+    "a struct at once": (change(WRITE, WIDE.format("room = Wide{{s}};")), "race on threadgroup memory `room`"),
     "two threadgroups write a place": (change("y[g]", "y[0]"), "race on buffer `y`, byte 0"),
     "two threads write a place": (change(WRITE, WRITE + " } if (t < 2) { y[g] = s;"), "race on buffer `y`"),
     "read before the start": (WRONG["read before the start"], "read of 4 bytes out of bounds at byte -4 of `x`"),

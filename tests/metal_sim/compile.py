@@ -39,8 +39,9 @@ EXACT = [
     "-Xclang",
     "-fbfloat16-excess-precision=none",
 ]
-SANITIZE = [
-    "-fsanitize-coverage=edge,trace-loads,trace-stores",  # one call per access, answered by runtime.cpp
+SANITIZE = [  # one call per access, answered by runtime.cpp: AddressSanitizer's, without its own runtime
+    "-Xclang", "-fsanitize=kernel-address", "-mllvm", "-asan-instrumentation-with-call-threshold=0",
+    "-mllvm", "-asan-opt=0", "-mllvm", "-asan-stack=0", "-mllvm", "-asan-globals=0",
     "-fsanitize=alignment,bounds", "-fsanitize-trap=alignment,bounds",
 ]  # fmt: skip
 
@@ -234,24 +235,24 @@ def _errors(diagnostics: str) -> list[str]:
 def _more_errors(ast: str, kernels: set[str]) -> list[str]:
     """Errors in Metal that clang lets pass, from its dump of the syntax tree: casts between address spaces, implicit
     conversions to bfloat, threadgroup variables outside the kernel functions."""
-    file, line, function, found = "", "", "", []
+    file, line, found = "", "", []
+    functions: list[tuple[int, str]] = []  # those we are in: depth in the tree, name
     for node in ast[max(ast.find(".metal:") - 200, 0) :].splitlines():  # the prelude comes first
         for at in re.finditer(r"(?<=[<, ])(line|[^\s<>,:]+):(\d+):\d+", node):  # each says only what has changed
             file, line = file if at[1] == "line" else at[1], at[2]
+        if "Decl 0x" in node:
+            depth = len(node) - len(node.lstrip(" |`-"))
+            functions = [f for f in functions if f[0] < depth]
         if "FunctionDecl 0x" in node or "CXXMethodDecl 0x" in node:
             signature = re.search(r" (\S+) '[^']*\(.*'", node)
-            function = signature[1] if signature else function
+            functions.append((depth, signature[1] if signature else ""))
         elif "<AddressSpaceConversion>" in node:
             found.append(f"{file}:{line}: error: cast between address spaces")
         elif "bf" in node and _TO_BFLOAT.search(node):
             found.append(f"{file}:{line}: error: implicit conversion to bfloat")
-        elif (
-            " static" in node
-            and "VarDecl" in node
-            and re.search(r"address_space\(3\)|'threadgroup ", node)
-            and function not in kernels
-        ):
-            found.append(f"{file}:{line}: error: threadgroup variable outside a kernel function")
+        elif "VarDecl 0x" in node and re.search(r"(?:address_space\(3\)|'threadgroup ).* static", node):
+            misplaced = not functions or functions[-1][1] not in kernels
+            found += [f"{file}:{line}: error: threadgroup variable outside a kernel function"] * misplaced
     return found
 
 

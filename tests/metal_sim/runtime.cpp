@@ -5,8 +5,8 @@
 //
 // Every thread of a threadgroup is a fiber with a stack of its own. A simdgroup runs until each of its lanes has
 // reached a simdgroup function, a barrier or the end; all lanes must stop at the same place. Buffers and threadgroup
-// arrays lie between pages that fault. A kernel built with -fsanitize-coverage=trace-loads,trace-stores also reports
-// each access here: then bounds are exact to the byte, and two accesses of a byte by two threads, one of them a
+// arrays lie between pages that fault. A kernel built with AddressSanitizer's calls also reports each access
+// here: then bounds are exact to the byte, and two accesses of a byte by two threads, one of them a
 // write, with no barrier for that memory between them, are a race in every schedule.
 #include <signal.h>
 #include <stdint.h>
@@ -152,10 +152,21 @@ static void access(const char* p, u64 n, bool write, bool atomic, void* pc) {
     }
   }
 }
-#define TRACE(n) \
-  EXPORT void __sanitizer_cov_load##n(void* p) { access((char*)p, n, false, false, __builtin_return_address(0)); } \
-  EXPORT void __sanitizer_cov_store##n(void* p) { access((char*)p, n, true, false, __builtin_return_address(0)); }
+#define HERE __builtin_return_address(0)
+#define TRACE(n)                                                                          \
+  EXPORT void __asan_load##n(void* p) { access((char*)p, n, false, false, HERE); }        \
+  EXPORT void __asan_store##n(void* p) { access((char*)p, n, true, false, HERE); }
 TRACE(1) TRACE(2) TRACE(4) TRACE(8) TRACE(16)
+EXPORT void __asan_loadN(void* p, u64 n) { access((char*)p, n, false, false, HERE); }
+EXPORT void __asan_storeN(void* p, u64 n) { access((char*)p, n, true, false, HERE); }
+EXPORT void* __asan_memset(void* p, int v, u64 n) { return access((char*)p, n, true, false, HERE), memset(p, v, n); }
+EXPORT void* __asan_memcpy(void* p, const void* from, u64 n) {
+  access((const char*)from, n, false, false, HERE);
+  access((char*)p, n, true, false, HERE);
+  return memmove(p, from, n);
+}
+EXPORT void* __asan_memmove(void* p, const void* from, u64 n) { return __asan_memcpy(p, from, n); }
+EXPORT void __asan_handle_no_return() {}
 EXPORT void msl_atomic_access(const void* p, u32 n, bool write) { access((const char*)p, n, write, true, __builtin_return_address(0)); }
 
 // ---- fibers

@@ -19,7 +19,7 @@ void msl_atomic_access(const void* p, uint n, bool write);
 [[noreturn]] void msl_fail(const char* message);
 }
 #define MSL_SITE ulong site_ = __builtin_LINE() * 1000ul + __builtin_COLUMN()
-#define MSL_QUIET __attribute__((no_sanitize("coverage")))            // its memory accesses are not the kernel's
+#define MSL_QUIET __attribute__((no_sanitize("kernel-address")))            // its memory accesses are not the kernel's
 #define MSL_TOGETHER __attribute__((noinline, convergent)) MSL_QUIET  // may not be cloned into divergent branches
 
 namespace metal {
