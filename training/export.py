@@ -38,6 +38,8 @@ def add_metadata(writer: gguf.GGUFWriter, shape: Shape) -> None:
     writer.add_sampling_temp(0.7)
     writer.add_sampling_top_k(40)
     writer.add_sampling_top_p(0.95)
+    writer.add_sampling_penalty_repeat(1.1)  # so small a model else falls into loops
+    writer.add_sampling_penalty_last_n(64)
     writer.add_block_count(shape.layers)
     writer.add_context_length(shape.context)
     writer.add_embedding_length(shape.hidden)
