@@ -134,6 +134,19 @@ def generate(
         sys.exit(EXIT_INTERRUPTED)
 
 
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def doctor(as_json: bool, debug: bool) -> None:
+    """Check this machine's kernels, and switch off those that fail.
+
+    Each runs beside stock operations at the sizes of real models. The exit code is 1 if one failed.
+    """
+    from .doctor import examine
+
+    sys.exit(0 if examine(click.echo, as_json) else 1)
+
+
 def _open_state(lm: LanguageModel, path: str | None) -> KVState:
     """The saved conversation, where there is one."""
     from pathlib import Path

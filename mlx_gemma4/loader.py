@@ -17,6 +17,7 @@ import numpy as np
 
 from . import quant
 from .config import Config
+from .decode import Kernels
 from .errors import InputError
 from .gguf_file import GGUFFile, TensorInfo
 from .memory import Holding, Plan, make_plan, on_cpu
@@ -63,6 +64,7 @@ def load_model(
     holding: Literal["auto", "packed", "dense"] = "auto",
     fuse: bool = True,
     progress: Progress | None = None,
+    kernels: Kernels | None = None,
 ) -> tuple[Model, Plan]:
     """Read every tensor that the configuration calls for and build the model.
 
@@ -73,6 +75,7 @@ def load_model(
             by device and memory.
         fuse: join gate and up, and q, k and v, where their types allow it (tests compare).
         progress: called as bytes are read.
+        kernels: run decode steps; None: stock operations run everything.
 
     Raises:
         InputError: a tensor is missing, has another shape or a type that can't be read; too little memory.
@@ -96,7 +99,7 @@ def load_model(
         done += sum(source.entries[part].n_bytes for part in parts)
         if progress:
             progress(done, total)
-    return Model(config, _assemble(config, weights)), plan
+    return Model(config, _assemble(config, weights), kernels), plan
 
 
 def tensor_specs(config: Config) -> dict[str, Spec]:

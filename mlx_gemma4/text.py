@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .config import Config, config_from_gguf, config_from_json
+from .doctor import check_model, usable_kernels
 from .errors import InputError
 from .folder import folder_source
 from .generation import Sampling, Statistics, generate_tokens
@@ -99,7 +100,8 @@ def load(
     with open_gguf(path) as file:
         config = config_from_gguf(file.metadata, str(path))
         tokenizer = Tokenizer.from_gguf(file.metadata, str(path))
-        model, plan = load_model(config, gguf_source(file), weights, fuse, progress)
+        model, plan = load_model(config, gguf_source(file), weights, fuse, progress, usable_kernels())
+        check_model(model)
         sampling = _sampling_defaults(
             {key: file.metadata.get(f"general.sampling.{key}") for key in ("temp", "top_k", "top_p", "min_p")}, path
         )
@@ -176,7 +178,8 @@ def _load_folder(
     config = config_from_json(contents, str(config_file))
     tokenizer = Tokenizer.from_folder(path)
     source = folder_source(path, config, contents.get("quantization") or {})
-    model, plan = load_model(config, source, weights, fuse, progress)
+    model, plan = load_model(config, source, weights, fuse, progress, usable_kernels())
+    check_model(model)
     generation = path / "generation_config.json"
     values = _read_json(generation) if generation.is_file() else {}
     values["temp"] = values.get("temperature")

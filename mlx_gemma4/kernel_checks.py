@@ -1,0 +1,364 @@
+"""What there is to check of the kernels: each beside its twin, at the shapes of a model, on random numbers.
+
+In: a model, or the sizes of one. Out: `Check`s, which make their arrays only when asked. `doctor` runs them. Numbers
+are scaled so that results are near one, as a trained model's are: an error can't hide behind a saturated GELU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import attention, fused, kernels, quant
+from .decode import product_twin
+from .kernels import Maker
+from .memory import on_cpu
+from .quant import FLOATS, FORMATS, Packed
+
+if TYPE_CHECKING:
+    from .model import Layer, Model
+
+EPS = 1e-6
+POSITION = 5000  # of a token under RoPE: its angles must be right far from 0
+COUNT = 5  # tokens in a tail
+RANDOM_WORDS = (1 << 20) + 7  # no multiple of any row's length: repeated, they make no two rows alike
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with its arrays: kernel(maker) and twin() give one array, or several."""
+
+    kernel: Callable[[Maker], Any]
+    twin: Callable[[], Any]
+    n_bytes: int  # that must move
+    defined: Callable[[Sequence[mx.array]], Sequence[mx.array]] = list  # what of the results counts
+
+
+@dataclass(frozen=True)
+class Check:
+    """A case to be made."""
+
+    op: str  # as `Kernels.off` names it
+    shape: str  # for people
+    make: Callable[[], Case]
+
+    @property
+    def key(self) -> str:
+        """What a verdict remembers it by."""
+        return f"{self.op}: {self.shape}"
+
+
+@dataclass(frozen=True)
+class Product:
+    """A weight and what is folded into its mat-vec."""
+
+    type: str  # a GGUF type
+    shape: tuple[int, ...]  # [N, K] or experts [E, N, K]
+    norm: bool = False
+    glu: bool = False
+    times: bool = False
+    factor: float = 1.0
+    used: int = 0  # experts chosen
+    own_x: bool = False  # each expert has its own input
+    tokens: int = 1
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention of one kind of layer."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    window: int  # 0: global
+    joined: str  # what stands behind q in its rows: "kv", "k" or ""
+    has_kv: bool = True
+    v_is_k: bool = False
+    value_norm: bool = True
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What decides a model's kernels."""
+
+    hidden: int
+    vocab: int
+    heads: tuple[Heads, ...]
+    products: tuple[Product, ...]
+    table: str  # type of the embedding
+    ple_table: str = ""
+    layers: int = 0  # with per-layer embeddings
+    ple: int = 0
+    experts: int = 0
+    used: int = 0
+
+
+def checks(s: Sizes, lengths: Sequence[int], rows: int | None = None) -> Iterator[Check]:
+    """Every kernel that a model of these sizes needs for a token.
+
+    Args:
+        lengths: of the contexts that global attention is checked over.
+        rows: the most rows of a weight to make; its kernel is cut as for all of them.
+    """
+    for product in dict.fromkeys(s.products):
+        yield _product(product, rows)
+    if s.hidden == 0:  # products alone
+        return
+    for h in dict.fromkeys(s.heads):
+        yield _qkv_post(h)
+        for length in [h.window] if h.window else lengths:
+            yield _attention(h, length)
+    for scaled, experts in ((False, 0), (True, 0), *([(True, s.used)] if s.used else [])):
+        yield _add_norm(s.hidden, scaled, experts)
+    if s.table:
+        yield _embed(s.table, s.hidden)
+    if s.ple_table:
+        yield _ple_inputs(s)
+    if s.used:
+        yield _top_k(s.experts, s.used)
+    yield _argmax(s.vocab)
+
+
+# ---------------------------------------------------------------- the sizes of a model
+
+
+def sizes_of(model: Model) -> Sizes:
+    """The sizes of a loaded model."""
+    c, w = model.config, model.weights
+    heads = []
+    products = [Product(_type(w.output), w.output.shape, norm=True)]
+    if w.per_layer_model_proj is not None:
+        products.append(Product(_type(w.per_layer_model_proj), w.per_layer_model_proj.shape))
+    for shape, layer in zip(c.layers, w.layers, strict=True):
+        own = layer.attn_k_norm is not None
+        joined = ""
+        if layer.attn_qk is not None:
+            joined = "kv" if layer.attn_qk.shape[0] > (shape.heads + shape.kv_heads) * shape.head_dim else "k"
+        v_is_k = own and layer.attn_v is None and joined != "kv"
+        window = c.window if shape.sliding else 0
+        heads.append(Heads(shape.heads, shape.kv_heads, shape.head_dim, window, joined, own, v_is_k, c.value_norm))
+        products += _layer_products(layer, c.experts_used, c.hidden)
+    usable = [p for p in products if p.type in FORMATS or (p.type in FLOATS and not p.glu and len(p.shape) == 2)]
+    ple_table = "" if w.per_layer_token_embd is None else _type(w.per_layer_token_embd)
+    experts = (c.experts, c.experts_used if c.experts else 0)
+    tables = (_type(w.token_embd), ple_table)
+    return Sizes(c.hidden, c.vocab, tuple(heads), tuple(usable), *tables, len(c.layers), c.ple, *experts)
+
+
+def _layer_products(layer: Layer, used: int, hidden: int) -> list[Product]:
+    """As the decode step takes them."""
+    folded: dict[str, dict[str, Any]] = {
+        **{name: {"norm": True} for name in ("attn_qk", "attn_q", "attn_k", "attn_v", "ffn_up")},
+        "ffn_gate_up": {"norm": True, "glu": True},
+        "ffn_gate": {"norm": True, "times": True},
+        "inp_gate": {"times": True},
+        "ffn_gate_inp": {"norm": True, "factor": hidden**-0.5},
+        "ffn_gate_up_exps": {"norm": True, "glu": True, "used": used},
+        "ffn_gate_exps": {"norm": True, "used": used},
+        "ffn_up_exps": {"norm": True, "used": used},
+        "ffn_down_exps": {"used": used, "own_x": True},
+        **{name: {} for name in ("attn_output", "ffn_down", "proj")},
+    }
+    weights = {f.name: getattr(layer, f.name) for f in fields(layer)}
+    there = {name: options for name, options in folded.items() if weights[name] is not None}
+    return [Product(_type(weights[name]), weights[name].shape, **options) for name, options in there.items()]
+
+
+def _type(w: Any) -> str:
+    """A weight's GGUF type; "" for MLX's own quantization."""
+    if isinstance(w, Packed):
+        return w.format.name
+    return next((str(name) for name, dtype in FLOATS.items() if isinstance(w, mx.array) and w.dtype == dtype), "")
+
+
+# ---------------------------------------------------------------- random numbers
+
+
+def normal(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+    return mx.random.normal(shape).astype(dtype)
+
+
+def weight(type: str, shape: tuple[int, ...]) -> mx.array | Packed:
+    """A random weight of a type, such that a normal x gives results near one."""
+    if type in FLOATS:
+        dense: mx.array = normal(*shape) * shape[-1] ** -0.5
+        return dense.astype(FLOATS[type])
+    fmt, (*rows, k) = FORMATS[type], shape
+    codes = _random(4 * prod(shape) * fmt.bits // 32).view(mx.uint32).reshape(*rows, -1)
+    sub = _random(prod(shape) // fmt.group * fmt.sub_bits // 8).reshape(*rows, -1) if fmt.sub_bits else None
+    if sub is not None and fmt.sub_kind == "e8m0":
+        sub = 116 + sub % 8
+    if not fmt.super_block:
+        return Packed(fmt, shape, codes, sub, None)
+    scales = mx.random.uniform(1, 2, (*rows, k // fmt.super_block, 1 + fmt.has_min))
+
+    def first(a: mx.array, dims: int = 1) -> mx.array:
+        return a.reshape(-1, *a.shape[-dims:])[:1]
+
+    row = Packed(fmt, (1, k), first(codes), None if sub is None else first(sub), first(scales, 2).astype(mx.float16))
+    size = mx.sqrt((quant.dequantize(row) ** 2).sum())
+    return Packed(fmt, shape, codes, sub, (scales / size).astype(mx.float16))
+
+
+def _random(n_bytes: int) -> mx.array:
+    """uint8 [n_bytes]."""
+    base = mx.array(np.random.default_rng(n_bytes).integers(0, 1 << 32, RANDOM_WORDS, np.uint32)).view(mx.uint8)
+    return mx.tile(base, -(-n_bytes // base.size))[:n_bytes]
+
+
+# ---------------------------------------------------------------- one check a kernel
+
+
+def _product(p: Product, most: int | None) -> Check:
+    *_, n, k = p.shape
+    folded = [name for name in ("norm", "glu", "times") if getattr(p, name)] + ([f"T={p.tokens}"] * (p.tokens > 1))
+    shape = " ".join(["x".join(map(str, p.shape)), *([f"{p.used} used"] if p.used else []), *folded])
+    made = (*([min(p.shape[0], 4 * p.used)] if p.used else []), min(n, most or n), k)
+
+    def make() -> Case:
+        w, x = weight(p.type, made), normal(p.used if p.own_x else p.tokens, k)
+        options: dict[str, Any] = {"norm": 1 + normal(k) * 0.1, "eps": EPS} if p.norm else {}
+        if p.glu:
+            options["glu"] = True
+        if p.times:
+            options["times"] = normal(p.tokens, made[0])
+        if p.used:
+            options["ids"] = mx.random.permutation(made[0])[: p.used].astype(mx.int32)
+        n_bytes = w.nbytes * (p.used or 1) // (made[0] if p.used else 1)
+        if isinstance(w, mx.array):
+            # The factor is the decode step's own; without a norm there is none.
+            return Case(
+                lambda maker: fused.dense(x, w, maker, factor=p.factor, **options),
+                lambda: product_twin(x, w, **options) * p.factor,
+                n_bytes,
+            )
+        cut = kernels.tiling(w.format, n * (p.used or 1), k, p.tokens)
+        return Case(
+            lambda maker: kernels.matvec(x, w, maker, cut=cut, **options),
+            lambda: product_twin(x, w, **options),
+            n_bytes,
+        )
+
+    return Check("dense", f"{p.type} {shape}", make) if p.type in FLOATS else Check(f"matvec {p.type}", shape, make)
+
+
+def state_dtype() -> mx.Dtype:
+    """Of keys and values, as `Model.new_state` has them."""
+    return mx.float32 if on_cpu() else mx.float16
+
+
+def _qkv_post(h: Heads) -> Check:
+    def make() -> Case:
+        dtype, dim = state_dtype(), h.dim
+        behind = {"kv": 2, "k": 1, "": 0}[h.joined] * h.kv_heads if h.has_kv else 0
+        q = normal(1, (h.heads + behind) * dim)
+        apart = [h.joined == "" and h.has_kv, h.joined != "kv" and not h.v_is_k and h.has_kv]
+        k, v = (normal(1, h.kv_heads * dim) if there else None for there in apart)
+        turns = mx.arange(dim // 2) < (dim // 2 if h.window else dim // 8)  # a global head turns only in part
+        wavelengths = mx.where(turns, 10000 ** (mx.arange(dim // 2) * 2 / dim), mx.inf)
+        tail = tuple(normal(1, h.kv_heads, attention.TAIL, dim, dtype=dtype) for _ in "kv") if h.has_kv else None
+        norms = (1 + normal(dim) * 0.1, 1 + normal(dim) * 0.1 if h.has_kv else None)
+        places = (mx.array([POSITION], mx.int32), tail, mx.array([COUNT], mx.int32) if tail else None)
+        arguments: tuple[Any, ...] = (q, k, v, *norms, wavelengths, *places)
+        options: dict[str, Any] = {"heads": h.heads, "kv_heads": h.kv_heads, "eps": EPS, "dtype": dtype}
+        options |= {"value_norm": h.value_norm, "v_is_k": h.v_is_k}
+        old = sum(a.nbytes for a in tail) // attention.TAIL if tail else 0
+        return Case(
+            lambda maker: attention.qkv_post(*arguments, maker, **options),  # type: ignore[call-arg,arg-type]
+            lambda: attention.qkv_post_twin(*arguments, **options),
+            q.nbytes + h.heads * dim * dtype.size + old * (2 * COUNT + 1),
+            lambda made: [made[0], *(a[..., : COUNT + 1, :] for a in made[1:])],
+        )
+
+    kinds = ("q alone" if not h.has_kv else f"q+{h.joined} joined" if h.joined else "q k v") + ", k=v" * h.v_is_k
+    raw = "" if h.value_norm else ", raw v"
+    return Check("qkv_post", f"{h.heads}/{h.kv_heads} heads of {h.dim}, {kinds}{raw}", make)
+
+
+def _attention(h: Heads, length: int) -> Check:
+    def make() -> Case:
+        dtype = state_dtype()
+        # What is sealed, with a few tokens that have left the window, and the tail.
+        sealed = [(length, 3, length)] if length > COUNT else []
+        capacities = [*sealed, (attention.TAIL, 0, COUNT)]
+        shapes = [(1, h.kv_heads, n, h.dim) for n, *_ in capacities]
+        parts = [(normal(*shape, dtype=dtype), normal(*shape, dtype=dtype)) for shape in shapes]
+        spans = mx.array([used for _, *used in capacities], mx.int32)
+        q = normal(1, h.heads, h.dim, dtype=dtype) * (1.5 * h.dim**-0.5)
+        options: dict[str, Any] = {"scale": 1.0, "window": h.window, "out": mx.float32}
+        seen = min(h.window or length, length + COUNT)
+        return Case(
+            lambda maker: attention.attention(q, parts, spans, maker, **options),
+            lambda: attention.attention_twin(q, parts, spans, **options),
+            seen * h.kv_heads * h.dim * 2 * dtype.size,
+        )
+
+    kind = f"window {h.window}" if h.window else f"{length} tokens"
+    return Check("attention", f"{h.heads}/{h.kv_heads} heads of {h.dim}, {kind}", make)
+
+
+def _add_norm(k: int, scaled: bool, used: int) -> Check:
+    def make() -> Case:
+        x, h, post = normal(1, k) * 20, normal(1, k), 1 + normal(k) * 0.1
+        options: dict[str, Any] = {"eps": EPS, "scale": mx.array([0.37]) if scaled else None}
+        if used:
+            share = mx.softmax(normal(1, used), axis=-1)
+            options["experts"] = (normal(1, used, k), share, 1 + normal(k) * 0.1, 1 + normal(k) * 0.1)
+        return Case(
+            lambda maker: fused.add_norm(x, h, post, maker, **options),
+            lambda: fused.add_norm_twin(x, h, post, **options),
+            4 * k * (4 + (used + 2 if used else 0)),
+        )
+
+    return Check("add_norm", f"{k}" + ", scaled" * scaled + f", {used} experts" * (used > 0), make)
+
+
+def _embed(type: str, k: int) -> Check:
+    def make() -> Case:
+        table, ids = weight(type, (100, k)), mx.array([77], mx.int32)
+        return Case(
+            lambda maker: fused.embed(ids, table, k**0.5, maker),
+            lambda: fused.embed_twin(ids, table, k**0.5),
+            table.nbytes // 100 + 4 * k,
+        )
+
+    return Check("embed", f"{type} {k}", make)
+
+
+def _ple_inputs(s: Sizes) -> Check:
+    def make() -> Case:
+        width = s.layers * s.ple
+        table, ids, proj = weight(s.ple_table, (100, width)), mx.array([77], mx.int32), normal(1, width)
+        norm, factor = 1 + normal(s.ple) * 0.1, s.hidden**-0.5
+        return Case(
+            lambda maker: fused.ple_inputs(ids, proj, norm, table, factor, maker, eps=EPS),
+            lambda: fused.ple_inputs_twin(ids, proj, norm, table, factor, eps=EPS),
+            table.nbytes // 100 + 8 * width,
+        )
+
+    return Check("ple_inputs", f"{s.ple_table} {s.layers}x{s.ple}", make)
+
+
+def _top_k(experts: int, used: int) -> Check:
+    def make() -> Case:
+        scores, scale = normal(1, experts) * 3, 1 + normal(experts) * 0.1
+        return Case(
+            lambda maker: fused.top_k(scores, used, maker, scale=scale),
+            lambda: fused.top_k_twin(scores, used, scale=scale),
+            8 * experts,
+        )
+
+    return Check("top_k", f"{used} of {experts}", make)
+
+
+def _argmax(vocab: int) -> Check:
+    def make() -> Case:
+        logits = normal(1, vocab)
+        return Case(lambda maker: fused.argmax(logits, maker), lambda: fused.argmax_twin(logits), 4 * vocab)
+
+    return Check("argmax", f"{vocab}", make)
