@@ -140,11 +140,17 @@ def tuning_cases(maker: Any) -> Iterator[Case]:
             name = f"rows {rows} simdgroups {simdgroups} keys {keys} pieces {pieces}"
             yield attention_case(name, maker, heads, dim, lengths, cut=cut)
 
-    long_cuts = itertools.product((8, 4), (2, 4, 8), (2, 4), (32, 64, 96, 128))
-    yield from tried((32, 4), 512, [32768 - 64, 64], long_cuts)
-    yield from tried((16, 1), 512, [32768 - 64, 64], itertools.product((8, 4), (2, 4, 8), (2, 4), (96, 192, 256)))
-    yield from tried((32, 16), 256, [960, 64], itertools.product((2, 1), (2, 4, 8), (2, 4), (1, 2, 4, 8, 16)))
-    yield from tried((8, 1), 256, [448, 64], itertools.product((1, 2, 4, 8), (4, 8, 16), (2, 4), (1, 8)))
+    threadgroups = [(8, 4, 2), (8, 4, 3), (8, 4, 4), (8, 2, 4), (4, 4, 2), (4, 4, 4), (4, 8, 2), (4, 8, 4)]
+    wide = [(2, 2, 4), (2, 4, 2), (2, 4, 4), (2, 8, 2)]
+    small = [(1, 8, 4), (2, 8, 4), (1, 16, 4), (2, 16, 4), (1, 16, 2), (1, 32, 4)]
+    yield from tried((32, 4), 512, [32768 - 64, 64], crossed(threadgroups, (64, 96, 128)))
+    yield from tried((16, 1), 512, [32768 - 64, 64], crossed(threadgroups, (96, 192)))
+    yield from tried((32, 16), 256, [960, 64], crossed(wide, (1, 4, 8, 16)))
+    yield from tried((8, 1), 256, [448, 64], [*crossed(small, (1,)), (8, 4, 2, 8)])
+
+
+def crossed(cuts: list[tuple[int, int, int]], pieces: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
+    return [(*cut, n) for cut, n in itertools.product(cuts, pieces)]
 
 
 def qkv_cases(maker: Any) -> Iterator[Case]:

@@ -112,25 +112,33 @@ for (int p = 0; p < PARTS; p++) {
 
     // 1. Scores. A token past the end of the block is another's copy, and never looked at.
     if (sg * 4 * KEYS < n) {
-      const device T* k[KEYS];
+      const device T* k = parts[p].k + at;
+      int offset[KEYS];
       float s[KEYS][ROWS];
       UNROLL
       for (int i = 0; i < KEYS; i++) {
-        k[i] = parts[p].k + at + ulong(min(sg * 4 * KEYS + i * 4 + lane / 8, n - 1)) * D;
+        offset[i] = min(sg * 4 * KEYS + i * 4 + lane / 8, n - 1) * D;
         UNROLL
         for (int r = 0; r < ROWS; r++) s[i][r] = 0;
       }
+#pragma unroll 1
       for (int c = lane % 8; c < CHUNKS; c += 8) {
         float kv[KEYS][8];
         UNROLL
-        for (int i = 0; i < KEYS; i++) load8(k[i] + c * 8, kv[i]);
+        for (int i = 0; i < KEYS; i++) load8(k + offset[i] + c * 8, kv[i]);
         UNROLL
         for (int r = 0; r < ROWS; r++) {
           const float4 a = room[r * (D / 4) + c], b = room[r * (D / 4) + CHUNKS + c];
           UNROLL
           for (int i = 0; i < KEYS; i++) {
-            s[i][r] += kv[i][0] * a.x + kv[i][1] * a.y + kv[i][2] * a.z + kv[i][3] * a.w;
-            s[i][r] += kv[i][4] * b.x + kv[i][5] * b.y + kv[i][6] * b.z + kv[i][7] * b.w;
+            s[i][r] += kv[i][0] * a.x;
+            s[i][r] += kv[i][1] * a.y;
+            s[i][r] += kv[i][2] * a.z;
+            s[i][r] += kv[i][3] * a.w;
+            s[i][r] += kv[i][4] * b.x;
+            s[i][r] += kv[i][5] * b.y;
+            s[i][r] += kv[i][6] * b.z;
+            s[i][r] += kv[i][7] * b.w;
           }
         }
       }

@@ -171,6 +171,8 @@ def attention_cut(length: int, rows: int, kv_heads: int, threadgroups: int = 384
     most = 2 if length <= SHORT else 8
     tiles = -(-rows // most)
     cut = Cut(-(-rows // tiles))
+    if cut.rows > 4:
+        cut = replace(cut, keys=3)  # more would leave room for fewer threadgroups, by their registers
     if length <= SHORT:
         return replace(cut, simdgroups=16)
     return replace(cut, pieces=max(1, min(-(-length // (2 * cut.block)), threadgroups // (tiles * kv_heads))))
