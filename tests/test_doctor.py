@@ -1,0 +1,331 @@
+"""The doctor, with the Metal simulator for a GPU: kernels that are right, and kernels made wrong on purpose."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from recorded import HERE, prompts
+from test_kernels_small import metal
+
+from mlx_gemma4 import doctor, kernels, load
+from mlx_gemma4.decode import Kernels
+from mlx_gemma4.kernel_checks import Product, Sizes, checks, sizes_of
+from mlx_gemma4.model import Model
+
+MODEL = HERE / "31b-q8_0.gguf"
+PROMPT = prompts("31b")[0]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "verdict_file", lambda: tmp_path / "cache" / "kernels.json")
+    monkeypatch.delenv("MLX_GEMMA4_KERNELS", raising=False)
+
+
+class Ailing:
+    """The simulator, with one kernel that is ill; counts launches."""
+
+    def __init__(self, ill: str = "", how: str = "") -> None:
+        self.ill, self.how = ill, how
+        self.launches: list[str] = []
+
+    def __call__(self, **declared: Any) -> Any:
+        name = declared["name"].rsplit("_", 1)[0]
+        ill = name == self.ill
+        if ill and self.how == "does not compile":
+            raise RuntimeError("error: use of undeclared identifier\n  in line 3")
+        kernel = metal(**declared)
+
+        def call(**arguments: Any) -> Any:
+            self.launches.append(name)
+            out = kernel(**arguments)
+            if ill and self.how == "raises":
+                raise RuntimeError("no such function")
+            if ill and self.how == "wrong":
+                out[0] = mx.roll(out[0], 1)
+            if ill and self.how == "NaN":
+                out[0] = mx.where(mx.arange(out[0].size).reshape(out[0].shape) == 3, mx.array(float("nan")), out[0])
+            return out
+
+        return call
+
+
+def on(monkeypatch: pytest.MonkeyPatch, maker: Any) -> None:
+    """Make a maker this machine's."""
+    monkeypatch.setattr(kernels, "default_maker", lambda: maker)
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def reply(model: Model) -> list[int]:
+    """Greedy tokens."""
+    state = model.new_state()
+    model.prefill(mx.array(PROMPT[:-1]), state)
+    tokens = [PROMPT[-1]]
+    for _ in range(4):
+        tokens.append(int(mx.argmax(model.forward(mx.array(tokens[-1:]), state)).item()))
+    return tokens[1:]
+
+
+@pytest.fixture(scope="module")
+def plain() -> Model:
+    return load(MODEL, weights="packed").model
+
+
+# ---------------------------------------------------------------- loading a model
+
+
+def test_a_cpu_runs_stock_operations(plain: Model) -> None:
+    assert plain.kernels is None
+
+
+def test_kernels_that_are_right_run(
+    plain: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    maker = Ailing()
+    on(monkeypatch, maker)
+    model = load(MODEL, weights="packed").model
+    assert warnings(caplog) == ["Checking this machine's kernels (first run) ... ok"]
+    assert model.kernels is not None and not model.kernels.off
+    assert {"matvec", "qkv_post", "attention", "merge", "add_norm", "embed"} <= set(maker.launches)
+    maker.launches.clear()
+    assert reply(model) == reply(plain)
+    assert "attention" in maker.launches
+
+    caplog.clear()
+    maker.launches.clear()
+    load(MODEL, weights="packed")
+    assert not warnings(caplog)
+    assert not maker.launches
+
+
+ILLNESSES = [
+    ("add_norm", "wrong", "add_norm", "gives wrong numbers"),
+    ("attention", "NaN", "attention", "gives NaN"),
+    ("matvec", "wrong", "matvec Q8_0", "gives wrong numbers"),
+    ("qkv_post", "raises", "qkv_post", "fails: no such function"),
+    ("embed", "does not compile", "embed", "fails: error: use of undeclared identifier in line 3"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "how", "op", "why"), ILLNESSES)
+def test_a_kernel_that_fails_is_switched_off(
+    kernel: str,
+    how: str,
+    op: str,
+    why: str,
+    plain: Model,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It alone, with one line that says so, now and when a model is loaded again; the reply is the twins'."""
+    maker = Ailing(kernel, how)
+    on(monkeypatch, maker)
+    model = load(MODEL, weights="packed").model
+    assert model.kernels is not None and model.kernels.off == {op}
+    assert len(warnings(caplog)) == 1
+    assert f"switched off, stock operations run instead: {op} {why}" in warnings(caplog)[0]
+    maker.launches.clear()
+    assert reply(model) == reply(plain)
+    assert kernel not in maker.launches
+    assert doctor.usable_kernels() == Kernels(maker, frozenset({op}))
+
+
+@pytest.mark.parametrize("how", ["raises", "does not compile"])
+def test_a_kernel_that_fails_while_a_model_runs(how: str, plain: Model, caplog: pytest.LogCaptureFixture) -> None:
+    """One warning, and the reply of the twins."""
+    model = Model(plain.config, plain.weights, Kernels(Ailing("add_norm", how)))
+    assert reply(model) == reply(plain)
+    assert model.kernels is not None and model.kernels.off == {"add_norm"}
+    assert len(warnings(caplog)) == 1
+    assert warnings(caplog)[0].startswith("Kernel add_norm fails here and is off")
+
+
+def test_kernels_switched_off_by_hand(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("MLX_GEMMA4_KERNELS", "off")
+    maker = Ailing()
+    on(monkeypatch, maker)
+    assert doctor.usable_kernels() is None
+    assert load(MODEL, weights="packed").model.kernels is None
+    assert not maker.launches
+    assert not warnings(caplog)
+
+
+# ---------------------------------------------------------------- what is remembered
+
+
+def test_a_verdict_is_remembered() -> None:
+    verdict = doctor.Verdict({"embed: Q8_0 256"}, {"top_k": "gives NaN"})
+    doctor.remember(verdict)
+    assert doctor.recall() == verdict
+    assert [f.name for f in doctor.verdict_file().parent.iterdir()] == ["kernels.json"]
+
+
+@pytest.mark.parametrize("change", ["MLX", "device_name", "kernel_text"])
+def test_another_machine_is_checked_anew(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict = doctor.Verdict({"embed: Q8_0 256"}, {"top_k": "gives NaN"})
+    doctor.remember(verdict)
+    with monkeypatch.context() as changed:
+        changed.setattr(doctor, change, "9.9" if change == "MLX" else lambda: "another")
+        assert doctor.recall() == doctor.Verdict()
+        doctor.remember(doctor.Verdict({"argmax: 5"}, {}))
+    assert doctor.recall() == verdict
+
+
+def test_the_text_of_the_kernels_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.metal").write_text("one")
+    monkeypatch.setattr(kernels, "_FOLDERS", (tmp_path / "none", tmp_path))
+    first = doctor.kernel_text.__wrapped__()
+    (tmp_path / "a.metal").write_text("two")
+    assert doctor.kernel_text.__wrapped__() != first
+
+
+def test_only_so_many_verdicts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(doctor.REMEMBERED + 5):
+        monkeypatch.setattr(doctor, "MLX", str(i))
+        doctor.remember(doctor.Verdict({"argmax: 5"}, {}))
+    assert len(json.loads(doctor.verdict_file().read_text())) == doctor.REMEMBERED
+    assert doctor.recall().checked
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '{"MACHINE": 5}', '{"MACHINE": {"checked": []}}', '{"MACHINE": {"failed": []}}', "\0"],
+)
+def test_a_damaged_verdict_is_none(text: str) -> None:
+    doctor.verdict_file().parent.mkdir()
+    doctor.verdict_file().write_text(text.replace("MACHINE", doctor.machine()))
+    assert doctor.recall() == doctor.Verdict()
+    doctor.remember(doctor.Verdict({"argmax: 5"}, {}))
+    assert doctor.recall().checked == {"argmax: 5"}
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    doctor.remember(doctor.Verdict({"argmax: 5"}, {}))
+    assert doctor.recall() == doctor.Verdict()
+
+
+# ---------------------------------------------------------------- the whole table
+
+# Every kind of kernel once.
+FEW = {
+    "few": Sizes(
+        hidden=256,
+        vocab=2048,
+        heads=doctor.small_sizes()["small"].heads[1:3],
+        products=(
+            Product("Q4_K", (64, 256), norm=True, glu=True),
+            Product("Q5_0", (8, 64, 96), used=2, own_x=True),
+            Product("BF16", (16, 256)),
+        ),
+        table="Q6_K",
+        ple_table="Q5_K",
+        layers=2,
+        ple=256,
+        experts=8,
+        used=2,
+    )
+}
+
+
+def test_all_kernels_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, metal)
+    lines: list[str] = []
+    assert doctor.examine(lines.append, models=FEW, timed=False), "\n".join(lines)
+    for op in ("matvec Q4_K", "matvec Q5_0", "dense", "qkv_post", "attention", "add_norm", "embed", "ple_inputs"):
+        assert any(line.startswith(op) and line.endswith(" ok") for line in lines), op
+    assert lines[-1].startswith("All kernels are right.")
+    verdict = doctor.recall()
+    assert "top_k: 2 of 8" in verdict.checked and "argmax: 2048" in verdict.checked
+    assert not verdict.failed
+
+
+def test_the_table_says_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, Ailing("top_k", "wrong"))
+    lines: list[str] = []
+    assert not doctor.examine(lines.append, models=FEW, timed=True)
+    assert lines[-1] == "Switched off, stock operations run instead: top_k gives wrong numbers"
+    assert doctor.recall().failed == {"top_k": "gives wrong numbers"}
+    right = next(line for line in lines if line.startswith("embed "))
+    assert " us " in right and right.endswith(" ok")
+
+    on(monkeypatch, metal)  # healed: the next examination takes it back
+    assert doctor.examine(lines.append, as_json=True, models=FEW, timed=False)
+    assert json.loads(lines[-1])["off"] == {}
+    assert not doctor.recall().failed
+
+
+def test_a_gpu_whose_kernels_are_off_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_GEMMA4_KERNELS", "off")
+    on(monkeypatch, metal)
+    lines: list[str] = []
+    only = {"few": Sizes(0, 0, (), FEW["few"].products[2:], "")}
+    assert doctor.examine(lines.append, models=only, timed=False)
+    assert "MLX_GEMMA4_KERNELS=off" in lines[0]
+
+
+def test_a_check_that_cannot_be_made_switches_nothing_off() -> None:
+    def too_large() -> Any:
+        raise MemoryError("no memory")
+
+    result = doctor.run_check(doctor.Check("embed", "x", too_large), metal)
+    assert not result.failed
+    assert result.verdict == "not checked: no memory"
+
+
+def test_real_sizes_are_those_of_the_models() -> None:
+    """Spot checks against the shapes of published files."""
+    made = {(name, check.key) for name, check in doctor.all_checks(doctor.real_sizes(), doctor.LENGTHS)}
+    for name, key in (
+        ("31B", "matvec Q4_K: 43008x5376 norm glu"),
+        ("31B", "matvec Q6_K: 262144x5376 norm"),
+        ("31B", "matvec Q4_K: 16384x5376 norm"),
+        ("26B-A4B", "matvec Q4_K: 128x1408x2816 8 used norm glu"),
+        ("26B-A4B", "matvec Q5_0: 2816x2112"),
+        ("12B", "attention: 16/1 heads of 512, 8192 tokens"),
+        ("E2B", "ple_inputs: Q5_K 35x256"),
+        ("E2B", "attention: 8/1 heads of 256, window 512"),
+    ):
+        assert (name, key) in made, key
+
+
+@pytest.mark.parametrize("file", ["26b-a4b-ud", "e2b-ud", "gemma3-q4_0", "12b-f32"])
+def test_checks_of_a_model_run_as_twins(file: str) -> None:
+    """Each kind of model yields checks that can be made."""
+    model = load(HERE / f"{file}.gguf", weights="packed").model
+    made = list(checks(sizes_of(model), doctor.QUICK_LENGTHS, doctor.QUICK_ROWS))
+    assert len(made) > 8
+    verdicts = {doctor.run_check(check, None).verdict for check in made}
+    assert verdicts == {"runs as stock operations"}
+
+
+def test_the_command_on_this_machine(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_gemma4.cli", "doctor", "--json"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["off"] == {}
+    assert len(report["checks"]) > 20
+    if not report["gpu"]:
+        assert {c["verdict"] for c in report["checks"]} == {"runs as stock operations"}
+
+
+def test_numbers_near_enough() -> None:
+    """A difference in one place counts, however many there are; rounding doesn't."""
+    want = mx.array(np.random.default_rng(0).standard_normal(100_000).astype(np.float32))
+    one = mx.array(want)
+    one[77] += 0.1
+    assert doctor._error(one, want) > doctor.LIMIT
+    assert doctor._error(want.astype(mx.float16).astype(mx.float32), want) < doctor.LIMIT
