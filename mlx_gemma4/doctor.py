@@ -23,7 +23,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import attention, fused, kernels
+from . import attention, fused, kernels, tiles
 from .decode import Kernels
 from .execution import execution
 from .kernel_checks import Check, Heads, Product, Sizes, checks, sizes_of
@@ -44,8 +44,7 @@ REMEMBERED = 16  # verdicts kept, one a device, version of MLX and text of the k
 
 # What no kernel takes, and stock operations do everywhere.
 STOCK = (
-    ("matvec", "weights that MLX quantized itself (folders of safetensors)"),
-    ("matvec", f"more than {kernels.MAX_TOKENS} tokens at once (prompts)"),
+    ("matvec, expand", "weights that MLX quantized itself (folders of safetensors)"),
     ("matvec", "rows that are no multiple of 32 long"),
     ("dense", "joined gate and up, and experts, in F32, F16 or BF16"),
     ("embed, ple_inputs", "tables that MLX quantized itself"),
@@ -88,7 +87,7 @@ def device_name() -> str:
 def kernel_text() -> str:
     """A digest of all that kernels are made of."""
     folder = next(f for f in kernels._FOLDERS if f.is_dir())
-    files = [*sorted(folder.iterdir()), *(Path(m.__file__ or "") for m in (kernels, attention, fused))]
+    files = [*sorted(folder.iterdir()), *(Path(m.__file__ or "") for m in (kernels, attention, fused, tiles))]
     return sha256(b"\0".join(file.read_bytes() for file in files if file.is_file())).hexdigest()[:16]
 
 

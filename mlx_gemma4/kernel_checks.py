@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from . import attention, fused, kernels, quant
+from . import attention, fused, kernels, quant, tiles
 from .decode import product_twin
 from .kernels import Maker
 from .memory import on_cpu
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 EPS = 1e-6
 POSITION = 5000  # of a token under RoPE: its angles must be right far from 0
 COUNT = 5  # tokens in a tail
+EXPANDED = 4096  # rows of a weight made plain for a prompt
 RANDOM_WORDS = (1 << 20) + 7  # no multiple of any row's length: repeated, they make no two rows alike
 
 
@@ -99,7 +100,7 @@ class Sizes:
 
 
 def checks(s: Sizes, lengths: Sequence[int], rows: int | None = None) -> Iterator[Check]:
-    """Every kernel that a model of these sizes needs for a token.
+    """Every kernel that a model of these sizes needs.
 
     Args:
         lengths: of the contexts that global attention is checked over.
@@ -107,6 +108,8 @@ def checks(s: Sizes, lengths: Sequence[int], rows: int | None = None) -> Iterato
     """
     for product in dict.fromkeys(s.products):
         yield _product(product, rows)
+    for type, k in {p.type: p.shape[-1] for p in s.products if p.type in FORMATS}.items():
+        yield _expand(type, k, rows or EXPANDED)
     if s.hidden == 0:  # products alone
         return
     for h in dict.fromkeys(s.heads):
@@ -144,6 +147,8 @@ def sizes_of(model: Model) -> Sizes:
         heads.append(Heads(shape.heads, shape.kv_heads, shape.head_dim, window, joined, own, v_is_k, c.value_norm))
         products += _layer_products(layer, c.experts_used, c.hidden)
     usable = [p for p in products if p.type in FORMATS or (p.type in FLOATS and not p.glu and len(p.shape) == 2)]
+    plain = {p.type: p.shape for p in reversed(usable) if p.type in FORMATS and len(p.shape) == 2}
+    usable += [Product(type, shape, tokens=kernels.MAX_TOKENS) for type, shape in plain.items()]  # short prompts
     ple_table = "" if w.per_layer_token_embd is None else _type(w.per_layer_token_embd)
     experts = (c.experts, c.experts_used if c.experts else 0)
     tables = (_type(w.token_embd), ple_table)
@@ -245,6 +250,16 @@ def _product(p: Product, most: int | None) -> Check:
         )
 
     return Check("dense", f"{p.type} {shape}", make) if p.type in FLOATS else Check(f"matvec {p.type}", shape, make)
+
+
+def _expand(type: str, k: int, rows: int) -> Check:
+    def make() -> Case:
+        w = weight(type, (rows, k))
+        assert isinstance(w, Packed)
+        n_bytes = w.nbytes + 2 * rows * k
+        return Case(lambda maker: tiles.expand(w, maker), lambda: tiles.expand_twin(w), n_bytes)
+
+    return Check(f"expand {type}", f"{rows}x{k}", make)
 
 
 def state_dtype() -> mx.Dtype:

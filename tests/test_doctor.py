@@ -243,7 +243,17 @@ def test_all_kernels_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, metal)
     lines: list[str] = []
     assert doctor.examine(lines.append, models=FEW, timed=False), "\n".join(lines)
-    for op in ("matvec Q4_K", "matvec Q5_0", "dense", "qkv_post", "attention", "add_norm", "embed", "ple_inputs"):
+    for op in (
+        "matvec Q4_K",
+        "matvec Q5_0",
+        "expand Q4_K",
+        "dense",
+        "qkv_post",
+        "attention",
+        "add_norm",
+        "embed",
+        "ple_inputs",
+    ):
         assert any(line.startswith(op) and line.endswith(" ok") for line in lines), op
     assert lines[-1].startswith("All kernels are right.")
     verdict = doctor.recall()
