@@ -34,14 +34,18 @@ SHAPES = {
     "Q8_0": LARGE[:3],
     "Q4_0": LARGE[:3],
     "IQ4_XS": LARGE[:3],
-    **{name: LARGE[:2] for name in ("Q5_0", "Q5_1", "Q4_1", "Q3_K", "Q2_K", "IQ4_NL", "MXFP4")},
+    **dict.fromkeys(("Q5_0", "Q5_1", "Q4_1", "Q3_K", "Q2_K", "IQ4_NL", "MXFP4"), LARGE[:2]),
 }
+
+
+def random_words(*shape: int) -> mx.array:
+    return mx.random.randint(-(2**31), 2**31 - 1, shape, mx.int32).view(mx.uint32)
 
 
 def random_weight(name: str, n: int, k: int) -> Packed:
     """Random codes and scales; the values of fp16 scales and exponents are tame."""
     form = FORMATS[name]
-    codes = mx.random.bits((n, k * form.bits // 32))
+    codes = random_words(n, k * form.bits // 32)
     sub = top = None
     if form.sub_bits:
         low, high = (118, 130) if form.sub_kind == "e8m0" else (0, 256)
@@ -105,7 +109,7 @@ def measure(name: str, n: int, k: int, tokens: int, maker: Maker, tune: bool) ->
 
 def stock(n: int, k: int) -> None:
     """MLX's own 4-bit product, groups of 32, of the same shape."""
-    codes = [mx.random.bits((n, k // 8)) for _ in range(3)]
+    codes = [random_words(n, k // 8) for _ in range(3)]
     scales = [mx.random.uniform(0.001, 0.02, (n, k // 32)).astype(mx.float16) for _ in range(2)]
     x = mx.random.normal((1, k)).astype(mx.float16)
     mx.eval(codes, scales)
@@ -128,7 +132,7 @@ def main() -> int:
         return 2
     info = mx.device_info() if hasattr(mx, "device_info") else {}
     print(f"{info.get('device_name', 'GPU')}, MLX {mx.__version__}, Python {platform.python_version()}")
-    block = mx.random.bits((256 << 20,))
+    block = random_words(256 << 20)
     mx.eval(block)
     t = seconds(lambda v, i: v + 1, block, 10)
     print(f"copy {block.nbytes / 1e9:.1f} GB: {2 * block.nbytes / t / 1e9:.0f} GB/s read and written")

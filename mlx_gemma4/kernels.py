@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from .quant import Format, Packed
+from .quant import FORMATS, Format, Packed
 
 Maker = Callable[..., Callable[..., Sequence[Any]]]
 
@@ -29,9 +29,9 @@ RESIDENT = 132 * 36  # simdgroups of a mat-vec with two rows a lane that an H100
 _TYPES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
-    """One rendered kernel: what `mx.fast.metal_kernel` wants to know, in Metal."""
+    """One rendered kernel: what `mx.fast.metal_kernel` wants to know, in Metal. `render` makes each just once."""
 
     name: str
     inputs: tuple[str, ...]
@@ -58,6 +58,13 @@ def render(entry: str, file: str, dtype: mx.Dtype, defines: dict[str, object], a
         defines: constants that the text reads.
         absent: optional inputs and outputs that this kernel goes without.
     """
+    return _render(entry, file, dtype, tuple(defines.items()), tuple(absent))
+
+
+@cache
+def _render(
+    entry: str, file: str, dtype: mx.Dtype, defines: tuple[tuple[str, object], ...], absent: tuple[str, ...]
+) -> Kernel:
     helpers, *kernels = re.split(r"(?m)^(?=// kernel: )", _text(file))
     body = next(k for k in kernels if k.startswith(f"// kernel: {entry}("))
     declared = re.match(r"// kernel: \w+\((.*?)\) -> \((.*?)\)", body)
@@ -65,7 +72,7 @@ def render(entry: str, file: str, dtype: mx.Dtype, defines: dict[str, object], a
     names = ([n.strip().rstrip("?") for n in listed.split(",")] for listed in declared.groups())
     inputs, outputs = (tuple(n for n in some if n not in absent) for some in names)
     metal = _TYPES[dtype]
-    lines = {"T": metal, f"T_{metal.upper()}": 1, **defines}
+    lines = {"T": metal, f"T_{metal.upper()}": 1, **dict(defines)}
     header = "".join(f"#define {k} {int(v) if isinstance(v, bool) else v}\n" for k, v in lines.items())
     header += _text("common.metal") + helpers
     digest = hashlib.sha256((header + body).encode()).hexdigest()[:12]
@@ -235,33 +242,60 @@ def matvec(
     Returns:
         [T, N], [T, N / 2] with glu, [E', ..] with ids; of whatever kind `maker` returns.
     """
-    *_, n, k = w.shape
-    slots = 1 if ids is None else ids.size
-    tokens = x.shape[0] if ids is None else 1
-    cut = cut or tiling(w.format, n * slots, k, tokens)
-    kernel = matvec_kernel(
-        w.format,
-        k,
+    kernel, run, launch = _prepared(
+        w.format.name,
+        w.shape[-2:],
         x.dtype,
+        maker,
         cut,
-        tokens,
-        out=out,
-        norm=norm is not None,
-        eps=eps,
-        glu=glu,
-        times=times is not None,
-        experts=ids is not None,
-        expert_x=ids is not None and x.shape[0] > 1,
+        x.shape[0] if ids is None else 1,
+        0 if ids is None else ids.size,
+        out or x.dtype,
+        norm is not None,
+        eps,
+        glu,
+        times is not None,
+        ids is not None and x.shape[0] > 1,
     )
-    arrays = {"x": x, "norm": norm, "codes": w.codes, "sub": w.sub, "super": w.super, "ids": ids}
-    arrays["times"] = times
+    arrays = {"x": x, "norm": norm, "codes": w.codes, "sub": w.sub, "super": w.super, "ids": ids, "times": times}
+    return run(inputs=[arrays[name] for name in kernel.inputs], **launch)[0]
+
+
+@cache  # a decode step launches hundreds of mat-vecs, and the GPU must not wait for this to be worked out
+def _prepared(
+    name: str,
+    shape: tuple[int, int],
+    dtype: mx.Dtype,
+    maker: Maker,
+    cut: Tiling | None,
+    tokens: int,
+    slots: int,
+    out: mx.Dtype,
+    norm: bool,
+    eps: float,
+    glu: bool,
+    times: bool,
+    expert_x: bool,
+) -> tuple[Kernel, Callable[..., Sequence[Any]], dict[str, Any]]:
+    """What `matvec` launches; slots: experts, 0 if the weight has none."""
+    n, k = shape
+    fmt, experts = FORMATS[name], slots or 1
+    cut = cut or tiling(fmt, n * experts, k, tokens)
+    flags: dict[str, Any] = {
+        "norm": norm,
+        "eps": eps,
+        "glu": glu,
+        "times": times,
+        "experts": slots > 0,
+        "expert_x": expert_x,
+    }
+    kernel = matvec_kernel(fmt, k, dtype, cut, tokens, out=out, **flags)
     outs = n // 2 if glu else n
     threads = 32 * cut.simdgroups
-    groups = -(-outs // cut.rows_per_group(glu))
-    return _build(maker, kernel)(
-        inputs=[arrays[name] for name in kernel.inputs],
-        grid=(threads * groups, 1, slots),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[(tokens * slots, outs)],
-        output_dtypes=[out or x.dtype],
-    )[0]
+    launch = {
+        "grid": (threads * -(-outs // cut.rows_per_group(glu)), 1, experts),
+        "threadgroup": (threads, 1, 1),
+        "output_shapes": [(tokens * experts, outs)],
+        "output_dtypes": [out],
+    }
+    return kernel, _build(maker, kernel), launch
