@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from . import attention, fused, kernels, ops
+from . import attention, fused, kernels, ops, tiles
 from .config import LayerConfig
 from .ops import Weight
 from .quant import Packed
@@ -69,6 +69,39 @@ class Kernels:
             done = twin()
         return done
 
+    def linear(self, x: mx.array, w: Weight) -> mx.array:
+        """`ops.linear` for x [T, K] of any T: a few rows by mat-vecs, many by tiles."""
+
+        def twin() -> mx.array:
+            return ops.linear(x, w)
+
+        if not tiles.takes(w):
+            return twin()
+        assert not isinstance(w, ops.Affine)
+        if isinstance(w, Packed) and x.shape[0] < tiles.MANY_ROWS and kernels.takes(w, 1):
+            names = ("matvec", f"matvec {w.format.name}")
+            done: mx.array = self._run(names, lambda: tiles.few_rows(x, w, self.maker), twin)
+        else:
+            done = self._run(_expand_names(w), lambda: tiles.linear(x, w, self.maker), twin)
+        return done
+
+    def expert_linear(self, x: mx.array, w: Weight, chosen: mx.array) -> mx.array:
+        """`ops.expert_linear`, likewise."""
+
+        def twin() -> mx.array:
+            return ops.expert_linear(x, w, chosen)
+
+        if not tiles.takes(w):
+            return twin()
+        assert not isinstance(w, ops.Affine)
+        few = chosen.size < tiles.MANY_ROWS_AN_EXPERT * w.shape[0]
+        if isinstance(w, Packed) and few and kernels.takes(w, 1):
+            names = ("matvec", f"matvec {w.format.name}")
+            done: mx.array = self._run(names, lambda: tiles.few_expert_rows(x, w, chosen, self.maker), twin)
+        else:
+            done = self._run(_expand_names(w), lambda: tiles.expert_linear(x, w, chosen, self.maker), twin)
+        return done
+
     def _run(self, names: Sequence[str], kernel: Callable[[], Any], twin: Callable[[], Any]) -> Any:
         if self.off.isdisjoint(names):
             try:
@@ -78,6 +111,10 @@ class Kernels:
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 log.warning("Kernel %s fails here and is off, stock operations run instead: %s", names[-1], reason)
         return twin()
+
+
+def _expand_names(w: Packed | mx.array) -> tuple[str, ...]:
+    return ("expand", f"expand {w.format.name}") if isinstance(w, Packed) else ("expand",)
 
 
 def _dense_takes(w: mx.array, options: dict[str, Any]) -> bool:

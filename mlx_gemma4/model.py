@@ -78,6 +78,8 @@ class Model:
         self.config = config
         self.weights = weights
         self.kernels = kernels
+        self._linear = kernels.linear if kernels else ops.linear
+        self._expert_linear = kernels.expert_linear if kernels else ops.expert_linear
         self._wavelengths = {
             (layer.sliding, layer.head_dim): _rope_wavelengths(config, layer, weights.rope_freqs)
             for layer in config.layers
@@ -157,23 +159,23 @@ class Model:
             return None
         shape = (ids.size, len(c.layers), c.ple)
         own = ops.embed(ids, w.per_layer_token_embd).reshape(shape) * math.sqrt(c.ple)
-        projected = ops.linear(x, w.per_layer_model_proj).reshape(shape) * c.hidden**-0.5
+        projected = self._linear(x, w.per_layer_model_proj).reshape(shape) * c.hidden**-0.5
         return (ops.rms_norm(projected, w.per_layer_proj_norm, c.eps) + own) * 2**-0.5
 
     def _qkv(self, layer: Layer, shape: LayerConfig, h: mx.array) -> tuple[mx.array, mx.array | None, mx.array | None]:
         """The raw queries [T, H * D], keys and values [T, G * D] of h [T, hidden]; no keys: another layer's serve."""
         q_rows, kv_rows = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         if layer.attn_qk is not None:
-            q, k, v = mx.split(ops.linear(h, layer.attn_qk), [q_rows, q_rows + kv_rows], axis=-1)
+            q, k, v = mx.split(self._linear(h, layer.attn_qk), [q_rows, q_rows + kv_rows], axis=-1)
             if v.size:
                 return q, k, v
         else:
             assert layer.attn_q is not None
-            q = ops.linear(h, layer.attn_q)
+            q = self._linear(h, layer.attn_q)
             if layer.attn_k is None:
                 return q, None, None
-            k = ops.linear(h, layer.attn_k)
-        return q, k, k if layer.attn_v is None else ops.linear(h, layer.attn_v)
+            k = self._linear(h, layer.attn_k)
+        return q, k, k if layer.attn_v is None else self._linear(h, layer.attn_v)
 
     def _write_kv(self, i: int, layer: Layer, shape: LayerConfig, k: mx.array, v: mx.array, state: KVState) -> None:
         """Raw keys and values, [T, G * D], of new tokens into the state."""
@@ -193,7 +195,7 @@ class Model:
         window = self.config.window if shape.sliding else None
         out = ops.attention(q.astype(state.dtype), parts, self.config.attention_scale, first, window)
         out = out.swapaxes(1, 2).reshape(queries, -1)  # [Tq, H * D]
-        return ops.linear(out.astype(mx.float32), layer.attn_output)
+        return self._linear(out.astype(mx.float32), layer.attn_output)
 
     def _rope(self, x: mx.array, shape: LayerConfig, position: int) -> mx.array:
         """Turn heads [1, heads, T, D] by their positions, dimension i with i + D/2."""
@@ -208,11 +210,11 @@ class Model:
         """down(gelu(gate(x)) * up(x)), on x [T, hidden] before its norm."""
         h = ops.rms_norm(x, layer.ffn_norm, self.config.eps)
         if layer.ffn_gate_up is not None:
-            gate, up = mx.split(ops.linear(h, layer.ffn_gate_up), 2, axis=-1)
+            gate, up = mx.split(self._linear(h, layer.ffn_gate_up), 2, axis=-1)
         else:
             assert layer.ffn_gate is not None and layer.ffn_up is not None
-            gate, up = ops.linear(h, layer.ffn_gate), ops.linear(h, layer.ffn_up)
-        return ops.linear(ops.gelu(gate) * up, layer.ffn_down)
+            gate, up = self._linear(h, layer.ffn_gate), self._linear(h, layer.ffn_up)
+        return self._linear(ops.gelu(gate) * up, layer.ffn_down)
 
     def _mlp_and_experts(self, layer: Layer, x: mx.array) -> mx.array:
         """The dense MLP and the chosen experts, each under its own norm, summed: [T, hidden]."""
@@ -221,12 +223,12 @@ class Model:
         chosen, share = self._route(layer, x)
         h = ops.rms_norm(x, layer.pre_ffw_norm_2, eps)[:, None]  # [T, 1, hidden]
         if layer.ffn_gate_up_exps is not None:
-            gate, up = mx.split(ops.expert_linear(h, layer.ffn_gate_up_exps, chosen), 2, axis=-1)
+            gate, up = mx.split(self._expert_linear(h, layer.ffn_gate_up_exps, chosen), 2, axis=-1)
         else:
             assert layer.ffn_gate_exps is not None and layer.ffn_up_exps is not None
-            gate, up = (ops.expert_linear(h, w, chosen) for w in (layer.ffn_gate_exps, layer.ffn_up_exps))
+            gate, up = (self._expert_linear(h, w, chosen) for w in (layer.ffn_gate_exps, layer.ffn_up_exps))
         assert layer.ffn_down_exps is not None
-        out = ops.expert_linear(ops.gelu(gate) * up, layer.ffn_down_exps, chosen)  # [T, used, hidden]
+        out = self._expert_linear(ops.gelu(gate) * up, layer.ffn_down_exps, chosen)  # [T, used, hidden]
         experts = (out * share[..., None]).sum(axis=1)
         return dense + ops.rms_norm(experts, layer.post_ffw_norm_2, eps)
 
@@ -235,7 +237,7 @@ class Model:
         c = self.config
         assert layer.ffn_gate_inp is not None and layer.ffn_gate_inp_scale is not None
         h = ops.rms_norm(x, None, c.eps) * (c.hidden**-0.5) * layer.ffn_gate_inp_scale
-        scores = ops.linear(h, layer.ffn_gate_inp)  # [T, E]
+        scores = self._linear(h, layer.ffn_gate_inp)  # [T, E]
         chosen = mx.argpartition(-scores, kth=c.experts_used - 1, axis=-1)[:, : c.experts_used]
         share = mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1, precise=True)
         if layer.ffn_down_exps_scale is not None:
@@ -245,13 +247,13 @@ class Model:
     def _per_layer_step(self, layer: Layer, x: mx.array, p: mx.array) -> mx.array:
         """What the per-layer embedding p [T, P] adds to x [T, hidden]."""
         assert layer.inp_gate is not None and layer.proj is not None
-        h = ops.gelu(ops.linear(x, layer.inp_gate)) * p
-        return ops.rms_norm(ops.linear(h, layer.proj), layer.post_norm, self.config.eps)
+        h = ops.gelu(self._linear(x, layer.inp_gate)) * p
+        return ops.rms_norm(self._linear(h, layer.proj), layer.post_norm, self.config.eps)
 
     def _head(self, x: mx.array) -> mx.array:
         """Logits, fp32 [T, vocab], of hidden states [T, hidden]."""
         h = ops.rms_norm(x, self.weights.output_norm, self.config.eps)
-        return ops.softcap(ops.linear(h, self.weights.output).astype(mx.float32), self.config.softcap)
+        return ops.softcap(self._linear(h, self.weights.output).astype(mx.float32), self.config.softcap)
 
 
 def _heads(x: mx.array, heads: int) -> mx.array:

@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import kernels, quant
-from .kernels import _DEVICE, _TYPES, Maker, _build, _traits, render
+from .kernels import _DEVICE, Maker, _build, _traits, render
 from .memory import on_cpu
 from .ops import Weight
 from .quant import Packed
@@ -93,16 +93,15 @@ def expert_linear(x: mx.array, w: Packed | mx.array, chosen: mx.array, maker: Ma
     used = chosen.shape[1]
     flat = chosen.reshape(-1)
     order = mx.argsort(flat)
-    ids = flat[order]
     rows = x[:, 0][order // used] if x.shape[1] == 1 else x.reshape(-1, k)[order]
     h, scale = _to_half(rows)
-    starts = np.searchsorted(np.array(ids), np.arange(experts + 1)).tolist()
+    starts = np.searchsorted(np.array(flat[order]), np.arange(experts + 1)).tolist()
     done: list[mx.array] = []
     for first, last in _tiles(experts, n * k, 1):
         a, b = starts[first], starts[last]
         if a < b:
             tile = _tile(w, first, last, [h, *done[-1:]], maker)
-            done.append(_grouped(h[a:b], tile, ids[a:b] - first))
+            done.append(_grouped(h[a:b], tile, [start - a for start in starts[first : last + 1]]))
     y = _from_half(mx.concatenate(done), scale).astype(x.dtype)
     return y[mx.argsort(order)].reshape(*chosen.shape, n)
 
@@ -122,13 +121,14 @@ def few_expert_rows(x: mx.array, w: Packed, chosen: mx.array, maker: Maker) -> m
 
 
 def takes(w: Weight) -> bool:
-    """Whether a weight can be expanded: dense, or packed in rows of whole 32s and handed over as device memory."""
+    """Whether a weight can be expanded: of 16-bit floats, or packed in rows of whole 32s, handed over as device memory."""
     if isinstance(w, mx.array):
-        return True
+        return w.dtype != mx.float32  # which is multiplied as it is
     if not isinstance(w, Packed):
         return False
     arrays = [a for a in (w.codes, w.sub, w.super) if a is not None]
-    return w.shape[-1] % 32 == 0 and all(a.size // w.shape[0] >= _DEVICE for a in arrays)
+    tiles = w.shape[0] if len(w.shape) == 3 else 1  # at most: one for each expert
+    return w.shape[-1] % 32 == 0 and all(a.size // tiles >= _DEVICE for a in arrays)
 
 
 def _row(name: str, plane: mx.array) -> tuple[int, ...]:
@@ -156,10 +156,18 @@ def _tile(w: Packed | mx.array, start: int, stop: int, after: list[mx.array], ma
     return tile
 
 
-def _grouped(h: mx.array, tile: mx.array, ids: mx.array) -> mx.array:
-    """Rows h [R, K], sorted by expert, through experts `ids` [R] of a tile [E, N, K]: [R, N]."""
-    y = mx.gather_mm(h[:, None], tile.swapaxes(-1, -2), rhs_indices=ids, sorted_indices=True)
-    return y[:, 0]
+def _grouped(h: mx.array, tile: mx.array, starts: list[int]) -> mx.array:
+    """Rows h [R, K], sorted by expert, through the experts of a tile [E, N, K]: [R, N].
+
+    Args:
+        starts: the first row of each expert, and R.
+    """
+    if on_cpu():  # whose gather_mm takes fp32 alone
+        return mx.concatenate([h[a:b] @ w.T for a, b, w in zip(starts, starts[1:], tile, strict=False) if a < b])
+    counts = np.diff(starts)
+    ids = mx.array(np.repeat(np.arange(counts.size, dtype=np.uint32), counts))
+    y: mx.array = mx.gather_mm(h[:, None], tile.swapaxes(-1, -2), rhs_indices=ids, sorted_indices=True)
+    return y.squeeze(1)
 
 
 def _scaled(x: mx.array) -> tuple[mx.array, mx.array]:

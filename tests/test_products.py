@@ -1,0 +1,136 @@
+"""Products of many rows: the kernel that expands a tile, run by the Metal simulator, and what is built on it.
+
+Held to numpy in double precision. The products round x and their results to fp16, the CPU its sums too: 2e-3 of the norm.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from recorded import KINDS, kl, path, prompts
+from test_kernels import DTYPES, exact, random, weight
+from test_kernels_small import check, metal, racing
+
+from mlx_gemma4 import load, tiles
+from mlx_gemma4.decode import Kernels
+from mlx_gemma4.model import Model
+from mlx_gemma4.quant import FORMATS, Packed
+
+
+def near(got: mx.array, want: np.ndarray, limit: float = 2e-3) -> None:
+    assert got.shape == want.shape
+    error = np.linalg.norm(exact(got) - want) / np.linalg.norm(want)
+    assert error <= limit, f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_expand_gives_the_numbers_bit_for_bit(name: str) -> None:
+    for shape in ((8, 256), (9, 768), (2, 5, 512)):
+        w, values = weight(name, *shape)
+        assert np.array_equal(exact(tiles.expand(w, metal, mx.float32)), values)
+
+
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.super_block != 256])
+@pytest.mark.parametrize("k", [32, 96, 704])
+def test_expand_rows_of_any_32s(name: str, k: int) -> None:
+    w, values = weight(name, 9, k)
+    assert np.array_equal(exact(tiles.expand(w, metal, mx.float32)), values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0"])
+def test_expand_into_any_float(name: str, dtype: mx.Dtype) -> None:
+    w, _ = weight(name, 9, 256)
+    check(tiles.expand(w, metal, dtype), tiles.expand_twin(w, dtype), dtype)
+
+
+def test_expand_races_and_bounds() -> None:
+    w, values = weight("Q3_K", 4, 768)
+    assert np.array_equal(exact(tiles.expand(w, racing, mx.float32)), values)
+
+
+@pytest.mark.parametrize(("name", "n", "k"), [("Q4_K", 517, 512), ("Q6_K", 33, 256), ("Q5_0", 300, 704)])
+def test_linear_in_tiles(name: str, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, values = weight(name, n, k)
+    x = random(1, 19, k)
+    for size in (tiles.TILE, 1 << 12):
+        monkeypatch.setattr(tiles, "TILE", size)
+        near(tiles.linear(x, w, metal), exact(x) @ values.T)
+
+
+def test_linear_of_magnitudes_that_fp16_has_not() -> None:
+    """Rows from 1e-20 to 1e20 are each as exact as the others; a row of zeros gives zeros."""
+    w, values = weight("Q4_K", 40, 256)
+    x = random(2, 6, 256) * mx.array([1e-20, 1e-6, 1.0, 1e6, 1e20, 0.0])[:, None]
+    got = tiles.linear(x, w, metal)
+    for row, want in zip(got, exact(x) @ values.T, strict=True):
+        if want.any():
+            near(row, want)
+        else:
+            assert not exact(row).any()
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_linear_of_unpacked_weights(dtype: mx.Dtype) -> None:
+    """x keeps its precision, whatever the weight's is."""
+    w, x = random(3, 70, 96, dtype=dtype), random(4, 20, 96)
+    near(tiles.linear(x, w, metal), exact(x) @ exact(w).T)
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["one input", "an input each"])
+@pytest.mark.parametrize("size", [tiles.TILE, 1 << 14], ids=["one tile", "tiles"])
+def test_experts_in_tiles(size: int, each: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expert 3 of 6 is chosen by nobody, expert 5 by all."""
+    monkeypatch.setattr(tiles, "TILE", size)
+    w, values = weight("Q5_0", 6, 40, 160)
+    others = np.random.default_rng(0).choice([0, 1, 2, 4], 23)
+    chosen = np.stack([others, np.full(23, 5)], axis=1)
+    x = random(5, 23, 2 if each else 1, 160)
+    want = np.einsum("tek,tenk->ten", np.broadcast_to(exact(x), (23, 2, 160)), values[chosen])
+    near(tiles.expert_linear(x, w, mx.array(chosen), metal), want)
+    near(tiles.few_expert_rows(x, w, mx.array(chosen), metal), want, 1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 9])
+def test_few_rows(rows: int) -> None:
+    w, values = weight("Q4_K", 40, 256)
+    x = random(6, rows, 256)
+    near(tiles.few_rows(x, w, metal), exact(x) @ values.T, 1e-5)
+
+
+def test_takes() -> None:
+    w, _ = weight("Q4_0", 1, 32)  # planes of less than 8 elements are not in device memory
+    assert not tiles.takes(w)
+    assert tiles.takes(weight("Q4_0", 1, 2048)[0])
+    assert tiles.takes(random(0, 2, 8, dtype=mx.bfloat16))
+    assert not tiles.takes(random(0, 2, 8))  # MLX multiplies fp32 as it is
+
+
+@pytest.mark.parametrize(
+    ("kind", "tag"), [(kind, "q4_k_m") for kind in KINDS] + [("31b", "rare"), ("26b-a4b", "split-mix"), ("e4b", "ud")]
+)
+def test_a_prompt_in_tiles_gives_the_stock_logits(kind: str, tag: str, tmp_path: Path) -> None:
+    """Prompts of 7 rows (mat-vecs) and 45 (tiles), all logits."""
+    plain = load(path(kind, tag, tmp_path), weights="packed").model
+    fast = Model(plain.config, plain.weights, Kernels(metal))
+    for prompt in (prompts(kind)[0], prompts(kind)[-1]):
+        want, got = (
+            np.array(model.forward(mx.array(prompt), model.new_state(), all_logits=True)) for model in (plain, fast)
+        )
+        assert kl(want, got) <= 1e-4
+
+
+def test_a_tile_that_fails_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(**_: object) -> object:
+        raise RuntimeError("no compiler")
+
+    plain = load(path("12b", "q4_k_m", tmp_path), weights="packed").model
+    w = next(w for layer in plain.weights.layers if isinstance(w := layer.ffn_down, Packed))
+    x = random(7, 40, w.shape[-1])
+    run = Kernels(broken)
+    assert mx.array_equal(run.linear(x, w), Kernels(metal, frozenset(["expand", "matvec"])).linear(x, w))
+    assert run.off == {f"expand {w.format.name}"}
+    assert "no compiler" in caplog.text
