@@ -7,8 +7,9 @@ Nothing here knows a model or a KV state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -204,41 +205,60 @@ def attention(
     Returns:
         [T, H D]
     """
-    tokens, heads, dim = q.shape
+    lengths = tuple(k.shape[-2] for k, _ in parts)
     kv_heads = parts[0][0].shape[-3]
-    length = sum(k.shape[-2] for k, _ in parts)
-    rows = heads // kv_heads * tokens
-    cut = cut or attention_cut(length, rows, kv_heads)
+    run, launch, merge = _prepared_attention(q.shape, q.dtype, kv_heads, lengths, maker, scale, window, out, cut)
+    done = run(inputs=[q, spans, *(a.reshape(a.shape[-3:]) for part in parts for a in part)], **launch)
+    return done[0] if merge is None else merge[0](inputs=list(done), **merge[1])[0]
+
+
+Launch = tuple[Callable[..., Sequence[Any]], dict[str, Any]]  # a kernel and its arguments but for the inputs
+
+
+@lru_cache(maxsize=4096)  # hundreds of launches a token: the GPU must not wait for this to be worked out
+def _prepared_attention(
+    shape: tuple[int, int, int],
+    dtype: mx.Dtype,
+    kv_heads: int,
+    lengths: tuple[int, ...],
+    maker: Maker,
+    scale: float,
+    window: int,
+    out: mx.Dtype | None,
+    cut: Cut | None,
+) -> tuple[Callable[..., Sequence[Any]], dict[str, Any], Launch | None]:
+    """The kernel, its arguments but for the inputs, and the same of the merge if there is one."""
+    tokens, heads, dim = shape
+    rows, total = heads // kv_heads * tokens, tokens * heads
+    cut = cut or attention_cut(sum(lengths), rows, kv_heads)
     split = cut.pieces > 1
-    out = out or q.dtype
+    out = out or dtype
     defines = {"D": dim, "GQA": heads // kv_heads, "ROWS": cut.rows, "SG": cut.simdgroups, "KEYS": cut.keys}
-    defines |= {"PARTS": len(parts), "WINDOW": window, "SPLIT": split}
-    absent = [f"{kv}{i}" for i in range(len(parts), MAX_PARTS) for kv in "kv"]
+    defines |= {"PARTS": len(lengths), "WINDOW": window, "SPLIT": split}
+    absent = [f"{kv}{i}" for i in range(len(lengths), MAX_PARTS) for kv in "kv"]
     kernel = render(
         "attention",
         "attention.metal",
-        q.dtype,
+        dtype,
         defines | {"U": _TYPES[out], "SCALE": _f(scale)},
         absent + (["out"] if split else ["sums", "stats"]),
     )
-    total = tokens * heads
-    done = _build(maker, kernel)(
-        inputs=[q, spans, *(a.reshape(a.shape[-3:]) for part in parts for a in part)],
-        grid=(32 * cut.simdgroups * -(-rows // cut.rows), cut.pieces, kv_heads),
-        threadgroup=(32 * cut.simdgroups, 1, 1),
-        output_shapes=[(total, cut.pieces, dim), (total, cut.pieces, 2)] if split else [(tokens, heads * dim)],
-        output_dtypes=[mx.float32] * 2 if split else [out],
-    )
+    launch: dict[str, Any] = {
+        "grid": (32 * cut.simdgroups * -(-rows // cut.rows), cut.pieces, kv_heads),
+        "threadgroup": (32 * cut.simdgroups, 1, 1),
+        "output_shapes": [(total, cut.pieces, dim), (total, cut.pieces, 2)] if split else [(tokens, heads * dim)],
+        "output_dtypes": [mx.float32] * 2 if split else [out],
+    }
     if not split:
-        return done[0]
-    merge = render("merge", "attention.metal", q.dtype, {"U": _TYPES[out], "D": dim, "SG": 8})
-    return _build(maker, merge)(
-        inputs=list(done),
-        grid=(256, -(-dim // 128), total),
-        threadgroup=(256, 1, 1),
-        output_shapes=[(tokens, heads * dim)],
-        output_dtypes=[out],
-    )[0]
+        return _build(maker, kernel), launch, None
+    merge = render("merge", "attention.metal", dtype, {"U": _TYPES[out], "D": dim, "SG": 8})
+    merge_launch = {
+        "grid": (256, -(-dim // 128), total),
+        "threadgroup": (256, 1, 1),
+        "output_shapes": [(tokens, heads * dim)],
+        "output_dtypes": [out],
+    }
+    return _build(maker, kernel), launch, (_build(maker, merge), merge_launch)
 
 
 def attention_twin(
