@@ -28,7 +28,7 @@ class Layout:
         """Where the segments of a global layer end once `length` tokens are sealed; the rest is the tail's.
 
         Up to `tops` segments of the largest size, then one a level, each a multiple of its level's size. With the
-        defaults a token is copied about 16 times as its sequence grows to 128K, and there are never over 7.
+        defaults a token is copied 11 times as its sequence grows to 128K, and there are never over 7.
         """
         blocks = length // self.tail
         unit = self.fan
