@@ -224,6 +224,24 @@ def test_segments_are_few_and_in_order(layout: Layout) -> None:
             assert len(ends) <= 7
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parts_follow_from_the_lengths(layout: Layout) -> None:
+    """What attention sees is cut alike however the tokens came: the order of its sums is always the same."""
+    model = small_model("12b", 9, layout)
+    for seed in range(20):
+        state, plain = model.new_state(), PlainState(model)
+        for n in np.random.default_rng(seed).choice([1, 1, 1, 2, 4, 8, 13], 30).tolist():
+            plain.check_room(n)
+            for i, shape in enumerate(model.config.layers):
+                k = mx.zeros((1, shape.kv_heads, n, shape.head_dim))
+                state.append(i, k, k)
+                plain.append(i, k, k)
+                ours, theirs = ([(p.start, p.keys.shape) for p in s.view(i, n)] for s in (state, plain))
+                assert ours == theirs
+            state.advance(mx.zeros(n, mx.int32))
+            plain.advance(mx.zeros(n, mx.int32))
+
+
 def test_a_token_is_copied_some_times_only() -> None:
     """Growing to 128K, one token at a time: how often the segments' tokens are written, a token."""
     layout, have, copied = Layout(), set(), 0
