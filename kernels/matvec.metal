@@ -15,6 +15,9 @@
 // this step's are used. Then the lanes of a row add up by shuffles, and its simdgroups over threadgroup
 // memory. SG simdgroups, threadgroup of 32 SG; grid (32 SG ceil(N / rows of a threadgroup), 1, experts).
 //
+// With STAGE, the threadgroup brings each step's x to threadgroup memory as fp32 (and under norm), one step
+// ahead: for fp32 x and for NORM, whose loads straight from memory by lanes a chunk apart were the limit.
+//
 // Memory. Every byte of codes, sub and super once, in whole lines. x (and norm) once for each
 // simdgroup's ROWS * 32 / LANES rows, from the cache. y once.
 //
@@ -189,96 +192,162 @@ Chunk now[ROWS], next[ROWS];
 #define LOAD_SUPER(into, c) into[r].super[0] = 0;
 #endif
 
-int c = part * LANES + col;
-if (c < chunks) LOAD(now, c)
-while (c < chunks) {
-  const int c2 = c + LANES * SPLIT;
+#if STAGE
+// The next step's x on its way to threadgroup memory: thread i brings 8 numbers of every SG * 256.
+threadgroup float4 staged[2][TOKENS][CHUNK / 4][LANES * SPLIT];  // neighbouring lanes read neighbouring places
+constexpr int BRING = (LANES * SPLIT * CHUNK / 8 + SG * 32 - 1) / (SG * 32);
+float brought[TOKENS][BRING][8];
+#define BRING_X(step)                                                                      \
+  UNROLL for (int b = 0; b < BRING; b++) {                                                 \
+    const int i = (b * SG * 32 + sg * 32 + lane) * 8, k = (step) * (LANES * SPLIT * CHUNK) + i; \
+    if (i < LANES * SPLIT * CHUNK && k < K) {                                              \
+      BRING_NORM(k)                                                                        \
+      UNROLL for (int t = 0; t < TOKENS; t++) {                                            \
+        load8(xs + t * K + k, brought[t][b]);                                              \
+        UNROLL for (int j = 0; j < 8 * NORM; j++) {                                        \
+          squares[t] += brought[t][b][j] * brought[t][b][j];                               \
+          brought[t][b][j] *= scale[j];                                                    \
+        }                                                                                  \
+      }                                                                                    \
+    }                                                                                      \
+  }
+#if NORM
+#define BRING_NORM(k) float scale[8]; load4(norm + (k), scale); load4(norm + (k) + 4, scale + 4);
+#else
+#define BRING_NORM(k) const float scale[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+#endif
+#define STAGE_X(step)                                                                      \
+  UNROLL for (int b = 0; b < BRING; b++) {                                                 \
+    const int i = (b * SG * 32 + sg * 32 + lane) * 8, k = (step) * (LANES * SPLIT * CHUNK) + i; \
+    if (i < LANES * SPLIT * CHUNK && k < K) {                                              \
+      UNROLL for (int t = 0; t < TOKENS; t++) {                                            \
+        UNROLL for (int q = 0; q < 2; q++) {                                               \
+          float4 four;                                                                     \
+          four.x = brought[t][b][q * 4];                                                   \
+          four.y = brought[t][b][q * 4 + 1];                                               \
+          four.z = brought[t][b][q * 4 + 2];                                               \
+          four.w = brought[t][b][q * 4 + 3];                                               \
+          staged[(step) % 2][t][i % CHUNK / 4 + q][i / CHUNK] = four;                      \
+        }                                                                                  \
+      }                                                                                    \
+    }                                                                                      \
+  }                                                                                        \
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+#endif
+
+const int place = part * LANES + col, steps = (chunks + LANES * SPLIT - 1) / (LANES * SPLIT);
+if (place < chunks) LOAD(now, place)
+#if STAGE
+BRING_X(0)
+STAGE_X(0)
+#endif
+for (int step = 0; step < steps; step++) {
+  const int c = step * (LANES * SPLIT) + place, c2 = c + LANES * SPLIT;
 #if PREFETCH
   if (c2 < chunks) LOAD(next, c2)
 #endif
-  UNROLL
-  for (int g = 0; g < SPANS; g++) {
-    float dots[TOKENS][ROWS][HALVES], sums[TOKENS][HALVES];
-    UNROLL
-    for (int t = 0; t < TOKENS; t++) {
-      UNROLL
-      for (int h = 0; h < HALVES; h++) {
-        sums[t][h] = 0;
-        UNROLL
-        for (int r = 0; r < ROWS; r++) dots[t][r][h] = 0;
-      }
-    }
-    UNROLL
-    for (int i = 0; i < SPAN; i += 8) {
-      const int at = g * SPAN + i;
-      float v[TOKENS][8];
-#if NORM
-      float scale[8];
-      load4(norm + c * CHUNK + at, scale);
-      load4(norm + c * CHUNK + at + 4, scale + 4);
+#if STAGE
+  if (step + 1 < steps) BRING_X(step + 1)
 #endif
+  if (c < chunks) {
+    UNROLL
+    for (int g = 0; g < SPANS; g++) {
+      float dots[TOKENS][ROWS][HALVES], sums[TOKENS][HALVES];
       UNROLL
       for (int t = 0; t < TOKENS; t++) {
-        load8(xs + t * K + c * CHUNK + at, v[t]);
         UNROLL
-        for (int j = 0; j < 8; j++) {
-#if NORM
-          squares[t] += v[t][j] * v[t][j];
-          v[t][j] *= scale[j];
+        for (int h = 0; h < HALVES; h++) {
+          sums[t][h] = 0;
+          UNROLL
+          for (int r = 0; r < ROWS; r++) dots[t][r][h] = 0;
+        }
+      }
+      UNROLL
+      for (int i = 0; i < SPAN; i += 8) {
+        const int at = g * SPAN + i;
+        float v[TOKENS][8];
+#if NORM && !STAGE
+        float scale[8];
+        load4(norm + c * CHUNK + at, scale);
+        load4(norm + c * CHUNK + at + 4, scale + 4);
 #endif
-          if (!HAS_LUT) sums[t][j % HALVES] += v[t][j];
+        UNROLL
+        for (int t = 0; t < TOKENS; t++) {
+#if STAGE
+          UNROLL
+          for (int q = 0; q < 2; q++) {
+            const float4 four = staged[step % 2][t][at / 4 + q][place];
+            v[t][q * 4] = four.x;
+            v[t][q * 4 + 1] = four.y;
+            v[t][q * 4 + 2] = four.z;
+            v[t][q * 4 + 3] = four.w;
+          }
+#else
+          load8(xs + t * K + c * CHUNK + at, v[t]);
+#endif
+          UNROLL
+          for (int j = 0; j < 8; j++) {
+#if NORM && !STAGE
+            squares[t] += v[t][j] * v[t][j];
+            v[t][j] *= scale[j];
+#endif
+            if (!HAS_LUT) sums[t][j % HALVES] += v[t][j];
+          }
+        }
+        UNROLL
+        for (int r = 0; r < ROWS; r++) {
+          UNROLL
+          for (int j = 0; j < 8; j++) {
+#if HAS_LUT
+            const float w = lut[(now[r].codes[(at + j) / 8] >> ((at + j) % 8 * 4)) & 15u];
+#else
+            const float w = unit_code(now[r].codes, at + j, one);
+#endif
+            UNROLL
+            for (int t = 0; t < TOKENS; t++) dots[t][r][j % HALVES] += w * v[t][j];
+          }
         }
       }
       UNROLL
       for (int r = 0; r < ROWS; r++) {
+        float a, b;
+        scales(now[r].sub, now[r].super[g * SUPERS / SPANS], g, a, b);
         UNROLL
-        for (int j = 0; j < 8; j++) {
+        for (int t = 0; t < TOKENS; t++) {
 #if HAS_LUT
-          const float w = lut[(now[r].codes[(at + j) / 8] >> ((at + j) % 8 * 4)) & 15u];
+          acc[t][r] += a * dots[t][r][0];
 #else
-          const float w = unit_code(now[r].codes, at + j, one);
+          const float sum = sums[t][0] + (PAIRS ? sums[t][HALVES - 1] : 0.0f);
+          float dot = STEP * dots[t][r][HALVES - 1] - (STEP * sums[t][HALVES - 1] + float(OFFSET) * sum);
+          if (PAIRS) dot += STEP * STEP * (dots[t][r][0] - sums[t][0]);
+          acc[t][r] += a * dot;
+          if (HAS_MIN) acc[t][r] += b * sum;
 #endif
-          UNROLL
-          for (int t = 0; t < TOKENS; t++) dots[t][r][j % HALVES] += w * v[t][j];
         }
-      }
-    }
-    UNROLL
-    for (int r = 0; r < ROWS; r++) {
-      float a, b;
-      scales(now[r].sub, now[r].super[g * SUPERS / SPANS], g, a, b);
-      UNROLL
-      for (int t = 0; t < TOKENS; t++) {
-#if HAS_LUT
-        acc[t][r] += a * dots[t][r][0];
-#else
-        const float sum = sums[t][0] + (PAIRS ? sums[t][HALVES - 1] : 0.0f);
-        float dot = STEP * dots[t][r][HALVES - 1] - (STEP * sums[t][HALVES - 1] + float(OFFSET) * sum);
-        if (PAIRS) dot += STEP * STEP * (dots[t][r][0] - sums[t][0]);
-        acc[t][r] += a * dot;
-        if (HAS_MIN) acc[t][r] += b * sum;
-#endif
       }
     }
   }
 #if PREFETCH
   UNROLL
   for (int r = 0; r < ROWS; r++) now[r] = next[r];
+#else
+  if (c2 < chunks) LOAD(now, c2)
 #endif
-  c = c2;
-#if !PREFETCH
-  if (c < chunks) LOAD(now, c)
+#if STAGE
+  if (step + 1 < steps) {
+    STAGE_X(step + 1)
+  }
 #endif
 }
 
 UNROLL
 for (int t = 0; t < TOKENS; t++) {
-  if (NORM) squares[t] = sum_lanes(squares[t], LANES);
+  if (NORM) squares[t] = sum_lanes(squares[t], STAGE ? 32 : LANES);
   UNROLL
   for (int r = 0; r < ROWS; r++) acc[t][r] = sum_lanes(acc[t][r], LANES);
 }
 
-#if SPLIT > 1
+#if SPLIT > 1 || (STAGE && NORM && SG > 1)
 // Simdgroups that share rows leave their sums; the first of them collects.
 threadgroup float shared_acc[SG][TOKENS][ROWS][APART];
 threadgroup float shared_squares[SG][TOKENS];
@@ -292,10 +361,17 @@ if (col == 0) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 if (part == 0 && col == 0) {
+  if (STAGE && NORM) {  // each thread saw its own part of x
+    UNROLL
+    for (int t = 0; t < TOKENS; t++) {
+      squares[t] = 0;
+      for (int s = 0; s < SG; s++) squares[t] += shared_squares[s][t];
+    }
+  }
   for (int s = 1; s < SPLIT; s++) {
     UNROLL
     for (int t = 0; t < TOKENS; t++) {
-      if (NORM) squares[t] += shared_squares[sg + s][t];
+      if (NORM && !STAGE) squares[t] += shared_squares[sg + s][t];
       UNROLL
       for (int r = 0; r < ROWS; r++) acc[t][r] += shared_acc[sg + s][t][r][lane / LANES];
     }

@@ -202,6 +202,9 @@ def matvec_kernel(
     defines["SG"] = defines.pop("SIMDGROUPS")
     # Pairs cost accuracy (2^-24 * 2^(2 bits) of a term): too much for wide codes, and for fp32's own precision.
     defines["PAIRS"] = fmt.bits <= 4 and fmt.lut is None and dtype != mx.float32
+    # Two steps of x in threadgroup memory, of which Metal has 32 KB.
+    room = 2 * 4 * tokens * cut.lanes * cut.split * cut.chunk
+    defines["STAGE"] = (norm or dtype == mx.float32) and room <= 30 << 10
     flags = {"GLU": glu, "TIMES": times, "NORM": norm, "EXPERTS": experts, "EXPERT_X": expert_x}
     defines |= {"TOKENS": tokens, "EPS": f"{eps}f", "U": _TYPES[out or dtype], **flags}
     present = {"sub": fmt.sub_bits, "super": fmt.super_block, "norm": norm, "ids": experts, "times": times}
