@@ -27,6 +27,8 @@ from .state import KVState
 from .tokenizer import StreamDecoder, Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
+# The keys under general.sampling, with what holds where a file is silent: Google's choice for Gemma 4.
+SAMPLING_KEYS = {"temp": 1.0, "top_k": 64, "top_p": 0.95, "min_p": 0.0, "penalty_repeat": 1.0}
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def load(
         model, plan = load_model(config, gguf_source(file), weights, fuse, progress, usable_kernels())
         check_model(model)
         sampling = _sampling_defaults(
-            {key: file.metadata.get(f"general.sampling.{key}") for key in ("temp", "top_k", "top_p", "min_p")}, path
+            {key: file.metadata.get(f"general.sampling.{key}") for key in SAMPLING_KEYS}, path
         )
     return LanguageModel(path, config, model, tokenizer, sampling, plan)
 
@@ -182,7 +184,7 @@ def _load_folder(
     check_model(model)
     generation = path / "generation_config.json"
     values = _read_json(generation) if generation.is_file() else {}
-    values["temp"] = values.get("temperature")
+    values |= {"temp": values.get("temperature"), "penalty_repeat": values.get("repetition_penalty")}
     return LanguageModel(path, config, model, tokenizer, _sampling_defaults(values, generation), plan)
 
 
@@ -197,15 +199,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _sampling_defaults(values: Mapping[str, Any], source: Path) -> Sampling:
-    """What a file recommends; where it is silent, what Google's Gemma 4 files say (1.0, 64, 0.95)."""
-    chosen = {"temp": 1.0, "top_k": 64, "top_p": 0.95, "min_p": 0.0}
-    chosen.update({key: value for key in chosen if (value := values.get(key)) is not None})
+    """What a file recommends, over the defaults of SAMPLING_KEYS."""
+    chosen = SAMPLING_KEYS | {key: value for key in SAMPLING_KEYS if (value := values.get(key)) is not None}
     try:
         return Sampling(
             temperature=float(chosen["temp"]),
             top_k=int(chosen["top_k"]),
             top_p=float(chosen["top_p"]),
             min_p=float(chosen["min_p"]),
+            repetition_penalty=float(chosen["penalty_repeat"]),
         )
     except (TypeError, ValueError, InputError):
         raise InputError(
