@@ -104,7 +104,8 @@ class Model:
             fp32 logits for the next token, [vocab], or [T, vocab] with `all_logits`.
         """
         with execution() as outermost:
-            if self.kernels and can_step(self, ids.size):
+            state.check_room(ids.size)
+            if self.kernels and can_step(self, ids.size) and state.fits_tail(ids.size):
                 logits = step(self, self.kernels, ids, state, self._rope_of)
             else:
                 logits = self._head(self._layers(ids, state, ids.size if all_logits else 1))

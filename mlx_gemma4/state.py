@@ -103,6 +103,10 @@ class KVState:
         """Give a layer its next contents; they count from `advance` on."""
         self._staged[layer] = kv
 
+    def fits_tail(self, tokens: int) -> bool:
+        """Whether the tails, once full ones are sealed, have room for so many tokens."""
+        return self._length % self.layout.tail + tokens <= self.layout.tail
+
     def restore(self, layers: dict[int, LayerKV], tokens: list[int]) -> None:
         """Give an empty state all of its contents at once."""
         self._layers, self._tokens, self._length = dict(layers), list(tokens), len(tokens)

@@ -238,6 +238,7 @@ def test_parts_follow_from_the_lengths(layout: Layout) -> None:
                 plain.append(i, k, k)
                 ours, theirs = ([(p.start, p.keys.shape) for p in s.view(i, n)] for s in (state, plain))
                 assert ours == theirs
+                assert state.fits_tail(n) == (state.layers[i].count % layout.tail + n <= layout.tail)
             state.advance(mx.zeros(n, mx.int32))
             plain.advance(mx.zeros(n, mx.int32))
 
