@@ -8,6 +8,7 @@ measured is the kernel's own error: ||got - want|| / ||want|| at most 1e-3 for 1
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -169,6 +170,32 @@ def test_own_tiling(maker: kernels.Maker) -> None:
         w, values = weight("Q8_0", n, k)
         x = random(11, 1, k, dtype=mx.float16)
         close(kernels.matvec(x, w, maker), exact(x) @ values.T, mx.float16)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ4_XS"])
+def test_staged_x_has_no_race(name: str) -> None:
+    """x under a norm goes through threadgroup memory, two steps by turns; 45 rows leave lanes without work."""
+
+    def racing(**declared: Any) -> Any:
+        kernel = metal_sim.kernel(**declared)
+        return lambda **arguments: kernel(seed=3, sanitize="thread", **arguments)
+
+    w, values = weight(name, 45, 1280)
+    x, norm = random(12, 1, 1280), mx.abs(random(13, 1280)) + 0.5
+    cut = kernels.Tiling(lanes=8, rows=4, split=3, simdgroups=6)
+    want = rms(exact(x), exact(norm)) @ values.T
+    close(kernels.matvec(x, w, racing, norm=norm, cut=cut), want, mx.float32)
+
+
+def test_cuda_text_keeps_threadgroup_memory_shared() -> None:
+    """Each threadgroup variable of every kernel becomes __shared__, and no word of Metal's address spaces is left."""
+    for file in ("matvec.metal", "attention.metal", "norms.metal", "choose.metal", "qkv.metal", "embed.metal"):
+        metal = re.sub(r"(?m)//.*$", "", kernels._text(file))
+        cuda = kernels.to_cuda(metal)
+        declared = re.findall(r"(?m)^\s*threadgroup \w+ (\w+)(?:\[.*\])*;", metal)
+        assert declared == re.findall(r"(?m)^\s*__shared__ \w+ (\w+)(?:\[.*\])*;", cuda)
+        assert not re.search(r"\b(threadgroup|device|constant|thread)\s", cuda)
+    assert "__shared__ float4 staged" in kernels.to_cuda(kernels._text("matvec.metal"))
 
 
 def test_logits_in_fp32(maker: kernels.Maker) -> None:
