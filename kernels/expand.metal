@@ -71,7 +71,8 @@ if (row < uint(codes_shape[0])) {
 #if HAS_LUT
     v[j] = a * table[code] + b;
 #else
-    v[j] = a * float(int(code) - OFFSET) + b;
+    // A code in the mantissa of 2^23, for a conversion is slow: exact, as is the offset taken off.
+    v[j] = a * (as_type<float>(0x4B000000u | code) - float(0x800000 + OFFSET)) + b;
 #endif
   }
   store8(out + ulong(i) * 8, v);

@@ -12,8 +12,9 @@ ways. Of weights, magnitudes over 65504 are out of reach; no model has them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from math import prod
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +24,7 @@ from . import kernels, quant
 from .kernels import _DEVICE, Maker, _build, _traits, render
 from .memory import on_cpu
 from .ops import Weight
-from .quant import Packed
+from .quant import FORMATS, Packed
 
 # Weights of a tile, 64 MB of fp16: enough rows to fill the matrix units, little beside a model.
 TILE = 1 << 25
@@ -35,20 +36,26 @@ MANY_ROWS_AN_EXPERT = 4
 
 def expand(w: Packed, maker: Maker, dtype: mx.Dtype = mx.float16) -> Any:
     """The numbers of a packed weight, of its shape, in any float type; computed in fp32."""
-    k = w.shape[-1]
-    planes = {"codes": w.codes, "sub": w.sub, "super": w.super}
-    # The planes' leading axes are rows, one after the other.
-    flat = {name: a.reshape(-1, *_row(name, a)) for name, a in planes.items() if a is not None}
-    rows = flat["codes"].shape[0]
-    absent = [name for name in planes if name not in flat]
-    kernel = render("expand", "expand.metal", dtype, {**_traits(w.format, 32, k), "K": k}, absent)
-    return _build(maker, kernel)(
-        inputs=[flat[name] for name in kernel.inputs],
-        grid=(256 * -(-rows * k // 2048), 1, 1),
+    # The planes' leading axes are rows, one after the other. `super` has blocks and numbers in a row.
+    planes = {"codes": (w.codes, 1), "sub": (w.sub, 1), "super": (w.super, 2)}
+    flat = {name: a.reshape(-1, *a.shape[-kept:]) for name, (a, kept) in planes.items() if a is not None}
+    inputs, run = _expander(w.format.name, w.shape[-1], dtype, maker)
+    return run(
+        inputs=[flat[name] for name in inputs],
+        grid=(256 * -(-prod(w.shape) // 2048), 1, 1),
         threadgroup=(256, 1, 1),
         output_shapes=[w.shape],
         output_dtypes=[dtype],
     )[0]
+
+
+@cache  # a prompt launches hundreds, and the GPU must not wait for this to be worked out
+def _expander(name: str, k: int, dtype: mx.Dtype, maker: Maker) -> tuple[tuple[str, ...], Callable[..., Sequence[Any]]]:
+    """The inputs of the kernel for a format and a row length, and what launches it."""
+    form = FORMATS[name]
+    absent = [plane for plane, there in (("sub", form.sub_bits), ("super", form.super_block)) if not there]
+    kernel = render("expand", "expand.metal", dtype, {**_traits(form, 32, k), "K": k}, absent)
+    return kernel.inputs, _build(maker, kernel)
 
 
 def expand_twin(w: Packed, dtype: mx.Dtype = mx.float16) -> mx.array:
@@ -121,7 +128,7 @@ def few_expert_rows(x: mx.array, w: Packed, chosen: mx.array, maker: Maker) -> m
 
 
 def takes(w: Weight) -> bool:
-    """Whether a weight can be expanded: of 16-bit floats, or packed in rows of whole 32s, handed over as device memory."""
+    """Whether a weight can be expanded: of 16-bit floats, or packed in rows of whole 32s, in device memory."""
     if isinstance(w, mx.array):
         return w.dtype != mx.float32  # which is multiplied as it is
     if not isinstance(w, Packed):
@@ -129,11 +136,6 @@ def takes(w: Weight) -> bool:
     arrays = [a for a in (w.codes, w.sub, w.super) if a is not None]
     tiles = w.shape[0] if len(w.shape) == 3 else 1  # at most: one for each expert
     return w.shape[-1] % 32 == 0 and all(a.size // tiles >= _DEVICE for a in arrays)
-
-
-def _row(name: str, plane: mx.array) -> tuple[int, ...]:
-    """The shape of one row of a plane: of `super`, blocks and numbers."""
-    return plane.shape[-2:] if name == "super" else plane.shape[-1:]
 
 
 def _tiles(count: int, size: int, multiple: int) -> list[tuple[int, int]]:
@@ -148,7 +150,8 @@ def _tiles(count: int, size: int, multiple: int) -> list[tuple[int, int]]:
 def _tile(w: Packed | mx.array, start: int, stop: int, after: list[mx.array], maker: Maker) -> mx.array:
     """Rows (or experts) of a weight as fp16, not before `after` is there."""
     if isinstance(w, mx.array):
-        return mx.depends([w[start:stop]], after)[0].astype(mx.float16)
+        rows: mx.array = mx.depends([w[start:stop]], after)[0]
+        return rows.astype(mx.float16)
     codes, sub, top = (None if a is None else a[start:stop] for a in (w.codes, w.sub, w.super))
     assert codes is not None
     part = Packed(w.format, (stop - start, *w.shape[1:]), mx.depends([codes], after)[0], sub, top)

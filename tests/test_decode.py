@@ -23,9 +23,9 @@ BUDGET = {"12b": 9, "31b": 9, "gemma3": 9, "e2b": 12, "e4b": 12, "26b-a4b": 14}
 
 
 def both(
-    kind: str, tag: str, folder: Path, maker: Any = metal, off: frozenset[str] = frozenset()
+    kind: str, tag: str, folder: Path, maker: Any = metal, off: frozenset[str] = frozenset(["expand"])
 ) -> tuple[Model, Model]:
-    """A model with stock operations, and the same weights with kernels."""
+    """A model with stock operations, and the same weights with kernels; tiles of a prompt, which round to fp16, off."""
     plain = load(path(kind, tag, folder), weights="packed").model
     return plain, Model(plain.config, plain.weights, Kernels(maker, off))
 

@@ -1,6 +1,7 @@
 """Products of many rows: the kernel that expands a tile, run by the Metal simulator, and what is built on it.
 
-Held to numpy in double precision. The products round x and their results to fp16, the CPU its sums too: 2e-3 of the norm.
+Held to numpy in double precision. The products round x and their results to fp16, the CPU its sums too: 2e-3 of the
+norm.
 """
 
 from __future__ import annotations

@@ -1,0 +1,126 @@
+"""Holds whole models on this machine's GPU with kernels to the same models with stock operations.
+
+    python benchmarks/gpu_check.py [--model GEMMA3.gguf ...] [--json OUT.json]
+
+In: the built-in model, the tests' fixtures of all six kinds, and any file named. Out: a table of KL divergences (of
+logits, over a prompt and a decode with given tokens) and of greedy tokens that agree, the exit code 1 if a KL is over
+1e-4, a kernel fails, or the first 200 tokens of the built-in model (or a file named) differ. Stock products are kept
+from MLX's TF32, so that what kernels are held to is fp32. On NVIDIA a kernel takes 2 s to compile the first time, so a
+first run takes minutes; MLX keeps what it compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_gemma4.decode import Kernels
+from mlx_gemma4.generation import Sampling, generate_tokens
+from mlx_gemma4.kernels import default_maker
+from mlx_gemma4.model import Model
+from mlx_gemma4.text import demo_path, load
+
+FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
+LIMIT = 1e-4
+KINDS = ("12b", "31b", "e2b", "e4b", "26b-a4b", "gemma3")
+TAGS = ("q4_k_m", "q4_0", "q6_k", "q8_0", "ud")
+EXTRA = ("31b-rare", "26b-a4b-split-mix", "12b-untied-q4_k_m")
+STEPS = 12
+PROMPT = "Tell me a story about a fox and a bear who share a boat."
+
+
+def kl(reference: mx.array, other: mx.array) -> float:
+    """Mean over rows of KL(reference || other), in nats and double precision."""
+
+    def log_softmax(x: mx.array) -> np.ndarray:
+        a = np.array(x).astype(np.float64)
+        a -= a.max(-1, keepdims=True)
+        return a - np.log(np.exp(a).sum(-1, keepdims=True))
+
+    p, q = log_softmax(reference), log_softmax(other)
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def logits(model: Model, ids: list[int], prompt: int) -> tuple[mx.array, mx.array]:
+    """Of a prompt's tokens, and of the rest one at a time."""
+    state = model.new_state()
+    first = model.forward(mx.array(ids[:prompt]), state, all_logits=True)
+    mx.eval(first)
+    rest = [model.forward(mx.array([i]), state) for i in ids[prompt:]]
+    return first, mx.stack(rest)
+
+
+def greedy(model: Model, ids: list[int], tokens: int) -> list[int]:
+    return list(generate_tokens(model, model.new_state(), ids, Sampling(temperature=0), tokens))
+
+
+def check(path: Path, tokens: int, must_agree: bool) -> dict[str, Any]:
+    """One line of the table."""
+    start = time.perf_counter()
+    lm = load(path, weights="packed")
+    maker = default_maker()
+    assert maker is not None
+    fast = Kernels(maker)
+    plain, kernels = (Model(lm.config, lm.model.weights, run) for run in (None, fast))
+    rng = np.random.default_rng(0)
+    words = [int(i) for i in rng.integers(4, lm.config.vocab, 300)]
+    ids = words if tokens < 100 else lm.encode_prompt(PROMPT)
+    want = greedy(plain, ids[:40] if tokens < 100 else ids, tokens)
+    got = greedy(kernels, ids[:40] if tokens < 100 else ids, tokens)
+    agree = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), min(len(want), len(got)))
+    text = words[:288] if tokens < 100 else ids + want[:-STEPS]
+    both = [logits(m, text + words[-STEPS:], len(text)) for m in (plain, kernels)]
+    row: dict[str, Any] = {"file": path.stem, "agree": agree, "of": tokens}
+    row |= {name: kl(both[0][i], both[1][i]) for i, name in enumerate(("prompt", "decode"))}
+    state = [m.new_state() for m in (plain, kernels)]
+    few = [m.forward(mx.array(words[:9]), s, all_logits=True) for m, s in zip((plain, kernels), state, strict=True)]
+    row["few"] = kl(few[0], few[1])
+    row |= {"off": sorted(fast.off), "seconds": time.perf_counter() - start}
+    small = all(row[name] <= LIMIT for name in ("prompt", "decode", "few"))
+    row["ok"] = bool(small and not row["off"] and (agree == tokens or not must_agree))
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, nargs="*", default=[], help="more files")
+    parser.add_argument("--quick", action="store_true", help="one file of each kind")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if default_maker() is None:
+        print("no GPU here: nothing to check", file=sys.stderr)
+        return 2
+    names = [f"{kind}-{tag}" for tag in TAGS[: 1 if options.quick else None] for kind in KINDS]
+    names += EXTRA[: 2 if options.quick else None]
+    files = [(demo_path(), 200), *((p, 200) for p in options.model)]
+    files += [(FIXTURES / f"{name}.gguf", 24) for name in names]
+    rows: list[dict[str, Any]] = []
+    for path, tokens in files:
+        try:
+            rows.append(check(path, tokens, tokens == 200))
+        except Exception as error:  # the next file is worth a try
+            traceback.print_exc()
+            rows.append({"file": path.stem, "ok": False, "error": f"{type(error).__name__}: {error}"})
+        print(
+            "  ".join(f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True
+        )
+        if options.json:
+            options.json.write_text(json.dumps({"mlx": mx.__version__, "device": str(mx.device_info()), "rows": rows}))
+    failed = [row["file"] for row in rows if not row["ok"]]
+    print(f"{len(rows) - len(failed)} of {len(rows)} files agree" + (f"; not {', '.join(failed)}" if failed else ""))
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
