@@ -203,19 +203,19 @@ def _mask(queries: int, part: Part, position: int, window: int | None) -> mx.arr
 
 def _dense_matmul(x: mx.array, w: mx.array) -> mx.array:
     """x @ wᵀ for a dense [N, K]."""
-    if w.dtype == mx.float32 and _numpy_multiplies(x.size // x.shape[-1]):
+    if w.dtype == mx.float32 and _numpy_multiplies(x.size // x.shape[-1], w.size):
         rows = np.asarray(x.astype(mx.float32).reshape(-1, x.shape[-1]))
         return mx.array(rows @ np.asarray(w).T).reshape(*x.shape[:-1], -1).astype(x.dtype)
     return (x.astype(w.dtype) @ w.T).astype(x.dtype)
 
 
-def _numpy_multiplies(rows: int) -> bool:
-    """Whether numpy is to multiply so many rows by a dense matrix: MLX's Linux wheels carry the reference BLAS.
+def _numpy_multiplies(rows: int, weights: int = 0) -> bool:
+    """Whether numpy is to multiply so many rows by so many weights: MLX's Linux wheels carry the reference BLAS.
 
-    numpy's is 40 times as fast on a prompt; for a few rows memory is the limit either way, and handing
+    numpy's is 40 times as fast on a prompt and twice on the head, on two cores; for a few rows of less, handing
     arrays over and back costs more than it gains (docs/log.md). macOS has Accelerate in MLX.
     """
-    return rows >= 4 and sys.platform == "linux" and on_cpu()
+    return (rows >= 4 or weights >= 1 << 24) and sys.platform == "linux" and on_cpu()
 
 
 def _affine_matmul(x: mx.array, w: Affine, chosen: mx.array | None = None) -> mx.array:
