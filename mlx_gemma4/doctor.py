@@ -40,6 +40,7 @@ LIMIT = 5e-3
 QUICK_ROWS = 256  # of a weight, when a model is loaded
 QUICK_LENGTHS = (attention.TAIL, attention.SHORT + 64)  # attention in one launch, and in pieces
 LENGTHS = (*QUICK_LENGTHS, 8192)
+PATIENCE = 4.0  # seconds of a quick check after which it says what takes so long
 REMEMBERED = 16  # verdicts kept, one a device, version of MLX and text of the kernels
 
 # What no kernel takes, and stock operations do everywhere.
@@ -183,16 +184,21 @@ def check_model(model: Model) -> None:
     if not new:
         return
     failed: dict[str, str] = {}
-    for check in new:
-        if check.op in failed:
-            continue
-        result = run_check(check, model.kernels.maker)
-        known.checked.add(check.key)
-        if result.failed:
-            failed[check.op] = result.verdict
-    known.failed |= failed
+    start: float | None = time.monotonic()
+    try:
+        for check in new:
+            if check.op in failed:
+                continue
+            result = run_check(check, model.kernels.maker)
+            known.checked.add(check.key)
+            if result.failed:
+                failed[check.op] = known.failed[check.op] = result.verdict
+            if start and time.monotonic() - start > PATIENCE:
+                log.warning("Checking this machine's kernels (first run), which this GPU's compiler takes long for ...")
+                start = None
+    finally:
+        remember(known)  # whoever interrupts this keeps what is done
     model.kernels.off |= failed.keys()
-    remember(known)
     log.warning("Checking this machine's kernels (first run) ... %s", _off(failed) if failed else "ok")
 
 
@@ -331,7 +337,7 @@ def examine(
     elif usable_kernels() is None:
         note += "MLX_GEMMA4_KERNELS=off, so stock operations run everything; here are the kernels all the same"
     else:
-        note += "each kernel beside stock operations, on random numbers"
+        note += "each kernel beside stock operations, on random numbers (NVIDIA's compiler takes minutes for them)"
     if not as_json:
         say(note)
         say(_line("kernel", "model", "shape", "error", "time", "GB/s", "verdict"))

@@ -104,7 +104,7 @@ def checks(s: Sizes, lengths: Sequence[int], rows: int | None = None) -> Iterato
 
     Args:
         lengths: of the contexts that global attention is checked over.
-        rows: the most rows of a weight to make; its kernel is cut as for all of them.
+        rows: a quick form: the most rows of a weight to make; its kernel is cut as for all of them.
     """
     for product in dict.fromkeys(s.products):
         yield _product(product, rows)
@@ -124,7 +124,8 @@ def checks(s: Sizes, lengths: Sequence[int], rows: int | None = None) -> Iterato
         yield _ple_inputs(s)
     if s.used:
         yield _top_k(s.experts, s.used)
-    yield _argmax(s.vocab)
+    if rows is None:  # generation takes the stock one
+        yield _argmax(s.vocab)
 
 
 # ---------------------------------------------------------------- the sizes of a model
@@ -243,11 +244,14 @@ def _product(p: Product, most: int | None) -> Check:
                 n_bytes,
             )
         cut = kernels.tiling(w.format, n * (p.used or 1), k, p.tokens)
-        return Case(
-            lambda maker: kernels.matvec(x, w, maker, cut=cut, **options),
-            lambda: product_twin(x, w, **options),
-            n_bytes,
-        )
+
+        def twin() -> mx.array:
+            if p.tokens == 1:
+                return product_twin(x, w, **options)
+            # For several rows MLX has a kernel of its own, which NVIDIA's compiler takes very long for.
+            return mx.concatenate([product_twin(x[i : i + 1], w, **options) for i in range(p.tokens)])
+
+        return Case(lambda maker: kernels.matvec(x, w, maker, cut=cut, **options), twin, n_bytes)
 
     return Check("dense", f"{p.type} {shape}", make) if p.type in FLOATS else Check(f"matvec {p.type}", shape, make)
 

@@ -151,6 +151,25 @@ def test_a_kernel_that_fails_while_a_model_runs(how: str, plain: Model, caplog: 
     assert warnings(caplog)[0].startswith("Kernel add_norm fails here and is off")
 
 
+def test_an_interrupted_check_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+
+    def interrupted(check: Any, maker: Any) -> Any:
+        if len(checked) == 3:
+            raise KeyboardInterrupt
+        checked.append(check.key)
+        return doctor.Result(check.op, check.shape, "ok")
+
+    on(monkeypatch, metal)
+    monkeypatch.setattr(doctor, "run_check", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load(MODEL, weights="packed")
+    first, checked = checked, []
+    with pytest.raises(KeyboardInterrupt):
+        load(MODEL, weights="packed")
+    assert len(checked) == 3 and not set(checked) & set(first)
+
+
 def test_kernels_switched_off_by_hand(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("MLX_GEMMA4_KERNELS", "off")
     maker = Ailing()
