@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from . import ops
+from . import ops, tiles
 from .config import Config, LayerConfig
 from .decode import Kernels, can_step, step
 from .execution import execution
@@ -80,6 +80,7 @@ class Model:
         self.kernels = kernels
         self._linear = kernels.linear if kernels else ops.linear
         self._expert_linear = kernels.expert_linear if kernels else ops.expert_linear
+        self._geglu = tiles.geglu if kernels else ops.geglu
         self._wavelengths = {
             (layer.sliding, layer.head_dim): _rope_wavelengths(config, layer, weights.rope_freqs)
             for layer in config.layers
@@ -215,7 +216,7 @@ class Model:
         else:
             assert layer.ffn_gate is not None and layer.ffn_up is not None
             gate, up = self._linear(h, layer.ffn_gate), self._linear(h, layer.ffn_up)
-        return self._linear(ops.gelu(gate) * up, layer.ffn_down)
+        return self._linear(self._geglu(gate, up), layer.ffn_down)
 
     def _mlp_and_experts(self, layer: Layer, x: mx.array) -> mx.array:
         """The dense MLP and the chosen experts, each under its own norm, summed: [T, hidden]."""
@@ -229,7 +230,7 @@ class Model:
             assert layer.ffn_gate_exps is not None and layer.ffn_up_exps is not None
             gate, up = (self._expert_linear(h, w, chosen) for w in (layer.ffn_gate_exps, layer.ffn_up_exps))
         assert layer.ffn_down_exps is not None
-        out = self._expert_linear(ops.gelu(gate) * up, layer.ffn_down_exps, chosen)  # [T, used, hidden]
+        out = self._expert_linear(self._geglu(gate, up), layer.ffn_down_exps, chosen)  # [T, used, hidden]
         experts = (out * share[..., None]).sum(axis=1)
         return dense + ops.rms_norm(experts, layer.post_ffw_norm_2, eps)
 

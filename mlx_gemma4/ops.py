@@ -55,6 +55,11 @@ def gelu(x: mx.array) -> mx.array:
     return 0.5 * x * (1 + mx.tanh(0.7978845608028654 * x * (1 + 0.044715 * x * x)))
 
 
+def geglu(gate: mx.array, up: mx.array) -> mx.array:
+    """gelu(gate) * up."""
+    return gelu(gate) * up
+
+
 def softcap(logits: mx.array, cap: float) -> mx.array:
     """cap * tanh(logits / cap): bends logits into (-cap, cap). 0 leaves them."""
     return cap * mx.tanh(logits / cap) if cap else logits

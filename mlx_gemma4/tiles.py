@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import kernels, quant
+from . import kernels, ops, quant
 from .kernels import _DEVICE, Maker, _build, _traits, render
 from .memory import on_cpu
 from .ops import Weight
@@ -114,17 +114,26 @@ def expert_linear(x: mx.array, w: Packed | mx.array, chosen: mx.array, maker: Ma
 
 
 def few_rows(x: mx.array, w: Packed, maker: Maker) -> mx.array:
-    """x @ wᵀ for x [T, K] by the mat-vec, `kernels.MAX_TOKENS` rows at a time."""
+    """x @ wᵀ for x [T, K] by the mat-vec, `kernels.MAX_TOKENS` rows at a time, in fp16 too."""
+    h, scale = _to_half(x)
     step = kernels.MAX_TOKENS
-    done = [kernels.matvec(x[i : i + step], w, maker) for i in range(0, x.shape[0], step)]
-    return done[0] if len(done) == 1 else mx.concatenate(done)
+    done = [kernels.matvec(h[i : i + step], w, maker, out=mx.float32) for i in range(0, x.shape[0], step)]
+    y = done[0] if len(done) == 1 else mx.concatenate(done)
+    return _from_half(y, scale).astype(x.dtype)
 
 
 def few_expert_rows(x: mx.array, w: Packed, chosen: mx.array, maker: Maker) -> mx.array:
     """`expert_linear` by the mat-vec, a row for each chosen expert of each token."""
-    rows = mx.broadcast_to(x, (*chosen.shape, x.shape[-1])).reshape(chosen.size, -1)
-    y: mx.array = kernels.matvec(mx.contiguous(rows), w, maker, ids=chosen.reshape(-1).astype(mx.int32))
-    return y.reshape(*chosen.shape, -1)
+    rows = mx.contiguous(mx.broadcast_to(x, (*chosen.shape, x.shape[-1])).reshape(chosen.size, -1))
+    h, scale = _to_half(rows)
+    y = kernels.matvec(h, w, maker, ids=chosen.reshape(-1).astype(mx.int32), out=mx.float32)
+    return _from_half(y, scale).astype(x.dtype).reshape(*chosen.shape, -1)
+
+
+def geglu(gate: mx.array, up: mx.array) -> mx.array:
+    """gelu(gate) * up, in one launch where MLX can."""
+    y: mx.array = _compiled(ops.geglu, not on_cpu())(gate, up)
+    return y
 
 
 def takes(w: Weight) -> bool:
