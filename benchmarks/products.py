@@ -1,9 +1,9 @@
-"""Times products of many rows (a prompt's) on this machine's GPU, by tiles and by mat-vecs, and checks one by the other.
+"""Times products of many rows (a prompt's) on this machine's GPU, by tiles and by mat-vecs, one checked by the other.
 
     python benchmarks/products.py
 
-In: nothing; random weights are made here. Out: for weights of 31B and for the experts of 26B-A4B, milliseconds by number
-of rows; where the two columns cross is where `tiles.MANY_ROWS` belongs. The exit code is 1 if they differ by over 2e-3.
+In: nothing; random weights are made here. Out: for weights of 31B and for the experts of 26B-A4B, milliseconds by
+number of rows; where the columns cross, `tiles.MANY_ROWS` belongs. The exit code is 1 if they differ by over 2e-3.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Callable
 from statistics import median
 
 import mlx.core as mx
-from kernels import random_weight
 
+from kernels import random_weight
 from mlx_gemma4 import tiles
 from mlx_gemma4.kernels import Maker, default_maker
 from mlx_gemma4.quant import Packed
