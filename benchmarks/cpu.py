@@ -38,7 +38,7 @@ ids = [lm.tokenizer.bos_id] + [1000 + i % 500 for i in range(prompt - 1)]
 s = Statistics()
 for _ in generate_tokens(lm.model, lm.model.new_state(), ids, Sampling(temperature=0), reply, statistics=s):
     pass
-print(json.dumps({"load": load, "first": first, "prefill": s.prompt_rate, "decode": s.reply_rate, "plan": lm.plan.holding}))
+print(json.dumps({"load": load, "first": first, "prefill": s.prompt_rate, "decode": s.reply_rate}))
 """
 
 
@@ -79,10 +79,9 @@ def main() -> None:
         if args.llama_bench:
             rows["llama.cpp"] = llama_cpp(path, args.llama_bench)
         for program, row in rows.items():
-            load = f"{row['load']:7.2f}" if "load" in row else "      -"
-            print(
-                f"{path.name[:28]:28} {program:11} {load} {row['first']:14.2f} {row['prefill']:14.1f} {row['decode']:13.1f}"
-            )
+            load = f"{row['load']:7.2f}" if "load" in row else f"{'-':>7}"
+            rates = f"{row['first']:14.2f} {row['prefill']:14.1f} {row['decode']:13.1f}"
+            print(f"{path.name[:28]:28} {program:11} {load} {rates}")
 
 
 if __name__ == "__main__":

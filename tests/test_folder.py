@@ -26,9 +26,7 @@ def distances(name: str, weights: str, fuse: bool = True) -> tuple[float, float]
     with np.load(FOLDERS / name / "logits.npz") as arrays:
         for prompt, key in zip(recorded.prompts(kind), arrays.files, strict=True):
             theirs = arrays[key]
-            ours = np.array(model.forward(mx.array(prompt), model.new_state(), all_logits=True))[
-                -len(theirs) :
-            ]
+            ours = np.array(model.forward(mx.array(prompt), model.new_state(), all_logits=True))[-len(theirs) :]
             worst = max(worst, float(np.abs(ours - theirs).max()))
             kls.append(recorded.kl(theirs, ours))
     return worst, float(np.mean(kls))
