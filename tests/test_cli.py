@@ -75,7 +75,9 @@ def test_verbose_tells_plan_and_fusion() -> None:
 def test_interrupted() -> None:
     """Ctrl-C leaves what was written, the statistics of what ran, and the exit code that shells expect."""
     args = [*COMMAND, "generate", "-p", "Once upon a time", "-n", "2000", "--temperature", "1"]
-    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # A runner in the background ignores Ctrl-C, and so would its children.
+    heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed)
     assert process.stdout is not None
     first = process.stdout.read(20)  # it has begun to answer
     process.send_signal(signal.SIGINT)
