@@ -15,18 +15,13 @@ from typing import Any
 import mlx.core as mx
 
 from . import ops
-from .kernels import _TYPES, Maker, _build, render
+from .kernels import _TYPES, Maker, _build, _f, render
 
 TAIL = 64  # tokens that the mutable end of a layer's keys and values can hold
 SHORT = 512  # tokens up to which attention is one launch
 MAX_PARTS = 8  # of keys and values; Metal takes 31 buffers a kernel, and a part needs three
 
 Part = tuple[mx.array, mx.array]  # keys and values, [G, capacity, D] or [1, G, capacity, D] each
-
-
-def _f(x: float) -> str:
-    """A number as a float literal of C."""
-    return f"{float(x)!r}f"
 
 
 # ---------------------------------------------------------------- queries, keys and values

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -114,7 +115,7 @@ def generate(
         with _progress("Reading", 1, " tokens") as update:
             chunks = text.stream(lm, ids, max_tokens=max_tokens, sampling=sampling, on_prompt=update, state=state)
             first = next(chunks)
-        for chunk in _with_first(first, chunks):
+        for chunk in chain([first], chunks):
             statistics = chunk.statistics
             pieces.append(chunk.text)
             if not as_json:
@@ -154,11 +155,6 @@ def _open_state(lm: LanguageModel, path: str | None) -> KVState:
     from .state_file import load_state
 
     return load_state(lm.model, path) if path and Path(path).exists() else lm.model.new_state()
-
-
-def _with_first(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
 
 
 def _report(

@@ -141,7 +141,7 @@ def product_twin(
         y = ops.expert_linear(h[:, None], w, chosen)[0 if shared else slice(None), slice(None) if shared else 0]
     if glu:
         gate, up = mx.split(y, 2, axis=-1)
-        y = ops.gelu(gate) * up
+        y = ops.geglu(gate, up)
     return y if times is None else ops.gelu(y) * times
 
 
@@ -263,7 +263,7 @@ def _experts(
         h = run.product(x, layer.ffn_gate_up_exps, glu=True, **norm)  # [used, F]
     else:
         assert layer.ffn_gate_exps is not None and layer.ffn_up_exps is not None
-        h = ops.gelu(run.product(x, layer.ffn_gate_exps, **norm)) * run.product(x, layer.ffn_up_exps, **norm)
+        h = ops.geglu(run.product(x, layer.ffn_gate_exps, **norm), run.product(x, layer.ffn_up_exps, **norm))
     out = run.product(h, layer.ffn_down_exps, ids=chosen[0])  # [used, hidden]
     return out[None], share, layer.post_ffw_norm_1, layer.post_ffw_norm_2
 

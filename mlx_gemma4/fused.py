@@ -25,14 +25,8 @@ from typing import Any
 import mlx.core as mx
 
 from . import ops
-from .kernels import _TYPES, Maker, _build, _traits, render
+from .kernels import _TYPES, Maker, _build, _f, _traits, render
 from .quant import Packed
-
-
-def _f(x: float) -> str:
-    """A number as a float literal of C."""
-    return f"{float(x)!r}f"
-
 
 # ---------------------------------------------------------------- residual and norms
 

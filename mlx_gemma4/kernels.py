@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from .memory import on_cpu
 from .quant import FORMATS, Format, Packed
 
 Maker = Callable[..., Callable[..., Sequence[Any]]]
@@ -38,6 +39,11 @@ class Kernel:
     outputs: tuple[str, ...]
     header: str
     source: str
+
+
+def _f(x: float) -> str:
+    """A number as a float literal of C."""
+    return f"{float(x)!r}f"
 
 
 @cache
@@ -95,7 +101,7 @@ def to_cuda(text: str) -> str:
 
 def default_maker() -> Maker | None:
     """How kernels run on this machine's default device, or None on a CPU."""
-    if mx.default_device() == mx.Device(mx.cpu):
+    if on_cpu():
         return None
     return cast(Maker, mx.fast.metal_kernel if mx.metal.is_available() else cuda)
 
@@ -207,7 +213,7 @@ def matvec_kernel(
     room = 2 * 4 * tokens * cut.lanes * cut.split * cut.chunk
     defines["STAGE"] = (norm or dtype == mx.float32) and room <= 30 << 10
     flags = {"GLU": glu, "TIMES": times, "NORM": norm, "EXPERTS": experts, "EXPERT_X": expert_x}
-    defines |= {"TOKENS": tokens, "EPS": f"{eps}f", "U": _TYPES[out or dtype], **flags}
+    defines |= {"TOKENS": tokens, "EPS": _f(eps), "U": _TYPES[out or dtype], **flags}
     present = {"sub": fmt.sub_bits, "super": fmt.super_block, "norm": norm, "ids": experts, "times": times}
     return render("matvec", "matvec.metal", dtype, defines, [n for n, there in present.items() if not there])
 

@@ -15,6 +15,7 @@ from . import ops, tiles
 from .config import Config, LayerConfig
 from .decode import Kernels, can_step, step
 from .execution import execution
+from .memory import on_cpu
 from .ops import Weight
 from .state import KVState
 
@@ -89,8 +90,12 @@ class Model:
 
     def new_state(self, max_tokens: int | None = None) -> KVState:
         """An empty KV state for this model, for at most `max_tokens`: fp32 on a CPU, fp16 on a GPU."""
-        dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.float16
-        return KVState(self, dtype, max_tokens)
+        return KVState(self, self.kv_dtype, max_tokens)
+
+    @property
+    def kv_dtype(self) -> mx.Dtype:
+        """Of keys and values on this device."""
+        return mx.float32 if on_cpu() else mx.float16
 
     def forward(self, ids: mx.array, state: KVState, *, all_logits: bool = False) -> mx.array:
         """Read tokens into the state.
@@ -118,6 +123,7 @@ class Model:
     def prefill(self, ids: mx.array, state: KVState) -> None:
         """Read tokens, int [T], into the state and want no logits: only keys and values are made."""
         with execution() as outermost:
+            state.check_room(ids.size)
             self._layers(ids, state, 0)
             if outermost:
                 mx.async_eval(state.arrays)
@@ -128,7 +134,6 @@ class Model:
         Nothing after the last keys and values depends on any but the wanted tokens, so from there on
         only those are computed (and with none wanted, the pass ends).
         """
-        state.check_room(ids.size)
         x = ops.embed(ids, self.weights.token_embd) * math.sqrt(self.config.hidden)  # [T, hidden]
         per_layer = self._per_layer_inputs(ids, x)
         last_kv = self.config.own_kv_layers - 1

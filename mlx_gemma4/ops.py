@@ -85,9 +85,8 @@ def linear(x: mx.array, w: Weight) -> mx.array:
     # Each piece waits for the one before (`depends`), so that only one is ever expanded.
     pieces: list[mx.array] = []
     for start in range(0, w.shape[0], rows):
-        part = _rows(w, start, start + rows)
         xi = mx.depends([x], pieces[-1:])[0] if pieces else x
-        pieces.append(_packed_matmul(xi, part, None))
+        pieces.append(_packed_matmul(xi, w[start : start + rows], None))
     return mx.concatenate(pieces, axis=-1)
 
 
@@ -109,7 +108,7 @@ def expert_linear(x: mx.array, w: Weight, chosen: mx.array) -> mx.array:
         out = _affine_matmul(rows, w, chosen)
     else:
         if chosen.size < w.shape[0]:  # few tokens: expand the scales of the chosen experts only
-            w, chosen = _experts(w, chosen.reshape(-1)), mx.arange(chosen.size).reshape(chosen.shape)
+            w, chosen = w[chosen.reshape(-1)], mx.arange(chosen.size).reshape(chosen.shape)
         out = _packed_matmul(rows, w, chosen)
     return out.squeeze(-2).astype(x.dtype)
 
@@ -150,14 +149,13 @@ def attention(q: mx.array, parts: Sequence[Part], scale: float, position: int, w
     """
     if q.dtype == mx.float32 and _numpy_multiplies(q.shape[2]):
         return _numpy_attention(q, parts, scale, position, window)
+    if len(parts) > 1 and q.shape[2] > 1 and not on_cpu():
+        keys = mx.concatenate([part.keys for part in parts], axis=2)
+        values = mx.concatenate([part.values for part in parts], axis=2)
+        parts = [Part(parts[0].start, keys, values)]
     masks = [_mask(q.shape[2], part, position, window) for part in parts]
     if len(parts) == 1:
         return mx.fast.scaled_dot_product_attention(q, parts[0].keys, parts[0].values, scale=scale, mask=masks[0])
-    if q.shape[2] > 1 and not on_cpu():
-        keys = mx.concatenate([part.keys for part in parts], axis=2)
-        values = mx.concatenate([part.values for part in parts], axis=2)
-        mask = _mask(q.shape[2], Part(parts[0].start, keys, values), position, window)
-        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
     _, heads, t, d = q.shape
     groups = parts[0].keys.shape[1]
     rows = (q * scale).reshape(1, groups, heads // groups * t, d)
@@ -226,11 +224,7 @@ def _numpy_multiplies(rows: int, weights: int = 0) -> bool:
 def _affine_matmul(x: mx.array, w: Affine, chosen: mx.array | None = None) -> mx.array:
     """In fp32, as `_packed_matmul` and for its reason."""
     x, scales, biases = (a.astype(mx.float32) for a in (x, w.scales, w.biases))
-    if chosen is None:
-        return mx.quantized_matmul(x, w.codes, scales, biases, transpose=True, group_size=w.group, bits=w.bits)
-    return mx.gather_qmm(
-        x, w.codes, scales, biases, rhs_indices=chosen, transpose=True, group_size=w.group, bits=w.bits
-    )
+    return _quantized_matmul(x, w.codes, scales, biases, chosen, w.bits, group=w.group)
 
 
 def _packed_matmul(x: mx.array, w: Packed, chosen: mx.array | None) -> mx.array:
@@ -238,14 +232,14 @@ def _packed_matmul(x: mx.array, w: Packed, chosen: mx.array | None) -> mx.array:
     out_dtype, x = x.dtype, x.astype(mx.float32)
     if w.format.name == "MXFP4":
         assert w.sub is not None
-        out = _quantized_matmul(x, w.codes, w.sub, None, chosen, w.format.bits, "mxfp4")
+        out = _quantized_matmul(x, w.codes, w.sub, None, chosen, w.format.bits, mode="mxfp4")
     elif w.format.lut is not None:
         dense = dequantize(w)
         out = x @ dense.T if chosen is None else mx.gather_mm(x, dense.swapaxes(-1, -2), rhs_indices=chosen)
     else:
         scales, biases = affine_parts(w)
         if w.format.group == 32:
-            out = _quantized_matmul(x, w.codes, scales, biases, chosen, w.format.bits, "affine")
+            out = _quantized_matmul(x, w.codes, scales, biases, chosen, w.format.bits)
         else:
             # MLX has no groups of 16. The product over groups of 32 is taken twice, with the other
             # half of each group set to zero in x and with this half's scales: exact, nothing expanded.
@@ -260,7 +254,6 @@ def _packed_matmul(x: mx.array, w: Packed, chosen: mx.array | None) -> mx.array:
                     mx.contiguous(biases[..., half::2]),
                     chosen,
                     w.format.bits,
-                    "affine",
                 )
     return out.astype(out_dtype)
 
@@ -272,26 +265,12 @@ def _quantized_matmul(
     biases: mx.array | None,
     chosen: mx.array | None,
     bits: int,
-    mode: str,
+    group: int = 32,
+    mode: str = "affine",
 ) -> mx.array:
-    """MLX's own product over groups of 32, plain or gathered by expert."""
+    """MLX's own product, plain or gathered by expert."""
     if chosen is None:
-        return mx.quantized_matmul(x, codes, scales, biases, transpose=True, group_size=32, bits=bits, mode=mode)
+        return mx.quantized_matmul(x, codes, scales, biases, transpose=True, group_size=group, bits=bits, mode=mode)
     return mx.gather_qmm(
-        x, codes, scales, biases, rhs_indices=chosen, transpose=True, group_size=32, bits=bits, mode=mode
+        x, codes, scales, biases, rhs_indices=chosen, transpose=True, group_size=group, bits=bits, mode=mode
     )
-
-
-def _rows(w: Packed, start: int, stop: int) -> Packed:
-    """Rows start to stop of a packed [N, K]."""
-    stop = min(stop, w.shape[0])
-    codes, sub, top = (None if a is None else a[start:stop] for a in (w.codes, w.sub, w.super))
-    assert codes is not None
-    return Packed(w.format, (stop - start, w.shape[-1]), codes, sub, top)
-
-
-def _experts(w: Packed, ids: mx.array) -> Packed:
-    """The experts `ids` of a packed [E, N, K], in that order."""
-    codes, sub, top = (None if a is None else a[ids] for a in (w.codes, w.sub, w.super))
-    assert codes is not None
-    return Packed(w.format, (ids.size, *w.shape[1:]), codes, sub, top)

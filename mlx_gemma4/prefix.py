@@ -135,7 +135,7 @@ class PrefixStore:
 
     def _worst(self, tokens: int) -> int:
         """The most bytes that a state of so many tokens, with the marks of one prompt, may hold."""
-        config, dtype = self.model.config, self.model.new_state().dtype
+        config, dtype = self.model.config, self.model.kv_dtype
         return kv_bytes(config, dtype, tokens, PREFILL_CHUNK) + (MAX_MARKS + 1) * window_bytes(config, dtype)
 
     def _admit(self, worst: int, tokens: int) -> None:

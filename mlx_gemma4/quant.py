@@ -130,6 +130,12 @@ class Packed:
     def nbytes(self) -> int:
         return sum(a.nbytes for a in (self.codes, self.sub, self.super) if a is not None)
 
+    def __getitem__(self, index: mx.array | slice) -> Packed:
+        """Some of its rows (of [E, N, K]: experts), in the order of the index; the others are not touched."""
+        codes, sub, super_ = (None if a is None else a[index] for a in (self.codes, self.sub, self.super))
+        assert codes is not None
+        return Packed(self.format, (*codes.shape[:-1], self.shape[-1]), codes, sub, super_)
+
 
 def pack(raw: np.ndarray, type: str, shape: Shape, on_read: Callable[[int, int], object] | None = None) -> Packed:
     """Rearrange a tensor's blocks, on all cores, straight into MLX's memory.
@@ -214,9 +220,7 @@ def dequantize(w: Packed, dtype: mx.Dtype = mx.float32, rows: mx.array | None = 
         rows: int, which rows of an [N, K] weight to take (an embedding lookup); the others are not touched.
     """
     if rows is not None:
-        codes, sub, super_ = (None if a is None else a[rows] for a in (w.codes, w.sub, w.super))
-        assert codes is not None
-        w = Packed(w.format, (*rows.shape, w.shape[-1]), codes, sub, super_)
+        w = w[rows]
     form = w.format
     q = unpack_codes(w)
     q = q - form.offset if form.lut is None else mx.array(form.lut, mx.float32)[q.astype(mx.uint32)]

@@ -13,6 +13,7 @@ ways. Of weights, magnitudes over 65504 are out of reach; no model has them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from math import prod
 from typing import Any
@@ -161,9 +162,8 @@ def _tile(w: Packed | mx.array, start: int, stop: int, after: list[mx.array], ma
     if isinstance(w, mx.array):
         rows: mx.array = mx.depends([w[start:stop]], after)[0]
         return rows.astype(mx.float16)
-    codes, sub, top = (None if a is None else a[start:stop] for a in (w.codes, w.sub, w.super))
-    assert codes is not None
-    part = Packed(w.format, (stop - start, *w.shape[1:]), mx.depends([codes], after)[0], sub, top)
+    part = w[start:stop]
+    part = replace(part, codes=mx.depends([part.codes], after)[0])
     tile: mx.array = expand(part, maker)
     return tile
 
