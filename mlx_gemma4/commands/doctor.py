@@ -1,0 +1,20 @@
+"""`mlx-gemma4 doctor`: whether this machine runs the kernels right."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def doctor(as_json: bool, debug: bool) -> None:
+    """Check this machine's kernels, and switch off those that fail.
+
+    Each runs beside stock operations at the sizes of real models. The exit code is 1 if one failed.
+    """
+    from ..doctor import examine
+
+    sys.exit(0 if examine(click.echo, as_json) else 1)

@@ -1,0 +1,96 @@
+"""What several commands share: flags that mean the same everywhere, loading with progress, lines for people."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from ..generation import Sampling
+    from ..text import LanguageModel
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+# Each may decorate a command, which then takes arguments of these names.
+model_option = click.option(
+    "-m", "--model", metavar="PATH", help="A .gguf file or a folder of safetensors. Without it: a small demo."
+)
+sampling_options = _together(
+    click.option("--temperature", type=float, help="0 always takes the likeliest token.  [default: the file's]"),
+    click.option("--top-k", type=int, help="Choose among the k likeliest; 0: all.  [default: the file's]"),
+    click.option("--top-p", type=float, help="Choose among the likeliest that make up p.  [default: the file's]"),
+    click.option("--min-p", type=float, help="Leave out what is less than p times as likely as the likeliest."),
+    click.option("--repetition-penalty", type=float, help="Over 1 makes recent tokens less likely."),
+    click.option("--seed", type=click.IntRange(0), help="Makes sampling repeatable."),
+)
+output_options = _together(
+    click.option("-v", "--verbose", is_flag=True, help="Say how the model was loaded."),
+    click.option("--debug", is_flag=True, help="Show tracebacks."),
+)
+
+
+def set_up_logging(detailed: bool) -> None:
+    """Messages of the package as bare lines on stderr; `detailed`: also what is only good to know."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO if detailed else logging.WARNING)
+
+
+def load_with_progress(model: str | None) -> tuple[LanguageModel, float]:
+    """The model, or the demo and a line that says so, and how many seconds loading took."""
+    from .. import text
+
+    if model is None:
+        say(
+            "No --model given: running the small built-in demo. For a real one: "
+            'mlx-gemma4 generate --model gemma-4-E2B-it-Q4_K_M.gguf --prompt "..."'
+        )
+    start = time.perf_counter()
+    with progress("Loading", 1e9, " GB") as update:
+        lm = text.load(model, progress=update)
+    return lm, time.perf_counter() - start
+
+
+def sampling_from(lm: LanguageModel, flags: dict[str, Any]) -> Sampling:
+    """The file's sampling with what `sampling_options` were given."""
+    return replace(lm.sampling, **{name: value for name, value in flags.items() if value is not None})
+
+
+def say(line: str) -> None:
+    """A line for people, on stderr."""
+    click.echo(line, err=True)
+
+
+@contextmanager
+def progress(what: str, unit: float, suffix: str) -> Iterator[Callable[[int, int], None]]:
+    """A line on a terminal's stderr that counts up, shown once it has taken a second, gone at the end."""
+    start, shown = time.monotonic(), False
+
+    def update(done: int, total: int) -> None:
+        nonlocal shown
+        if sys.stderr.isatty() and time.monotonic() - start > 1:
+            digits = 1 if unit > 1 else 0
+            line = f"{what} {done / unit:.{digits}f} of {total / unit:.{digits}f}{suffix}"
+            click.echo(f"\r{line}\x1b[K", nl=False, err=True)
+            shown = True
+
+    try:
+        yield update
+    finally:
+        if shown:
+            click.echo("\r\x1b[K", nl=False, err=True)
