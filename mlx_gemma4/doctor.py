@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,12 +22,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import attention, fused, kernels, tiles
+from . import attention, cuda, fused, kernels, tiles
 from .decode import Kernels
 from .execution import execution
 from .kernel_checks import Check, Heads, Product, Sizes, checks, sizes_of
 from .kernels import Maker
 from .model import Model
+from .places import cache_folder
 from .quant import FORMATS
 
 log = logging.getLogger("mlx_gemma4")
@@ -70,9 +70,7 @@ def usable_kernels() -> Kernels | None:
 
 
 def verdict_file() -> Path:
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mlx-gemma4" / "kernels.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-gemma4" / "kernels.json"
+    return cache_folder() / "kernels.json"
 
 
 def machine() -> str:
@@ -88,7 +86,7 @@ def device_name() -> str:
 def kernel_text() -> str:
     """A digest of all that kernels are made of."""
     folder = next(f for f in kernels._FOLDERS if f.is_dir())
-    files = [*sorted(folder.iterdir()), *(Path(m.__file__ or "") for m in (kernels, attention, fused, tiles))]
+    files = [*sorted(folder.iterdir()), *(Path(m.__file__ or "") for m in (kernels, cuda, attention, fused, tiles))]
     return sha256(b"\0".join(file.read_bytes() for file in files if file.is_file())).hexdigest()[:16]
 
 

@@ -1,8 +1,8 @@
 """Renders a kernel from `kernels/*.metal` for a weight format, a dtype and a backend, and launches it.
 
 In: MLX arrays and packed weights. Out: MLX arrays. One Metal text serves three ways to run it, each a `Maker` with the
-arguments of `mx.fast.metal_kernel`: that function itself, `cuda` below (MLX's CUDA backend), and the CPU simulator of
-the tests. What differs between formats and shapes is rendered as `#define`s before the text.
+arguments of `mx.fast.metal_kernel`: that function itself, `cuda_maker` below (MLX's CUDA backend), and the CPU
+simulator of the tests. What differs between formats and shapes is rendered as `#define`s before the text.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from . import cuda
 from .memory import on_cpu
 from .quant import FORMATS, Format, Packed
 
@@ -85,11 +86,9 @@ def _render(
     return Kernel(f"{entry}_{digest}", inputs, outputs, header, body)
 
 
-def cuda(name: str, input_names: Sequence[str], output_names: Sequence[str], source: str, header: str) -> Any:
-    """`mx.fast.cuda_kernel` for Metal text."""
-    return mx.fast.cuda_kernel(
-        name, list(input_names), list(output_names), to_cuda(source), _text("cuda.h") + to_cuda(header)
-    )
+def cuda_maker(name: str, input_names: Sequence[str], output_names: Sequence[str], source: str, header: str) -> Any:
+    """A `Maker` for MLX's CUDA backend."""
+    return cuda.kernel(name, input_names, output_names, to_cuda(source), _text("cuda.h") + to_cuda(header))
 
 
 def to_cuda(text: str) -> str:
@@ -103,7 +102,7 @@ def default_maker() -> Maker | None:
     """How kernels run on this machine's default device, or None on a CPU."""
     if on_cpu():
         return None
-    return cast(Maker, mx.fast.metal_kernel if mx.metal.is_available() else cuda)
+    return cast(Maker, mx.fast.metal_kernel if mx.metal.is_available() else cuda_maker)
 
 
 @cache
