@@ -62,7 +62,7 @@ def logits(model: Model, ids: list[int], prompt: int) -> tuple[mx.array, mx.arra
 
 
 def greedy(model: Model, ids: list[int], tokens: int) -> list[int]:
-    return list(generate_tokens(model, model.new_state(), ids, Sampling(temperature=0), tokens))
+    return [token.id for token in generate_tokens(model, model.new_state(), ids, Sampling(temperature=0), tokens)]
 
 
 def check(path: Path, tokens: int, must_agree: bool) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""From a prompt to tokens: prefill in chunks, pipelined decode, sampling, statistics.
+"""From a prompt to tokens: prefill in chunks, pipelined decode, constraints, statistics.
 
-In: a model, a KV state, token ids. Out: token ids, one at a time. Knows nothing of text or files.
+In: a model, a KV state, token ids. Out: tokens, one at a time. Knows nothing of text or files. How a token is chosen
+from logits is in sampling.py.
 """
 
 from __future__ import annotations
@@ -8,52 +9,47 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from .errors import InputError
 from .execution import execution
 from .model import Model
+from .sampling import Choice, Chooser, Sampling, Token
 from .state import KVState
+
+__all__ = ["PREFILL_CHUNK", "Constraint", "Sampling", "Statistics", "Token", "check_length", "generate_tokens"]
 
 PREFILL_CHUNK = 512  # tokens read at a time: bounds the memory that a long prompt takes
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Filters apply in this order; those at their default do nothing."""
+class Constraint(Protocol):
+    """What one reply must look like, told token by token. `grammar.Grammar` is one; none serves two replies."""
 
-    repetition_penalty: float = 1.0  # logits of recent tokens: divided where positive, multiplied where not
-    top_k: int = 0  # keep the k likeliest; 0: all
-    top_p: float = 1.0  # then the fewest whose probabilities reach p
-    min_p: float = 0.0  # then those at least min_p times as likely as the likeliest
-    temperature: float = 1.0  # logits are divided by it; 0: greedy
-    seed: int | None = None  # None: another each time
+    def mask(self) -> np.ndarray:
+        """The tokens that may come next: uint32 words, the lowest bit of the first one for token 0."""
 
-    def __post_init__(self) -> None:
-        for name, value, good, want in (
-            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or more"),
-            ("top-k", self.top_k, self.top_k >= 0, "0 (off) or more"),
-            ("top-p", self.top_p, 0 < self.top_p <= 1, "over 0 and at most 1"),
-            ("min-p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition-penalty", self.repetition_penalty, 0 < self.repetition_penalty < float("inf"), "over 0"),
-        ):
-            if not good:
-                raise InputError(f"--{name} {value}: must be {want}")
+    def accept(self, token: int) -> None:
+        """Take note of the token that was chosen."""
 
-
-REPETITION_WINDOW = 64  # tokens that the repetition penalty looks back, as llama.cpp does
+    @property
+    def finished(self) -> bool:
+        """Whether the reply is complete and nothing may follow."""
 
 
 @dataclass
 class Statistics:
     """What a generation did. Times in seconds."""
 
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # those that were read
+    reused_tokens: int = 0  # the prompt's others, which the state held before
     prompt_time: float = 0.0
     reply_tokens: int = 0
     reply_time: float = 0.0
     peak_memory: int = 0  # bytes, MLX's arrays
+    stop_reason: Literal["stop", "length"] = "length"  # "stop": the reply was complete, "length": cut or left
 
     @property
     def prompt_rate(self) -> float:
@@ -83,11 +79,16 @@ def generate_tokens(
     statistics: Statistics | None = None,
     on_prompt: Callable[[int, int], None] | None = None,
     turn_ends: frozenset[int] | None = None,
-) -> Iterator[int]:
+    *,
+    constraint: Constraint | None = None,
+    logprobs: int | None = None,
+) -> Iterator[Token]:
     """Read a prompt and yield the tokens of the reply.
 
-    While a token is handed out, the next is already being computed. However it ends, `state` then holds the
-    prompt, the tokens handed out, and the stop token where one ended the reply: nothing that nobody has seen.
+    While a token is handed out, the next is already being computed: under a constraint, once it is known what may
+    follow the token, which is found out on the host while the device runs the forward pass. However it ends,
+    `state` then holds the prompt, the tokens handed out, and the stop token where one ended the reply: nothing that
+    nobody has seen.
 
     Args:
         model, state: the model, and what came before; `state` takes prompt and reply.
@@ -99,6 +100,9 @@ def generate_tokens(
         on_prompt: called with (tokens read, tokens in all) as the prompt is read.
         turn_ends: tokens that end a turn. Given (perhaps empty), marks are left in `state` where a next prompt
             may part from this one: after the last turns, and at the prompt's end.
+        constraint: what the reply must look like; serves this reply alone.
+        logprobs: tokens come with their log-probability, and with so many likeliest ones: log-softmax of the
+            model's logits as they are, before penalties, bias, mask, filters and temperature.
 
     Raises:
         InputError: the prompt is empty or too long for the model's context, or the state takes no such reply.
@@ -113,35 +117,61 @@ def generate_tokens(
     mx.reset_peak_memory()
     start = time.perf_counter()
     with execution():
-        choose = _Chooser(sampling, prompt)
+        choose = Chooser(sampling, prompt, model.config.vocab, logprobs)
     logits = _prefill(model, state, prompt, on_prompt, _marks_wanted(state, prompt, turn_ends))
-    with execution():
-        token = choose(logits)
-        mx.async_eval(token)
+    choice = _choose(choose, logits, constraint)
     mark, known = start, state.length
     try:
         for produced in range(1, max_tokens + 1):
-            with execution():
-                if produced < max_tokens:
-                    following = choose(model.forward(token[None], state))
-                    mx.async_eval(following)
-                else:  # a lazy graph: on a GPU it costs nothing unless the state is used again
-                    model.prefill(token[None], state)
-                    following = token
-            value = int(token)
+            following = _next(model, state, choose, choice, produced < max_tokens) if constraint is None else None
+            token = choice.on_host()
             known += 1
             now = time.perf_counter()
             if produced == 1:
                 statistics.prompt_time, mark = now - start, now
             statistics.reply_tokens, statistics.reply_time = produced, now - mark
             statistics.peak_memory = mx.get_peak_memory()
-            if value in stop_ids:
+            stop = token.id in stop_ids
+            if constraint is not None:
+                if not stop:
+                    constraint.accept(token.id)
+                more = not stop and not constraint.finished and produced < max_tokens
+                following = _next(model, state, choose, choice, more, constraint)
+            if stop:
+                statistics.stop_reason = "stop"
                 return
-            yield value
-            token = following
+            yield token
+            if constraint is not None and constraint.finished:
+                statistics.stop_reason = "stop"
+                return
+            choice = following or choice
     finally:
         if state.length > known:  # interrupted while a token was on its way
             state.rewind(known)
+
+
+def _next(
+    model: Model, state: KVState, choose: Chooser, choice: Choice, more: bool, constraint: Constraint | None = None
+) -> Choice | None:
+    """Read a chosen token into the state; the choice that follows it, scheduled, if there is to be one (`more`)."""
+    with execution():
+        if not more:  # a lazy graph: on a GPU it costs nothing unless the state is used again
+            model.prefill(choice.token[None], state)
+            return None
+        logits = model.forward(choice.token[None], state)
+        if constraint is None:
+            return _choose(choose, logits, None)
+        mx.async_eval(logits)
+    return _choose(choose, logits, constraint)
+
+
+def _choose(choose: Chooser, logits: mx.array, constraint: Constraint | None) -> Choice:
+    """The next token, scheduled. The device may still be at the logits while the mask is made."""
+    allowed = None if constraint is None else constraint.mask()
+    with execution():
+        choice = choose(logits, allowed)
+        mx.async_eval(choice)
+    return choice
 
 
 _TURNS_MARKED = 4  # of one prompt, the last ones
@@ -187,53 +217,3 @@ def _prefill(
         if on_prompt:
             on_prompt(done, len(prompt))
     return logits
-
-
-class _Chooser:
-    """Chooses token after token from logits, on the device: nothing waits for the host."""
-
-    def __init__(self, sampling: Sampling, prompt: list[int]) -> None:
-        self.sampling = sampling
-        self.recent = mx.array(prompt[-REPETITION_WINDOW:])
-        self.key = mx.random.key(time.time_ns() & (1 << 63) - 1 if sampling.seed is None else sampling.seed)
-
-    def __call__(self, logits: mx.array) -> mx.array:
-        """The next token, int [], from logits [vocab]."""
-        s = self.sampling
-        if s.repetition_penalty != 1.0:
-            logits = penalise(logits, self.recent, s.repetition_penalty)
-        if s.temperature == 0:
-            token = mx.argmax(logits)
-        else:
-            self.key, key = mx.random.split(self.key)
-            token = sample(logits, s, key)
-        if s.repetition_penalty != 1.0:
-            self.recent = mx.concatenate([self.recent, token[None]])[-REPETITION_WINDOW:]
-        return token
-
-
-def penalise(logits: mx.array, recent: mx.array, penalty: float) -> mx.array:
-    """Make recent tokens less likely (Keskar et al., arXiv:1909.05858). logits [vocab], recent int [n]."""
-    chosen = logits[recent]
-    return mx.put_along_axis(logits, recent, mx.where(chosen < 0, chosen * penalty, chosen / penalty), axis=0)
-
-
-def sample(logits: mx.array, s: Sampling, key: mx.array) -> mx.array:
-    """One token, int [], drawn from logits [vocab] filtered as `s` says, in llama.cpp's order."""
-    vocab = logits.shape[-1]
-    candidates = None
-    if 0 < s.top_k < vocab:
-        candidates = mx.argpartition(-logits, kth=s.top_k - 1)[: s.top_k]
-        logits = logits[candidates]
-    if s.top_p < 1:
-        order = mx.argsort(-logits)
-        candidates = order if candidates is None else candidates[order]
-        logits = logits[order]
-        p = mx.softmax(logits, precise=True)
-        before = mx.cumsum(p) - p  # probability of all likelier ones
-        logits = mx.where(before < s.top_p, logits, -mx.inf)
-    if s.min_p > 0:
-        p = mx.softmax(logits, precise=True)
-        logits = mx.where(p >= s.min_p * p.max(), logits, -mx.inf)
-    drawn = mx.random.categorical(logits / s.temperature, key=key)
-    return drawn if candidates is None else candidates[drawn]

@@ -18,7 +18,7 @@ import numpy as np
 
 from .errors import InputError
 from .execution import execution
-from .generation import PREFILL_CHUNK, Sampling, Statistics, generate_tokens
+from .generation import PREFILL_CHUNK, Constraint, Sampling, Statistics, Token, generate_tokens
 from .model import Model
 from .state import KVState, kv_bytes, total_nbytes, window_bytes
 
@@ -180,15 +180,31 @@ def reply(
     stop_ids: frozenset[int] = frozenset(),
     statistics: Statistics | None = None,
     on_prompt: Callable[[int, int], None] | None = None,
-) -> Iterator[int]:
+    *,
+    constraint: Constraint | None = None,
+    logprobs: int | None = None,
+) -> Iterator[Token]:
     """As `generate_tokens`, for a whole prompt of which the store may hold a beginning; keeps prompt and reply.
 
-    `statistics.prompt_tokens` counts the tokens that had to be read.
+    `statistics.prompt_tokens` counts the tokens that had to be read, `reused_tokens` the others.
     """
     state, reused = store.take(prompt, max_tokens)
+    statistics = statistics or Statistics()
+    statistics.reused_tokens = reused
+    rest = prompt[reused:]
     try:
         yield from generate_tokens(
-            store.model, state, prompt[reused:], sampling, max_tokens, stop_ids, statistics, on_prompt, stop_ids
+            store.model,
+            state,
+            rest,
+            sampling,
+            max_tokens,
+            stop_ids,
+            statistics,
+            on_prompt,
+            stop_ids,
+            constraint=constraint,
+            logprobs=logprobs,
         )
     finally:
         store.put(state)

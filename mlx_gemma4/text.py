@@ -17,7 +17,7 @@ from .config import Config, config_from_gguf, config_from_json
 from .doctor import check_model, usable_kernels
 from .errors import InputError
 from .folder import folder_source
-from .generation import Sampling, Statistics, generate_tokens
+from .generation import Sampling, Statistics, Token, generate_tokens
 from .gguf_file import open_gguf
 from .loader import Progress, gguf_source, load_model
 from .memory import Plan
@@ -68,7 +68,7 @@ class Chunk:
     """A piece of a reply as it is made."""
 
     text: str  # may be empty, while a character's bytes or a control token pass
-    token: int | None  # None: the last piece, text held back until the end
+    token: Token | None  # None: the last piece, text held back until the end
     statistics: Statistics = field(default_factory=Statistics)
 
 
@@ -153,7 +153,7 @@ def stream(
         on_prompt,
     )
     for token in tokens:
-        yield Chunk(decoder.push(token), token, statistics)
+        yield Chunk(decoder.push(token.id), token, statistics)
     yield Chunk(decoder.finish(), None, statistics)
 
 

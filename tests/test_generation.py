@@ -10,7 +10,8 @@ import pytest
 from recorded import HERE
 
 from mlx_gemma4 import InputError, Sampling, generate, load, stream
-from mlx_gemma4.generation import PREFILL_CHUNK, Statistics, generate_tokens, penalise, sample
+from mlx_gemma4.generation import PREFILL_CHUNK, Statistics, generate_tokens
+from mlx_gemma4.sampling import penalise, sample
 
 LOGITS = [2.0, 1.5, 1.4, 0.2, -0.5, -3.0, 1.1, -0.1]
 
@@ -85,7 +86,7 @@ def lm():
 
 
 def tokens(lm, prompt, sampling=Sampling(temperature=0), n=20, **more) -> list[int]:  # noqa: B008
-    return list(generate_tokens(lm.model, lm.model.new_state(), prompt, sampling, n, **more))
+    return [token.id for token in generate_tokens(lm.model, lm.model.new_state(), prompt, sampling, n, **more)]
 
 
 def test_greedy_is_the_likeliest_token_each_time(lm) -> None:

@@ -41,11 +41,13 @@ def some_tokens(n: int, seed: int = 0) -> list[int]:
 def ask(store: PrefixStore, prompt: list[int], n: int = 4) -> tuple[list[int], int]:
     """The reply, and how many tokens of the prompt had to be read for it."""
     statistics = Statistics()
-    return list(reply(store, prompt, GREEDY, n, STOP, statistics)), statistics.prompt_tokens
+    tokens = [token.id for token in reply(store, prompt, GREEDY, n, STOP, statistics)]
+    assert statistics.prompt_tokens + statistics.reused_tokens == len(prompt)
+    return tokens, statistics.prompt_tokens
 
 
 def cold(model: SmallModel, prompt: list[int], n: int = 4) -> list[int]:
-    return list(generate_tokens(model, model.new_state(), prompt, GREEDY, n, STOP))
+    return [token.id for token in generate_tokens(model, model.new_state(), prompt, GREEDY, n, STOP)]
 
 
 @pytest.mark.parametrize("changed", [1, 22, 64])

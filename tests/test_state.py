@@ -334,7 +334,7 @@ def test_a_reply_leaves_what_was_seen(stop_early: int | None) -> None:
     prompt = some_tokens(30)
     state = model.new_state()
     reply = generate_tokens(model, state, prompt, GREEDY, 7)
-    got = list(itertools.islice(reply, stop_early))
+    got = [token.id for token in itertools.islice(reply, stop_early)]
     reply.close()  # type: ignore[attr-defined]
     assert len(got) == (stop_early or 7)
     assert state.tokens == prompt + got
@@ -346,11 +346,12 @@ def test_the_stop_token_is_in_the_state(last: bool) -> None:
     """Where one ended the reply, the next turn follows it; also when it was the last token allowed."""
     model = small_model("e2b", 9, Layout())
     prompt = some_tokens(30)
-    tokens = list(generate_tokens(model, model.new_state(), prompt, GREEDY, 8))
+    tokens = [token.id for token in generate_tokens(model, model.new_state(), prompt, GREEDY, 8)]
     stop = next(t for i, t in enumerate(tokens) if i >= 1 and t not in tokens[:i])
     n = tokens.index(stop)
     state = model.new_state()
-    got = list(generate_tokens(model, state, prompt, GREEDY, n + 1 if last else 8, frozenset([stop])))
+    reply = generate_tokens(model, state, prompt, GREEDY, n + 1 if last else 8, frozenset([stop]))
+    got = [token.id for token in reply]
     assert got == tokens[:n]
     assert state.tokens == prompt + got + [stop]
     np.testing.assert_allclose(read(model, state, [3]), after(model, prompt + got + [stop]), atol=5e-4)
@@ -367,10 +368,10 @@ def test_an_interrupt_leaves_no_unseen_token(monkeypatch: pytest.MonkeyPatch) ->
         return 0
 
     monkeypatch.setattr("mlx_gemma4.generation.mx.get_peak_memory", lambda: 0)
-    monkeypatch.setattr("mlx_gemma4.generation.int", lambda x: interrupted() or x.item(), raising=False)
+    monkeypatch.setattr("mlx_gemma4.sampling.int", lambda x: interrupted() or x.item(), raising=False)
     got: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        got.extend(generate_tokens(model, state, prompt, GREEDY, 20))
+        got.extend(token.id for token in generate_tokens(model, state, prompt, GREEDY, 20))
     assert len(got) == 5
     assert state.tokens == prompt + got
     np.testing.assert_allclose(read(model, state, [3]), after(model, prompt + got), atol=5e-4)
