@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from . import __version__
+from .commands.bench import bench
 from .commands.doctor import doctor
 from .commands.generate import generate
 from .commands.options import say
@@ -51,7 +52,7 @@ def main() -> None:
     """Gemma 4 on Apple Silicon, straight from GGUF files."""
 
 
-for command in (generate, doctor):  # in the order of --help
+for command in (generate, bench, doctor):  # in the order of --help
     main.add_command(command)
 
 

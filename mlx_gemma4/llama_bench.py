@@ -1,0 +1,76 @@
+"""Runs llama.cpp's llama-bench beside ours: the same file, the same lengths.
+
+In: the program's path, a GGUF and a bench `Plan`. Out: its samples, in tokens a second, as it makes them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .bench import Plan
+
+KV_TYPES = {"full": "f16", "q8": "q8_0", "tq4": "q4_0"}  # what comes closest to each of our --kv
+
+
+class Row(NamedTuple):
+    """One test of llama-bench."""
+
+    kind: str  # "prefill" or "decode"
+    context: int
+    samples: list[float]
+    version: str
+
+
+def run(program: Path, model: Path, plan: Plan) -> Iterator[Row]:
+    """Prompts, then decoding at the depths: two runs of the program, for one would read each prompt at each depth."""
+    if plan.prompts:
+        yield from _run(program, model, plan, ["-p", _joined(plan.prompts), "-n", "0"])
+    if plan.depths:
+        yield from _run(program, model, plan, ["-p", "0", "-n", str(plan.reply), "-d", _joined(plan.depths)])
+
+
+def _joined(numbers: tuple[int, ...]) -> str:
+    return ",".join(str(n) for n in sorted(set(numbers)))
+
+
+def _run(program: Path, model: Path, plan: Plan, tests: list[str]) -> Iterator[Row]:
+    kv = KV_TYPES[plan.kv]
+    command = [str(program), "-m", str(model), *tests, "-r", str(plan.repetitions), "-ngl", "99", "-fa", "1"]
+    command += ["-ctk", kv, "-ctv", kv, "-o", "jsonl"]
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        try:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace")
+        except OSError as error:
+            raise InputError(f"--vs {program}: can't be run: {error.strerror or error}") from None
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if line.strip():
+                    yield _row(program, line)
+            code = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        if code:
+            errors.seek(0)
+            last = (errors.read().strip() or "no message").splitlines()[-1]
+            raise InputError(f"--vs {program}: ended with code {code}: {last[:300]}")
+
+
+def _row(program: Path, line: str) -> Row:
+    try:
+        test: dict[str, Any] = json.loads(line)
+        kind, context = ("decode", "n_depth") if test["n_gen"] else ("prefill", "n_prompt")
+        samples = [float(s) for s in test["samples_ts"]]
+        return Row(kind, int(test[context]), samples, str(test.get("build_commit", "?")))
+    except (ValueError, TypeError, KeyError):
+        what = " ".join(line.split())[:120]
+        raise InputError(f"--vs {program}: wrote {what!r}; is this llama-bench, with -o jsonl and -d?") from None
