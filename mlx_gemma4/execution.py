@@ -18,8 +18,10 @@ from typing import Any
 
 import mlx.core as mx
 
-_lock = threading.RLock()
-_depth = 0  # how often the thread that holds the lock has entered
+
+_guard = threading.Lock()  # of _last
+_last = threading.Lock()  # what the latest to come holds until it is done
+_holder = (0, _last)  # the thread whose turn it is or was, and its lock
 
 
 @cache
@@ -30,15 +32,39 @@ def _stream(device: mx.DeviceType) -> Any:
 
 
 @contextmanager
+def _turn() -> Iterator[None]:
+    """Wait for the one who came before, and hold a lock that the one who comes next waits for.
+
+    `with` takes and gives back these locks in C, so that Ctrl-C can't come between; while waiting it is put off, for
+    who leaves the queue early would let the next one in.
+    """
+    global _last, _holder
+    interrupt: BaseException | None = None
+    mine = threading.Lock()
+    with mine:
+        with _guard:
+            before, _last = _last, mine
+        while True:
+            try:
+                with before:
+                    break
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if interrupt:
+            raise interrupt
+        _holder = (threading.get_ident(), mine)
+        yield
+
+
+@contextmanager
 def execution() -> Iterator[bool]:
     """Hold the lock, on the shared stream; may be nested. Gives whether this entry is the outermost.
 
     Whoever holds the outermost one schedules (`mx.async_eval`) what it hands out before letting go.
     """
-    global _depth
-    with _lock, mx.stream(_stream(mx.default_device().type)):
-        _depth += 1
-        try:
-            yield _depth == 1
-        finally:
-            _depth -= 1
+    thread, lock = _holder
+    if thread == threading.get_ident() and lock.locked():
+        yield False
+        return
+    with _turn(), mx.stream(_stream(mx.default_device().type)):
+        yield True
