@@ -13,3 +13,11 @@ class InputError(Exception):
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(" ".join(message.split()))
         self.exit_code = exit_code
+
+
+class TooLong(InputError):
+    """A prompt that the model's context has no room for."""
+
+
+class NoRoom(InputError):
+    """A prompt and reply that the KV budget has no room for beside the states now in use."""

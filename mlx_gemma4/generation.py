@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import mlx.core as mx
 import numpy as np
 
-from .errors import InputError
+from .errors import InputError, TooLong
 from .execution import execution
 from .model import Model
 from .sampling import Choice, Chooser, Sampling, Token
@@ -66,7 +66,7 @@ def check_length(prompt: int, context: int) -> None:
     if prompt < 1:
         raise InputError("the prompt is empty; give it some text")
     if prompt >= context:
-        raise InputError(f"the prompt has {prompt} tokens, but the model's context holds {context}; shorten it")
+        raise TooLong(f"the prompt has {prompt} tokens, but the model's context holds {context}; shorten it")
 
 
 def generate_tokens(

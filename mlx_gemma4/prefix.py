@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from .errors import InputError
+from .errors import NoRoom
 from .execution import execution
 from .generation import PREFILL_CHUNK, Constraint, Sampling, Statistics, Token, generate_tokens
 from .model import Model
@@ -70,7 +70,7 @@ class PrefixStore:
             the state and how many of `tokens` it holds.
 
         Raises:
-            InputError: prompt and reply can't fit in `max_kv_bytes` beside the states in use.
+            NoRoom: prompt and reply can't fit in `max_kv_bytes` beside the states in use.
         """
         with self._lock:
             worst = self._worst(len(tokens) + max_tokens)
@@ -144,7 +144,7 @@ class PrefixStore:
             return
         taken = sum(self._reserved().values()) + total_nbytes([k.state for k in self._kept if k.pinned])
         if worst + taken > self.max_kv_bytes:
-            raise InputError(
+            raise NoRoom(
                 f"{tokens} tokens of prompt and reply may take {worst / 1e6:.1f} MB of KV state, and "
                 f"{max(0, self.max_kv_bytes - taken) / 1e6:.1f} MB of max_kv_bytes {self.max_kv_bytes / 1e6:.1f} MB "
                 "are free; shorten the prompt or the reply, or raise max_kv_bytes"
