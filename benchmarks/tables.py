@@ -1,0 +1,220 @@
+"""Tables and a chart of `mlx-gemma4 bench --vs` runs.
+
+    python benchmarks/tables.py [docs/benchmarks]
+
+In: the JSON files of a folder. Out: `tables.md` and `speed.svg` beside them. Where two files have the same cell on
+the same chip, the later run counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+ORDER = ("E2B", "E4B", "12B", "26B-A4B", "31B")
+TARGETS = {"decode": {"31B": 1.35, "": 1.2}, "prefill": {"31B": 1.0, "": 0.9}}  # ours to llama.cpp's; "": any other
+OURS, THEIRS, INK, FAINT = "#c2410c", "#475569", "#0f172a", "#cbd5e1"
+PANEL_W, PANEL_H, LEFT, TOP, COLUMNS = 300, 210, 46, 40, 3  # of the chart, in pixels
+
+
+def read(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The runs of a folder by date, and their cells, each with its chip; of equal ones the last."""
+    runs = []
+    for file in sorted(folder.glob("*.json")):
+        run = json.loads(file.read_text())
+        if isinstance(run, dict) and isinstance(run.get("cells"), list):
+            runs.append({**run, "name": file.name})
+    runs.sort(key=lambda run: str(run.get("date", "")))
+    last: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for run in runs:
+        for cell in run["cells"]:
+            key = (run.get("chip"), cell["model"], cell["kind"], cell["context"], cell["kv"])
+            last[key] = {**cell, "chip": run.get("chip", "?")}
+    cells = sorted(
+        last.values(), key=lambda c: (c["chip"], _place(c["model"]), c["kv"] != "full", c["kv"], c["context"])
+    )
+    return runs, cells
+
+
+def _place(model: str) -> tuple[int, str]:
+    return (ORDER.index(model) if model in ORDER else len(ORDER), model)
+
+
+def target(cell: dict[str, Any]) -> float:
+    """The ratio that a cell is to reach."""
+    targets = TARGETS[cell["kind"]]
+    return targets.get(cell["model"], targets[""])
+
+
+def markdown(runs: list[dict[str, Any]], cells: list[dict[str, Any]]) -> Iterator[str]:
+    """tables.md, line by line."""
+    yield "# Tokens a second, ours and llama.cpp's"
+    yield ""
+    yield "Made by `python benchmarks/tables.py` from the files in this folder. Each figure is a median of warm runs;"
+    yield "ratios are ours to llama.cpp's, both in the same run on the same file. A ratio in bold reaches its target:"
+    listed = (f"{kind} {t['31B']} for 31B, {t['']} for the others" for kind, t in TARGETS.items())
+    yield f"{'; '.join(listed)}."
+    yield ""
+    yield "![Tokens a second against context](speed.svg)"
+    for chip in dict.fromkeys(c["chip"] for c in cells):
+        for kind, title in (("decode", "decode at a context of"), ("prefill", "prompts of")):
+            some = [c for c in cells if c["chip"] == chip and c["kind"] == kind]
+            if some:
+                yield ""
+                yield f"## {chip}: {title} so many tokens"
+                yield ""
+                yield from _matrix(some)
+    detailed = [c for c in cells if c.get("bytes_per_token")]
+    if detailed:
+        yield from ["", "## What a decoded token takes", ""]
+        yield "The share is of what a large copy reads and writes a second on the same chip; host time is what building"
+        yield "and scheduling a step takes, nothing waited for."
+        yield ""
+        yield from _rows(
+            ["chip", "model", "KV", "context", "MB", "share", "launches", "host ms", "peak GB"], map(_detail, detailed)
+        )
+    yield from ["", "## Runs", ""]
+    yield from _rows(["file", "date", "chip", "versions", "command"], map(_run, runs))
+
+
+def _matrix(cells: list[dict[str, Any]]) -> Iterator[str]:
+    """Models down, contexts across."""
+    contexts = sorted({c["context"] for c in cells})
+    by = {(c["model"], c["kv"], c["context"]): c for c in cells}
+    lines = dict.fromkeys((c["model"], c["kv"]) for c in cells)
+    rows = ([model, kv, *(_figure(by.get((model, kv, n))) for n in contexts)] for model, kv in lines)
+    yield from _rows(["model", "KV", *map(str, contexts)], rows)
+
+
+def _figure(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return ""
+    ours = f"{cell['ours']:.{0 if cell['ours'] >= 1000 else 1}f}"
+    if not cell.get("llama_cpp"):
+        return ours
+    ratio = f"{cell['ratio']:.2f}"
+    if cell["ratio"] >= target(cell):
+        ratio = f"**{ratio}**"
+    return f"{ours} / {cell['llama_cpp']:.{0 if cell['ours'] >= 1000 else 1}f} = {ratio}"
+
+
+def _detail(cell: dict[str, Any]) -> list[str]:
+    launches, host = cell.get("launches"), cell.get("host_time")
+    return [
+        cell["chip"],
+        cell["model"],
+        cell["kv"],
+        str(cell["context"]),
+        f"{cell['bytes_per_token'] / 1e6:.0f}",
+        f"{cell['share_of_copy']:.0%}",
+        "" if launches is None else str(launches),
+        "" if host is None else f"{host * 1e3:.2f}",
+        f"{cell['peak_memory'] / 1e9:.2f}",
+    ]
+
+
+def _run(run: dict[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {v}" for name, v in run.get("versions", {}).items() if v)
+    name = run["name"]
+    return [
+        f"[{name}]({name})",
+        str(run.get("date", ""))[:16],
+        run.get("chip", ""),
+        versions,
+        f"`{run.get('command', '')}`",
+    ]
+
+
+def _rows(head: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield "|" + "---|" * len(head)
+    for row in rows:
+        yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |"
+
+
+def svg(cells: list[dict[str, Any]]) -> str:
+    """A panel a model: decode against context, full KV, on the chip with the most cells."""
+    some = [c for c in cells if c["kind"] == "decode" and c["kv"] == "full"]
+    chips = [c["chip"] for c in some]
+    chip = max(chips, key=chips.count) if chips else ""
+    some = [c for c in some if c["chip"] == chip]
+    models = list(dict.fromkeys(c["model"] for c in some))
+    width = COLUMNS * PANEL_W + 20
+    height = TOP + -(-len(models) // COLUMNS) * PANEL_H + 10
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'font-family="system-ui, sans-serif" font-size="11">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        _text(LEFT, 22, f"Decode, tokens a second against context; {chip}", INK, size=14),
+        _text(width - 190, 22, "mlx-gemma4", OURS, weight="bold"),
+        _text(width - 100, 22, "llama.cpp", THEIRS, weight="bold"),
+    ]
+    for i, model in enumerate(models):
+        x, y = 10 + i % COLUMNS * PANEL_W, TOP + i // COLUMNS * PANEL_H
+        parts += _panel(model, [c for c in some if c["model"] == model], x, y)
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _panel(model: str, cells: list[dict[str, Any]], x: int, y: int) -> Iterator[str]:
+    """One model: both lines over a logarithmic context, from zero up."""
+    w, h = PANEL_W - LEFT - 24, PANEL_H - 62
+    left, bottom = x + LEFT, y + 24 + h
+    contexts = [c["context"] for c in cells]
+    logs = [math.log2(max(n, 256)) for n in contexts]  # a context of 0 stands at the left edge
+    low, high = min(logs), max(max(logs), min(logs) + 1)
+    top = _round_up(max(max(c["ours"], c.get("llama_cpp") or 0) for c in cells))
+
+    def at(log: float, rate: float) -> tuple[float, float]:
+        return left + w * (log - low) / (high - low), bottom - h * rate / top
+
+    yield _text(left, y + 14, model, INK, size=13, weight="bold")
+    for step in range(5):
+        rate = top * step / 4
+        _, line = at(low, rate)
+        yield f'<line x1="{left}" y1="{line:.1f}" x2="{left + w}" y2="{line:.1f}" stroke="{FAINT}"/>'
+        yield _text(left - 6, line + 4, f"{rate:g}", INK, anchor="end")
+    for n, log in zip(contexts, logs, strict=True):
+        yield _text(at(log, 0)[0], bottom + 15, f"{n // 1024}K" if n >= 1024 else str(n), INK, anchor="middle")
+    for name, colour in (("llama_cpp", THEIRS), ("ours", OURS)):
+        points = [at(log, c[name]) for c, log in zip(cells, logs, strict=True) if c.get(name)]
+        if points:
+            path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
+            yield f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        for a, b in points:
+            yield f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>'
+
+
+def _round_up(value: float) -> float:
+    """The next of 1, 2, 4, 8 times a power of ten, so that its quarters are short numbers."""
+    unit = 10.0 ** math.floor(math.log10(value))
+    return next(unit * n for n in (1, 2, 4, 6, 8, 10) if unit * n >= value)
+
+
+def _text(
+    x: float, y: float, text: str, fill: str, *, size: int = 11, anchor: str = "start", weight: str = "normal"
+) -> str:
+    style = f'font-size="{size}" text-anchor="{anchor}" font-weight="{weight}" fill="{fill}"'
+    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>'
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent.parent / "docs" / "benchmarks")
+    folder = parser.parse_args().folder
+    runs, cells = read(folder)
+    if not cells:
+        print(f"{folder}: no file with cells; write one with mlx-gemma4 bench --json", file=sys.stderr)
+        return 2
+    (folder / "tables.md").write_text("\n".join(markdown(runs, cells)) + "\n")
+    (folder / "speed.svg").write_text(svg(cells))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
