@@ -1,4 +1,4 @@
-"""The page to chat in a browser. What it computes runs in a bare V8; the whole page needs a Chromium: pytest -m browser."""
+"""The page to chat in a browser, as far as that needs none: what it computes runs in a bare V8."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from py_mini_racer import MiniRacer
 from mlx_gemma4.server.page import page
 
 LOGIC = re.compile(r'<script id="logic">(.*?)</script>', re.DOTALL)
-COLLECT = "function sse(pieces) { const got = []; const parse = sseParser(x => got.push(x)); pieces.forEach(parse); return got; }"
+COLLECT = "function sse(pieces) { const got = []; pieces.forEach(sseParser(x => got.push(x))); return got; }"
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,10 @@ def test_an_event_without_its_empty_line_is_not_given(js: MiniRacer) -> None:
         ("3. a\n4. b\n\n   c\n\nd", "<ol start=3><li>a</li><li><p>b</p><p>c</p></li></ol><p>d</p>"),
         ("1. a\n   ```\n     x\n   ```\n2. b", "<ol start=1><li><p>a</p><pre>  x</pre></li><li>b</li></ol>"),
         ("> a\n> - b\n\nc", "<blockquote><p>a</p><ul><li>b</li></ul></blockquote><p>c</p>"),
-        ("| a | b |\n|--|:-:|\n| 1 | x\\|y |", "<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>x|y</td></tr></table>"),
+        (
+            "| a | b |\n|--|:-:|\n| 1 | x\\|y |",
+            "<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>x|y</td></tr></table>",
+        ),
         ("---\n* * *", "<hr></hr><hr></hr>"),
     ],
 )
@@ -93,7 +96,7 @@ def test_markdown(js: MiniRacer, text: str, expected: str) -> None:
     assert html(call(js, "markdown", text)) == expected
 
 
-TAGS = {*"p h1 h2 h3 h4 h5 h6 ul ol li blockquote pre code table tr th td hr br strong em del a".split()}
+TAGS = set("p h1 h2 h3 h4 h5 h6 ul ol li blockquote pre code table tr th td hr br strong em del a".split())  # noqa: SIM905
 
 
 def nodes(tree: Any) -> Iterator[dict[str, Any]]:
@@ -105,7 +108,18 @@ def nodes(tree: Any) -> Iterator[dict[str, Any]]:
         yield from nodes(tree["kids"])
 
 
-PIECES = [*"*_~`[]()!<>|\\#-+>\n \t12.:ab", "**", "```\n", "\n- ", "\n> ", "](", "http://", "javascript:", "|-|\n", "    "]
+PIECES = [
+    *"*_~`[]()!<>|\\#-+>\n \t12.:ab",
+    "**",
+    "```\n",
+    "\n- ",
+    "\n> ",
+    "](",
+    "http://",
+    "javascript:",
+    "|-|\n",
+    "    ",
+]
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=60).map("".join))
@@ -124,14 +138,16 @@ def test_plain_words_stay(js: MiniRacer, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "link", ["javascript:alert(1)", "JaVaScRiPt:alert(1)", "data:text/html,x", "//a.b", "vbscript:x", "file:///etc/passwd"]
+    "link",
+    ["javascript:alert(1)", "JaVaScRiPt:alert(1)", "data:text/html,x", "//a.b", "vbscript:x", "file:///etc/passwd"],
 )
 def test_a_link_to_anything_but_the_web_is_text(js: MiniRacer, link: str) -> None:
     assert all(node["tag"] != "a" for node in nodes(call(js, "markdown", f"[x]({link}) ![y]({link}) <{link}>")))
 
 
 @pytest.mark.parametrize(
-    "piece", ["*", "**a ", "[", "`a ", "> ", "- ", "_a", "*a **b ", "![a](", "\n- a", "*a_b~~c", "https://", "- a\n\n", "|-"]
+    "piece",
+    ["*", "**a ", "[", "`a ", "> ", "- ", "_a", "*a **b ", "![a](", "\n- a", "*a_b~~c", "https://", "- a\n\n", "|-"],
 )
 def test_long_odd_text_takes_no_time(js: MiniRacer, piece: str) -> None:
     start = time.perf_counter()

@@ -1,0 +1,52 @@
+"""The server in a thread of this process, on a port of its own: for tests that talk to it over HTTP."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import uvicorn
+
+from mlx_gemma4.server.app import Settings, create_app
+from mlx_gemma4.server.engine import Engine
+from mlx_gemma4.text import LanguageModel
+
+
+class Serving(NamedTuple):
+    url: str  # http://127.0.0.1:PORT
+    port: int
+    engine: Engine
+
+
+@contextmanager
+def serving(lm: LanguageModel, settings: Settings | None = None) -> Iterator[Serving]:
+    """A server that answers while this is open. Its settings are those of create_app."""
+    app = create_app(lm, settings)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    end = time.monotonic() + 30
+    while not server.started:
+        assert time.monotonic() < end and thread.is_alive(), "the server did not start"
+        time.sleep(0.01)
+    port = listener.getsockname()[1]
+    try:
+        yield Serving(f"http://127.0.0.1:{port}", port, app.state.engine)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listener.close()
+        assert not thread.is_alive(), "the server did not stop"
+
+
+def settled(engine: Engine, seconds: float = 20.0) -> bool:
+    """Wait until nothing runs and nothing waits; whether that came to pass."""
+    end = time.monotonic() + seconds
+    while engine.load != (0, 0) and time.monotonic() < end:
+        time.sleep(0.02)
+    return engine.load == (0, 0)
