@@ -112,7 +112,7 @@ class PrefixStore:
                     kept.adopt(other.state)
                     pinned |= other.pinned
                     self._kept.remove(other)
-            _thin(kept)
+            thin(kept)
             self._kept.append(_Kept(kept, tokens, next(self._clock), pinned))
             self._make_room()
 
@@ -127,7 +127,7 @@ class PrefixStore:
         """The kept state that serves a prompt best: it, the position to rewind to, and all they have in common."""
         ids, best = np.array(tokens, np.int32), (None, 0, 0)
         for kept in self._kept:
-            common = _common(ids[:-1], kept.tokens)
+            common = common_length(ids[:-1], kept.tokens)
             reach = kept.state.reach(common)
             if reach > best[1] or (reach == best[1] and common > best[2]):
                 best = (kept, reach, common)  # type: ignore[assignment]
@@ -211,14 +211,14 @@ def reply(
         state.close()
 
 
-def _common(a: np.ndarray, b: np.ndarray) -> int:
+def common_length(a: np.ndarray, b: np.ndarray) -> int:
     """How many tokens two sequences begin with in common."""
     n = min(a.size, b.size)
     differ = np.flatnonzero(a[:n] != b[:n])
     return int(differ[0]) if differ.size else n
 
 
-def _thin(state: KVState) -> None:
+def thin(state: KVState) -> None:
     """Keep `MAX_MARKS` marks at most: the last two, and others that are far apart."""
     while len(marks := state.marks) > MAX_MARKS:
         places = [0, *(m.position for m in marks)]

@@ -1,0 +1,184 @@
+"""What stands between the tokens of a tool call becomes a name and arguments.
+
+In: the call's source, with `QUOTE` in place of each `<|"|>` token. Out: the calls, and what couldn't be read. Gemma 4
+writes `call:NAME{key:VALUE,...}` with strings between `<|"|>` tokens, in which nothing is escaped. Models stray from
+it, in ways that are read too where they leave no doubt: `call:NAME(key=VALUE)`, JSON and Python quotes, quoted keys,
+words without quotes, several calls in a row.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+QUOTE = "\udc22"  # a lone surrogate: no text that was decoded from UTF-8 holds one
+_MAX_DEPTH = 64  # of arguments: deeper ones are no arguments
+
+_SPACE = re.compile(r"\s*")
+_CALL = re.compile(r"\s*call\s*:\s*")
+_NAME = re.compile(rf"[^\s{{}}()\[\],;=\"'<>{QUOTE}]+")
+_KEY = re.compile(rf"[^\s{{}}()\[\],:=\"'{QUOTE}]+")
+_WORD = re.compile(rf"[^{{}}()\[\],\"'{QUOTE}\n]+")
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
+_WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
+_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
+_ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call, and the source it was read from."""
+
+    name: str
+    arguments: dict[str, Any]
+    source: str
+
+
+def read_calls(source: str) -> tuple[list[Call], str]:
+    """All calls at the beginning of `source`, and the rest, which is "" or space where it all could be read."""
+    calls: list[Call] = []
+    done = 0
+    while True:
+        reader = _Reader(source, done)
+        try:
+            name = reader.call_name()
+            arguments = reader.arguments()
+        except _Unreadable:
+            return calls, source[done:]
+        calls.append(Call(name, arguments, source[done : reader.at].strip()))
+        done = reader.at
+        separator = re.compile(r"\s*[,;]?(?=\s*call\s*:)").match(source, done)
+        done = separator.end() if separator else done
+
+
+class _Unreadable(Exception):
+    """The source isn't what was expected at this place."""
+
+
+class _Reader:
+    """A place in the source, and what can be read from there on."""
+
+    def __init__(self, source: str, at: int) -> None:
+        self.source, self.at = source, at
+
+    def call_name(self) -> str:
+        self._match(_CALL)
+        return self._match(_NAME)
+
+    def arguments(self) -> dict[str, Any]:
+        """`{...}`, or `(...)` around either the same or an object."""
+        bracket = self._peek()
+        if bracket == "{":
+            return self._object("}", 0)
+        if bracket != "(":
+            raise _Unreadable
+        before = self.at
+        self.at += 1
+        if self._peek() != "{":
+            self.at = before
+            return self._object(")", 0)
+        arguments = self._object("}", 0)
+        self._expect(")")
+        return arguments
+
+    def _object(self, end: str, depth: int) -> dict[str, Any]:
+        """Pairs up to `end`, with the place at the bracket that opens them."""
+        self.at += 1
+        found: dict[str, Any] = {}
+        while self._peek() != end:
+            key = self._string() if self._peek() in (QUOTE, '"', "'") else self._match(_KEY)
+            if self._peek() not in (":", "="):
+                raise _Unreadable
+            self.at += 1
+            found[key] = self._value(depth + 1)
+            if not self._more(end):
+                break
+        self._expect(end)
+        return found
+
+    def _array(self, depth: int) -> list[Any]:
+        self.at += 1
+        found: list[Any] = []
+        while self._peek() != "]":
+            found.append(self._value(depth + 1))
+            if not self._more("]"):
+                break
+        self._expect("]")
+        return found
+
+    def _value(self, depth: int) -> Any:
+        if depth > _MAX_DEPTH:
+            raise _Unreadable
+        first = self._peek()
+        if first in (QUOTE, '"', "'"):
+            return self._string()
+        if first == "{":
+            return self._object("}", depth)
+        if first == "[":
+            return self._array(depth)
+        return _word(self._match(_WORD).strip())
+
+    def _string(self) -> str:
+        quote = self.source[self.at]
+        start = self.at + 1
+        if quote == QUOTE:
+            end = self.source.find(QUOTE, start)
+            if end < 0:
+                raise _Unreadable
+            self.at = end + 1
+            return self.source[start:end]
+        found = re.compile(rf"((?:[^{quote}\\]|\\.)*){quote}", re.DOTALL).match(self.source, start)
+        if not found:
+            raise _Unreadable
+        self.at = found.end()
+        text = _ESCAPE.sub(_unescaped, found[1].replace(QUOTE, '"'))
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+    def _more(self, end: str) -> bool:
+        """Past a comma, if there is one; another value follows unless `end` does."""
+        if self._peek() != ",":
+            return False
+        self.at += 1
+        return self._peek() != end
+
+    def _peek(self) -> str:
+        """The next character that is no space, "" at the end."""
+        found = _SPACE.match(self.source, self.at)
+        self.at = found.end() if found else self.at
+        return self.source[self.at : self.at + 1]
+
+    def _expect(self, character: str) -> None:
+        if self._peek() != character:
+            raise _Unreadable
+        self.at += 1
+
+    def _match(self, pattern: re.Pattern[str]) -> str:
+        found = pattern.match(self.source, self.at)
+        if not found:
+            raise _Unreadable
+        self.at = found.end()
+        return found[0]
+
+
+def _word(text: str) -> Any:
+    """A value without quotes: a number, true, false, null, or else a string as it is."""
+    if not text:
+        raise _Unreadable
+    if text in _WORDS:
+        return _WORDS[text]
+    number = _NUMBER.fullmatch(text)
+    if not number:
+        return text
+    try:
+        value = float(text) if number[2] or number[3] else int(text)
+    except ValueError:  # Python refuses integers of thousands of digits
+        return text
+    return value if math.isfinite(value) else text
+
+
+def _unescaped(escape: re.Match[str]) -> str:
+    """What a backslash and what follows stand for in JSON; in doubt, what follows."""
+    code = escape[1]
+    return chr(int(code[1:], 16)) if len(code) == 5 else _ESCAPED.get(code, code)
