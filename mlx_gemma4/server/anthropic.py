@@ -17,7 +17,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..chat import Reply, ReplyOptions
+from ..conversation import Reply, ReplyOptions
 from ..generation import Statistics
 from ..prompts import encode_chat
 from ..replies import Event, Text, Thinking, ToolCall
