@@ -9,6 +9,7 @@ typedef unsigned int uint;
 typedef unsigned long ulong;
 typedef __nv_bfloat16 bfloat;
 #define METAL_FUNC __device__ __forceinline__
+#define CUDA 1
 
 #define thread_index_in_threadgroup (threadIdx.x)
 #define thread_index_in_simdgroup (threadIdx.x & 31u)
@@ -31,3 +32,31 @@ template <class V>
 METAL_FUNC V simd_shuffle_xor(V v, ushort mask) { return __shfl_xor_sync(~0u, v, mask); }
 template <class V>
 METAL_FUNC V simd_shuffle(V v, ushort lane) { return __shfl_sync(~0u, v, lane); }
+
+// For coded.metal: what Metal does with simdgroup matrices and a table in threadgroup memory.
+
+// c += a b for a [16, 16], b [16, 8]. a: rows 0-7 and 8-15 of columns 0-7, then of 8-15; b: rows 0-7, 8-15.
+METAL_FUNC void multiply(float* c, const uint* a, uint b0, uint b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two numbers 1024 + code as halves, less 1152: code - 128.
+METAL_FUNC uint less_1152(uint pair) {
+  return as_type<uint>(__hsub2(as_type<__half2>(pair), as_type<__half2>(0x64806480u)));
+}
+
+// The levels of 8 codes of 4 bits, as pairs of halves: a code's low 3 bits choose the low and the high byte of a
+// magnitude, its bit 3 is the sign.
+METAL_FUNC void levels_by_bytes(uint word, uint low_0, uint low_1, uint high_0, uint high_1, uint* pairs) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const uint codes = word >> (16 * i), which = codes & 0x7777u;
+    const uint low = __byte_perm(low_0, low_1, which);
+    const uint two = __byte_perm(codes, 0, 0x1100);  // each byte twice: signs at bits 3, 15, 19, 31
+    const uint high = __byte_perm(high_0, high_1, which) | (two & 0x80008000u) | ((two << 4) & 0x00800080u);
+    pairs[2 * i] = __byte_perm(low, high, 0x5140);
+    pairs[2 * i + 1] = __byte_perm(low, high, 0x7362);
+  }
+}

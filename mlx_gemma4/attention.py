@@ -22,6 +22,7 @@ SHORT = 512  # tokens up to which attention is one launch
 MAX_PARTS = 8  # of keys and values; Metal takes 31 buffers a kernel, and a part needs three
 
 Part = tuple[mx.array, mx.array]  # keys and values, [G, capacity, D] or [1, G, capacity, D] each
+Launch = tuple[Callable[..., Sequence[Any]], dict[str, Any]]  # a kernel and its arguments but for the inputs
 
 
 # ---------------------------------------------------------------- queries, keys and values
@@ -200,14 +201,35 @@ def attention(
     Returns:
         [T, H D]
     """
-    lengths = tuple(k.shape[-2] for k, _ in parts)
-    kv_heads = parts[0][0].shape[-3]
-    run, launch, merge = _prepared_attention(q.shape, q.dtype, kv_heads, lengths, maker, scale, window, out, cut)
-    done = run(inputs=[q, spans, *(a.reshape(a.shape[-3:]) for part in parts for a in part)], **launch)
+    done, merge = _launched(q, parts, spans, maker, scale, window, out, cut, False)
     return done[0] if merge is None else merge[0](inputs=list(done), **merge[1])[0]
 
 
-Launch = tuple[Callable[..., Sequence[Any]], dict[str, Any]]  # a kernel and its arguments but for the inputs
+def attention_sums(q: mx.array, parts: Sequence[Part], spans: mx.array, maker: Maker, *, scale: float) -> Any:
+    """`attention` up to 512 tokens in one piece, not yet divided: for those who have more to add.
+
+    Returns:
+        sums fp32 [T H, 1, D] and stats fp32 [T H, 1, 2]: maximum of the scores over ln 2, sum of 2^(score - maximum).
+    """
+    return _launched(q, parts, spans, maker, scale, 0, None, None, True)[0]
+
+
+def _launched(
+    q: mx.array,
+    parts: Sequence[Part],
+    spans: mx.array,
+    maker: Maker,
+    scale: float,
+    window: int,
+    out: mx.Dtype | None,
+    cut: Cut | None,
+    undivided: bool,
+) -> tuple[Sequence[Any], Launch | None]:
+    """What attention's own kernel gives, and the merge that is to follow."""
+    lengths = tuple(k.shape[-2] for k, _ in parts)
+    heads = parts[0][0].shape[-3]
+    run, launch, merge = _prepared_attention(q.shape, q.dtype, heads, lengths, maker, scale, window, out, cut, undivided)
+    return run(inputs=[q, spans, *(a.reshape(a.shape[-3:]) for part in parts for a in part)], **launch), merge
 
 
 @lru_cache(maxsize=4096)  # hundreds of launches a token: the GPU must not wait for this to be worked out
@@ -221,12 +243,13 @@ def _prepared_attention(
     window: int,
     out: mx.Dtype | None,
     cut: Cut | None,
+    undivided: bool,
 ) -> tuple[Callable[..., Sequence[Any]], dict[str, Any], Launch | None]:
     """The kernel, its arguments but for the inputs, and the same of the merge if there is one."""
     tokens, heads, dim = shape
     rows, total = heads // kv_heads * tokens, tokens * heads
     cut = cut or attention_cut(sum(lengths), rows, kv_heads)
-    split = cut.pieces > 1
+    split = undivided or cut.pieces > 1
     out = out or dtype
     defines = {"D": dim, "GQA": heads // kv_heads, "ROWS": cut.rows, "SG": cut.simdgroups, "KEYS": cut.keys}
     defines |= {"PARTS": len(lengths), "WINDOW": window, "SPLIT": split}

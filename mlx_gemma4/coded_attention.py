@@ -1,0 +1,155 @@
+"""Attention over keys and values in codes (kv_codes.py) and a plain tail, for one token or a handful; with its twin.
+
+In and out: MLX arrays. `coded_attention` launches a kernel over the codes, `attention`'s own over the tail, and one that
+merges both; `coded_attention_twin` has the same arguments and result in stock MLX. Nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import kv_codes
+from .attention import Launch, Part, attention_sums, attention_twin
+from .kernels import _TYPES, Maker, _build, _f, render
+from .kv_codes import LEVELS, Coded
+
+MAX_CODED = 7  # parts
+DIMS = (64, 128, 256, 512)  # of heads that the kernel takes
+
+
+@dataclass(frozen=True)
+class CodedCut:
+    """How attention over codes is cut; see coded.metal."""
+
+    simdgroups: int  # of a threadgroup
+    tiles: int  # of 8 queries, a threadgroup
+    pieces: int  # of the length
+
+
+def coded_cut(length: int, rows: int, kv_heads: int, words: int, threadgroups: int = 396) -> CodedCut:
+    """The cut for `rows` queries a KV head over `length` tokens whose keys take `words` words of codes.
+
+    As many threadgroups as a large GPU holds at once (an H100's 132 cores hold three and more), each with at least two
+    blocks.
+    """
+    simdgroups = min(4, words // 8)
+    tiles = 1 if rows <= 8 else 2
+    across = -(-rows // (8 * tiles)) * kv_heads
+    blocks = -(-length // (16 * simdgroups))
+    share = max(2, -(-blocks * across // threadgroups))
+    return CodedCut(simdgroups, tiles, -(-blocks // share))
+
+
+def coded_attention(
+    q: mx.array,
+    coded: Sequence[Coded],
+    turn: mx.array,
+    tail: Part,
+    spans: mx.array,
+    maker: Maker,
+    *,
+    scale: float,
+    out: mx.Dtype | None = None,
+    cut: CodedCut | None = None,
+) -> Any:
+    """A few new tokens attend to all that came before and to themselves.
+
+    Args:
+        q: [T, H, D], T up to 8, D one of DIMS.
+        coded: up to MAX_CODED parts, of one kind, in the order of the tokens; all of each is seen by all queries.
+        turn: fp32 [2, D]: what takes q into the space of coded keys, and coded values' sum back (`kv_codes.turns`).
+        tail: keys and values that follow, [1, G, up to 512, D], in q's dtype; it ends with the T tokens themselves.
+        spans: int32 [1, 2]: first and one past the last token in use of the tail.
+        scale: of the scores.
+        out: dtype of the result, q's by default.
+        cut: instead of `coded_cut`'s.
+
+    Returns:
+        [T, H D]
+    """
+    if q.shape[-1] not in DIMS:
+        return coded_attention_twin(q, coded, turn, tail, spans, scale=scale, out=out)
+    lengths, kv_heads = tuple(codes.shape[-3] for codes, _ in coded), tail[0].shape[-3]
+    bits = kv_codes.bits_of(coded[0], q.shape[-1])
+    run, launch, merge = _prepared(q.shape, q.dtype, kv_heads, bits, lengths, maker, scale, out or q.dtype, cut)
+    arrays = [a for codes, scales in coded for a in (_rows(codes, kv_heads), scales.reshape(kv_heads, -1, 2))]
+    sums, stats = run(inputs=[q, turn[0], *arrays], **launch)
+    tail_sums, tail_stats = attention_sums(q, [tail], spans, maker, scale=scale)
+    return merge[0](inputs=[sums, stats, tail_sums, tail_stats, turn[1]], **merge[1])[0]
+
+
+def _rows(codes: mx.array, kv_heads: int) -> mx.array:
+    """[1, G, n, 2, words] -> [G, n, 2 words]."""
+    return codes.reshape(kv_heads, codes.shape[-3], -1)
+
+
+@lru_cache(maxsize=4096)  # several launches a token: the GPU must not wait for this to be worked out
+def _prepared(
+    shape: tuple[int, int, int],
+    dtype: mx.Dtype,
+    kv_heads: int,
+    bits: int,
+    lengths: tuple[int, ...],
+    maker: Maker,
+    scale: float,
+    out: mx.Dtype,
+    cut: CodedCut | None,
+) -> tuple[Callable[..., Sequence[Any]], dict[str, Any], Launch]:
+    """The kernel, its arguments but for the inputs, and the same of the merge."""
+    tokens, heads, dim = shape
+    rows, total = heads // kv_heads * tokens, tokens * heads
+    cut = cut or coded_cut(sum(lengths), rows, kv_heads, dim * bits // 32)
+    defines: dict[str, object] = {"U": _TYPES[out], "D": dim, "SG": cut.simdgroups, "BITS": bits}
+    defines |= {"GQA": heads // kv_heads, "TILES": cut.tiles, "PARTS": len(lengths), "SCALE": _f(scale), **_levels()}
+    absent = [f"{which}{i}" for i in range(len(lengths), MAX_CODED) for which in "cs"]
+    launch = {
+        "grid": (32 * cut.simdgroups * -(-rows // (8 * cut.tiles)), cut.pieces, kv_heads),
+        "threadgroup": (32 * cut.simdgroups, 1, 1),
+        "output_shapes": [(total, cut.pieces, dim), (total, cut.pieces, 2)],
+        "output_dtypes": [mx.float32] * 2,
+    }
+    merge = render("merge_coded", "coded.metal", dtype, {**defines, "SG": 16})
+    merge_launch = {
+        "grid": (512, 1, total),
+        "threadgroup": (512, 1, 1),
+        "output_shapes": [(tokens, heads * dim)],
+        "output_dtypes": [out],
+    }
+    kernel = render("coded_attention", "coded.metal", dtype, defines, absent)
+    return _build(maker, kernel), launch, (_build(maker, merge), merge_launch)
+
+
+def _levels() -> dict[str, object]:
+    """The code book of 4 bits as coded.metal wants it."""
+    halves = np.array(LEVELS, np.float16).view(np.uint8).reshape(8, 2)
+    words = {"LOW": halves[:, 0].copy().view(np.uint32), "HIGH": halves[:, 1].copy().view(np.uint32)}
+    whole = ", ".join(f"{bits:#x}u" for bits in np.array(LEVELS, np.float16).view(np.uint16).tolist())
+    return {"LEVELS": whole} | {f"{name}_{i}": f"{int(two[i]):#x}u" for name, two in words.items() for i in range(2)}
+
+
+def coded_attention_twin(
+    q: mx.array,
+    coded: Sequence[Coded],
+    turn: mx.array,
+    tail: Part,
+    spans: mx.array,
+    *,
+    scale: float,
+    out: mx.Dtype | None = None,
+) -> mx.array:
+    """`coded_attention` in stock MLX: all of it in the space of the codes, in fp32."""
+    tokens, heads, dim = q.shape
+    parts = [kv_codes.decode(c, dim) for c in coded]
+    k, v = (a.reshape(1, *a.shape[-3:]) for a in tail)
+    parts.append(kv_codes.rotated_pair(k, v, turn))
+    ends = mx.array([[0, p[0].shape[-2]] for p in parts[:-1]], mx.int32)
+    spans = mx.concatenate([ends, spans])
+    x = attention_twin(kv_codes.rotated(q, turn[0]), parts, spans, scale=scale, out=mx.float32)
+    x = kv_codes.unrotated(x.reshape(tokens, heads, dim), turn[1])
+    return x.reshape(tokens, heads * dim).astype(out or q.dtype)
