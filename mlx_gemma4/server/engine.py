@@ -1,0 +1,308 @@
+"""Requests become replies in a bounded number of threads, over one store of prefixes; the others wait in a queue.
+
+In: prompts with options. Out: a `Job`, whose pieces an event loop awaits. The threads take turns at the model token by
+token and chunk by chunk (`execution()` serves them in the order they come), so a short reply is not stuck behind a
+long one. A job that is cancelled leaves its thread within one token, or one chunk of a prompt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
+
+from ..conversation import Reply, ReplyChunk, ReplyOptions, stream_reply
+from ..errors import NoRoom, TooLong
+from ..prefix import PrefixStore
+from ..replies import Event
+from ..sampling import Token
+from ..text import LanguageModel
+from ..tokenizer import Tokenizer
+from .metrics import Metrics
+from .wire import ApiError
+
+Prompt = Sequence[Mapping[str, Any]] | list[int] | str  # messages; ids or text to go on with as they are
+Place = Literal["answer", "thinking", "call", "control"]
+
+
+class Piece(NamedTuple):
+    """What is new of a job."""
+
+    choice: int  # which of its replies
+    events: Sequence[Event] = ()
+    token: Token | None = None
+    place: Place = "control"  # what the token is part of
+    reply: Reply | None = None  # the whole, with this choice's last piece
+    reading: tuple[int, int] | None = None  # prompt tokens read, and in all
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One reply that a job is to make."""
+
+    prompt: Prompt
+    options: ReplyOptions
+    one_call: bool = False  # end after the first tool call
+
+
+class _Cancelled(Exception):
+    """Nobody waits for this job any more."""
+
+
+class Job:
+    """One request: replies made one after the other. Its pieces are for the event loop that submitted it."""
+
+    def __init__(self, engine: Engine, wanted: Sequence[Wanted], field: str) -> None:
+        self.engine, self.wanted, self.field = engine, wanted, field
+        self.cancelled = False
+        self.submitted = time.monotonic()
+        self._loop = asyncio.get_running_loop()
+        self._items: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Everything, as it is made.
+
+        Raises:
+            ApiError, InputError: it can't be answered, or was cancelled.
+        """
+        while (item := await self._items.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    async def replies(self) -> list[Reply]:
+        """All of its replies, when they are done. Raises as `pieces`."""
+        return [piece.reply async for piece in self.pieces() if piece.reply]
+
+    def cancel(self) -> None:
+        """Stop as soon as may be. Nothing happens to a job that is done."""
+        self.cancelled = True
+        self.engine.forget(self)
+
+    def gone(self) -> ApiError:
+        """What is said of a cancelled job, to whoever may still listen."""
+        return ApiError(503, "the server is shutting down" if self.engine.draining else "the client went away")
+
+    def post(self, item: Piece | Exception | None) -> None:
+        """Hand out something, from any thread; None is the end."""
+        try:
+            self._loop.call_soon_threadsafe(self._items.put_nowait, item)
+        except RuntimeError:  # the loop is closed
+            self.cancelled = True
+
+
+class Engine:
+    """Threads that answer, and a queue before them."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        *,
+        parallel: int = 4,
+        queue: int = 32,
+        max_kv_bytes: int | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        """
+        Args:
+            parallel: replies made at a time.
+            queue: requests that may wait beside them.
+            max_kv_bytes: see PrefixStore.
+        """
+        self.lm, self.parallel, self.queue = lm, parallel, queue
+        self.metrics = metrics or Metrics()
+        self.store = PrefixStore(lm.model, max_kv_bytes)
+        self.draining = False
+        self._waiting: deque[Job] = deque()
+        self._running: set[Job] = set()
+        self._holding: set[Job] = set()  # running ones that have a KV state, or try to get one
+        self._releases = 0  # how often one left that set
+        self._seconds = 1.0  # that a job takes, of late
+        self._closed = False
+        self._changed = threading.Condition()  # guards all of the above
+        self._threads = [threading.Thread(target=self._serve, name=f"reply-{i}", daemon=True) for i in range(parallel)]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Jobs running and waiting."""
+        with self._changed:
+            return len(self._running), len(self._waiting)
+
+    def submit(self, wanted: Sequence[Wanted], field: str = "messages") -> Job:
+        """Take a job, from a coroutine.
+
+        Args:
+            field: where in the request the prompt is, for errors.
+
+        Raises:
+            ApiError: 429 where the queue is full, 503 where the server is shutting down.
+        """
+        job = Job(self, wanted, field)
+        with self._changed:
+            if self.draining:
+                raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=10)
+            if len(self._waiting) + len(self._running) >= self.parallel + self.queue:
+                self.metrics.count("mlx_gemma4_refused_total")
+                wait = round(self._seconds * len(self._waiting) / self.parallel)
+                raise ApiError(
+                    429,
+                    f"{len(self._running)} requests are being answered and {len(self._waiting)} are waiting; try later",
+                    code="rate_limit_exceeded",
+                    retry_after=min(max(wait, 1), 60),
+                )
+            self._waiting.append(job)
+            self._changed.notify_all()
+        return job
+
+    def forget(self, job: Job) -> None:
+        """Take a cancelled job out of the queue, if it is there still."""
+        with self._changed:
+            self._changed.notify_all()
+            if job not in self._waiting:
+                return
+            self._waiting.remove(job)
+        job.post(job.gone())
+
+    def drain(self) -> None:
+        """Take no more jobs, and let those go that have not begun."""
+        with self._changed:
+            self.draining = True
+            waiting = list(self._waiting)
+        for job in waiting:
+            job.cancel()
+
+    def close(self, timeout: float = 10.0) -> bool:
+        """Cancel everything and end the threads; whether they did end in so many seconds."""
+        self.drain()
+        with self._changed:
+            self._closed = True
+            for job in self._running:
+                job.cancelled = True
+            self._changed.notify_all()
+        end = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _serve(self) -> None:
+        """What each thread does."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+                job = self._waiting.popleft()
+                self._running.add(job)
+            end: Exception | None = None
+            start = time.monotonic()
+            try:
+                for choice, wanted in enumerate(job.wanted):
+                    self._answer(job, choice, wanted)
+            except _Cancelled:
+                self.metrics.count("mlx_gemma4_cancelled_total")
+                end = job.gone()
+            except TooLong as error:
+                end = ApiError(400, str(error), job.field, "context_length_exceeded")
+            except Exception as error:
+                end = error
+            with self._changed:
+                self._running.remove(job)
+                self._seconds += 0.2 * (time.monotonic() - start - self._seconds)
+                self._changed.notify_all()
+            self.metrics.observe("mlx_gemma4_reply_seconds", time.monotonic() - job.submitted)
+            job.post(end)
+
+    def _answer(self, job: Job, choice: int, wanted: Wanted) -> None:
+        """Make one of a job's replies."""
+
+        def reading(done: int, total: int) -> None:
+            if job.cancelled:
+                raise _Cancelled
+            job.post(Piece(choice, reading=(done, total)))
+
+        prompt = self.lm.encode_prompt(wanted.prompt, raw=True) if isinstance(wanted.prompt, str) else wanted.prompt
+        place, reply = _Places(self.lm.tokenizer), None
+        with closing(self._chunks(job, prompt, wanted.options, reading)) as chunks:
+            for chunk in chunks:
+                first, reply = reply is None, chunk.reply
+                if job.cancelled:
+                    raise _Cancelled
+                if first and not choice:
+                    self.metrics.observe("mlx_gemma4_first_token_seconds", time.monotonic() - job.submitted)
+                last = chunk.token is None
+                where = place.of(chunk.token.id) if chunk.token else "control"
+                job.post(Piece(choice, chunk.events, chunk.token, where, reply if last else None))
+                if wanted.one_call and reply.tool_calls and not last:
+                    reply.finish_reason = "tool_calls"
+                    job.post(Piece(choice, reply=reply))
+                    break
+        if reply:
+            self.metrics.count("mlx_gemma4_prompt_tokens_total", reply.statistics.prompt_tokens)
+            self.metrics.count("mlx_gemma4_reused_tokens_total", reply.statistics.reused_tokens)
+            self.metrics.count("mlx_gemma4_reply_tokens_total", reply.statistics.reply_tokens)
+
+    def _chunks(
+        self, job: Job, prompt: Any, options: ReplyOptions, reading: Callable[[int, int], None]
+    ) -> Generator[ReplyChunk, None, None]:
+        """One reply. Where the KV budget has no room for it beside the others', it waits until one of them is done."""
+        try:
+            while True:
+                with self._changed:
+                    self._holding.add(job)
+                made = stream_reply(self.lm, prompt, options, store=self.store, on_prompt=reading)
+                with closing(cast(Generator[ReplyChunk, None, None], made)) as chunks:
+                    try:
+                        first = next(chunks)
+                    except NoRoom as error:
+                        self._wait_for_room(job, error)
+                        continue
+                    yield first
+                    yield from chunks
+                    return
+        finally:
+            self._release(job)
+
+    def _wait_for_room(self, job: Job, error: NoRoom) -> None:
+        self._release(job)
+        with self._changed:
+            if not self._holding:
+                raise ApiError(400, str(error), job.field, "context_length_exceeded")
+            before = self._releases
+            self._changed.wait_for(lambda: job.cancelled or self._releases > before)
+        if job.cancelled:
+            raise _Cancelled
+
+    def _release(self, job: Job) -> None:
+        with self._changed:
+            self._holding.discard(job)
+            self._releases += 1
+            self._changed.notify_all()
+
+
+class _Places:
+    """Tells what each token of a reply is part of."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._control = tokenizer.control_ids
+        self._opens: dict[int | None, Place] = {
+            tokenizer.token_id("<|channel>"): "thinking",
+            tokenizer.token_id("<|tool_call>"): "call",
+        }
+        self._closes = {tokenizer.token_id("<channel|>"), tokenizer.token_id("<tool_call|>")}
+        self._now: Place = "answer"
+
+    def of(self, token: int) -> Place:
+        if token not in self._control:
+            return self._now
+        if token in self._opens:
+            self._now = self._opens[token]
+        elif token in self._closes:
+            self._now = "answer"
+        return "control"
