@@ -156,6 +156,7 @@ def stream_reply(
     *,
     store: PrefixStore | None = None,
     state: KVState | None = None,
+    marks: bool = True,
     on_prompt: OnPrompt | None = None,
 ) -> Iterator[ReplyChunk]:
     """Reply to a conversation, a chunk for each token and a last one.
@@ -167,6 +168,7 @@ def stream_reply(
         store: where the longest known beginning of the prompt comes from, and prompt and reply are kept.
         state: instead of a store, one state of `lm.model`: what it has in common with the prompt is kept, the rest
             is rewound; it then holds prompt and reply.
+        marks: leave places in `state` to come back to. Each may come to hold a window of each sliding layer.
         on_prompt: called with (tokens read, tokens in all) while the prompt is read; what it raises ends the reply.
 
     Yields:
@@ -188,7 +190,8 @@ def stream_reply(
     reply = Reply()
     parser = ReplyParser(lm.tokenizer, thinking_open=ends_in_thinking(lm.tokenizer, ids))
     stops = _Stops(options.stop)
-    with closing(_tokens(lm, ids, options, store, state, reply.statistics, on_prompt)) as tokens:
+    marks = marks and state is not None
+    with closing(_tokens(lm, ids, options, store, state, marks, reply.statistics, on_prompt)) as tokens:
         for token in tokens:
             reply.tokens.append(token)
             events = stops.cut(parser.push(token.id))
@@ -347,6 +350,7 @@ def _tokens(
     options: ReplyOptions,
     store: PrefixStore | None,
     state: KVState | None,
+    marks: bool,
     statistics: Statistics,
     on_prompt: OnPrompt | None,
 ) -> Generator[Token, None, None]:
@@ -382,7 +386,7 @@ def _tokens(
         stop_ids,
         statistics,
         on_prompt,
-        stop_ids,
+        stop_ids if marks else None,
         constraint=constraint,
         logprobs=options.logprobs,
     )
