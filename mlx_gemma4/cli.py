@@ -15,6 +15,7 @@ from .commands.bench import bench
 from .commands.doctor import doctor
 from .commands.generate import generate
 from .commands.options import say
+from .commands.pull import pull
 from .errors import InputError
 
 
@@ -52,7 +53,7 @@ def main() -> None:
     """Gemma 4 on Apple Silicon, straight from GGUF files."""
 
 
-for command in (generate, bench, doctor):  # in the order of --help
+for command in (generate, pull, bench, doctor):  # in the order of --help
     main.add_command(command)
 
 

@@ -19,6 +19,7 @@ from .errors import InputError
 from .folder import folder_source
 from .generation import Sampling, Statistics, Token, generate_tokens
 from .gguf_file import open_gguf
+from .hub import resolve
 from .loader import Progress, gguf_source, load_model
 from .memory import Plan
 from .model import Model
@@ -87,7 +88,7 @@ def load(
     """Load a GGUF file (or any part of a split one), or a folder of safetensors with its `config.json`.
 
     Args:
-        path: the file or folder; None loads the small built-in model.
+        path: the file or folder, or `REPO[:QUANT]` on Hugging Face; None loads the small built-in model.
         weights: "packed" holds quantized blocks as the file has them, "dense" as fp32; "auto" takes
             packed on a GPU and what memory allows on a CPU.
         fuse: join each MLP's gate and up projections.
@@ -96,7 +97,7 @@ def load(
     Raises:
         InputError: the file can't be used, in one line.
     """
-    path = demo_path() if path is None else Path(path)
+    path = demo_path() if path is None else resolve(path)
     if path.is_dir():
         return _load_folder(path, weights, fuse, progress)
     with open_gguf(path) as file:

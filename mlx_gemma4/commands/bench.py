@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from .options import model_option, output_options, progress, say, set_up_logging
+from .options import find_model, model_option, output_options, progress, say, set_up_logging
 
 
 def _numbers(least: int) -> dict[str, Any]:
@@ -61,7 +61,6 @@ def bench(
     them. With --vs, half of our repetitions come before llama-bench and half after it.
     """
     from .. import bench as b
-    from ..text import demo_path
 
     set_up_logging(verbose or debug)
     files = [Path(f) for f in (json_file, report) if f]
@@ -70,7 +69,7 @@ def bench(
             raise InputError(f"{flag} {file}: there is no such folder; make it first")
     if vs and not os.access(vs, os.X_OK):
         raise InputError(f"--vs {vs}: no such program; give the path of llama.cpp's llama-bench")
-    path = demo_path() if model is None else Path(model)
+    path = find_model(model)
     if vs and path.is_dir():
         raise InputError(f"--vs {vs}: llama.cpp reads GGUF files, and {path} is a folder; give --model FILE.gguf")
     with progress("Loading", 1e9, " GB") as update:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from ..text import LanguageModel
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+EXIT_INTERRUPTED = 130  # as shells report Ctrl-C
 
 
 def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -30,7 +33,10 @@ def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Com
 
 # Each may decorate a command, which then takes arguments of these names.
 model_option = click.option(
-    "-m", "--model", metavar="PATH", help="A .gguf file or a folder of safetensors. Without it: a small demo."
+    "-m",
+    "--model",
+    metavar="MODEL",
+    help="A .gguf file, a folder of safetensors, or REPO[:QUANT] on Hugging Face. Without it: a small demo.",
 )
 sampling_options = _together(
     click.option("--temperature", type=float, help="0 always takes the likeliest token.  [default: the file's]"),
@@ -60,10 +66,23 @@ def load_with_progress(model: str | None) -> tuple[LanguageModel, float]:
             "No --model given: running the small built-in demo. For a real one: "
             'mlx-gemma4 generate --model gemma-4-E2B-it-Q4_K_M.gguf --prompt "..."'
         )
+    path = find_model(model)
     start = time.perf_counter()
     with progress("Loading", 1e9, " GB") as update:
-        lm = text.load(model, progress=update)
+        lm = text.load(path, progress=update)
     return lm, time.perf_counter() - start
+
+
+def find_model(model: str | None) -> Path:
+    """The path that --model means, downloaded if need be; None: the demo's."""
+    if model is None:
+        from ..text import demo_path
+
+        return demo_path()
+    from ..hub import resolve
+
+    with progress("Downloading", 1e9, " GB") as update:
+        return resolve(model, progress=update)
 
 
 def sampling_from(lm: LanguageModel, flags: dict[str, Any]) -> Sampling:
