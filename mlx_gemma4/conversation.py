@@ -198,10 +198,11 @@ def stream_reply(
             reply.add(events)
             yield ReplyChunk(events, token, reply)
             if stops.met:
+                reply.statistics.stop_reason = "stop"
                 break
     events = [] if stops.met else stops.cut(parser.finish(), last=True)
     reply.add(events)
-    if not stops.met and reply.statistics.stop_reason == "length":
+    if reply.statistics.stop_reason == "length":
         reply.finish_reason = "length"
     else:
         reply.finish_reason = "tool_calls" if reply.tool_calls else "stop"

@@ -28,8 +28,8 @@ MAX_SOURCE = 1 << 16  # characters of a schema or grammar
 MAX_REGEX = 4000  # characters of a regular expression: compiling takes the square of it
 _MAX_MULTIPLE = 100_000  # of multipleOf, without its power of ten: a state of the automaton each
 _STACK = 256 << 20  # bytes of address space while a grammar is compiled
-# A model that is at a loss would go on with blanks for ever.
-_BLANKS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
+# Between JSON's parts: a space, or a new line with its indentation. With more, a model at a loss goes on for ever.
+_BLANKS = {"whitespace_pattern": r" |\n[ \t]{0,32}"}
 _THINK = "<|channel>", "<channel|>"
 
 T = TypeVar("T")

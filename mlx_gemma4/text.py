@@ -14,18 +14,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .config import Config, config_from_gguf, config_from_json
+from .conversation import ReplyOptions, stream_reply
 from .doctor import check_model, usable_kernels
 from .errors import InputError
 from .folder import folder_source
-from .generation import Sampling, Statistics, Token, generate_tokens
+from .generation import Statistics, check_length
 from .gguf_file import open_gguf
 from .hub import resolve
 from .loader import Progress, gguf_source, load_model
 from .memory import Plan
 from .model import Model
 from .prompts import encode_chat
+from .replies import Text, Thinking
+from .sampling import Sampling, Token
 from .state import KVState
-from .tokenizer import StreamDecoder, Tokenizer
+from .tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
 # The keys under general.sampling, with what holds where a file is silent: Google's choice for Gemma 4.
@@ -43,21 +46,37 @@ class LanguageModel:
     sampling: Sampling  # what the file recommends
     plan: Plan  # how the weights are held
 
-    def encode_prompt(self, prompt: str, *, raw: bool = False, after: Sequence[int] = ()) -> list[int]:
+    def encode_prompt(
+        self,
+        prompt: str,
+        *,
+        raw: bool = False,
+        after: Sequence[int] = (),
+        system: str | None = None,
+        think: bool | None = None,
+    ) -> list[int]:
         """Token ids of a prompt: as a user's turn in the file's chat template, or (`raw`) the text as it is.
 
         Args:
             after: the conversation so far, up to its last reply: the prompt is its next turn.
+            system: what the model is told before the conversation.
+            think: whether the model is to think first; None: as the template has it.
+
+        Raises:
+            InputError: the template can't do that.
         """
         if raw:
             return self.tokenizer.encode(prompt, add_bos=not after)
         turn = {"role": "user", "content": prompt}
         if not after:
-            return encode_chat(self.tokenizer, [turn])
+            told = [{"role": "system", "content": system}] if system else []
+            return encode_chat(self.tokenizer, [*told, turn], enable_thinking=think)
+        if system:
+            raise InputError("--system: the saved conversation has begun already; leave it out, or start a new one")
         # What the template writes between a reply and the next one, found with a made-up turn before.
         past = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        before = encode_chat(self.tokenizer, past, add_generation_prompt=False)
-        both = encode_chat(self.tokenizer, [*past, turn])
+        before = encode_chat(self.tokenizer, past, add_generation_prompt=False, enable_thinking=think)
+        both = encode_chat(self.tokenizer, [*past, turn], enable_thinking=think)
         end = max((i for i, token in enumerate(before) if token in self.tokenizer.stop_ids), default=None)
         if end is None or both[: end + 1] != before[: end + 1]:
             raise InputError(f"{self.path}: its chat template doesn't let a saved conversation go on; use --raw")
@@ -68,9 +87,10 @@ class LanguageModel:
 class Chunk:
     """A piece of a reply as it is made."""
 
-    text: str  # may be empty, while a character's bytes or a control token pass
+    text: str  # may be empty, while a character's bytes, a control token or thinking pass
     token: Token | None  # None: the last piece, text held back until the end
     statistics: Statistics = field(default_factory=Statistics)
+    thinking: str = ""  # a piece of what the model thinks before it replies
 
 
 def demo_path() -> Path:
@@ -116,19 +136,29 @@ def stream(
     prompt: str | list[int],
     *,
     raw: bool = False,
+    system: str | None = None,
+    think: bool | None = None,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    schema: Mapping[str, Any] | None = None,
+    logprobs: int | None = None,
     on_prompt: Callable[[int, int], None] | None = None,
     state: KVState | None = None,
 ) -> Iterator[Chunk]:
-    """Answer a prompt piece by piece.
+    """Answer a prompt piece by piece. For tools, grammars and whole conversations see `stream_reply`.
 
     Args:
         lm: a loaded model.
         prompt: text, or token ids as they are.
         raw: send the text as it is, without the chat template.
-        max_tokens: the reply's length at most.
+        system: what the model is told before the conversation.
+        think: let the model think first; None: as the chat template has it.
+        max_tokens: the length at most, of thinking and reply.
         sampling: how tokens are chosen; None: as the file recommends.
+        stop: strings that the reply ends before.
+        schema: the reply is JSON that obeys this JSON schema.
+        logprobs: tokens come with their log-probability, and with so many likeliest ones.
         on_prompt: called with (tokens read, tokens in all) while the prompt is read.
         state: a conversation that this continues, of `lm.model`; takes prompt and reply. None: a new one.
 
@@ -137,25 +167,22 @@ def stream(
         `statistics`, which is up to date at every piece.
 
     Raises:
-        InputError: the prompt is empty or too long.
+        InputError: the prompt is empty or too long, or an option can't be.
     """
     state = lm.model.new_state() if state is None else state
-    ids = lm.encode_prompt(prompt, raw=raw, after=state.tokens) if isinstance(prompt, str) else prompt
-    statistics = Statistics()
-    decoder = StreamDecoder(lm.tokenizer)
-    tokens = generate_tokens(
-        lm.model,
-        state,
-        ids,
-        sampling or lm.sampling,
-        max_tokens,
-        lm.tokenizer.stop_ids,
-        statistics,
-        on_prompt,
-    )
-    for token in tokens:
-        yield Chunk(decoder.push(token.id), token, statistics)
-    yield Chunk(decoder.finish(), None, statistics)
+    before = state.tokens
+    if isinstance(prompt, str):
+        prompt = lm.encode_prompt(prompt, raw=raw, after=before, system=system, think=think)
+    check_length(len(prompt), lm.config.context)
+    options = ReplyOptions(max_tokens, sampling, tuple(stop), think, schema=schema, logprobs=logprobs)
+    for chunk in stream_reply(lm, [*before, *prompt], options, state=state, marks=False, on_prompt=on_prompt):
+        text = thinking = ""
+        for event in chunk.events:
+            if isinstance(event, Thinking):
+                thinking += event.text
+            else:
+                text += event.text if isinstance(event, Text) else event.raw
+        yield Chunk(text, chunk.token, chunk.reply.statistics, thinking)
 
 
 def generate(
@@ -163,11 +190,26 @@ def generate(
     prompt: str | list[int],
     *,
     raw: bool = False,
+    system: str | None = None,
+    think: bool | None = None,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    schema: Mapping[str, Any] | None = None,
 ) -> str:
-    """Answer a prompt; the whole reply. Arguments and errors are those of `stream`."""
-    return "".join(chunk.text for chunk in stream(lm, prompt, raw=raw, max_tokens=max_tokens, sampling=sampling))
+    """Answer a prompt; the whole reply, without thinking. Arguments and errors are those of `stream`."""
+    chunks = stream(
+        lm,
+        prompt,
+        raw=raw,
+        system=system,
+        think=think,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        stop=stop,
+        schema=schema,
+    )
+    return "".join(chunk.text for chunk in chunks)
 
 
 def _load_folder(
