@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 QUOTE = "\udc22"  # a lone surrogate: no text that was decoded from UTF-8 holds one
-_MAX_DEPTH = 64  # of arguments: deeper ones are no arguments
+MAX_DEPTH = 64  # of arguments: deeper ones are no arguments
 
 _SPACE = re.compile(r"\s*")
 _CALL = re.compile(r"\s*call\s*:\s*")
@@ -109,7 +109,7 @@ class _Reader:
         return found
 
     def _value(self, depth: int) -> Any:
-        if depth > _MAX_DEPTH:
+        if depth > MAX_DEPTH:
             raise _Unreadable
         first = self._peek()
         if first in (QUOTE, '"', "'"):

@@ -26,9 +26,9 @@ from .prompts import Message, encode_chat
 from .replies import Event, ReplyParser, Text, Thinking, ToolCall, ends_in_thinking
 from .sampling import Sampling, Token
 from .state import KVState
+from .stops import StopStrings
 
 if TYPE_CHECKING:
-    from .stops import StopStrings
     from .text import LanguageModel
     from .tokenizer import Tokenizer
 
@@ -189,18 +189,18 @@ def stream_reply(
     ids = _whole_prompt(lm, messages, options)
     reply = Reply()
     parser = ReplyParser(lm.tokenizer, thinking_open=ends_in_thinking(lm.tokenizer, ids))
-    stops = _Stops(options.stop)
+    stops = StopStrings(options.stop)
     marks = marks and state is not None
     with closing(_tokens(lm, ids, options, store, state, marks, reply.statistics, on_prompt)) as tokens:
         for token in tokens:
             reply.tokens.append(token)
-            events = stops.cut(parser.push(token.id))
+            events = _cut(stops, parser.push(token.id))
             reply.add(events)
             yield ReplyChunk(events, token, reply)
-            if stops.met:
+            if stops.stopped:
                 reply.statistics.stop_reason = "stop"
                 break
-    events = [] if stops.met else stops.cut(parser.finish(), last=True)
+    events = [] if stops.stopped else _cut(stops, parser.finish(), last=True)
     reply.add(events)
     if reply.statistics.stop_reason == "length":
         reply.finish_reason = "length"
@@ -433,38 +433,26 @@ def go_back(state: KVState, ids: list[int]) -> int:
     return reach
 
 
-class _Stops:
-    """Stop strings over events: only the answer's text is searched, and a call or thinking interrupts it."""
+def _cut(stops: StopStrings, events: list[Event], *, last: bool = False) -> list[Event]:
+    """Events up to a stop string. Only the answer is searched; thinking and calls interrupt it.
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops, self.met = stops, False
-        self._searched = _searched(stops) if stops else None
-
-    def cut(self, events: list[Event], last: bool = False) -> list[Event]:
-        """The events up to a stop string; text that may be the beginning of one is held back until the next call."""
-        if self._searched is None:
-            return events
-        found: list[Event] = []
-        for event in events:
-            if isinstance(event, Text):
-                text, self.met = self._searched.push(event.text)
-                found += [Text(text)] if text else []
-                if self.met:
-                    return found
-            else:
-                found += [*self._held_back(), event]
-        return found + (self._held_back() if last else [])
-
-    def _held_back(self) -> list[Event]:
-        text = self._searched.finish() if self._searched else ""
-        self._searched = _searched(self.stops) if self.stops else None
-        return [Text(text)] if text else []
+    Text that a stop string may begin with is held back until the next call, or the `last`.
+    """
+    found: list[Event] = []
+    for event in events:
+        if isinstance(event, Text):
+            text, stopped = stops.push(event.text)
+            found += [Text(text)] if text else []
+            if stopped:
+                return found
+        else:
+            found += [*_held_back(stops), event]
+    return found + (_held_back(stops) if last else [])
 
 
-def _searched(stops: Sequence[str]) -> StopStrings:
-    from .stops import StopStrings
-
-    return StopStrings(stops)
+def _held_back(stops: StopStrings) -> list[Event]:
+    text = stops.finish()
+    return [Text(text)] if text else []
 
 
 def _constraint(lm: LanguageModel, options: ReplyOptions) -> Constraint | None:

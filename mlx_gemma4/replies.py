@@ -61,7 +61,8 @@ class ReplyParser:
 
     Text and thinking come out as soon as their characters are whole; neighbouring pieces belong together. A call
     comes out when it is complete. Where it can't be read, or the reply ends inside it, `finish` or the call's end
-    gives what the model wrote as Text, with `"` for `<|"|>`. A channel that nobody closes is thinking to its end.
+    gives what the model wrote as Text, with `"` for `<|"|>`. A channel that nobody closes is thinking to its end; of
+    one that is cut in its header ("thought") nothing comes.
 
     >>> from mlx_gemma4 import load
     >>> tokenizer = load().tokenizer
@@ -100,7 +101,7 @@ class ReplyParser:
             elif token == self._open:
                 events += self._end_header()
                 self._mode, self._header = "thinking", ""
-        elif token == self._close and self._source is None:
+        elif token == self._close:
             events += self._end_header()
             self._mode = "text"
         return _merged(events)
@@ -109,9 +110,6 @@ class ReplyParser:
         """What was held back."""
         events = self._text(self._utf8.decode(b"", final=True))
         events += self._end_call()
-        if self._header is not None and not _HEADER.startswith(self._header):
-            events += self._end_header()
-        self._header = None
         return _merged(events)
 
     def _text(self, text: str) -> list[Event]:
