@@ -12,6 +12,7 @@ import click
 
 from . import __version__
 from .commands.bench import bench
+from .commands.chat import chat
 from .commands.doctor import doctor
 from .commands.generate import generate
 from .commands.options import say
@@ -53,7 +54,7 @@ def main() -> None:
     """Gemma 4 on Apple Silicon, straight from GGUF files."""
 
 
-for command in (generate, pull, bench, doctor):  # in the order of --help
+for command in (generate, chat, pull, bench, doctor):  # in the order of --help
     main.add_command(command)
 
 

@@ -20,15 +20,25 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markdown import Heading, Markdown
 from rich.segment import Segment
 from rich.text import Text
+from rich.theme import Theme
 
 REDRAW_EVERY = 0.05  # seconds at least between two drawings
 THOUGHT_LINES = 6  # of an open thought, the last ones
-THEME = {"markdown.code": "cyan", "markdown.link_url": "underline"}  # over rich's, whose black boxes suit no terminal
+_STYLES = {"markdown.code": "cyan", "markdown.link_url": "underline"}  # over rich's, whose black boxes suit no terminal
 
 # Raw HTML and link definitions are shown as they stand: nothing that a model writes is swallowed.
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("reference")
 _CONTROLS = {c: "\N{REPLACEMENT CHARACTER}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
 _CONTROLS[ord("\r")] = ""
+
+
+def console_for_replies() -> Console:
+    return Console(theme=Theme(_STYLES), highlight=False)
+
+
+def printable(text: str) -> str:
+    """Text that can't move the cursor or do worse: of control characters, only line ends and tabs are left."""
+    return text.translate(_CONTROLS)
 
 
 @dataclass(frozen=True)
@@ -138,7 +148,7 @@ class ReplyScreen:
 
     def text(self, piece: str) -> None:
         """More of the reply."""
-        self._open += piece.translate(_CONTROLS)
+        self._open += printable(piece)
         if self._due():
             self._draw_text()
 
@@ -147,7 +157,7 @@ class ReplyScreen:
         if self._thinking_since is None:
             self.note(None)
             self._thinking_since = time.monotonic()
-        self._thought += piece.translate(_CONTROLS)
+        self._thought += printable(piece)
         if self._due():
             start = time.monotonic()
             self._region.draw([Line("", "")] * self._gap + self._thought_lines()[-THOUGHT_LINES:])
@@ -167,7 +177,7 @@ class ReplyScreen:
         final = self._laid_out(blocks(self._open))
         self._open = ""
         if line is not None:
-            final += [Line("", "")] * self._gap + self._lines(Text(line.translate(_CONTROLS), style=style))
+            final += [Line("", "")] * self._gap + self._lines(Text(printable(line), style=style))
             self._gap = True
         self._settle(final)
 

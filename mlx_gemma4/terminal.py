@@ -34,20 +34,13 @@ class TerminalPrompt:
     Args:
         commands: each "/name" with what it does, to complete.
         arguments: words that may follow a command; None: the name of a file.
-        toolbar: the line below the prompt.
     """
 
-    def __init__(
-        self,
-        commands: Mapping[str, str],
-        arguments: Callable[[str], Iterable[str] | None],
-        toolbar: Callable[[], str],
-    ) -> None:
+    def __init__(self, commands: Mapping[str, str], arguments: Callable[[str], Iterable[str] | None]) -> None:
         self._session: PromptSession[str] = PromptSession(
             history=_history(),
             completer=_Commands(commands, arguments),
             complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
-            bottom_toolbar=toolbar,
             multiline=True,
             prompt_continuation=lambda width, line, wrapped: " " * width,
             key_bindings=_keys(),
@@ -56,10 +49,14 @@ class TerminalPrompt:
             reserve_space_for_menu=6,
         )
 
-    def read(self, label: str, text: str = "") -> str | None:
-        """What was typed, which begins as `text`; None: Ctrl-D. Ctrl-C gives what is empty."""
+    def read(self, label: str, text: str, toolbar: str) -> str | None:
+        """What was typed, which begins as `text`; None: Ctrl-D. Ctrl-C gives what is empty.
+
+        Args:
+            toolbar: the line below the prompt.
+        """
         try:
-            return self._session.prompt(label, default=text)
+            return self._session.prompt(label, default=text, bottom_toolbar=toolbar)
         except EOFError:
             return None
         except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -62,9 +63,11 @@ def load_with_progress(model: str | None) -> tuple[LanguageModel, float]:
     from .. import text
 
     if model is None:
+        context = click.get_current_context(silent=True)
+        command = context.info_name if context else "generate"
         say(
             "No --model given: running the small built-in demo. For a real one: "
-            'mlx-gemma4 generate --model gemma-4-E2B-it-Q4_K_M.gguf --prompt "..."'
+            f"mlx-gemma4 {command} --model gemma-4-E2B-it-Q4_K_M.gguf" + ' --prompt "..."' * (command == "generate")
         )
     path = find_model(model)
     start = time.perf_counter()
@@ -102,7 +105,7 @@ def progress(what: str, unit: float, suffix: str) -> Iterator[Callable[[int, int
 
     def update(done: int, total: int) -> None:
         nonlocal shown
-        if sys.stderr.isatty() and time.monotonic() - start > 1:
+        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and time.monotonic() - start > 1:
             digits = 1 if unit > 1 else 0
             line = f"{what} {done / unit:.{digits}f} of {total / unit:.{digits}f}{suffix}"
             click.echo(f"\r{line}\x1b[K", nl=False, err=True)
