@@ -218,7 +218,7 @@ async def _chat_body(made: Made, head: dict[str, Any], tokenizer: Tokenizer | No
             message["reasoning_content"] = reply.thinking
         if reply.tool_calls:
             message["tool_calls"] = [_call(call) for call in reply.tool_calls]
-        logprobs = _chat_logprobs(tokenizer, made.answers.get(i, [])) if tokenizer else None
+        logprobs = chat_logprobs(tokenizer, made.answers.get(i, [])) if tokenizer else None
         choices.append({"index": i, "message": message, "logprobs": logprobs, "finish_reason": reply.finish_reason})
     return {**head, "choices": choices, "usage": made.usage(len(choices))}
 
@@ -240,7 +240,7 @@ async def _chat_chunks(
         if piece.reading:
             yield reading(piece.reading)
         token = [piece.token] if piece.token and piece.place == "answer" else []
-        logprobs = _chat_logprobs(tokenizer, token) if tokenizer and token else None
+        logprobs = chat_logprobs(tokenizer, token) if tokenizer and token else None
         for event in piece.events:
             if isinstance(event, ToolCall):
                 yield chunk({"tool_calls": [{"index": calls, **_call(event)}]})
@@ -315,7 +315,7 @@ def _text_choice(index: int, text: str, finish: str | None, logprobs: Any) -> di
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
 
-def _chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict[str, Any]:
+def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict[str, Any]:
     def entry(id: int, value: float | None) -> dict[str, Any]:
         piece = tokenizer.piece(id, skip_special=False)
         return {"token": piece.decode("utf-8", "replace"), "logprob": logprob(value), "bytes": list(piece)}
