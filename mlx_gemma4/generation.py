@@ -17,7 +17,7 @@ import numpy as np
 from .errors import InputError, TooLong
 from .execution import execution
 from .model import Model
-from .sampling import Choice, Chooser, Sampling, Token
+from .sampling import REPETITION_WINDOW, Choice, Chooser, Sampling, Token
 from .state import KVState
 
 __all__ = ["PREFILL_CHUNK", "Constraint", "Sampling", "Statistics", "Token", "check_length", "generate_tokens"]
@@ -116,8 +116,9 @@ def generate_tokens(
     statistics.prompt_tokens = len(prompt)
     mx.reset_peak_memory()
     start = time.perf_counter()
+    recent = [*state.tokens[-REPETITION_WINDOW:], *prompt]  # the same however much of a prompt was read before
     with execution():
-        choose = Chooser(sampling, prompt, model.config.vocab, logprobs)
+        choose = Chooser(sampling, recent, model.config.vocab, logprobs)
     logits = _prefill(model, state, prompt, on_prompt, _marks_wanted(state, prompt, turn_ends))
     choice = _choose(choose, logits, constraint)
     mark, known = start, state.length
