@@ -227,8 +227,8 @@ def _launched(
 ) -> tuple[Sequence[Any], Launch | None]:
     """What attention's own kernel gives, and the merge that is to follow."""
     lengths = tuple(k.shape[-2] for k, _ in parts)
-    heads = parts[0][0].shape[-3]
-    run, launch, merge = _prepared_attention(q.shape, q.dtype, heads, lengths, maker, scale, window, out, cut, undivided)
+    cached = (q.shape, q.dtype, parts[0][0].shape[-3], lengths, maker, scale, window, out, cut, undivided)
+    run, launch, merge = _prepared_attention(*cached)
     return run(inputs=[q, spans, *(a.reshape(a.shape[-3:]) for part in parts for a in part)], **launch), merge
 
 

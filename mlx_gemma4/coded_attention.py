@@ -1,7 +1,7 @@
 """Attention over keys and values in codes (kv_codes.py) and a plain tail, for one token or a handful; with its twin.
 
-In and out: MLX arrays. `coded_attention` launches a kernel over the codes, `attention`'s own over the tail, and one that
-merges both; `coded_attention_twin` has the same arguments and result in stock MLX. Nothing here knows a model.
+In and out: MLX arrays. `coded_attention` launches a kernel over the codes, `attention`'s own over the tail, and one
+that merges both; `coded_attention_twin` has the same arguments and result in stock MLX. Nothing here knows a model.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ Attention works on y as it is: turning q and the result costs little, and nobody
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import cache
 
@@ -37,11 +38,10 @@ LEVELS = (
     2.732421875,
 )
 _LEAST = 1e-3  # of the largest weight of a norm: smaller ones count as that in `turns`
-_BOUNDS = tuple((a + b) / 2 for a, b in zip(LEVELS, LEVELS[1:], strict=False))
+_BOUNDS = tuple((a + b) / 2 for a, b in itertools.pairwise(LEVELS))
 
-Coded = tuple[
-    mx.array, mx.array
-]  # codes uint32 [1, G, n, 2, D * bits / 32] and scales fp16 [1, G, n, 2]: keys', values'
+# Codes uint32 [1, G, n, 2, D * bits / 32] and scales fp16 [1, G, n, 2] of n tokens' keys and values.
+Coded = tuple[mx.array, mx.array]
 
 
 def check_kind(kind: str, head_dims: set[int]) -> None:
@@ -78,7 +78,7 @@ def hadamard(x: mx.array) -> mx.array:
 
 
 def turns(dim: int, q_norm: mx.array | None = None, k_norm: mx.array | None = None) -> mx.array:
-    """The signs of a layer's queries and of its values, fp32 [2, D]; where keys take 1 / turns[0], queries take turns[0].
+    """Signs and factors of a layer's queries, and the signs of its values, fp32 [2, D]; keys take 1 / turns[0].
 
     With the weights of their norms, queries and keys are balanced first: the error of a score goes with |q| |k|, and
     moving a factor from one to the other, the same for both dimensions that RoPE turns together, makes that least

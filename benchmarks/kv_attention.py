@@ -1,0 +1,198 @@
+"""Times attention alone over a long context, in full precision and in codes, on this machine's GPU.
+
+    python benchmarks/kv_attention.py [--lengths 32768,131072] [--tune]
+
+In: nothing; random keys, values and queries are made here, cut into segments as a state cuts them. Out: a table: time
+of one layer's attention for one token, TB/s of keys and values as they are held, the kernel's error against double
+precision. Each call waits for the one before, and copies of the keys and values take turns, so that no cache holds
+them; what is unused of the tail is NaN. `--tune` tries other cuts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_gemma4 import attention, coded_attention, kv_codes
+from mlx_gemma4.kernels import default_maker
+from mlx_gemma4.segments import Layout
+
+SHAPES = ((32, 4), (16, 2), (16, 1), (8, 1))  # query heads, KV heads: 31B, 26B-A4B, 12B, E2B
+DIM, TAIL, IN_TAIL = 512, 64, 33
+TOGETHER = 300e6  # bytes that copies of keys and values hold at least: six times an H100's cache
+CHUNK = 8192  # tokens made at once
+CALLS = 40
+
+Layer = tuple[list[Any], Any]  # parts of sealed tokens, and the tail
+
+
+def made(heads: int, length: int, kind: str, turn: mx.array) -> Layer:
+    """Keys and values of one layer of `length` tokens."""
+    tail = [normal(heads, TAIL) for _ in range(2)]
+    used = (mx.arange(TAIL) < IN_TAIL)[:, None]
+    tail = [mx.where(used, a, mx.array(float("nan"), a.dtype)) for a in tail]
+    parts, start = [], 0
+    for end in Layout().ends(length - IN_TAIL):
+        pieces = []
+        for at in range(start, end, CHUNK):
+            pair = [normal(heads, min(CHUNK, end - at)) for _ in range(2)]
+            pieces.append(pair if kind == "full" else kv_codes.encode(*pair, turn, kind))
+            mx.eval(pieces[-1])
+        parts.append(tuple(mx.concatenate(arrays, axis=2) for arrays in zip(*pieces, strict=True)))
+        mx.eval(parts)
+        start = end
+    return parts, tuple(tail)
+
+
+def normal(heads: int, n: int) -> mx.array:
+    return mx.random.normal((1, heads, n, DIM)).astype(mx.float16)
+
+
+def another(layer: Layer, i: int) -> Layer:
+    """A copy with other contents."""
+    parts = [tuple(a ^ i if a.dtype == mx.uint32 else a * (-1) ** i for a in part) for part in layer[0]]
+    mx.eval(parts)
+    return parts, layer[1]
+
+
+def nbytes(layer: Layer) -> int:
+    return sum(a.nbytes for part in layer[0] for a in part) + sum(a.nbytes * IN_TAIL // TAIL for a in layer[1])
+
+
+def call(layer: Layer, kind: str, turn: mx.array, scale: float, cut: Any = None) -> Callable[[mx.array], mx.array]:
+    """Attention of q [1, H, D] over a layer."""
+    parts, tail = layer
+    maker = default_maker()
+    ends = [[0, part[0].shape[2]] for part in parts]
+    spans, all_spans = mx.array([[0, IN_TAIL]], mx.int32), mx.array([*ends, [0, IN_TAIL]], mx.int32)
+    if kind == "full":
+        return lambda q: attention.attention(q, [*parts, tail], all_spans, maker, scale=scale, out=mx.float32, cut=cut)
+    return lambda q: coded_attention.coded_attention(
+        q, parts, turn, tail, spans, maker, scale=scale, out=mx.float32, cut=cut
+    )
+
+
+def seconds(calls: list[Callable[[mx.array], mx.array]], q: mx.array) -> float:
+    """Time of one call among many, each of which waits for the one before."""
+
+    def run() -> float:
+        start, done = time.perf_counter(), None
+        for i in range(CALLS):
+            x = q if done is None else mx.depends([q], [done])[0]
+            done = calls[i % len(calls)](x)
+        mx.eval(done)
+        return (time.perf_counter() - start) / CALLS
+
+    run()
+    return median(run() for _ in range(7))
+
+
+# ---------------------------------------------------------------- double precision
+
+
+def reference(q: mx.array, layer: Layer, turn: mx.array, scale: float, heads: int) -> np.ndarray:
+    """Attention of the queries of the first KV head, fp64 [heads, D], over what the layer holds."""
+    q64, (signs, back) = exact(q)[0, :heads], exact(turn)
+    turned = hadamard(q64 * signs) / DIM
+    scores, values = [], []
+    for a, b in layer[0]:
+        if a.dtype == mx.uint32:
+            y = decoded(a[0, 0], b[0, 0])
+            scores.append(turned @ y[:, 0].T)
+            values.append((y[:, 1], True))
+        else:
+            scores.append(q64 @ exact(a[0, 0]).T)
+            values.append((exact(b[0, 0]), False))
+    scores.append(q64 @ exact(layer[1][0][0, 0, :IN_TAIL]).T)
+    values.append((exact(layer[1][1][0, 0, :IN_TAIL]), False))
+    top = max(s.max() for s in scores)
+    weights = [np.exp(scale * (s - top)) for s in scores]
+    sums = {True: np.zeros((heads, DIM)), False: np.zeros((heads, DIM))}
+    for w, (v, coded) in zip(weights, values, strict=True):
+        sums[coded] += w @ v
+    return (sums[False] + hadamard(sums[True]) * back / DIM) / sum(w.sum(axis=1, keepdims=True) for w in weights)
+
+
+def decoded(codes: mx.array, scales: mx.array) -> np.ndarray:
+    """fp64 [n, 2, D], from codes [n, 2, words] and scales [n, 2]; read as kv_codes.py says, not with its functions."""
+    words = np.array(codes)
+    bits = words.shape[-1] * 32 // DIM
+    each = (words[..., None] >> (np.arange(32 // bits, dtype=np.uint32) * bits)) & ((1 << bits) - 1)
+    each = each.reshape(*words.shape[:-1], DIM)
+    levels = np.array(kv_codes.LEVELS)[each & 7] * np.where(each & 8, -1.0, 1.0) if bits == 4 else each - 128.0
+    return np.asarray(levels * exact(scales)[..., None])
+
+
+def hadamard(x: np.ndarray) -> np.ndarray:
+    one = np.ones((1, 1))
+    while len(one) < x.shape[-1]:
+        one = np.block([[one, one], [one, -one]])
+    return np.asarray(x @ one)
+
+
+def exact(a: mx.array) -> np.ndarray:
+    return np.array(a.astype(mx.float32)).astype(np.float64)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def cuts(kind: str, heads: tuple[int, int], length: int) -> list[Any]:
+    """What `--tune` tries."""
+    rows, blocks = heads[0] // heads[1], -(-length // 64)
+    if kind == "full":
+        return []
+    found = []
+    for tiles in (1, 2) if rows > 8 else (1,):
+        across = -(-rows // (8 * tiles)) * heads[1]
+        for groups in (132, 264, 396, 528, 660, 792):
+            pieces = -(-blocks // max(1, -(-blocks * across // groups)))
+            found.append(coded_attention.CodedCut(4, tiles, pieces))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--lengths", default="32768,131072", help="tokens, separated by commas")
+    parser.add_argument("--tune", action="store_true", help="also try other cuts")
+    options = parser.parse_args()
+    if default_maker() is None:
+        print("No GPU here: nothing to time.")
+        return 1
+    mx.random.seed(0)
+    turn, scale, failed = kv_codes.turns(DIM), DIM**-0.5, False
+    print("| query / KV heads of 512 | tokens | kv | MB | us | TB/s | error |\n|---|---|---|---|---|---|---|")
+    for heads, kv_heads in SHAPES:
+        q = (mx.random.normal((1, heads, DIM)) * 3).astype(mx.float16)
+        mx.eval(q, turn)
+        for length in map(int, options.lengths.split(",")):
+            for kind in kv_codes.KINDS:
+                layer = made(kv_heads, length, kind, turn)
+                size, group = nbytes(layer), heads // kv_heads
+                got = exact(call(layer, kind, turn, scale)(q)).reshape(heads, DIM)[:group]
+                want = reference(q, layer, turn, scale, group)
+                error = np.linalg.norm(got - want) / np.linalg.norm(want)
+                failed |= not error < 2e-3
+                layers = [layer, *(another(layer, i) for i in range(1, max(2, int(-(-TOGETHER // size)))))]
+                for cut in [None, *(cuts(kind, (heads, kv_heads), length) if options.tune else [])]:
+                    took = seconds([call(one, kind, turn, scale, cut) for one in layers], q)
+                    tried = f" {cut}" if cut else ""
+                    print(
+                        f"| {heads} / {kv_heads} | {length} | {kind}{tried} | {size / 1e6:.1f} | {took * 1e6:.1f} "
+                        f"| {size / took / 1e12:.2f} | {error:.1e} |",
+                        flush=True,
+                    )
+                del layers, layer
+                mx.clear_cache()
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
