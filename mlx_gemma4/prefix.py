@@ -73,7 +73,7 @@ class PrefixStore:
             NoRoom: prompt and reply can't fit in `max_kv_bytes` beside the states in use.
         """
         with self._lock:
-            worst = self._worst(len(tokens) + max_tokens)
+            worst = self.most_bytes(len(tokens) + max_tokens)
             self._admit(worst, len(tokens) + max_tokens)
             kept, reach, common = self._best(tokens)
             if kept is None:
@@ -133,7 +133,7 @@ class PrefixStore:
                 best = (kept, reach, common)  # type: ignore[assignment]
         return best
 
-    def _worst(self, tokens: int) -> int:
+    def most_bytes(self, tokens: int) -> int:
         """The most bytes that a state of so many tokens, with the marks of one prompt, may hold."""
         config, dtype = self.model.config, self.model.kv_dtype
         return kv_bytes(config, dtype, tokens, PREFILL_CHUNK) + (MAX_MARKS + 1) * window_bytes(config, dtype)

@@ -107,7 +107,7 @@ def test_marks_of_a_long_conversation_are_thinned(model: SmallModel) -> None:
 
 
 def worst(model: SmallModel, tokens: int) -> int:
-    return PrefixStore(model)._worst(tokens)
+    return PrefixStore(model).most_bytes(tokens)
 
 
 def test_the_oldest_goes_first_and_the_budget_holds(model: SmallModel) -> None:
