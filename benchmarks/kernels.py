@@ -1,6 +1,6 @@
 """Times the packed mat-vec on this machine's GPU at the models' real shapes, and checks it there.
 
-    python benchmarks/kernels.py [--only Q4_K] [--tokens 1] [--tune] [--as-decoded]
+    python benchmarks/kernels.py [--only Q4_K] [--tokens 1] [--rows N] [--tune] [--as-decoded]
 
 In: nothing; random weights are made here. Out: a table (type, rows x length, error, microseconds, GB/s of file bytes),
 MLX's own 4-bit product and a copy for comparison; the exit code is 1 if an error is over 1e-3. Launches wait for each
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import platform
 import sys
 import time
@@ -70,11 +71,16 @@ def error(y: mx.array, x: mx.array, w: Packed) -> float:
 def seconds(call: Callable[[mx.array, int], mx.array], x: mx.array, launches: int) -> float:
     """Time of one of many launches that wait for each other; the median of five runs."""
 
-    def run() -> float:
-        start, y = time.perf_counter(), x
+    @mx.compile  # traced, as a decode step is: else building each launch takes the host longer than the kernel runs
+    def chain(x: mx.array) -> mx.array:
+        y = x
         for i in range(launches):
             y = call(mx.depends([x], [y])[0], i)
-        mx.eval(y)
+        return y
+
+    def run() -> float:
+        start = time.perf_counter()
+        mx.eval(chain(x))
         return (time.perf_counter() - start) / launches
 
     run()
@@ -83,8 +89,15 @@ def seconds(call: Callable[[mx.array, int], mx.array], x: mx.array, launches: in
 
 def cuts(n: int, k: int) -> list[Tiling]:
     """What --tune tries."""
-    every = itertools.product((8, 16, 32), (2, 4, 8), (1, 2, 3, 4, 6, 7, 8))
-    return [Tiling(lanes, rows, split, split) for lanes, rows, split in every if lanes * split <= k // 32]
+    every = itertools.product((8, 16), (2, 4, 8), (1, 2, 3, 4, 6, 7, 8), (1, 2, 4))
+    return [
+        Tiling(lanes, rows, split, split * of) for lanes, rows, split, of in every if _sensible(lanes, split, of, k)
+    ]
+
+
+def _sensible(lanes: int, split: int, of: int, k: int) -> bool:
+    steps = k / 32 / (lanes * split)
+    return split * of <= 12 and steps >= 1 and steps / math.ceil(steps) > 0.8
 
 
 def measure(name: str, n: int, k: int, tokens: int, maker: Maker, tune: bool, decoded: bool) -> float:
@@ -105,7 +118,7 @@ def measure(name: str, n: int, k: int, tokens: int, maker: Maker, tune: bool, de
         t = seconds(lambda v, i, c=cut: matvec(v, copies[i % len(copies)], maker, cut=c, **options), x, launches)
         results.append((t, wrong, cut))
     for t, wrong, cut in sorted(results, key=lambda r: r[0])[:5]:
-        kind = f"{cut.lanes} lanes x {cut.rows} rows x {cut.split}"
+        kind = f"{cut.lanes} lanes x {cut.rows} rows x {cut.split} of {cut.simdgroups}"
         print(
             f"{name:7} {n:>6} x {k:<6} {first.nbytes / 1e6:6.0f} MB  error {wrong:.1e}  {t * 1e6:7.1f} us  "
             f"{first.nbytes / t / 1e9:6.0f} GB/s  {kind}",
@@ -130,6 +143,7 @@ def stock(n: int, k: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", help="one type")
+    parser.add_argument("--rows", type=int, help="only the shape of so many rows")
     parser.add_argument("--tokens", type=int, default=1)
     parser.add_argument("--tune", action="store_true", help="try many cuts")
     parser.add_argument("--as-decoded", action="store_true", help="fp32 activations, norm and GEGLU folded in")
@@ -148,9 +162,9 @@ def main() -> int:
     worst = 0.0
     for name, shapes in SHAPES.items():
         if options.only in (None, name):
-            for n, k in shapes:
+            for n, k in (shape for shape in shapes if options.rows in (None, shape[0])):
                 worst = max(worst, measure(name, n, k, options.tokens, maker, options.tune, options.as_decoded))
-    for n, k in LARGE[:2]:
+    for n, k in LARGE[: 0 if options.tune else 2]:
         stock(n, k)
     return int(worst > LIMIT)
 

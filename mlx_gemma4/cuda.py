@@ -4,6 +4,10 @@ NVRTC compiles the text (the library is there: MLX itself loads it), `mx.fast.pr
 `mx.fast.cuda_kernel` would do both, but it puts MLX's own headers before each kernel, which take NVRTC 1.9 s where
 ours take 0.05 to 0.5, and compiles anew in every process: 40 s before a model's first token. What is compiled here is
 kept on disk, under a name that follows from its text, the GPU's architecture and NVRTC's version.
+
+MLX hashes a kernel's code, 17 KB on average, each time it launches it: half of what a launch costs the host. It looks
+for the code under that hash in its folder of compiled modules first. So kernels are put there, and a short key that
+hashes to their name is handed over in place of the code, once a trial has shown that this MLX finds them.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import ctypes
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +26,11 @@ import mlx.core as mx
 
 from .places import cache_folder
 
+# MLX's folder of compiled modules, which it reads once: one that stays, where MLX's own choice is a temporary one.
+with suppress(RuntimeError):  # there is no home
+    os.environ.setdefault("MLX_PTX_CACHE_DIR", str(cache_folder() / "cuda"))
+
+_TRIAL = "mlx_gemma4_trial"
 _TYPES = {
     mx.float32: "float",
     mx.float16: "__half",
@@ -51,7 +61,7 @@ def kernel(
         sizes = [f"int {n}_{j}" for n, rank in shapes.items() for j in range(rank)]
         arrays = (f"const int {n}[] = {{{', '.join(f'{n}_{j}' for j in range(k))}}};\n" for n, k in shapes.items())
         signature = f'extern "C" __global__ void {name}({", ".join(pointers + sizes)})'
-        return _cubin(f"{header}\n{signature} {{\n{''.join(arrays)}{source}\n}}\n", name)
+        return _module(f"{header}\n{signature} {{\n{''.join(arrays)}{source}\n}}\n", name)
 
     def call(
         inputs: Sequence[mx.array],
@@ -64,7 +74,7 @@ def kernel(
         types = (*(a.dtype for a in inputs), *output_dtypes)
         return mx.fast.precompiled_cuda_kernel(
             name=name,
-            compiled_source=compiled(types, tuple(map(len, shapes))),
+            compiled_source=compiled(types, tuple(map(len, shapes))),  # or a key to it
             inputs=inputs,
             output_shapes=output_shapes,
             output_dtypes=output_dtypes,
@@ -77,23 +87,48 @@ def kernel(
     return call
 
 
-def _cubin(text: str, name: str) -> bytes:
-    """The text as machine code for this GPU, from the disk if it has been compiled before."""
+def _module(text: str, name: str) -> bytes:
+    """What MLX takes as the compiled text: a key under which it finds it, or the machine code itself."""
     architecture = str(mx.device_info()["architecture"])
-    digest = hashlib.sha256(f"{_version()} {architecture}\n{text}".encode()).hexdigest()[:32]
-    path = cache_folder() / "cuda" / f"{name}-{digest}.cubin"
-    try:
-        return path.read_bytes()
-    except OSError:
+    key = hashlib.sha256(f"{_version()} {architecture}\n{text}".encode()).hexdigest()[:32].encode()
+    folder = Path(os.environ.get("MLX_PTX_CACHE_DIR", os.devnull))
+    stem = f"{name}_{_hash(key):x}"  # as MLX names it
+    code_file, names_file = folder / f"{stem}.ptx", folder / f"{stem}.txt"
+    if not (code_file.is_file() and names_file.is_file()):
         code = compile_text(text, name, architecture)
+        try:
+            _write(code_file, code)
+            _write(names_file, f"{name}\t{name}\n".encode())
+        except OSError:  # a disk that is full or read-only costs time, no more
+            return code
+    return key if name == _TRIAL or _keys_work() else code_file.read_bytes()
+
+
+def _hash(key: bytes) -> int:
+    """C++'s std::hash of a string, as libstdc++ has it."""
+    hash_bytes = ctypes.CDLL("libstdc++.so.6")["_ZSt11_Hash_bytesPKvmm"]
+    hash_bytes.restype, hash_bytes.argtypes = ctypes.c_size_t, [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t]
+    return int(hash_bytes(key, len(key), 0xC70F6907))
+
+
+@cache
+def _keys_work() -> bool:
+    """Whether this MLX finds a compiled kernel by its key."""
+    add = kernel(_TRIAL, ["x"], ["y"], "y[threadIdx.x] = x[threadIdx.x] + 1;", "")
+    x = mx.arange(8, dtype=mx.int32)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_bytes(code)
-        part.replace(path)
-    except OSError:  # a disk that is full or read-only costs time, no more
-        pass
-    return code
+        (y,) = add([x], (8, 1, 1), (8, 1, 1), [(8,)], [mx.int32])
+        return bool(mx.array_equal(y, x + 1).item())
+    except RuntimeError:
+        return False
+
+
+def _write(path: Path, data: bytes) -> None:
+    """A whole file or none, also where other processes write the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_bytes(data)
+    part.replace(path)
 
 
 def compile_text(text: str, name: str, architecture: str) -> bytes:

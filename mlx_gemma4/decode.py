@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_gemma4")
 
 MAX_TOKENS = kernels.MAX_TOKENS
+TRACES = 8  # kept of a model's steps: a conversation needs one at a time
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Kernels:
     maker: kernels.Maker
     # Names of operations that run as their twins; "matvec" means all formats, "matvec Q4_K" that one.
     off: frozenset[str] = frozenset()
+    traced: bool = False  # steps are traced and replayed; takes a maker whose launches are lazy
 
     def __call__(self, name: str, *args: Any, **options: Any) -> Any:
         """The operation `name` of `fused` or `attention`."""
@@ -152,22 +156,57 @@ def can_step(model: Model, tokens: int) -> bool:
     return tokens <= most and c.hidden % 8 == 0 and all(layer.head_dim % 16 == 0 for layer in c.layers)
 
 
-def step(
-    model: Model, run: Kernels, ids: mx.array, state: KVState, wavelengths: Callable[[LayerConfig], mx.array]
-) -> mx.array:
-    """Read a few tokens into the state.
+# What a step reads of a KV state: arrays only, in the same places while the state's segments stay the same, so that a
+# trace of the step serves until a tail is full.
+#   position, count  int32 [1]: tokens before the step; those of them in the tails
+#   spans            {sliding or not: int32 [parts, 2]}: the rows in use of each part, the tail the last of them
+#   segments         {layer with keys and values of its own: [(keys, values), ..]}: what is in sight before the tail
+#   tails            {such a layer: (keys, values)}
+Inputs = dict[str, Any]
+
+
+def make_step(
+    model: Model, run: Kernels, wavelengths: Callable[[LayerConfig], mx.array]
+) -> Callable[[mx.array, KVState], mx.array]:
+    """The function that reads a few tokens into a state: (ids int [T], state) -> fp32 logits [T, vocab].
+
+    T as `can_step` allows. Building a step's hundreds of launches takes the host longer than a GPU takes to run
+    them, so each arrangement of a state's segments is traced once (`mx.compile`) and replayed until the next.
 
     Args:
         model: its weights and configuration.
         run: the backend's kernels.
-        ids: int [T], T as `can_step` allows.
-        state: what came before; takes the new keys and values.
         wavelengths: of a layer's RoPE, fp32 [D / 2].
-
-    Returns:
-        fp32 logits [T, vocab].
     """
-    c, w, ids = model.config, model.weights, ids.astype(mx.int32)
+    traced: OrderedDict[Any, Callable[..., Any]] = OrderedDict()  # the least recently used first
+    kinds = _first_of_kinds(model)
+
+    def step(ids: mx.array, state: KVState) -> mx.array:
+        tokens, window = ids.size, model.config.window
+        opened = {i: _with_room(kv, state, model.config.layers[i].sliding, window) for i, kv in state.layers.items()}
+        inputs = _inputs(model, opened, state.length, tokens)
+        forward: Callable[..., Any] = partial(_forward, model, run, wavelengths)
+        if run.traced:
+            shapes = (tuple(k.shape for k, _ in inputs["segments"][i]) for i in kinds)
+            key = (run.off, tokens, *shapes)
+            forward = traced[key] = traced.pop(key) if key in traced else mx.compile(forward)
+            if len(traced) > TRACES:
+                traced.popitem(last=False)
+        logits, tails = forward(ids.astype(mx.int32), inputs)
+        for (i, kv), (keys, values) in zip(opened.items(), tails, strict=True):
+            count, stop = kv.count + tokens, kv.stop + tokens
+            state.stage(i, replace(kv, tail_keys=keys, tail_values=values, count=count, stop=stop))
+        state.advance(ids)
+        return cast(mx.array, logits)
+
+    return step
+
+
+def _forward(
+    model: Model, run: Kernels, wavelengths: Callable[[LayerConfig], mx.array], ids: mx.array, inputs: Inputs
+) -> tuple[mx.array, list[attention.Part]]:
+    """The step itself, a function of arrays: fp32 logits [T, vocab], and the new tails."""
+    c, w = model.config, model.weights
     x = run("embed", ids, w.token_embd, math.sqrt(c.hidden))  # [T, hidden], fp32 throughout
     per_layer = None
     if w.per_layer_token_embd is not None and w.per_layer_model_proj is not None:
@@ -175,10 +214,10 @@ def step(
         per_layer = run(
             "ple_inputs", ids, projected, w.per_layer_proj_norm, w.per_layer_token_embd, c.hidden**-0.5, eps=c.eps
         )  # [layers, T, P]
-    keys = _Keys(model, state, ids.size)
+    tails: dict[int, attention.Part] = {}
     for i, layer in enumerate(w.layers):
         shape = c.layers[i]
-        h = _attention(run, layer, shape, i, x, keys, wavelengths(shape))
+        h = _attention(run, model, i, x, inputs, tails, wavelengths(shape))
         x, _ = run("add_norm", x, h, layer.post_attention_norm, eps=c.eps)
         scale = layer.layer_output_scale
         last = scale if per_layer is None else None  # where the layer ends with what follows
@@ -192,27 +231,31 @@ def step(
             assert layer.inp_gate is not None and layer.proj is not None
             h = run.product(run.product(x, layer.inp_gate, times=per_layer[i]), layer.proj)
             x, _ = run("add_norm", x, h, layer.post_norm, eps=c.eps, scale=scale)
-    state.advance(ids)
     logits = run.product(x, w.output, norm=w.output_norm, eps=c.eps)
-    return ops.softcap(logits, c.softcap)
+    return ops.softcap(logits, c.softcap), list(tails.values())
 
 
 def _attention(
-    run: Kernels, layer: Layer, shape: LayerConfig, i: int, x: mx.array, keys: _Keys, wavelengths: mx.array
+    run: Kernels,
+    model: Model,
+    i: int,
+    x: mx.array,
+    inputs: Inputs,
+    tails: dict[int, attention.Part],
+    wavelengths: mx.array,
 ) -> mx.array:
-    """What attention adds to x [T, hidden], before its norm."""
-    c = keys.model.config
+    """What layer i's attention adds to x [T, hidden], before its norm; its new tail goes into `tails`."""
+    c, layer, shape = model.config, model.weights.layers[i], model.config.layers[i]
     norm: dict[str, Any] = {"norm": layer.attn_norm, "eps": c.eps}
     q_weight = layer.attn_q if layer.attn_qk is None else layer.attn_qk
     assert q_weight is not None
     q = run.product(x, q_weight, **norm)
     k = v = None
-    own = layer.attn_k_norm is not None
+    own = shape.kv_layer == i
     joined_v = layer.attn_qk is not None and q.shape[1] > (shape.heads + shape.kv_heads) * shape.head_dim
     if own:
         k = None if layer.attn_k is None else run.product(x, layer.attn_k, **norm)
         v = None if layer.attn_v is None else run.product(x, layer.attn_v, **norm)
-    tail = keys.open_tail(i) if own else None
     q, tail_keys, tail_values = run(
         "qkv_post",
         q,
@@ -221,20 +264,21 @@ def _attention(
         layer.attn_q_norm,
         layer.attn_k_norm,
         wavelengths,
-        keys.position,
-        (tail.tail_keys, tail.tail_values) if tail else None,
-        keys.count(tail.count) if tail else None,
+        inputs["position"],
+        inputs["tails"][i] if own else None,
+        inputs["count"] if own else None,
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         eps=c.eps,
-        dtype=keys.state.dtype,
+        dtype=model.kv_dtype,
         value_norm=c.value_norm,
         v_is_k=own and v is None and not joined_v,
     )
-    if tail:
-        keys.close_tail(i, tail, tail_keys, tail_values)
-    parts, spans = keys.parts(shape)
+    if own:
+        tails[i] = tail_keys, tail_values
+    parts = [*inputs["segments"][shape.kv_layer], tails[shape.kv_layer]]
     window = c.window if shape.sliding else 0
+    spans = inputs["spans"][shape.sliding]
     out = run("attention", q, parts, spans, scale=c.attention_scale, window=window, out=mx.float32)
     return run.product(out, layer.attn_output)
 
@@ -268,42 +312,36 @@ def _experts(
     return out[None], share, layer.post_ffw_norm_1, layer.post_ffw_norm_2
 
 
-class _Keys:
-    """The keys and values of one step: what each layer had, and what it gets."""
-
-    def __init__(self, model: Model, state: KVState, tokens: int) -> None:
-        self.model, self.state, self.tokens = model, state, tokens
-        self.position = mx.array([state.length], mx.int32)
-        self._layers = state.layers
-        self._counts: dict[int, mx.array] = {}
-        self._spans: dict[tuple[tuple[int, int], ...], mx.array] = {}
-        self._current: dict[bool, LayerKV] = {}  # sliding or global -> the last layer of that kind with its own
-
-    def count(self, n: int) -> mx.array:
-        """n as int32 [1], made once a step."""
-        return self._counts.setdefault(n, mx.array([n], mx.int32))
-
-    def open_tail(self, i: int) -> LayerKV:
-        """Layer i with room for the step's tokens in its tail: a full one is sealed."""
-        kv, layout = self._layers[i], self.state.layout
-        if kv.count == layout.tail:
-            window = self.model.config.window if self.model.config.layers[i].sliding else None
-            kv = arranged(kv.pieces, kv.stop, kv.tail_keys, layout, window, kv.stop)
+def _with_room(kv: LayerKV, state: KVState, sliding: bool, window: int) -> LayerKV:
+    """A layer's keys and values with room for the step's tokens in the tail: a full one is sealed."""
+    if kv.count < state.layout.tail:
         return kv
+    return arranged(kv.pieces, kv.stop, kv.tail_keys, state.layout, window if sliding else None, kv.stop)
 
-    def close_tail(self, i: int, kv: LayerKV, tail_keys: mx.array, tail_values: mx.array) -> None:
-        """Give layer i its new tail."""
-        n = self.tokens
-        kv = replace(kv, tail_keys=tail_keys, tail_values=tail_values, count=kv.count + n, stop=kv.stop + n)
-        self.state.stage(i, kv)
-        self._current[self.model.config.layers[i].sliding] = kv
 
-    def parts(self, shape: LayerConfig) -> tuple[list[attention.Part], mx.array]:
-        """What the step's tokens may see in a layer, and which rows of each part."""
-        kv = self._current[shape.sliding]
-        first = max(0, self.state.length - self.model.config.window + 1) if shape.sliding else 0
-        pieces = [s for s in kv.pieces if s.stop > first]
-        spans = tuple((max(0, first - s.start), s.stop - s.start) for s in pieces)
-        if spans not in self._spans:
-            self._spans[spans] = mx.array(spans, mx.int32)
-        return [(s.keys, s.values) for s in pieces], self._spans[spans]
+def _first_of_kinds(model: Model) -> list[int]:
+    """The first sliding and the first global layer, as far as there are any. All of a kind are cut alike."""
+    kinds = [layer.sliding for layer in model.config.layers]
+    return [kinds.index(sliding) for sliding in (True, False) if sliding in kinds]
+
+
+def _inputs(model: Model, opened: dict[int, LayerKV], length: int, tokens: int) -> Inputs:
+    """What a step of so many tokens reads of a state that holds `length`."""
+    segments: dict[int, list[attention.Part]] = {}
+    spans = {}
+    for i, kv in opened.items():
+        sliding = model.config.layers[i].sliding
+        first = max(0, length - model.config.window + 1) if sliding else 0  # position of the first token in sight
+        seen = [s for s in kv.segments if s.stop > first]
+        segments[i] = [(s.keys, s.values) for s in seen]
+        if sliding not in spans:
+            rows = [(max(0, first - s.start), s.stop - s.start) for s in seen]
+            spans[sliding] = mx.array([*rows, (max(0, first - kv.stop + kv.count), kv.count + tokens)], mx.int32)
+    count = next(iter(opened.values())).count
+    return {
+        "position": mx.array([length], mx.int32),
+        "count": mx.array([count], mx.int32),
+        "spans": spans,
+        "segments": segments,
+        "tails": {i: (kv.tail_keys, kv.tail_values) for i, kv in opened.items()},
+    }

@@ -10,6 +10,7 @@ thread may use, and the lock keeps them from using it at once. Waiting for a res
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,10 @@ from typing import Any
 
 import mlx.core as mx
 
+# What MLX hands to a GPU at once, which it reads when it first uses one. Its own limits cut a decode step of a large
+# model into dozens of command buffers (CUDA: graphs), each of which costs the host and the GPU a pause.
+os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "400")
+os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100000")
 
 _guard = threading.Lock()  # of _last
 _last = threading.Lock()  # what the latest to come holds until it is done

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from . import ops, tiles
 from .config import Config, LayerConfig
-from .decode import Kernels, can_step, step
+from .decode import Kernels, can_step, make_step
 from .execution import execution
 from .memory import on_cpu
 from .ops import Weight
@@ -87,6 +87,7 @@ class Model:
             for layer in config.layers
         }
         mx.eval(list(self._wavelengths.values()))
+        self._step = make_step(self, kernels, self._rope_of) if kernels else None
 
     def new_state(self, max_tokens: int | None = None) -> KVState:
         """An empty KV state for this model, for at most `max_tokens`: fp32 on a CPU, fp16 on a GPU."""
@@ -111,8 +112,8 @@ class Model:
         """
         with execution() as outermost:
             state.check_room(ids.size)
-            if self.kernels and can_step(self, ids.size) and state.fits_tail(ids.size):
-                logits = step(self, self.kernels, ids, state, self._rope_of)
+            if self._step and can_step(self, ids.size) and state.fits_tail(ids.size):
+                logits = self._step(ids, state)
             else:
                 logits = self._head(self._layers(ids, state, ids.size if all_logits else 1))
             logits = logits if all_logits else logits[-1]
@@ -135,6 +136,7 @@ class Model:
         only those are computed (and with none wanted, the pass ends).
         """
         x = ops.embed(ids, self.weights.token_embd) * math.sqrt(self.config.hidden)  # [T, hidden]
+        before = x
         per_layer = self._per_layer_inputs(ids, x)
         last_kv = self.config.own_kv_layers - 1
         for i, layer in enumerate(self.weights.layers):
@@ -156,6 +158,10 @@ class Model:
                 x = x + self._per_layer_step(layer, x, per_layer[:, i])
             if layer.layer_output_scale is not None:
                 x = x * layer.layer_output_scale
+            if self.kernels:  # what a GPU has not got to yet holds memory: at most a layer ahead
+                mx.async_eval(x)
+                mx.eval(before)
+                before = x
         state.advance(ids)
         return x
 
