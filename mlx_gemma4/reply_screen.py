@@ -89,16 +89,20 @@ class _Region:
         same = _agree(self._gone, [line.plain for line in lines])
         del self._gone[same:]  # laid out otherwise by now: they are shown again below
         shown = lines[same:]
-        keep = _agree(self._drawn, shown) if self._console.width == self._width else 0
+        resized = self._console.width != self._width
+        keep = 0 if resized else _agree(self._drawn, shown)
         out, drew = [], bool(self._drawn)
+        new = "\n".join(line.styled for line in shown[keep:])
         if not drew:
             out.append("" if self._at_start or not shown else "\n")
+        elif keep == len(self._drawn) - 1 and new.startswith(self._drawn[-1].styled) and not resized:
+            new = new[len(self._drawn[-1].styled) :]  # the most frequent case: the last line goes on
         elif keep < len(self._drawn):
             up = self._rows(self._drawn[keep:]) - 1
             out.append((f"\x1b[{up}A" if up else "") + "\r\x1b[J")
         elif keep < len(shown):
             out.append("\n")
-        out.append("\n".join(line.styled for line in shown[keep:]))
+        out.append(new)
         if keep and keep == len(shown) < len(self._drawn):  # fewer than before: back to the end of the last
             out.append(f"\x1b[A\x1b[{max(1, cell_len(shown[-1].plain))}C")
         self._console.file.write("".join(out))
@@ -182,8 +186,9 @@ class ReplyScreen:
         self._settle(final)
 
     def close(self) -> None:
-        """The reply is complete."""
+        """The reply is complete; an empty line follows it."""
         self.note(None)
+        self._settle([Line("", "")])
         self._region.close()
 
     def _due(self) -> bool:

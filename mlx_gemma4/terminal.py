@@ -25,7 +25,7 @@ from prompt_toolkit.styles import Style
 
 from .places import state_folder
 
-_STYLE = Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack"})
+_STYLE = Style.from_dict({"prompt": "bold", "bottom-toolbar": "noreverse fg:ansibrightblack"})
 
 
 class TerminalPrompt:
@@ -56,7 +56,7 @@ class TerminalPrompt:
             toolbar: the line below the prompt.
         """
         try:
-            return self._session.prompt(label, default=text, bottom_toolbar=toolbar)
+            return self._session.prompt([("class:prompt", label)], default=text, bottom_toolbar=toolbar)
         except EOFError:
             return None
         except KeyboardInterrupt:
