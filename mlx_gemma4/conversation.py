@@ -93,6 +93,7 @@ class Reply:
     thinking: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
     finish_reason: Literal["stop", "length", "tool_calls", "cancelled"] = "cancelled"
+    stop_string: str | None = None  # the one of `ReplyOptions.stop` that ended it
     statistics: Statistics = field(default_factory=Statistics)
     tokens: list[Token] = field(default_factory=list)  # all but the one that ended it, control tokens included
 
@@ -202,6 +203,7 @@ def stream_reply(
                 break
     events = [] if stops.stopped else _cut(stops, parser.finish(), last=True)
     reply.add(events)
+    reply.stop_string = stops.found
     if reply.statistics.stop_reason == "length":
         reply.finish_reason = "length"
     else:

@@ -25,6 +25,7 @@ class StopStrings:
         self._stops = tuple(stops)
         self._held = ""  # the longest end of the text so far that some stop string begins with
         self.stopped = False
+        self.found: str | None = None  # the one that came
 
     def push(self, text: str) -> tuple[str, bool]:
         """The text that can be shown now, and whether a stop string has come: then nothing follows."""
@@ -34,7 +35,9 @@ class StopStrings:
         ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
             self.stopped, self._held = True, ""
-            return text[: min(ends)[1]], True
+            end, start = min(ends)
+            self.found = text[start:end]
+            return text[:start], True
         longest = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - longest :]
         return text[: len(text) - longest], False

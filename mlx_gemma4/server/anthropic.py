@@ -17,9 +17,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..conversation import Reply, ReplyOptions
+from ..conversation import Reply, ReplyOptions, prompt_ids
 from ..generation import Statistics
-from ..prompts import encode_chat
 from ..replies import Event, Text, Thinking, ToolCall
 from ..text import LanguageModel
 from .engine import Job, Wanted
@@ -89,9 +88,9 @@ async def count_tokens(request: Request) -> Response:
     engine, settings = request.app.state.engine, request.app.state.settings
     fields = Fields(await read_json(request, settings.max_body_bytes))
     fields.needed("model")
-    given, tools, think = read_messages(fields), list(_tools(fields)), _think(fields)
-    encode = functools.partial(encode_chat, engine.lm.tokenizer, given, tools=tools or None, enable_thinking=think)
-    return json_response({"input_tokens": len(await asyncio.to_thread(encode))})
+    messages, options = read_messages(fields), ReplyOptions(tools=tuple(_tools(fields)), think=_think(fields))
+    ids = await asyncio.to_thread(prompt_ids, engine.lm, messages, options)
+    return json_response({"input_tokens": len(ids)})
 
 
 # What is asked for
@@ -277,11 +276,13 @@ def _whole(id: str, model: str, reply: Reply, wanted: Wanted) -> dict[str, Any]:
 
 def _ending(reply: Reply, wanted: Wanted) -> dict[str, Any]:
     """Why the reply ended."""
-    reason, sequence = {"tool_calls": "tool_use"}.get(reply.finish_reason, "end_turn"), None
-    if reply.finish_reason == "length":
-        full = reply.statistics.reply_tokens < (wanted.options.max_tokens or 0)
-        reason = "model_context_window_exceeded" if full else "max_tokens"
-    return {"stop_reason": reason, "stop_sequence": sequence}
+    reason = {"tool_calls": "tool_use"}.get(reply.finish_reason, "end_turn")
+    if reply.stop_string is not None:
+        reason = "stop_sequence"
+    elif reply.finish_reason == "length":
+        cut_by_context = reply.statistics.reply_tokens < (wanted.options.max_tokens or 0)
+        reason = "model_context_window_exceeded" if cut_by_context else "max_tokens"
+    return {"stop_reason": reason, "stop_sequence": reply.stop_string}
 
 
 def _message(id: str, model: str, usage: dict[str, int]) -> dict[str, Any]:
