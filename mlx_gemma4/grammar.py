@@ -116,7 +116,8 @@ def json_schema(tokenizer: Tokenizer, schema: Mapping[str, Any] | bool | str, *,
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
             raise InputError(f"schema: is not JSON ({error})") from error
-    if not isinstance(schema, Mapping | bool):
+    schema = {} if schema is True else schema
+    if not isinstance(schema, Mapping):
         raise InputError("schema: must be a JSON object")
     try:
         text = json.dumps(schema)
@@ -179,7 +180,7 @@ class Vocabulary(NamedTuple):
     """A tokenizer as llguidance has it."""
 
     engine: Any  # llguidance.LLTokenizer
-    text: np.ndarray  # mask of all tokens but control tokens
+    text: np.ndarray  # mask of the tokens that text is made of
 
 
 _vocabularies: weakref.WeakKeyDictionary[Tokenizer, Vocabulary] = weakref.WeakKeyDictionary()
@@ -191,10 +192,11 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     with _lock:
         made = _vocabularies.get(tokenizer)
         if made is None:
-            engine = llguidance.LLTokenizer(_Wrapper(tokenizer), tokenizer.vocab_size, sorted(tokenizer.stop_ids))  # type: ignore[arg-type]
+            wrapper: Any = _Wrapper(tokenizer)
             bits = np.zeros(-(-tokenizer.vocab_size // 32) * 32, bool)
             bits[: tokenizer.vocab_size] = True
-            bits[list(tokenizer.control_ids)] = False
+            bits[wrapper.special_token_ids] = False
+            engine = llguidance.LLTokenizer(wrapper, tokenizer.vocab_size, sorted(tokenizer.stop_ids))
             made = Vocabulary(engine, np.packbits(bits, bitorder="little").view(np.uint32))
             _vocabularies[tokenizer] = made
         return made
@@ -209,7 +211,8 @@ class _Wrapper:
         self.eos_token_id = min(tokenizer.stop_ids, default=tokenizer.bos_id)
         self.bos_token_id = tokenizer.bos_id
         self.tokens = [tokenizer.piece(i, skip_special=False) for i in range(tokenizer.vocab_size)]
-        self.special_token_ids = sorted(tokenizer.control_ids)
+        unused = (i for i, piece in enumerate(self.tokens) if piece.startswith(b"<unused"))
+        self.special_token_ids = sorted({*tokenizer.control_ids, *unused})  # no text is made of these
         self._encode = weakref.WeakMethod(tokenizer.encode)
 
     def __call__(self, text: str) -> list[int]:
@@ -246,7 +249,7 @@ def _one_line(message: str) -> str:
     return (told or (lines or ["can't be used"])[0])[:300]
 
 
-def _schema_source(schema: Mapping[str, Any] | bool) -> str:
+def _schema_source(schema: Mapping[str, Any]) -> str:
     return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_BLANKS)  # type: ignore[arg-type]
 
 
