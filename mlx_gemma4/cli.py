@@ -13,8 +13,10 @@ import click
 from . import __version__
 from .commands.bench import bench
 from .commands.chat import chat
+from .commands.completion import completion
 from .commands.doctor import doctor
 from .commands.generate import generate
+from .commands.inspect import inspect
 from .commands.options import say
 from .commands.pull import pull
 from .errors import InputError
@@ -54,7 +56,7 @@ def main() -> None:
     """Gemma 4 on Apple Silicon, straight from GGUF files."""
 
 
-for command in (generate, chat, pull, bench, doctor):  # in the order of --help
+for command in (generate, chat, pull, inspect, bench, doctor, completion):  # in the order of --help
     main.add_command(command)
 
 

@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click.testing
 import pytest
 from recorded import HERE
 from rewrite import drop, rewrite
+
+from mlx_gemma4.cli import main
 
 MODEL = HERE / "e2b-q4_k_m.gguf"
 COMMAND = [sys.executable, "-m", "mlx_gemma4.cli"]
@@ -156,6 +159,36 @@ def test_debug_shows_the_traceback() -> None:
     done = run("generate", "-m", "nowhere.gguf", "-p", "x", "--debug")
     assert done.returncode != 0
     assert "Traceback" in done.stderr
+
+
+def test_every_command_helps_and_debugs() -> None:
+    for name, command in main.commands.items():
+        flags = {flag for option in command.params for flag in option.opts}
+        assert name == "completion" or {"--verbose", "--debug"} <= flags
+        shown = click.testing.CliRunner().invoke(main, [name, "--help"]).stdout
+        assert "Usage" in shown
+        assert (command.help or "").split()[0] in shown
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_script(shell: str) -> None:
+    script = run("completion", shell).stdout
+    assert "_MLX_GEMMA4_COMPLETE" in script
+    assert f"{shell}_complete" in script
+
+
+def test_completion_in_bash(tmp_path: Path) -> None:
+    """Sourced as --help says; then a tab after `gen`, and after `bench --dep`."""
+    program = tmp_path / "mlx-gemma4"
+    program.write_text(f"#!{sys.executable}\nfrom mlx_gemma4.cli import main\nmain(prog_name='mlx-gemma4')\n")
+    program.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    env = {**os.environ, "PATH": path, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for words, found in (("mlx-gemma4 gen", "generate"), ("mlx-gemma4 bench --dep", "--depths")):
+        tab = f"COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _mlx_gemma4_completion mlx-gemma4"
+        script = f'eval "$(mlx-gemma4 completion bash)"; {tab}; echo "${{COMPREPLY[@]}}"'
+        done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=60)
+        assert done.stdout.strip() == found, done.stderr
 
 
 def test_no_option_leaks_into_the_environment() -> None:

@@ -6,15 +6,18 @@ import sys
 
 import click
 
+from .options import output_options, set_up_logging
+
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def doctor(as_json: bool, debug: bool) -> None:
+@output_options
+def doctor(as_json: bool, verbose: bool, debug: bool) -> None:
     """Check this machine's kernels, and switch off those that fail.
 
     Each runs beside stock operations at the sizes of real models. The exit code is 1 if one failed.
     """
     from ..doctor import examine
 
+    set_up_logging(verbose or debug)
     sys.exit(0 if examine(click.echo, as_json) else 1)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from ..generation import Sampling
     from ..text import LanguageModel
 
@@ -32,11 +34,19 @@ def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Com
     return decorate
 
 
+def complete_file(_ctx: click.Context, _option: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Lets the shell complete a path where more than paths may stand."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="file")]
+
+
 # Each may decorate a command, which then takes arguments of these names.
 model_option = click.option(
     "-m",
     "--model",
     metavar="MODEL",
+    shell_complete=complete_file,
     help="A .gguf file, a folder of safetensors, or REPO[:QUANT] on Hugging Face. Without it: a small demo.",
 )
 sampling_options = _together(
@@ -48,7 +58,7 @@ sampling_options = _together(
     click.option("--seed", type=click.IntRange(0), help="Makes sampling repeatable."),
 )
 output_options = _together(
-    click.option("-v", "--verbose", is_flag=True, help="Say how the model was loaded."),
+    click.option("-v", "--verbose", is_flag=True, help="Say more: how the model is held, what is being done."),
     click.option("--debug", is_flag=True, help="Show tracebacks."),
 )
 
