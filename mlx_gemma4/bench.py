@@ -147,7 +147,7 @@ def measure(model: Model, plan: Plan, cells: list[Cell], repetitions: int) -> It
                 cell.samples.append(rate)
         else:
             fill(base, cell.context)
-            _reply_rate(model, base, WARM_UP)
+            _warm_up(model, base)
             cell.n_bytes = weight_bytes(model) + kv_bytes_read(base)
             if model.kernels:  # stock operations on a CPU compute while they are being scheduled
                 cell.launches, cell.host_time = launches(model, base), host_time(model, base)
@@ -177,9 +177,22 @@ def _prompt_rate(model: Model, plan: Plan, n: int) -> tuple[float, int]:
     return s.prompt_rate, s.peak_memory
 
 
+def _warm_up(model: Model, base: KVState) -> None:
+    """Decode a little where a tail fills up, as it does within any reply: what a GPU compiles for that is compiled."""
+    state, tail = base.fork(), base.layout.tail
+    ahead = (base.length // tail + 1) * tail - WARM_UP // 2
+    if base.length < ahead < model.config.context - WARM_UP - 2:
+        fill(state, ahead)
+    _reply_rate(model, state, WARM_UP)
+
+
 def _reply_rate(model: Model, base: KVState, n: int) -> tuple[float, int]:
-    """Tokens a second of n steps of decoding behind `base`, as `generate` does them; peak memory in bytes."""
-    s = Statistics()
+    """Tokens a second of n steps of decoding behind `base`, as `generate` does them; peak memory in bytes.
+
+    A model of its own, of the same weights, remembers no traces of steps: a conversation, which grows, comes to new
+    ones as well.
+    """
+    s, model = Statistics(), Model(model.config, model.weights, model.kernels)
     for _ in generate_tokens(model, base.fork(), random_ids(model, 1), GREEDY, n + 1, statistics=s):
         pass
     return s.reply_rate, s.peak_memory

@@ -143,7 +143,7 @@ def test_every_cell_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         assert list(bench.measure(subject.model, plan, cells, turn)) == cells
     assert [len(c.samples) for c in cells] == [3] * 4
     assert all(c.rate == sorted(c.samples)[1] > 0 for c in cells)
-    warm = [(1, bench.WARM_UP + 1), (71, bench.WARM_UP + 1)]
+    warm = [(61, bench.WARM_UP + 1), (125, bench.WARM_UP + 1)]  # just before a tail of 64 is full
     turns = [
         [(5, 1), *[(5, 1)] * n, (20, 1), *[(20, 1)] * n, warm[0], *[(1, 4)] * n, warm[1], *[(71, 4)] * n]
         for n in (2, 1)
