@@ -127,10 +127,12 @@ def _prepared(
 
 def _levels() -> dict[str, object]:
     """The code book of 4 bits as coded.metal wants it."""
-    halves = np.array(LEVELS, np.float16).view(np.uint8).reshape(8, 2)
-    words = {"LOW": halves[:, 0].copy().view(np.uint32), "HIGH": halves[:, 1].copy().view(np.uint32)}
-    whole = ", ".join(f"{bits:#x}u" for bits in np.array(LEVELS, np.float16).view(np.uint16).tolist())
-    return {"LEVELS": whole} | {f"{name}_{i}": f"{int(two[i]):#x}u" for name, two in words.items() for i in range(2)}
+    halves = np.array(LEVELS, np.float16)
+    low, high = halves.view(np.uint8).reshape(8, 2).T.copy().view(np.uint32).tolist()
+    found: dict[str, object] = {"LEVELS": ", ".join(f"{bits:#x}u" for bits in halves.view(np.uint16).tolist())}
+    for name, words in (("LOW", low), ("HIGH", high)):
+        found |= {f"{name}_{i}": f"{word:#x}u" for i, word in enumerate(words)}
+    return found
 
 
 def coded_attention_twin(

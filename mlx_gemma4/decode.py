@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
-from . import attention, fused, kernels, ops, tiles
+from . import attention, coded_attention, fused, kernels, ops, tiles
 from .config import LayerConfig
 from .ops import Weight
 from .quant import Packed
-from .segments import LayerKV, arranged
+from .segments import LayerKV, sealed
 
 if TYPE_CHECKING:
     from .model import Layer, Model
@@ -47,7 +47,9 @@ class Kernels:
 
     def __call__(self, name: str, *args: Any, **options: Any) -> Any:
         """The operation `name` of `fused` or `attention`."""
-        module = attention if name in ("qkv_post", "attention") else fused
+        module: Any = attention if name in ("qkv_post", "attention") else fused
+        if name == "coded_attention":
+            module = coded_attention
         twin: Callable[..., Any] = getattr(module, f"{name}_twin")
         if any(isinstance(a, ops.Affine) for a in args):  # a table that no kernel reads
             return twin(*args, **options)
@@ -160,7 +162,8 @@ def can_step(model: Model, tokens: int) -> bool:
 # trace of the step serves until a tail is full.
 #   position, count  int32 [1]: tokens before the step; those of them in the tails
 #   spans            {sliding or not: int32 [parts, 2]}: the rows in use of each part, the tail the last of them
-#   segments         {layer with keys and values of its own: [(keys, values), ..]}: what is in sight before the tail
+#   segments         {layer with keys and values of its own: [(keys, values), ..]}: what is in sight before the tail;
+#                    in a global layer perhaps [(codes, scales), ..]
 #   tails            {such a layer: (keys, values)}
 Inputs = dict[str, Any]
 
@@ -279,7 +282,12 @@ def _attention(
     parts = [*inputs["segments"][shape.kv_layer], tails[shape.kv_layer]]
     window = c.window if shape.sliding else 0
     spans = inputs["spans"][shape.sliding]
-    out = run("attention", q, parts, spans, scale=c.attention_scale, window=window, out=mx.float32)
+    if parts[0][0].dtype == mx.uint32:  # codes; only a global layer has them
+        *coded, tail = parts
+        turn, last = model.turns[shape.kv_layer], spans[-1:]
+        out = run("coded_attention", q, coded, turn, tail, last, scale=c.attention_scale, out=mx.float32)
+    else:
+        out = run("attention", q, parts, spans, scale=c.attention_scale, window=window, out=mx.float32)
     return run.product(out, layer.attn_output)
 
 
@@ -316,7 +324,7 @@ def _with_room(kv: LayerKV, state: KVState, sliding: bool, window: int) -> Layer
     """A layer's keys and values with room for the step's tokens in the tail: a full one is sealed."""
     if kv.count < state.layout.tail:
         return kv
-    return arranged(kv.pieces, kv.stop, kv.tail_keys, state.layout, window if sliding else None, kv.stop)
+    return sealed(kv, state.layout, window if sliding else None)
 
 
 def _first_of_kinds(model: Model) -> list[int]:
@@ -336,7 +344,8 @@ def _inputs(model: Model, opened: dict[int, LayerKV], length: int, tokens: int) 
         segments[i] = [(s.keys, s.values) for s in seen]
         if sliding not in spans:
             rows = [(max(0, first - s.start), s.stop - s.start) for s in seen]
-            spans[sliding] = mx.array([*rows, (max(0, first - kv.stop + kv.count), kv.count + tokens)], mx.int32)
+            begin = max(kv.skip, first - kv.stop + kv.count)
+            spans[sliding] = mx.array([*rows, (begin, kv.count + tokens)], mx.int32)
     count = next(iter(opened.values())).count
     return {
         "position": mx.array([length], mx.int32),

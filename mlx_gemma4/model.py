@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 
-from . import ops, tiles
+from . import kv_codes, ops, tiles
 from .config import Config, LayerConfig
 from .decode import Kernels, can_step, make_step
 from .execution import execution
@@ -89,9 +90,24 @@ class Model:
         mx.eval(list(self._wavelengths.values()))
         self._step = make_step(self, kernels, self._rope_of) if kernels else None
 
-    def new_state(self, max_tokens: int | None = None) -> KVState:
-        """An empty KV state for this model, for at most `max_tokens`: fp32 on a CPU, fp16 on a GPU."""
-        return KVState(self, self.kv_dtype, max_tokens)
+    def new_state(self, max_tokens: int | None = None, kv: str = "full") -> KVState:
+        """An empty KV state for this model, for at most `max_tokens`: fp32 on a CPU, fp16 on a GPU.
+
+        Args:
+            kv: how global layers' keys and values are held: "full", or in codes: "q8" (8 bits), "tq4" (4 bits).
+        """
+        return KVState(self, self.kv_dtype, max_tokens, kv=kv)
+
+    @cached_property
+    def turns(self) -> dict[int, mx.array]:
+        """For keys and values in codes: `kv_codes.turns` of each global layer that has any."""
+        made = {
+            i: kv_codes.turns(shape.head_dim, layer.attn_q_norm, layer.attn_k_norm)
+            for i, (shape, layer) in enumerate(zip(self.config.layers, self.weights.layers, strict=True))
+            if shape.kv_layer == i and not shape.sliding
+        }
+        mx.eval(list(made.values()))
+        return made
 
     @property
     def kv_dtype(self) -> mx.Dtype:

@@ -15,6 +15,7 @@ from functools import reduce
 import mlx.core as mx
 import numpy as np
 
+from . import kv_codes
 from .memory import on_cpu
 from .quant import Packed, affine_parts, dequantize
 from .segments import Part
@@ -140,13 +141,19 @@ def attention(q: mx.array, parts: Sequence[Part], scale: float, position: int, w
     Args:
         q: [1, heads, T, D], in the parts' dtype.
         parts: consecutive keys and values, [1, kv_heads, n, D], at least one; seen by no query where they follow
-            it or lie `window` or more before it.
+            it or lie `window` or more before it. With some in codes all is done in their space, in which they are
+            expanded for the length of this call.
         position: of the first query.
         window: None: a query sees all before it.
 
     Returns:
         [1, heads, T, D].
     """
+    turn = next((part.turn for part in parts if part.turn is not None), None)
+    if turn is not None:
+        q, parts = _in_codes_space(q, parts, turn)
+        out = attention(q, parts, scale, position, window)
+        return kv_codes.unrotated(out, turn[1]).astype(q.dtype)
     if q.dtype == mx.float32 and _numpy_multiplies(q.shape[2]):
         return _numpy_attention(q, parts, scale, position, window)
     if len(parts) > 1 and q.shape[2] > 1 and not on_cpu():
@@ -170,6 +177,18 @@ def attention(q: mx.array, parts: Sequence[Part], scale: float, position: int, w
     total = reduce(mx.add, (w.sum(axis=-1, keepdims=True) for w in weights))
     out = reduce(mx.add, (w.astype(q.dtype) @ part.values for w, part in zip(weights, parts, strict=True)))
     return (out / total).astype(q.dtype).reshape(q.shape)
+
+
+def _in_codes_space(q: mx.array, parts: Sequence[Part], turn: mx.array) -> tuple[mx.array, list[Part]]:
+    """Queries and parts where scores between them and codes are what they are: rotated, or decoded, in q's dtype."""
+    made = []
+    for part in parts:
+        if part.turn is None:
+            pair = kv_codes.rotated_pair(part.keys, part.values, turn)
+        else:
+            pair = kv_codes.decode((part.keys, part.values), q.shape[-1])
+        made.append(Part(part.start, *(a.astype(q.dtype) for a in pair)))
+    return kv_codes.rotated(q, turn[0]).astype(q.dtype), made
 
 
 def _numpy_attention(q: mx.array, parts: Sequence[Part], scale: float, position: int, window: int | None) -> mx.array:

@@ -39,12 +39,13 @@ class _Kept:
 class PrefixStore:
     """Keeps states, within a budget, and finds the longest beginning of a prompt among them. Thread-safe."""
 
-    def __init__(self, model: Model, max_kv_bytes: int | None = None) -> None:
+    def __init__(self, model: Model, max_kv_bytes: int | None = None, kv: str = "full") -> None:
         """
         Args:
             max_kv_bytes: for all states kept and in use together; None: no limit.
+            kv: how states hold keys and values, as `Model.new_state` takes it.
         """
-        self.model, self.max_kv_bytes = model, max_kv_bytes
+        self.model, self.max_kv_bytes, self.kv = model, max_kv_bytes, kv
         self._kept: list[_Kept] = []
         # States handed out and the most bytes each may come to hold; one that is dropped leaves by itself.
         self._in_use: weakref.WeakKeyDictionary[KVState, int] = weakref.WeakKeyDictionary()
@@ -77,7 +78,7 @@ class PrefixStore:
             self._admit(worst, len(tokens) + max_tokens)
             kept, reach, common = self._best(tokens)
             if kept is None:
-                state = self.model.new_state()
+                state = self.model.new_state(kv=self.kv)
             else:
                 kept.used = next(self._clock)
                 state = kept.state.fork()
@@ -94,12 +95,14 @@ class PrefixStore:
         """Keep a state's present contents for later prompts, in place of what it grew out of.
 
         Args:
-            state: any state of the model. It stays usable; `close` it when it is no longer in use.
+            state: any state of the model and of the store's kind. It stays usable; `close` it when no longer in use.
             pinned: keep it whatever the budget says, until `unpin`.
         """
         with self._lock:
             if not state.length:
                 return
+            if state.kv != self.kv:
+                raise ValueError(f"a state with kv {state.kv} can't be kept beside those with kv {self.kv}")
             kept = state.fork()
             kept.max_tokens = None
             kept.wanted_marks.clear()
@@ -136,7 +139,8 @@ class PrefixStore:
     def most_bytes(self, tokens: int) -> int:
         """The most bytes that a state of so many tokens, with the marks of one prompt, may hold."""
         config, dtype = self.model.config, self.model.kv_dtype
-        return kv_bytes(config, dtype, tokens, PREFILL_CHUNK) + (MAX_MARKS + 1) * window_bytes(config, dtype)
+        most = kv_bytes(config, dtype, tokens, PREFILL_CHUNK, kv=self.kv)
+        return most + (MAX_MARKS + 1) * window_bytes(config, dtype)
 
     def _admit(self, worst: int, tokens: int) -> None:
         """Refuse a request that can't fit even with nothing kept but what is pinned."""

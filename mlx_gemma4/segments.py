@@ -2,7 +2,8 @@
 
 In: keys and values of new tokens. Out: a new `LayerKV`; the old one stays as it is, and both share what they can.
 Where segments begin and end follows from the number of tokens alone, so what attention computes does not depend on
-how a state came to be. Nothing here knows tokens, marks or layers' order.
+how a state came to be. A layer may keep its segments in codes (kv_codes.py): each token is encoded once, when it is
+sealed, and its codes are never made anew. Nothing here knows tokens, marks or layers' order.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import mlx.core as mx
+
+from . import kv_codes
 
 
 @dataclass(frozen=True)
@@ -65,23 +68,46 @@ class Segment:
 
     start: int
     stop: int
-    keys: mx.array  # [1, kv_heads, at least stop - start, D]
-    values: mx.array
+    keys: mx.array  # [1, kv_heads, at least stop - start, D]; in codes: those of keys and values (`kv_codes.Coded`)
+    values: mx.array  # as keys; in codes: the scales of both
     serial: int = field(default_factory=lambda: next(_serials))
+
+    @property
+    def coded(self) -> bool:
+        """Whether it holds codes and scales."""
+        return bool(self.keys.dtype == mx.uint32)
+
+
+@dataclass(frozen=True, eq=False)
+class Coder:
+    """How a layer's segments are encoded."""
+
+    kind: str  # of kv_codes.KINDS, not "full"
+    turn: mx.array  # `kv_codes.turns` of the layer
+
+    def encoded(self, s: Segment) -> Segment:
+        """A segment in codes; itself if it is."""
+        if s.coded:
+            return s
+        n = s.stop - s.start
+        codes, scales = kv_codes.encode(s.keys[:, :, :n], s.values[:, :, :n], self.turn, self.kind)
+        return replace(s, keys=codes, values=scales)
 
 
 class Part(NamedTuple):
     """What attention sees of a segment or tail."""
 
     start: int  # position of its first token
-    keys: mx.array  # [1, kv_heads, n, D]
-    values: mx.array
+    keys: mx.array  # [1, kv_heads, n, D], or codes
+    values: mx.array  # or scales
+    turn: mx.array | None = None  # of codes: `kv_codes.turns` of the layer
 
 
-def cut(sources: Sequence[Segment], start: int, stop: int) -> Segment:
+def cut(sources: Sequence[Segment], start: int, stop: int, coder: Coder | None = None) -> Segment:
     """Tokens start..stop as one segment: an existing one where it fits exactly, else copied from several.
 
-    Sources may overlap (then they agree); together they must hold all of start..stop.
+    Sources may overlap (then they agree); together they must hold all of start..stop. With a coder, the result is in
+    codes: those that sources have, and new ones of what is plain.
     """
     used: list[Segment] = []
     at = start
@@ -93,14 +119,24 @@ def cut(sources: Sequence[Segment], start: int, stop: int) -> Segment:
         used.append(source)
         at = source.stop
     only = used[0]
-    if (only.start, only.stop) == (start, stop) and only.keys.shape[2] == stop - start:
+    fits = (only.start, only.stop) == (start, stop) and only.keys.shape[2] == stop - start
+    if fits and (coder is None or only.coded):
         return only
     serials = (start, stop, *(s.serial for s in used))
     known = _joined.get(serials)
     if known is None:
+        if coder is not None:
+            used = [coder.encoded(_between(s, start, stop)) for s in used]
         keys, values = (_rows(used, start, stop, which) for which in ("keys", "values"))
         known = _joined[serials] = Segment(start, stop, keys, values)
     return known
+
+
+def _between(s: Segment, start: int, stop: int) -> Segment:
+    """What a segment holds of the tokens start..stop."""
+    first, last = max(s.start, start), min(s.stop, stop)
+    rows = slice(first - s.start, last - s.start)
+    return Segment(first, last, s.keys[:, :, rows], s.values[:, :, rows], s.serial)
 
 
 def _rows(used: Sequence[Segment], start: int, stop: int, which: str) -> mx.array:
@@ -116,7 +152,7 @@ def _rows(used: Sequence[Segment], start: int, stop: int, which: str) -> mx.arra
 
 @dataclass(frozen=True, eq=False)
 class LayerKV:
-    """All that one layer keeps: segments in order, then a tail of which `count` tokens are filled.
+    """All that one layer keeps: segments in order, then a tail of which `count` rows are taken.
 
     A tail is never written in place: it is replaced. A full one is sealed when the next token comes.
     """
@@ -126,6 +162,8 @@ class LayerKV:
     tail_values: mx.array
     count: int
     stop: int  # tokens read so far; the tail begins at stop - count
+    coder: Coder | None = None  # of the segments; None: they are plain
+    skip: int = 0  # first rows of the tail whose tokens the last segment has, in codes
 
     @property
     def start(self) -> int:
@@ -135,9 +173,11 @@ class LayerKV:
     @property
     def pieces(self) -> tuple[Segment, ...]:
         """Segments and filled tail, as sources for `cut`."""
-        if not self.count:
+        if self.count == self.skip:
             return self.segments
-        return (*self.segments, Segment(self.stop - self.count, self.stop, self.tail_keys, self.tail_values))
+        start, rows = self.stop - self.count + self.skip, slice(self.skip, None)
+        keys, values = (a[:, :, rows] if self.skip else a for a in (self.tail_keys, self.tail_values))
+        return (*self.segments, Segment(start, self.stop, keys, values))
 
     def parts(self, first: int) -> list[Part]:
         """What holds the tokens from position `first` on."""
@@ -147,14 +187,15 @@ class LayerKV:
                 skip, n = max(0, first - s.start), s.stop - s.start
                 whole = skip == 0 and s.keys.shape[2] == n
                 keys, values = (s.keys, s.values) if whole else (s.keys[:, :, skip:n], s.values[:, :, skip:n])
-                found.append(Part(s.start + skip, keys, values))
+                turn = self.coder.turn if self.coder and s.coded else None
+                found.append(Part(s.start + skip, keys, values, turn))
         return found
 
 
-def empty(kv_heads: int, head_dim: int, layout: Layout, dtype: mx.Dtype) -> LayerKV:
+def empty(kv_heads: int, head_dim: int, layout: Layout, dtype: mx.Dtype, coder: Coder | None = None) -> LayerKV:
     """A layer that has read nothing."""
     tail = mx.zeros((1, kv_heads, layout.tail, head_dim), dtype)
-    return LayerKV((), tail, tail, 0, 0)
+    return LayerKV((), tail, tail, 0, 0, coder)
 
 
 def appended(kv: LayerKV, keys: mx.array, values: mx.array, layout: Layout, window: int | None) -> LayerKV:
@@ -167,29 +208,51 @@ def appended(kv: LayerKV, keys: mx.array, values: mx.array, layout: Layout, wind
         at = mx.array([kv.count])
         tail_keys = mx.slice_update(kv.tail_keys, keys, at, axes=(2,))
         tail_values = mx.slice_update(kv.tail_values, values, at, axes=(2,))
-        return LayerKV(kv.segments, tail_keys, tail_values, kv.count + n, kv.stop + n)
+        return replace(kv, tail_keys=tail_keys, tail_values=tail_values, count=kv.count + n, stop=kv.stop + n)
     if kv.count == layout.tail:  # seal it first, so that segments follow from lengths alone
-        kv = arranged(kv.pieces, kv.stop, kv.tail_keys, layout, window, kv.stop)
+        kv = sealed(kv, layout, window)
         if n <= layout.tail:
             return appended(kv, keys, values, layout, window)
     sources = (*kv.pieces, Segment(kv.stop, kv.stop + n, keys, values))
-    return arranged(sources, kv.stop + n, kv.tail_keys, layout, window, kv.stop)
+    return arranged(sources, kv.stop + n, kv, layout, window, kv.stop)
+
+
+def reading(kv: LayerKV, keys: mx.array, values: mx.array, layout: Layout) -> list[Part]:
+    """What many new tokens see of a layer in codes: codes of what was sealed before them, all else as it is."""
+    if kv.count == layout.tail:
+        kv = sealed(kv, layout, None)
+    parts, plain = kv.parts(0), Part(kv.stop, keys, values)
+    if kv.count > kv.skip:
+        tail = parts.pop()
+        pairs = ([tail.keys, keys], [tail.values, values])
+        plain = Part(tail.start, *(mx.concatenate(pair, axis=2) for pair in pairs))
+    return [*parts, plain]
+
+
+def sealed(kv: LayerKV, layout: Layout, window: int | None) -> LayerKV:
+    """A layer whose tail is full with that in a segment and an empty tail."""
+    return arranged(kv.pieces, kv.stop, kv, layout, window, kv.stop)
 
 
 def arranged(
-    sources: Sequence[Segment], stop: int, like: mx.array, layout: Layout, window: int | None, oldest_query: int
+    sources: Sequence[Segment], stop: int, like: LayerKV, layout: Layout, window: int | None, oldest_query: int
 ) -> LayerKV:
     """A layer of `stop` tokens, cut as the layout says, out of whatever pieces hold them.
 
     Args:
         sources: pieces, which may overlap.
-        like: a tail, for its shape and dtype.
+        like: the layer before, for its tail's shape and dtype and its coder.
         window: of a sliding layer; such a layer keeps what a query at position `oldest_query` needs, and
             `layout.tail` tokens more where the sources have them.
     """
-    sealed = stop // layout.tail * layout.tail
+    whole = stop // layout.tail * layout.tail  # tokens in full blocks
+    # Of the open block, what there is in codes only stays in codes, and in the last segment.
+    skip = min(stop, max((s.stop for s in sources if s.coded), default=0)) - whole
+    skip = max(0, skip)
     if window is None:
         start, ends = 0, layout.ends(stop)
+        if skip:
+            ends = [*ends[:-1], whole + skip]
     else:
         unit = layout.sliding_unit(window)
         start = max(0, oldest_query - window + 1 - layout.tail) // unit * unit
@@ -197,13 +260,13 @@ def arranged(
         ends = [end for end in layout.sliding_ends(stop, window) if end > start]
     segments = []
     for end in ends:
-        segments.append(cut(sources, start, end))
+        segments.append(cut(sources, start, end, like.coder))
         start = end
-    if stop == sealed:
-        tail_keys = tail_values = mx.zeros_like(like)
+    if stop == whole + skip:
+        tail_keys = tail_values = mx.zeros_like(like.tail_keys)
     else:
-        tail_keys, tail_values = _padded(cut(sources, sealed, stop), layout.tail)
-    return LayerKV(tuple(segments), tail_keys, tail_values, stop - sealed, stop)
+        tail_keys, tail_values = _padded(cut(sources, whole + skip, stop), skip, layout.tail)
+    return LayerKV(tuple(segments), tail_keys, tail_values, stop - whole, stop, like.coder, skip)
 
 
 def covered_from(sources: Iterable[Segment], stop: int) -> int:
@@ -215,8 +278,8 @@ def covered_from(sources: Iterable[Segment], stop: int) -> int:
     return at
 
 
-def _padded(segment: Segment, size: int) -> tuple[mx.array, mx.array]:
-    """Its keys and values, filled up with zeros to `size` tokens."""
-    pad = [(0, 0), (0, 0), (0, size - (segment.stop - segment.start)), (0, 0)]
+def _padded(segment: Segment, skip: int, size: int) -> tuple[mx.array, mx.array]:
+    """Its keys and values in the rows from `skip` on of a tail of `size`, the others zeros."""
     n = segment.stop - segment.start
+    pad = [(0, 0), (0, 0), (skip, size - skip - n), (0, 0)]
     return mx.pad(segment.keys[:, :, :n], pad), mx.pad(segment.values[:, :, :n], pad)

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from . import kv_codes
 from .config import Config
 from .errors import InputError
 from .execution import execution
-from .segments import LayerKV, Layout, Part, Segment, appended, arranged, covered_from, empty
+from .segments import Coder, LayerKV, Layout, Part, Segment, appended, arranged, covered_from, empty, reading
 
 if TYPE_CHECKING:
     from .model import Model
@@ -43,9 +44,15 @@ class KVState:
     """
 
     def __init__(
-        self, model: Model, dtype: mx.Dtype, max_tokens: int | None = None, layout: Layout | None = None
+        self,
+        model: Model,
+        dtype: mx.Dtype,
+        max_tokens: int | None = None,
+        layout: Layout | None = None,
+        kv: str = "full",
     ) -> None:
-        self.model, self.dtype, self.max_tokens = model, dtype, max_tokens
+        kv_codes.check_kind(kv, {layer.head_dim for layer in model.config.layers if not layer.sliding})
+        self.model, self.dtype, self.max_tokens, self.kv = model, dtype, max_tokens, kv
         self.config: Config = model.config
         self.layout = layout or Layout()
         self.closed = False
@@ -55,9 +62,10 @@ class KVState:
         self._length = 0
         self._marks: dict[int, Mark] = {}
         self._staged: dict[int, LayerKV] = {}  # of a forward pass that is not through yet
+        self._reading: dict[int, list[Part]] = {}  # what that pass sees of layers in codes, if it has many tokens
         with execution():
             self._layers = {
-                i: empty(shape.kv_heads, shape.head_dim, self.layout, dtype)
+                i: empty(shape.kv_heads, shape.head_dim, self.layout, dtype, coder_of(model, kv, i))
                 for i, shape in enumerate(model.config.layers)
                 if shape.kv_layer == i
             }
@@ -66,11 +74,15 @@ class KVState:
 
     def append(self, layer: int, k: mx.array, v: mx.array) -> None:
         """Add keys and values of the next tokens, [1, kv_heads, T, D], to a layer. They count from `advance` on."""
-        k, v = k.astype(self.dtype), v.astype(self.dtype)
-        self._staged[layer] = appended(self._layers[layer], k, v, self.layout, self._window(layer))
+        k, v, kv = k.astype(self.dtype), v.astype(self.dtype), self._layers[layer]
+        self._staged[layer] = appended(kv, k, v, self.layout, self._window(layer))
+        if kv.coder and kv.count % self.layout.tail + k.shape[2] > self.layout.tail:
+            self._reading[layer] = reading(kv, k, v, self.layout)
 
     def view(self, layer: int, queries: int) -> list[Part]:
         """What the last `queries` tokens may see of a layer, in at most 8 parts."""
+        if layer in self._reading:
+            return self._reading[layer]
         kv = self._staged.get(layer) or self._layers[layer]
         window = self._window(layer)
         return kv.parts(0 if window is None else max(0, kv.stop - queries - window + 1))
@@ -78,7 +90,7 @@ class KVState:
     def advance(self, ids: mx.array) -> None:
         """Count the tokens ids, int [T], whose keys and values every layer has been given."""
         self._layers = self._layers | self._staged
-        self._staged = {}
+        self._staged, self._reading = {}, {}
         self._unread.append(ids)
         self._length += ids.size
 
@@ -158,7 +170,7 @@ class KVState:
         other.__dict__.update(self.__dict__)
         other.wanted_marks, other._marks = set(self.wanted_marks), dict(self._marks)
         other._tokens, other._unread = list(self._tokens), list(self._unread)
-        other._layers, other._staged = dict(self._layers), {}
+        other._layers, other._staged, other._reading = dict(self._layers), {}, {}
         return other
 
     def mark(self, position: int | None = None) -> Mark:
@@ -209,6 +221,9 @@ class KVState:
     def rewind(self, to: Mark | int) -> None:
         """Go back to a mark, or to a length that a mark or the present windows cover, as if nothing had followed.
 
+        With compressed keys and values, tokens that were sealed stay in codes: up to 63 before a position that is no
+        multiple of 64, where a state that had never read on would have them in full precision.
+
         Raises:
             InputError: no mark covers that position; says how far back it can go. The state stays as it was.
         """
@@ -223,9 +238,9 @@ class KVState:
             layers = {}
             for i, kv in self._layers.items():
                 window = self._window(i)
-                layers[i] = arranged(self._pieces(i), position, kv.tail_keys, self.layout, window, position)
+                layers[i] = arranged(self._pieces(i), position, kv, self.layout, window, position)
             tokens = self.tokens[:position]
-            self._layers, self._staged = layers, {}
+            self._layers, self._staged, self._reading = layers, {}, {}
             self._tokens, self._unread, self._length = tokens, [], position
             self._marks = {p: m for p, m in self._marks.items() if p <= position}
             mx.eval(self.arrays)  # what is cut off can go at once
@@ -239,7 +254,7 @@ class KVState:
     def close(self) -> None:
         """Let go of everything. Forks and marks of others keep what they share."""
         self.closed = True
-        self._layers, self._staged, self._marks = {}, {}, {}
+        self._layers, self._staged, self._reading, self._marks = {}, {}, {}, {}
         self._tokens, self._unread, self._length = [], [], 0
 
     # Below
@@ -295,19 +310,29 @@ def total_nbytes(states: Iterable[KVState]) -> int:
     return sum({id(a): a.nbytes for state in states for a in state.arrays}.values())
 
 
-def kv_bytes(config: Config, dtype: mx.Dtype, tokens: int, chunk: int = 0, layout: Layout | None = None) -> int:
+def coder_of(model: Model, kv: str, layer: int) -> Coder | None:
+    """How a layer's segments are encoded in a state of that kind: sliding layers stay in full precision."""
+    return None if kv == "full" or model.config.layers[layer].sliding else Coder(kv, model.turns[layer])
+
+
+def kv_bytes(
+    config: Config, dtype: mx.Dtype, tokens: int, chunk: int = 0, layout: Layout | None = None, kv: str = "full"
+) -> int:
     """The most bytes that a state of so many tokens holds without marks.
 
     Args:
         chunk: tokens that are read at once; sliding layers keep them until the next are read.
+        kv: how global layers are held, one of `kv_codes.KINDS`.
     """
     layout, total = layout or Layout(), 0
     for i, shape in enumerate(config.layers):
         if shape.kv_layer == i:
-            rows = tokens
+            rows, kind = tokens, kv
             if shape.sliding:
+                kind = "full"
                 rows = min(tokens, config.window + 2 * layout.tail + layout.sliding_unit(config.window) + chunk)
-            total += 2 * dtype.size * shape.kv_heads * shape.head_dim * (rows + layout.tail)
+            sealed = rows * kv_codes.vector_bytes(kind, shape.head_dim, dtype)
+            total += 2 * shape.kv_heads * (sealed + layout.tail * dtype.size * shape.head_dim)
     return total
 
 

@@ -23,13 +23,14 @@ from . import ops
 from .errors import InputError
 from .execution import execution
 from .segments import LayerKV, Layout, Segment
-from .state import KVState
+from .state import KVState, coder_of
 
 if TYPE_CHECKING:
     from .model import Model
 
-FORMAT, VERSION = "mlx-gemma4 KV state", "1"
-_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+FORMAT, VERSION = "mlx-gemma4 KV state", "2"
+_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
+_ARRAYS = (("keys", "values"), ("codes", "scales"))  # of a segment, plain or in codes
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _DIGEST = hashlib.sha256().digest_size
 _STEP = 1 << 24  # bytes hashed at a time
@@ -94,7 +95,8 @@ def _contents(state: KVState, tokens: list[int], model: str) -> Iterator[Any]:
     arrays: dict[str, mx.array] = {}
     for i, kv in state.layers.items():
         for s in kv.segments:
-            arrays[f"layer.{i}.keys.{s.start}"], arrays[f"layer.{i}.values.{s.start}"] = s.keys, s.values
+            first, second = _ARRAYS[s.coded]
+            arrays[f"layer.{i}.{first}.{s.start}"], arrays[f"layer.{i}.{second}.{s.start}"] = s.keys, s.values
         arrays[f"layer.{i}.tail.keys"], arrays[f"layer.{i}.tail.values"] = kv.tail_keys, kv.tail_values
     ids = np.array(tokens, np.int32)
     header: dict[str, Any] = {
@@ -103,7 +105,8 @@ def _contents(state: KVState, tokens: list[int], model: str) -> Iterator[Any]:
             "version": VERSION,
             "model": model,
             "layout": json.dumps([state.layout.tail, state.layout.fan, state.layout.tops]),
-            "counts": json.dumps({i: kv.count for i, kv in state.layers.items()}),
+            "kv": state.kv,
+            "counts": json.dumps({i: [kv.count, kv.skip] for i, kv in state.layers.items()}),
         }
     }
     at = 0
@@ -161,15 +164,18 @@ def load_state(model: Model, path: str | Path) -> KVState:
         layers = {}
         for i, shape in enumerate(model.config.layers):
             if shape.kv_layer == i:
-                starts = sorted(int(n.rsplit(".", 1)[1]) for n in header if n.startswith(f"layer.{i}.keys."))
+                coder = coder_of(model, about["kv"], i)
+                names = _ARRAYS[coder is not None]
+                starts = sorted(int(n.rsplit(".", 1)[1]) for n in header if n.startswith(f"layer.{i}.{names[0]}."))
                 segments = []
                 for start in starts:
-                    keys, values = (array(f"layer.{i}.{which}.{start}") for which in ("keys", "values"))
+                    keys, values = (array(f"layer.{i}.{which}.{start}") for which in names)
                     segments.append(Segment(start, start + keys.shape[2], keys, values))
                 tail = array(f"layer.{i}.tail.keys"), array(f"layer.{i}.tail.values")
-                layers[i] = LayerKV(tuple(segments), *tail, counts[str(i)], len(tokens))
+                count, skip = counts[str(i)]
+                layers[i] = LayerKV(tuple(segments), *tail, count, len(tokens), coder, skip)
         dtype = next(iter(layers.values())).tail_keys.dtype
-        state = KVState(model, dtype, layout=layout)
+        state = KVState(model, dtype, layout=layout, kv=about["kv"])
         state.restore(layers, tokens)
         mx.eval(state.arrays)
     return state

@@ -24,8 +24,8 @@ class SmallModel(Model):
 
     layout: Layout
 
-    def new_state(self, max_tokens: int | None = None) -> KVState:
-        return KVState(self, mx.float32, max_tokens, self.layout)
+    def new_state(self, max_tokens: int | None = None, kv: str = "full") -> KVState:
+        return KVState(self, mx.float32, max_tokens, self.layout, kv)
 
 
 @functools.cache
