@@ -6,7 +6,7 @@ grammar.py. The format, after the chat template in Google's files:
     <|tool_call>call:NAME{key:value,key:value}<tool_call|>
 
 A string stands between two <|"|>, with no escapes; numbers, true, false and null are as in JSON; arrays are
-[a,b], objects {key:value}; keys stand bare. No blanks anywhere.
+[a,b], objects {key:value}; keys stand bare, or as strings where they hold marks of the format. No blanks anywhere.
 
 Keys may come in any order, each once, the required ones all: a rule with a parameter keeps a bit for each key.
 What the grammar can't hold a reply to (`uniqueItems`, `not`, a pattern with look-around) is left out, with a line in
@@ -20,6 +20,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 import llguidance
 
@@ -27,14 +28,17 @@ from .errors import InputError
 from .tokenizer import Tokenizer
 
 CALL, END_CALL, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
-_NUMBER = r"/-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+\-]?[0-9]+)?/"
-_INTEGER = r"/-?(0|[1-9][0-9]*)/"
-_KEY = r"/[^\x00-\x1F\s:,{}\[\]<>|\"]{1,64}/"
-_BAD_IN_KEY = re.compile(r'[\s:,{}\[\]<>|"]|^$')
+_INTEGER = r"/-?(0|[1-9][0-9]{0,17})/"
+_NUMBER = r"/-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?([eE][+\-]?[0-9]{1,2})?/"
+_KEY = r"/[^\x00-\x1F\s:=,;{}()\[\]<>|\"']{1,64}/"
+_APART = re.compile(r"""[\s:=,;{}()\[\]<>|"']|^$""")  # a name with any of these can't stand bare
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _TYPES = ("string", "number", "integer", "boolean", "null", "array", "object")
+_SILENT = ("$ref", "$defs", "definitions", "$id", "$schema", "title", "description", "default", "examples")
 _BITS = 64  # of a rule's parameter
-_DATE, _TIME = r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])", r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]"
+_DAYS = r"(0[1-9]|1[0-9]|2[0-8])", r"(0[1-9]|[12][0-9]|30)", r"(0[1-9]|[12][0-9]|3[01])"
+_DATE = rf"[1-9][0-9]{{3}}-(02-{_DAYS[0]}|(0[469]|11)-{_DAYS[1]}|(0[13578]|1[02])-{_DAYS[2]})"
+_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]"
 _ZONE = r"(Z|[+\-]([01][0-9]|2[0-3]):[0-5][0-9])"
 _FORMATS = {
     "date": _DATE,
@@ -42,6 +46,10 @@ _FORMATS = {
     "date-time": f"{_DATE}T{_TIME}{_ZONE}",
     "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
     "email": r"[A-Za-z0-9._%+\-]+@[A-Za-z0-9\-]+(\.[A-Za-z0-9\-]+)+",
+    "hostname": r"[A-Za-z0-9]([A-Za-z0-9\-]{0,30}[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9\-]{0,30}[A-Za-z0-9])?)*",
+    "duration": r"P([0-9]{1,9}[YMWD])?(T[0-9]{1,9}[HMS])|P[0-9]{1,9}[YMWD]",
+    "uri": r"[A-Za-z][A-Za-z0-9+.\-]*:[^\s<>\"{}|\\^`]+",
+    "ipv6": r"([0-9a-f]{1,4}:){7}[0-9a-f]{1,4}",
     "ipv4": r"((25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])\.){3}(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])",
 }
 
@@ -72,8 +80,8 @@ def _function(tool: Mapping[str, Any], index: int) -> tuple[str, Mapping[str, An
     """A tool's name and the schema of its arguments, which are an object whatever it says."""
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(name, str) or not name or re.search(r"[{}<>\s]", name):
-        raise InputError(f"tools: number {index + 1} must be a function with a name that has no blanks or braces")
+    if not isinstance(function, Mapping) or not isinstance(name, str) or _APART.search(name):
+        raise InputError(f"tools: number {index + 1} must be a function with a name of letters, digits, _ and -")
     parameters = function.get("parameters") or {"properties": {}}
     if not isinstance(parameters, Mapping):
         raise InputError(f"tools: the parameters of {name} must be a JSON schema, an object")
@@ -99,6 +107,9 @@ class _Rules:
         if not isinstance(schema, Mapping):
             raise self.error(at, f"{json.dumps(schema, default=str)[:40]} is no schema that a value could obey")
         if "$ref" in schema:
+            beside = {key: value for key, value in schema.items() if key not in _SILENT}
+            if beside:
+                return self.value({"allOf": [{"$ref": schema["$ref"]}, beside]}, at)
             return self.reference(schema["$ref"], at)
         if "allOf" in schema:
             return self.value(self.merged(schema, at), at)
@@ -167,7 +178,8 @@ class _Rules:
         rest = ""  # what may follow, from the last place to the first
         if schema.get("items") is not False and (high is None or high > len(first)):
             item, before = self.value(schema.get("items", True), f"{at}/items"), max(len(first), 1)
-            rest = f'("," {item}){{{max(low - before, 0)},{"" if high is None else high - before}}}'
+            most = "" if high is None else high - before
+            rest = "" if most == 0 else f'("," {item}){{{max(low - before, 0)},{most}}}'
             if not first:
                 rest = f"({item} {rest})" + ("" if low else "?")
         for i in reversed(range(len(first))):
@@ -181,13 +193,13 @@ class _Rules:
         required = schema.get("required", [])
         if not isinstance(properties, Mapping) or not isinstance(required, list):
             raise self.error(at, "properties must be an object and required a list")
-        more = schema.get("additionalProperties", "properties" not in schema)
-        keys = [key for key in dict.fromkeys(required) if key in properties]
-        keys += [key for key in properties if key not in keys]
-        wanted = min(sum(key in required for key in keys), _BITS)
-        other = ""
-        if more is not False:
-            other = f'{self.other_key(keys)} ":" {self.value(more, f"{at}/additionalProperties")}'
+        declared = "properties" in schema or "patternProperties" in schema
+        more = schema.get("additionalProperties", not declared)
+        required = list(dict.fromkeys(map(str, required)))
+        properties = {**dict.fromkeys(required, more or True), **properties}
+        keys = [*required, *(key for key in properties if key not in required)]
+        wanted = min(len(required), _BITS)
+        other = self.others(schema, keys, more, at)
         if not keys:
             return self.rule(f'"{{" ({other} ("," {other})*)? "}}"' if other else '"{" "}"')
         members = [(self.member(key, properties[key], at), i) for i, key in enumerate(keys)]
@@ -204,13 +216,24 @@ class _Rules:
         return name
 
     def member(self, key: str, schema: Any, at: str) -> str:
-        if _BAD_IN_KEY.search(key):
-            raise self.error(at, f"the name {key!r} can't stand in a tool call; use letters, digits, _ and -")
-        return f"{_text(key + ':')} {self.value(schema, f'{at}/properties/{key}')}"
+        return f'{self.key(key)} ":" {self.value(schema, f"{at}/properties/{key}")}'
 
-    def other_key(self, keys: Sequence[str]) -> str:
-        taken = " | ".join(_text(key) for key in keys)
-        return self.terminal(f"{_KEY} & ~({taken})" if taken else _KEY)
+    def others(self, schema: Mapping[str, Any], keys: Sequence[str], more: Any, at: str) -> str:
+        """A pair whose key isn't declared, "" where there is none: by `patternProperties` or else as `more` says."""
+        patterns = schema.get("patternProperties") or {}
+        taken = "".join(f" & ~{_text(key)}" for key in keys)
+        pairs = []
+        for pattern, part in patterns.items():
+            if self.compiles(_unanchored(pattern), at):
+                key = self.terminal(f"{_KEY} & {_slashed(_unanchored(pattern))}{taken}")
+                pairs.append(f'{key} ":" {self.value(part, f"{at}/patternProperties/{pattern}")}')
+        if more is not False:
+            key = self.terminal(_KEY + taken + "".join(f" & ~{_slashed(_unanchored(p))}" for p in patterns))
+            pairs.append(f'{key} ":" {self.value(more, f"{at}/additionalProperties")}')
+        return self.either(pairs) if pairs else ""
+
+    def key(self, key: str) -> str:
+        return self.literal(key) if _APART.search(key) else _text(key)
 
     def anything(self) -> str:
         if "any" not in self.names:
@@ -224,7 +247,7 @@ class _Rules:
         if isinstance(value, str):
             return f"{self.quote} {_text(value)} {self.quote}" if value else f"{self.quote} {self.quote}"
         if isinstance(value, Mapping):
-            inner = ' "," '.join(f"{_text(key + ':')} {self.literal(x)}" for key, x in value.items())
+            inner = ' "," '.join(f'{self.key(key)} ":" {self.literal(x)}' for key, x in value.items())
             return f'"{{" {inner} "}}"'
         if isinstance(value, list):
             inner = ' "," '.join(self.literal(x) for x in value)
@@ -248,7 +271,7 @@ class _Rules:
         if not isinstance(ref, str) or not ref.startswith("#"):
             raise self.error(at, f"the reference {ref!r} must point into the tool's own schema, as #/$defs/...")
         found: Any = self.root
-        for step in [s.replace("~1", "/").replace("~0", "~") for s in ref.split("/")[1:]]:
+        for step in [s.replace("~1", "/").replace("~0", "~") for s in unquote(ref).split("/")[1:]]:
             try:
                 found = found[int(step)] if isinstance(found, list) else found[step]
             except (KeyError, IndexError, ValueError, TypeError):
@@ -256,7 +279,7 @@ class _Rules:
         return found
 
     def merged(self, schema: Mapping[str, Any], at: str) -> dict[str, Any]:
-        """`allOf` and what stands beside it as one schema: the last word counts, but for properties, which add up."""
+        """`allOf` and what stands beside it as one schema."""
         out = {key: value for key, value in schema.items() if key != "allOf"}
         for part in schema["allOf"] if isinstance(schema["allOf"], list) else []:
             if isinstance(part, Mapping) and "$ref" in part:
@@ -265,10 +288,7 @@ class _Rules:
             if not isinstance(part, Mapping):
                 raise self.error(at, "allOf must be a list of schemas")
             part = self.merged(part, at) if "allOf" in part else part
-            both = {**(out.get("properties") or {}), **(part.get("properties") or {})}
-            required = [*(out.get("required") or []), *(part.get("required") or [])]
-            out.update(part)
-            out |= ({"properties": both} if both else {}) | ({"required": required} if required else {})
+            out = {**out, **part, **{key: _both(key, out[key], part[key]) for key in out.keys() & part.keys()}}
         return out
 
     def count(self, schema: Mapping[str, Any], key: str, at: str) -> int | None:
@@ -301,6 +321,18 @@ class _Rules:
 
     def error(self, at: str, what: str) -> InputError:
         return InputError(f"tools: {self.tool}, {at}: {what}")
+
+
+def _both(key: str, a: Any, b: Any) -> Any:
+    """What two schemas together say under one key; in doubt, what the second says."""
+    if key == "properties" and isinstance(a, Mapping) and isinstance(b, Mapping):
+        return {**a, **b, **{name: {"allOf": [a[name], b[name]]} for name in a.keys() & b.keys()}}
+    if key == "required" and isinstance(a, list) and isinstance(b, list):
+        return a + b
+    if key in ("type", "enum"):
+        a, b = (x if isinstance(x, list) else [x] for x in (a, b))
+        return [x for x in b if x in a]
+    return b
 
 
 def _text(text: str) -> str:
