@@ -41,7 +41,7 @@ def lm() -> LanguageModel:
 
 @pytest.fixture
 def server(lm: LanguageModel) -> Iterator[Serving]:
-    with serving(lm, Settings(parallel=4, queue=20, max_kv_bytes=BUDGET)) as running:
+    with serving(lm, Settings(parallel=4, queue=26, max_kv_bytes=BUDGET)) as running:
         yield running
 
 
@@ -73,16 +73,24 @@ def forget_prefixes(server: Serving) -> None:
 
 
 async def one_request(client: httpx.AsyncClient, dice: random.Random, seen: Counter[str]) -> None:
-    """A request that is read to its end, or left after a few tokens; what became of it is counted."""
-    body = chat(dice.choice(TOPICS), dice.randint(1, 12), seed=dice.randrange(100))
+    """A request that is read to its end, or left after a few tokens; what became of it is counted.
+
+    One that the server refuses (429) is sent again a little later.
+    """
+    body = chat(dice.choice(TOPICS), dice.randint(1, 10), seed=dice.randrange(100))
     leave_after = dice.randrange(5) if dice.random() < 0.3 else None
+    while not await once(client, body, leave_after, seen):
+        await asyncio.sleep(dice.random() / 2)
+
+
+async def once(client: httpx.AsyncClient, body: dict[str, Any], leave_after: int | None, seen: Counter[str]) -> bool:
+    """Whether the server took it."""
     pieces, ended = 0, False
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code == 429:
             assert int(response.headers["retry-after"]) >= 1
             seen["refused (429)"] += 1
-            await asyncio.sleep(dice.random())
-            return
+            return False
         assert response.status_code == 200, await response.aread()
         async for line in response.aiter_lines():
             ended |= line == "data: [DONE]"
@@ -94,6 +102,7 @@ async def one_request(client: httpx.AsyncClient, dice: random.Random, seen: Coun
     if leave_after is None:
         assert ended
     seen["answered" if ended else "left by the client"] += 1
+    return True
 
 
 async def crowd(url: str) -> Counter[str]:
@@ -167,7 +176,8 @@ def test_many_clients(lm: LanguageModel, server: Serving) -> None:
         assert not thread.is_alive()
     assert settled(server.engine)
     kept = server.engine.store.nbytes
-    assert sum(seen.values()) == REQUESTS and seen["answered"] > REQUESTS / 3
+    assert seen["answered"] + seen["left by the client"] == REQUESTS
+    assert seen["left by the client"] > REQUESTS / 10 and seen["refused (429)"] > 0
     assert kept <= BUDGET
     forget_prefixes(server)
     assert server.engine.store.nbytes == 0

@@ -15,14 +15,14 @@ from py_mini_racer import MiniRacer
 
 from mlx_gemma4.server.page import page
 
-LOGIC = re.compile(r'<script id="logic">(.*?)</script>', re.DOTALL)
+SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 COLLECT = "function sse(pieces) { const got = []; pieces.forEach(sseParser(x => got.push(x))); return got; }"
 
 
 @pytest.fixture(scope="module")
 def js() -> Iterator[MiniRacer]:
-    found = LOGIC.search(page()[0].decode())
-    assert found
+    found = SCRIPT.search(page()[0].decode())  # the first is markdown.js
+    assert found and "function markdown" in found[1]
     with MiniRacer() as engine:
         engine.eval(found[1] + COLLECT)
         yield engine
@@ -45,7 +45,7 @@ def html(tree: Any) -> str:
 
 # Server-sent events
 
-EVENTS = 'data: {"a": "é\\n"}\n\n: a comment\ndata:two\ndata: lines\n\nevent: ping\n\ndata: [DONE]\n\n'
+EVENTS = 'data: {"a": "é\\n"}\n\n: read 5 of 9\ndata:two\ndata: lines\n\nevent: ping\n\ndata: [DONE]\n\n'
 PARSED = ['{"a": "é\\n"}', "two\nlines", "[DONE]"]
 
 
@@ -56,6 +56,11 @@ def test_events_are_the_same_however_they_are_cut(js: MiniRacer, newline: str) -
     for i in range(len(text) + 1):
         assert call(js, "sse", [text[:i], text[i:], "\n"]) == PARSED
     assert call(js, "sse", [*text, "\n"]) == PARSED
+
+
+def test_comments_come_apart(js: MiniRacer) -> None:
+    js.eval("function comments(text) { const got = []; sseParser(() => {}, x => got.push(x))(text); return got; }")
+    assert call(js, "comments", EVENTS) == ["read 5 of 9"]
 
 
 def test_an_event_without_its_empty_line_is_not_given(js: MiniRacer) -> None:

@@ -62,7 +62,7 @@ def page(browser: Browser, server: Serving) -> Iterator[Page]:
 
 
 def opened(browser: Browser, url: str, **context: Any) -> Iterator[Page]:
-    window = browser.new_context(**({"viewport": {"width": 900, "height": 760}} | context))
+    window = browser.new_context(**({"viewport": {"width": 900, "height": 560}} | context))
     page = window.new_page()
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -127,11 +127,11 @@ def test_send_and_go_on(page: Page) -> None:
     done(page)
     assert len(replies(page).locator(".text").inner_text().split()) > 20
     expect(replies(page).locator(".stats")).to_contain_text("of 2,048 tokens of context")
-    shot(page, "page")
     send(page, "Go on.")
     done(page)
     expect(replies(page)).to_have_count(2)
     expect(replies(page).last.locator(".stats")).to_contain_text("not read again")
+    shot(page, "page")
 
 
 def test_stop_keeps_what_came_and_frees_the_server(page: Page, server: Serving) -> None:
@@ -229,20 +229,37 @@ def test_what_a_model_writes_never_becomes_markup(page: Page) -> None:
     assert page.title() == "gemma4-demo" and evil in page.locator("article.user .text").inner_text()
 
 
-def test_markdown_in_both_themes_and_at_360_pixels(browser: Browser, server: Serving) -> None:
-    for scheme, width in (("light", 900), ("dark", 360)):
-        for page in opened(browser, server.url, viewport={"width": width, "height": 640}, color_scheme=scheme):
-            text = "## Tea\n1. Boil *water*\n2. Wait\n   - not long\n\n```python\npour(" + "water, " * 30 + ")\n```\n\n"
-            answer(
-                page, {"reasoning_content": "Tea."}, {"content": text + "|" + "leaf|" * 30 + "\n" + "|-" * 30 + "|\n"}
-            )
-            send(page, "How do I make tea? " + "y" * 200)
-            done(page)
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-            page.click("#settings")
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-            page.keyboard.press("Escape")
-            shot(page, f"page-{scheme}-{width}")
+TEA = """## Tea for two
+1. Boil *half a litre* of water
+2. Wait **three minutes**
+   - not five
+
+| leaf | degrees |
+| --- | --- |
+| green | 75 |
+| black | 95 |
+
+```python
+for cup in cups:
+    pour(tea, into=cup)
+```
+"""
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 900), ("dark", 360)])
+def test_both_themes_and_widths(browser: Browser, server: Serving, scheme: Any, width: int) -> None:
+    for page in opened(browser, server.url, viewport={"width": width, "height": 640}, color_scheme=scheme):
+        answer(page, {"reasoning_content": "Two cups."}, {"content": TEA})
+        send(page, "How do I make tea?")
+        done(page)
+        shot(page, f"page-{scheme}-{width}")
+        wide = "|" + "leaf|" * 40 + "\n" + "|-" * 40 + "|\n\n```\n" + "water, " * 40 + "\n```\n" + "y" * 300
+        answer(page, {"content": wide})
+        send(page, "z" * 300)
+        done(page)
+        page.click("#settings")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.keyboard.press("Escape")
 
 
 def test_errors_are_said_and_can_be_retried(page: Page) -> None:

@@ -1,6 +1,6 @@
-"""The page to chat in a browser: one file, and headers that let it do nothing else.
+"""The page to chat in a browser: one file on the wire, and headers that let it do nothing else.
 
-In: nothing. Out: the page's bytes, and the headers to send with them.
+In: index.html, and beside it the scripts that it names. Out: the page's bytes, and the headers to send with them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from importlib.resources import files
 @cache
 def page() -> tuple[bytes, dict[str, str]]:
     """The page in UTF-8, and its headers: only its own scripts and styles run, and it talks to this server alone."""
-    body = (files(__name__) / "index.html").read_bytes()
+
+    def inlined(found: re.Match[bytes]) -> bytes:
+        return b"<script>\n" + (files(__name__) / found[1].decode()).read_bytes() + b"</script>"
+
+    body = re.sub(rb'<script src="(\w+\.js)"></script>', inlined, (files(__name__) / "index.html").read_bytes())
     policy = [
         "default-src 'none'",
         "connect-src 'self'",
