@@ -30,6 +30,7 @@ from .errors import InputError
 from .execution import execution
 from .generation import PREFILL_CHUNK, Sampling, Statistics, generate_tokens
 from .gguf_file import open_gguf
+from .inspection import kv_per_token
 from .loader import Progress, gguf_source, load_model
 from .memory import available_memory
 from .model import Model
@@ -138,7 +139,7 @@ def measure(model: Model, plan: Plan, cells: list[Cell], repetitions: int) -> It
 
     The depths share one state that grows; each repetition decodes on a fork of it.
     """
-    base = new_state(model, plan.kv)
+    base = model.new_state(kv=plan.kv)
     for cell in cells:
         if cell.kind == "prefill":
             _prompt_rate(model, plan, min(cell.context, 2 * PREFILL_CHUNK))  # a warm-up
@@ -148,7 +149,7 @@ def measure(model: Model, plan: Plan, cells: list[Cell], repetitions: int) -> It
         else:
             fill(base, cell.context)
             _warm_up(model, base)
-            cell.n_bytes = weight_bytes(model) + kv_bytes_read(base)
+            cell.n_bytes = weight_bytes(model) + kv_per_token(model.config, plan.kv, base.length, base.dtype)
             if model.kernels:  # stock operations on a CPU compute while they are being scheduled
                 cell.launches, cell.host_time = launches(model, base), host_time(model, base)
             for _ in range(repetitions):
@@ -159,11 +160,6 @@ def measure(model: Model, plan: Plan, cells: list[Cell], repetitions: int) -> It
     base.close()
 
 
-def new_state(model: Model, kv: str) -> KVState:
-    """An empty state that holds its keys and values as `--kv` says."""
-    return model.new_state()
-
-
 def random_ids(model: Model, n: int) -> list[int]:
     """Token ids that any vocabulary has."""
     return [int(i) for i in np.random.default_rng(n).integers(model.config.vocab // 10, model.config.vocab, n)]
@@ -172,7 +168,7 @@ def random_ids(model: Model, n: int) -> list[int]:
 def _prompt_rate(model: Model, plan: Plan, n: int) -> tuple[float, int]:
     """Tokens a second of a prompt of n tokens, the choice of the first token included; peak memory in bytes."""
     s = Statistics()
-    for _ in generate_tokens(model, new_state(model, plan.kv), random_ids(model, n), GREEDY, 1, statistics=s):
+    for _ in generate_tokens(model, model.new_state(kv=plan.kv), random_ids(model, n), GREEDY, 1, statistics=s):
         pass
     return s.prompt_rate, s.peak_memory
 
@@ -227,15 +223,6 @@ def weight_bytes(model: Model) -> int:
             if weight is not None:
                 total += weight.nbytes * (c.experts_used / c.experts if "_exps" in each.name else 1)
     return round(total)
-
-
-def kv_bytes_read(state: KVState) -> int:
-    """Bytes of keys and values that the next token's attention reads: of sliding layers no more than the window."""
-    c, total = state.config, 0
-    for shape in c.layers:
-        rows = min(state.length, c.window) if shape.sliding else state.length
-        total += 2 * state.dtype.size * shape.kv_heads * shape.head_dim * rows
-    return total
 
 
 def launches(model: Model, state: KVState) -> int | None:

@@ -23,7 +23,6 @@ from .gguf_file import open_gguf
 from .kv_codes import KINDS, vector_bytes
 from .loader import Entry, gguf_source, tensor_specs
 from .memory import HEADROOM, available_memory, on_cpu
-from .segments import Layout
 from .state import kv_bytes
 
 # Peak memory bandwidths in GB/s, as Apple's announcements and technical specifications (support.apple.com) of the Macs
@@ -54,7 +53,6 @@ BANDWIDTHS = {
 # What llama.cpp and mlx-lm make of it, from figures that others have published (decode at 512 tokens).
 REACHED = "Others' runs on an M5 Max reach 69 to 81% of it with 31B, 46 to 59% with E2B, E4B and 26B-A4B."
 DEFAULT_CONTEXT = 8192
-TAIL = Layout().tail
 
 
 @dataclass(frozen=True)
@@ -190,10 +188,7 @@ def _memory(config: Config, kv: str, context: int, weights: int, available: int,
     dtype = mx.float32 if on_cpu() else mx.float16
 
     def state(tokens: int) -> int:
-        sealed, full = tokens // TAIL * TAIL, kv_bytes(config, dtype, tokens, PREFILL_CHUNK)
-        own = [s for i, s in enumerate(config.layers) if s.kv_layer == i and not s.sliding]
-        saved = (vector_bytes("full", s.head_dim, dtype) - vector_bytes(kv, s.head_dim, dtype) for s in own)
-        return full - sum(2 * s.kv_heads * n * sealed for s, n in zip(own, saved, strict=True))
+        return kv_bytes(config, dtype, tokens, PREFILL_CHUNK, kv=kv)
 
     def fits(tokens: int) -> bool:
         return weights + HEADROOM + state(tokens) <= available

@@ -20,6 +20,7 @@ from test_decode import BUDGET, UNIFORM, both
 from mlx_gemma4 import bench
 from mlx_gemma4.cli import main
 from mlx_gemma4.gguf_file import open_gguf
+from mlx_gemma4.inspection import kv_per_token
 from mlx_gemma4.text import load
 
 # Stands in for llama-bench: notes how it was called, then writes what llama-bench writes, or what `FAULT` says.
@@ -89,7 +90,7 @@ def test_bytes_of_weights(kind: str, tag: str, tmp_path: Path) -> None:
 def test_a_filled_state_is_like_one_that_has_read(kind: str, tmp_path: Path) -> None:
     """The same segments and bytes as behind a prompt of that length, grown in steps; nothing that isn't a number."""
     model = load(path(kind, "q4_k_m", tmp_path)).model
-    filled = bench.new_state(model, "full")
+    filled = model.new_state()
     for length in (3, 200, 400):
         bench.fill(filled, length)
         read = model.new_state()
@@ -103,7 +104,7 @@ def test_a_filled_state_is_like_one_that_has_read(kind: str, tmp_path: Path) -> 
         seen = sum(
             part.keys.nbytes + part.values.nbytes for s in model.config.layers for part in filled.view(s.kv_layer, 1)
         )
-        assert bench.kv_bytes_read(filled) == seen
+        assert kv_per_token(model.config, "full", length, filled.dtype) == seen
     assert mx.isfinite(model.forward(mx.array([5]), filled)).all()
 
 
@@ -193,6 +194,18 @@ def test_in_turns_with_llama_bench(tmp_path: Path) -> None:
     lines = [line.split(":")[0] for line in done.stderr.splitlines() if "tokens/s" in line]
     ours = ["prompt of 9", "reply at 0", "reply at 70"]
     assert lines == [*ours, *(f"llama.cpp, {title}" for title in ours), *(f"{title}, again" for title in ours)]
+
+
+def test_kv_in_codes(tmp_path: Path) -> None:
+    """Fewer bytes a token, and llama.cpp is told to hold as few."""
+    done = run("--vs", other(tmp_path), "--json", tmp_path / "out.json", "--kv", "tq4", "--depths", "400")
+    assert done.exit_code == 0, done.output
+    assert all("-ctk q4_0 -ctv q4_0" in " ".join(json.loads(call)) for call in (tmp_path / "calls").open())
+    coded = json.loads((tmp_path / "out.json").read_text())["cells"][-1]
+    assert run("--json", tmp_path / "full.json", "--depths", "400").exit_code == 0
+    full = json.loads((tmp_path / "full.json").read_text())["cells"][-1]
+    assert (coded["kv"], full["kv"]) == ("tq4", "full")
+    assert coded["bytes_per_token"] < full["bytes_per_token"]
 
 
 def test_what_was_measured_is_kept_when_the_other_program_fails(tmp_path: Path) -> None:

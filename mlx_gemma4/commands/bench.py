@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from .options import find_model, model_option, output_options, progress, say, set_up_logging
+from .options import find_model, kv_option, model_option, output_options, progress, say, set_up_logging
 
 
 def _numbers(least: int) -> dict[str, Any]:
@@ -38,6 +38,7 @@ def _numbers(least: int) -> dict[str, Any]:
 )
 @click.option("--reply", type=click.IntRange(2), default=64, show_default=True, help="Tokens decoded a repetition.")
 @click.option("--repetitions", type=click.IntRange(1), default=5, show_default=True, help="The median counts.")
+@kv_option
 @click.option("--vs", metavar="LLAMA-BENCH", help="Run llama.cpp's llama-bench on the same file in turns with ours.")
 @click.option("--json", "json_file", metavar="FILE", help="Write all figures there.")
 @click.option("--report", metavar="FILE", help="Write them with a description of this machine, for others to read.")
@@ -48,6 +49,7 @@ def bench(
     depths: tuple[int, ...] | None,
     reply: int,
     repetitions: int,
+    kv: str,
     vs: str | None,
     json_file: str | None,
     report: str | None,
@@ -77,7 +79,7 @@ def bench(
     context = subject.model.config.context
     if depths is None:
         depths = tuple(d for d in b.DEPTHS if d + reply + 2 <= context)
-    plan = b.Plan(prompt_sizes, depths, reply, repetitions)
+    plan = b.Plan(prompt_sizes, depths, reply, repetitions, kv)
     plan.check(context)
     say(f"{path.name} loaded in {subject.load_time:.1f} s")
     copy, cells, llama = b.copy_bandwidth(), b.cells_of(plan), None

@@ -57,6 +57,13 @@ sampling_options = _together(
     click.option("--repetition-penalty", type=float, help="Over 1 makes recent tokens less likely."),
     click.option("--seed", type=click.IntRange(0), help="Makes sampling repeatable."),
 )
+kv_option = click.option(
+    "--kv",
+    type=click.Choice(["full", "q8", "tq4"]),  # kv_codes.KINDS, which takes MLX
+    default="full",
+    show_default=True,
+    help="Keys and values of global layers: as they are, or in 8 or 4 bits.",
+)
 output_options = _together(
     click.option("-v", "--verbose", is_flag=True, help="Say more: how the model is held, what is being done."),
     click.option("--debug", is_flag=True, help="Show tracebacks."),
