@@ -19,6 +19,7 @@ from .commands.generate import generate
 from .commands.inspect import inspect
 from .commands.options import say
 from .commands.pull import pull
+from .commands.serve import serve
 from .errors import InputError
 
 
@@ -56,7 +57,7 @@ def main() -> None:
     """Gemma 4 on Apple Silicon, straight from GGUF files."""
 
 
-for command in (generate, chat, pull, inspect, bench, doctor, completion):  # in the order of --help
+for command in (generate, chat, serve, pull, inspect, bench, doctor, completion):  # in the order of --help
     main.add_command(command)
 
 
