@@ -10,7 +10,7 @@ import difflib
 import re
 import shlex
 from collections.abc import Callable, Generator, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -135,30 +135,30 @@ class Repl:
 
     def _answer(self, start: Callable[[OnPrompt], Generator[Event, None, None]]) -> None:
         """Show a reply as it is made, until it ends or someone stops it."""
-        view = self.around.view(self.unfolded)
-        with self.around.stoppable() as stopped:
-            with self.around.reading() as update:
+        with self.around.stoppable() as stopped, closing(self.around.view(self.unfolded)) as view:
+            try:
+                with self.around.reading() as update:
 
-                def check(done: int, total: int) -> None:
-                    if stopped():
-                        raise KeyboardInterrupt
-                    update(done, total)
+                    def check(done: int, total: int) -> None:
+                        if stopped():
+                            raise KeyboardInterrupt
+                        update(done, total)
 
-                events = start(check)
-                try:
+                    events = start(check)
                     first = next(events, None)
-                except KeyboardInterrupt:
-                    if not stopped():
-                        raise
-                    view.note("Stopped before the reply began; the conversation is as it was.")
-                    view.close()
-                    return
+            except KeyboardInterrupt:
+                if not stopped():
+                    raise
+                view.note("Stopped before the reply began; the conversation is as it was.")
+                return
             try:
                 self._show(view, chain([first] if first else [], events), stopped)
+            except KeyboardInterrupt:
+                if not stopped():
+                    raise
             finally:
                 events.close()
-        self._say_how_it_ended(view)
-        view.close()
+            self._say_how_it_ended(view)
 
     def _show(self, view: View, events: Iterable[Event], stopped: Callable[[], bool]) -> None:
         counted = 0  # tokens of the reply before what is shown now

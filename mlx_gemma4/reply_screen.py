@@ -82,7 +82,7 @@ class _Region:
         self._gone: list[str] = []  # plain lines that had to scroll away before they were settled
         self._drawn: list[Line] = []
         self._width = console.width
-        self._at_start = True  # the cursor stands on an empty line
+        self.at_start = True  # the cursor stands on an empty line
 
     def draw(self, lines: Sequence[Line]) -> None:
         """Show these lines in place of those drawn since the last `settle`."""
@@ -94,7 +94,7 @@ class _Region:
         out, drew = [], bool(self._drawn)
         new = "\n".join(line.styled for line in shown[keep:])
         if not drew:
-            out.append("" if self._at_start or not shown else "\n")
+            out.append("" if self.at_start or not shown else "\n")
         elif keep == len(self._drawn) - 1 and new.startswith(self._drawn[-1].styled) and not resized:
             new = new[len(self._drawn[-1].styled) :]  # the most frequent case: the last line goes on
         elif keep < len(self._drawn):
@@ -110,7 +110,7 @@ class _Region:
         room = max(1, self._console.height - 1)
         self._gone += [line.plain for line in shown[:-room]]
         self._drawn, self._width = list(shown[-room:]), self._console.width
-        self._at_start = not shown and (self._at_start or drew)
+        self.at_start = not shown and (self.at_start or drew)
 
     def settle(self, count: int) -> None:
         """The first lines of those drawn stay as they are from now on."""
@@ -121,10 +121,10 @@ class _Region:
     def close(self) -> None:
         """Settle all, and put the cursor on a new line."""
         self.settle(len(self._gone) + len(self._drawn))
-        if not self._at_start:
+        if not self.at_start:
             self._console.file.write("\n")
             self._console.file.flush()
-        self._at_start = True
+        self.at_start = True
 
     def _rows(self, lines: Sequence[Line]) -> int:
         """Rows that drawn lines take now. Terminals that wrap old lines anew when they shrink are known by name."""
@@ -188,7 +188,8 @@ class ReplyScreen:
     def close(self) -> None:
         """The reply is complete; an empty line follows it."""
         self.note(None)
-        self._settle([Line("", "")])
+        if not self._region.at_start:
+            self._settle([Line("", "")])
         self._region.close()
 
     def _due(self) -> bool:

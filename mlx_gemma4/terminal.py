@@ -134,7 +134,7 @@ def quiet_terminal() -> Iterator[None]:
     before = termios.tcgetattr(terminal)
     quiet: list[Any] = termios.tcgetattr(terminal)
     quiet[0] &= ~termios.ICRNL  # or a waiting Enter would become Ctrl-J
-    quiet[3] &= ~(termios.ECHO | termios.ICANON)
+    quiet[3] = quiet[3] & ~(termios.ECHO | termios.ICANON) | termios.NOFLSH  # Ctrl-C, too, leaves them waiting
     termios.tcsetattr(terminal, termios.TCSANOW, quiet)
     try:
         yield

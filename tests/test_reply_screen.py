@@ -1,4 +1,4 @@
-"""Replies on an emulated terminal: nothing is lost or shown twice, however the text comes and however small the screen."""
+"""Replies on an emulated terminal: nothing is lost or shown twice, in whatever pieces, on however small a screen."""
 
 from __future__ import annotations
 

@@ -96,6 +96,10 @@ def converse(repl: Repl, read: Read) -> bool:
         except (InputError, RuntimeError, MemoryError) as error:  # MLX reports as RuntimeError that memory ran out
             failed = True
             say(" ".join(str(error).split()) or type(error).__name__)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            say("Interrupted.")
     return failed
 
 
@@ -108,7 +112,7 @@ def _open(lm: LanguageModel, path: str | None, system: str | None, options: Repl
     session = Session.load(lm, path, options=options)
     if system is not None:
         others = [message for message in session.messages if message.get("role") != "system"]
-        session.messages = [{"role": "system", "content": system}, *others]
+        session.messages = [*([{"role": "system", "content": system}] if system else []), *others]
     return session
 
 
