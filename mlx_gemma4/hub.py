@@ -44,6 +44,7 @@ TIMEOUT = 30.0  # seconds of silence
 CHUNK = 1 << 18  # bytes
 SHA256 = re.compile(r"[0-9a-f]{64}")  # the name of a large file's blob
 AGENT = "mlx-gemma4"
+LARGE = 10_000_000  # bytes; smaller downloads go without saying
 
 
 @dataclass(frozen=True)
@@ -243,8 +244,11 @@ def _fetch_blob(url: str, headers: dict[str, str], blob: Path, size: int, count:
             )
         if download.done:
             log.warning("Going on from %.2f of %.2f GB", download.done / 1e9, size / 1e9)
+        elif size > LARGE:
+            log.warning("Downloading %.2f GB: %s", size / 1e9, url)
         download.run(url, headers, count)
-        if SHA256.fullmatch(blob.name) and download.digest.hexdigest() != blob.name:
+        hashed = SHA256.fullmatch(blob.name) is not None
+        if download.done != size or (hashed and download.digest.hexdigest() != blob.name):
             partial.unlink()
             raise InputError(f"{url}: was damaged on its way; download it again")
         os.replace(partial, blob)

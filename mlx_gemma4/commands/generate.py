@@ -13,6 +13,7 @@ import click
 
 from ..errors import InputError
 from .options import (
+    EXIT_INTERRUPTED,
     load_with_progress,
     model_option,
     output_options,
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from ..generation import Statistics
     from ..state import KVState
     from ..text import Chunk, LanguageModel
-
-EXIT_INTERRUPTED = 130  # as shells report Ctrl-C
 
 
 @click.command()
