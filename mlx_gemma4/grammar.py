@@ -250,7 +250,10 @@ def _one_line(message: str) -> str:
 
 
 def _schema_source(schema: Mapping[str, Any]) -> str:
-    return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_BLANKS)  # type: ignore[arg-type]
+    try:
+        return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_BLANKS)  # type: ignore[arg-type]
+    except ValueError as error:  # the library reads it again, and knows no half characters and no deep nesting
+        raise InputError(f"schema: can't be read ({error})") from error
 
 
 def _check_schema(schema: Any, text: str) -> None:
