@@ -76,10 +76,7 @@ async def messages(request: Request) -> Response:
     if stream:
         return EventStream(job, _events(id, name, job), error_body, "error")
 
-    async def whole() -> dict[str, Any]:
-        return _whole(id, name, (await job.replies())[0], wanted)
-
-    return await answer_whole(request, job, whole())
+    return await answer_whole(request, job, _whole(id, name, job))
 
 
 @_with_errors
@@ -146,15 +143,17 @@ def _blocks(message: Fields) -> Iterator[tuple[str, Fields]]:
         yield "text", Fields({"text": content}, message.path)
         return
     for block in message.objects("content"):
-        block.get("cache_control"), block.get("citations")
         yield block.one_of("type", _BLOCKS), block
 
 
 def _text(block: Fields) -> str:
-    block.get("cache_control")
     block.one_of("type", ["text"], "text")
-    block.needed("text")
-    return block.text("text", "")
+    return _needed_text(block, "text")
+
+
+def _needed_text(fields: Fields, name: str) -> str:
+    fields.needed(name)
+    return fields.text(name, "")
 
 
 def _assistant(message: Fields, called: dict[str, str]) -> dict[str, Any]:
@@ -165,7 +164,7 @@ def _assistant(message: Fields, called: dict[str, str]) -> dict[str, Any]:
         elif kind == "thinking":
             thinking += block.text("thinking", "")
         elif kind == "tool_use":
-            name, id = block.needed("name") and block.text("name", ""), block.needed("id") and block.text("id", "")
+            name, id = _needed_text(block, "name"), _needed_text(block, "id")
             called[id] = name
             input = block.within("input")
             function = {"name": name, "arguments": dict(input.values) if input else {}}
@@ -182,7 +181,7 @@ def _user(message: Fields, called: Mapping[str, str]) -> Iterator[dict[str, Any]
         if kind == "text":
             text.append(_text(block))
         elif kind == "tool_result":
-            id = block.needed("tool_use_id") and block.text("tool_use_id", "")
+            id = _needed_text(block, "tool_use_id")
             if id not in called:
                 raise block.wrong("tool_use_id", f"{id!r:.60} is the id of no call before it")
             yield {"role": "tool", "tool_call_id": id, "name": called[id], "content": _result(block)}
@@ -206,7 +205,6 @@ def _think(fields: Fields) -> bool:
         return False
     kind = thinking.one_of("type", ["enabled", "disabled", "adaptive", "between_tools"])
     thinking.integer("budget_tokens", 0, 1 << 31)  # the model thinks as long as it likes, within max_tokens
-    thinking.get("display")
     return kind in ("enabled", "adaptive")
 
 
@@ -214,7 +212,6 @@ def _schema(fields: Fields) -> dict[str, Any] | None:
     config = fields.within("output_config")
     if config is None:
         return None
-    config.get("effort")
     form = config.within("format")
     if form is None:
         return None
@@ -227,11 +224,9 @@ def _schema(fields: Fields) -> dict[str, Any] | None:
 def _tools(fields: Fields) -> Iterator[dict[str, Any]]:
     names = set()
     for tool in fields.objects("tools"):
-        for unused in ("cache_control", "strict", "eager_input_streaming", "input_examples", "defer_loading"):
-            tool.get(unused)
         if tool.text("type", "custom") != "custom":
             raise tool.wrong("type", "must be custom: this server runs no tools of its own", "unsupported_value")
-        name = tool.needed("name") and tool.text("name", "")
+        name = _needed_text(tool, "name")
         if not _NAME.fullmatch(name):
             raise tool.wrong("name", "must be 1 to 128 letters, digits, dashes and the like")
         if name in names:
@@ -254,8 +249,7 @@ def _tool_choice(fields: Fields, names: list[str]) -> tuple[str, bool]:
         raise choice.wrong("type", "is 'any', but there are no tools")
     if kind != "tool":
         return {"any": "required"}.get(kind, kind), one_call
-    choice.needed("name")
-    if (name := choice.text("name", "")) not in names:
+    if (name := _needed_text(choice, "name")) not in names:
         raise choice.wrong("name", f"{name!r:.60} is none of the tools")
     return name, one_call
 
@@ -263,15 +257,21 @@ def _tool_choice(fields: Fields, names: list[str]) -> tuple[str, bool]:
 # What is answered
 
 
-def _whole(id: str, model: str, reply: Reply, wanted: Wanted) -> dict[str, Any]:
-    """A whole reply."""
+async def _whole(id: str, model: str, job: Job) -> dict[str, Any]:
+    """A whole reply, its blocks in the order in which they were made."""
     content: list[dict[str, Any]] = []
-    if reply.thinking:
-        content.append({"type": "thinking", "thinking": reply.thinking, "signature": ""})
-    if reply.text:
-        content.append({"type": "text", "text": reply.text})
-    content += [_tool_use(call, call.arguments) for call in reply.tool_calls]
-    return _message(id, model, _usage(reply.statistics)) | {"content": content, **_ending(reply, wanted)}
+    reply = Reply()
+    async for piece in job.pieces():
+        reply = piece.reply or reply
+        for event in piece.events:
+            kind = _kind(event)
+            if isinstance(event, ToolCall):
+                content.append(_block(event) | {"input": event.arguments})
+            elif content and content[-1]["type"] == kind:
+                content[-1][kind] += event.text
+            else:
+                content.append(_block(event) | {kind: event.text})
+    return _message(id, model, _usage(reply.statistics)) | {"content": content, **_ending(reply, job.wanted[0])}
 
 
 def _ending(reply: Reply, wanted: Wanted) -> dict[str, Any]:
@@ -298,8 +298,16 @@ def _message(id: str, model: str, usage: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _tool_use(call: ToolCall, input: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "tool_use", "id": call.id.replace("call_", "toolu_", 1), "name": call.name, "input": input}
+def _kind(event: Event) -> str:
+    return {Text: "text", Thinking: "thinking", ToolCall: "tool_use"}[type(event)]
+
+
+def _block(event: Event) -> dict[str, Any]:
+    """An empty block of the kind that an event is part of."""
+    kind = _kind(event)
+    if isinstance(event, ToolCall):
+        return {"type": kind, "id": event.id.replace("call_", "toolu_", 1), "name": event.name, "input": {}}
+    return {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
 
 
 def _usage(statistics: Statistics) -> dict[str, int]:
@@ -344,15 +352,11 @@ class _Blocks:
         self.kind: str | None = None  # of the block that is open
 
     def push(self, event: Event) -> Iterator[bytes]:
-        kind = {Text: "text", Thinking: "thinking", ToolCall: "tool_use"}[type(event)]
+        kind = _kind(event)
         if kind != self.kind or kind == "tool_use":
             yield from self.close()
             self.kind = kind
-            if isinstance(event, ToolCall):
-                block = _tool_use(event, {})
-            else:
-                block = {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
-            yield _event("content_block_start", index=self.index, content_block=block)
+            yield _event("content_block_start", index=self.index, content_block=_block(event))
         if isinstance(event, ToolCall):
             yield self._delta("input_json_delta", partial_json=json.dumps(event.arguments, ensure_ascii=False))
         else:

@@ -19,10 +19,10 @@ from .fields import Fields
 
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
-_MAX_STOPS = 16
-_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+MAX_STOPS = 16
+NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 
@@ -65,8 +65,8 @@ def read_stops(fields: Fields, name: str = "stop") -> tuple[str, ...]:
     """Strings that end the reply: one, or a list."""
     value = fields.get(name)
     stops = [value] if isinstance(value, str) else fields.items(name)
-    if len(stops) > _MAX_STOPS:
-        raise fields.wrong(name, f"has {len(stops)} strings; {_MAX_STOPS} at most")
+    if len(stops) > MAX_STOPS:
+        raise fields.wrong(name, f"has {len(stops)} strings; {MAX_STOPS} at most")
     if not all(isinstance(stop, str) and 0 < len(stop) <= 1000 for stop in stops):
         raise fields.wrong(name, "must be a string or a list of strings, of 1 to 1000 characters each")
     return tuple(stops)
@@ -83,7 +83,7 @@ def read_thinking(fields: Fields, effort: Fields | None = None, name: str = "rea
     think: bool | None = None
     source = effort or fields
     if source.get(name) is not None:
-        think = source.one_of(name, _EFFORTS) not in ("none", "minimal")
+        think = source.one_of(name, EFFORTS) not in ("none", "minimal")
     if (variables := fields.within("chat_template_kwargs")) is not None:
         if variables.get("enable_thinking") is not None:
             think = variables.flag("enable_thinking")
@@ -100,7 +100,7 @@ def read_tools(fields: Fields, *, flat: bool = False) -> tuple[dict[str, Any], .
         if function is None:
             raise item.wrong("function", "is missing", "missing_required_parameter")
         name = function.text("name", "")
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise function.wrong("name", "must be 1 to 128 letters, digits and _ . : -")
         if any(tool["function"]["name"] == name for tool in tools):
             raise function.wrong("name", f"{name!r} is there twice")
@@ -162,7 +162,7 @@ def read_messages(fields: Fields) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     names: dict[str, str] = {}  # of called functions, by the call's id
     for item in fields.objects("messages"):
-        role = item.one_of("role", _ROLES)
+        role = item.one_of("role", ROLES)
         message: dict[str, Any] = {"role": "system" if role == "developer" else role}
         if role == "assistant":
             message["content"] = read_content(item, "content", needed=False)
@@ -205,7 +205,7 @@ def _read_call(item: Fields, names: dict[str, str]) -> dict[str, Any]:
     if function is None:
         raise item.wrong("function", "is missing", "missing_required_parameter")
     name = function.text("name", "")
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise function.wrong("name", "must be 1 to 128 letters, digits and _ . : -")
     call_id = item.text("id", "")
     names[call_id] = name
@@ -213,19 +213,18 @@ def _read_call(item: Fields, names: dict[str, str]) -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def read_arguments(function: Fields, name: str) -> Mapping[str, Any]:
-    """A call's arguments: an object, or a string that holds one as JSON."""
+def read_arguments(function: Fields, name: str) -> Mapping[str, Any] | str:
+    """A call's arguments: an object, or a string that should hold one as JSON; any other goes on as it is."""
     value = function.get(name)
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise function.wrong(name, "isn't JSON") from None
-    if value is None or value == "":
-        return {}
-    if not isinstance(value, dict):
-        raise function.wrong(name, "must be a JSON object")
-    return value
+    if value is None or isinstance(value, dict):
+        return value or {}
+    if not isinstance(value, str):
+        raise function.wrong(name, "must be a JSON object, in a string or as it is")
+    try:
+        parsed = json.loads(value or "{}")
+    except (ValueError, RecursionError):
+        return value
+    return parsed if isinstance(parsed, dict) else value
 
 
 def logprob(value: float | None) -> float:
