@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import uvicorn
+from starlette.applications import Starlette
 
 from mlx_gemma4.server.app import Settings, create_app
 from mlx_gemma4.server.engine import Engine
@@ -19,6 +20,7 @@ from mlx_gemma4.text import LanguageModel
 class Serving(NamedTuple):
     url: str  # http://127.0.0.1:PORT
     port: int
+    app: Starlette
     engine: Engine
 
 
@@ -36,7 +38,7 @@ def serving(lm: LanguageModel, settings: Settings | None = None) -> Iterator[Ser
         time.sleep(0.01)
     port = listener.getsockname()[1]
     try:
-        yield Serving(f"http://127.0.0.1:{port}", port, app.state.engine)
+        yield Serving(f"http://127.0.0.1:{port}", port, app, app.state.engine)
     finally:
         server.should_exit = True
         thread.join(30)

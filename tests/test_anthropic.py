@@ -209,6 +209,7 @@ RESULT = {"type": "tool_result", "tool_use_id": "x"}
         ({"thinking": {"type": "deep"}}, "thinking.type"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name"),
+        ({"tools": [{"name": 0, "input_schema": {}}]}, "tools[0].name"),
         ({"tools": [{"name": "a"}]}, "tools[0].input_schema"),
         ({"tools": [CLOCK, CLOCK]}, "tools[1].name"),
         ({"tool_choice": {"type": "any"}}, "tool_choice.type"),

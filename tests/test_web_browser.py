@@ -195,6 +195,18 @@ def test_thinking_folds(page: Page) -> None:
     expect(thinking.locator("div")).to_have_text("The user asks\nfor **tea**.", use_inner_text=True)
 
 
+def test_the_model_thinks_when_asked_to(page: Page) -> None:
+    page.click("#settings")
+    page.check("[name=think]")
+    page.keyboard.press("Escape")
+    settle_sampling(page, max_tokens=150, temperature=0)
+    send(page, "Tell me a story about a king.")
+    done(page)
+    expect(replies(page).locator("details")).to_be_visible()
+    assert replies(page).locator("details div").text_content()
+    expect(replies(page).locator(".text")).not_to_be_empty()
+
+
 def test_edit_last(page: Page) -> None:
     answer(page, {"content": "Yes."})
     for text in ("One", "Two"):
