@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from .conversation import OnPrompt, ReplyOptions
 from .errors import InputError
+from .prompts import Message
 from .replies import Event, Text, Thinking
 from .session import FORMAT, Session
-from .state import total_nbytes
+from .state import KVState, total_nbytes
 
 if TYPE_CHECKING:
     from .sampling import Sampling
@@ -50,6 +51,7 @@ class Surroundings:
         reading: within it, the given function shows (tokens read, tokens in all).
         load: a model by its name.
         sampling: how a model's tokens are chosen.
+        state: makes an empty KV state for a model.
         drafts: whether a prompt can begin with a text.
     """
 
@@ -59,7 +61,19 @@ class Surroundings:
     reading: Callable[[], AbstractContextManager[OnPrompt]]
     load: Callable[[str], LanguageModel]
     sampling: Callable[[LanguageModel], Sampling]
+    state: Callable[[LanguageModel], KVState]
     drafts: bool
+
+    def session(self, lm: LanguageModel, messages: Sequence[Message], options: ReplyOptions) -> Session:
+        """A conversation of which nothing has been read yet."""
+        return Session(lm, messages=messages, options=options, state=self.state(lm))
+
+    def opened(self, lm: LanguageModel, path: Path, options: ReplyOptions) -> Session:
+        """A saved conversation. What had been read is kept as it was held. Raises InputError."""
+        session = Session.load(lm, path, options=options)
+        if not session.state.length:
+            session.state = self.state(lm)
+        return session
 
 
 class Leave(Exception):
@@ -240,7 +254,7 @@ def _save(repl: Repl, argument: str) -> None:
 
 
 def _load(repl: Repl, argument: str) -> None:
-    loaded = Session.load(repl.session.lm, _path("/load", argument), options=repl.options)
+    loaded = repl.around.opened(repl.session.lm, _path("/load", argument), repl.options)
     repl.session.close()
     repl.branches[repl.branch] = loaded
     repl.around.say(f"{_turns(loaded)} loaded.")
@@ -279,7 +293,7 @@ def _model(repl: Repl, argument: str) -> None:
         return
     lm = repl.around.load(argument)
     options = replace(repl.options, sampling=repl.around.sampling(lm))
-    branches = {name: Session(lm, messages=s.messages, options=options) for name, s in repl.branches.items()}
+    branches = {name: repl.around.session(lm, s.messages, options) for name, s in repl.branches.items()}
     repl.close()
     repl.branches, repl.options = branches, options
     repl.around.say(f"Now {lm.path.name}; it reads the conversation with the next message.")
@@ -305,7 +319,7 @@ def _think(repl: Repl, argument: str) -> None:
 def _clear(repl: Repl, argument: str) -> None:
     old = repl.session
     system = [m for m in old.messages[:1] if m.get("role") == "system"]
-    repl.branches[repl.branch] = Session(old.lm, messages=system, options=repl.options)
+    repl.branches[repl.branch] = repl.around.session(old.lm, system, repl.options)
     old.close()
     repl.around.say("A new conversation" + (" with the same system prompt." if system else "."))
 

@@ -132,7 +132,7 @@ def saved_messages(path: Path) -> list[dict[str, str]]:
 
 def test_send_stop_go_on_leave(terminal: Callable[..., Terminal], tmp_path: Path) -> None:
     """A reply streams; Ctrl-C stops one and keeps what it said; Ctrl-C at the prompt tells how to leave."""
-    t = terminal("--seed", "1")
+    t = terminal("--seed", "1", "-n", "90")
     t.ready()
     assert not (tmp_path / "mlx-gemma4").exists(), "a history is made only when there is something in it"
     t.type("Once upon a time" + ENTER)
@@ -360,6 +360,7 @@ def repl(demo: LanguageModel, heard: Heard) -> Repl:
         reading=lambda: nullcontext(lambda done, total: None),
         load=load,
         sampling=lambda lm: lm.sampling,
+        state=lambda lm: lm.model.new_state(),
         drafts=True,
     )
     options = ReplyOptions(max_tokens=12)
@@ -449,6 +450,23 @@ def test_another_model_takes_the_conversation(repl: Repl) -> None:
     assert repl.session.messages == messages == repl.branches["main"].messages
     repl.take("the and")
     assert read_and_reused(repl)[1] == 0
+
+
+def test_states_are_of_the_kind_asked_for(repl: Repl, tmp_path: Path) -> None:
+    """/clear, /model and /load keep to --kv; what a file holds stays as it was held."""
+    object.__setattr__(repl.around, "state", lambda lm: lm.model.new_state(kv="q8"))
+    repl.take("Hello!")
+    repl.take(f"/save {tmp_path / 'full'}")
+    repl.take("/clear")
+    assert repl.session.state.kv == "q8"
+    repl.take("Hello!")
+    repl.take(f"/load {tmp_path / 'full'}")
+    assert repl.session.state.kv == "full" and repl.session.state.length
+    (tmp_path / "full.kv").unlink()
+    repl.take(f"/load {tmp_path / 'full'}")
+    assert repl.session.state.kv == "q8" and not repl.session.state.length
+    repl.take(f"/model {OTHER_MODEL}")
+    assert repl.session.state.kv == "q8"
 
 
 def test_a_full_context_is_told(repl: Repl, heard: Heard) -> None:

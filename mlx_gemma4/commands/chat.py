@@ -17,6 +17,7 @@ import click
 from ..errors import InputError
 from .options import (
     EXIT_INTERRUPTED,
+    kv_option,
     load_with_progress,
     model_option,
     output_options,
@@ -45,6 +46,7 @@ Read = Callable[[], str | None]  # the next message; None: there are no more
 )
 @sampling_options
 @click.option("--state", "state_file", metavar="FILE", help="Go on with the conversation saved there, and save it.")
+@kv_option
 @output_options
 def chat(
     model: str | None,
@@ -52,6 +54,7 @@ def chat(
     think: bool | None,
     max_tokens: int | None,
     state_file: str | None,
+    kv: str,
     verbose: bool,
     debug: bool,
     **flags: Any,
@@ -69,9 +72,9 @@ def chat(
     lm, _ = load_with_progress(model)
     sampling = partial(sampling_from, flags=flags)
     options = ReplyOptions(max_tokens=max_tokens, sampling=sampling(lm), think=think)
-    session = _open(lm, state_file, system, options)
     rich = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-    repl = Repl(_surroundings(rich, sampling), {"main": session}, options)
+    around = _surroundings(rich, sampling, kv)
+    repl = Repl(around, {"main": _open(around, lm, state_file, system, options)}, options)
     try:
         with (
             _saved_at_the_end(repl, state_file),
@@ -103,16 +106,16 @@ def converse(repl: Repl, read: Read) -> bool:
     return failed
 
 
-def _open(lm: LanguageModel, path: str | None, system: str | None, options: ReplyOptions) -> Session:
+def _open(
+    around: Surroundings, lm: LanguageModel, path: str | None, system: str | None, options: ReplyOptions
+) -> Session:
     """The saved conversation, where there is one."""
-    from ..session import Session
-
+    first = [{"role": "system", "content": system}] if system else []
     if not path or not Path(path).exists():
-        return Session(lm, system, options=options)
-    session = Session.load(lm, path, options=options)
+        return around.session(lm, first, options)
+    session = around.opened(lm, Path(path), options)
     if system is not None:
-        others = [message for message in session.messages if message.get("role") != "system"]
-        session.messages = [*([{"role": "system", "content": system}] if system else []), *others]
+        session.messages = [*first, *(m for m in session.messages if m.get("role") != "system")]
     return session
 
 
@@ -129,7 +132,7 @@ def _saved_at_the_end(repl: Repl, path: str | None) -> Iterator[None]:
             repl.session.save(path)
 
 
-def _surroundings(rich: bool, sampling: Callable[[LanguageModel], Any]) -> Surroundings:
+def _surroundings(rich: bool, sampling: Callable[[LanguageModel], Any], kv: str) -> Surroundings:
     from ..repl import Surroundings
 
     if rich:
@@ -147,6 +150,7 @@ def _surroundings(rich: bool, sampling: Callable[[LanguageModel], Any]) -> Surro
         reading=lambda: progress("Reading", 1, " tokens"),
         load=lambda name: load_with_progress(name)[0],
         sampling=sampling,
+        state=lambda lm: lm.model.new_state(kv=kv),
         drafts=rich,
     )
 
