@@ -16,7 +16,7 @@ import numpy as np
 
 from . import kv_codes
 from .attention import Launch, Part, attention_sums, attention_twin
-from .kernels import _TYPES, Maker, _build, _f, render
+from .kernels import _DEVICE, _TYPES, Maker, _build, _f, render
 from .kv_codes import LEVELS, Coded
 
 MAX_CODED = 7  # parts
@@ -73,7 +73,7 @@ def coded_attention(
     Returns:
         [T, H D]
     """
-    if q.shape[-1] not in DIMS:
+    if q.shape[-1] not in DIMS or any(scales.size < _DEVICE for _, scales in coded):
         return coded_attention_twin(q, coded, turn, tail, spans, scale=scale, out=out)
     lengths, kv_heads = tuple(codes.shape[-3] for codes, _ in coded), tail[0].shape[-3]
     bits = kv_codes.bits_of(coded[0], q.shape[-1])

@@ -6,6 +6,7 @@ are scaled so that results are near one, as a trained model's are: an error can'
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from math import prod
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from . import attention, fused, kernels, quant, tiles
+from . import attention, coded_attention, fused, kernels, kv_codes, quant, tiles
 from .decode import product_twin
 from .kernels import Maker
 from .memory import on_cpu
@@ -116,6 +117,9 @@ def checks(s: Sizes, lengths: Sequence[int], rows: int | None = None) -> Iterato
         yield _qkv_post(h)
         for length in [h.window] if h.window else lengths:
             yield _attention(h, length)
+        if not h.window and h.dim in coded_attention.DIMS:
+            for length, kind in itertools.product(lengths[-2:], kv_codes.BITS):
+                yield _coded_attention(h, length, kind)
     for scaled, experts in ((False, 0), (True, 0), *([(True, s.used)] if s.used else [])):
         yield _add_norm(s.hidden, scaled, experts)
     if s.table:
@@ -319,6 +323,25 @@ def _attention(h: Heads, length: int) -> Check:
 
     kind = f"window {h.window}" if h.window else f"{length} tokens"
     return Check("attention", f"{h.heads}/{h.kv_heads} heads of {h.dim}, {kind}", make)
+
+
+def _coded_attention(h: Heads, length: int, kind: str) -> Check:
+    def make() -> Case:
+        dtype, turn = state_dtype(), kv_codes.turns(h.dim)
+        ends = [length // 2, length - length // 2]
+        plain = [(normal(1, h.kv_heads, n, h.dim, dtype=dtype), normal(1, h.kv_heads, n, h.dim)) for n in ends]
+        coded = [kv_codes.encode(k, v, turn, kind) for k, v in plain]
+        shape, spans = (1, h.kv_heads, attention.TAIL, h.dim), mx.array([[0, COUNT]], mx.int32)
+        tail = (normal(*shape, dtype=dtype), normal(*shape, dtype=dtype))
+        q = normal(1, h.heads, h.dim, dtype=dtype) * (1.5 * h.dim**-0.5)
+        options: dict[str, Any] = {"scale": 1.0, "out": mx.float32}
+        return Case(
+            lambda maker: coded_attention.coded_attention(q, coded, turn, tail, spans, maker, **options),
+            lambda: coded_attention.coded_attention_twin(q, coded, turn, tail, spans, **options),
+            sum(a.nbytes for part in coded for a in part),
+        )
+
+    return Check("coded_attention", f"{h.heads}/{h.kv_heads} heads of {h.dim}, {length} tokens in {kind}", make)
 
 
 def _add_norm(k: int, scaled: bool, used: int) -> Check:

@@ -269,6 +269,7 @@ def test_all_kernels_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         "dense",
         "qkv_post",
         "attention",
+        "coded_attention",
         "add_norm",
         "embed",
         "ple_inputs",

@@ -1,0 +1,248 @@
+"""Keys and values in codes: how near they come, what they take, and attention over them as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from recorded import kl, prompts
+from test_decode import both
+from test_kernels_small import DTYPES, check, metal, normal, racing
+
+from mlx_gemma4 import coded_attention, kv_codes
+from mlx_gemma4.coded_attention import CodedCut
+from mlx_gemma4.errors import InputError
+
+KINDS = tuple(kv_codes.BITS)
+
+
+def cosines(a: mx.array, b: mx.array) -> np.ndarray:
+    x, y = (np.array(v).astype(np.float64) for v in (a, b))
+    return np.asarray((x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1)))
+
+
+def back(coded: kv_codes.Coded, turn: mx.array, dim: int) -> tuple[mx.array, mx.array]:
+    """Keys and values out of codes, turned back."""
+    k, v = kv_codes.decode(coded, dim)
+    return kv_codes.hadamard(k) * (turn[0] * dim**-0.5), kv_codes.unrotated(v, turn[1])
+
+
+# ---------------------------------------------------------------- codes
+
+
+@pytest.mark.parametrize(("kind", "least"), [("q8", 0.99997), ("tq4", 0.995)])
+@pytest.mark.parametrize("dim", [256, 512])
+def test_vectors_come_back(kind: str, least: float, dim: int) -> None:
+    turn, (k, v) = kv_codes.turns(dim), (normal(1, 2, 1000, dim, seed=s) for s in (1, 2))
+    for x, y in zip((k, v), back(kv_codes.encode(k, v, turn, kind), turn, dim), strict=True):
+        assert cosines(x, y).mean() > least
+        assert cosines(x, y).min() > least - 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_vector_is_as_good_as_a_gaussian_one(kind: str) -> None:
+    """One number that is all, equal numbers, a constant with one far out: the rotation spreads them."""
+    dim = 512
+    x = mx.concatenate([mx.eye(dim)[:40], mx.full((1, dim), 3.0), 1 + 100 * mx.eye(dim)[:9]])[None, None]
+    turn = kv_codes.turns(dim)
+    _, y = back(kv_codes.encode(x, x, turn, kind), turn, dim)
+    assert cosines(x, y).min() > {"q8": 0.9999, "tq4": 0.985}[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lengths_and_scores_are_kept_on_average(kind: str) -> None:
+    dim, turn = 256, kv_codes.turns(256)
+    x = normal(1, 1, 4000, dim) * mx.exp(normal(1, 1, 4000, 1, seed=3))
+    _, y = back(kv_codes.encode(x, x, turn, kind), turn, dim)
+    along = np.array((x * y).sum(-1) / (x * x).sum(-1))
+    assert abs(along - 1).max() < 2e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_stays_zero(kind: str) -> None:
+    zero, turn = mx.zeros((1, 1, 3, 64)), kv_codes.turns(64)
+    for a in kv_codes.decode(kv_codes.encode(zero, zero, turn, kind), 64):
+        assert not mx.any(a).item()
+
+
+@pytest.mark.parametrize(("kind", "dim", "size"), [("tq4", 512, 258), ("tq4", 256, 130), ("q8", 512, 514)])
+def test_sizes(kind: str, dim: int, size: int) -> None:
+    x = normal(1, 4, 64, dim)
+    coded = kv_codes.encode(x, x, kv_codes.turns(dim), kind)
+    assert [a.dtype for a in coded] == [mx.uint32, mx.float16]
+    assert sum(a.nbytes for a in coded) == 2 * 4 * 64 * size
+    assert kv_codes.vector_bytes(kind, dim, mx.float16) == size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vectors_codes_are_its_own(kind: str) -> None:
+    """The same alone as among others, to the bit: segments may be joined, and cut, at will."""
+    turn, (k, v) = kv_codes.turns(64), (normal(1, 2, 70, 64, seed=s) for s in (1, 2))
+    whole = kv_codes.encode(k, v, turn, kind)
+    for rows in (slice(0, 1), slice(5, 60), slice(69, 70)):
+        for a, b in zip(whole, kv_codes.encode(k[:, :, rows], v[:, :, rows], turn, kind), strict=True):
+            assert mx.array_equal(a[:, :, rows], b)
+
+
+def test_the_rotation_is_the_same_everywhere() -> None:
+    """Saved files depend on it."""
+    assert (kv_codes.signs(64) < 0).nonzero()[0].tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        7,
+        9,
+        10,
+        16,
+        17,
+        18,
+        19,
+        21,
+        22,
+        23,
+        26,
+        27,
+        29,
+        31,
+        36,
+        37,
+        39,
+        40,
+        43,
+        44,
+        46,
+        47,
+        48,
+        50,
+        51,
+        52,
+        54,
+        55,
+        56,
+        57,
+        58,
+        62,
+    ]
+    assert [int((kv_codes.signs(dim) < 0).sum()) for dim in (256, 512)] == [135, 249]
+
+
+def test_a_balance_changes_no_score() -> None:
+    turn = kv_codes.turns(128, 1 + 0.5 * normal(128, seed=1), mx.abs(normal(128, seed=2)) * 9)
+    q, k = normal(5, 128, seed=3), normal(7, 128, seed=4)
+    rotated = kv_codes.rotated(q, turn[0]) @ kv_codes.rotated_pair(k, k, turn)[0].T
+    np.testing.assert_allclose(np.array(rotated), np.array(q @ k.T), atol=2e-3)
+    assert mx.array_equal(
+        turn[0][:64] * turn[1][:64], turn[0][64:] * turn[1][64:]
+    )  # alike for what RoPE turns together
+
+
+def test_an_unknown_kind_and_odd_heads_are_refused() -> None:
+    with pytest.raises(InputError, match="none of full, q8, tq4"):
+        kv_codes.check_kind("q2", {512})
+    with pytest.raises(InputError, match="this model has 36"):
+        kv_codes.check_kind("tq4", {36})
+    kv_codes.check_kind("full", {36})
+
+
+# ---------------------------------------------------------------- the kernel
+
+
+def attend(
+    kind: str,
+    heads: tuple[int, int],
+    dim: int,
+    lengths: list[int],
+    *,
+    tokens: int = 1,
+    tail: tuple[int, int] = (0, 5),
+    dtype: mx.Dtype = mx.float16,
+    out: mx.Dtype | None = None,
+    maker: Any = metal,
+    cut: CodedCut | None = None,
+    factor: float = 1.0,
+) -> None:
+    """Attention over coded parts of these lengths and a tail with rows first to last in use, the others NaN."""
+    h, g = heads
+    q, turn = normal(tokens, h, dim, dtype=dtype, seed=1), kv_codes.turns(dim, 1 + 0.3 * normal(dim), mx.ones(dim))
+    pairs = [(normal(1, g, n, dim, seed=10 + i), normal(1, g, n, dim, seed=20 + i)) for i, n in enumerate(lengths)]
+    coded = [kv_codes.encode(k, v, turn, kind) for k, v in pairs]
+    used = ((mx.arange(64) >= tail[0]) & (mx.arange(64) < tail[1]))[:, None]
+    k, v = (mx.where(used, normal(1, g, 64, dim, dtype=dtype, seed=s), mx.array(float("nan"), dtype)) for s in (30, 31))
+    rest = (turn, (k, v), mx.array([tail], mx.int32))
+    kwargs: dict[str, Any] = {"scale": 1.3 * dim**-0.5 * factor, "out": out}
+    got = coded_attention.coded_attention(q, coded, *rest, maker, cut=cut, **kwargs)
+    # Queries and weights are halves in the products: as good as fp16, whatever q is.
+    check(got, coded_attention.coded_attention_twin(q, coded, *rest, **kwargs), mx.float16, factor)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dim", coded_attention.DIMS)
+def test_attention_head_sizes(kind: str, dim: int) -> None:
+    attend(kind, (8, 1), dim, [200, 64])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_dtypes(kind: str, dtype: mx.Dtype) -> None:
+    attend(kind, (4, 2), 128, [100], dtype=dtype)
+    attend(kind, (4, 2), 128, [100], dtype=dtype, out=mx.float32)
+
+
+@pytest.mark.parametrize("gqa", [1, 2, 3, 8, 16])
+def test_attention_shares_codes_among_heads(gqa: int) -> None:
+    attend("tq4", (2 * gqa, 2), 64, [130])
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_of_few_tokens(kind: str, tokens: int) -> None:
+    attend(kind, (16, 2), 128, [90, 64], tokens=tokens, tail=(0, 6))
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 63, 64, 65, 128])
+def test_attention_lengths_at_the_edges(count: int) -> None:
+    attend("q8", (2, 1), 64, [count])
+    attend("tq4", (2, 1), 128, [count])
+
+
+def test_attention_over_seven_parts() -> None:
+    attend("tq4", (4, 1), 128, [256, 128, 64, 64, 64, 100, 40], tail=(40, 64))
+
+
+@pytest.mark.parametrize("cut", [CodedCut(1, 1, 3), CodedCut(2, 2, 1), CodedCut(4, 1, 7), CodedCut(4, 2, 2)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_cuts(kind: str, cut: CodedCut) -> None:
+    attend(kind, (16, 1), 256, [300, 64], cut=cut)
+
+
+def test_attention_of_scores_far_apart() -> None:
+    """Scores in the tens: the running maximum must carry them."""
+    attend("q8", (4, 1), 64, [300], factor=30.0)
+
+
+@pytest.mark.sanitize
+def test_no_races_and_no_access_out_of_bounds() -> None:
+    attend("tq4", (8, 1), 256, [100, 64], tokens=2, maker=racing)
+    attend("q8", (4, 1), 128, [70], maker=racing)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decode_step_in_kernels(kind: str, tmp_path: Path) -> None:
+    """The kernels' logits are the stock operations', and near those in full precision."""
+    plain, fused = both("12b", "q8_0", tmp_path)
+    ids = (prompts("12b")[1] * 20)[:140]
+    states = [model.new_state(kv=k) for model, k in ((plain, kind), (fused, kind), (plain, "full"))]
+    for state in states:
+        plain.prefill(mx.array(ids[:130]), state)
+    for step in ([ids[130]], ids[131:133], [ids[133]]):
+        made = [m.forward(mx.array(step), s) for m, s in zip((plain, fused, plain), states, strict=True)]
+        stock, kernel, full = (np.array(logits)[None] for logits in made)
+        assert np.abs(stock - kernel).max() <= 2e-3
+        assert kl(stock, kernel) <= 1e-7
+        assert kl(full, stock) <= {"q8": 1e-4, "tq4": 2e-2}[kind]
+    assert fused.kernels is not None and "coded_attention" not in fused.kernels.off
