@@ -17,9 +17,16 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+from mlx_gemma4.inspection import BANDWIDTHS
+
 ORDER = ("E2B", "E4B", "12B", "26B-A4B", "31B")
 TARGETS = {"decode": {"31B": 1.35, "": 1.2}, "prefill": {"31B": 1.0, "": 0.9}}  # ours to llama.cpp's; "": any other
 OURS, THEIRS, INK, FAINT = "#c2410c", "#475569", "#0f172a", "#cbd5e1"
+# The projection for Macs: shares and times that nobody has measured with this program.
+REACHED, LAUNCH = 0.85, 2e-6  # of a chip's published bandwidth, by kernels; seconds between two of them
+PROJECTED_AT = 512  # tokens of context
+# Tokens a second on an M5 Max at 512 tokens that others have published: llama.cpp, mlx-lm.
+PUBLISHED = {"E2B": (177, 210), "E4B": (114, 134), "26B-A4B": (103, 125), "31B": (25.3, 28.3)}
 PANEL_W, PANEL_H, LEFT, TOP, COLUMNS = 300, 210, 46, 40, 3  # of the chart, in pixels
 
 
@@ -79,6 +86,7 @@ def markdown(runs: list[dict[str, Any]], cells: list[dict[str, Any]]) -> Iterato
         yield from _rows(
             ["chip", "model", "KV", "context", "MB", "share", "launches", "host ms", "peak GB"], map(_detail, detailed)
         )
+    yield from _projection(detailed)
     yield from ["", "## Runs", ""]
     yield from _rows(["file", "date", "chip", "versions", "command"], map(_run, runs))
 
@@ -117,6 +125,28 @@ def _detail(cell: dict[str, Any]) -> list[str]:
         "" if host is None else f"{host * 1e3:.2f}",
         f"{cell['peak_memory'] / 1e9:.2f}",
     ]
+
+
+def _projection(cells: list[dict[str, Any]]) -> Iterator[str]:
+    """What Macs would make of the bytes and launches that were counted."""
+    some = {c["model"]: c for c in cells if (c["kv"], c["context"]) == ("full", PROJECTED_AT) and c.get("launches")}
+    if not some:
+        return
+    yield from ["", f"## Projection for Macs, decode at {PROJECTED_AT} tokens: nothing here is measured", ""]
+    yield f"Tokens a second if kernels reach {REACHED:.0%} of a chip's published bandwidth and {LAUNCH * 1e6:g} us pass"
+    yield "between one and the next, both assumed: 1 / (bytes / bandwidth + launches x time), of the bytes and launches"
+    yield "in the table above. The last rows are what others have published for llama.cpp and mlx-lm. The truth comes"
+    yield "from Mac owners: `mlx-gemma4 bench --model FILE.gguf --report report.json`, and send the file."
+    yield ""
+
+    def rate(cell: dict[str, Any], bandwidth: float) -> float:
+        return 1 / (cell["bytes_per_token"] / (REACHED * bandwidth) + cell["launches"] * LAUNCH)
+
+    rows = [[chip, *(f"{rate(c, gbs * 1e9):.1f}" for c in some.values())] for chip, gbs in BANDWIDTHS.items()]
+    for i, program in enumerate(("llama.cpp", "mlx-lm")):
+        published = (f"{PUBLISHED[m][i]:g}" if m in PUBLISHED else "" for m in some)
+        rows.append([f"M5 Max, {program}, published", *published])
+    yield from _rows(["chip", *some], rows)
 
 
 def _run(run: dict[str, Any]) -> list[str]:

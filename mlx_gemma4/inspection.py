@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -20,7 +21,7 @@ from .errors import InputError
 from .folder import folder_source
 from .generation import PREFILL_CHUNK
 from .gguf_file import open_gguf
-from .kv_codes import KINDS, vector_bytes
+from .kv_codes import KINDS, check_kind, vector_bytes
 from .loader import Entry, gguf_source, tensor_specs
 from .memory import HEADROOM, available_memory, on_cpu
 from .state import kv_bytes
@@ -140,7 +141,7 @@ def inspect(path: Path, context: int | None = None) -> Report:
         context,
         available,
         per_token,
-        [_memory(config, kv, context, weights, available, per_token) for kv in KINDS],
+        [_memory(config, kv, context, weights, available, per_token) for kv in _kinds(config)],
     )
 
 
@@ -182,6 +183,16 @@ def kv_per_token(config: Config, kv: str, context: int, dtype: mx.Dtype) -> int:
         rows, kind = (min(context, config.window), "full") if shape.sliding else (context, kv)
         total += 2 * shape.kv_heads * vector_bytes(kind, shape.head_dim, dtype) * rows
     return total
+
+
+def _kinds(config: Config) -> list[str]:
+    """The kinds of --kv that heads of this model's sizes can have."""
+    possible, dims = [], {shape.head_dim for shape in config.layers if not shape.sliding}
+    for kv in KINDS:
+        with suppress(InputError):
+            check_kind(kv, dims)
+            possible.append(kv)
+    return possible
 
 
 def _memory(config: Config, kv: str, context: int, weights: int, available: int, per_token: int) -> Memory:

@@ -287,9 +287,15 @@ def test_tables_and_chart(tmp_path: Path) -> None:
     assert "| 31B | full |  | 5.5 / 4.0 = **1.38** |  |" not in lines  # contexts 0, 70 and 2048
     assert "| 31B | full |  |  | 5.5 / 4.0 = **1.38** |" in lines
     assert sum("](c.json)" in line for line in lines) == 1
+    assert not any("Projection" in line for line in lines)  # a CPU launches nothing
+    counted = cell | {"context": 512, "bytes_per_token": 17 * 10**9, "launches": 500}
+    (tmp_path / "d.json").write_text(json.dumps(run_a | {"cells": [counted]}))
+    rows = {line.split(" | ")[0]: line for line in t.markdown(*t.read(tmp_path))}
+    assert rows["| M5 Max (40-core GPU)"] == f"| M5 Max (40-core GPU) | {1 / (17 / (0.85 * 614) + 0.001):.1f} |"
+    assert rows["| M5 Max, mlx-lm, published"] == "| M5 Max, mlx-lm, published | 28.3 |"
     drawing = t.svg(t.read(tmp_path)[1])
     xml.dom.minidom.parseString(drawing)
-    assert drawing.count("<polyline") == 4
+    assert drawing.count("<polyline") == 4  # two models
     assert (
         t._figure({"model": "31B", "kind": "prefill", "ours": 2400.0, "llama_cpp": 2500.0, "ratio": 0.96})
         == "2400 / 2500 = 0.96"
