@@ -165,6 +165,7 @@ def can_step(model: Model, tokens: int) -> bool:
 #   segments         {layer with keys and values of its own: [(keys, values), ..]}: what is in sight before the tail;
 #                    in a global layer perhaps [(codes, scales), ..]
 #   tails            {such a layer: (keys, values)}
+#   turns            {such a layer, where it is in codes: `kv_codes.turns`}
 Inputs = dict[str, Any]
 
 
@@ -284,7 +285,7 @@ def _attention(
     spans = inputs["spans"][shape.sliding]
     if parts[0][0].dtype == mx.uint32:  # codes; only a global layer has them
         *coded, tail = parts
-        turn, last = model.turns[shape.kv_layer], spans[-1:]
+        turn, last = inputs["turns"][shape.kv_layer], spans[-1:]
         out = run("coded_attention", q, coded, turn, tail, last, scale=c.attention_scale, out=mx.float32)
     else:
         out = run("attention", q, parts, spans, scale=c.attention_scale, window=window, out=mx.float32)
@@ -353,4 +354,5 @@ def _inputs(model: Model, opened: dict[int, LayerKV], length: int, tokens: int) 
         "spans": spans,
         "segments": segments,
         "tails": {i: (kv.tail_keys, kv.tail_values) for i, kv in opened.items()},
+        "turns": {i: kv.coder.turn for i, kv in opened.items() if kv.coder},
     }

@@ -14,6 +14,7 @@ import click
 from ..errors import InputError
 from .options import (
     EXIT_INTERRUPTED,
+    kv_option,
     load_with_progress,
     model_option,
     output_options,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 @sampling_options
 @click.option("--raw", is_flag=True, help="Send the text as it is, without the chat template.")
 @click.option("--state", "state_file", metavar="FILE", help="Go on with the conversation saved there, and save it.")
+@kv_option
 @click.option("--logprobs", type=click.IntRange(0, 100), metavar="N", help="With --json: how likely each token was.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with reply and statistics.")
 @output_options
@@ -54,6 +56,7 @@ def generate(
     schema_file: str | None,
     raw: bool,
     state_file: str | None,
+    kv: str,
     logprobs: int | None,
     as_json: bool,
     verbose: bool,
@@ -80,7 +83,7 @@ def generate(
         raise InputError("--prompt is empty; give it some text")
     lm, load_time = load_with_progress(model)
     sampling = sampling_from(lm, flags)
-    state = _open_state(lm, state_file)
+    state = _open_state(lm, state_file, kv)
     if schema is not None:
         _check_schema(lm, schema, f"--json-schema {schema_file}")
     ids = lm.encode_prompt(prompt, raw=raw, after=state.tokens, system=system, think=think)
@@ -149,11 +152,16 @@ def _show(chunk: Chunk, after_thinking: bool) -> None:
     click.echo(chunk.text, nl=False)
 
 
-def _open_state(lm: LanguageModel, path: str | None) -> KVState:
-    """The saved conversation, where there is one."""
+def _open_state(lm: LanguageModel, path: str | None, kv: str) -> KVState:
+    """The saved conversation, where there is one; else a new state with keys and values as `kv` says."""
     from ..state_file import load_state
 
-    return load_state(lm.model, path) if path and Path(path).exists() else lm.model.new_state()
+    if not path or not Path(path).exists():
+        return lm.model.new_state(kv=kv)
+    state = load_state(lm.model, path)
+    if kv not in ("full", state.kv):
+        raise InputError(f"{path}: was saved with --kv {state.kv}; leave out --kv {kv}, or give another --state")
+    return state
 
 
 def _report(lm: LanguageModel, chunks: list[Chunk], load_time: float, interrupted: bool) -> dict[str, Any]:
