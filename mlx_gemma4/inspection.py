@@ -20,10 +20,11 @@ from .config import Config, config_from_gguf, config_from_json
 from .errors import InputError
 from .folder import folder_source
 from .generation import PREFILL_CHUNK
-from .gguf_file import open_gguf
+from .gguf_file import TENSOR_TYPES, open_gguf
 from .kv_codes import KINDS, check_kind, vector_bytes
-from .loader import Entry, gguf_source, tensor_specs
+from .loader import Entry, Spec, gguf_source, tensor_specs
 from .memory import HEADROOM, available_memory, on_cpu
+from .quant import SUPPORTED
 from .state import kv_bytes
 
 # Peak memory bandwidths in GB/s, as Apple's announcements and technical specifications (support.apple.com) of the Macs
@@ -54,6 +55,7 @@ BANDWIDTHS = {
 # What llama.cpp and mlx-lm make of it, from figures that others have published (decode at 512 tokens).
 REACHED = "Others' runs on an M5 Max reach 69 to 81% of it with 31B, 46 to 59% with E2B, E4B and 26B-A4B."
 DEFAULT_CONTEXT = 8192
+TENSOR_NAMES = {t.name for t in TENSOR_TYPES.values()}
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Report:
     config: Config
     types: list[TypeRow]
     unused: list[str]  # tensors that the model has no use for
+    problems: list[str]  # why it can't be loaded, if it can't
     context: int  # in tokens, what `memory` is for
     available: int  # memory here
     weights_per_token: int
@@ -138,11 +141,19 @@ def inspect(path: Path, context: int | None = None) -> Report:
         config,
         sorted(rows.values(), key=lambda r: -r.n_bytes),
         [name for name in entries if name not in wanted],
+        _problems(entries, wanted),
         context,
         available,
         per_token,
         [_memory(config, kv, context, weights, available, per_token) for kv in _kinds(config)],
     )
+
+
+def _problems(entries: Mapping[str, Entry], wanted: Mapping[str, Spec]) -> list[str]:
+    missing = [name for name, spec in wanted.items() if not spec.optional and name not in entries]
+    found = [f"tensors missing: {', '.join(missing[:3])}{f' and {len(missing) - 3} more' if missing[3:] else ''}"]
+    known = {e.type for e in entries.values()} & TENSOR_NAMES
+    return found * bool(missing) + [f"type {name} can't be loaded yet" for name in sorted(known - SUPPORTED)]
 
 
 def _header(path: Path) -> tuple[Config, Mapping[str, Entry], str]:
@@ -226,6 +237,8 @@ def lines(r: Report, chip: str) -> Iterator[str]:
     for t in (*r.types, total):
         bits = f"{8 * t.n_bytes / max(t.weights, 1):.2f}"
         yield _row(t.type.removeprefix("mlx.core."), str(t.tensors), f"{t.weights / 1e6:,.1f} M", _gb(t.n_bytes), bits)
+    for problem in r.problems:
+        yield f"CAN'T BE LOADED: {problem}"
     if r.unused:
         yield f"Of no use to the model: {', '.join(r.unused[:5])}{' ...' if r.unused[5:] else ''}"
     yield ""
