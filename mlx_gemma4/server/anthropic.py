@@ -72,7 +72,7 @@ async def messages(request: Request) -> Response:
     name, stream = check_model(fields, settings.model_name), fields.flag("stream")
     wanted = read_wanted(fields, engine.lm)
     fields.log_unknown()
-    id, job = f"msg_{uuid.uuid4().hex[:24]}", engine.submit([wanted])
+    id, job = f"msg_{uuid.uuid4().hex[:24]}", engine.submit([wanted], format_field="output_config.format")
     if stream:
         return EventStream(job, _events(id, name, job), error_body, "error")
 
@@ -85,6 +85,7 @@ async def count_tokens(request: Request) -> Response:
     engine, settings = request.app.state.engine, request.app.state.settings
     fields = Fields(await read_json(request, settings.max_body_bytes))
     fields.needed("model")
+    check_model(fields, "")
     messages, options = read_messages(fields), ReplyOptions(tools=tuple(_tools(fields)), think=_think(fields))
     ids = await asyncio.to_thread(prompt_ids, engine.lm, messages, options)
     return json_response({"input_tokens": len(ids)})

@@ -185,7 +185,10 @@ def _error_body(path: str) -> Callable[[ApiError], Any]:
 async def _failed(request: Request, error: Exception) -> Response:
     """Every exception of an endpoint, as its clients expect it."""
     if isinstance(error, HTTPException):  # Starlette's own: no such path or method
-        error = ApiError(error.status_code, f"{request.method} {request.url.path:.200}: {error.detail}")
+        found = ApiError(error.status_code, f"{request.method} {request.url.path:.200}: {error.detail}")
+        response = error_response(found, _error_body(request.url.path))
+        response.headers.update(error.headers or {})  # 405 says which methods there are
+        return response
     return error_response(as_api_error(error), _error_body(request.url.path))
 
 
@@ -213,7 +216,7 @@ async def _metrics(request: Request) -> Response:
 
 
 async def _openapi(request: Request) -> Response:
-    return json_response(openapi.document())
+    return json_response(openapi.document(request.app.state.settings.api_key is not None))
 
 
 def _card(request: Request) -> dict[str, Any]:

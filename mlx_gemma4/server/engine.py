@@ -8,6 +8,7 @@ long one. A job that is cancelled leaves its thread within one token, or one chu
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections import deque
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 from ..conversation import Reply, ReplyChunk, ReplyOptions, stream_reply
-from ..errors import NoRoom, TooLong
+from ..errors import InputError, NoRoom, TooLong
 from ..prefix import PrefixStore
 from ..replies import Event
 from ..sampling import Token
@@ -57,8 +58,8 @@ class _Cancelled(Exception):
 class Job:
     """One request: replies made one after the other. Its pieces are for the event loop that submitted it."""
 
-    def __init__(self, engine: Engine, wanted: Sequence[Wanted], field: str) -> None:
-        self.engine, self.wanted, self.field = engine, wanted, field
+    def __init__(self, engine: Engine, wanted: Sequence[Wanted], field: str, format_field: str) -> None:
+        self.engine, self.wanted, self.field, self.format_field = engine, wanted, field, format_field
         self.cancelled = False
         self.submitted = time.monotonic()
         self._loop = asyncio.get_running_loop()
@@ -87,6 +88,18 @@ class Job:
     def gone(self) -> ApiError:
         """What is said of a cancelled job, to whoever may still listen."""
         return ApiError(503, "the server is shutting down" if self.engine.draining else "the client went away")
+
+    def culprit(self, message: str) -> str | None:
+        """The field that an InputError is about, by the word that it begins with."""
+        word = re.match(r"\w*", message)
+        return {
+            "schema": self.format_field,
+            "regex": self.format_field,
+            "grammar": self.format_field,
+            "tools": "tools",
+            "message": self.field,
+            "the": self.field,  # "the model's chat template refuses", "the prompt is empty"
+        }.get(word[0] if word else "")
 
     def post(self, item: Piece | Exception | None) -> None:
         """Hand out something, from any thread; None is the end."""
@@ -135,16 +148,16 @@ class Engine:
         with self._changed:
             return len(self._running), len(self._waiting)
 
-    def submit(self, wanted: Sequence[Wanted], field: str = "messages") -> Job:
+    def submit(self, wanted: Sequence[Wanted], field: str = "messages", format_field: str = "response_format") -> Job:
         """Take a job, from a coroutine.
 
         Args:
-            field: where in the request the prompt is, for errors.
+            field, format_field: where in the request the prompt and what its reply must look like are, for errors.
 
         Raises:
             ApiError: 429 where the queue is full, 503 where the server is shutting down.
         """
-        job = Job(self, wanted, field)
+        job = Job(self, wanted, field, format_field)
         with self._changed:
             if self.draining:
                 raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=10)
@@ -210,6 +223,8 @@ class Engine:
                 end = job.gone()
             except TooLong as error:
                 end = ApiError(400, str(error), job.field, "context_length_exceeded")
+            except InputError as error:
+                end = ApiError(400, str(error), job.culprit(str(error)))
             except Exception as error:
                 end = error
             with self._changed:

@@ -7,7 +7,6 @@ In: a JSON object. Out: checked values, or an ApiError (400) whose `param` is th
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
@@ -50,6 +49,8 @@ class Fields:
         value = self.get(name)
         if value is None:
             return default
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise self.wrong(name, f"must be a whole number {_between(low, high)}, not {_shown(value)}")
         return value
@@ -127,7 +128,7 @@ class Fields:
 
 
 def _between(low: float, high: float) -> str:
-    return f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+    return f"from {low} to {high}"
 
 
 def _shown(value: Any) -> str:

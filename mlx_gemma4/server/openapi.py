@@ -70,13 +70,12 @@ _SAMPLING: dict[str, Schema] = {
 _PART = _object({"type": _one_of("text"), "text": _TEXT})
 _CONTENT: Schema = {"anyOf": [_TEXT, _list(_ref("Part"))]}
 _FORMAT: Schema = {
+    "description": 'Also {"type": "regex", "regex": "..."} and {"type": "lark", "grammar": "..."}, in llguidance\'s form.',
     "anyOf": [
         _object({"type": _one_of("text", "json_object")}),
         _object({"type": _one_of("json_schema"), "json_schema": _object({"schema": _ANY_OBJECT})}),
-        _object({"type": _one_of("regex"), "regex": {"type": "string", "minLength": 1}}),
-        _object({"type": _one_of("lark"), "grammar": {"type": "string", "minLength": 1}}),
         {"type": "null"},
-    ]
+    ],
 }
 _FUNCTION = _object({"name": _NAME}, description=_MAY_TEXT, parameters=_MAY_OBJECT, strict=_FLAG)
 _FLAT_FUNCTION = _object({"type": _one_of("function"), **_FUNCTION["properties"]})
@@ -267,10 +266,9 @@ def _refusals(name: str, *codes: int) -> dict[str, Any]:
 
 
 def _post(summary: str, request: str, reply: str, error: str = "Error", streams: bool = True) -> dict[str, Any]:
-    content = _json(reply) | ({"text/event-stream": {"schema": _TEXT}} if streams else {})
+    content = _json(reply) | ({"text/event-stream": {}} if streams else {})
     operation: dict[str, Any] = {
         "summary": summary,
-        "security": [{"key": []}],
         "requestBody": {"required": True, "content": _json(request)},
         "responses": {"200": {"description": summary, "content": content}, **_refusals(error, *_REFUSALS)},
     }
@@ -280,21 +278,18 @@ def _post(summary: str, request: str, reply: str, error: str = "Error", streams:
 
 
 def _get(summary: str, content: Schema, *codes: int) -> dict[str, Any]:
-    operation: dict[str, Any] = {
-        "summary": summary,
-        "responses": {"200": {"description": summary, "content": content}, **_refusals("Error", *codes)},
-    }
-    return {"get": operation | ({"security": [{"key": []}]} if 401 in codes else {})}
+    answers = {"200": {"description": summary, "content": content}, **_refusals("Error", *codes)}
+    return {"get": {"summary": summary, "responses": answers} | ({} if 401 in codes else {"security": []})}
 
 
-def document() -> dict[str, Any]:
-    """The document."""
+def document(with_key: bool) -> dict[str, Any]:
+    """The document; `with_key`: the server asks for one."""
     model = _get("The model, if this is its name", _json("Model"), 401, 403)
     model["get"]["responses"]["404"] = {"description": "No such model.", "content": _json("Error")}
     model["get"]["parameters"] = [
         {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     ]
-    return {
+    made: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "mlx-gemma4", "version": __version__},
         "paths": {
@@ -310,8 +305,9 @@ def document() -> dict[str, Any]:
             "/metrics": _get("Counters for Prometheus", {"text/plain": {"schema": _TEXT}}, 401, 403),
             "/health": _get("Whether the server answers", _json("Health"), 403),
         },
-        "components": {
-            "schemas": _SCHEMAS,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
+        "components": {"schemas": _SCHEMAS},
     }
+    if with_key:
+        made["components"] = {**made["components"], "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
+        made["security"] = [{"key": []}]
+    return made

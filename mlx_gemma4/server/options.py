@@ -62,9 +62,9 @@ def _logit_bias(fields: Fields, vocab: int) -> dict[int, float]:
 
 
 def read_stops(fields: Fields, name: str = "stop") -> tuple[str, ...]:
-    """Strings that end the reply: one, or a list."""
+    """Strings that end the reply: a list, or as `stop` also a single one."""
     value = fields.get(name)
-    stops = [value] if isinstance(value, str) else fields.items(name)
+    stops = [value] if isinstance(value, str) and name == "stop" else fields.items(name)
     if len(stops) > MAX_STOPS:
         raise fields.wrong(name, f"has {len(stops)} strings; {MAX_STOPS} at most")
     if not all(isinstance(stop, str) and 0 < len(stop) <= 1000 for stop in stops):

@@ -60,7 +60,7 @@ async def responses(request: Request) -> Response:
     streaming = fields.flag("stream")
     head = _head(fields, options, settings.model_name)
     _refuse_others(fields)
-    job = engine.submit([wanted], "input")
+    job = engine.submit([wanted], "input", "text.format")
     output = _Output(engine.lm.tokenizer if options.logprobs is not None else None)
     if streaming:
         return EventStream(job, _events(Made(job), head, output))
