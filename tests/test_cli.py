@@ -202,3 +202,80 @@ def test_no_option_leaks_into_the_environment() -> None:
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_json_schema(tmp_path: Path) -> None:
+    schema = tmp_path / "person.json"
+    schema.write_text(json.dumps(PERSON))
+    done = run("generate", "-p", "Who are you?", "--json-schema", schema, "--temperature", "1", "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    person = json.loads(done.stdout)
+    assert set(person) == {"name", "age"} and len(person["name"]) <= 12 and 0 <= person["age"] <= 99
+
+
+def test_stop_strings() -> None:
+    args = ("generate", "-p", "Once upon a time", "-n", "40", "--temperature", "0")
+    whole = run(*args).stdout
+    cut = run(*args, "--stop", "no such", "--stop", whole[25:33]).stdout
+    assert cut.removesuffix("\n") == whole[: whole.index(whole[25:33])]
+
+
+def test_logprobs() -> None:
+    done = run("generate", "-m", MODEL, "-p", "the", "-n", "4", "--json", "--logprobs", "2", "--temperature", "0")
+    report = json.loads(done.stdout)
+    assert [len(token["top"]) for token in report["tokens"]] == [2] * len(report["tokens"])
+    for token in report["tokens"]:
+        assert token["top"][0] == {key: token[key] for key in ("id", "text", "logprob")}
+    assert "".join(token["text"] for token in report["tokens"]) == report["text"]
+    assert report["stop_reason"] in ("stop", "length")
+
+
+def test_thinking_stays_out_of_the_reply() -> None:
+    """On stderr, and in `--json` under its own name."""
+    args = ("generate", "-p", "Once upon a time", "-n", "60", "--seed", "1", "--system", "Be brief.")
+    done = run(*args, "--think")
+    report = json.loads(run(*args, "--think", "--json").stdout)
+    assert report["thinking"] and report["thinking"] in done.stderr
+    assert report["thinking"] not in done.stdout and "thought" not in done.stdout
+    assert done.stdout.removesuffix("\n") == report["text"]
+    assert "thinking" not in json.loads(run(*args, "--no-think", "--json").stdout)
+
+
+def test_system_is_read_once_and_not_later(tmp_path: Path) -> None:
+    state = tmp_path / "talk.kv"
+    args = ("generate", "-p", "Once", "-n", "3", "--state", state, "--json")
+    without = json.loads(run("generate", "-p", "Once", "-n", "3", "--json").stdout)["prompt_tokens"]
+    assert json.loads(run(*args, "--system", "You are a bear.").stdout)["prompt_tokens"] > without
+    assert run(*args).returncode == 0
+    assert "begun already" in run(*args, "--system", "You are a cat.").stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--logprobs", "3"], "give --json too"),
+        (["--raw", "--think"], "--raw sends the text as it is"),
+        (["--raw", "--system", "x"], "--raw sends the text as it is"),
+        (["--stop", ""], "--stop: a stop string is empty"),
+        (["--json-schema", "nowhere.json"], "--json-schema nowhere.json: can't be read"),
+        (["--json-schema", __file__], "can't be read as JSON"),
+        (["--json-schema", "LIST"], "must hold a JSON object"),
+        (["--json-schema", "BAD"], "schema at /properties/a: Invalid type: strin"),
+    ],
+)
+def test_wrong_flag_of_replies(flags: list[str], says: str, tmp_path: Path) -> None:
+    (tmp_path / "LIST").write_text("[1]")
+    (tmp_path / "BAD").write_text('{"properties": {"a": {"type": "strin"}}}')
+    flags = [str(tmp_path / flag) if flag.isupper() else flag for flag in flags]
+    assert says in refused("-m", MODEL, "-p", "x", *flags)
