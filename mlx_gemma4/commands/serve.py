@@ -16,6 +16,7 @@ import click
 
 from ..errors import InputError
 from .options import (
+    kv_option,
     load_with_progress,
     model_option,
     output_options,
@@ -63,6 +64,7 @@ def _size(value: str) -> int:
     help="Memory for conversations, kept and in use, as 4GB.  [default: half of what is free]",
 )
 @click.option("--grace", type=click.IntRange(0), default=30, show_default=True, help="Seconds that Ctrl-C waits.")
+@kv_option
 @sampling_options
 @output_options
 def serve(
@@ -75,6 +77,7 @@ def serve(
     max_tokens: int,
     max_kv_bytes: int | None,
     grace: int,
+    kv: str,
     verbose: bool,
     debug: bool,
     **flags: Any,
@@ -96,6 +99,7 @@ def serve(
         parallel=parallel,
         queue=queue,
         max_tokens=max_tokens,
+        kv=kv,
     )
     listening = _listen(host, port)  # before the model is loaded: what is wrong with it is told at once
     lm, _ = load_with_progress(model)
@@ -103,7 +107,7 @@ def serve(
     settings = replace(
         settings,
         model_name=model_name(model, lm),
-        max_kv_bytes=max_kv_bytes or _room_for_conversations(lm, max_tokens),
+        max_kv_bytes=max_kv_bytes or _room_for_conversations(lm, max_tokens, kv),
     )
     app = create_app(lm, settings)
     engine = app.state.engine
@@ -152,10 +156,10 @@ def _listen(host: str, port: int) -> socket.socket:
         raise InputError(f"--host {host} --port {port}: can't listen there ({reason}); take another port") from None
 
 
-def _room_for_conversations(lm: LanguageModel, max_tokens: int) -> int:
+def _room_for_conversations(lm: LanguageModel, max_tokens: int, kv: str) -> int:
     """Half of what is free, but enough for one long reply."""
     from ..memory import available_memory
     from ..prefix import PrefixStore
 
-    one = PrefixStore(lm.model).most_bytes(min(lm.config.context, 2 * max_tokens))
+    one = PrefixStore(lm.model, kv=kv).most_bytes(min(lm.config.context, 2 * max_tokens))
     return max(available_memory() // 2, one)

@@ -56,7 +56,8 @@ class Settings:
     model_name: str = "gemma"  # in replies and /v1/models
     parallel: int = 4  # replies made at a time
     queue: int = 32  # requests that may wait beside them
-    max_kv_bytes: int | None = None
+    max_kv_bytes: int | None = None  # of all KV states; None: no limit
+    kv: str = "full"  # how KV states hold keys and values
     max_body_bytes: int = 8_000_000
     max_tokens: int | None = None  # of a reply whose request doesn't say; None: what the context holds
 
@@ -82,6 +83,7 @@ def create_app(lm: LanguageModel, settings: Settings | None = None) -> Starlette
         parallel=settings.parallel,
         queue=settings.queue,
         max_kv_bytes=settings.max_kv_bytes,
+        kv=settings.kv,
         metrics=metrics,
     )
 

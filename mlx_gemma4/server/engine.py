@@ -119,17 +119,18 @@ class Engine:
         parallel: int = 4,
         queue: int = 32,
         max_kv_bytes: int | None = None,
+        kv: str = "full",
         metrics: Metrics | None = None,
     ) -> None:
         """
         Args:
             parallel: replies made at a time.
             queue: requests that may wait beside them.
-            max_kv_bytes: see PrefixStore.
+            max_kv_bytes, kv: see PrefixStore.
         """
         self.lm, self.parallel, self.queue = lm, parallel, queue
         self.metrics = metrics or Metrics()
-        self.store = PrefixStore(lm.model, max_kv_bytes)
+        self.store = PrefixStore(lm.model, max_kv_bytes, kv)
         self.draining = False
         self._waiting: deque[Job] = deque()
         self._running: set[Job] = set()

@@ -70,7 +70,7 @@ _SAMPLING: dict[str, Schema] = {
 _PART = _object({"type": _one_of("text"), "text": _TEXT})
 _CONTENT: Schema = {"anyOf": [_TEXT, _list(_ref("Part"))]}
 _FORMAT: Schema = {
-    "description": 'Also {"type": "regex", "regex": "..."} and {"type": "lark", "grammar": "..."}, in llguidance\'s form.',
+    "description": 'Also {"type": "regex", "regex": "..."} and {"type": "lark", "grammar": "..."}.',
     "anyOf": [
         _object({"type": _one_of("text", "json_object")}),
         _object({"type": _one_of("json_schema"), "json_schema": _object({"schema": _ANY_OBJECT})}),
