@@ -118,6 +118,7 @@ def test_version_and_help() -> None:
         (["-m", str(MODEL), "-p", "x", "--top-p", "0"], "--top-p 0.0"),
         (["-m", str(MODEL), "-p", "x", "--min-p", "2"], "--min-p 2.0"),
         (["-m", str(MODEL), "-p", "x", "--repetition-penalty", "0"], "--repetition-penalty 0.0"),
+        (["-m", str(MODEL), "-p", "x", "--frequency-penalty", "nan"], "--frequency-penalty nan"),
     ],
 )
 def test_wrong_flag(flags: list[str], says: str) -> None:

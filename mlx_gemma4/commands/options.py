@@ -55,6 +55,8 @@ sampling_options = _together(
     click.option("--top-p", type=float, help="Choose among the likeliest that make up p.  [default: the file's]"),
     click.option("--min-p", type=float, help="Leave out what is less than p times as likely as the likeliest."),
     click.option("--repetition-penalty", type=float, help="Over 1 makes recent tokens less likely."),
+    click.option("--frequency-penalty", type=float, help="Makes a token less likely for each time the reply has it."),
+    click.option("--presence-penalty", type=float, help="Makes tokens that the reply has less likely."),
     click.option("--seed", type=click.IntRange(0), help="Makes sampling repeatable."),
 )
 kv_option = click.option(
