@@ -122,6 +122,16 @@ def test_launches_and_host_time(kind: str, tmp_path: Path) -> None:
     assert 0 < bench.host_time(plain, state, 3) < 10
 
 
+def test_a_cell_with_kernels(tmp_path: Path) -> None:
+    """All of it, run by the simulator."""
+    _, fused = both("31b", UNIFORM["31b"], tmp_path)
+    plan = bench.Plan((), (20,), 2, 1)
+    (cell,) = bench.measure(fused, plan, bench.cells_of(plan), 1)
+    assert cell.launches == bench.launches(fused, fused.new_state())
+    assert cell.host_time is not None and cell.host_time > 0
+    assert cell.rate > 0 and cell.peak_memory > 0
+
+
 def test_copy_bandwidth() -> None:
     assert 1e8 < bench.copy_bandwidth() < 1e13
 
