@@ -7,7 +7,7 @@ stand on this module.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -145,7 +145,7 @@ def stream(
     logprobs: int | None = None,
     on_prompt: Callable[[int, int], None] | None = None,
     state: KVState | None = None,
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     """Answer a prompt piece by piece. For tools, grammars and whole conversations see `stream_reply`.
 
     Args:

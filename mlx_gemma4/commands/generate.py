@@ -89,7 +89,7 @@ def generate(
     ids = lm.encode_prompt(prompt, raw=raw, after=state.tokens, system=system, think=think)
     logging.info("Loaded in %.2f s; prompt of %d tokens; %s", load_time, len(ids), sampling)
     chunks: list[Chunk] = []
-    interrupted = False
+    made, interrupted = None, False
     try:
         with progress("Reading", 1, " tokens") as update:
             made = text.stream(
@@ -111,6 +111,8 @@ def generate(
             chunks.append(chunk)
     except KeyboardInterrupt:
         interrupted = True
+        if made:
+            made.close()  # what is on its way leaves the state
     if as_json:
         click.echo(json.dumps(_report(lm, chunks, load_time, interrupted), ensure_ascii=False))
     elif not "".join(chunk.text for chunk in chunks).endswith("\n"):
