@@ -60,7 +60,7 @@ def bench(
 
     Prompts are read as `generate` reads them. Decoding is measured behind random keys and values, put there without
     running the model: its speed depends on their number alone. Times are warm and medians; greedy sampling is in
-    them. With --vs, half of our repetitions come before llama-bench and half after it.
+    them. With --vs, half of our repetitions come before llama-bench and half after it; both hold the model in memory.
     """
     from .. import bench as b
 
