@@ -264,7 +264,7 @@ def _fork(repl: Repl, argument: str) -> None:
     if not argument:
         for name, session in repl.branches.items():
             here = "*" if name == repl.branch else " "
-            repl.around.say(f"{here} {name}: {_turns(session)}, {session.state.length:,} tokens")
+            repl.around.say(f"{here} {name}: {_turns(session)}, {_counted(session.state.length, 'token')}")
         return
     if not re.fullmatch(r"[\w.-]{1,40}", argument):
         raise InputError(f"/fork {argument}: a name is letters, digits, dots and dashes, at most 40")
@@ -279,10 +279,9 @@ def _stats(repl: Repl, argument: str) -> None:
     session, reply = repl.session, repl.session.reply
     if reply:
         s = reply.statistics
-        repl.around.say(
-            f"Prompt: {s.prompt_tokens:,} tokens read, {s.prompt_rate:.1f} a second; {s.reused_tokens:,} reused."
-        )
-        repl.around.say(f"Reply: {s.reply_tokens:,} tokens, {s.reply_rate:.1f} a second.")
+        read, made = _counted(s.prompt_tokens, "token"), _counted(s.reply_tokens, "token")
+        repl.around.say(f"Prompt: {read} read, {s.prompt_rate:.1f} a second; {s.reused_tokens:,} reused.")
+        repl.around.say(f"Reply: {made}, {s.reply_rate:.1f} a second.")
         repl.around.say(f"Peak memory of arrays: {_megabytes(s.peak_memory)}.")
     repl.around.say(f"Conversation: {_turns(session)}, {repl.status()}.")
 
@@ -378,8 +377,11 @@ def _is_conversation(path: Path) -> bool:
 
 
 def _turns(session: Session) -> str:
-    count = sum(message.get("role") == "user" for message in session.messages)
-    return f"{count} message{'s' * (count != 1)} of yours"
+    return _counted(sum(message.get("role") == "user" for message in session.messages), "message") + " of yours"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _short(text: str) -> str:

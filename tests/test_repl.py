@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -47,6 +48,7 @@ class Terminal:
         self.screen.write_process_input = self._child.send  # it answers where its cursor stands
         self._stream = pyte.Stream(self.screen)
         self.raw = ""
+        self._closed = False
 
     def update(self) -> bool:
         """Show what has come; False: the program has ended."""
@@ -101,11 +103,17 @@ class Terminal:
         while self.update():
             pass
         self._child.close()
-        assert self._child.exitstatus is not None
-        return int(self._child.exitstatus)
+        return int(self._child.exitstatus if self._child.exitstatus is not None else -self._child.signalstatus)
+
+    def hang_up(self) -> None:
+        """Close its window."""
+        os.close(self._child.child_fd)  # the program gets SIGHUP, and errors when it writes
+        os.waitpid(self._child.pid, 0)
+        self._closed = True
 
     def close(self) -> None:
-        self._child.close(force=True)
+        if not self._closed:
+            self._child.close(force=True)
 
 
 def plain(raw: str) -> str:
@@ -225,7 +233,7 @@ def test_commands_in_a_terminal(terminal: Callable[..., Terminal], tmp_path: Pat
     first = t.say("Tell me a tale")
     assert first.strip() != t.say("/retry").strip(), "another reply, though the seed is fixed"
     t.say("/stats")
-    assert re.search(r"Prompt: 1 tokens read, [\d.]+ a second; \d\d+ reused", t.text)
+    assert re.search(r"Prompt: 1 token read, [\d.]+ a second; \d\d+ reused", t.text)
     t.type("/edit" + ENTER)
     t.wait(r"/edit\n> Tell me a tale")
     t.say(" of a fox")
@@ -302,7 +310,7 @@ def test_state_is_gone_on_with(tmp_path: Path) -> None:
     state = str(tmp_path / "talk.json")
     piped("Hello!\n", "-n", "8", "--state", state, "--temperature", "0")
     done = piped("Tell me more\n/stats\n", "-n", "8", "--state", state, "--system", "", "--temperature", "0")
-    read, reused = map(int, re.findall(r"(\d+) tokens read.*?; (\d+) reused", done.stdout)[0])
+    read, reused = map(int, re.findall(r"(\d+) tokens? read.*?; (\d+) reused", done.stdout)[0])
     assert reused > read, "what the first run read was kept"
     assert len(saved_messages(tmp_path / "talk.json")) == 4
     (tmp_path / "talk.json").write_text("{}")
@@ -310,6 +318,39 @@ def test_state_is_gone_on_with(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "is not a conversation" in done.stderr
     assert (tmp_path / "talk.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("during", ["prompt", "reply"])
+def test_state_is_saved_when_the_terminal_is_closed(
+    terminal: Callable[..., Terminal], tmp_path: Path, during: str
+) -> None:
+    t = terminal("--state", str(tmp_path / "talk.json"), "--seed", "1", *(["-n", "4"] if during == "prompt" else []))
+    t.ready()
+    t.type("Once upon a time" + ENTER)
+    if during == "prompt":
+        t.wait(r"\(cut")
+        t.ready()
+    else:
+        t.wait("castle")
+    t.hang_up()
+    said = saved_messages(tmp_path / "talk.json")
+    assert [m["role"] for m in said] == ["user", "assistant"]
+    assert said[1]["content"].startswith("Once upon a")
+    assert "Once upon a" in piped("/retry\n", "--state", str(tmp_path / "talk.json"), "-n", "8", "--seed", "1").stdout
+
+
+def test_ctrl_c_ends_a_pipe() -> None:
+    # A runner in the background ignores Ctrl-C, and so would its children.
+    heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*COMMAND, "--seed", "1"], preexec_fn=heed, **pipes) as process:  # type: ignore[call-overload]
+        process.stdin.write(b"Once upon a time\n")
+        process.stdin.flush()
+        assert process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert b"Traceback" not in errors
 
 
 def test_other_commands_load_none_of_it() -> None:
