@@ -23,7 +23,7 @@ from ..replies import Event, Text, Thinking, ToolCall
 from ..text import LanguageModel
 from .engine import Job, Wanted
 from .fields import Fields
-from .options import check_model, read_sampling, read_stops
+from .options import read_sampling, read_stops
 from .wire import ApiError, EventStream, answer_whole, as_api_error, error_response, json_response, read_json, sse
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -68,8 +68,7 @@ async def messages(request: Request) -> Response:
     """POST /v1/messages: the reply, whole or as events."""
     engine, settings = request.app.state.engine, request.app.state.settings
     fields = Fields(await read_json(request, settings.max_body_bytes))
-    fields.needed("model")
-    name, stream = check_model(fields, settings.model_name), fields.flag("stream")
+    name, stream = _needed_text(fields, "model"), fields.flag("stream")  # any name will do
     wanted = read_wanted(fields, engine.lm)
     fields.log_unknown()
     id, job = f"msg_{uuid.uuid4().hex[:24]}", engine.submit([wanted], format_field="output_config.format")
@@ -84,8 +83,7 @@ async def count_tokens(request: Request) -> Response:
     """POST /v1/messages/count_tokens: how many tokens a request's prompt has."""
     engine, settings = request.app.state.engine, request.app.state.settings
     fields = Fields(await read_json(request, settings.max_body_bytes))
-    fields.needed("model")
-    check_model(fields, "")
+    _needed_text(fields, "model")
     messages, options = read_messages(fields), ReplyOptions(tools=tuple(_tools(fields)), think=_think(fields))
     ids = await asyncio.to_thread(prompt_ids, engine.lm, messages, options)
     return json_response({"input_tokens": len(ids)})
@@ -101,6 +99,7 @@ def read_wanted(fields: Fields, lm: LanguageModel) -> Wanted:
         ApiError: 400, naming the field.
     """
     fields.needed("max_tokens")
+    fields.items("stop_sequences")  # a list, whereas OpenAI's `stop` may be a string
     for ignored in ("metadata", "service_tier", "cache_control", "user_profile_id", "inference_geo"):
         fields.get(ignored)
     tools = tuple(_tools(fields))
@@ -130,7 +129,7 @@ def read_messages(fields: Fields) -> list[dict[str, Any]]:
             messages.append(_assistant(message, called))
         else:
             messages += _user(message, called)
-    if messages[-1:] == [] or messages[-1]["role"] == "system":
+    if not messages or messages[-1]["role"] == "system":
         raise fields.wrong("messages", "must hold at least one message of the user")
     if messages[-1]["role"] == "assistant":
         raise fields.wrong("messages", "must end with the user's: a reply that is begun can't be continued here")
@@ -141,14 +140,14 @@ def _blocks(message: Fields) -> Iterator[tuple[str, Fields]]:
     """A message's content, block by block, with their types; a string is one of text."""
     content = message.needed("content")
     if isinstance(content, str):
-        yield "text", Fields({"text": content}, message.path)
+        yield "text", Fields({"type": "text", "text": content}, message.path)
         return
     for block in message.objects("content"):
         yield block.one_of("type", _BLOCKS), block
 
 
 def _text(block: Fields) -> str:
-    block.one_of("type", ["text"], "text")
+    block.one_of("type", ["text"])
     return _needed_text(block, "text")
 
 
@@ -188,7 +187,7 @@ def _user(message: Fields, called: Mapping[str, str]) -> Iterator[dict[str, Any]
             yield {"role": "tool", "tool_call_id": id, "name": called[id], "content": _result(block)}
         else:
             raise block.wrong("type", f"{kind!r} belongs in a message of the assistant")
-    if text:
+    if text or not message.get("content"):
         yield {"role": message.text("role", "user"), "content": "\n".join(text)}
 
 

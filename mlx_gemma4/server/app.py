@@ -218,7 +218,8 @@ async def _metrics(request: Request) -> Response:
 
 
 async def _openapi(request: Request) -> Response:
-    return json_response(openapi.document(request.app.state.settings.api_key is not None))
+    state = request.app.state
+    return json_response(openapi.document(state.engine.lm.config.vocab, state.settings.api_key is not None))
 
 
 def _card(request: Request) -> dict[str, Any]:

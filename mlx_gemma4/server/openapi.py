@@ -61,14 +61,10 @@ _SAMPLING: dict[str, Schema] = {
     "frequency_penalty": _number(-2, 2),
     "presence_penalty": _number(-2, 2),
     "seed": _integer(-(2**63), 2**64 - 1),
-    "logit_bias": {
-        "type": ["object", "null"],
-        "propertyNames": {"pattern": "^[0-9]{1,9}$"},
-        "additionalProperties": _number(-100, 100),
-    },
+    "logit_bias": _or_null(_ref("Bias")),
 }
-_PART = _object({"type": _one_of("text"), "text": _TEXT})
 _CONTENT: Schema = {"anyOf": [_TEXT, _list(_ref("Part"))]}
+_BLOCKS: Schema = {"anyOf": [_TEXT, _list(_ref("Block"), 1)]}
 _FORMAT: Schema = {
     "description": 'Also {"type": "regex", "regex": "..."} and {"type": "lark", "grammar": "..."}.',
     "anyOf": [
@@ -93,7 +89,9 @@ _SCHEMAS: dict[str, Schema] = {
     "Error": _object(
         {"error": _object({"message": _TEXT, "type": _TEXT, "param": _MAY_TEXT, "code": _MAY_TEXT})},
     ),
-    "Part": _PART,
+    "Part": _object({"text": _TEXT}, type=_one_of("text", None)),
+    "Block": _object({"type": _one_of("text"), "text": _TEXT}),
+    "Call": _object({"function": _object({"name": _NAME}, arguments=_MAY_TEXT)}, id=_MAY_TEXT),
     "Message": {
         "anyOf": [
             _object({"role": _one_of(*_OTHERS), "content": _CONTENT}),
@@ -102,7 +100,7 @@ _SCHEMAS: dict[str, Schema] = {
                 {"role": _one_of("assistant")},
                 content=_or_null(_CONTENT),
                 reasoning_content=_MAY_TEXT,
-                tool_calls=_or_null(_list(_CALL)),
+                tool_calls=_or_null(_list(_ref("Call"))),
             ),
         ]
     },
@@ -152,6 +150,10 @@ _SCHEMAS: dict[str, Schema] = {
                 "anyOf": [
                     {"type": "string", "minLength": 1},
                     _list({"type": "string", "minLength": 1}, 1, MAX_CHOICES),
+                    _ref("Ids"),
+                    _list(_ref("Ids"), 1, MAX_CHOICES),
+                    _list(_COUNT, 1),
+                    _list(_list(_COUNT, 1), 1, MAX_CHOICES),
                 ]
             }
         },
@@ -215,7 +217,7 @@ _SCHEMAS: dict[str, Schema] = {
         {
             "model": _TEXT,
             "max_tokens": {"type": "integer", "minimum": 1, "maximum": 2**31},
-            "messages": _list(_object({"role": _one_of("user"), "content": _CONTENT}), 1),
+            "messages": _list(_object({"role": _one_of("user"), "content": _BLOCKS}), 1),
         },
         system={"anyOf": [_TEXT, _list(_ref("Part")), {"type": "null"}]},
         stop_sequences=_or_null(_list(_STOP, 0, MAX_STOPS)),
@@ -238,7 +240,7 @@ _SCHEMAS: dict[str, Schema] = {
         }
     ),
     "CountRequest": _object(
-        {"model": _TEXT, "messages": _list(_object({"role": _one_of("user"), "content": _CONTENT}), 1)}
+        {"model": _TEXT, "messages": _list(_object({"role": _one_of("user"), "content": _BLOCKS}), 1)}
     ),
     "Count": _object({"input_tokens": _COUNT}),
     "Model": _object({"id": _TEXT, "object": _one_of("model"), "created": _COUNT, "owned_by": _TEXT}),
@@ -282,8 +284,21 @@ def _get(summary: str, content: Schema, *codes: int) -> dict[str, Any]:
     return {"get": {"summary": summary, "responses": answers} | ({} if 401 in codes else {"security": []})}
 
 
-def document(with_key: bool) -> dict[str, Any]:
-    """The document; `with_key`: the server asks for one."""
+def _below(n: int) -> str:
+    """A pattern of the whole numbers from 0 to n - 1, without leading zeros."""
+    digits = str(n)
+    patterns = [f"[1-9][0-9]{{0,{len(digits) - 2}}}"] if len(digits) > 1 else []
+    for i, digit in enumerate(digits):
+        first = 1 if i == 0 and len(digits) > 1 else 0
+        if int(digit) > first:
+            patterns.append(f"{digits[:i]}[{first}-{int(digit) - 1}][0-9]{{{len(digits) - i - 1}}}")
+    return f"^({'|'.join(['0', *patterns])})$"
+
+
+def document(vocab: int, with_key: bool) -> dict[str, Any]:
+    """The document. `vocab`: how many tokens there are; `with_key`: the server asks for one."""
+    bias = {"type": "object", "propertyNames": {"pattern": _below(vocab)}, "additionalProperties": _number(-100, 100)}
+    ids = _list({"type": "integer", "minimum": 0, "maximum": vocab - 1}, 1)
     model = _get("The model, if this is its name", _json("Model"), 401, 403)
     model["get"]["responses"]["404"] = {"description": "No such model.", "content": _json("Error")}
     model["get"]["parameters"] = [
@@ -305,7 +320,7 @@ def document(with_key: bool) -> dict[str, Any]:
             "/metrics": _get("Counters for Prometheus", {"text/plain": {"schema": _TEXT}}, 401, 403),
             "/health": _get("Whether the server answers", _json("Health"), 403),
         },
-        "components": {"schemas": _SCHEMAS},
+        "components": {"schemas": {**_SCHEMAS, "Bias": bias, "Ids": ids}},
     }
     if with_key:
         made["components"] = {**made["components"], "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}

@@ -55,7 +55,7 @@ def _logit_bias(fields: Fields, vocab: int) -> dict[int, float]:
     bias: dict[int, float] = {}
     for key in given.values if given else ():
         assert given
-        if not re.fullmatch(r"\d{1,9}", key, re.ASCII) or int(key) >= vocab:
+        if not re.fullmatch(r"0|[1-9]\d{0,8}", key, re.ASCII) or int(key) >= vocab:
             raise fields.wrong("logit_bias", f"has the key {key!r:.40}: keys are ids of tokens, 0 to {vocab - 1}")
         bias[int(key)] = given.number(key, -100, 100, 0.0)
     return bias
@@ -194,7 +194,9 @@ def read_content(item: Fields, name: str, *, needed: bool = True) -> str:
         kind = part.text("type", "text")
         if kind not in _TEXT_PARTS:
             raise part.wrong("type", f"{kind!r:.40}: this server reads text only", "unsupported_value")
-        texts.append(part.text("refusal" if kind == "refusal" else "text", ""))
+        key = "refusal" if kind == "refusal" else "text"
+        part.needed(key)
+        texts.append(part.text(key, ""))
     return "\n".join(texts)
 
 

@@ -116,6 +116,8 @@ def _messages(fields: Fields) -> list[dict[str, Any]]:
         messages.append({"role": "system", "content": instructions})
     if isinstance(given := fields.needed("input"), str):
         return [*messages, {"role": "user", "content": given}]
+    if not fields.items("input"):
+        raise fields.wrong("input", "must hold at least one message", "missing_required_parameter")
     names: dict[str, str] = {}  # of called functions, by the call's id
     for item in fields.objects("input"):
         kind = item.one_of("type", ("message", "function_call", "function_call_output", "reasoning"), "message")
@@ -127,7 +129,8 @@ def _messages(fields: Fields) -> list[dict[str, Any]]:
                 role = "system" if role == "developer" else role
                 messages.append({"role": role, "content": read.read_content(item, "content")})
         elif kind == "function_call":
-            name, call_id = item.needed("name"), item.text("call_id", "")
+            item.needed("name")
+            name, call_id = item.text("name", ""), item.text("call_id", "")
             names[call_id] = name
             function = {"name": name, "arguments": read.read_arguments(item, "arguments")}
             call = {"id": call_id, "type": "function", "function": function}
@@ -140,8 +143,6 @@ def _messages(fields: Fields) -> list[dict[str, Any]]:
         else:
             thought = "".join(part.text("text", "") for part in item.objects("content"))
             _own(messages)["reasoning_content"] = thought
-    if all(message["role"] == "system" for message in messages):
-        raise fields.wrong("input", "must hold at least one message", "missing_required_parameter")
     return messages
 
 
