@@ -152,8 +152,6 @@ _SCHEMAS: dict[str, Schema] = {
                     _list({"type": "string", "minLength": 1}, 1, MAX_CHOICES),
                     _ref("Ids"),
                     _list(_ref("Ids"), 1, MAX_CHOICES),
-                    _list(_COUNT, 1),
-                    _list(_list(_COUNT, 1), 1, MAX_CHOICES),
                 ]
             }
         },
@@ -219,7 +217,7 @@ _SCHEMAS: dict[str, Schema] = {
             "max_tokens": {"type": "integer", "minimum": 1, "maximum": 2**31},
             "messages": _list(_object({"role": _one_of("user"), "content": _BLOCKS}), 1),
         },
-        system={"anyOf": [_TEXT, _list(_ref("Part")), {"type": "null"}]},
+        system={"anyOf": [_TEXT, _list(_ref("Block")), {"type": "null"}]},
         stop_sequences=_or_null(_list(_STOP, 0, MAX_STOPS)),
         stream=_FLAG,
         temperature=_SAMPLING["temperature"],
