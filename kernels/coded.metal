@@ -3,8 +3,9 @@
 //   sums = sum over j of 2^(score_j - top) scale'_j level(code'_j),   still in the codes' space.
 // `merge_coded` adds up the pieces and the tail's share, and turns the result back.
 //
-// q [tokens, H, D], the H heads in groups of GQA that share a KV head; turn fp32 [D]. Part i: c [G, n_i, 2, WORDS]
-// codes of each token's key, then its value, s [G, n_i, 2] their scales. Queries see all of every part.
+// q [tokens, H, D], the H heads in groups of GQA that share a KV head; turn fp32 [2, D], of which the first row is
+// meant here, and the second (signs alone) by `merge_coded`. Part i: c [G, n_i, 2, WORDS], codes of each token's key,
+// then its value, s [G, n_i, 2] their scales. Queries see all of every part.
 //
 // Threads. A threadgroup (SG simdgroups) takes 8 TILES of the GQA * tokens queries of one KV head and one piece of the
 // length; grid (32 SG ceil(GQA tokens / 8 TILES), pieces, G). It walks through its piece in blocks of 16 SG tokens:
@@ -390,7 +391,7 @@ for (int tile = 0; tile < TILES; tile++) {
 // All pieces of a row together, as `merge` of attention.metal has them:
 //   out[row] = (turn * H (sum of 2^(m_p - m) sums[row, p]) / D  +  2^(m_t - m) tail_sums[row]) / sum of 2^(..) l.
 // sums [rows, pieces, D], stats [rows, pieces, (m, l)] of the coded parts, tail_.. [rows, 1, ..] of the plain one;
-// turn fp32 [D]: the signs. A threadgroup of 32 SG threads takes a row; grid (32 SG, 1, rows). A thread takes 4 columns
+// A threadgroup of 32 SG threads takes a row; grid (32 SG, 1, rows). A thread takes 4 columns
 // of every GROUPS-th piece.
 constexpr int GROUPS = 32 * SG / (D / 4);
 const int lane = int(thread_index_in_simdgroup), i = int(thread_index_in_threadgroup);
@@ -435,4 +436,4 @@ for (int m = 1; m < D; m *= 2) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 for (int d = i; d < D; d += 32 * SG)
-  out[row * D + d] = U((y[0][d] * turn[d] / D + tail_weight * tail_sums[row * D + d]) / total);
+  out[row * D + d] = U((y[0][d] * turn[D + d] / D + tail_weight * tail_sums[row * D + d]) / total);

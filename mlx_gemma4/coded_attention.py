@@ -79,9 +79,9 @@ def coded_attention(
     bits = kv_codes.bits_of(coded[0], q.shape[-1])
     run, launch, merge = _prepared(q.shape, q.dtype, kv_heads, bits, lengths, maker, scale, out or q.dtype, cut)
     arrays = [a for codes, scales in coded for a in (_rows(codes, kv_heads), scales.reshape(kv_heads, -1, 2))]
-    sums, stats = run(inputs=[q, turn[0], *arrays], **launch)
+    sums, stats = run(inputs=[q, turn, *arrays], **launch)
     tail_sums, tail_stats = attention_sums(q, [tail], spans, maker, scale=scale)
-    return merge[0](inputs=[sums, stats, tail_sums, tail_stats, turn[1]], **merge[1])[0]
+    return merge[0](inputs=[sums, stats, tail_sums, tail_stats, turn], **merge[1])[0]
 
 
 def _rows(codes: mx.array, kv_heads: int) -> mx.array:

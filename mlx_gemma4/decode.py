@@ -134,11 +134,14 @@ def product_twin(
     norm: mx.array | None = None,
     eps: float = 1e-6,
     glu: bool = False,
+    shrink: float = 1.0,
     times: mx.array | None = None,
     ids: mx.array | None = None,
+    out: mx.Dtype | None = None,
 ) -> mx.array:
     """`kernels.matvec` in stock MLX, for any weight; the options mean what they mean there."""
-    h = x if norm is None else ops.rms_norm(x, norm, eps)
+    h = x.astype(mx.float32)
+    h = h if norm is None else ops.rms_norm(h, norm, eps)
     if ids is None:
         y = ops.linear(h, w)
     else:
@@ -147,8 +150,8 @@ def product_twin(
         y = ops.expert_linear(h[:, None], w, chosen)[0 if shared else slice(None), slice(None) if shared else 0]
     if glu:
         gate, up = mx.split(y, 2, axis=-1)
-        y = ops.geglu(gate, up)
-    return y if times is None else ops.gelu(y) * times
+        y = ops.geglu(gate, up) * shrink
+    return ops.within(y if times is None else ops.gelu(y) * times.astype(mx.float32), out or x.dtype)
 
 
 def can_step(model: Model, tokens: int) -> bool:
@@ -161,7 +164,8 @@ def can_step(model: Model, tokens: int) -> bool:
 # What a step reads of a KV state: arrays only, in the same places while the state's segments stay the same, so that a
 # trace of the step serves until a tail is full.
 #   position, count  int32 [1]: tokens before the step; those of them in the tails
-#   spans            {sliding or not: int32 [parts, 2]}: the rows in use of each part, the tail the last of them
+#   spans            {sliding or not: int32 [parts, 2]}: the rows in use of each part that is not in codes, the tail
+#                    the last of them
 #   segments         {layer with keys and values of its own: [(keys, values), ..]}: what is in sight before the tail;
 #                    in a global layer perhaps [(codes, scales), ..]
 #   tails            {such a layer: (keys, values)}
@@ -285,8 +289,8 @@ def _attention(
     spans = inputs["spans"][shape.sliding]
     if parts[0][0].dtype == mx.uint32:  # codes; only a global layer has them
         *coded, tail = parts
-        turn, last = inputs["turns"][shape.kv_layer], spans[-1:]
-        out = run("coded_attention", q, coded, turn, tail, last, scale=c.attention_scale, out=mx.float32)
+        turn = inputs["turns"][shape.kv_layer]
+        out = run("coded_attention", q, coded, turn, tail, spans, scale=c.attention_scale, out=mx.float32)
     else:
         out = run("attention", q, parts, spans, scale=c.attention_scale, window=window, out=mx.float32)
     return run.product(out, layer.attn_output)
@@ -344,7 +348,8 @@ def _inputs(model: Model, opened: dict[int, LayerKV], length: int, tokens: int) 
         seen = [s for s in kv.segments if s.stop > first]
         segments[i] = [(s.keys, s.values) for s in seen]
         if sliding not in spans:
-            rows = [(max(0, first - s.start), s.stop - s.start) for s in seen]
+            # Codes are in use from the first to the last.
+            rows = [] if kv.coder else [(max(0, first - s.start), s.stop - s.start) for s in seen]
             begin = max(kv.skip, first - kv.stop + kv.count)
             spans[sliding] = mx.array([*rows, (begin, kv.count + tokens)], mx.int32)
     count = next(iter(opened.values())).count
