@@ -6,17 +6,18 @@ In: what a model's forward pass gives a `KVState`. Out: what it gives back, cut 
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 from recorded import HERE
 
-from mlx_gemma4 import load
+from mlx_gemma4 import kv_codes, load
 from mlx_gemma4.execution import execution
 from mlx_gemma4.model import Model
-from mlx_gemma4.segments import Layout, Part
-from mlx_gemma4.state import KVState
+from mlx_gemma4.segments import Coder, Layout, Part
+from mlx_gemma4.state import KVState, coder_of
 
 
 class SmallModel(Model):
@@ -42,13 +43,19 @@ def small_model(kind: str, window: int, layout: Layout) -> SmallModel:
 
 
 class PlainState:
-    """All keys and values since the beginning, as one array a layer; nothing is ever dropped."""
+    """All keys and values since the beginning, as one array a layer; nothing is ever dropped, or encoded for good.
+
+    With another kv than "full", the first `coded` tokens of global layers count as encoded.
+    """
 
     dtype = mx.float32
     arrays: list[mx.array] = []  # noqa: RUF012 - nothing to schedule: the logits need it all
 
-    def __init__(self, model: SmallModel) -> None:
+    def __init__(self, model: SmallModel, kv: str = "full") -> None:
         self.config, self.layout = model.config, model.layout
+        own = [i for i, layer in enumerate(self.config.layers) if layer.kv_layer == i]
+        self.coders = {i: coder_of(model, kv, i) for i in own}
+        self.coded = 0
         self.length = 0
         self.rows: dict[int, tuple[mx.array, mx.array]] = {}
         self.read = 0  # tokens of the forward pass that is under way
@@ -68,18 +75,38 @@ class PlainState:
         sealed = self.length if fits else stop
         ends = self.layout.ends(sealed) if window is None else self.layout.sliding_ends(sealed, window)
         first = 0 if window is None else max(0, stop - queries - window + 1)
+        if coder := self.coders[layer]:
+            return self._parts_in_codes(layer, coder)
         k, v = self.rows[layer]
         bounds = zip([0, *ends], [*ends, stop], strict=True)
         spans = [(max(a, first), b) for a, b in bounds if b > max(a, first)]
         return [Part(a, k[:, :, a:b], v[:, :, a:b]) for a, b in spans]
 
+    def _parts_in_codes(self, layer: int, coder: Coder) -> list[Part]:
+        """What was sealed before this pass in codes, all else in one part."""
+        sealed, ends = self._sealed(), self.layout.ends(self.length)
+        if sealed > (ends[-1] if ends else 0):
+            ends = [*ends[:-1], sealed]
+        k, v = self.rows[layer]
+        parts = []
+        for a, b in itertools.pairwise([0, *ends]):
+            parts.append(Part(a, *kv_codes.encode(k[:, :, a:b], v[:, :, a:b], coder.turn, coder.kind), coder.turn))
+        return [*parts, Part(sealed, k[:, :, sealed:], v[:, :, sealed:])]
+
+    def _sealed(self) -> int:
+        """Tokens in codes once a full tail is sealed, as it is when more come."""
+        return self.length if self.length % self.layout.tail == 0 else self.coded
+
     def advance(self, ids: mx.array) -> None:
-        self.length += ids.size
+        fits = self.length % self.layout.tail + ids.size <= self.layout.tail
+        self.coded, self.length = self._sealed(), self.length + ids.size
+        if not fits:
+            self.coded = max(self.coded, self.length // self.layout.tail * self.layout.tail)
 
     def cut(self, length: int) -> PlainState:
         """Another one that holds the first `length` tokens."""
         other = PlainState.__new__(PlainState)
-        other.__dict__.update(self.__dict__, length=length)
+        other.__dict__.update(self.__dict__, length=length, coded=min(self.coded, length))
         other.rows = {i: (k[:, :, :length], v[:, :, :length]) for i, (k, v) in self.rows.items()} if length else {}
         return other
 
@@ -92,9 +119,18 @@ def same_contents(state: KVState, plain: PlainState) -> bool:
     for i, kv in state.layers.items() if state.length else ():
         first = max(0, state.length - state.config.window + 1) if state.config.layers[i].sliding else 0
         parts = kv.parts(first)
+        coded = [part for part in parts if part.turn is not None]
+        if coder := plain.coders[i]:
+            first = plain.coded
+            assert sum(part.keys.shape[2] for part in coded) == first
+            if coded:
+                wanted = kv_codes.encode(*(a[:, :, :first] for a in plain.rows[i]), coder.turn, coder.kind)
+                for which, theirs in enumerate(wanted):
+                    same.append(mx.array_equal(mx.concatenate([part[1 + which] for part in coded], axis=2), theirs))
         for which, theirs in enumerate(plain.rows[i]):
-            ours = mx.concatenate([theirs[:, :, :0], *(part[1 + which] for part in parts)], axis=2)
-            same.append(mx.array_equal(ours, theirs[:, :, first : state.length]))
+            ours = [part[1 + which] for part in parts if part.turn is None]
+            joined = mx.concatenate([theirs[:, :, :0], *ours], axis=2)
+            same.append(mx.array_equal(joined, theirs[:, :, first : state.length]))
     with execution():
         mx.eval(same)
     return all(s.item() for s in same)
