@@ -18,7 +18,7 @@ from markdown_it.token import Token
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markdown import Heading, Markdown
-from rich.segment import Segment
+from rich.segment import Segment, Segments
 from rich.text import Text
 from rich.theme import Theme
 
@@ -26,7 +26,7 @@ REDRAW_EVERY = 0.05  # seconds at least between two drawings
 THOUGHT_LINES = 6  # of an open thought, the last ones
 _STYLES = {"markdown.code": "cyan", "markdown.link_url": "underline"}  # over rich's, whose black boxes suit no terminal
 
-# Raw HTML and link definitions are shown as they stand: nothing that a model writes is swallowed.
+# Raw HTML and link definitions, which rich drops, are shown as they stand.
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("reference")
 _CONTROLS = {c: "\N{REPLACEMENT CHARACTER}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
 _CONTROLS[ord("\r")] = ""
@@ -240,8 +240,12 @@ class ReplyScreen:
 
     def _lines(self, content: RenderableType) -> list[Line]:
         """What a renderable looks like, without empty lines around and spaces at the ends."""
-        rows = self._console.render_lines(content, pad=False)
-        lines = [_line(self._console, row) for row in rows]
+        rows = [_trimmed(row) for row in self._console.render_lines(content, pad=False)]
+        with self._console.capture() as capture:
+            for row in rows:
+                self._console.print(Segments([*row, Segment.line()]), end="", soft_wrap=True)
+        styled = capture.get().split("\n")
+        lines = [Line(a, "".join(s.text for s in row)) for a, row in zip(styled, rows, strict=False)]
         while lines and not lines[0].plain:
             del lines[0]
         while lines and not lines[-1].plain:
@@ -273,14 +277,11 @@ def _markdown(source: str) -> Markdown:
     return made
 
 
-def _line(console: Console, row: list[Segment]) -> Line:
-    plain = "".join(segment.text for segment in row).rstrip()
-    kept, room = [], len(plain)
+def _trimmed(row: list[Segment]) -> list[Segment]:
+    """A row without spaces at its end."""
+    room, kept = len("".join(segment.text for segment in row).rstrip()), []
     for segment in row:
         if room > 0:
             kept.append(Segment(segment.text[:room], segment.style))
             room -= len(segment.text)
-    with console.capture() as capture:
-        for segment in kept:
-            console.print(Text(segment.text, style=segment.style or ""), end="", soft_wrap=True)
-    return Line(capture.get(), plain)
+    return kept
