@@ -26,6 +26,7 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .errors import InputError
@@ -295,7 +296,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # Jinja's names
         _spend(_CALL_STEPS)
-        if any(isinstance(x, int) and abs(x) > _MAX_TEXT for x in args):
+        # A macro may be given any number, as the bounds in a tool's schema are.
+        if not isinstance(__obj, Macro) and any(isinstance(x, int) and abs(x) > _MAX_TEXT for x in args):
             raise InputError("the model's chat template asks for too much: its code may be broken")
         return _bounded(super().call(__context, __obj, *args, **kwargs))
 
