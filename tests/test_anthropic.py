@@ -206,6 +206,7 @@ RESULT = {"type": "tool_result", "tool_use_id": "x"}
         ({"top_p": "x"}, "top_p"),
         ({"top_k": 1.5}, "top_k"),
         ({"stop_sequences": [""]}, "stop_sequences"),
+        ({"stop_sequences": "x"}, "stop_sequences"),
         ({"thinking": {"type": "deep"}}, "thinking.type"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name"),

@@ -177,6 +177,8 @@ def _assistant(message: Fields, called: dict[str, str]) -> dict[str, Any]:
 
 def _user(message: Fields, called: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     text: list[str] = []
+    if message.get("content") == []:
+        raise message.wrong("content", "must hold at least one block")
     for kind, block in _blocks(message):
         if kind == "text":
             text.append(_text(block))
@@ -187,7 +189,7 @@ def _user(message: Fields, called: Mapping[str, str]) -> Iterator[dict[str, Any]
             yield {"role": "tool", "tool_call_id": id, "name": called[id], "content": _result(block)}
         else:
             raise block.wrong("type", f"{kind!r} belongs in a message of the assistant")
-    if text or not message.get("content"):
+    if text:
         yield {"role": message.text("role", "user"), "content": "\n".join(text)}
 
 
