@@ -126,20 +126,29 @@ class _Gate:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
-        path, status = scope["path"], 500
+        path, status, headers = scope["path"], 500, Headers(scope=scope)
+        unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+
+        async def noted() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = unread and message.get("more_body", False)
+            return message
 
         async def counted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if unread:  # uvicorn would go on reading a body that may never end
+                    message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
 
         try:
-            self._check(Headers(scope=scope), path)
+            self._check(headers, path)
         except ApiError as error:
-            await error_response(error, _error_body(path))(scope, receive, counted)
+            await error_response(error, _error_body(path))(scope, noted, counted)
         else:
-            await self.app(scope, receive, counted)
+            await self.app(scope, noted, counted)
         finally:
             label = path if path in _KNOWN_PATHS else "other"
             self.metrics.count("mlx_gemma4_requests_total", labels=f'path="{label}",status="{status}"')
@@ -176,7 +185,8 @@ def _keys(headers: Headers) -> list[str]:
 
 
 def _same(key: str, given: str) -> bool:
-    return hmac.compare_digest(key.encode("utf-8", "replace"), given.encode("utf-8", "replace"))
+    # A header's bytes come as Latin-1; clients send UTF-8.
+    return hmac.compare_digest(key.encode("utf-8", "surrogateescape"), given.encode("latin-1"))
 
 
 def _error_body(path: str) -> Callable[[ApiError], Any]:
