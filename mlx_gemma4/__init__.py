@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .conversation import Reply, ReplyChunk, ReplyOptions, achat, astream, chat, prompt_ids, stream_reply
     from .generation import Statistics
     from .messages import tool_result
+    from .mlx_lm_adapter import for_mlx_lm
     from .prefix import PrefixStore
     from .replies import Event, Text, Thinking, ToolCall
     from .sampling import Sampling, Token
@@ -39,6 +40,7 @@ _PLACES = {
     "conversation": ("Reply", "ReplyChunk", "ReplyOptions", "achat", "astream", "chat", "prompt_ids", "stream_reply"),
     "generation": ("Statistics",),
     "messages": ("tool_result",),
+    "mlx_lm_adapter": ("for_mlx_lm",),
     "prefix": ("PrefixStore",),
     "replies": ("Event", "Text", "Thinking", "ToolCall"),
     "sampling": ("Sampling", "Token"),
@@ -66,6 +68,7 @@ __all__ = [
     "achat",
     "astream",
     "chat",
+    "for_mlx_lm",
     "generate",
     "load",
     "prompt_ids",

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import aclosing, closing
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -241,7 +241,7 @@ async def astream(
     state: KVState | None = None,
     on_prompt: OnPrompt | None = None,
     **fields: Any,
-) -> AsyncIterator[ReplyChunk]:
+) -> AsyncGenerator[ReplyChunk, None]:
     """As `stream_reply`, for `async for`: the work is done in a thread. Leaving or cancelling stops it in a token.
 
     >>> import asyncio, mlx_gemma4
@@ -256,8 +256,9 @@ async def astream(
     def start(check: OnPrompt) -> Iterator[ReplyChunk]:
         return stream_reply(lm, messages, options, store=store, state=state, on_prompt=check)
 
-    async for chunk in in_thread(start, on_prompt):
-        yield chunk
+    async with aclosing(in_thread(start, on_prompt)) as chunks:
+        async for chunk in chunks:
+            yield chunk
 
 
 async def achat(
@@ -277,7 +278,9 @@ class _Left(Exception):
     """Nobody waits any more."""
 
 
-async def in_thread(start: Callable[[OnPrompt], Iterator[T]], on_prompt: OnPrompt | None = None) -> AsyncIterator[T]:
+async def in_thread(
+    start: Callable[[OnPrompt], Iterator[T]], on_prompt: OnPrompt | None = None
+) -> AsyncGenerator[T, None]:
     """Run an iterator in a thread of its own and hand its items to the event loop.
 
     Args:
@@ -429,8 +432,7 @@ def go_back(state: KVState, ids: list[int]) -> int:
     """Rewind a state to the last place it can reach that holds nothing but a beginning of `ids`; its new length."""
     common = common_length(np.array(ids, np.int32), np.array(state.tokens, np.int32))
     reach = state.reach(common)
-    if reach < common:
-        state.wanted_marks.add(common)  # this reading passes here: others may want to come back
+    state.wanted_marks = {common} if reach < common else set()  # reading passes there, and others may come back to it
     state.rewind(reach)
     return reach
 

@@ -12,7 +12,7 @@ import copy
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,10 +130,12 @@ class Session:
         options: ReplyOptions | None = None,
         *,
         on_prompt: OnPrompt | None = None,
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """As `send`, for `async for`. Leaving or cancelling stops the reply within a token."""
-        async for event in in_thread(lambda check: self.send(content, options, on_prompt=check), on_prompt):
-            yield event
+        made = in_thread(lambda check: self.send(content, options, on_prompt=check), on_prompt)
+        async with contextlib.aclosing(made) as events:
+            async for event in events:
+                yield event
 
     def fork(self) -> Session:
         """Another session with the same past. Copies no keys or values."""
