@@ -18,7 +18,9 @@ import mlx.core as mx
 
 from mlx_gemma4 import kv_codes
 from mlx_gemma4.config import LayerConfig
+from mlx_gemma4.decode import Kernels
 from mlx_gemma4.execution import execution
+from mlx_gemma4.kernels import default_maker
 from mlx_gemma4.memory import on_cpu
 from mlx_gemma4.state import KVState, kv_bytes
 
@@ -36,7 +38,8 @@ def stand_in() -> Any:
         sliding = i % EVERY != EVERY - 1
         layers.append(LayerConfig(sliding=sliding, heads=HEADS, kv_heads=kv_heads, head_dim=dim, ffn=0, kv_layer=i))
     turns = {i: kv_codes.turns(layer.head_dim) for i, layer in enumerate(layers) if not layer.sliding}
-    return SimpleNamespace(config=SimpleNamespace(layers=tuple(layers), window=WINDOW), turns=turns)
+    config, maker = SimpleNamespace(layers=tuple(layers), window=WINDOW), default_maker()
+    return SimpleNamespace(config=config, turns=turns, kernels=Kernels(maker) if maker else None)
 
 
 def filled(model: Any, length: int, kind: str) -> tuple[KVState, float, int]:

@@ -22,7 +22,8 @@
 // Memory. Codes and scales once for each 8 TILES queries; sums (fp32, [tokens H, pieces, D]) written once, read once.
 //
 // Rendered before: T (dtype of q), U (of out), D, GQA, BITS, SG, TILES, PARTS, SCALE; of 4 bits, LEVELS (8 fp16 as
-// bits), LOW_0, LOW_1, HIGH_0, HIGH_1 (their low and high bytes).
+// bits), LOW_0, LOW_1, HIGH_0, HIGH_1 (their low and high bytes). For `encode`: T (of keys and values), D, BITS, and
+// MAGNITUDES, BOUNDS (the levels, and the 7 halfway between them) as floats.
 
 #define PER (32 / BITS)                        // codes a word
 #define WORDS (D / PER)                        // a vector
@@ -116,6 +117,29 @@ METAL_FUNC void load_words(const device uint* p, int count, thread uint* w) {
   }
 }
 
+// H v over a simdgroup, which holds the numbers lane, lane + 32 ..
+METAL_FUNC void hadamard(thread float* v, int lane) {
+  UNROLL
+  for (int m = 1; m < 32; m *= 2) {
+    UNROLL
+    for (int j = 0; j < D / 32; j++) {
+      const float other = simd_shuffle_xor(v[j], ushort(m));
+      v[j] = lane & m ? other - v[j] : v[j] + other;
+    }
+  }
+  UNROLL
+  for (int m = 1; m < D / 32; m *= 2) {
+    UNROLL
+    for (int j = 0; j < D / 32; j++) {
+      if ((j & m) == 0) {
+        const float a = v[j], b = v[j + m];
+        v[j] = a + b;
+        v[j + m] = a - b;
+      }
+    }
+  }
+}
+
 struct Coded {
   const device uint* codes;
   const device half* scales;
@@ -179,25 +203,7 @@ for (int r = sg; r < ROWS; r += SG) {
     if (row < GQA * tokens)
       v[j] = float(q[(row / GQA * heads + g * GQA + row % GQA) * D + d]) * turn[d] * (SCALE * 1.4426950408889634f / D);
   }
-  UNROLL
-  for (int m = 1; m < 32; m *= 2) {
-    UNROLL
-    for (int j = 0; j < D / 32; j++) {
-      const float other = simd_shuffle_xor(v[j], ushort(m));
-      v[j] = lane & m ? other - v[j] : v[j] + other;
-    }
-  }
-  UNROLL
-  for (int m = 1; m < D / 32; m *= 2) {
-    UNROLL
-    for (int j = 0; j < D / 32; j++) {
-      if ((j & m) == 0) {
-        const float a = v[j], b = v[j + m];
-        v[j] = a + b;
-        v[j + m] = a - b;
-      }
-    }
-  }
+  hadamard(v, lane);
   // A product takes 4 codes of each of 4 lanes: two for its first 8 rows, two for the other 8.
   UNROLL
   for (int j = 0; j < D / 32; j++) {
@@ -437,3 +443,59 @@ for (int m = 1; m < D; m *= 2) {
 threadgroup_barrier(mem_flags::mem_threadgroup);
 for (int d = i; d < D; d += 32 * SG)
   out[row * D + d] = U((y[0][d] * turn[D + d] / D + tail_weight * tail_sums[row * D + d]) / total);
+
+// kernel: encode(keys, values, turn) -> (codes, scales)
+// Codes and scales of keys and values [rows, D], as kv_codes.py has them: codes [rows, 2, WORDS], scales [rows, 2];
+// turn fp32 [2, D]. A simdgroup takes one vector, 8 a threadgroup; grid (256 ceil(rows / 4), 1, 1). Each byte once.
+const int lane = int(thread_index_in_simdgroup);
+const int unit = int(threadgroup_position_in_grid.x) * 8 + int(simdgroup_index_in_threadgroup);
+if (unit < 2 * keys_shape[0]) {
+  float v[D / 32], most = 0, squares = 0;
+  UNROLL
+  for (int j = 0; j < D / 32; j++) {
+    const int d = j * 32 + lane, at = unit / 2 * D + d;
+    v[j] = unit % 2 == 0 ? float(keys[at]) / turn[d] : float(values[at]) * turn[D + d];
+  }
+  hadamard(v, lane);
+  UNROLL
+  for (int j = 0; j < D / 32; j++) {
+    most = max(most, fabs(v[j]));
+    squares += v[j] * v[j];
+  }
+  uint code[D / 32];
+#if BITS == 8
+  const half scale = half(max_lanes(most) / 127.0f);
+  const float step = float(scale) > 0 ? float(scale) : 1.0f;
+  UNROLL
+  for (int j = 0; j < D / 32; j++) code[j] = uint(int(rint(max(-127.0f, min(127.0f, v[j] / step)))) + 128);
+#else
+  const float bounds[7] = BOUNDS, magnitudes[8] = MAGNITUDES;
+  squares = sum_lanes(squares, 32);
+  const float norm = squares > 0 ? sqrt(squares / D) : 1.0f;
+  float along = 0;
+  UNROLL
+  for (int j = 0; j < D / 32; j++) {
+    const float size = fabs(v[j]);
+    float magnitude = magnitudes[0];
+    code[j] = 0;
+    UNROLL
+    for (int i = 0; i < 7; i++) {
+      const bool over = size / norm > bounds[i];
+      code[j] += over ? 1u : 0u;
+      magnitude = over ? magnitudes[i + 1] : magnitude;
+    }
+    along += size * magnitude;
+    if (v[j] < 0) code[j] |= 8u;
+  }
+  along = sum_lanes(along, 32);
+  const half scale = half(along > 0 ? squares / along : 0.0f);
+#endif
+  if (lane == 0) scales[unit] = scale;
+  UNROLL
+  for (int j = 0; j < D / 32; j++) {
+    uint word = code[j] << (lane % PER * BITS);
+    UNROLL
+    for (int m = 1; m < PER; m *= 2) word |= simd_shuffle_xor(word, ushort(m));
+    if (lane % PER == 0) codes[unit * WORDS + j * BITS + lane / PER] = word;
+  }
+}

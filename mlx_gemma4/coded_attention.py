@@ -125,6 +125,31 @@ def _prepared(
     return _build(maker, kernel), launch, (_build(maker, merge), merge_launch)
 
 
+def encode(keys: mx.array, values: mx.array, turn: mx.array, kind: str, maker: Maker) -> Any:
+    """Codes and scales of keys and values [1, G, n, D]: `kv_codes.encode` in one launch."""
+    _, heads, n, dim = keys.shape
+    kernel, bits = _encoder(kind, dim, keys.dtype, maker), kv_codes.BITS[kind]
+    codes, scales = kernel(
+        inputs=[keys.reshape(-1, dim), values.reshape(-1, dim), turn],
+        grid=(256 * -(-heads * n // 4), 1, 1),
+        threadgroup=(256, 1, 1),
+        output_shapes=[(1, heads, n, 2, dim * bits // 32), (1, heads, n, 2)],
+        output_dtypes=[mx.uint32, mx.float16],
+    )
+    return codes, scales
+
+
+encode_twin = kv_codes.encode
+
+
+@lru_cache
+def _encoder(kind: str, dim: int, dtype: mx.Dtype, maker: Maker) -> Callable[..., Sequence[Any]]:
+    defines: dict[str, object] = {"D": dim, "BITS": kv_codes.BITS[kind], "SG": 1, **_levels()}
+    for name, numbers in (("MAGNITUDES", LEVELS), ("BOUNDS", kv_codes.BOUNDS)):
+        defines[name] = f"{{{', '.join(map(_f, numbers))}}}"
+    return _build(maker, render("encode", "coded.metal", dtype, defines))
+
+
 def _levels() -> dict[str, object]:
     """The code book of 4 bits as coded.metal wants it."""
     halves = np.array(LEVELS, np.float16)

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import attention, coded_attention, fused, kernels, kv_codes, quant, tiles
-from .decode import product_twin
+from .decode import SHRINK, product_twin
 from .kernels import Maker
 from .memory import on_cpu
 from .quant import FLOATS, FORMATS, Packed
@@ -68,6 +68,8 @@ class Product:
     used: int = 0  # experts chosen
     own_x: bool = False  # each expert has its own input
     tokens: int = 1
+    narrow: bool = False  # input in the dtype of KV states, else fp32
+    narrow_out: bool = False  # the result likewise
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ def checks(s: Sizes, lengths: Sequence[int], rows: int | None = None) -> Iterato
         if not h.window and h.dim in coded_attention.DIMS:
             for length, kind in itertools.product(lengths[-2:], kv_codes.BITS):
                 yield _coded_attention(h, length, kind)
+            yield from (_encode(h, kind) for kind in kv_codes.BITS)
     for scaled, experts in ((False, 0), (True, 0), *([(True, s.used)] if s.used else [])):
         yield _add_norm(s.hidden, scaled, experts)
     if s.table:
@@ -139,7 +142,7 @@ def sizes_of(model: Model) -> Sizes:
     """The sizes of a loaded model."""
     c, w = model.config, model.weights
     heads = []
-    products = [Product(_type(w.output), w.output.shape, norm=True)]
+    products = [Product(_type(w.output), w.output.shape, narrow=True)]
     if w.per_layer_model_proj is not None:
         products.append(Product(_type(w.per_layer_model_proj), w.per_layer_model_proj.shape))
     for shape, layer in zip(c.layers, w.layers, strict=True):
@@ -153,7 +156,9 @@ def sizes_of(model: Model) -> Sizes:
         products += _layer_products(layer, c.experts_used, c.hidden)
     usable = [p for p in products if p.type in FORMATS or (p.type in FLOATS and not p.glu and len(p.shape) == 2)]
     plain = {p.type: p.shape for p in reversed(usable) if p.type in FORMATS and len(p.shape) == 2}
-    usable += [Product(type, shape, tokens=kernels.MAX_TOKENS) for type, shape in plain.items()]  # short prompts
+    usable += [
+        Product(type, shape, tokens=kernels.MAX_TOKENS, narrow=True) for type, shape in plain.items()
+    ]  # short prompts
     ple_table = "" if w.per_layer_token_embd is None else _type(w.per_layer_token_embd)
     experts = (c.experts, c.experts_used if c.experts else 0)
     tables = (_type(w.token_embd), ple_table)
@@ -163,16 +168,17 @@ def sizes_of(model: Model) -> Sizes:
 def _layer_products(layer: Layer, used: int, hidden: int) -> list[Product]:
     """As the decode step takes them."""
     folded: dict[str, dict[str, Any]] = {
-        **{name: {"norm": True} for name in ("attn_qk", "attn_q", "attn_k", "attn_v", "ffn_up")},
-        "ffn_gate_up": {"norm": True, "glu": True},
-        "ffn_gate": {"norm": True, "times": True},
+        **{name: {"narrow": True} for name in ("attn_qk", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_down")},
+        "ffn_gate_up": {"glu": True, "narrow": True, "narrow_out": True},
+        "ffn_gate": {"times": True, "narrow": True, "narrow_out": True},
+        "ffn_up": {"narrow": True, "narrow_out": True},
         "inp_gate": {"times": True},
+        "proj": {},
         "ffn_gate_inp": {"norm": True, "factor": hidden**-0.5},
-        "ffn_gate_up_exps": {"norm": True, "glu": True, "used": used},
+        "ffn_gate_up_exps": {"norm": True, "glu": True, "used": used, "narrow_out": True},
         "ffn_gate_exps": {"norm": True, "used": used},
         "ffn_up_exps": {"norm": True, "used": used},
-        "ffn_down_exps": {"used": used, "own_x": True},
-        **{name: {} for name in ("attn_output", "ffn_down", "proj")},
+        "ffn_down_exps": {"used": used, "own_x": True, "narrow": True},
     }
     weights = {f.name: getattr(layer, f.name) for f in fields(layer)}
     there = {name: options for name, options in folded.items() if weights[name] is not None}
@@ -231,12 +237,14 @@ def _product(p: Product, most: int | None) -> Check:
     made = (*([min(p.shape[0], 4 * p.used)] if p.used else []), min(n, most or n), k)
 
     def make() -> Case:
-        w, x = weight(p.type, made), normal(p.used if p.own_x else p.tokens, k)
+        dtype, out = (state_dtype() if narrow else mx.float32 for narrow in (p.narrow, p.narrow_out))
+        w, x = weight(p.type, made), normal(p.used if p.own_x else p.tokens, k, dtype=dtype)
         options: dict[str, Any] = {"norm": 1 + normal(k) * 0.1, "eps": EPS} if p.norm else {}
+        options["out"] = out
         if p.glu:
-            options["glu"] = True
+            options |= {"glu": True, "shrink": SHRINK}
         if p.times:
-            options["times"] = normal(p.tokens, made[0])
+            options["times"] = normal(p.tokens, made[0], dtype=dtype)
         if p.used:
             options["ids"] = mx.random.permutation(made[0])[: p.used].astype(mx.int32)
         n_bytes = w.nbytes * (p.used or 1) // (made[0] if p.used else 1)
@@ -313,7 +321,7 @@ def _attention(h: Heads, length: int) -> Check:
         parts = [(normal(*shape, dtype=dtype), normal(*shape, dtype=dtype)) for shape in shapes]
         spans = mx.array([used for _, *used in capacities], mx.int32)
         q = normal(1, h.heads, h.dim, dtype=dtype) * (1.5 * h.dim**-0.5)
-        options: dict[str, Any] = {"scale": 1.0, "window": h.window, "out": mx.float32}
+        options: dict[str, Any] = {"scale": 1.0, "window": h.window}
         seen = min(h.window or length, length + COUNT)
         return Case(
             lambda maker: attention.attention(q, parts, spans, maker, **options),
@@ -334,7 +342,7 @@ def _coded_attention(h: Heads, length: int, kind: str) -> Check:
         shape, spans = (1, h.kv_heads, attention.TAIL, h.dim), mx.array([[0, COUNT]], mx.int32)
         tail = (normal(*shape, dtype=dtype), normal(*shape, dtype=dtype))
         q = normal(1, h.heads, h.dim, dtype=dtype) * (1.5 * h.dim**-0.5)
-        options: dict[str, Any] = {"scale": 1.0, "out": mx.float32}
+        options: dict[str, Any] = {"scale": 1.0}
         return Case(
             lambda maker: coded_attention.coded_attention(q, coded, turn, tail, spans, maker, **options),
             lambda: coded_attention.coded_attention_twin(q, coded, turn, tail, spans, **options),
@@ -344,6 +352,26 @@ def _coded_attention(h: Heads, length: int, kind: str) -> Check:
     return Check("coded_attention", f"{h.heads}/{h.kv_heads} heads of {h.dim}, {length} tokens in {kind}", make)
 
 
+def _encode(h: Heads, kind: str) -> Check:
+    def make() -> Case:
+        turn, dtype, shape = kv_codes.turns(h.dim), state_dtype(), (1, h.kv_heads, attention.TAIL, h.dim)
+        k, v = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype)
+
+        def lengths(made: Sequence[mx.array]) -> Sequence[mx.array]:
+            """Of what was decoded, along what was encoded: a number on the edge of two levels may take either."""
+            pairs = zip(kv_codes.decode((made[0], made[1]), h.dim), kv_codes.rotated_pair(k, v, turn), strict=True)
+            return [(a * b).sum(axis=-1) / (b * b).sum(axis=-1) for a, b in pairs]
+
+        return Case(
+            lambda maker: coded_attention.encode(k, v, turn, kind, maker),
+            lambda: coded_attention.encode_twin(k, v, turn, kind),
+            k.nbytes + v.nbytes,
+            lengths,
+        )
+
+    return Check("encode", f"{h.kv_heads} heads of {h.dim} to {kind}", make)
+
+
 def _add_norm(k: int, scaled: bool, used: int) -> Check:
     def make() -> Case:
         x, h, post = normal(1, k) * 20, normal(1, k), 1 + normal(k) * 0.1
@@ -351,10 +379,11 @@ def _add_norm(k: int, scaled: bool, used: int) -> Check:
         if used:
             share = mx.softmax(normal(1, used), axis=-1)
             options["experts"] = (normal(1, used, k), share, 1 + normal(k) * 0.1, 1 + normal(k) * 0.1)
+        options |= {"next_norm": 1 + normal(k) * 0.1, "shrunk": SHRINK, "out": state_dtype()}
         return Case(
             lambda maker: fused.add_norm(x, h, post, maker, **options),
             lambda: fused.add_norm_twin(x, h, post, **options),
-            4 * k * (4 + (used + 2 if used else 0)),
+            4 * k * (5 + (used + 2 if used else 0)) + state_dtype().size * k,
         )
 
     return Check("add_norm", f"{k}" + ", scaled" * scaled + f", {used} experts" * (used > 0), make)

@@ -40,7 +40,7 @@ LEVELS = (
     2.732421875,
 )
 _LEAST = 1e-3  # of the largest weight of a norm: smaller ones count as that in `turns`
-_BOUNDS = tuple((a + b) / 2 for a, b in itertools.pairwise(LEVELS))
+BOUNDS = tuple((a + b) / 2 for a, b in itertools.pairwise(LEVELS))
 
 # Codes uint32 [1, G, n, 2, D * bits / 32] and scales fp16 [1, G, n, 2] of n tokens' keys and values.
 Coded = tuple[mx.array, mx.array]
@@ -126,7 +126,7 @@ def encode(keys: mx.array, values: mx.array, turn: mx.array, kind: str) -> Coded
         norm = mx.sqrt((y * y).mean(axis=-1, keepdims=True))
         unit = size / _divisor(norm)
         codes = mx.zeros(y.shape, mx.uint32)
-        for bound in _BOUNDS:
+        for bound in BOUNDS:
             codes = codes + (unit > bound)
         # Such that the decoded vector's part along y has y's length: scores come out neither too large nor too small.
         along = (size * mx.array(LEVELS)[codes]).sum(axis=-1, keepdims=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -84,13 +84,14 @@ class Coder:
 
     kind: str  # of kv_codes.KINDS, not "full"
     turn: mx.array  # `kv_codes.turns` of the layer
+    encode: Callable[..., kv_codes.Coded] = kv_codes.encode  # (keys, values, turn, kind)
 
     def encoded(self, s: Segment) -> Segment:
         """A segment in codes; itself if it is."""
         if s.coded:
             return s
         n = s.stop - s.start
-        codes, scales = kv_codes.encode(s.keys[:, :, :n], s.values[:, :, :n], self.turn, self.kind)
+        codes, scales = self.encode(s.keys[:, :, :n], s.values[:, :, :n], self.turn, self.kind)
         return replace(s, keys=codes, values=scales)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -312,7 +313,10 @@ def total_nbytes(states: Iterable[KVState]) -> int:
 
 def coder_of(model: Model, kv: str, layer: int) -> Coder | None:
     """How a layer's segments are encoded in a state of that kind: sliding layers stay in full precision."""
-    return None if kv == "full" or model.config.layers[layer].sliding else Coder(kv, model.turns[layer])
+    if kv == "full" or model.config.layers[layer].sliding:
+        return None
+    encode = partial(model.kernels, "encode") if model.kernels else kv_codes.encode
+    return Coder(kv, model.turns[layer], encode)
 
 
 def kv_bytes(

@@ -270,6 +270,7 @@ def test_all_kernels_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         "qkv_post",
         "attention",
         "coded_attention",
+        "encode",
         "add_norm",
         "embed",
         "ple_inputs",

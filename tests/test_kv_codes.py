@@ -225,10 +225,28 @@ def test_attention_of_scores_far_apart() -> None:
     attend("q8", (4, 1), 64, [300], factor=30.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [32, 64, 256, 512])
+@pytest.mark.parametrize("kind", KINDS)
+def test_encoding_in_a_kernel(kind: str, dim: int, dtype: mx.Dtype) -> None:
+    """The twin's codes, but for numbers on the edge of two."""
+    turn = kv_codes.turns(dim, 1 + 0.3 * normal(dim), mx.ones(dim))
+    k, v = (mx.concatenate([normal(1, 2, 9, dim, seed=s), mx.zeros((1, 2, 1, dim))], axis=2) for s in (1, 2))
+    got = coded_attention.encode(k.astype(dtype), v.astype(dtype), turn, kind, metal)
+    want = kv_codes.encode(k.astype(dtype), v.astype(dtype), turn, kind)
+    check(got[1], want[1], mx.float16)
+    assert (np.array(got[0]) == np.array(want[0])).mean() > 0.99
+    for a, b in zip(kv_codes.decode(got, dim), kv_codes.decode(want, dim), strict=True):
+        assert (mx.abs(a - b).mean() / mx.abs(b).mean()).item() < 2e-3
+        assert not mx.any(a[:, :, 9:]).item()
+
+
 @pytest.mark.sanitize
 def test_no_races_and_no_access_out_of_bounds() -> None:
     attend("tq4", (8, 1), 256, [100, 64], tokens=2, maker=racing)
     attend("q8", (4, 1), 128, [70], maker=racing)
+    for kind in KINDS:
+        coded_attention.encode(normal(1, 1, 3, 64), normal(1, 1, 3, 64), kv_codes.turns(64), kind, racing)
 
 
 @pytest.mark.parametrize("kind", KINDS)
