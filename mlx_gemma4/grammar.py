@@ -120,7 +120,7 @@ def json_schema(tokenizer: Tokenizer, schema: Mapping[str, Any] | bool | str, *,
     if not isinstance(schema, Mapping):
         raise InputError("schema: must be a JSON object")
     try:
-        text = json.dumps(schema)
+        text = json.dumps(schema, allow_nan=False)
         _check_schema(schema, text)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"schema: can't be written as JSON ({error})") from error
@@ -231,14 +231,24 @@ def _allow(words: np.ndarray, *tokens: int | None) -> np.ndarray:
 def _on_large_stack(work: Callable[[], T]) -> T:
     """Run `work` in a thread whose stack holds deep recursion: an overflow would end the process."""
     results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # the library's panics are no Exceptions
+            errors.append(error)
+
     with _lock:
         before = threading.stack_size(_STACK)
         try:
-            thread = threading.Thread(target=lambda: results.append(work()))
+            thread = threading.Thread(target=run)
             thread.start()
         finally:
             threading.stack_size(before)
     thread.join()
+    if errors:
+        raise InputError(f"grammar: can't be used ({errors[0]})") from errors[0]
     return results[0]
 
 
@@ -269,8 +279,8 @@ def _check_schema(schema: Any, text: str) -> None:
         patterns = [part.get("pattern"), *(p if isinstance(p := part.get("patternProperties"), Mapping) else [])]
         if any(isinstance(p, str) and len(p) > MAX_REGEX for p in patterns):
             raise InputError(f"schema: a pattern has over {MAX_REGEX} characters")
-        multiple = part.get("multipleOf")
-        if isinstance(multiple, int | float) and _digits(multiple) > _MAX_MULTIPLE:
+        multiple: Any = part.get("multipleOf")
+        if type(multiple) in (int, float) and _digits(multiple) > _MAX_MULTIPLE:
             raise InputError(f"schema: multipleOf {multiple} has too many digits")
 
 

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
 
@@ -34,6 +35,18 @@ _KEY = r"/[^\x00-\x1F\s:=,;{}()\[\]<>|\"']{1,64}/"
 _APART = re.compile(r"""[\s:=,;{}()\[\]<>|"']|^$""")  # a name with any of these can't stand bare
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _TYPES = ("string", "number", "integer", "boolean", "null", "array", "object")
+# What must stand under a keyword for it to be understood.
+_SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("properties", "patternProperties"), (lambda x: isinstance(x, Mapping), "an object")),
+    **dict.fromkeys(("prefixItems", "enum", "anyOf", "oneOf", "allOf"), (lambda x: isinstance(x, list), "a list")),
+    **dict.fromkeys(("$ref", "pattern", "format"), (lambda x: isinstance(x, str), "a string")),
+    **dict.fromkeys(
+        ("minLength", "maxLength", "minItems", "maxItems"), (lambda x: type(x) is int and x >= 0, "a count, 0 or more")
+    ),
+    **dict.fromkeys(_BOUNDS, (lambda x: type(x) in (int, float) and math.isfinite(x), "a number")),
+    "required": (lambda x: isinstance(x, list) and all(isinstance(key, str) for key in x), "a list of names"),
+    "type": (lambda x: isinstance(x, str) or (isinstance(x, list) and x != []), "a type's name or a list of them"),
+}
 _SILENT = ("$ref", "$defs", "definitions", "$id", "$schema", "title", "description", "default", "examples")
 _BITS = 64  # of a rule's parameter
 _DAYS = r"(0[1-9]|1[0-9]|2[0-8])", r"(0[1-9]|[12][0-9]|30)", r"(0[1-9]|[12][0-9]|3[01])"
@@ -71,6 +84,8 @@ def tool_call_lark(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], cho
             calls.append(f"{_text(name)} {rules.value(parameters, 'parameters')}")
         except RecursionError as error:
             raise rules.error("parameters", "the schema is nested too deeply") from error
+        except TypeError as error:
+            raise rules.error("parameters", f"not a JSON schema ({error})") from error
     many = "+" if choice == "required" and parallel else ""
     head = [f"start: call{many}", f'call: {ids[CALL]} "call:" ({" | ".join(calls)}) {ids[END_CALL]}']
     return "\n".join(head + rules.lines) + "\n"
@@ -106,6 +121,9 @@ class _Rules:
             return self.anything()
         if not isinstance(schema, Mapping):
             raise self.error(at, f"{json.dumps(schema, default=str)[:40]} is no schema that a value could obey")
+        for keyword, (fits, wanted) in _SHAPES.items():
+            if keyword in schema and not fits(schema[keyword]):
+                raise self.error(at, f"{keyword} must be {wanted}, not {json.dumps(schema[keyword], default=str)[:40]}")
         if "$ref" in schema:
             beside = {key: value for key, value in schema.items() if key not in _SILENT}
             if beside:
@@ -115,10 +133,10 @@ class _Rules:
             return self.value(self.merged(schema, at), at)
         if "const" in schema:
             return self.literal(schema["const"])
-        if isinstance(schema.get("enum"), list) and schema["enum"]:
+        if schema.get("enum"):
             return self.either(self.literal(value) for value in schema["enum"])
         for key in ("anyOf", "oneOf"):
-            if isinstance(schema.get(key), list) and schema[key]:
+            if schema.get(key):
                 rest = {k: v for k, v in schema.items() if k != key}
                 parts = [{**rest, **part} if isinstance(part, Mapping) else part for part in schema[key]]
                 return self.either(self.value(part, f"{at}/{key}/{i}") for i, part in enumerate(parts))
@@ -141,11 +159,11 @@ class _Rules:
 
     def string(self, schema: Mapping[str, Any], at: str) -> str:
         parts = []
-        if isinstance(schema.get("pattern"), str):
+        if "pattern" in schema:
             parts.append(_unanchored(schema["pattern"]))
         if schema.get("format") in _FORMATS:
             parts.append(_FORMATS[schema["format"]])
-        low, high = self.count(schema, "minLength", at), self.count(schema, "maxLength", at)
+        low, high = schema.get("minLength"), schema.get("maxLength")
         if low or high is not None:
             parts.append(f"(?s:.{{{low or 0},{'' if high is None else high}}})")
         parts = [regex for regex in parts if self.compiles(regex, at)] or ["(?s:.*)"]
@@ -158,7 +176,7 @@ class _Rules:
         return self.numeric(schema, "integer", _INTEGER)
 
     def numeric(self, schema: Mapping[str, Any], kind: str, plain: str) -> str:
-        bounds = {key: schema[key] for key in _BOUNDS if isinstance(schema.get(key), int | float)}
+        bounds = {key: schema[key] for key in _BOUNDS if key in schema}
         # With bounds, the library's own rule for JSON, whose numbers are the same.
         if not bounds:
             return self.terminal(plain)
@@ -172,8 +190,8 @@ class _Rules:
 
     def array(self, schema: Mapping[str, Any], at: str) -> str:
         """[a,b]: first those of `prefixItems`, then any number of `items`, as many in all as the bounds say."""
-        low, high = self.count(schema, "minItems", at) or 0, self.count(schema, "maxItems", at)
-        first = [self.value(part, f"{at}/prefixItems/{i}") for i, part in enumerate(schema.get("prefixItems") or [])]
+        low, high = schema.get("minItems", 0), schema.get("maxItems")
+        first = [self.value(part, f"{at}/prefixItems/{i}") for i, part in enumerate(schema.get("prefixItems", []))]
         first = first[:high]
         rest = ""  # what may follow, from the last place to the first
         if schema.get("items") is not False and (high is None or high > len(first)):
@@ -190,12 +208,9 @@ class _Rules:
     def object(self, schema: Mapping[str, Any], at: str) -> str:
         """{key:value}: declared keys in any order, each once; others only where the schema speaks of them."""
         properties = schema.get("properties", {})
-        required = schema.get("required", [])
-        if not isinstance(properties, Mapping) or not isinstance(required, list):
-            raise self.error(at, "properties must be an object and required a list")
         declared = "properties" in schema or "patternProperties" in schema
         more = schema.get("additionalProperties", not declared)
-        required = list(dict.fromkeys(map(str, required)))
+        required = list(dict.fromkeys(schema.get("required", [])))
         properties = {**dict.fromkeys(required, more or True), **properties}
         keys = [*required, *(key for key in properties if key not in required)]
         wanted = min(len(required), _BITS)
@@ -220,7 +235,7 @@ class _Rules:
 
     def others(self, schema: Mapping[str, Any], keys: Sequence[str], more: Any, at: str) -> str:
         """A pair whose key isn't declared, "" where there is none: by `patternProperties` or else as `more` says."""
-        patterns = schema.get("patternProperties") or {}
+        patterns = schema.get("patternProperties", {})
         taken = "".join(f" & ~{_text(key)}" for key in keys)
         pairs = []
         for pattern, part in patterns.items():
@@ -281,7 +296,7 @@ class _Rules:
     def merged(self, schema: Mapping[str, Any], at: str) -> dict[str, Any]:
         """`allOf` and what stands beside it as one schema."""
         out = {key: value for key, value in schema.items() if key != "allOf"}
-        for part in schema["allOf"] if isinstance(schema["allOf"], list) else []:
+        for part in schema["allOf"]:
             if isinstance(part, Mapping) and "$ref" in part:
                 rest = {key: value for key, value in part.items() if key != "$ref"}
                 part = {"allOf": [self.target(part["$ref"], at), rest]}
@@ -290,12 +305,6 @@ class _Rules:
             part = self.merged(part, at) if "allOf" in part else part
             out = {**out, **part, **{key: _both(key, out[key], part[key]) for key in out.keys() & part.keys()}}
         return out
-
-    def count(self, schema: Mapping[str, Any], key: str, at: str) -> int | None:
-        value = schema.get(key)
-        if value is not None and (not isinstance(value, int) or value < 0):
-            raise self.error(at, f"{key} must be a count, not {value!r}")
-        return value
 
     def compiles(self, regex: str, at: str) -> bool:
         if len(regex) > 4000 or llguidance.LLMatcher.validate_grammar(f"start: T\nT: {_slashed(regex)}\n"):

@@ -20,6 +20,8 @@ from urllib.parse import urlparse
 import jsonschema
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from schemas import SCHEMAS
 
 from mlx_gemma4 import InputError, ReplyOptions, Sampling, chat, generate, load, stream
@@ -27,6 +29,11 @@ from mlx_gemma4.grammar import MAX_REGEX, Grammar, json_schema, lark, regex, too
 from mlx_gemma4.replies import ReplyParser, ToolCall
 from mlx_gemma4.tokenizer import CONTROL, NORMAL, Tokenizer
 
+KEYWORDS = [
+    *("type", "properties", "required", "items", "prefixItems", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"),
+    *("$defs", "pattern", "format", "minLength", "maxLength", "minItems", "maxItems", "minimum", "multipleOf", "a"),
+    *("additionalProperties", "patternProperties", "nullable", "not", "x-guidance", "$id"),
+]
 PRINTABLE = [chr(c) for c in range(33, 127)]
 
 
@@ -178,6 +185,10 @@ def accepts(grammar: Grammar, tokenizer: Tokenizer, text: str) -> bool:
 
 
 PERSON = SCHEMAS["person"]
+BRIEF = {
+    **PERSON,
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "maximum": 9}},
+}
 WEATHER = {
     "name": "get-weather",
     "parameters": {
@@ -440,10 +451,10 @@ def test_refused_schema(schema: Any, says: str, tokenizer: Tokenizer) -> None:
         ([tool("f", {"type": "strin"})], "f", "tools: f, parameters/properties/v: there is no type 'strin'"),
         ([tool("f", {"$ref": "#/a"})], "f", "there is nothing at the reference '#/a'"),
         ([tool("f", {"$ref": "https://x"})], "f", "must point into the tool's own schema"),
-        ([tool("f", {"type": "array", "minItems": -1})], "f", "minItems must be a count, not -1"),
+        ([tool("f", {"type": "array", "minItems": -1})], "f", "minItems must be a count, 0 or more, not -1"),
         ([tool("f", False)], "f", "false is no schema"),
         ([tool("f", {"anyOf": [{"type": "string"}, 7]})], "f", "parameters/properties/v/anyOf/1: 7 is no schema"),
-        ([tool("f", {"properties": {"a": 1}, "required": "a"})], "f", "required a list"),
+        ([tool("f", {"properties": {"a": 1}, "required": "a"})], "f", "required must be a list of names"),
         ([tool("f", {"allOf": [{"$ref": "#/properties/v"}]})], "f", "nested too deeply"),
         ([tool("f", {"enum": ["x" * 300_000]})], "f", "make them simpler"),
     ],
@@ -477,6 +488,27 @@ def test_a_vocabulary_without_calls(tokenizer: Tokenizer) -> None:
     ):
         tool_calls(plain, [NOW], "required")
     assert accepts(regex(plain, "aaa", think=True), plain, "aaa")
+
+
+JUNK = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 2000)
+    | st.floats()
+    | st.sampled_from(["", "string", "#", "^a", "(", "é\n"]),
+    lambda part: st.lists(part, max_size=3) | st.dictionaries(st.sampled_from(KEYWORDS), part, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.sampled_from(KEYWORDS), JUNK, max_size=4))
+@settings(max_examples=150, deadline=None)
+def test_junk_is_refused_in_a_line_or_works(tokenizer: Tokenizer, schema: dict[str, Any]) -> None:
+    for make in (json_schema, lambda t, s: tool_calls(t, [{"name": "f", "parameters": {"properties": {"v": s}}}], "f")):
+        try:
+            make(tokenizer, schema).mask()
+        except InputError as error:
+            assert len(str(error)) < 600  # noqa: PT017
 
 
 HOSTILE = {
@@ -520,7 +552,7 @@ def test_hostile_lark(tokenizer: Tokenizer) -> None:
 
 
 def test_a_mask_takes_under_a_millisecond_at_the_real_size() -> None:
-    """262,144 tokens with the lengths of words; the median over a reply, with room for a busy machine."""
+    """262,144 tokens with the lengths of words; the median over a reply, in a core's time."""
     letters = "abcdefghijklmnopqrstuvwxyz        ABCDEFGHIJKL0123456789,.:;{}[]\"'\\\n"
     noise = "".join(random.Random(0).choices(letters, k=400_000))
     words = dict.fromkeys([*map(chr, range(32, 127)), *(noise[i : i + 2 + i % 10] for i in range(400_000))])
@@ -538,10 +570,10 @@ def test_a_mask_takes_under_a_millisecond_at_the_real_size() -> None:
     grammar, times = json_schema(real, SCHEMAS["quiz"]), []
     text = '{"question": "What is the height of the tower?", "options": ["a", "b, c", "d", "none"], "answer": 2}'
     for token in real.encode(text, add_bos=False):
-        start = time.perf_counter()
+        start = time.process_time()
         mask = grammar.mask()
         grammar.accept(token)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
         assert mask[token // 32] >> token % 32 & 1
     assert grammar.complete
     assert statistics.median(times) < 1e-3
@@ -560,7 +592,7 @@ def test_a_vocabulary_is_made_once_and_goes_with_its_tokenizer() -> None:
 # With the demo
 
 
-@pytest.mark.parametrize("name", ["person", "weather", "sentiment", "matrix", "feature", "enum-6", "card"])
+@pytest.mark.parametrize("name", ["sentiment", "matrix", "feature", "enum-6", "card", "translation"])
 def test_the_demo_under_a_schema(name: str, lm) -> None:
     sampling = Sampling(temperature=1.0, seed=5)
     judge(generate(lm, "Once upon a time", schema=SCHEMAS[name], sampling=sampling, max_tokens=400), SCHEMAS[name])
@@ -569,17 +601,17 @@ def test_the_demo_under_a_schema(name: str, lm) -> None:
 def test_schema_stop_and_logprobs_together(lm) -> None:
     """A stop string inside JSON cuts it; log-probabilities are the model's own, before the mask."""
     sampling = Sampling(temperature=1.0, seed=5, frequency_penalty=0.3, logit_bias={300: -3.0})
-    whole = list(stream(lm, "Once", schema=PERSON, sampling=sampling, logprobs=3, max_tokens=200))
+    whole = list(stream(lm, "Once", schema=BRIEF, sampling=sampling, logprobs=3, max_tokens=200))
     text = "".join(chunk.text for chunk in whole)
-    judge(text, PERSON)
+    judge(text, BRIEF)
     assert whole[-1].statistics.stop_reason == "stop"
-    cut = list(stream(lm, "Once", schema=PERSON, sampling=sampling, logprobs=3, max_tokens=200, stop=['"age"', "zzz"]))
+    cut = list(stream(lm, "Once", schema=BRIEF, sampling=sampling, logprobs=3, max_tokens=200, stop=['"age"', "zzz"]))
     assert "".join(chunk.text for chunk in cut) == text[: text.index('"age"')]
     assert cut[-1].statistics.stop_reason == "stop"
     tokens = [chunk.token for chunk in whole if chunk.token]
     assert all(len(token.top) == 3 and token.logprob is not None and token.logprob <= 0 for token in tokens)
     assert any(token.id not in dict(token.top) for token in tokens), "the schema never had to bend the model"
-    plain = list(stream(lm, "Once", schema=PERSON, sampling=sampling, max_tokens=200))
+    plain = list(stream(lm, "Once", schema=BRIEF, sampling=sampling, max_tokens=200))
     assert "".join(chunk.text for chunk in plain) == text
 
 
