@@ -91,7 +91,9 @@ _SCHEMAS: dict[str, Schema] = {
     ),
     "Part": _object({"text": _TEXT}, type=_one_of("text", None)),
     "Block": _object({"type": _one_of("text"), "text": _TEXT}),
-    "Call": _object({"function": _object({"name": _NAME}, arguments=_MAY_TEXT)}, id=_MAY_TEXT),
+    "Call": _object(
+        {"function": _object({"name": _NAME}, arguments={"type": ["object", "string", "null"]})}, id=_MAY_TEXT
+    ),
     "Message": {
         "anyOf": [
             _object({"role": _one_of(*_OTHERS), "content": _CONTENT}),
