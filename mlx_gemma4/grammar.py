@@ -96,7 +96,8 @@ class Grammar:
         return not self._thinking and (not self._inside or bool(self._matcher.is_accepting()))
 
     def _start(self) -> Any:
-        matcher = _on_large_stack(lambda: llguidance.LLMatcher(self._vocabulary.engine, self._source, log_level=0))
+        engine = self._vocabulary.engine
+        matcher = _on_large_stack(lambda: llguidance.LLMatcher(engine, self._source, log_level=0), self._say)
         if matcher.is_error():
             raise InputError(f"{self._say}: {_one_line(matcher.get_error())}")
         return matcher
@@ -228,8 +229,8 @@ def _allow(words: np.ndarray, *tokens: int | None) -> np.ndarray:
     return words
 
 
-def _on_large_stack(work: Callable[[], T]) -> T:
-    """Run `work` in a thread whose stack holds deep recursion: an overflow would end the process."""
+def _on_large_stack(work: Callable[[], T], say: str) -> T:
+    """Run `work` in a thread whose stack holds deep recursion: an overflow would end the process. `say`: for errors."""
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -248,7 +249,7 @@ def _on_large_stack(work: Callable[[], T]) -> T:
             threading.stack_size(before)
     thread.join()
     if errors:
-        raise InputError(f"grammar: can't be used ({errors[0]})") from errors[0]
+        raise InputError(f"{say}: can't be used ({errors[0]})") from errors[0]
     return results[0]
 
 
@@ -298,7 +299,7 @@ def _place(engine: Any, schema: Any, at: str) -> str:
 def _find(engine: Any, schema: Any, at: str, shared: Mapping[str, Any]) -> str:
     for key, part in _parts(schema):
         source = _schema_source({**shared, **part})
-        if _on_large_stack(lambda s=source: llguidance.LLMatcher.validate_grammar(s, engine)):  # type: ignore[misc]
+        if _on_large_stack(lambda s=source: llguidance.LLMatcher.validate_grammar(s, engine), "schema"):  # type: ignore[misc]
             return _find(engine, part, f"{at}/{key}", shared)
     return at
 
