@@ -84,6 +84,13 @@ def test_usage_of_a_stream_and_of_a_prompt_read_before(client: OpenAI) -> None:
     assert last.usage.prompt_tokens_details.cached_tokens == first.prompt_tokens - 1
 
 
+def test_a_long_prompt_shows_how_far_it_is_read(server: Serving) -> None:
+    body = {"messages": [{"role": "user", "content": "word " * 700}], "max_tokens": 2, "stream": True}
+    lines = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).text.splitlines()
+    assert next(line for line in lines if line.startswith(":")).startswith(": read 512 of ")
+    assert lines[0].startswith("data: {"), "headers and a first event come before the prompt is read"
+
+
 def test_a_reply_that_ends_by_itself(client: OpenAI) -> None:
     reply = ask(client, messages=[{"role": "user", "content": "Hello!"}], max_tokens=200, temperature=0)
     assert reply.choices[0].finish_reason == "stop"

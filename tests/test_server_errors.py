@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -21,6 +21,7 @@ import pytest
 from openai import OpenAI
 from serving import Serving, serving, settled
 
+from mlx_gemma4.conversation import stream_reply
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.server.app import Settings
 from mlx_gemma4.text import LanguageModel, load
@@ -275,6 +276,28 @@ def test_an_error_nobody_foresaw(server: Serving, http: httpx.Client, monkeypatc
         assert found["type"] == "server_error" and "secret" not in found["message"]
     monkeypatch.setattr(server.engine, "store", kept)
     assert http.post(CHAT, json=ASK).status_code == 200
+
+
+def test_an_error_in_the_middle_of_a_stream(
+    server: Serving, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: Any, **named: Any) -> Iterator[Any]:
+        with closing(stream_reply(*given, **named)) as chunks:  # type: ignore[type-var]
+            yield next(chunks)
+            raise ZeroDivisionError
+
+    monkeypatch.setattr("mlx_gemma4.server.engine.stream_reply", broken)
+    for path, body in ((CHAT, ASK), ("/v1/completions", {"prompt": "A"}), ("/v1/responses", {"input": "A"})):
+        response = http.post(path, json={**body, "stream": True})
+        assert response.status_code == 200
+        data = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+        found = data[-1]["response"]["error"] if path == "/v1/responses" else data[-1]["error"]
+        assert "ZeroDivisionError" in found["message"] and "[DONE]" not in response.text
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+    with pytest.raises(openai.APIError, match="ZeroDivisionError"):
+        list(client.chat.completions.create(model="m", messages=ASK["messages"], stream=True))
+    monkeypatch.undo()
+    assert settled(server.engine) and not server.engine.store._reserved()
 
 
 # Who may ask
