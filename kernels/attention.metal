@@ -1,7 +1,7 @@
 // Attention of a few new tokens over keys and values that lie in several parts:
 //   out[t, h] = sum over j of softmax_j(SCALE q[t, h] . k[j]) v[j],  for the tokens j that t may see.
 //
-// q [tokens, H, D], the H heads in groups of GQA that share a KV head; part i: k, v [G, capacity_i, D] with the tokens
+// q [tokens, H, D], the H heads in groups of GQA that share a KV head; part i: k, v [.., G, capacity_i, D] with the tokens
 // spans[2 i] to spans[2 i + 1] in use (start and end). All parts one after another are one row of `total` tokens, of
 // which the last are the queries themselves: query t sees up to itself, and with WINDOW only the last WINDOW of those.
 //
@@ -17,12 +17,14 @@
 // Memory. Every k and v in use once for each ROWS queries, 16 bytes a lane, 128 bytes of a token at once; q and out
 // once; sums (fp32, [tokens H, pieces, D]) written once and read once.
 //
-// Rendered before: T (dtype of q, k, v), U (of out), D, GQA, ROWS, SG, KEYS, PARTS, WINDOW (0: none), SCALE, SPLIT.
+// Rendered before: T (dtype of q, k, v), U (of out), D, GQA, ROWS, SG, KEYS, PARTS, WINDOW (0: none), SCALE, SPLIT,
+// LENGTHi (which dimension of part i is its capacity).
 
 #define CHUNKS (D / 8)
 #define BLOCK (4 * KEYS * SG)
 #define KEY_GROUPS (32 * SG / CHUNKS)  // threads that share columns, each with its own tokens
 #define UNSEEN -1e30f
+#define AHEAD (ROWS <= 2 ? 4 : ROWS <= 4 ? 2 : 1)  // loads in flight: as many as the rows' sums leave registers for
 
 struct Part {
   const device T* k;
@@ -39,27 +41,27 @@ const int g = int(threadgroup_position_in_grid.z);
 const int tokens = q_shape[0], heads = q_shape[1];
 
 const Part parts[PARTS] = {
-    {k0, v0, int(k0_shape[1])},
+    {k0, v0, int(k0_shape[LENGTH0])},
 #if PARTS > 1
-    {k1, v1, int(k1_shape[1])},
+    {k1, v1, int(k1_shape[LENGTH1])},
 #endif
 #if PARTS > 2
-    {k2, v2, int(k2_shape[1])},
+    {k2, v2, int(k2_shape[LENGTH2])},
 #endif
 #if PARTS > 3
-    {k3, v3, int(k3_shape[1])},
+    {k3, v3, int(k3_shape[LENGTH3])},
 #endif
 #if PARTS > 4
-    {k4, v4, int(k4_shape[1])},
+    {k4, v4, int(k4_shape[LENGTH4])},
 #endif
 #if PARTS > 5
-    {k5, v5, int(k5_shape[1])},
+    {k5, v5, int(k5_shape[LENGTH5])},
 #endif
 #if PARTS > 6
-    {k6, v6, int(k6_shape[1])},
+    {k6, v6, int(k6_shape[LENGTH6])},
 #endif
 #if PARTS > 7
-    {k7, v7, int(k7_shape[1])},
+    {k7, v7, int(k7_shape[LENGTH7])},
 #endif
 };
 
@@ -121,8 +123,10 @@ for (int p = 0; p < PARTS; p++) {
         UNROLL
         for (int r = 0; r < ROWS; r++) s[i][r] = 0;
       }
-#pragma unroll 1
-      for (int c = lane % 8; c < CHUNKS; c += 8) {
+#pragma unroll AHEAD
+      for (int eight = 0; eight < CHUNKS; eight += 8) {
+        const int c = eight + lane % 8;
+        if (CHUNKS % 8 > 0 && c >= CHUNKS) break;
         float kv[KEYS][8];
         UNROLL
         for (int i = 0; i < KEYS; i++) load8(k + offset[i] + c * 8, kv[i]);
@@ -193,7 +197,7 @@ for (int p = 0; p < PARTS; p++) {
         for (int j = 0; j < 8; j++) acc[r][j] *= shrink[r];
       }
       const device T* v = parts[p].v + at + column;
-#pragma unroll 4
+#pragma unroll(4 * AHEAD)
       for (int key = key_group; key < n; key += KEY_GROUPS) {
         float value[8];
         load8(v + key * D, value);

@@ -5,6 +5,13 @@
 // arithmetic, vectors only to load and store 16 bytes at once.
 
 #define UNROLL _Pragma("unroll")
+// Where a result could be past what fp16 holds, the largest that it does hold.
+#define WITHIN_HALF(v) min(max(v, -65504.0f), 65504.0f)
+#if U_HALF  // rendered where U is half
+#define WITHIN_U(v) WITHIN_HALF(v)
+#else
+#define WITHIN_U(v) (v)
+#endif
 
 // The two fp16 numbers in a word.
 METAL_FUNC float low_half(uint u) { return float(as_type<half>(ushort(u & 0xFFFFu))); }

@@ -1,14 +1,15 @@
 // Residual with the norms around it, one launch:
 //   c = h,  or with BRANCHES  c = rms(h) norm1 + rms(e) norm2,  e = sum over i < USED of share[i] experts[i]
 //   y = (x + rms(c) post) scale,    normed = rms(y) next
-// with rms(a) = a / sqrt(mean(a²) + EPS). x and y [tokens, K] in dtype R, h, experts [tokens USED, K] and normed in T.
+// with rms(a) = a / sqrt(mean(a²) + EPS), of h and e with EPS_H. x and y [tokens, K] in dtype R, h and experts
+// [tokens USED, K] in T, normed in U.
 //
 // Threads. One threadgroup of SG simdgroups a token, 8 neighbouring elements a thread and a step, all kept in
 // registers between the sums; grid (32 SG, tokens, 1). K a multiple of 8.
 //
 // Memory. Everything read once and written once, 16 bytes a lane.
 //
-// Rendered before: T, R, K, SG, EPS, BRANCHES, USED, SCALED (scale is there), NEXT (next is there).
+// Rendered before: T, R, U, K, SG, EPS, EPS_H, BRANCHES, USED, SCALED (scale is there), NEXT (next is there).
 
 #define STEPS ((K + 256 * SG - 1) / (256 * SG))
 // For each i, the thread's 8 elements of step i, from element `at`.
@@ -43,7 +44,7 @@ EACH_STEP {
   for (int j = 0; j < 8; j++) e_squares += e[i][j] * e[i][j];
 }
 e_squares = sum_group(e_squares, room, SG, sg, lane);
-const float factor1 = rsqrt(squares / K + EPS), factor2 = rsqrt(e_squares / K + EPS);
+const float factor1 = rsqrt(squares / K + EPS_H), factor2 = rsqrt(e_squares / K + EPS_H);
 squares = 0;
 EACH_STEP {
   float w1[8], w2[8];
@@ -58,7 +59,7 @@ EACH_STEP {
 squares = sum_group(squares, room, SG, sg, lane);
 #endif
 
-const float factor = rsqrt(squares / K + EPS);
+const float factor = rsqrt(squares / K + (BRANCHES ? EPS : EPS_H));
 squares = 0;
 EACH_STEP {
   float v[8], w[8];
@@ -81,7 +82,7 @@ EACH_STEP {
   float w[8];
   load8(next + at, w);
   UNROLL
-  for (int j = 0; j < 8; j++) w[j] *= c[i][j] * next_factor;
+  for (int j = 0; j < 8; j++) w[j] = WITHIN_U(w[j] * c[i][j] * next_factor);
   store8(normed + row + at, w);
 }
 #endif

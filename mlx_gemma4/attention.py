@@ -18,7 +18,7 @@ from . import ops
 from .kernels import _TYPES, Maker, _build, _f, render
 
 TAIL = 64  # tokens that the mutable end of a layer's keys and values can hold
-SHORT = 512  # tokens up to which attention is one launch
+SHORT = 64  # tokens up to which attention is one launch
 MAX_PARTS = 8  # of keys and values; Metal takes 31 buffers a kernel, and a part needs three
 
 Part = tuple[mx.array, mx.array]  # keys and values, [G, capacity, D] or [1, G, capacity, D] each
@@ -162,17 +162,18 @@ class Cut:
 def attention_cut(length: int, rows: int, kv_heads: int, threadgroups: int = 384) -> Cut:
     """The cut for `rows` queries a KV head over up to `length` tokens.
 
-    A short length is one piece: large threadgroups with few queries, so that there are some. A long one is cut into
-    as many pieces as a large GPU holds threadgroups of 4 simdgroups at once, each at least two blocks long.
+    A threadgroup waits for memory three times a block, so as many as a large GPU holds at once share the blocks; only
+    where there would be more does one take several. A tail alone is one piece: there is nothing to merge.
     """
-    most = 2 if length <= SHORT else 8
-    tiles = -(-rows // most)
+    if length <= SHORT:
+        return Cut(min(rows, 2), simdgroups=16)
+    tiles = -(-rows // 8)
     cut = Cut(-(-rows // tiles))
     if cut.rows > 4:
         cut = replace(cut, keys=3)  # more would leave room for fewer threadgroups, by their registers
-    if length <= SHORT:
-        return replace(cut, simdgroups=16)
-    return replace(cut, pieces=max(1, min(-(-length // (2 * cut.block)), threadgroups // (tiles * kv_heads))))
+    blocks = -(-length // cut.block)
+    share = -(-blocks * tiles * kv_heads // threadgroups)
+    return replace(cut, pieces=-(-blocks // share))
 
 
 def attention(
@@ -206,7 +207,7 @@ def attention(
 
 
 def attention_sums(q: mx.array, parts: Sequence[Part], spans: mx.array, maker: Maker, *, scale: float) -> Any:
-    """`attention` up to 512 tokens in one piece, not yet divided: for those who have more to add.
+    """`attention` in one piece, not yet divided: of a few tokens, for those who have more to add.
 
     Returns:
         sums fp32 [T H, 1, D] and stats fp32 [T H, 1, 2]: maximum of the scores over ln 2, sum of 2^(score - maximum).
@@ -227,9 +228,10 @@ def _launched(
 ) -> tuple[Sequence[Any], Launch | None]:
     """What attention's own kernel gives, and the merge that is to follow."""
     lengths = tuple(k.shape[-2] for k, _ in parts)
-    cached = (q.shape, q.dtype, parts[0][0].shape[-3], lengths, maker, scale, window, out, cut, undivided)
+    dims = tuple(k.ndim for k, _ in parts)
+    cached = (q.shape, q.dtype, parts[0][0].shape[-3], lengths, dims, maker, scale, window, out, cut, undivided)
     run, launch, merge = _prepared_attention(*cached)
-    return run(inputs=[q, spans, *(a.reshape(a.shape[-3:]) for part in parts for a in part)], **launch), merge
+    return run(inputs=[q, spans, *(a for part in parts for a in part)], **launch), merge
 
 
 @lru_cache(maxsize=4096)  # hundreds of launches a token: the GPU must not wait for this to be worked out
@@ -238,6 +240,7 @@ def _prepared_attention(
     dtype: mx.Dtype,
     kv_heads: int,
     lengths: tuple[int, ...],
+    dims: tuple[int, ...],
     maker: Maker,
     scale: float,
     window: int,
@@ -248,11 +251,12 @@ def _prepared_attention(
     """The kernel, its arguments but for the inputs, and the same of the merge if there is one."""
     tokens, heads, dim = shape
     rows, total = heads // kv_heads * tokens, tokens * heads
-    cut = cut or attention_cut(sum(lengths), rows, kv_heads)
+    cut = cut or attention_cut(0 if undivided else sum(lengths), rows, kv_heads)
     split = undivided or cut.pieces > 1
     out = out or dtype
     defines = {"D": dim, "GQA": heads // kv_heads, "ROWS": cut.rows, "SG": cut.simdgroups, "KEYS": cut.keys}
     defines |= {"PARTS": len(lengths), "WINDOW": window, "SPLIT": split}
+    defines |= {f"LENGTH{i}": dim - 2 for i, dim in enumerate(dims)}
     absent = [f"{kv}{i}" for i in range(len(lengths), MAX_PARTS) for kv in "kv"]
     kernel = render(
         "attention",

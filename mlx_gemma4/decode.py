@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import mlx.core as mx
 
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_gemma4")
 
 MAX_TOKENS = kernels.MAX_TOKENS
+FIXED = -(2**30)  # slope of a place that doesn't move with the position
 TRACES = 8  # kept of a model's steps: a conversation needs one at a time
+
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -48,7 +51,7 @@ class Kernels:
     def __call__(self, name: str, *args: Any, **options: Any) -> Any:
         """The operation `name` of `fused` or `attention`."""
         module: Any = attention if name in ("qkv_post", "attention") else fused
-        if name == "coded_attention":
+        if name in ("coded_attention", "encode"):
             module = coded_attention
         twin: Callable[..., Any] = getattr(module, f"{name}_twin")
         if any(isinstance(a, ops.Affine) for a in args):  # a table that no kernel reads
@@ -161,16 +164,28 @@ def can_step(model: Model, tokens: int) -> bool:
     return tokens <= most and c.hidden % 8 == 0 and all(layer.head_dim % 16 == 0 for layer in c.layers)
 
 
-# What a step reads of a KV state: arrays only, in the same places while the state's segments stay the same, so that a
-# trace of the step serves until a tail is full.
-#   position, count  int32 [1]: tokens before the step; those of them in the tails
-#   spans            {sliding or not: int32 [parts, 2]}: the rows in use of each part that is not in codes, the tail
-#                    the last of them
+# What a step reads of a KV state, in the same places while the state's segments stay the same, so that a trace of the
+# step serves until a tail is full.
+#   position         int32 [1]: tokens before the step
+#   places           two of int32 [n, 2], constant as long, for `_places`
+#   parts            {sliding or not: how many}
 #   segments         {layer with keys and values of its own: [(keys, values), ..]}: what is in sight before the tail;
 #                    in a global layer perhaps [(codes, scales), ..]
 #   tails            {such a layer: (keys, values)}
 #   turns            {such a layer, where it is in codes: `kv_codes.turns`}
 Inputs = dict[str, Any]
+
+
+# GEGLU's results are stored so many times what they are, for fp16's sake; the norm after the down projection undoes it.
+SHRINK = 1 / 16
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What steps read beside weights."""
+
+    wavelengths: Callable[[LayerConfig], mx.array]  # of a layer's RoPE, fp32 [D / 2]
+    scales: list[mx.array | None]  # of layers; [4], for MLX keeps less than that in the host's memory (CUDA)
 
 
 def make_step(
@@ -187,19 +202,22 @@ def make_step(
         wavelengths: of a layer's RoPE, fp32 [D / 2].
     """
     traced: OrderedDict[Any, Callable[..., Any]] = OrderedDict()  # the least recently used first
+    places: OrderedDict[Any, list[mx.array]] = OrderedDict()
     kinds = _first_of_kinds(model)
+    scales = [layer.layer_output_scale for layer in model.weights.layers]
+    constants = Constants(wavelengths, [None if s is None else mx.contiguous(mx.broadcast_to(s, (4,))) for s in scales])
+    mx.eval([s for s in constants.scales if s is not None])
 
     def step(ids: mx.array, state: KVState) -> mx.array:
         tokens, window = ids.size, model.config.window
         opened = {i: _with_room(kv, state, model.config.layers[i].sliding, window) for i, kv in state.layers.items()}
-        inputs = _inputs(model, opened, state.length, tokens)
-        forward: Callable[..., Any] = partial(_forward, model, run, wavelengths)
+        inputs, where = _inputs(model, opened, state.length, tokens)
+        inputs["places"] = _kept(places, where, lambda: [mx.array(a, mx.int32) for a in where])
+        forward: Callable[..., Any] = partial(_forward, model, run, constants)
         if run.traced:
             shapes = (tuple(k.shape for k, _ in inputs["segments"][i]) for i in kinds)
             key = (run.off, tokens, *shapes)
-            forward = traced[key] = traced.pop(key) if key in traced else mx.compile(forward)
-            if len(traced) > TRACES:
-                traced.popitem(last=False)
+            forward = _kept(traced, key, lambda: mx.compile(forward))
         logits, tails = forward(ids.astype(mx.int32), inputs)
         for (i, kv), (keys, values) in zip(opened.items(), tails, strict=True):
             count, stop = kv.count + tokens, kv.stop + tokens
@@ -211,59 +229,77 @@ def make_step(
 
 
 def _forward(
-    model: Model, run: Kernels, wavelengths: Callable[[LayerConfig], mx.array], ids: mx.array, inputs: Inputs
+    model: Model, run: Kernels, constants: Constants, ids: mx.array, inputs: Inputs
 ) -> tuple[mx.array, list[attention.Part]]:
-    """The step itself, a function of arrays: fp32 logits [T, vocab], and the new tails."""
+    """The step itself, a function of arrays: fp32 logits [T, vocab], and the new tails.
+
+    x, the residual, is fp32 throughout; what a norm gives, h, has the dtype of the KV state: fp16 on a GPU.
+    """
     c, w = model.config, model.weights
-    x = run("embed", ids, w.token_embd, math.sqrt(c.hidden))  # [T, hidden], fp32 throughout
-    per_layer = None
+    inputs = inputs | _places(inputs)
+    x = run("embed", ids, w.token_embd, math.sqrt(c.hidden))  # [T, hidden]
+    per_layer: list[mx.array] = []
     if w.per_layer_token_embd is not None and w.per_layer_model_proj is not None:
         projected = run.product(x, w.per_layer_model_proj)
-        per_layer = run(
+        made = run(
             "ple_inputs", ids, projected, w.per_layer_proj_norm, w.per_layer_token_embd, c.hidden**-0.5, eps=c.eps
         )  # [layers, T, P]
+        per_layer = [p.squeeze(0) for p in mx.split(made, len(w.layers))]
+    h = ops.within(ops.rms_norm(x, w.layers[0].attn_norm, c.eps), model.kv_dtype)
     tails: dict[int, attention.Part] = {}
     for i, layer in enumerate(w.layers):
-        shape = c.layers[i]
-        h = _attention(run, model, i, x, inputs, tails, wavelengths(shape))
-        x, _ = run("add_norm", x, h, layer.post_attention_norm, eps=c.eps)
-        scale = layer.layer_output_scale
-        last = scale if per_layer is None else None  # where the layer ends with what follows
-        if layer.ffn_gate_inp is None:
-            h = _mlp(run, layer, x, c.eps)
-            x, _ = run("add_norm", x, h, layer.post_ffw_norm, eps=c.eps, scale=last)
-        else:
-            h, experts = _mlp(run, layer, x, c.eps), _experts(run, model, layer, x)
-            x, _ = run("add_norm", x, h, layer.post_ffw_norm, eps=c.eps, scale=last, experts=experts)
-        if per_layer is not None:
+        norm: dict[str, Any] = {"eps": c.eps, "out": model.kv_dtype}
+        shape, scale = c.layers[i], constants.scales[i]
+        following = w.layers[i + 1].attn_norm if i + 1 < len(w.layers) else w.output_norm
+        a = _attention(run, model, i, h, inputs, tails, constants.wavelengths(shape))
+        x, h = run("add_norm", x, a, layer.post_attention_norm, next_norm=layer.ffn_norm, **norm)
+        experts = None if layer.ffn_gate_inp is None else _experts(run, model, layer, x)
+        end: dict[str, Any] = {"next_norm": following, "scale": scale, **norm}  # of the layer
+        last = end if not per_layer else norm
+        x, h = run("add_norm", x, _mlp(run, layer, h), layer.post_ffw_norm, experts=experts, shrunk=SHRINK, **last)
+        if per_layer:
             assert layer.inp_gate is not None and layer.proj is not None
-            h = run.product(run.product(x, layer.inp_gate, times=per_layer[i]), layer.proj)
-            x, _ = run("add_norm", x, h, layer.post_norm, eps=c.eps, scale=scale)
-    logits = run.product(x, w.output, norm=w.output_norm, eps=c.eps)
-    return ops.softcap(logits, c.softcap), list(tails.values())
+            p = run.product(run.product(x, layer.inp_gate, times=per_layer[i]), layer.proj)
+            x, h = run("add_norm", x, p, layer.post_norm, **end)
+    return ops.softcap(run.product(h, w.output, out=mx.float32), c.softcap), list(tails.values())
+
+
+def _places(inputs: Inputs) -> Inputs:
+    """Where the step's tokens go and what they see, worked out on the device: the host sends a position and no more.
+
+    position, count: int32 [1], tokens before the step, and those of them in the tails; spans: by kind of layer, int32
+    [parts, 2], the rows in use of each part that is not in codes, the tail the last of them.
+    """
+    slope, least = inputs["places"]
+    rows = mx.maximum(inputs["position"] + slope, least).reshape(-1)
+    found: Inputs = {"position": rows[0:1], "count": rows[1:2], "spans": {}}
+    at = 2
+    for kind, parts in inputs["parts"].items():
+        found["spans"][kind] = rows[at : at + 2 * parts].reshape(-1, 2)
+        at += 2 * parts
+    return found
 
 
 def _attention(
     run: Kernels,
     model: Model,
     i: int,
-    x: mx.array,
+    h: mx.array,
     inputs: Inputs,
     tails: dict[int, attention.Part],
     wavelengths: mx.array,
 ) -> mx.array:
-    """What layer i's attention adds to x [T, hidden], before its norm; its new tail goes into `tails`."""
+    """Layer i's attention, fp32 [T, hidden], of h [T, hidden], after its norm; its new tail goes into `tails`."""
     c, layer, shape = model.config, model.weights.layers[i], model.config.layers[i]
-    norm: dict[str, Any] = {"norm": layer.attn_norm, "eps": c.eps}
     q_weight = layer.attn_q if layer.attn_qk is None else layer.attn_qk
     assert q_weight is not None
-    q = run.product(x, q_weight, **norm)
+    q = run.product(h, q_weight, out=mx.float32)
     k = v = None
     own = shape.kv_layer == i
     joined_v = layer.attn_qk is not None and q.shape[1] > (shape.heads + shape.kv_heads) * shape.head_dim
     if own:
-        k = None if layer.attn_k is None else run.product(x, layer.attn_k, **norm)
-        v = None if layer.attn_v is None else run.product(x, layer.attn_v, **norm)
+        k = None if layer.attn_k is None else run.product(h, layer.attn_k, out=mx.float32)
+        v = None if layer.attn_v is None else run.product(h, layer.attn_v, out=mx.float32)
     q, tail_keys, tail_values = run(
         "qkv_post",
         q,
@@ -290,38 +326,41 @@ def _attention(
     if parts[0][0].dtype == mx.uint32:  # codes; only a global layer has them
         *coded, tail = parts
         turn = inputs["turns"][shape.kv_layer]
-        out = run("coded_attention", q, coded, turn, tail, spans, scale=c.attention_scale, out=mx.float32)
+        out = run("coded_attention", q, coded, turn, tail, spans, scale=c.attention_scale)
     else:
-        out = run("attention", q, parts, spans, scale=c.attention_scale, window=window, out=mx.float32)
-    return run.product(out, layer.attn_output)
+        out = run("attention", q, parts, spans, scale=c.attention_scale, window=window)
+    return run.product(out, layer.attn_output, out=mx.float32)
 
 
-def _mlp(run: Kernels, layer: Layer, x: mx.array, eps: float) -> mx.array:
-    """down(gelu(gate(x)) * up(x)), x [T, hidden] before its norm."""
-    norm: dict[str, Any] = {"norm": layer.ffn_norm, "eps": eps}
+def _mlp(run: Kernels, layer: Layer, h: mx.array) -> mx.array:
+    """down(gelu(gate(h)) * up(h)) times SHRINK, fp32 [T, hidden], of h [T, hidden], after its norm."""
     if layer.ffn_gate_up is not None:
-        h = run.product(x, layer.ffn_gate_up, glu=True, **norm)
+        product = run.product(h, layer.ffn_gate_up, glu=True, shrink=SHRINK)
     else:
         assert layer.ffn_gate is not None and layer.ffn_up is not None
-        h = run.product(x, layer.ffn_gate, times=run.product(x, layer.ffn_up, **norm), **norm)
-    return run.product(h, layer.ffn_down)
+        product = run.product(h, layer.ffn_gate, times=run.product(h, layer.ffn_up, factor=SHRINK))
+    return run.product(product, layer.ffn_down, out=mx.float32)
 
 
 def _experts(
     run: Kernels, model: Model, layer: Layer, x: mx.array
 ) -> tuple[mx.array, mx.array, mx.array | None, mx.array | None]:
-    """The chosen experts' outputs for one token, their shares, and the norms of both branches: for add_norm."""
+    """The chosen experts' outputs times SHRINK for one token, their shares, the norms of both branches: for add_norm.
+
+    x [1, hidden] is the residual: router and experts have norms of their own, folded into their products.
+    """
     c = model.config
     assert layer.ffn_gate_inp is not None and layer.ffn_down_exps is not None
     scores = run.product(x, layer.ffn_gate_inp, norm=layer.ffn_gate_inp_scale, eps=c.eps, factor=c.hidden**-0.5)
     chosen, share = run("top_k", scores, c.experts_used, scale=layer.ffn_down_exps_scale)
     norm: dict[str, Any] = {"norm": layer.pre_ffw_norm_2, "eps": c.eps, "ids": chosen[0]}
     if layer.ffn_gate_up_exps is not None:
-        h = run.product(x, layer.ffn_gate_up_exps, glu=True, **norm)  # [used, F]
+        h = run.product(x, layer.ffn_gate_up_exps, glu=True, shrink=SHRINK, out=model.kv_dtype, **norm)  # [used, F]
     else:
         assert layer.ffn_gate_exps is not None and layer.ffn_up_exps is not None
-        h = ops.geglu(run.product(x, layer.ffn_gate_exps, **norm), run.product(x, layer.ffn_up_exps, **norm))
-    out = run.product(h, layer.ffn_down_exps, ids=chosen[0])  # [used, hidden]
+        gate, up = (run.product(x, w, **norm) for w in (layer.ffn_gate_exps, layer.ffn_up_exps))
+        h = ops.within(ops.geglu(gate, up) * SHRINK, model.kv_dtype)
+    out = run.product(h, layer.ffn_down_exps, ids=chosen[0], out=mx.float32)  # [used, hidden]
     return out[None], share, layer.post_ffw_norm_1, layer.post_ffw_norm_2
 
 
@@ -332,32 +371,50 @@ def _with_room(kv: LayerKV, state: KVState, sliding: bool, window: int) -> Layer
     return sealed(kv, state.layout, window if sliding else None)
 
 
+def _kept(known: OrderedDict[Any, Value], key: Any, make: Callable[[], Value]) -> Value:
+    """What is known under a key, made if nothing is; of the rest, the least recently used is forgotten."""
+    value = known[key] = known.pop(key) if key in known else make()
+    if len(known) > TRACES:
+        known.popitem(last=False)
+    return value
+
+
 def _first_of_kinds(model: Model) -> list[int]:
     """The first sliding and the first global layer, as far as there are any. All of a kind are cut alike."""
     kinds = [layer.sliding for layer in model.config.layers]
     return [kinds.index(sliding) for sliding in (True, False) if sliding in kinds]
 
 
-def _inputs(model: Model, opened: dict[int, LayerKV], length: int, tokens: int) -> Inputs:
-    """What a step of so many tokens reads of a state that holds `length`."""
+def _inputs(model: Model, opened: dict[int, LayerKV], length: int, tokens: int) -> tuple[Inputs, tuple[Any, ...]]:
+    """What a step of so many tokens reads of a state that holds `length`; its places yet to be made into arrays.
+
+    A place is max(position + slope, least), for `_places`: a pair of slopes and a pair of what is least for each row.
+    """
     segments: dict[int, list[attention.Part]] = {}
-    spans = {}
-    for i, kv in opened.items():
-        sliding = model.config.layers[i].sliding
-        first = max(0, length - model.config.window + 1) if sliding else 0  # position of the first token in sight
-        seen = [s for s in kv.segments if s.stop > first]
-        segments[i] = [(s.keys, s.values) for s in seen]
-        if sliding not in spans:
-            # Codes are in use from the first to the last.
-            rows = [] if kv.coder else [(max(0, first - s.start), s.stop - s.start) for s in seen]
-            begin = max(kv.skip, first - kv.stop + kv.count)
-            spans[sliding] = mx.array([*rows, (begin, kv.count + tokens)], mx.int32)
     count = next(iter(opened.values())).count
-    return {
+    slopes, least, parts = [(0, count - length)], [(0, 0)], {}
+    for i, kv in opened.items():
+        sliding, window = model.config.layers[i].sliding, model.config.window
+        seen = [s for s in kv.segments if not sliding or s.stop > length - window + 1]
+        segments[i] = [(s.keys, s.values) for s in seen]
+        if sliding not in parts:
+            parts[sliding] = 1
+
+            def begin(start: int, sliding: bool = sliding, window: int = window) -> int:
+                return 1 - window - start if sliding else FIXED
+
+            for s in () if kv.coder else seen:  # codes are in use from the first to the last
+                slopes.append((begin(s.start), FIXED))
+                least.append((0, s.stop - s.start))
+                parts[sliding] += 1
+            tail = kv.stop - kv.count
+            slopes.append((begin(tail), tokens - tail))
+            least.append((kv.skip, 0))
+    inputs = {
         "position": mx.array([length], mx.int32),
-        "count": mx.array([count], mx.int32),
-        "spans": spans,
+        "parts": parts,
         "segments": segments,
         "tails": {i: (kv.tail_keys, kv.tail_values) for i, kv in opened.items()},
         "turns": {i: kv.coder.turn for i, kv in opened.items() if kv.coder},
     }
+    return inputs, (tuple(slopes), tuple(least))

@@ -66,7 +66,7 @@ class Verdict:
 def usable_kernels() -> Kernels | None:
     """The kernels to run a model with; None where stock operations run everything: on a CPU, or if switched off."""
     maker = None if os.environ.get("MLX_GEMMA4_KERNELS", "").lower() == "off" else kernels.default_maker()
-    return Kernels(maker, frozenset(recall().failed), traced=True) if maker else None
+    return Kernels(maker, frozenset(recall().failed), kernels.is_lazy(maker)) if maker else None
 
 
 def verdict_file() -> Path:

@@ -25,7 +25,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import ops
-from .kernels import _TYPES, Maker, _build, _f, _traits, render
+from .kernels import _TYPES, Maker, _build, _f, _traits, render, result_type
 from .quant import Packed
 
 # ---------------------------------------------------------------- residual and norms
@@ -41,6 +41,8 @@ def add_norm(
     next_norm: mx.array | None = None,
     scale: mx.array | None = None,
     experts: tuple[mx.array, mx.array, mx.array, mx.array] | None = None,
+    shrunk: float = 1.0,
+    out: mx.Dtype | None = None,
 ) -> tuple[Any, Any]:
     """x + rms(h) post, times the layer's scalar, and that under the next norm.
 
@@ -48,20 +50,23 @@ def add_norm(
         x: [T, K], the residual; K a multiple of 8.
         h: [T, K], in any float type.
         post, next_norm: fp32 [K].
-        scale: fp32 [1].
+        scale: fp32 [1 or more], of which the first counts.
         experts: (outputs [T, used, K] in h's dtype, their shares fp32 [T, used], norm1, norm2): in place of h stands
             rms(h) norm1 + rms(sum of share * output) norm2.
+        shrunk: h and the experts' outputs are so many times what they mean, which their norms' eps follows.
+        out: dtype of the second result, h's by default. What fp16 can't hold becomes the largest number that it can.
 
     Returns:
-        the new residual [T, K] in x's dtype; rms of it times next_norm, in h's dtype (None without next_norm).
+        the new residual [T, K] in x's dtype; rms of it times next_norm (None without next_norm).
     """
     tokens, k = x.shape
     simdgroups = min(32, -(-k // 256))
     outputs, share, norm1, norm2 = experts or (None,) * 4
     arrays = {"x": x, "h": h, "post": post, "experts": outputs, "share": share, "norm1": norm1, "norm2": norm2}
     arrays |= {"scale": scale, "next": next_norm}
-    defines = {"R": _TYPES[x.dtype], "K": k, "SG": simdgroups, "EPS": _f(eps), "BRANCHES": outputs is not None}
-    defines |= {"USED": 0 if outputs is None else outputs.shape[1], "SCALED": scale is not None}
+    defines = {"R": _TYPES[x.dtype], "K": k, "SG": simdgroups, "EPS": _f(eps), "EPS_H": _f(eps * shrunk**2)}
+    defines |= {"BRANCHES": outputs is not None, "USED": 0 if outputs is None else outputs.shape[1]}
+    defines |= {"SCALED": scale is not None, **result_type(out or h.dtype)}
     kernel = render(
         "add_norm",
         "norms.metal",
@@ -74,7 +79,7 @@ def add_norm(
         grid=(32 * simdgroups, tokens, 1),
         threadgroup=(32 * simdgroups, 1, 1),
         output_shapes=[(tokens, k)] * len(kernel.outputs),
-        output_dtypes=[x.dtype, h.dtype][: len(kernel.outputs)],
+        output_dtypes=[x.dtype, out or h.dtype][: len(kernel.outputs)],
     )
     return done[0], done[1] if next_norm is not None else None
 
@@ -88,17 +93,19 @@ def add_norm_twin(
     next_norm: mx.array | None = None,
     scale: mx.array | None = None,
     experts: tuple[mx.array, mx.array, mx.array, mx.array] | None = None,
+    shrunk: float = 1.0,
+    out: mx.Dtype | None = None,
 ) -> tuple[mx.array, mx.array | None]:
     """`add_norm` in stock MLX."""
     c = h.astype(mx.float32)
     if experts is not None:
         outputs, share, norm1, norm2 = experts
         e = (outputs.astype(mx.float32) * share[..., None]).sum(axis=1)
-        c = ops.rms_norm(c, norm1, eps) + ops.rms_norm(e, norm2, eps)
-    y = x.astype(mx.float32) + ops.rms_norm(c, post, eps)
+        c = ops.rms_norm(c, norm1, eps * shrunk**2) + ops.rms_norm(e, norm2, eps * shrunk**2)
+    y = x.astype(mx.float32) + ops.rms_norm(c, post, eps if experts is not None else eps * shrunk**2)
     if scale is not None:
-        y = y * scale
-    normed = None if next_norm is None else ops.rms_norm(y, next_norm, eps).astype(h.dtype)
+        y = y * scale[:1]
+    normed = None if next_norm is None else ops.within(ops.rms_norm(y, next_norm, eps), out or h.dtype)
     return y.astype(x.dtype), normed
 
 

@@ -105,6 +105,11 @@ def default_maker() -> Maker | None:
     return cast(Maker, mx.fast.metal_kernel if mx.metal.is_available() else cuda_maker)
 
 
+def is_lazy(maker: Maker) -> bool:
+    """Whether launches by this maker wait to be evaluated, as MLX's own do, so that they can be traced."""
+    return maker in (mx.fast.metal_kernel, cuda_maker)
+
+
 @cache
 def _build(maker: Maker, kernel: Kernel) -> Callable[..., Sequence[Any]]:
     return maker(
@@ -167,6 +172,11 @@ def tiling(fmt: Format, n: int, k: int, tokens: int = 1) -> Tiling:
     return Tiling(lanes, rows, split, simdgroups=split)
 
 
+def result_type(dtype: mx.Dtype) -> dict[str, object]:
+    """U, the dtype of results, as constants."""
+    return {"U": _TYPES[dtype], "U_HALF": dtype == mx.float16}
+
+
 def _traits(fmt: Format, chunk: int, k: int) -> dict[str, object]:
     """A format as constants for matvec.metal."""
     words = chunk * fmt.bits // 32
@@ -197,6 +207,7 @@ def matvec_kernel(
     norm: bool = False,
     eps: float = 1e-6,
     glu: bool = False,
+    shrink: float = 1.0,
     times: bool = False,
     experts: bool = False,
     expert_x: bool = False,
@@ -212,7 +223,7 @@ def matvec_kernel(
     room = 2 * 4 * tokens * cut.lanes * cut.split * cut.chunk
     defines["STAGE"] = (norm or dtype == mx.float32) and room <= 30 << 10
     flags = {"GLU": glu, "TIMES": times, "NORM": norm, "EXPERTS": experts, "EXPERT_X": expert_x}
-    defines |= {"TOKENS": tokens, "EPS": _f(eps), "U": _TYPES[out or dtype], **flags}
+    defines |= {"TOKENS": tokens, "EPS": _f(eps), "SHRINK": _f(shrink), **result_type(out or dtype), **flags}
     present = {"sub": fmt.sub_bits, "super": fmt.super_block, "norm": norm, "ids": experts, "times": times}
     return render("matvec", "matvec.metal", dtype, defines, [n for n, there in present.items() if not there])
 
@@ -231,6 +242,7 @@ def matvec(
     norm: mx.array | None = None,
     eps: float = 1e-6,
     glu: bool = False,
+    shrink: float = 1.0,
     times: mx.array | None = None,
     ids: mx.array | None = None,
     out: mx.Dtype | None = None,
@@ -242,10 +254,10 @@ def matvec(
         x: [T, K], T from 1 to 4; with `ids`, one token: [1, K] for all experts, or [E', K], one row each.
         w: [N, K], or with `ids` [E, N, K].
         norm: fp32 [K]: x goes through RMSNorm with this weight first.
-        glu: w holds gate's rows, then up's; the result is gelu(gate x) * (up x).
+        glu: w holds gate's rows, then up's; the result is gelu(gate x) * (up x) * shrink.
         times: [T, N] in x's dtype: the result is gelu(x wᵀ) * times.
         ids: int32 [E'], the experts to take.
-        out: dtype of the result, x's by default.
+        out: dtype of the result, x's by default. What fp16 can't hold becomes the largest number that it can.
         cut: instead of `tiling`'s.
 
     Returns:
@@ -263,6 +275,7 @@ def matvec(
         norm is not None,
         eps,
         glu,
+        shrink,
         times is not None,
         ids is not None and x.shape[0] > 1,
     )
@@ -283,6 +296,7 @@ def _prepared(
     norm: bool,
     eps: float,
     glu: bool,
+    shrink: float,
     times: bool,
     expert_x: bool,
 ) -> tuple[Kernel, Callable[..., Sequence[Any]], dict[str, Any]]:
@@ -294,6 +308,7 @@ def _prepared(
         "norm": norm,
         "eps": eps,
         "glu": glu,
+        "shrink": shrink,
         "times": times,
         "experts": slots > 0,
         "expert_x": expert_x,

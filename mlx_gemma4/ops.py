@@ -46,6 +46,11 @@ class Affine:
 Weight = mx.array | Packed | Affine
 
 
+def within(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """x in another float type; what fp16 can't hold becomes the largest number that it can."""
+    return (mx.clip(x, -65504, 65504) if dtype == mx.float16 else x).astype(dtype)
+
+
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
     """x / sqrt(mean(x²) + eps) * weight over the last axis, summed in fp32."""
     return mx.fast.rms_norm(x, weight, eps)
