@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import click.testing
+import pexpect
 import pytest
 from recorded import HERE
 from rewrite import drop, rewrite
@@ -251,6 +253,15 @@ def test_thinking_stays_out_of_the_reply() -> None:
     assert report["thinking"] not in done.stdout and "thought" not in done.stdout
     assert done.stdout.removesuffix("\n") == report["text"]
     assert "thinking" not in json.loads(run(*args, "--no-think", "--json").stdout)
+
+
+def test_thinking_is_dimmed_on_a_terminal() -> None:
+    args = ["-m", "mlx_gemma4.cli", "generate", "-p", "Once upon a time", "-n", "60", "--seed", "1", "--think"]
+    child = pexpect.spawn(sys.executable, args, encoding="utf-8", timeout=60)
+    shown = child.read()
+    dimmed, plain = re.findall(r"\x1b\[2m(.*?)\x1b\[0m", shown, re.DOTALL), shown.split("\x1b[0m")[-1]
+    assert len("".join(dimmed).split()) > 3
+    assert len(plain.split()) > 10 and "\x1b[2m" not in plain
 
 
 def test_system_is_read_once_and_not_later(tmp_path: Path) -> None:
