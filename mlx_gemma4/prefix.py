@@ -222,9 +222,9 @@ def common_length(a: np.ndarray, b: np.ndarray) -> int:
     return int(differ[0]) if differ.size else n
 
 
-def thin(state: KVState) -> None:
-    """Keep `MAX_MARKS` marks at most: the last two, and others that are far apart."""
-    while len(marks := state.marks) > MAX_MARKS:
+def thin(state: KVState, most: int = MAX_MARKS) -> None:
+    """Keep so many marks at most: the last two, and others that are far apart."""
+    while len(marks := state.marks) > most:
         places = [0, *(m.position for m in marks)]
         gaps = [places[i + 2] - places[i] for i in range(len(marks) - 2)]
         state.unmark(marks[gaps.index(min(gaps))])

@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 from .conversation import OnPrompt, Reply, ReplyOptions, as_held, go_back, in_thread, prompt_ids, stream_reply
 from .errors import InputError
-from .prefix import thin
+from .prefix import MAX_MARKS, thin
 from .prompts import Message
 from .replies import Event
-from .state import KVState
+from .state import KVState, window_bytes
 
 if TYPE_CHECKING:
     from .text import LanguageModel
 
 log = logging.getLogger("mlx_gemma4")
 FORMAT, VERSION = "mlx-gemma4 conversation", 1
+# What a session's marks may come to hold, of which it always keeps four: they are what undo and retry come back to.
+_MARK_BYTES = 4_000_000_000
 
 
 class Session:
@@ -59,18 +61,20 @@ class Session:
         options: ReplyOptions | None = None,
         messages: Sequence[Message] = (),
         state: KVState | None = None,
+        kv: str = "full",
     ) -> None:
         """
         Args:
             system: what the system's message says.
             messages: a conversation to go on with.
-            state: what has been read already; by default a new one, `lm.model.new_state()`.
+            state: what has been read already; by default a new one.
+            kv: how a new state holds keys and values (see `Model.new_state`).
         """
         self.lm = lm
         self.options = options or ReplyOptions()
         first = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, Any]] = [*first, *(dict(message) for message in messages)]
-        self.state = lm.model.new_state() if state is None else state
+        self.state = lm.model.new_state(kv=kv) if state is None else state
         self.reply: Reply | None = None
 
     def send(
@@ -181,8 +185,13 @@ class Session:
                 beside.unlink()
 
     @classmethod
-    def load(cls, lm: LanguageModel, path: str | Path, *, options: ReplyOptions | None = None) -> Session:
+    def load(
+        cls, lm: LanguageModel, path: str | Path, *, options: ReplyOptions | None = None, kv: str = "full"
+    ) -> Session:
         """The session that `save` wrote. What the model has read is taken if the file is there and fits the model.
+
+        Args:
+            kv: how a new state holds keys and values, where there is none to take.
 
         Raises:
             InputError: the file isn't a conversation.
@@ -195,7 +204,7 @@ class Session:
         messages = saved.get("messages") if isinstance(saved, dict) and saved.get("format") == FORMAT else None
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise InputError(f"{path}: is not a conversation that was saved here")
-        return cls(lm, options=options, messages=messages, state=_read_state(lm, _state_file(path)))
+        return cls(lm, options=options, messages=messages, state=_read_state(lm, _state_file(path)), kv=kv)
 
     def close(self) -> None:
         """Let go of the KV state."""
@@ -222,8 +231,13 @@ class Session:
             _close(chunks)
             if begun and self.reply:
                 self.messages[-1] = self.reply.message
-                self.state.mark()
-                thin(self.state)
+                self._mark()
+
+    def _mark(self) -> None:
+        """Leave a place to come back to, and few enough of them."""
+        self.state.mark()
+        window = window_bytes(self.lm.config, self.state.dtype)
+        thin(self.state, min(MAX_MARKS, max(4, _MARK_BYTES // max(window, 1))))
 
 
 def _close(chunks: Iterator[Any]) -> None:

@@ -116,6 +116,10 @@ def load(
 
     Raises:
         InputError: the file can't be used, in one line.
+
+    >>> lm = load()  # or load("gemma-4-E2B-it-Q4_K_M.gguf"), or load("ggml-org/gemma-4-E2B-it-GGUF:Q4_K_M")
+    >>> lm.config.context
+    2048
     """
     path = demo_path() if path is None else resolve(path)
     if path.is_dir():
@@ -168,6 +172,10 @@ def stream(
 
     Raises:
         InputError: the prompt is empty or too long, or an option can't be.
+
+    >>> chunks = list(stream(load(), "Tell me a tale.", max_tokens=8))
+    >>> len(chunks), chunks[0].statistics.reply_tokens
+    (9, 8)
     """
     state = lm.model.new_state() if state is None else state
     before = state.tokens
@@ -197,7 +205,11 @@ def generate(
     stop: Sequence[str] = (),
     schema: Mapping[str, Any] | None = None,
 ) -> str:
-    """Answer a prompt; the whole reply, without thinking. Arguments and errors are those of `stream`."""
+    """Answer a prompt; the whole reply, without thinking. Arguments and errors are those of `stream`.
+
+    >>> generate(load(), "Is the sky blue?", schema={"enum": ["yes", "no"]}) in ('"yes"', '"no"')
+    True
+    """
     chunks = stream(
         lm,
         prompt,

@@ -1,11 +1,13 @@
-"""Each example runs as it stands, with the built-in model, and keeps under 60 lines."""
+"""Each example runs as it stands, with the built-in model, and so do those in docstrings."""
 
 from __future__ import annotations
 
+import doctest
 import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,9 @@ def test_the_batch_shares_its_beginning(output: dict[str, str]) -> None:
     assert len(answers) == 3 and all(answer["reply"] for answer in answers)
     known = [int(line.split()[-2]) for line in output["batch"].splitlines() if line.endswith("known")]
     assert known[0] == 0 and min(known[1:]) > 10
+
+
+@pytest.mark.parametrize("module", ["conversation", "messages", "mlx_lm_adapter", "replies", "session", "text"])
+def test_docstrings(module: str) -> None:
+    failed, tried = doctest.testmod(import_module(f"mlx_gemma4.{module}"))
+    assert tried and not failed

@@ -75,7 +75,7 @@ def test_text_prompts_samplers_and_processors(lm: LanguageModel, pair: Any) -> N
 
 def test_thinking_shows_as_in_mlx_lm(pair: Any) -> None:
     model, tokenizer = pair
-    prompt = tokenizer.apply_chat_template(TALE, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(TALE, add_generation_prompt=True, enable_thinking=True)
     assert mlx_lm.generate(model, tokenizer, prompt=prompt, max_tokens=8).startswith("<|channel>thought")
 
 
