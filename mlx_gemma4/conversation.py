@@ -159,7 +159,7 @@ def stream_reply(
     state: KVState | None = None,
     marks: bool = True,
     on_prompt: OnPrompt | None = None,
-) -> Iterator[ReplyChunk]:
+) -> Generator[ReplyChunk, None, None]:
     """Reply to a conversation, a chunk for each token and a last one.
 
     Args:
@@ -218,6 +218,7 @@ def chat(
     *,
     store: PrefixStore | None = None,
     state: KVState | None = None,
+    on_prompt: OnPrompt | None = None,
     **fields: Any,
 ) -> Reply:
     """The whole reply to a conversation. Arguments and errors are those of `stream_reply`; options by name will do.
@@ -228,7 +229,7 @@ def chat(
     >>> reply.statistics.reply_tokens
     8
     """
-    *_, last = stream_reply(lm, messages, _options(options, fields), store=store, state=state)
+    *_, last = stream_reply(lm, messages, _options(options, fields), store=store, state=state, on_prompt=on_prompt)
     return last.reply
 
 
@@ -267,7 +268,7 @@ async def achat(
     options: ReplyOptions | None = None,
     **fields: Any,
 ) -> Reply:
-    """As `chat`, awaited; cancelling the task stops the reply. `fields` may also hold `store` or `state`."""
+    """As `chat`, awaited; cancelling the task stops the reply. `fields`: also `store`, `state`, `on_prompt`."""
     reply = Reply()
     async for chunk in astream(lm, messages, options, **fields):
         reply = chunk.reply

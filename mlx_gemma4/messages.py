@@ -16,6 +16,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .errors import InputError
 from .prompts import Message
 
 _DEFAULT_NAME = "unknown"  # of a result whose call nobody can tell
@@ -30,10 +31,15 @@ def for_template(
         messages: as in OpenAI's chat completions; what isn't of that form is left for the template to refuse.
         tools: functions, each in `{"type": "function", "function": {...}}` or by itself.
         template: the model's chat template.
+
+    Raises:
+        InputError: a message has parts that are no text.
     """
     declared = [tool if isinstance(tool.get("function"), Mapping) else {"function": tool} for tool in tools]
     if not all(isinstance(message, Mapping) for message in messages):
         return list(messages), declared  # which is an error, and encode_chat's to tell
+    for i, message in enumerate(messages):
+        _check_parts(message, i + 1)
     known = [_with_objects(message) for message in messages]
     if "tool_responses" in (template or ""):
         return _with_responses(_without_words(known)), declared
@@ -48,6 +54,15 @@ def tool_result(call_id: str, name: str, content: Any) -> dict[str, Any]:
     """
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     return {"role": "tool", "tool_call_id": call_id, "name": name, "content": text}
+
+
+def _check_parts(message: Message, number: int) -> None:
+    """Refuse images and the like: a template would leave a token for them that stands for nothing here."""
+    content = message.get("content")
+    for part in content if isinstance(content, list | tuple) else ():
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text":
+            raise InputError(f"message {number}: has a part of type {kind!r:.40}; only text can be read")
 
 
 def _with_objects(message: Message) -> Message:

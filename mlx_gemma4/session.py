@@ -12,7 +12,7 @@ import copy
 import json
 import logging
 import os
-from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,7 +228,7 @@ class Session:
                     self.messages = [*messages, chunk.reply.message]
                 yield from chunk.events
         finally:
-            _close(chunks)
+            chunks.close()
             if begun and self.reply:
                 self.messages[-1] = self.reply.message
                 self._mark()
@@ -238,11 +238,6 @@ class Session:
         self.state.mark()
         window = window_bytes(self.lm.config, self.state.dtype)
         thin(self.state, min(MAX_MARKS, max(4, _MARK_BYTES // max(window, 1))))
-
-
-def _close(chunks: Iterator[Any]) -> None:
-    if isinstance(chunks, Generator):
-        chunks.close()
 
 
 def _state_file(path: Path) -> Path:

@@ -134,7 +134,7 @@ def test_leaving_stops_within_a_token(actor: Actor) -> None:
     state = actor.lm.model.new_state()
     chunks = stream_reply(actor.say("one two three four five six").lm, "Go", state=state)
     reply = [next(chunks) for _ in range(3)][-1].reply
-    chunks.close()  # type: ignore[attr-defined]
+    chunks.close()
     assert reply.finish_reason == "cancelled"
     assert actor.model.asked <= 4  # the fourth was on its way
     assert state.tokens == prompt_ids(actor.lm, user("Go")) + ids_of(reply)
@@ -209,6 +209,12 @@ def test_prompts_that_cannot_be(lm: LanguageModel) -> None:
         chat(lm, ["not a message"])  # type: ignore[list-item]
     with pytest.raises(TypeError, match="not both"):
         chat(lm, "Go", SHORT, think=True)
+
+
+@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "audio"}, "text"])
+def test_text_is_all_that_can_be_read(lm: LanguageModel, part: Any) -> None:
+    with pytest.raises(InputError, match="message 2: has a part of type"):
+        chat(lm, [*user("a"), {"role": "user", "content": [{"type": "text", "text": "b"}, part]}])
 
 
 def test_a_reply_ends_with_the_context(actor: Actor) -> None:

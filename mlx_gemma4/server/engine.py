@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 from ..conversation import Reply, ReplyChunk, ReplyOptions, stream_reply
 from ..errors import InputError, NoRoom, TooLong
@@ -273,7 +273,7 @@ class Engine:
                 with self._changed:
                     self._holding.add(job)
                 made = stream_reply(self.lm, prompt, options, store=self.store, on_prompt=reading)
-                with closing(cast(Generator[ReplyChunk, None, None], made)) as chunks:
+                with closing(made) as chunks:
                     try:
                         first = next(chunks)
                     except NoRoom as error:
