@@ -114,8 +114,10 @@ def serve(
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: Any) -> None:
-            if not self.should_exit:
-                running, waiting = engine.load
+            running, waiting = engine.load
+            if self.should_exit:
+                engine.close(timeout=0)  # ends replies, and so the connections that uvicorn waits for
+            else:
                 if running or waiting:
                     say(f"Finishing {running} replies, for {grace} s at most; Ctrl-C again ends at once.")
                 engine.drain()

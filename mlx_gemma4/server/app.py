@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +30,7 @@ from .metrics import Metrics
 from .page import page
 from .wire import ApiError, as_api_error, error_response, json_response, openai_error
 
-log = logging.getLogger(__name__)
+Handler = Callable[[Request], Awaitable[Response]]
 
 _OPEN = ("/", "/health")  # what needs no key: nothing of the model or of what others ask is in it
 _KNOWN_PATHS = (
@@ -92,24 +91,26 @@ def create_app(lm: LanguageModel, settings: Settings | None = None) -> Starlette
         yield
         engine.close()
 
+    def get(path: str, handler: Handler) -> Route:
+        return Route(path, _answered(handler))
+
+    def post(path: str, handler: Handler) -> Route:
+        return Route(path, _answered(handler), methods=["POST"])
+
     routes = [
-        Route("/", _page),
-        Route("/health", _health),
-        Route("/metrics", _metrics),
-        Route("/openapi.json", _openapi),
-        Route("/v1/models", _models),
-        Route("/v1/models/{model:path}", _model),
-        Route("/v1/chat/completions", completions.chat_completions, methods=["POST"]),
-        Route("/v1/completions", completions.completions, methods=["POST"]),
-        Route("/v1/responses", responses.responses, methods=["POST"]),
-        Route("/v1/messages", anthropic.messages, methods=["POST"]),
-        Route("/v1/messages/count_tokens", anthropic.count_tokens, methods=["POST"]),
+        get("/", _page),
+        get("/health", _health),
+        get("/metrics", _metrics),
+        get("/openapi.json", _openapi),
+        get("/v1/models", _models),
+        get("/v1/models/{model:path}", _model),
+        post("/v1/chat/completions", completions.chat_completions),
+        post("/v1/completions", completions.completions),
+        post("/v1/responses", responses.responses),
+        post("/v1/messages", anthropic.messages),
+        post("/v1/messages/count_tokens", anthropic.count_tokens),
     ]
-    app = Starlette(
-        routes=routes,
-        lifespan=lifespan,
-        exception_handlers=dict.fromkeys((Exception, ApiError, InputError, HTTPException), _failed),
-    )
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
     app.state.engine, app.state.settings, app.state.started = engine, settings, int(time.time())
     app.add_middleware(_Gate, settings=settings, metrics=metrics)
     return app
@@ -194,14 +195,25 @@ def _error_body(path: str) -> Callable[[ApiError], Any]:
     return anthropic.error_body if path.startswith("/v1/messages") else openai_error
 
 
-async def _failed(request: Request, error: Exception) -> Response:
-    """Every exception of an endpoint, as its clients expect it."""
-    if isinstance(error, HTTPException):  # Starlette's own: no such path or method
-        found = ApiError(error.status_code, f"{request.method} {request.url.path:.200}: {error.detail}")
-        response = error_response(found, _error_body(request.url.path))
-        response.headers.update(error.headers or {})  # 405 says which methods there are
-        return response
-    return error_response(as_api_error(error), _error_body(request.url.path))
+def _answered(handler: Handler) -> Handler:
+    """The handler, every exception of its an answer: uvicorn would close the connection of one that it sees."""
+
+    async def handle(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except Exception as error:
+            return error_response(as_api_error(error), _error_body(request.url.path))
+
+    return handle
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals: no such path or method."""
+    assert isinstance(error, HTTPException)
+    found = ApiError(error.status_code, f"{request.method} {request.url.path:.200}: {error.detail}")
+    response = error_response(found, _error_body(request.url.path))
+    response.headers.update(error.headers or {})  # 405 says which methods there are
+    return response
 
 
 async def _page(request: Request) -> Response:

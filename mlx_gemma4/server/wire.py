@@ -53,8 +53,8 @@ def as_api_error(error: BaseException) -> ApiError:
     """Any exception as one that is sent; what nobody foresaw is logged."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, InputError):
-        return ApiError(400, str(error))
+    if isinstance(error, InputError):  # of options that can't be together
+        return ApiError(400, str(error), "tool_choice" if str(error).startswith("tool_choice") else None)
     log.error("Unexpected %s while answering a request", type(error).__name__, exc_info=error)
     return ApiError(500, f"unexpected {type(error).__name__}; the server's log has the details")
 
