@@ -11,6 +11,8 @@ library recurses over them.
 from __future__ import annotations
 
 import json
+import math
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,9 +26,10 @@ from .errors import InputError
 from .tokenizer import Tokenizer
 from .tool_grammar import CALL, tool_call_lark
 
-MAX_SOURCE = 1 << 16  # characters of a schema or grammar
+MAX_SOURCE = 1 << 16  # characters of a schema
+MAX_LARK = 1 << 14  # characters of a Lark grammar: terminals that double each other take the square of it
 MAX_REGEX = 4000  # characters of a regular expression: compiling takes the square of it
-_MAX_MULTIPLE = 100_000  # of multipleOf, without its power of ten: a state of the automaton each
+_MAX_MULTIPLE = 100_000  # of all under multipleOf
 _STACK = 256 << 20  # bytes of address space while a grammar is compiled
 # Between JSON's parts: a space, or a new line with its indentation. With more, a model at a loss goes on for ever.
 _BLANKS = {"whitespace_pattern": r" |\n[ \t]{0,32}"}
@@ -120,11 +123,7 @@ def json_schema(tokenizer: Tokenizer, schema: Mapping[str, Any] | bool | str, *,
     schema = {} if schema is True else schema
     if not isinstance(schema, Mapping):
         raise InputError("schema: must be a JSON object")
-    try:
-        text = json.dumps(schema, allow_nan=False)
-        _check_schema(schema, text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"schema: can't be written as JSON ({error})") from error
+    _check_schema(schema, "schema")
     source = _schema_source(schema)
     try:
         return Grammar(tokenizer, source, think=think, say="schema")
@@ -143,8 +142,9 @@ def regex(tokenizer: Tokenizer, pattern: str, *, think: bool = False) -> Grammar
 def lark(tokenizer: Tokenizer, grammar: str, *, think: bool = False) -> Grammar:
     """Replies that a context-free grammar in llguidance's variant of Lark describes. Raises InputError."""
     longest = max(map(len, grammar.splitlines()), default=0)
-    if len(grammar) > MAX_SOURCE or longest > MAX_REGEX:
-        raise InputError(f"grammar: over {MAX_SOURCE} characters, or over {MAX_REGEX} in a line; make it shorter")
+    if len(grammar) > MAX_LARK or longest > MAX_REGEX:
+        raise InputError(f"grammar: over {MAX_LARK} characters, or over {MAX_REGEX} in a line; make it shorter")
+    _check_multiples(re.findall(r'"multipleOf"\s*:\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)', grammar), "grammar")
     return Grammar(tokenizer, llguidance.LLMatcher.grammar_from_lark(grammar), think=think)
 
 
@@ -170,6 +170,9 @@ def tool_calls(
     missing = [text for text in (CALL, "<tool_call|>", '<|"|>') if tokenizer.token_id(text) is None]
     if missing:
         raise InputError(f"tools: this model can't call any: its vocabulary has no {' and no '.join(missing)}")
+    for tool in tools:
+        if isinstance(tool, Mapping):
+            _check_schema(tool, "tools")
     source = tool_call_lark(tokenizer, tools, choice, parallel)
     if len(source) > 4 * MAX_SOURCE:
         raise InputError(f"tools: their schemas make a grammar of {len(source)} characters; make them simpler")
@@ -267,11 +270,16 @@ def _schema_source(schema: Mapping[str, Any]) -> str:
         raise InputError(f"schema: can't be read ({error})") from error
 
 
-def _check_schema(schema: Any, text: str) -> None:
-    """Refuse what would take the library long."""
+def _check_schema(schema: Mapping[str, Any], say: str) -> None:
+    """Refuse what can't be written as JSON, and what would take the library long."""
+    try:
+        text = json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{say}: can't be written as JSON ({error})") from error
     if len(text) > MAX_SOURCE:
-        raise InputError(f"schema: has {len(text)} characters as JSON; at most {MAX_SOURCE} are allowed")
-    left = [schema]
+        raise InputError(f"{say}: has {len(text)} characters as JSON; at most {MAX_SOURCE} are allowed")
+    multiples: list[str] = []
+    left: list[Any] = [schema]
     while left:
         part = left.pop()
         left += part.values() if isinstance(part, Mapping) else part if isinstance(part, list) else []
@@ -279,15 +287,16 @@ def _check_schema(schema: Any, text: str) -> None:
             continue
         patterns = [part.get("pattern"), *(p if isinstance(p := part.get("patternProperties"), Mapping) else [])]
         if any(isinstance(p, str) and len(p) > MAX_REGEX for p in patterns):
-            raise InputError(f"schema: a pattern has over {MAX_REGEX} characters")
-        multiple: Any = part.get("multipleOf")
-        if type(multiple) in (int, float) and _digits(multiple) > _MAX_MULTIPLE:
-            raise InputError(f"schema: multipleOf {multiple} has too many digits")
+            raise InputError(f"{say}: a pattern has over {MAX_REGEX} characters")
+        multiples += [str(x) for x in [part.get("multipleOf")] if type(x) in (int, float)]
+    _check_multiples(multiples, say)
 
 
-def _digits(number: int | float) -> int:
-    """A number without its power of ten: 25 for 0.25 and for 2500."""
-    return int("".join(map(str, Decimal(str(number)).normalize().as_tuple().digits)))
+def _check_multiples(multiples: Sequence[str], say: str) -> None:
+    """Refuse numbers under `multipleOf` whose common multiple is large, powers of ten aside: each part is a state."""
+    digits = ["".join(map(str, Decimal(x).normalize().as_tuple().digits)) for x in multiples]
+    if any(len(x) > 6 for x in digits) or math.lcm(*(int(x) or 1 for x in digits)) > _MAX_MULTIPLE:
+        raise InputError(f"{say}: multipleOf {', '.join(multiples)[:60]} have too large a common multiple")
 
 
 def _place(engine: Any, schema: Any, at: str) -> str:

@@ -418,7 +418,8 @@ def test_many_keys(many: int, tokenizer: Tokenizer) -> None:
         ({"type": "integer", "minimum": 5, "maximum": 2}, "minimum (5) is greater than maximum (2)"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
         ({"type": "object", "properties": []}, "properties must be an object"),
-        ({"type": "integer", "multipleOf": 1234567.1}, "multipleOf 1234567.1 has too many digits"),
+        ({"type": "integer", "multipleOf": 1234567.1}, "multipleOf 1234567.1 have too large a common multiple"),
+        ({"allOf": [{"type": "integer", "multipleOf": p} for p in (97, 89, 83)]}, "common multiple"),
         ({"type": "string", "pattern": "a?" * MAX_REGEX}, f"a pattern has over {MAX_REGEX} characters"),
         ({"enum": [f"value {i}" for i in range(10_000)]}, "at most 65536 are allowed"),
         ({"const": "\ud800"}, "schema"),
@@ -456,7 +457,10 @@ def test_refused_schema(schema: Any, says: str, tokenizer: Tokenizer) -> None:
         ([tool("f", {"anyOf": [{"type": "string"}, 7]})], "f", "parameters/properties/v/anyOf/1: 7 is no schema"),
         ([tool("f", {"properties": {"a": 1}, "required": "a"})], "f", "required must be a list of names"),
         ([tool("f", {"allOf": [{"$ref": "#/properties/v"}]})], "f", "nested too deeply"),
-        ([tool("f", {"enum": ["x" * 300_000]})], "f", "make them simpler"),
+        ([tool("f", {"enum": ["x" * 300_000]})], "f", "at most 65536"),
+        ([tool(f"f{i}", {"enum": ["x" * 60_000]}) for i in range(6)], "required", "make them simpler"),
+        ([tool("f", {"type": "integer", "multipleOf": 1000003})], "f", "too large a common multiple"),
+        ([tool("f", {"const": float("nan")})], "f", "tools: can't be written as JSON"),
     ],
 )
 def test_refused_tools(tools: Any, choice: str, says: str, tokenizer: Tokenizer) -> None:
@@ -544,8 +548,13 @@ def test_a_hostile_schema_ends_nothing(name: str, tokenizer: Tokenizer) -> None:
 
 def test_hostile_lark(tokenizer: Tokenizer) -> None:
     for rule in ("r{}: r{}", "R{}: R{} /b/"):
-        lines = [rule.format(i, i + 1) for i in range(3500)]
-        lark(tokenizer, "\n".join([f"start: {rule[0]}0", *lines, f'{rule[0]}3500: "a"'])).mask()
+        lines = [rule.format(i, i + 1) for i in range(900)]
+        lark(tokenizer, "\n".join([f"start: {rule[0]}0", *lines, f'{rule[0]}900: "a"'])).mask()
+    doubled = [f"A{i}: A{i + 1} A{i + 1}" for i in range(100)]
+    with pytest.raises(InputError, match="too big"):
+        lark(tokenizer, "\n".join(["start: A0", *doubled, 'A100: "a"']))
+    with pytest.raises(InputError, match="too large a common multiple"):
+        lark(tokenizer, 'start: %json {"type": "integer", "multipleOf" : 10000019}')
 
 
 # What it costs
