@@ -173,6 +173,14 @@ def test_reload_keeps_the_conversation(page: Page) -> None:
     assert page.input_value("[name=system]") == "Speak of foxes." and page.input_value("[name=max_tokens]") == "10"
 
 
+@pytest.mark.parametrize("kept", ["{", "null", "[]", '{"messages": [null]}', '{"messages": [{"role": "user"}]}'])
+def test_what_cannot_be_a_conversation_is_left(page: Page, kept: str) -> None:
+    page.evaluate("kept => { save = () => {}; localStorage.setItem(SAVED, kept) }", kept)
+    page.reload()
+    expect(page.locator("#model")).to_have_text("gemma4-demo")
+    expect(page.locator("#empty")).to_be_visible()
+
+
 def test_reload_in_the_middle_of_a_reply(page: Page, server: Serving) -> None:
     send(page, "Tell me a long story about a mill.")
     expect(replies(page).locator(".text")).not_to_be_empty(timeout=30_000)

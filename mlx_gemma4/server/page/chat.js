@@ -270,7 +270,8 @@ addEventListener("pagehide", () => {
 
 try {
   const found = JSON.parse(localStorage.getItem(SAVED));
-  if (Array.isArray(found?.messages)) chat = { messages: found.messages, settings: found.settings || {} };
+  const sound = m => ["user", "assistant"].includes(m?.role) && typeof m.content === "string";
+  if (found?.messages.every(sound)) chat = { messages: found.messages, settings: { ...found.settings } };
 } catch { /* not ours, or nothing there: a new chat */ }
 for (const [name, value] of Object.entries(chat.settings)) {
   const field = panel.elements[name];
