@@ -1,40 +1,31 @@
-"""Replies held to a form: 232 schemas, tool calls, regular expressions, Lark; what is refused; what a mask costs."""
+"""Replies held to a form: 232 schemas, regular expressions, Lark; what is refused; what a mask costs."""
 
 from __future__ import annotations
 
-import datetime
 import gc
-import ipaddress
 import json
 import random
 import re
 import statistics
 import time
-import uuid
 import weakref
-from collections import Counter
 from contextlib import suppress
 from typing import Any
-from urllib.parse import urlparse
 
-import jsonschema
-import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from sampled import JUNK_SCHEMAS, accepts, allowed, judge, write
 from schemas import SCHEMAS
 
-from mlx_gemma4 import InputError, ReplyOptions, Sampling, chat, generate, load, stream
-from mlx_gemma4.grammar import MAX_REGEX, Grammar, json_schema, lark, regex, tool_calls, vocabulary
-from mlx_gemma4.replies import ReplyParser, ToolCall
+from mlx_gemma4 import InputError, Sampling, generate, load, stream
+from mlx_gemma4.grammar import MAX_REGEX, json_schema, lark, regex, tool_calls, vocabulary
 from mlx_gemma4.tokenizer import CONTROL, NORMAL, Tokenizer
 
-KEYWORDS = [
-    *("type", "properties", "required", "items", "prefixItems", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"),
-    *("$defs", "pattern", "format", "minLength", "maxLength", "minItems", "maxItems", "minimum", "multipleOf", "a"),
-    *("additionalProperties", "patternProperties", "nullable", "not", "x-guidance", "$id"),
-]
-PRINTABLE = [chr(c) for c in range(33, 127)]
+PERSON = SCHEMAS["person"]
+BRIEF = {
+    **PERSON,
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "maximum": 9}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,80 +38,6 @@ def tokenizer(lm) -> Tokenizer:
     return lm.tokenizer
 
 
-def allowed(grammar: Grammar, tokenizer: Tokenizer) -> np.ndarray:
-    """The ids that may come next."""
-    bits = np.unpackbits(grammar.mask().view(np.uint8), bitorder="little")
-    assert not bits[tokenizer.vocab_size :].any()
-    return np.flatnonzero(bits)
-
-
-def write(
-    grammar: Grammar, tokenizer: Tokenizer, seed: int, free: int = 30, names: frozenset[str] = frozenset()
-) -> list[int]:
-    """A reply sampled at temperature 1 from random logits; after `free` tokens, it is led to an end.
-
-    For that, what closes something goes first, then a key out of `names`, then the printable character that the
-    reply has least of.
-    """
-    rng = np.random.default_rng(seed)
-    logits = rng.normal(0, 3, tokenizer.vocab_size)
-    single = {tokenizer.encode(c, add_bos=False)[-1]: c for c in PRINTABLE}
-    quote, *brackets = (tokenizer.encode(c, add_bos=False)[-1] for c in '"}]')
-    marker = tokenizer.token_id('<|"|>')
-    ends = [tokenizer.token_id("<tool_call|>"), *brackets, marker]
-    keys = [[*tokenizer.encode(name, add_bos=False), *tokenizer.encode(":", add_bos=False)] for name in names if name]
-    planned: list[int] = []
-    tried: Counter[int] = Counter()
-    ids: list[int] = []
-    while not grammar.finished:
-        may = allowed(grammar, tokenizer)
-        text = tokenizer.decode(ids)
-        assert may.size and len(ids) < 2000, f"no end: {text[:200]}"
-        stops = [i for i in may if i in tokenizer.stop_ids]
-        if len(stops) == may.size or (stops and (len(ids) >= free or rng.random() < 0.2)):
-            return ids
-        may = may[~np.isin(may, list(tokenizer.stop_ids))]
-        token = int(may[np.argmax(logits[may] + rng.gumbel(size=may.size))])
-        if len(ids) >= free:
-            in_string = len(re.findall(r'(?<!\\)(?:\\\\)*"', text)) % 2
-            known = Counter(text)
-            order = [quote] if in_string else [marker] if ids.count(marker) % 2 else [*planned[:1], *ends]
-            order = order + sorted((i for i in single if i != quote), key=lambda i: known[single[i]])
-            token = next((i for i in order if i in may), token)
-            if token in planned[:1]:
-                planned = planned[1:]
-            elif text.endswith(("{", ",")) and token != brackets[0]:
-                keys.sort(key=lambda key: tried[key[0]])
-                token, *planned = next((key for key in keys if key[0] in may), [token])
-                tried[token] += 1
-        grammar.accept(token)
-        ids.append(token)
-    return ids
-
-
-TIME = r"\d\d:\d\d:\d\d(\.\d+)?([zZ]|[+-]\d\d:\d\d)"
-FORMATS = {
-    "date": datetime.date.fromisoformat,
-    "time": re.compile(TIME).fullmatch,
-    "date-time": re.compile(r"\d{4}-\d\d-\d\d[tT]" + TIME).fullmatch,
-    "duration": re.compile(r"P(?=.)(\d+[YMWD])*(T(\d+[HMS])+)?").fullmatch,
-    "email": re.compile(r"[^@\s]+@[^@\s]+").fullmatch,
-    "hostname": re.compile(r"[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*").fullmatch,
-    "ipv4": ipaddress.IPv4Address,
-    "ipv6": ipaddress.IPv6Address,
-    "uuid": uuid.UUID,
-    "uri": lambda text: urlparse(text).scheme,
-}
-CHECKER = jsonschema.FormatChecker(())
-for _name, _check in FORMATS.items():
-    CHECKER.checks(_name, ValueError)(lambda text, check=_check: not isinstance(text, str) or bool(check(text)))
-
-
-def judge(text: str, schema: Any) -> None:
-    """Raises unless the text is JSON that obeys the schema, by another program's judgement."""
-    jsonschema.Draft202012Validator(schema, format_checker=CHECKER).validate(json.loads(text))
-
-
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_schema(name: str, tokenizer: Tokenizer) -> None:
     """Whatever the logits, the reply parses and validates."""
@@ -131,77 +48,6 @@ def test_schema(name: str, tokenizer: Tokenizer) -> None:
 
 def test_schemas_are_many_and_different() -> None:
     assert len({json.dumps(schema, sort_keys=True) for schema in SCHEMAS.values()}) == len(SCHEMAS) >= 200
-
-
-# Tool calls
-
-
-def tool(name: str, schema: Any) -> dict[str, Any]:
-    """A function of one argument v, as OpenAI's clients declare it."""
-    defs = schema.get("$defs", {}) if isinstance(schema, dict) else {}
-    parameters = {"type": "object", "properties": {"v": schema}, "required": ["v"], "$defs": defs}
-    return {"type": "function", "function": {"name": name, "parameters": parameters}}
-
-
-def required_names(part: Any) -> frozenset[str]:
-    """All names in lists of required keys."""
-    if isinstance(part, dict):
-        mine = part.get("required")
-        return frozenset(mine if isinstance(mine, list) else []).union(*map(required_names, part.values()))
-    return frozenset().union(*map(required_names, part)) if isinstance(part, list) else frozenset()
-
-
-def read(tokenizer: Tokenizer, ids: list[int]) -> list[Any]:
-    parser = ReplyParser(tokenizer)
-    return [event for token in ids for event in parser.push(token)] + parser.finish()
-
-
-def check_calls(tokenizer: Tokenizer, tools: list[dict[str, Any]], ids: list[int]) -> list[ToolCall]:
-    """The calls of a reply that is nothing but calls, their arguments judged by another program."""
-    events = read(tokenizer, ids)
-    assert events and all(isinstance(event, ToolCall) for event in events), tokenizer.decode(ids, skip_special=False)
-    known = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
-    for call in events:
-        jsonschema.Draft202012Validator(known[call.name], format_checker=CHECKER).validate(call.arguments)
-    return events
-
-
-@pytest.mark.parametrize("name", SCHEMAS)
-def test_arguments_obey_the_schema(name: str, tokenizer: Tokenizer) -> None:
-    """Whatever the logits, the call is one that our parser reads, with arguments that validate."""
-    tools = [tool("f", SCHEMAS[name])]
-    for seed in range(2):
-        reply = write(tool_calls(tokenizer, tools, "f"), tokenizer, seed, names=required_names(tools))
-        check_calls(tokenizer, tools, reply)
-
-
-def accepts(grammar: Grammar, tokenizer: Tokenizer, text: str) -> bool:
-    """Whether the grammar lets a reply be just this text, control tokens in it included."""
-    for token in tokenizer.encode(text, add_bos=False, parse_special=True):
-        if token not in allowed(grammar, tokenizer):
-            return False
-        grammar.accept(token)
-    return grammar.complete
-
-
-PERSON = SCHEMAS["person"]
-BRIEF = {
-    **PERSON,
-    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "maximum": 9}},
-}
-WEATHER = {
-    "name": "get-weather",
-    "parameters": {
-        "type": "object",
-        "properties": {
-            "city": {"type": "string"},
-            "days": {"type": "integer", "minimum": 1, "maximum": 14},
-            "unit": {"enum": ["C", "F", None]},
-        },
-        "required": ["city"],
-    },
-}
-NOW = {"name": "now"}
 
 
 @pytest.mark.parametrize(
@@ -289,7 +135,7 @@ def test_lark(tokenizer: Tokenizer) -> None:
 )
 def test_thinking_first(before: str, tokenizer: Tokenizer) -> None:
     assert accepts(json_schema(tokenizer, PERSON, think=True), tokenizer, before + '{"name":"A","age":3}')
-    calls = tool_calls(tokenizer, [NOW], "required", think=True)
+    calls = tool_calls(tokenizer, [{"name": "now"}], "required", think=True)
     assert accepts(calls, tokenizer, before + "<|tool_call>call:now{}<tool_call|>")
 
 
@@ -305,101 +151,6 @@ def test_thinking_where_it_may_not_be(tokenizer: Tokenizer) -> None:
         channel,
     ):
         assert not accepts(json_schema(tokenizer, PERSON, think=True), tokenizer, bad), bad
-
-
-# Tool calls
-
-
-def test_calls_in_the_format_of_the_template(tokenizer: Tokenizer) -> None:
-    """What the chat template writes for a call is what the grammar takes."""
-    good = [
-        '<|tool_call>call:get-weather{city:<|"|>New "York", {x}<|"|>}<tool_call|>',
-        '<|tool_call>call:get-weather{days:14,unit:<|"|>C<|"|>,city:<|"|><|"|>}<tool_call|>',
-        '<|tool_call>call:get-weather{unit:null,city:<|"|>a<|"|>}<tool_call|><|tool_call>call:now{}<tool_call|>',
-    ]
-    bad = [
-        "",
-        "Well, ",
-        '<|tool_call>call:get_weather{city:<|"|>a<|"|>}<tool_call|>',
-        "<|tool_call>call:get-weather{days:3}<tool_call|>",
-        '<|tool_call>call:get-weather{city:<|"|>a<|"|>,days:15}<tool_call|>',
-        '<|tool_call>call:get-weather{city:<|"|>a<|"|>,city:<|"|>b<|"|>}<tool_call|>',
-        '<|tool_call>call:get-weather{city:"a"}<tool_call|>',
-        '<|tool_call>call:get-weather{city:<|"|>a<|"|>,town:1}<tool_call|>',
-        '<|tool_call>call:get-weather{city:<|"|>a<|"|>}',
-        "<|tool_call>call:now{a:1}<tool_call|>",
-    ]
-    for text in good:
-        assert accepts(tool_calls(tokenizer, [WEATHER, NOW], "required"), tokenizer, text), text
-    for text in bad:
-        assert not accepts(tool_calls(tokenizer, [WEATHER, NOW], "required"), tokenizer, text), text
-
-
-def test_one_call_of_the_named_tool(tokenizer: Tokenizer) -> None:
-    call = "<|tool_call>call:now{}<tool_call|>"
-    for options in ({"choice": "now"}, {"choice": "required", "parallel": False}):
-        grammar = tool_calls(tokenizer, [WEATHER, NOW], **options)
-        assert accepts(grammar, tokenizer, call) and grammar.finished
-        assert set(allowed(grammar, tokenizer)) <= tokenizer.stop_ids
-    assert not accepts(
-        tool_calls(tokenizer, [WEATHER, NOW], "now"),
-        tokenizer,
-        '<|tool_call>call:get-weather{city:<|"|>a<|"|>}<tool_call|>',
-    )
-
-
-def test_auto_leaves_text_free_and_holds_calls_to_their_schema(tokenizer: Tokenizer) -> None:
-    call = '<|tool_call>call:get-weather{city:<|"|>a<|"|>}<tool_call|>'
-    for good in (
-        "",
-        "Just {text}.",
-        call,
-        f"Let me see. {call}",
-        f"{call}{call} So.",
-        f"<|channel>thought\nHm.<channel|>{call}",
-    ):
-        grammar = tool_calls(tokenizer, [WEATHER, NOW], "auto")
-        assert accepts(grammar, tokenizer, good), good
-        assert not grammar.finished
-        assert tokenizer.stop_ids <= set(allowed(grammar, tokenizer))
-    for bad in (
-        "<|tool_call>call:other{}<tool_call|>",
-        f"Let me <|tool_call>{call}",
-        '<|"|>',
-        "<|turn>",
-        "<|tool_call>call:now{",
-    ):
-        assert not accepts(tool_calls(tokenizer, [WEATHER, NOW], "auto"), tokenizer, bad), bad
-
-
-def test_what_a_call_cannot_be_held_to_is_left_out(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    schema = {"type": "string", "pattern": "(?=look)ahead", "format": "no-such", "contentEncoding": "base64"}
-    assert accepts(
-        tool_calls(tokenizer, [tool("f", schema)], "f"), tokenizer, '<|tool_call>call:f{v:<|"|>x<|"|>}<tool_call|>'
-    )
-    assert "isn't enforced" in caplog.text
-
-
-def test_keys_that_cannot_stand_bare(tokenizer: Tokenizer) -> None:
-    names = ["a b", "c:d", "", "e{", "日", "f-g", "h.i", "(j)", "k=l"]
-    parameters = {"type": "object", "properties": {name: {"const": 1} for name in names}, "required": names}
-    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
-    (call,) = check_calls(tokenizer, tools, write(tool_calls(tokenizer, tools, "f"), tokenizer, 1, free=400))
-    assert call.arguments == dict.fromkeys(names, 1)
-
-
-@pytest.mark.parametrize("many", [64, 70])
-def test_many_keys(many: int, tokenizer: Tokenizer) -> None:
-    """Beyond the bits of a rule's parameter, keys may stay out."""
-    names = [f"k{i:02}" for i in range(many)]
-    parameters = {"type": "object", "properties": {name: {"type": "null"} for name in names}, "required": names[:10]}
-    grammar = tool_calls(tokenizer, [{"name": "f", "parameters": parameters}], "f")
-    assert accepts(grammar, tokenizer, "<|tool_call>call:f{" + ",".join(f"{n}:null" for n in names) + "}<tool_call|>")
-    grammar = tool_calls(tokenizer, [{"name": "f", "parameters": parameters}], "f")
-    assert not accepts(
-        grammar, tokenizer, "<|tool_call>call:f{" + ",".join(f"{n}:null" for n in names[1:]) + "}<tool_call|>"
-    )
 
 
 # Refusals: in one line, with the place
@@ -437,39 +188,6 @@ def test_refused_schema(schema: Any, says: str, tokenizer: Tokenizer) -> None:
     assert len(str(error.value)) < 400
 
 
-@pytest.mark.parametrize(
-    ("tools", "choice", "says"),
-    [
-        ([], "required", "there are none to call"),
-        ([NOW], "then", "none is called 'then'"),
-        (["now"], "required", "number 1 must be a function"),
-        ([{"function": {"name": "a b"}}], "required", "number 1 must be a function with a name"),
-        (
-            [NOW, {"name": "f", "parameters": []}, {"name": "f", "parameters": [1]}],
-            "auto",
-            "the parameters of f must be",
-        ),
-        ([tool("f", {"type": "strin"})], "f", "tools: f, parameters/properties/v: there is no type 'strin'"),
-        ([tool("f", {"$ref": "#/a"})], "f", "there is nothing at the reference '#/a'"),
-        ([tool("f", {"$ref": "https://x"})], "f", "must point into the tool's own schema"),
-        ([tool("f", {"type": "array", "minItems": -1})], "f", "minItems must be a count, 0 or more, not -1"),
-        ([tool("f", False)], "f", "false is no schema"),
-        ([tool("f", {"anyOf": [{"type": "string"}, 7]})], "f", "parameters/properties/v/anyOf/1: 7 is no schema"),
-        ([tool("f", {"properties": {"a": 1}, "required": "a"})], "f", "required must be a list of names"),
-        ([tool("f", {"allOf": [{"$ref": "#/properties/v"}]})], "f", "nested too deeply"),
-        ([tool("f", {"enum": ["x" * 300_000]})], "f", "at most 65536"),
-        ([tool(f"f{i}", {"enum": ["x" * 60_000]}) for i in range(6)], "required", "make them simpler"),
-        ([tool("f", {"type": "integer", "multipleOf": 1000003})], "f", "too large a common multiple"),
-        ([tool("f", {"const": float("nan")})], "f", "tools: can't be written as JSON"),
-    ],
-)
-def test_refused_tools(tools: Any, choice: str, says: str, tokenizer: Tokenizer) -> None:
-    with pytest.raises(InputError) as error:
-        tool_calls(tokenizer, tools, choice)
-    assert says in str(error.value)
-    assert len(str(error.value)) < 400
-
-
 def test_refused_regex_and_lark(tokenizer: Tokenizer) -> None:
     for make, source, says in (
         (regex, "(?=a)b", "regex: look-around"),
@@ -483,36 +201,11 @@ def test_refused_regex_and_lark(tokenizer: Tokenizer) -> None:
             make(tokenizer, source)
 
 
-def test_a_vocabulary_without_calls(tokenizer: Tokenizer) -> None:
-    plain = Tokenizer(
-        ["<bos>", "<eos>", "a"], [CONTROL, CONTROL, NORMAL], lambda text: [2] * len(text), [0, 1], bos_id=0
-    )
-    with pytest.raises(
-        InputError, match="this model can't call any: its vocabulary has no <|tool_call>".replace("|", r"\|")
-    ):
-        tool_calls(plain, [NOW], "required")
-    assert accepts(regex(plain, "aaa", think=True), plain, "aaa")
-
-
-JUNK = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-5, 2000)
-    | st.floats()
-    | st.sampled_from(["", "string", "#", "^a", "(", "é\n"]),
-    lambda part: st.lists(part, max_size=3) | st.dictionaries(st.sampled_from(KEYWORDS), part, max_size=3),
-    max_leaves=10,
-)
-
-
-@given(st.dictionaries(st.sampled_from(KEYWORDS), JUNK, max_size=4))
+@given(JUNK_SCHEMAS)
 @settings(max_examples=150, deadline=None)
-def test_junk_is_refused_in_a_line_or_works(tokenizer: Tokenizer, schema: dict[str, Any]) -> None:
-    for make in (json_schema, lambda t, s: tool_calls(t, [{"name": "f", "parameters": {"properties": {"v": s}}}], "f")):
-        try:
-            make(tokenizer, schema).mask()
-        except InputError as error:
-            assert len(str(error)) < 600  # noqa: PT017
+def test_junk_is_refused_or_works(tokenizer: Tokenizer, schema: dict[str, Any]) -> None:
+    with suppress(InputError):
+        json_schema(tokenizer, schema).mask()
 
 
 HOSTILE = {
@@ -645,17 +338,6 @@ def test_the_state_after_a_reply_to_a_schema(lm) -> None:
 
 def generate_on(lm, state, prompt: str, sampling: Sampling) -> str:
     return "".join(chunk.text for chunk in stream(lm, prompt, sampling=sampling, max_tokens=5, state=state))
-
-
-def test_tools_required_of_the_demo(lm) -> None:
-    """It has never seen a tool: the grammar alone makes its calls."""
-    sampling = Sampling(temperature=1.0, seed=2)
-    weather = {"type": "function", "function": {**WEATHER, "parameters": json.loads(json.dumps(WEATHER["parameters"]))}}
-    weather["function"]["parameters"]["properties"]["city"]["maxLength"] = 20
-    options = ReplyOptions(tools=[weather], tool_choice="get-weather", sampling=sampling, max_tokens=300)
-    reply = chat(lm, [{"role": "user", "content": "How is the weather in Rome?"}], options)
-    assert reply.finish_reason == "tool_calls" and reply.text == ""
-    jsonschema.validate(reply.tool_calls[0].arguments, weather["function"]["parameters"])
 
 
 def test_think_then_answer_in_json(lm) -> None:
