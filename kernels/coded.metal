@@ -1,10 +1,10 @@
 // Attention of a few new tokens over keys and values in codes (mlx_gemma4/kv_codes.py), which stay codes:
-//   with q' = H (turn * q):  score_j = SCALE / D  scale_j  sum over i of level(code_j[i]) q'[i],
+//   with q' = H (turn * q):  score_j = SCALE (scale_j / D  sum over i of level(code_j[i]) q'[i]  +  q . center),
 //   sums = sum over j of 2^(score_j - top) scale'_j level(code'_j),   still in the codes' space.
 // `merge_coded` adds up the pieces and the tail's share, and turns the result back.
 //
 // q [tokens, H, D], the H heads in groups of GQA that share a KV head; turn fp32 [2, D], of which the first row is
-// meant here, and the second (signs alone) by `merge_coded`. Part i: c [G, n_i, 2, WORDS], codes of each token's key,
+// meant here, and the second (signs alone) by `merge_coded`; with CENTERED, G rows more: the centers. Part i: c [G, n_i, 2, WORDS], codes of each token's key,
 // then its value, s [G, n_i, 2] their scales. Queries see all of every part.
 //
 // Threads. A threadgroup (SG simdgroups) takes 8 TILES of the GQA * tokens queries of one KV head and one piece of the
@@ -21,8 +21,8 @@
 //
 // Memory. Codes and scales once for each 8 TILES queries; sums (fp32, [tokens H, pieces, D]) written once, read once.
 //
-// Rendered before: T (dtype of q), U (of out), D, GQA, BITS, SG, TILES, PARTS, SCALE; of 4 bits, LEVELS (8 fp16 as
-// bits), LOW_0, LOW_1, HIGH_0, HIGH_1 (their low and high bytes). For `encode`: T (of keys and values), D, BITS, and
+// Rendered before: T (dtype of q), U (of out), D, GQA, BITS, CENTERED, SG, TILES, PARTS, SCALE; of 4 bits, LEVELS (8 fp16 as
+// bits), LOW_0, LOW_1, HIGH_0, HIGH_1 (their low and high bytes). For `encode`: T (of keys and values), D, BITS, CENTERED, and
 // MAGNITUDES, BOUNDS (the levels, and the 7 halfway between them) as floats.
 
 #define PER (32 / BITS)                        // codes a word
@@ -180,6 +180,7 @@ threadgroup uint2 queries[TILES * SLOTS * 32];  // second factors of scores, [ti
 threadgroup uint2 weights[TILES * SG * 32];     // of values, [tile][16 tokens][lane]
 threadgroup float scores[ROWS][BLOCK + 1];
 threadgroup float value_scales[BLOCK];
+threadgroup float shift[ROWS];                  // what the center adds to a query's scores
 threadgroup float shrink[ROWS];                 // by how much a query's sums shrink, its maximum having grown
 #if BITS == 4 && !defined(CUDA)
 threadgroup uint table[256];                    // two codes -> their levels
@@ -195,14 +196,19 @@ const threadgroup uint* table = 0;
 // Queries into the codes' space: a simdgroup takes whole ones, lane l the numbers l, l + 32 ..
 for (int r = sg; r < ROWS; r += SG) {
   const int row = first_row + r;
-  float v[D / 32];
+  float v[D / 32], along = 0;
   UNROLL
   for (int j = 0; j < D / 32; j++) {
     const int d = j * 32 + lane;
     v[j] = 0;
-    if (row < GQA * tokens)
-      v[j] = float(q[(row / GQA * heads + g * GQA + row % GQA) * D + d]) * turn[d] * (SCALE * 1.4426950408889634f / D);
+    if (row < GQA * tokens) {
+      const float x = float(q[(row / GQA * heads + g * GQA + row % GQA) * D + d]) * (SCALE * 1.4426950408889634f);
+      v[j] = x * turn[d] / D;
+      if (CENTERED) along += x * turn[(2 + g) * D + d];
+    }
   }
+  along = sum_lanes(along, 32);
+  if (lane == 0) shift[r] = along;
   hadamard(v, lane);
   // A product takes 4 codes of each of 4 lanes: two for its first 8 rows, two for the other 8.
   UNROLL
@@ -286,8 +292,9 @@ for (int p = 0; p < PARTS; p++) {
         const float scale = float(scales[token[i] * 2]);
         UNROLL
         for (int tile = 0; tile < TILES; tile++) {
-          scores[tile * 8 + lane_t * 2][key] = s[tile][2 * i] * scale;
-          scores[tile * 8 + lane_t * 2 + 1][key] = s[tile][2 * i + 1] * scale;
+          const int r = tile * 8 + lane_t * 2;
+          scores[r][key] = s[tile][2 * i] * scale + shift[r];
+          scores[r + 1][key] = s[tile][2 * i + 1] * scale + shift[r + 1];
         }
         if (lane_t == 0) value_scales[key] = float(scales[token[i] * 2 + 1]);
       }
@@ -446,7 +453,7 @@ for (int d = i; d < D; d += 32 * SG)
 
 // kernel: encode(keys, values, turn) -> (codes, scales)
 // Codes and scales of keys and values [rows, D], as kv_codes.py has them: codes [rows, 2, WORDS], scales [rows, 2];
-// turn fp32 [2, D]. A simdgroup takes one vector, 8 a threadgroup; grid (256 ceil(rows / 4), 1, 1). Each byte once.
+// turn as above. A simdgroup takes one vector, 8 a threadgroup; grid (256 ceil(rows / 4), 1, 1). Each byte once.
 const int lane = int(thread_index_in_simdgroup);
 const int unit = int(threadgroup_position_in_grid.x) * 8 + int(simdgroup_index_in_threadgroup);
 if (unit < 2 * keys_shape[0]) {
@@ -454,7 +461,16 @@ if (unit < 2 * keys_shape[0]) {
   UNROLL
   for (int j = 0; j < D / 32; j++) {
     const int d = j * 32 + lane, at = unit / 2 * D + d;
-    v[j] = unit % 2 == 0 ? float(keys[at]) / turn[d] : float(values[at]) * turn[D + d];
+    if (unit % 2 == 0) {
+#if CENTERED
+      const int g = unit / 2 / (keys_shape[0] / (turn_shape[0] - 2));
+      v[j] = (float(keys[at]) - turn[(2 + g) * D + d]) / turn[d];
+#else
+      v[j] = float(keys[at]) / turn[d];
+#endif
+    } else {
+      v[j] = float(values[at]) * turn[D + d];
+    }
   }
   hadamard(v, lane);
   UNROLL

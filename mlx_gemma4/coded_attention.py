@@ -63,7 +63,7 @@ def coded_attention(
     Args:
         q: [T, H, D], T up to 8, D one of DIMS.
         coded: up to MAX_CODED parts, of one kind, in the order of the tokens; all of each is seen by all queries.
-        turn: fp32 [2, D]: what takes q into the space of coded keys, and coded values' sum back (`kv_codes.turns`).
+        turn: fp32 [2 or 2 + G, D], the layer's `kv_codes.turns`.
         tail: keys and values that follow, [1, G, up to 512, D], in q's dtype; it ends with the T tokens themselves.
         spans: int32 [1, 2]: first and one past the last token in use of the tail.
         scale: of the scores.
@@ -76,8 +76,9 @@ def coded_attention(
     if q.shape[-1] not in DIMS or any(scales.size < _DEVICE for _, scales in coded):
         return coded_attention_twin(q, coded, turn, tail, spans, scale=scale, out=out)
     lengths, kv_heads = tuple(codes.shape[-3] for codes, _ in coded), tail[0].shape[-3]
-    bits = kv_codes.bits_of(coded[0], q.shape[-1])
-    run, launch, merge = _prepared(q.shape, q.dtype, kv_heads, bits, lengths, maker, scale, out or q.dtype, cut)
+    bits, centered = kv_codes.bits_of(coded[0], q.shape[-1]), turn.shape[0] > 2
+    cached = (q.shape, q.dtype, kv_heads, bits, centered, lengths, maker, scale, out or q.dtype, cut)
+    run, launch, merge = _prepared(*cached)
     arrays = [a for codes, scales in coded for a in (_rows(codes, kv_heads), scales.reshape(kv_heads, -1, 2))]
     sums, stats = run(inputs=[q, turn, *arrays], **launch)
     tail_sums, tail_stats = attention_sums(q, [tail], spans, maker, scale=scale)
@@ -95,6 +96,7 @@ def _prepared(
     dtype: mx.Dtype,
     kv_heads: int,
     bits: int,
+    centered: bool,
     lengths: tuple[int, ...],
     maker: Maker,
     scale: float,
@@ -106,7 +108,14 @@ def _prepared(
     rows, total = heads // kv_heads * tokens, tokens * heads
     cut = cut or coded_cut(sum(lengths), rows, kv_heads, dim * bits // 32)
     defines: dict[str, object] = {"U": _TYPES[out], "D": dim, "SG": cut.simdgroups, "BITS": bits}
-    defines |= {"GQA": heads // kv_heads, "TILES": cut.tiles, "PARTS": len(lengths), "SCALE": _f(scale), **_levels()}
+    defines |= {
+        "CENTERED": centered,
+        "GQA": heads // kv_heads,
+        "TILES": cut.tiles,
+        "PARTS": len(lengths),
+        "SCALE": _f(scale),
+        **_levels(),
+    }
     absent = [f"{which}{i}" for i in range(len(lengths), MAX_CODED) for which in "cs"]
     launch = {
         "grid": (32 * cut.simdgroups * -(-rows // (8 * cut.tiles)), cut.pieces, kv_heads),
@@ -128,7 +137,7 @@ def _prepared(
 def encode(keys: mx.array, values: mx.array, turn: mx.array, kind: str, maker: Maker) -> Any:
     """Codes and scales of keys and values [1, G, n, D]: `kv_codes.encode` in one launch."""
     _, heads, n, dim = keys.shape
-    kernel, bits = _encoder(kind, dim, keys.dtype, maker), kv_codes.BITS[kind]
+    kernel, bits = _encoder(kind, dim, keys.dtype, turn.shape[0] > 2, maker), kv_codes.BITS[kind]
     codes, scales = kernel(
         inputs=[keys.reshape(-1, dim), values.reshape(-1, dim), turn],
         grid=(256 * -(-heads * n // 4), 1, 1),
@@ -143,8 +152,8 @@ encode_twin = kv_codes.encode
 
 
 @lru_cache
-def _encoder(kind: str, dim: int, dtype: mx.Dtype, maker: Maker) -> Callable[..., Sequence[Any]]:
-    defines: dict[str, object] = {"D": dim, "BITS": kv_codes.BITS[kind], "SG": 1, **_levels()}
+def _encoder(kind: str, dim: int, dtype: mx.Dtype, centered: bool, maker: Maker) -> Callable[..., Sequence[Any]]:
+    defines: dict[str, object] = {"D": dim, "BITS": kv_codes.BITS[kind], "CENTERED": centered, "SG": 1, **_levels()}
     for name, numbers in (("MAGNITUDES", LEVELS), ("BOUNDS", kv_codes.BOUNDS)):
         defines[name] = f"{{{', '.join(map(_f, numbers))}}}"
     return _build(maker, render("encode", "coded.metal", dtype, defines))
@@ -172,7 +181,7 @@ def coded_attention_twin(
 ) -> mx.array:
     """`coded_attention` in stock MLX: all of it in the space of the codes, in fp32."""
     tokens, heads, dim = q.shape
-    parts = [kv_codes.decode(c, dim) for c in coded]
+    parts = [kv_codes.decode(c, turn) for c in coded]
     k, v = (a.reshape(1, *a.shape[-3:]) for a in tail)
     parts.append(kv_codes.rotated_pair(k, v, turn))
     ends = mx.array([[0, p[0].shape[-2]] for p in parts[:-1]], mx.int32)

@@ -335,7 +335,7 @@ def _attention(h: Heads, length: int) -> Check:
 
 def _coded_attention(h: Heads, length: int, kind: str) -> Check:
     def make() -> Case:
-        dtype, turn = state_dtype(), kv_codes.turns(h.dim)
+        dtype, turn = state_dtype(), kv_codes.turns(h.dim, center=normal(h.kv_heads, h.dim))
         ends = [length // 2, length - length // 2]
         plain = [(normal(1, h.kv_heads, n, h.dim, dtype=dtype), normal(1, h.kv_heads, n, h.dim)) for n in ends]
         coded = [kv_codes.encode(k, v, turn, kind) for k, v in plain]
@@ -354,12 +354,13 @@ def _coded_attention(h: Heads, length: int, kind: str) -> Check:
 
 def _encode(h: Heads, kind: str) -> Check:
     def make() -> Case:
-        turn, dtype, shape = kv_codes.turns(h.dim), state_dtype(), (1, h.kv_heads, attention.TAIL, h.dim)
+        turn, dtype = kv_codes.turns(h.dim, center=normal(h.kv_heads, h.dim)), state_dtype()
+        shape = (1, h.kv_heads, attention.TAIL, h.dim)
         k, v = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype)
 
         def lengths(made: Sequence[mx.array]) -> Sequence[mx.array]:
             """Of what was decoded, along what was encoded: a number on the edge of two levels may take either."""
-            pairs = zip(kv_codes.decode((made[0], made[1]), h.dim), kv_codes.rotated_pair(k, v, turn), strict=True)
+            pairs = zip(kv_codes.decode((made[0], made[1]), turn), kv_codes.rotated_pair(k, v, turn), strict=True)
             return [(a * b).sum(axis=-1) / (b * b).sum(axis=-1) for a, b in pairs]
 
         return Case(

@@ -80,21 +80,32 @@ def hadamard(x: mx.array) -> mx.array:
     return x.reshape(shape)
 
 
-def turns(dim: int, q_norm: mx.array | None = None, k_norm: mx.array | None = None) -> mx.array:
-    """Signs and factors of a layer's queries, and the signs of its values, fp32 [2, D]; keys take 1 / turns[0].
+def turns(
+    dim: int, q_norm: mx.array | None = None, k_norm: mx.array | None = None, center: mx.array | None = None
+) -> mx.array:
+    """How a layer's queries, keys and values get into the space of the codes, fp32 [2 or 2 + G, D].
 
-    With the weights of their norms, queries and keys are balanced first: the error of a score goes with |q| |k|, and
-    moving a factor from one to the other, the same for both dimensions that RoPE turns together, makes that least
-    where both have equal shapes. It changes no score; on Gemma 3 270M it makes the error of codes a quarter.
+    Row 0 are signs and factors of queries; keys take 1 / that. Row 1 are the signs of values. The others, if any, are
+    what is taken from the keys of each KV head before they are encoded.
+
+    Two things make less of what the codes cost, and change no score. The error of a score goes with |q| |k|: moving a
+    factor from one to the other, the same for both dimensions that RoPE turns together, makes that least where both
+    have equal shapes, as the weights of their norms tell. And keys have much in common: of what is left without that,
+    the error is smaller. On Gemma 3 270M, the first divides KL by 4 to 6, the second by 2 to 3 more.
+
+    Args:
+        q_norm, k_norm: weights of the norms, [D].
+        center: [G, D], about the mean of the layer's keys.
     """
     sign = mx.array(signs(dim))
+    rows = [] if center is None else [center.astype(mx.float32)]
     if q_norm is None or k_norm is None:
-        return mx.stack([sign, sign])
+        return mx.concatenate([mx.stack([sign, sign]), *rows])
     q, k = (mx.sqrt((w.astype(mx.float32).reshape(2, -1) ** 2).sum(axis=0)) for w in (q_norm, k_norm))
     q, k = mx.maximum(q, _LEAST * q.max()), mx.maximum(k, _LEAST * k.max())
     factor = mx.sqrt(k / q)
     factor = mx.tile(factor * (q.size / factor.sum()), 2)
-    return mx.stack([sign * factor, sign])
+    return mx.concatenate([mx.stack([sign * factor, sign]), *rows])
 
 
 def rotated(x: mx.array, turn: mx.array) -> mx.array:
@@ -117,6 +128,8 @@ def unrotated(x: mx.array, turn: mx.array) -> mx.array:
 def encode(keys: mx.array, values: mx.array, turn: mx.array, kind: str) -> Coded:
     """Codes and scales of keys and values [1, G, n, D]."""
     dim = keys.shape[-1]
+    if turn.shape[0] > 2:
+        keys = keys.astype(mx.float32) - turn[2:, None]
     y = mx.stack(list(rotated_pair(keys, values, turn)), axis=3) * math.sqrt(dim)  # [1, G, n, 2, D]
     size = mx.abs(y)
     if kind == "q8":
@@ -148,14 +161,17 @@ def bits_of(coded: Coded, dim: int) -> int:
     return coded[0].shape[-1] * 32 // dim
 
 
-def decode(coded: Coded, dim: int, dtype: mx.Dtype = mx.float32) -> tuple[mx.array, mx.array]:
+def decode(coded: Coded, turn: mx.array, dtype: mx.Dtype = mx.float32) -> tuple[mx.array, mx.array]:
     """Keys and values in the space of the codes: [1, G, n, D]."""
-    codes, scales = coded
+    (codes, scales), dim = coded, turn.shape[-1]
     bits = bits_of(coded, dim)
     places = mx.arange(32 // bits, dtype=mx.uint32) * bits
-    values = _values(bits, dim, dtype)
-    y = values(codes[..., None], places, scales[..., None, None]).reshape(*codes.shape[:-1], dim)
-    return y[..., 0, :], y[..., 1, :]
+    meant = _values(bits, dim, dtype)
+    y = meant(codes[..., None], places, scales[..., None, None]).reshape(*codes.shape[:-1], dim)
+    keys, values = y[..., 0, :], y[..., 1, :]
+    if turn.shape[0] > 2:
+        keys = keys + rotated(turn[2:], 1 / turn[0])[:, None].astype(dtype)
+    return keys, values
 
 
 @cache

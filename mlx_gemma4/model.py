@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import mlx.core as mx
+import numpy as np
 
 from . import kv_codes, ops, tiles
 from .config import Config, LayerConfig
@@ -100,13 +101,21 @@ class Model:
 
     @cached_property
     def turns(self) -> dict[int, mx.array]:
-        """For keys and values in codes: `kv_codes.turns` of each global layer that has any."""
-        made = {
-            i: kv_codes.turns(shape.head_dim, layer.attn_q_norm, layer.attn_k_norm)
-            for i, (shape, layer) in enumerate(zip(self.config.layers, self.weights.layers, strict=True))
-            if shape.kv_layer == i and not shape.sliding
-        }
-        mx.eval(list(made.values()))
+        """For keys and values in codes: `kv_codes.turns` of each global layer that has any.
+
+        What keys have in common is found by reading a few tokens of no meaning: it is the layer's, not the text's.
+        """
+        with execution():
+            state = KVState(self, self.kv_dtype)
+            ids = np.random.PCG64(0).random_raw(state.layout.tail) % self.config.vocab
+            self.prefill(mx.array(ids.astype(np.int32)), state)
+            made = {}
+            for i, kv in state.layers.items():
+                shape, layer = self.config.layers[i], self.weights.layers[i]
+                if not shape.sliding:
+                    center = kv.tail_keys[0].astype(mx.float32).mean(axis=1)
+                    made[i] = kv_codes.turns(shape.head_dim, layer.attn_q_norm, layer.attn_k_norm, center)
+            mx.eval(list(made.values()))
         return made
 
     @property

@@ -191,7 +191,7 @@ def _in_codes_space(q: mx.array, parts: Sequence[Part], turn: mx.array) -> tuple
         if part.turn is None:
             pair = kv_codes.rotated_pair(part.keys, part.values, turn)
         else:
-            pair = kv_codes.decode((part.keys, part.values), q.shape[-1], q.dtype)
+            pair = kv_codes.decode((part.keys, part.values), turn, q.dtype)
         made.append(Part(part.start, *(a.astype(q.dtype) for a in pair)))
     return kv_codes.rotated(q, turn[0]).astype(q.dtype), made
 

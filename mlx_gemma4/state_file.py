@@ -12,6 +12,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -97,6 +98,8 @@ def _contents(state: KVState, tokens: list[int], model: str) -> Iterator[Any]:
         for s in kv.segments:
             first, second = _ARRAYS[s.coded]
             arrays[f"layer.{i}.{first}.{s.start}"], arrays[f"layer.{i}.{second}.{s.start}"] = s.keys, s.values
+        if kv.coder:
+            arrays[f"layer.{i}.turn"] = kv.coder.turn
         arrays[f"layer.{i}.tail.keys"], arrays[f"layer.{i}.tail.values"] = kv.tail_keys, kv.tail_values
     ids = np.array(tokens, np.int32)
     header: dict[str, Any] = {
@@ -166,6 +169,8 @@ def load_state(model: Model, path: str | Path) -> KVState:
             if shape.kv_layer == i:
                 coder = coder_of(model, about["kv"], i)
                 names = _ARRAYS[coder is not None]
+                if coder:  # another device's may differ in its last bits
+                    coder = replace(coder, turn=array(f"layer.{i}.turn"))
                 starts = sorted(int(n.rsplit(".", 1)[1]) for n in header if n.startswith(f"layer.{i}.{names[0]}."))
                 segments = []
                 for start in starts:

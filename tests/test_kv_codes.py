@@ -26,7 +26,7 @@ def cosines(a: mx.array, b: mx.array) -> np.ndarray:
 
 def back(coded: kv_codes.Coded, turn: mx.array, dim: int) -> tuple[mx.array, mx.array]:
     """Keys and values out of codes, turned back."""
-    k, v = kv_codes.decode(coded, dim)
+    k, v = kv_codes.decode(coded, turn)
     return kv_codes.hadamard(k) * (turn[0] * dim**-0.5), kv_codes.unrotated(v, turn[1])
 
 
@@ -64,7 +64,7 @@ def test_lengths_and_scores_are_kept_on_average(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_stays_zero(kind: str) -> None:
     zero, turn = mx.zeros((1, 1, 3, 64)), kv_codes.turns(64)
-    for a in kv_codes.decode(kv_codes.encode(zero, zero, turn, kind), 64):
+    for a in kv_codes.decode(kv_codes.encode(zero, zero, turn, kind), turn):
         assert not mx.any(a).item()
 
 
@@ -141,6 +141,15 @@ def test_a_balance_changes_no_score() -> None:
     )  # alike for what RoPE turns together
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_keys_have_in_common_costs_nothing(kind: str) -> None:
+    """Keys far from zero and near each other: relative to what tells them apart, codes are as good as ever."""
+    center, x = 30 * normal(2, 64, seed=5), normal(1, 2, 500, 64)
+    turn = kv_codes.turns(64, center=center)
+    k, v = back(kv_codes.encode(x + center[:, None], x, turn, kind), turn, 64)
+    assert abs(cosines(k - center[:, None], x).mean() - cosines(v, x).mean()) < 1e-5
+
+
 def test_an_unknown_kind_and_odd_heads_are_refused() -> None:
     with pytest.raises(InputError, match="none of full, q8, tq4"):
         kv_codes.check_kind("q2", {512})
@@ -165,10 +174,12 @@ def attend(
     maker: Any = metal,
     cut: CodedCut | None = None,
     factor: float = 1.0,
+    centered: bool = True,
 ) -> None:
     """Attention over coded parts of these lengths and a tail with rows first to last in use, the others NaN."""
     h, g = heads
-    q, turn = normal(tokens, h, dim, dtype=dtype, seed=1), kv_codes.turns(dim, 1 + 0.3 * normal(dim), mx.ones(dim))
+    q, center = normal(tokens, h, dim, dtype=dtype, seed=1), normal(g, dim, seed=2) if centered else None
+    turn = kv_codes.turns(dim, 1 + 0.3 * normal(dim), mx.ones(dim), center)
     pairs = [(normal(1, g, n, dim, seed=10 + i), normal(1, g, n, dim, seed=20 + i)) for i, n in enumerate(lengths)]
     coded = [kv_codes.encode(k, v, turn, kind) for k, v in pairs]
     used = ((mx.arange(64) >= tail[0]) & (mx.arange(64) < tail[1]))[:, None]
@@ -196,6 +207,7 @@ def test_attention_dtypes(kind: str, dtype: mx.Dtype) -> None:
 @pytest.mark.parametrize("gqa", [1, 2, 3, 8, 16])
 def test_attention_shares_codes_among_heads(gqa: int) -> None:
     attend("tq4", (2 * gqa, 2), 64, [130])
+    attend("q8", (2 * gqa, 2), 64, [30], centered=False)
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 4])
@@ -228,17 +240,18 @@ def test_attention_of_scores_far_apart() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [32, 64, 256, 512])
 @pytest.mark.parametrize("kind", KINDS)
-def test_encoding_in_a_kernel(kind: str, dim: int, dtype: mx.Dtype) -> None:
+@pytest.mark.parametrize("centered", [False, True])
+def test_encoding_in_a_kernel(kind: str, dim: int, dtype: mx.Dtype, centered: bool) -> None:
     """The twin's codes, but for numbers on the edge of two."""
-    turn = kv_codes.turns(dim, 1 + 0.3 * normal(dim), mx.ones(dim))
+    turn = kv_codes.turns(dim, 1 + 0.3 * normal(dim), mx.ones(dim), normal(2, dim, seed=9) if centered else None)
     k, v = (mx.concatenate([normal(1, 2, 9, dim, seed=s), mx.zeros((1, 2, 1, dim))], axis=2) for s in (1, 2))
     got = coded_attention.encode(k.astype(dtype), v.astype(dtype), turn, kind, metal)
     want = kv_codes.encode(k.astype(dtype), v.astype(dtype), turn, kind)
     check(got[1], want[1], mx.float16)
     assert (np.array(got[0]) == np.array(want[0])).mean() > 0.99
-    for a, b in zip(kv_codes.decode(got, dim), kv_codes.decode(want, dim), strict=True):
+    for a, b in zip(kv_codes.decode(got, turn), kv_codes.decode(want, turn), strict=True):
         assert (mx.abs(a - b).mean() / mx.abs(b).mean()).item() < 2e-3
-        assert not mx.any(a[:, :, 9:]).item()
+        assert centered or not mx.any(a[:, :, 9:]).item()
 
 
 @pytest.mark.sanitize
