@@ -44,7 +44,7 @@ class ToolCall:
         id: made here, unlike any other; two calls that differ in it alone are equal.
         name: as the model wrote it: may hold dots, dashes or colons.
         arguments: what JSON can hold: dicts, lists, str, int, float, bool, None.
-        raw: what the model wrote between the tokens of the call; its `<|"|>` tokens appear as they are spelled.
+        raw: what the model wrote between the tokens of the call, with `"` for `<|"|>`.
     """
 
     id: str = field(compare=False)
@@ -138,7 +138,7 @@ class ReplyParser:
             return []
         calls, rest = read_calls(source)
         events: list[Event] = [
-            ToolCall(f"call_{uuid.uuid4().hex[:24]}", call.name, call.arguments, call.source.replace(QUOTE, '<|"|>'))
+            ToolCall(f"call_{uuid.uuid4().hex[:24]}", call.name, call.arguments, call.source.replace(QUOTE, '"'))
             for call in calls
         ]
         if rest.strip():
