@@ -97,7 +97,7 @@ def folder_source(path: Path, config: Config, quantization: Mapping[str, Any]) -
             found[gguf_name(name)] = (array,)
     entries = {name: _entry(name, value, groups) for name, value in found.items()}
 
-    def read(names: list[str], spec: Spec, holding: Holding) -> Weight:
+    def read(names: list[str], spec: Spec, holding: Holding, _: object) -> Weight:
         parts = [found.pop(name) for name in names]  # so that what is joined or expanded can go
         arrays = [mx.concatenate(list(a), axis=-2) if len(a) > 1 else a[0] for a in zip(*parts, strict=True)]
         if len(arrays) == 3:

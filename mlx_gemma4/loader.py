@@ -15,7 +15,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from . import quant
+from . import packing, quant
 from .config import Config
 from .decode import Kernels
 from .errors import InputError
@@ -53,8 +53,8 @@ class Source:
 
     name: str
     entries: Mapping[str, Entry]
-    # Reads tensors of equal type as one weight, their rows joined in the order named.
-    read: Callable[[list[str], Spec, Holding], Weight]
+    # Reads tensors of equal type as one weight, their rows joined in the order named; kernels may help.
+    read: Callable[[list[str], Spec, Holding, Kernels | None], Weight]
     packed_bytes: Callable[[str, Spec], int]
 
 
@@ -75,7 +75,7 @@ def load_model(
             by device and memory.
         fuse: join gate and up, and q, k and v, where their types allow it (tests compare).
         progress: called as bytes are read.
-        kernels: run decode steps; None: stock operations run everything.
+        kernels: pack weights and run the model; None: stock operations run everything.
 
     Raises:
         InputError: a tensor is missing, has another shape or a type that can't be read; too little memory.
@@ -95,10 +95,11 @@ def load_model(
         if target in weights:
             continue  # went in with its other half
         parts = joined.get(target, [name])
-        weights[target] = source.read(parts, spec, plan.holding)
+        weights[target] = source.read(parts, spec, plan.holding, kernels)
         done += sum(source.entries[part].n_bytes for part in parts)
         if progress:
             progress(done, total)
+    packing.done()
     return Model(config, _assemble(config, weights), kernels), plan
 
 
@@ -269,11 +270,11 @@ def _by(shape: tuple[int, ...]) -> str:
 def gguf_source(file: GGUFFile) -> Source:
     """The tensors of an open GGUF: rows of raw blocks are joined, then packed or expanded, then let go."""
 
-    def read(names: list[str], spec: Spec, holding: Holding) -> Weight:
+    def read(names: list[str], spec: Spec, holding: Holding, kernels: Kernels | None) -> Weight:
         infos = [file.tensors[name] for name in names]
         for info in infos:
             quant.check_supported(info, file.path)
-        weight = _read_blocks(file, infos, spec, holding)
+        weight = _read_blocks(file, infos, spec, holding, kernels)
         if isinstance(weight, mx.array):
             mx.eval(weight)
         for name in names:
@@ -289,19 +290,22 @@ def gguf_source(file: GGUFFile) -> Source:
     return Source(str(file.path), entries, read, packed_bytes)
 
 
-def _read_blocks(file: GGUFFile, infos: list[TensorInfo], spec: Spec, holding: Holding) -> Weight:
+def _read_blocks(
+    file: GGUFFile, infos: list[TensorInfo], spec: Spec, holding: Holding, kernels: Kernels | None
+) -> Weight:
     """One weight from the raw rows of one tensor, or of several of the same type and row length."""
     first, shape, raw = infos[0], infos[0].shape, file.raw(infos[0].name)
+    parts = [raw]
     if len(infos) > 1:
         # Experts are joined one by one: [E, N, bytes], not all gates before all ups.
         parts = [file.raw(info.name).reshape(*info.shape[:-1], info.row_bytes) for info in infos]
-        raw = np.concatenate(parts, axis=-2)
-        shape = (*raw.shape[:-1], first.shape[-1])
-        raw = raw.reshape(-1, first.row_bytes)
+        shape = (*shape[:-2], sum(info.shape[-2] for info in infos), shape[-1])
     if first.type in quant.FORMATS and (holding == "packed" or spec.role == "table"):
-        # A tensor may be half the file: its pages go as they are read, where no copy of them was joined.
+        # A tensor may be half the file: its pages go as they are read, where there is one.
         let_go = partial(file.release, first.name) if len(infos) == 1 else None
-        return quant.pack(raw, first.type, shape, on_read=let_go)
+        return packing.pack(parts, first.type, shape, kernels, let_go)
+    if len(parts) > 1:
+        raw = np.concatenate(parts, axis=-2).reshape(-1, first.row_bytes)
     if spec.role == "vector" or holding == "dense" or (spec.role == "matrix" and on_cpu()):
         return quant.dense(raw, first.type, shape, np.float32)
     return quant.dense(raw, first.type, shape, None)

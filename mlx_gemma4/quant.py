@@ -22,6 +22,7 @@ import numpy as np
 
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.gguf_file import TENSOR_TYPES, TensorInfo
+from mlx_gemma4.memory import on_cpu
 from mlx_gemma4.quant_pack import (
     Layout,
     Plane,
@@ -169,20 +170,30 @@ class _Target:
     """Memory of a new MLX array, open for writing as `bytes` until `array` is called."""
 
     def __init__(self, shape: Shape, dtype: mx.Dtype) -> None:
-        self._array = mx.zeros(shape, dtype)
-        mx.eval(self._array)
-        self._view = np.asarray(self._array)
-        if not _writes_show():  # pragma: no cover (no device known to need it)
-            self._view = np.empty_like(self._view)
+        self._array: mx.array | None = None
+        if _writes_show():
+            self._array = mx.zeros(shape, dtype)
+            mx.eval(self._array)
+            self._view = np.asarray(self._array)
+        else:
+            self._view = np.empty(shape, _NUMPY[dtype])
         self.bytes = self._view.reshape(-1).view(np.uint8)
 
     def array(self) -> mx.array:
-        return self._array if _writes_show() else mx.array(self._view)
+        return mx.array(self._view) if self._array is None else self._array
+
+
+_NUMPY = {mx.uint32: np.uint32, mx.uint8: np.uint8, mx.float16: np.float16}
 
 
 @cache
 def _writes_show() -> bool:
-    """Whether what is written to the numpy view of an MLX array, as MLX documents it, is seen by its operations."""
+    """Whether what is written to the numpy view of an MLX array, as MLX documents it, is seen by its operations.
+
+    On NVIDIA it would be, but there the host writes to an array's memory through page faults, which is slow.
+    """
+    if not (on_cpu() or mx.metal.is_available()):
+        return False
     a = mx.zeros((64,), mx.uint32)
     mx.eval(a)
     view = np.asarray(a)
