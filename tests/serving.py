@@ -5,10 +5,11 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import httpx
 import uvicorn
 from starlette.applications import Starlette
 
@@ -52,3 +53,28 @@ def settled(engine: Engine, seconds: float = 20.0) -> bool:
     while engine.load != (0, 0) and time.monotonic() < end:
         time.sleep(0.02)
     return engine.load == (0, 0)
+
+
+def endless(lm: LanguageModel, max_tokens: int = 1900) -> dict[str, Any]:
+    """A chat request, streaming, for a reply that doesn't end by itself."""
+    bias = {str(token): -100 for token in lm.tokenizer.stop_ids}
+    messages = [{"role": "user", "content": "Tell me a story."}]
+    return {"messages": messages, "max_tokens": max_tokens, "stream": True, "logit_bias": bias}
+
+
+@contextmanager
+def started(http: httpx.Client, body: dict[str, Any]) -> Iterator[Iterator[str]]:
+    """The rest of a chat's stream whose first text has come."""
+    with http.stream("POST", "/v1/chat/completions", json=body) as response:
+        assert response.status_code == 200
+        lines = response.iter_lines()
+        next(line for line in lines if '"content":"' in line and '"content":""' not in line)
+        yield lines
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Wait for a condition; whether it came to pass."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()

@@ -1,25 +1,20 @@
-"""What the server refuses and how, what it survives, who may use it, and how it ends."""
+"""What the server refuses and how, what it survives, who may use it, and who waits."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import signal
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from openai import OpenAI
-from serving import Serving, serving, settled
+from serving import Serving, endless, serving, settled, started, until
 
 from mlx_gemma4.conversation import stream_reply
 from mlx_gemma4.errors import InputError
@@ -53,11 +48,6 @@ def error(response: httpx.Response, status: int, param: str | None = None) -> di
     assert (response.status_code, found["param"]) == (status, param), found
     assert set(found) == {"message", "type", "param", "code"} and found["message"]
     return found
-
-
-def endless(lm: LanguageModel) -> dict[str, Any]:
-    """A request for a reply that doesn't end by itself."""
-    return {**ASK, "max_tokens": 1900, "stream": True, "logit_bias": {str(i): -100 for i in lm.tokenizer.stop_ids}}
 
 
 # Fields
@@ -347,23 +337,6 @@ def test_pages_of_other_sites_are_refused(http: httpx.Client, server: Serving) -
 # A place for everyone
 
 
-@contextmanager
-def started(http: httpx.Client, body: dict[str, Any]) -> Iterator[Iterator[str]]:
-    """A stream whose first text has come."""
-    with http.stream("POST", CHAT, json=body) as response:
-        assert response.status_code == 200
-        lines = response.iter_lines()
-        next(line for line in lines if '"content":"' in line and '"content":""' not in line)
-        yield lines
-
-
-def until(condition: Any, seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    return bool(condition())
-
-
 def test_a_full_queue(lm: LanguageModel) -> None:
     with (
         serving(lm, Settings(parallel=1, queue=1)) as running,
@@ -421,68 +394,3 @@ def test_the_kv_budget(lm: LanguageModel) -> None:
         found = error(http.post(CHAT, json=long), 400, "messages")
         assert found["code"] == "context_length_exceeded" and "MB" in found["message"]
         assert store.nbytes <= store.max_kv_bytes
-
-
-# The end
-
-
-@contextmanager
-def command(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`mlx-gemma4 serve`, and its URL."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "mlx_gemma4.cli", "serve", "--port", "0", *flags],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as process:
-        assert process.stderr
-        try:
-            line = next(line for line in process.stderr if "http://" in line)
-            yield process, re.findall(r"http://\S+", line)[0]
-        finally:
-            process.kill()
-
-
-def test_ctrl_c_lets_replies_end(lm: LanguageModel) -> None:
-    with command("--grace", "60") as (process, url), httpx.Client(base_url=url, timeout=60) as http:
-        with started(http, {**endless(lm), "max_tokens": 150}) as lines:
-            process.send_signal(signal.SIGINT)
-            assert until(lambda: not reachable(url))
-            assert list(lines)[-2] == "data: [DONE]"
-        assert process.wait(20) == 0
-
-
-def test_a_second_ctrl_c_ends_at_once(lm: LanguageModel) -> None:
-    with command() as (process, url), httpx.Client(base_url=url, timeout=60) as http, started(http, endless(lm)):
-        process.send_signal(signal.SIGINT)
-        assert until(lambda: not reachable(url))
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 0
-
-
-def reachable(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def test_mistakes_on_the_command_line() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        for flags, words in (
-            (["--port", str(taken.getsockname()[1])], "--port"),
-            (["--host", "0.0.0.0"], "--api-key"),
-            (["--max-kv-bytes", "lots"], "--max-kv-bytes"),
-        ):
-            environment = {key: value for key, value in os.environ.items() if key != "MLX_GEMMA4_API_KEY"}
-            done = subprocess.run(
-                [sys.executable, "-m", "mlx_gemma4.cli", "serve", *flags],
-                capture_output=True,
-                text=True,
-                timeout=60,
-                env=environment,
-            )
-            assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr

@@ -26,11 +26,6 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 
-def check_model(fields: Fields, name: str) -> str:
-    """The name that a request gives; any will do, for one model is all there is."""
-    return fields.text("model", name)
-
-
 def read_sampling(fields: Fields, lm: LanguageModel) -> Sampling:
     """How tokens are chosen: the file's recommendation with what the request says."""
     base = lm.sampling
