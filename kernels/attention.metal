@@ -24,6 +24,7 @@
 #define BLOCK (4 * KEYS * SG)
 #define KEY_GROUPS (32 * SG / CHUNKS)  // threads that share columns, each with its own tokens
 #define UNSEEN -1e30f
+#define EARLY 4  // values that a thread asks for before it knows their weights
 #define AHEAD (ROWS <= 2 ? 4 : ROWS <= 4 ? 2 : 1)  // loads in flight: as many as the rows' sums leave registers for
 
 struct Part {
@@ -74,11 +75,20 @@ threadgroup float weights[CELLS];  // [token][row]
 threadgroup float shrink[ROWS];    // by how much a row's sums shrink, its maximum having grown
 threadgroup float totals[ROWS];
 
-for (int i = thread_index; i < ROWS * D; i += 32 * SG) {
-  const int r = first_row + i / D, e = i % D;
-  float value = 0;
-  if (r < GQA * tokens) value = float(q[(r / GQA * heads + g * GQA + r % GQA) * D + e]) * (SCALE * 1.4426950408889634f);
-  ((threadgroup float*)room)[(i / D * (D / 4) + e % 8 / 4 * CHUNKS + e / 8) * 4 + e % 4] = value;
+UNROLL
+for (int i = thread_index; i < ROWS * CHUNKS; i += 32 * SG) {
+  const int r = first_row + i / CHUNKS, c = i % CHUNKS;
+  float value[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  if (r < GQA * tokens) load8(q + (r / GQA * heads + g * GQA + r % GQA) * D + c * 8, value);
+  UNROLL
+  for (int j = 0; j < 8; j += 4) {
+    float4 four;
+    four.x = value[j] * (SCALE * 1.4426950408889634f);
+    four.y = value[j + 1] * (SCALE * 1.4426950408889634f);
+    four.z = value[j + 2] * (SCALE * 1.4426950408889634f);
+    four.w = value[j + 3] * (SCALE * 1.4426950408889634f);
+    room[i / CHUNKS * (D / 4) + j / 4 * CHUNKS + c] = four;
+  }
 }
 
 int total = 0;
@@ -111,6 +121,15 @@ for (int p = 0; p < PARTS; p++) {
   for (int start = max(from, part_start); start < last; start += BLOCK) {
     const int n = min(BLOCK, last - start);
     const ulong at = (ulong(g) * ulong(parts[p].capacity) + ulong(spans[2 * p] + start - part_start)) * D;
+
+    // The first values, on their way while the scores are made.
+    const device T* v = parts[p].v + at + column;
+    float early[EARLY][8];
+    UNROLL
+    for (int i = 0; i < EARLY; i++) {
+      const int key = key_group + i * KEY_GROUPS;
+      if (key_group < KEY_GROUPS && key < n) load8(v + key * D, early[i]);
+    }
 
     // 1. Scores. A token past the end of the block is another's copy, and never looked at.
     if (sg * 4 * KEYS < n) {
@@ -196,9 +215,20 @@ for (int p = 0; p < PARTS; p++) {
         UNROLL
         for (int j = 0; j < 8; j++) acc[r][j] *= shrink[r];
       }
-      const device T* v = parts[p].v + at + column;
+      UNROLL
+      for (int i = 0; i < EARLY; i++) {
+        const int key = key_group + i * KEY_GROUPS;
+        if (key < n) {
+          UNROLL
+          for (int r = 0; r < ROWS; r++) {
+            const float weight = weights[key * ROWS + r];
+            UNROLL
+            for (int j = 0; j < 8; j++) acc[r][j] += weight * early[i][j];
+          }
+        }
+      }
 #pragma unroll(4 * AHEAD)
-      for (int key = key_group; key < n; key += KEY_GROUPS) {
+      for (int key = key_group + EARLY * KEY_GROUPS; key < n; key += KEY_GROUPS) {
         float value[8];
         load8(v + key * D, value);
         UNROLL
