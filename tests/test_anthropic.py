@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -12,10 +13,12 @@ import httpx
 import pytest
 from serving import Serving, serving, settled
 
+from mlx_gemma4.conversation import prompt_ids
+from mlx_gemma4.errors import InputError
 from mlx_gemma4.server.anthropic import read_messages, read_wanted
 from mlx_gemma4.server.app import Settings
 from mlx_gemma4.server.fields import Fields
-from mlx_gemma4.server.wire import ApiError
+from mlx_gemma4.server.wire import ApiError, as_api_error
 from mlx_gemma4.text import LanguageModel, load
 
 ASK = [{"role": "user", "content": "Tell me a story about a king."}]
@@ -224,6 +227,82 @@ def test_a_wrong_field_is_named(lm: LanguageModel, more: dict[str, Any], field: 
     with pytest.raises(ApiError) as caught:
         read_wanted(Fields({"model": "any", "max_tokens": 5, "messages": ASK} | more), lm)
     assert caught.value.status == 400 and caught.value.param == field and field in caught.value.message
+
+
+FULL = {
+    "model": "any",
+    "max_tokens": 5,
+    "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "Time?"}]},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "Hm.", "signature": ""},
+                {"type": "text", "text": "I look."},
+                {"type": "tool_use", "id": "toolu_1", "name": "clock", "input": {"zone": "UTC"}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "5"}]}],
+        },
+    ],
+    "tools": [WEATHER, CLOCK],
+    "tool_choice": {"type": "tool", "name": "clock", "disable_parallel_tool_use": True},
+    "thinking": {"type": "enabled", "budget_tokens": 1024},
+    "stop_sequences": ["x"],
+    "temperature": 0.5,
+    "stream": False,
+}
+JUNK = [
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    1e300,
+    1 << 80,
+    "",
+    "x",
+    "\ud800",
+    [],
+    [None],
+    [[]],
+    [{}],
+    {},
+    {"type": None},
+    {"type": "text"},
+]
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place in nested lists and objects: where it is, and its key."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)):
+        yield value, key
+        if isinstance(value[key], dict | list):
+            yield from places(value[key])
+
+
+FORMAT = {"effort": "low", "format": {"type": "json_schema", "schema": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("full", [FULL, FULL | {"tool_choice": {"type": "auto"}, "output_config": FORMAT}])
+def test_any_value_in_any_place_is_taken_or_refused(lm: LanguageModel, full: dict[str, Any]) -> None:
+    read_wanted(Fields(full), lm)
+    taken, refused = 0, []
+    for i in range(len(list(places(full)))):
+        for junk in JUNK:
+            body = copy.deepcopy(full)
+            holder, key = list(places(body))[i]
+            holder[key] = junk
+            try:
+                wanted = read_wanted(Fields(body), lm)
+                prompt_ids(lm, wanted.prompt, wanted.options)
+                taken += 1
+            except (ApiError, InputError) as error:
+                refused.append(as_api_error(error).status)
+    assert set(refused) == {400} and len(refused) > 400 and taken > 200
 
 
 # Errors
