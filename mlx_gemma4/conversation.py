@@ -7,16 +7,15 @@ that goes on is a `session.Session`; this module remembers nothing.
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from .background import OnPrompt, in_thread
 from .errors import InputError
 from .generation import Constraint, Statistics, generate_tokens
 from .messages import for_template
@@ -31,9 +30,6 @@ from .stops import StopStrings
 if TYPE_CHECKING:
     from .text import LanguageModel
     from .tokenizer import Tokenizer
-
-T = TypeVar("T")
-OnPrompt = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -273,66 +269,6 @@ async def achat(
     async for chunk in astream(lm, messages, options, **fields):
         reply = chunk.reply
     return reply
-
-
-class _Left(Exception):
-    """Nobody waits any more."""
-
-
-async def in_thread(
-    start: Callable[[OnPrompt], Iterator[T]], on_prompt: OnPrompt | None = None
-) -> AsyncGenerator[T, None]:
-    """Run an iterator in a thread of its own and hand its items to the event loop.
-
-    Args:
-        start: makes the iterator, in that thread; gets what to call while a prompt is read.
-        on_prompt: called along with it.
-    """
-    loop, left = asyncio.get_running_loop(), threading.Event()
-    items: asyncio.Queue[tuple[T | None, BaseException | None]] = asyncio.Queue()
-
-    def check(done: int, total: int) -> None:
-        if left.is_set():
-            raise _Left
-        if on_prompt:
-            on_prompt(done, total)
-
-    def post(item: T | None, end: BaseException | None) -> None:
-        try:
-            loop.call_soon_threadsafe(items.put_nowait, (item, end))
-        except RuntimeError:  # the loop is closed
-            left.set()
-
-    def work() -> None:
-        end: BaseException = _Left()
-        try:
-            iterator = start(check)
-            try:
-                for item in iterator:
-                    post(item, None)
-                    if left.is_set():
-                        break
-            finally:
-                if isinstance(iterator, Generator):
-                    iterator.close()
-        except BaseException as error:
-            end = error
-        post(None, end)
-
-    threading.Thread(target=work, name="reply", daemon=True).start()
-    end: BaseException | None = None
-    try:
-        while True:
-            item, end = await items.get()
-            if end is not None:
-                break
-            yield item  # type: ignore[misc]
-    finally:
-        left.set()
-        while end is None:  # within a token, or a chunk of the prompt: then what it worked on is free
-            _, end = await items.get()
-    if not isinstance(end, _Left):
-        raise end
 
 
 def _options(options: ReplyOptions | None, fields: dict[str, Any]) -> ReplyOptions:

@@ -16,7 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from .conversation import OnPrompt, ReplyOptions
+from .background import OnPrompt
+from .conversation import ReplyOptions
 from .errors import InputError
 from .prompts import Message
 from .replies import Event, Text, Thinking

@@ -16,7 +16,8 @@ from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .conversation import OnPrompt, Reply, ReplyOptions, as_held, go_back, in_thread, prompt_ids, stream_reply
+from .background import OnPrompt, in_thread
+from .conversation import Reply, ReplyOptions, as_held, go_back, prompt_ids, stream_reply
 from .errors import InputError
 from .prefix import MAX_MARKS, thin
 from .prompts import Message
