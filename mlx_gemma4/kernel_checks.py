@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from . import attention, coded_attention, fused, kernels, kv_codes, quant, tiles
+from . import attention, coded_attention, fused, kernels, kv_codes, packing, quant, tiles
 from .decode import SHRINK, product_twin
 from .kernels import Maker
 from .memory import on_cpu
@@ -113,6 +113,9 @@ def checks(s: Sizes, lengths: Sequence[int], rows: int | None = None) -> Iterato
         yield _product(product, rows)
     for type, k in {p.type: p.shape[-1] for p in s.products if p.type in FORMATS}.items():
         yield _expand(type, k, rows or EXPANDED)
+    if rows is None:  # when a model is loaded, packing comes first and tries its kernels by itself
+        types = dict.fromkeys([*(p.type for p in s.products), s.table, s.ple_table])
+        yield from (_pack(type) for type in types if type in FORMATS)
     if s.hidden == 0:  # products alone
         return
     for h in dict.fromkeys(s.heads):
@@ -276,6 +279,27 @@ def _expand(type: str, k: int, rows: int) -> Check:
         return Case(lambda maker: tiles.expand(w, maker), lambda: tiles.expand_twin(w), n_bytes)
 
     return Check(f"expand {type}", f"{rows}x{k}", make)
+
+
+def _pack(type: str) -> Check:
+    layout = FORMATS[type].layout
+    blocks = (1 << (14 if on_cpu() else 24)) // layout.size
+
+    def make() -> Case:
+        raw = _random(blocks * layout.n_bytes)
+
+        def twin() -> list[mx.array]:
+            w = quant.pack(np.array(raw), type, (blocks, layout.size))
+            return [a.reshape(-1) for a in (w.codes, w.sub, w.super) if a is not None]
+
+        return Case(
+            lambda maker: tuple(packing.launch(raw, type, maker).values()),
+            lambda: tuple(twin()),
+            2 * raw.nbytes,
+            lambda made: [a.view(mx.uint16) if a.dtype == mx.float16 else a for a in made],  # to the bit
+        )
+
+    return Check(f"pack {type}", f"{blocks} blocks", make)
 
 
 def state_dtype() -> mx.Dtype:
