@@ -161,7 +161,7 @@ def _by_kernel(
     if shape[-1] % layout.size or total != prod(shape) // layout.size * layout.n_bytes:
         raise ValueError(f"{total} bytes of {type} are no tensor of shape {shape}")
     step = PIECE // layout.n_bytes * layout.n_bytes
-    whole: Planes = {}
+    whole = _empty(total, type) if total > step else {}
     made: Planes = {}
     for start in range(0, total, step):
         stop = min(start + step, total)
@@ -169,12 +169,12 @@ def _by_kernel(
         if on_read is not None and len(parts) == 1:
             on_read(start, stop)
         if made:
-            _place(made, whole, start - step, total, type)
+            _place(made, whole, start - step, type)
         made = launch(piece, type, maker)
         mx.async_eval(made)
         del piece
     if whole:
-        _place(made, whole, start, total, type)
+        _place(made, whole, start, type)
     else:
         whole = made
     rows, per_row = shape[:-1], shape[-1] // layout.size
@@ -182,26 +182,26 @@ def _by_kernel(
     planes = {name: a.reshape(shapes.get(name, (*rows, -1))) for name, a in whole.items()}
     mx.eval(planes)
     del made, whole
-    # On NVIDIA the cache has the blocks' memory, which the host shares; a later result must not get that.
+    # On NVIDIA, MLX's cache has the blocks' memory, which is the host's too; a later result must not lie in it.
     mx.clear_cache()
     return Packed(form, shape, planes["codes"], planes.get("sub"), planes.get("super"))
 
 
-def _place(made: Planes, whole: Planes, start: int, total: int, type: str) -> None:
-    """Put the planes of a piece where they belong.
+def _empty(total: int, type: str) -> Planes:
+    """Planes for `total` bytes of blocks, there before any blocks are, for the reason at the end of `_by_kernel`."""
+    blocks = total // FORMATS[type].layout.n_bytes
+    whole = {name: mx.zeros((blocks * n,), _DTYPES[name]) for name, n in _per_block(type).items() if n}
+    mx.eval(whole)
+    return whole
+
+
+def _place(made: Planes, whole: Planes, start: int, type: str) -> None:
+    """Put the planes of a piece where they belong; its first byte in the file is `start`.
 
     The update of a slice takes over its array's memory, if the array has been evaluated and nothing else holds it.
-
-    Args:
-        start: the piece's first byte in the file.
-        total: bytes of the whole tensor there.
     """
-    n_bytes = FORMATS[type].layout.n_bytes
     for name, a in made.items():
-        n = _per_block(type)[name]
-        if name not in whole:
-            whole[name] = mx.zeros((total // n_bytes * n,), a.dtype)
-        at = start // n_bytes * n
+        at = start // FORMATS[type].layout.n_bytes * _per_block(type)[name]
         whole[name][at : at + a.size] = a
     mx.eval(whole)
 
