@@ -5,7 +5,7 @@
 In: a model, by default the built-in one; its text is this repository's documents, or what the built-in model wrote
 itself. Out: a table: for each context, over the tokens that follow it, the mean and the largest KL divergence in nats,
 and how often the likeliest token is the same. The context is read in chunks of 512, so codes were in sight while it was
-read; then 64 tokens are read in one pass, which sees all of the context in codes but for its last, open block.
+read; then 256 tokens are read in one pass, which sees all of the context in codes but for its last, open block.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mlx_gemma4.generation import PREFILL_CHUNK, Sampling, generate_tokens
 from mlx_gemma4.model import Model
 from mlx_gemma4.text import LanguageModel
 
-FOLLOWING = 64  # tokens whose distributions are compared
+FOLLOWING = 256  # tokens whose distributions are compared
 ROOT = Path(__file__).parent.parent
 
 

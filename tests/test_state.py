@@ -20,6 +20,7 @@ from plain_state import PlainState, SmallModel, read, same_contents, small_model
 from mlx_gemma4.config import Config
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.generation import Sampling, generate_tokens
+from mlx_gemma4.kv_codes import KINDS
 from mlx_gemma4.prefix import PrefixStore
 from mlx_gemma4.segments import Layout
 from mlx_gemma4.state import KVState, kv_bytes, total_nbytes, window_bytes
@@ -582,8 +583,10 @@ def memory_rows() -> list[str]:
             for heads, dim in [(kv_sliding, 256) if i < sliding else (kv_global, 512)]
         ]
         config = replace(base, layers=tuple(layers), window=window)
-        sizes = [kv_bytes(config, mx.float16, n) / 1e6 for n in (2048, 8192, 32768, 131072)]
-        rows.append(f"| {name} | " + " | ".join(f"{size:,.0f}" for size in (*sizes, _window(config))) + " |")
+        for kv in KINDS if name == "31B" else ("full",):
+            sizes = [kv_bytes(config, mx.float16, n, kv=kv) / 1e6 for n in (2048, 8192, 32768, 131072)]
+            cells = (name + f", {kv}" * (kv != "full"), *(f"{size:,.0f}" for size in (*sizes, _window(config))))
+            rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 
