@@ -24,8 +24,7 @@
 #define BLOCK (4 * KEYS * SG)
 #define KEY_GROUPS (32 * SG / CHUNKS)  // threads that share columns, each with its own tokens
 #define UNSEEN -1e30f
-#define EARLY 4  // values that a thread asks for before it knows their weights
-#define AHEAD (ROWS <= 2 ? 4 : ROWS <= 4 ? 2 : 1)  // loads in flight: as many as the rows' sums leave registers for
+#define AHEAD (ROWS <= 2 ? 4 : 2)  // loads in flight: as many as the rows' sums leave registers for
 
 struct Part {
   const device T* k;
@@ -122,15 +121,6 @@ for (int p = 0; p < PARTS; p++) {
     const int n = min(BLOCK, last - start);
     const ulong at = (ulong(g) * ulong(parts[p].capacity) + ulong(spans[2 * p] + start - part_start)) * D;
 
-    // The first values, on their way while the scores are made.
-    const device T* v = parts[p].v + at + column;
-    float early[EARLY][8];
-    UNROLL
-    for (int i = 0; i < EARLY; i++) {
-      const int key = key_group + i * KEY_GROUPS;
-      if (key_group < KEY_GROUPS && key < n) load8(v + key * D, early[i]);
-    }
-
     // 1. Scores. A token past the end of the block is another's copy, and never looked at.
     if (sg * 4 * KEYS < n) {
       const device T* k = parts[p].k + at;
@@ -215,20 +205,9 @@ for (int p = 0; p < PARTS; p++) {
         UNROLL
         for (int j = 0; j < 8; j++) acc[r][j] *= shrink[r];
       }
-      UNROLL
-      for (int i = 0; i < EARLY; i++) {
-        const int key = key_group + i * KEY_GROUPS;
-        if (key < n) {
-          UNROLL
-          for (int r = 0; r < ROWS; r++) {
-            const float weight = weights[key * ROWS + r];
-            UNROLL
-            for (int j = 0; j < 8; j++) acc[r][j] += weight * early[i][j];
-          }
-        }
-      }
+      const device T* v = parts[p].v + at + column;
 #pragma unroll(4 * AHEAD)
-      for (int key = key_group + EARLY * KEY_GROUPS; key < n; key += KEY_GROUPS) {
+      for (int key = key_group; key < n; key += KEY_GROUPS) {
         float value[8];
         load8(v + key * D, value);
         UNROLL

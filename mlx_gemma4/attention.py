@@ -170,7 +170,7 @@ def attention_cut(length: int, rows: int, kv_heads: int, threadgroups: int = 384
     tiles = -(-rows // 8)
     cut = Cut(-(-rows // tiles))
     if cut.rows > 4:
-        cut = replace(cut, keys=3)  # more would leave room for fewer threadgroups, by their registers
+        cut = replace(cut, keys=2)  # more would leave room for fewer threadgroups, by their registers
     blocks = -(-length // cut.block)
     share = -(-blocks * tiles * kv_heads // threadgroups)
     return replace(cut, pieces=-(-blocks // share))

@@ -156,17 +156,19 @@ def tiling(fmt: Format, n: int, k: int, tokens: int = 1) -> Tiling:
     by_table = fmt.lut is not None
     if n >= 8192:  # many rows: few lanes for each
         lanes = 16 if (fmt.bits > 4 or by_table) and chunks >= 160 else 8
-        rows = 8 if by_table else 4 if fmt.bits <= 4 else 2
+        rows = 8 if by_table else 4 if fmt.bits <= 4 and not 32768 <= n < 131072 else 2
         split = max((3, 4, 2), key=lambda s: round(even(lanes, s), 2))
     else:
         lanes, rows = 16, 4 if by_table else 2
 
         def worth(split: int) -> float:
             steps, waves = -(-chunks // (lanes * split)), n * split * lanes / (32 * rows) / (RESIDENT * 2 // rows)
-            filled: float = (waves / math.ceil(waves)) ** 0.3 if waves > 1 else waves**0.5
-            return even(lanes, split) * filled * steps / (steps + 0.4)
+            filled: float = (waves / math.ceil(waves)) ** 0.1 if waves > 1 else waves**0.5
+            return even(lanes, split) * filled * steps / (steps + 0.4) if waves < 1.2 else 0.0
 
         split = max((1, 2, 3, 4, 6, 8), key=worth)
+        if chunks >= 512 and fmt.bits <= 4 and not by_table:  # so long an x is worth sharing among many rows
+            lanes, rows, split = 8, 8, 2
     if tokens > 1:  # each row's sums take as many registers again
         rows = 4
     return Tiling(lanes, rows, split, simdgroups=split)
