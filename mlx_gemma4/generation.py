@@ -22,7 +22,7 @@ from .state import KVState
 
 __all__ = ["PREFILL_CHUNK", "Constraint", "Sampling", "Statistics", "Token", "check_length", "generate_tokens"]
 
-PREFILL_CHUNK = 512  # tokens read at a time: bounds the memory that a long prompt takes
+PREFILL_CHUNK = 1024  # tokens read at a time: bounds the memory that a long prompt takes
 
 
 class Constraint(Protocol):
