@@ -123,7 +123,7 @@ def checks(s: Sizes, lengths: Sequence[int], rows: int | None = None) -> Iterato
         for length in [h.window] if h.window else lengths:
             yield _attention(h, length)
         if not h.window and h.dim in coded_attention.DIMS:
-            for length, kind in itertools.product(lengths[-2:], kv_codes.BITS):
+            for length, kind in itertools.product(lengths[-1:], kv_codes.BITS):
                 yield _coded_attention(h, length, kind)
             yield from (_encode(h, kind) for kind in kv_codes.BITS)
     for scaled, experts in ((False, 0), (True, 0), *([(True, s.used)] if s.used else [])):
