@@ -17,10 +17,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gemma4 import load
-from mlx_gemma4.generation import PREFILL_CHUNK, Sampling, generate_tokens
+from mlx_gemma4.generation import Sampling, generate_tokens
 from mlx_gemma4.model import Model
 from mlx_gemma4.text import LanguageModel
 
+CHUNK = 512  # tokens read at once
 FOLLOWING = 256  # tokens whose distributions are compared
 ROOT = Path(__file__).parent.parent
 
@@ -46,8 +47,8 @@ def text_of(lm: LanguageModel, length: int, own: bool) -> list[int]:
 def distributions(model: Model, ids: list[int], context: int, kv: str) -> np.ndarray:
     """Logarithms of the probabilities after each token that follows the context: fp64 [FOLLOWING, vocab]."""
     state = model.new_state(kv=kv)
-    for start in range(0, context, PREFILL_CHUNK):
-        model.prefill(mx.array(ids[start : min(context, start + PREFILL_CHUNK)]), state)
+    for start in range(0, context, CHUNK):
+        model.prefill(mx.array(ids[start : min(context, start + CHUNK)]), state)
     logits = model.forward(mx.array(ids[context : context + FOLLOWING]), state, all_logits=True)
     x = np.array(logits).astype(np.float64)
     x -= x.max(axis=-1, keepdims=True)
