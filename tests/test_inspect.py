@@ -102,7 +102,7 @@ def test_31b_at_128k(synthetic: Callable[..., Report]) -> None:
     full, q8, tq4 = report.memory
     assert [m.kv for m in report.memory] == list(KVS)
     assert 17e9 < report.n_bytes < 20e9
-    assert full.state / 2 == pytest.approx(81920 * 131072 + 839e6, rel=0.1)
+    assert full.state / 2 == pytest.approx(81920 * 131072 + 839e6, rel=0.12)  # and a chunk of a prompt
     assert tq4.state < q8.state < full.state
     kv = [m.read_per_token - report.weights_per_token - 839e6 for m in report.memory]
     assert kv == pytest.approx([81920 * 131072, 81920 / 1024 * 514 * 131072, 81920 / 1024 * 258 * 131072], rel=0.01)
