@@ -152,12 +152,15 @@ def write_wide(target: Path, w: Wide) -> None:
     out.close()
 
 
-CHILD = """
-import json, resource, sys
+CHILD = r"""
+import json, re, resource, sys
 import mlx_gemma4
 lm = mlx_gemma4.load(sys.argv[1], weights="packed")
-scale = 1 if sys.platform == "darwin" else 1024
-print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale, "weights": lm.plan.weights}))
+if sys.platform == "darwin":
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+else:  # ru_maxrss begins with the parent's
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024
+print(json.dumps({"peak": peak, "weights": lm.plan.weights}))
 """
 
 

@@ -86,10 +86,10 @@ def test_usage_of_a_stream_and_of_a_prompt_read_before(client: OpenAI) -> None:
 
 
 def test_a_long_prompt_shows_how_far_it_is_read(server: Serving) -> None:
-    body = {"messages": [{"role": "user", "content": "word " * 700}], "max_tokens": 2, "stream": True}
+    body = {"messages": [{"role": "user", "content": "word " * 1400}], "max_tokens": 2, "stream": True}
     lines = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).text.splitlines()
     read = [tuple(map(int, re.findall(r"\d+", line))) for line in lines if line.startswith(": read ")]
-    assert len(read) == 2 and 400 < read[0][0] < read[0][1] == read[1][0] == read[1][1]
+    assert len(read) == 2 and 1000 < read[0][0] < read[0][1] == read[1][0] == read[1][1]
     assert lines[0].startswith("data: {"), "headers and a first event come before the prompt is read"
 
 
