@@ -54,6 +54,37 @@ def test_decode_step_gives_the_stock_logits(kind: str, tag: str, tmp_path: Path)
     assert states[0].tokens == states[1].tokens
 
 
+@pytest.mark.parametrize("kind", BUDGET)
+def test_decode_step_in_fp16(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where what norms give and what the state holds is fp16: within what is asked of one."""
+    plain, fused = both(kind, "q4_k_m", tmp_path)
+    ids = prompts(kind)[1]
+    want = logits_after(plain, ids)
+    monkeypatch.setattr(Model, "kv_dtype", mx.float16)
+    got = logits_after(fused, ids)
+    assert 0 < kl(want, got) <= 1e-4
+
+
+def logits_after(model: Model, ids: list[int]) -> np.ndarray:
+    """Of the last tokens, one at a time."""
+    state = model.new_state()
+    model.prefill(mx.array(ids[:-STEPS]), state)
+    return np.stack([np.array(model.forward(mx.array([i]), state)) for i in ids[-STEPS:]])
+
+
+@pytest.mark.parametrize("kind", ["12b", "e2b", "26b-a4b"])
+def test_traced_steps_are_those_built_anew(kind: str, tmp_path: Path) -> None:
+    """To the bit, past full tails, with two states in turns; all operations as their twins, which MLX can trace."""
+    off = frozenset(("embed", "ple_inputs", "qkv_post", "attention", "add_norm", "matvec", "dense", "top_k", "expand"))
+    plain, _ = both(kind, "q8_0", tmp_path)
+    models = [Model(plain.config, plain.weights, Kernels(metal, off, traced)) for traced in (False, True)]
+    found = []
+    for model in models:
+        states = [_read(model, prompts(kind)[0]), _read(model, [5] * 63)]
+        found.append([np.array(model.forward(mx.array([i % 50]), states[i % 2])) for i in range(140)])
+    np.testing.assert_array_equal(*found)
+
+
 class Counting:
     """A maker that runs kernels on the simulator and counts their launches."""
 
