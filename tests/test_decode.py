@@ -74,7 +74,7 @@ def logits_after(model: Model, ids: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["12b", "e2b", "26b-a4b"])
 def test_traced_steps_are_those_built_anew(kind: str, tmp_path: Path) -> None:
-    """To the bit, past full tails, with two states in turns; all operations as their twins, which MLX can trace."""
+    """Past full tails, with two states in turns; all operations as their twins, which MLX can trace, and fuse."""
     off = frozenset(("embed", "ple_inputs", "qkv_post", "attention", "add_norm", "matvec", "dense", "top_k", "expand"))
     plain, _ = both(kind, "q8_0", tmp_path)
     models = [Model(plain.config, plain.weights, Kernels(metal, off, traced)) for traced in (False, True)]
@@ -82,7 +82,7 @@ def test_traced_steps_are_those_built_anew(kind: str, tmp_path: Path) -> None:
     for model in models:
         states = [_read(model, prompts(kind)[0]), _read(model, [5] * 63)]
         found.append([np.array(model.forward(mx.array([i % 50]), states[i % 2])) for i in range(140)])
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_allclose(*found, rtol=0, atol=1e-4)
 
 
 class Counting:
