@@ -61,6 +61,7 @@ class Ailing:
 def on(monkeypatch: pytest.MonkeyPatch, maker: Any) -> None:
     """Make a maker this machine's."""
     monkeypatch.setattr(kernels, "default_maker", lambda: maker)
+    monkeypatch.setattr(doctor, "PATIENCE", 1e9)  # a busy machine is not what is tested
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
