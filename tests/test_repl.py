@@ -210,7 +210,8 @@ def test_resize_during_a_reply(terminal: Callable[..., Terminal], tmp_path: Path
     t.say(f"/save {tmp_path / 'talk.json'}")
     reply = saved_messages(tmp_path / "talk.json")[1]["content"]
     shown = t.text.split("> Once upon a time\n")[1].split("(cut")[0]
-    assert "".join(shown.split()) == "".join(reply.split()), "each character once"  # a word may break as the window does
+    # Each character once: a word may break where the window does.
+    assert "".join(shown.split()) == "".join(reply.split())
     assert max(map(len, shown.splitlines())) > 60, "in the new width"
     t.type("Once upon a time" + ENTER)
     t.wait(lambda: len(t.text.split("Once upon a time\n")) > 2)
