@@ -24,7 +24,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .places import cache_folder
+from .places import cache_folder, whole_file
 
 # MLX's folder of compiled modules, which it reads once: one that stays, where MLX's own choice is a temporary one.
 with suppress(RuntimeError):  # there is no home
@@ -97,8 +97,10 @@ def _module(text: str, name: str) -> bytes:
     if not (code_file.is_file() and names_file.is_file()):
         code = compile_text(text, name, architecture)
         try:
-            _write(code_file, code)
-            _write(names_file, f"{name}\t{name}\n".encode())
+            folder.mkdir(parents=True, exist_ok=True)
+            for path, content in ((code_file, code), (names_file, f"{name}\t{name}\n".encode())):
+                with whole_file(path) as file:
+                    file.write(content)
         except OSError:  # a disk that is full or read-only costs time, no more
             return code
     return key if name == _TRIAL or _keys_work() else code_file.read_bytes()
@@ -121,14 +123,6 @@ def _keys_work() -> bool:
         return bool(mx.array_equal(y, x + 1).item())
     except RuntimeError:
         return False
-
-
-def _write(path: Path, data: bytes) -> None:
-    """A whole file or none, also where other processes write the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_bytes(data)
-    part.replace(path)
 
 
 def compile_text(text: str, name: str, architecture: str) -> bytes:

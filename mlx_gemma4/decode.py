@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
@@ -32,8 +31,6 @@ log = logging.getLogger("mlx_gemma4")
 MAX_TOKENS = kernels.MAX_TOKENS
 FIXED = -(2**30)  # slope of a place that doesn't move with the position
 TRACES = 8  # kept of a model's steps: a conversation needs one at a time
-
-Value = TypeVar("Value")
 
 
 @dataclass
@@ -201,23 +198,26 @@ def make_step(
         run: the backend's kernels.
         wavelengths: of a layer's RoPE, fp32 [D / 2].
     """
-    traced: OrderedDict[Any, Callable[..., Any]] = OrderedDict()  # the least recently used first
-    places: OrderedDict[Any, list[mx.array]] = OrderedDict()
     kinds = _first_of_kinds(model)
     scales = [layer.layer_output_scale for layer in model.weights.layers]
     constants = Constants(wavelengths, [None if s is None else mx.contiguous(mx.broadcast_to(s, (4,))) for s in scales])
     mx.eval([s for s in constants.scales if s is not None])
 
+    @lru_cache(TRACES)
+    def traced(_: Any) -> Callable[..., Any]:
+        return mx.compile(partial(_forward, model, run, constants))
+
+    @lru_cache(TRACES)
+    def places(where: tuple[Any, ...]) -> list[mx.array]:
+        return [mx.array(a, mx.int32) for a in where]
+
     def step(ids: mx.array, state: KVState) -> mx.array:
         tokens, window = ids.size, model.config.window
         opened = {i: _with_room(kv, state, model.config.layers[i].sliding, window) for i, kv in state.layers.items()}
         inputs, where = _inputs(model, opened, state.length, tokens)
-        inputs["places"] = _kept(places, where, lambda: [mx.array(a, mx.int32) for a in where])
-        forward: Callable[..., Any] = partial(_forward, model, run, constants)
-        if run.traced:
-            shapes = (tuple(k.shape for k, _ in inputs["segments"][i]) for i in kinds)
-            key = (run.off, tokens, *shapes)
-            forward = _kept(traced, key, lambda: mx.compile(forward))
+        inputs["places"] = places(where)
+        shapes = (tuple(k.shape for k, _ in inputs["segments"][i]) for i in kinds)
+        forward = traced((run.off, tokens, *shapes)) if run.traced else partial(_forward, model, run, constants)
         logits, tails = forward(ids.astype(mx.int32), inputs)
         for (i, kv), (keys, values) in zip(opened.items(), tails, strict=True):
             count, stop = kv.count + tokens, kv.stop + tokens
@@ -371,14 +371,6 @@ def _with_room(kv: LayerKV, state: KVState, sliding: bool, window: int) -> Layer
     return sealed(kv, state.layout, window if sliding else None)
 
 
-def _kept(known: OrderedDict[Any, Value], key: Any, make: Callable[[], Value]) -> Value:
-    """What is known under a key, made if nothing is; of the rest, the least recently used is forgotten."""
-    value = known[key] = known.pop(key) if key in known else make()
-    if len(known) > TRACES:
-        known.popitem(last=False)
-    return value
-
-
 def _first_of_kinds(model: Model) -> list[int]:
     """The first sliding and the first global layer, as far as there are any. All of a kind are cut alike."""
     kinds = [layer.sliding for layer in model.config.layers]
@@ -398,18 +390,11 @@ def _inputs(model: Model, opened: dict[int, LayerKV], length: int, tokens: int) 
         seen = [s for s in kv.segments if not sliding or s.stop > length - window + 1]
         segments[i] = [(s.keys, s.values) for s in seen]
         if sliding not in parts:
-            parts[sliding] = 1
-
-            def begin(start: int, sliding: bool = sliding, window: int = window) -> int:
-                return 1 - window - start if sliding else FIXED
-
-            for s in () if kv.coder else seen:  # codes are in use from the first to the last
-                slopes.append((begin(s.start), FIXED))
-                least.append((0, s.stop - s.start))
-                parts[sliding] += 1
-            tail = kv.stop - kv.count
-            slopes.append((begin(tail), tokens - tail))
-            least.append((kv.skip, 0))
+            rows = [] if kv.coder else seen  # codes are in use from the first to the last
+            tail, first = kv.stop - kv.count, 1 - window if sliding else FIXED  # slope of the first token in sight
+            slopes += [*((first - s.start, FIXED) for s in rows), (first - tail, tokens - tail)]
+            least += [*((0, s.stop - s.start) for s in rows), (kv.skip, 0)]
+            parts[sliding] = len(rows) + 1
     inputs = {
         "position": mx.array([length], mx.int32),
         "parts": parts,

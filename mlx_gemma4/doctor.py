@@ -28,7 +28,7 @@ from .execution import execution
 from .kernel_checks import Check, Heads, Product, Sizes, checks, sizes_of
 from .kernels import Maker
 from .model import Model
-from .places import cache_folder
+from .places import cache_folder, whole_file
 from .quant import FORMATS
 
 log = logging.getLogger("mlx_gemma4")
@@ -107,11 +107,10 @@ def remember(verdict: Verdict) -> None:
     kept = dict(list(verdicts.items())[1 - REMEMBERED :])
     kept[machine()] = {"checked": sorted(verdict.checked), "failed": verdict.failed}
     file = verdict_file()
-    scratch = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(kept, indent=1))
-        os.replace(scratch, file)
+        with whole_file(file) as out:
+            out.write(json.dumps(kept, indent=1).encode())
     except OSError as error:
         log.info("The verdict on this machine's kernels can't be kept: %s", error)
 

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import json
 import logging
-import os
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .background import OnPrompt, in_thread
 from .conversation import Reply, ReplyOptions, as_held, go_back, prompt_ids, stream_reply
 from .errors import InputError
+from .places import whole_file
 from .prefix import MAX_MARKS, thin
 from .prompts import Message
 from .replies import Event
@@ -169,15 +169,11 @@ class Session:
         """
         path = Path(path)
         saved = {"format": FORMAT, "version": VERSION, "messages": self.messages}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            temporary.write_text(json.dumps(saved, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
+            with whole_file(path) as file:
+                file.write((json.dumps(saved, ensure_ascii=False, indent=1) + "\n").encode())
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{path}: the conversation can't be saved ({error}); choose another place") from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
         beside = _state_file(path)
         if state and self.state.length:
             self.state.save(beside)

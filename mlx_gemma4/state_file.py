@@ -6,7 +6,6 @@ with a SHA-256 of all before it, so that one flipped bit anywhere is found befor
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ import numpy as np
 from . import ops
 from .errors import InputError
 from .execution import execution
+from .places import whole_file
 from .segments import LayerKV, Layout, Segment
 from .state import KVState, coder_of
 
@@ -68,12 +68,11 @@ def save_state(state: KVState, path: str | Path) -> None:
     """
     path = Path(path)
     state.check_room(0)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tokens = state.tokens
     with execution():
         mx.eval(state.arrays)
     try:
-        with temporary.open("wb") as file:
+        with whole_file(path) as file:
             digest = hashlib.sha256()
             for block in _contents(state, tokens, fingerprint(state.model)):
                 digest.update(block)
@@ -81,14 +80,10 @@ def save_state(state: KVState, path: str | Path) -> None:
             file.write(digest.digest())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         raise InputError(
             f"{path}: the KV state can't be saved ({error.strerror or error}); choose another place"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _contents(state: KVState, tokens: list[int], model: str) -> Iterator[Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from ..errors import InputError
+from ..places import whole_file
 from .options import find_model, kv_option, model_option, output_options, progress, say, set_up_logging
 
 
@@ -122,10 +123,8 @@ def _command(path: Path, plan: Any, vs: str | None) -> str:
 
 def _write(path: Path, figures: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(json.dumps(figures, indent=1) + "\n")
-        os.replace(scratch, path)
+        with whole_file(path) as file:
+            file.write((json.dumps(figures, indent=1) + "\n").encode())
     except OSError as error:
-        scratch.unlink(missing_ok=True)
         raise InputError(f"{path}: can't be written: {error.strerror or error}") from None
