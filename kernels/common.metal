@@ -26,6 +26,11 @@ METAL_FUNC void load4(const device float* p, thread float* v) {
   v[3] = a.w;
 }
 
+// Asks for the line of memory at p, for whoever reads it next. Metal has no such instruction, NVIDIA has (cuda.h).
+#ifndef FETCH
+#define FETCH(p)
+#endif
+
 // Eight numbers of any float type, 16-byte aligned.
 METAL_FUNC void load8(const device float* p, thread float* v) {
   load4(p, v);

@@ -33,6 +33,8 @@ METAL_FUNC V simd_shuffle_xor(V v, ushort mask) { return __shfl_xor_sync(~0u, v,
 template <class V>
 METAL_FUNC V simd_shuffle(V v, ushort lane) { return __shfl_sync(~0u, v, lane); }
 
+#define FETCH(p) asm volatile("prefetch.global.L2 [%0];" ::"l"(p))
+
 // For coded.metal: what Metal does with simdgroup matrices and a table in threadgroup memory.
 
 // c += a b for a [16, 16], b [16, 8]. a: rows 0-7 and 8-15 of columns 0-7, then of 8-15; b: rows 0-7, 8-15.

@@ -57,7 +57,14 @@ class Kernels:
         return self._run((name,), lambda: kernel(*args, self.maker, **options), lambda: twin(*args, **options))
 
     def product(self, x: mx.array, w: Weight, factor: float = 1.0, **options: Any) -> mx.array:
-        """A mat-vec with whatever is folded into it, times a factor: options are those of `kernels.matvec`."""
+        """A mat-vec with whatever is folded into it, times a factor: options are those of `kernels.matvec`.
+
+        `ahead`, which may be any weight or none there, counts where kernels can ask for it.
+        """
+        hint = {name: options.pop(name) for name in ("ahead", "ahead_glu") if name in options}
+        following = hint.get("ahead")
+        if not (isinstance(following, Packed) and kernels.takes(following, 1)):
+            hint = {}
 
         def times_factor(y: mx.array) -> mx.array:
             return y if factor == 1.0 else y * factor
@@ -70,7 +77,7 @@ class Kernels:
             done = self._run(("dense",), lambda: fused.dense(x, w, self.maker, factor=factor, **options), twin)
         elif isinstance(w, Packed) and kernels.takes(w, x.shape[0]):
             names = ("matvec", f"matvec {w.format.name}")
-            done = self._run(names, lambda: times_factor(kernels.matvec(x, w, self.maker, **options)), twin)
+            done = self._run(names, lambda: times_factor(kernels.matvec(x, w, self.maker, **hint, **options)), twin)
         else:
             done = twin()
         return done
@@ -256,12 +263,19 @@ def _forward(
         experts = None if layer.ffn_gate_inp is None else _experts(run, model, layer, x)
         end: dict[str, Any] = {"next_norm": following, "scale": scale, **norm}  # of the layer
         last = end if not per_layer else norm
-        x, h = run("add_norm", x, _mlp(run, layer, h), layer.post_ffw_norm, experts=experts, shrunk=SHRINK, **last)
+        mlp = _mlp(run, layer, h, _queries(w.layers[i + 1]) if i + 1 < len(w.layers) else w.output)
+        x, h = run("add_norm", x, mlp, layer.post_ffw_norm, experts=experts, shrunk=SHRINK, **last)
         if per_layer:
             assert layer.inp_gate is not None and layer.proj is not None
             p = run.product(run.product(x, layer.inp_gate, times=per_layer[i]), layer.proj)
             x, h = run("add_norm", x, p, layer.post_norm, **end)
-    return ops.softcap(run.product(h, w.output, out=mx.float32), c.softcap), list(tails.values())
+    logits = run.product(h, w.output, out=mx.float32, ahead=_queries(w.layers[0]))
+    return ops.softcap(logits, c.softcap), list(tails.values())
+
+
+def _queries(layer: Layer) -> Weight | None:
+    """The weight that a layer's queries come from, perhaps with keys and values."""
+    return layer.attn_q if layer.attn_qk is None else layer.attn_qk
 
 
 def _places(inputs: Inputs) -> Inputs:
@@ -291,9 +305,9 @@ def _attention(
 ) -> mx.array:
     """Layer i's attention, fp32 [T, hidden], of h [T, hidden], after its norm; its new tail goes into `tails`."""
     c, layer, shape = model.config, model.weights.layers[i], model.config.layers[i]
-    q_weight = layer.attn_q if layer.attn_qk is None else layer.attn_qk
+    q_weight = _queries(layer)
     assert q_weight is not None
-    q = run.product(h, q_weight, out=mx.float32)
+    q = run.product(h, q_weight, out=mx.float32, ahead=layer.attn_output)
     k = v = None
     own = shape.kv_layer == i
     joined_v = layer.attn_qk is not None and q.shape[1] > (shape.heads + shape.kv_heads) * shape.head_dim
@@ -329,17 +343,20 @@ def _attention(
         out = run("coded_attention", q, coded, turn, tail, spans, scale=c.attention_scale)
     else:
         out = run("attention", q, parts, spans, scale=c.attention_scale, window=window)
-    return run.product(out, layer.attn_output, out=mx.float32)
+    return run.product(out, layer.attn_output, out=mx.float32, ahead=layer.ffn_gate_up, ahead_glu=True)
 
 
-def _mlp(run: Kernels, layer: Layer, h: mx.array) -> mx.array:
-    """down(gelu(gate(h)) * up(h)) times SHRINK, fp32 [T, hidden], of h [T, hidden], after its norm."""
+def _mlp(run: Kernels, layer: Layer, h: mx.array, ahead: Weight | None) -> mx.array:
+    """down(gelu(gate(h)) * up(h)) times SHRINK, fp32 [T, hidden], of h [T, hidden], after its norm.
+
+    `ahead` is the weight that the step reads next.
+    """
     if layer.ffn_gate_up is not None:
-        product = run.product(h, layer.ffn_gate_up, glu=True, shrink=SHRINK)
+        product = run.product(h, layer.ffn_gate_up, glu=True, shrink=SHRINK, ahead=layer.ffn_down)
     else:
         assert layer.ffn_gate is not None and layer.ffn_up is not None
         product = run.product(h, layer.ffn_gate, times=run.product(h, layer.ffn_up, factor=SHRINK))
-    return run.product(product, layer.ffn_down, out=mx.float32)
+    return run.product(product, layer.ffn_down, out=mx.float32, ahead=ahead)
 
 
 def _experts(

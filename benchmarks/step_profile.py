@@ -1,0 +1,96 @@
+"""Where a decode step's time goes on an NVIDIA GPU: each kernel's share, and how long the GPU waits between kernels.
+
+    python benchmarks/step_profile.py MODEL.gguf [--depths 512,2048] [--kv full] [--json OUT.json]
+
+In: a GGUF (speed alone counts: one of `examples/make_synthetic.py` will do). Out: for each depth a table of
+microseconds a token by kernel and launch size, from CUPTI's records (PyTorch's profiler, which must be installed),
+and what they add up to beside the time from the first to the last. Random keys and values fill the depths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from mlx_gemma4.bench import fill, load_subject
+from mlx_gemma4.execution import execution
+from mlx_gemma4.model import Model
+from mlx_gemma4.state import KVState
+
+WARM, STEPS = 12, 16
+
+
+def steps(model: Model, state: KVState, n: int) -> None:
+    """Decode n tokens, each step scheduled while the one before runs, as `generate` does."""
+    token = mx.array([7])
+    for _ in range(n):
+        with execution():
+            token = mx.argmax(model.forward(token, state), axis=-1)[:1]
+            mx.async_eval(token)
+    mx.eval(token)
+
+
+def records(model: Model, base: KVState) -> list[dict[str, Any]]:
+    """CUPTI's records of some steps' kernels, in the order they ran."""
+    state = base.fork()
+    steps(model, state, WARM)
+    with profile(activities=[ProfilerActivity.CUDA]) as p:
+        steps(model, state, STEPS)
+        torch.cuda.synchronize()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        p.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())["traceEvents"]
+    return sorted((e for e in events if e.get("cat") == "kernel"), key=lambda e: e["ts"])
+
+
+def summary(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Microseconds a token: of each kernel, of all, between the first and the last, and with none running."""
+    by: dict[tuple[str, str], list[float]] = defaultdict(list)
+    idle, end = 0.0, events[0]["ts"]
+    for e in events:
+        name = re.sub(r"_[0-9a-f]{12}$", "", e["name"].split("(")[0].split("<")[0])[-40:]
+        by[name, "x".join(map(str, e["args"]["grid"]))].append(e["dur"])
+        idle += max(0.0, e["ts"] - end)
+        end = max(end, e["ts"] + e["dur"])
+    rows = [
+        {"kernel": name, "grid": grid, "launches": len(d) / STEPS, "us each": sum(d) / len(d), "us": sum(d) / STEPS}
+        for (name, grid), d in by.items()
+    ]
+    rows.sort(key=lambda row: -float(row["us"]))  # type: ignore[arg-type]
+    whole = (end - events[0]["ts"]) / STEPS
+    return {"rows": rows, "kernels us": sum(float(r["us"]) for r in rows), "whole us": whole, "idle us": idle / STEPS}  # type: ignore[arg-type]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--depths", default="512,2048")
+    parser.add_argument("--kv", default="full")
+    parser.add_argument("--rows", type=int, default=24, help="printed a depth")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.cuda.init()
+    subject = load_subject(options.model)
+    state, found = subject.model.new_state(kv=options.kv), {}
+    for depth in map(int, options.depths.split(",")):
+        fill(state, depth)
+        found[depth] = s = summary(records(subject.model, state))
+        print(f"{subject.name} at {depth}: {s['whole us']:.0f} us a token, kernels {s['kernels us']:.0f}, ", end="")
+        print(f"no kernel {s['idle us']:.0f}; launches {sum(r['launches'] for r in s['rows']):.0f}")
+        for r in s["rows"][: options.rows]:
+            print(f"{r['us']:8.0f} us {r['launches']:6.1f} x {r['us each']:6.1f}  {r['kernel']} {r['grid']}", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
