@@ -127,13 +127,13 @@ def dtype_name(dtype: mx.Dtype) -> str:
 def attention_cases(maker: Any) -> Iterator[Case]:
     for lengths in ([32768 - 64, 64], [8192 - 64, 64], [2048 - 64, 64], [8192, 8192, 8192, 4096, 2048, 1024, 960, 64]):
         yield attention_case("attention 31B global", maker, (32, 4), 512, lengths)
-    yield attention_case("attention 31B sliding", maker, (32, 16), 256, [1024 - 40, 64], window=1024)
+    yield attention_case("attention 31B sliding", maker, (32, 16), 256, [256] * 4 + [64, 64], window=1024)
     yield attention_case("attention 12B global", maker, (16, 1), 512, [32768 - 64, 64])
     yield attention_case("attention 26B global", maker, (16, 2), 512, [32768 - 64, 64])
     yield attention_case("attention E4B global", maker, (8, 2), 512, [32768 - 64, 64])
     yield attention_case("attention E2B global", maker, (8, 1), 512, [8192 - 64, 64])
-    yield attention_case("attention E2B sliding", maker, (8, 1), 256, [448, 64], window=512)
-    yield attention_case("attention E4B sliding", maker, (8, 2), 256, [448, 64], window=512)
+    yield attention_case("attention E2B sliding", maker, (8, 1), 256, [128] * 4 + [64, 64], window=512)
+    yield attention_case("attention E4B sliding", maker, (8, 2), 256, [128] * 4 + [64, 64], window=512)
     yield attention_case("attention 31B global", maker, (32, 4), 512, [8192 - 64, 64], dtype=BFLOAT)
     yield attention_case("attention 31B global", maker, (32, 4), 512, [8192 - 64, 64], dtype=FLOAT)
     yield attention_case("attention 31B global", maker, (32, 4), 512, [8192 - 64, 64], tokens=4)
@@ -141,22 +141,24 @@ def attention_cases(maker: Any) -> Iterator[Case]:
 
 def tuning_cases(maker: Any) -> Iterator[Case]:
     def tried(heads: tuple[int, int], dim: int, lengths: list[int], cuts: Any) -> Iterator[Case]:
-        for rows, simdgroups, keys, pieces in cuts:
-            cut = att.Cut(rows, simdgroups, keys, pieces)
-            name = f"rows {rows} simdgroups {simdgroups} keys {keys} pieces {pieces}"
+        for rows, simdgroups, keys, share in cuts:
+            cut = att.Cut(rows, simdgroups, keys, share)
+            name = f"rows {rows} simdgroups {simdgroups} keys {keys} share {share}"
             yield attention_case(name, maker, heads, dim, lengths, cut=cut)
 
     threadgroups = [(8, 4, 2), (8, 4, 3), (8, 4, 4), (8, 2, 4), (4, 4, 2), (4, 4, 4), (4, 8, 2), (4, 8, 4)]
     wide = [(2, 2, 4), (2, 4, 2), (2, 4, 4), (2, 8, 2)]
     small = [(1, 8, 4), (2, 8, 4), (1, 16, 4), (2, 16, 4), (1, 16, 2), (1, 32, 4)]
-    yield from tried((32, 4), 512, [32768 - 64, 64], crossed(threadgroups, (64, 96, 128)))
-    yield from tried((16, 1), 512, [32768 - 64, 64], crossed(threadgroups, (96, 192)))
-    yield from tried((32, 16), 256, [960, 64], crossed(wide, (1, 4, 8, 16)))
-    yield from tried((8, 1), 256, [448, 64], [*crossed(small, (1,)), (8, 4, 2, 8)])
+    yield from tried((32, 4), 512, [32768 - 64, 64], crossed(threadgroups, (8, 12, 16)))
+    yield from tried((16, 1), 512, [32768 - 64, 64], crossed(threadgroups, (4, 8)))
+    yield from tried((32, 16), 256, [256] * 4 + [64, 64], crossed(wide, (1, 2)))
+    yield from tried(
+        (8, 1), 256, [128] * 4 + [64, 64], [*crossed(small, (1,)), (8, 4, 2, 1), (8, 2, 2, 1), (4, 4, 2, 1)]
+    )
 
 
-def crossed(cuts: list[tuple[int, int, int]], pieces: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
-    return [(*cut, n) for cut, n in itertools.product(cuts, pieces)]
+def crossed(cuts: list[tuple[int, int, int]], shares: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
+    return [(*cut, n) for cut, n in itertools.product(cuts, shares)]
 
 
 def qkv_cases(maker: Any) -> Iterator[Case]:

@@ -87,7 +87,9 @@ def main() -> None:
         print(f"{subject.name} at {depth}: {s['whole us']:.0f} us a token, kernels {s['kernels us']:.0f}, ", end="")
         print(f"no kernel {s['idle us']:.0f}; launches {sum(r['launches'] for r in s['rows']):.0f}")
         for r in s["rows"][: options.rows]:
-            print(f"{r['us']:8.0f} us {r['launches']:6.1f} x {r['us each']:6.1f}  {r['kernel']} {r['grid']}", flush=True)
+            print(
+                f"{r['us']:8.0f} us {r['launches']:6.1f} x {r['us each']:6.1f}  {r['kernel']} {r['grid']}", flush=True
+            )
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
 

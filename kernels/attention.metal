@@ -5,20 +5,23 @@
 // spans[2 i] to spans[2 i + 1] in use (start and end). All parts one after another are one row of `total` tokens, of
 // which the last are the queries themselves: query t sees up to itself, and with WINDOW only the last WINDOW of those.
 //
-// Threads. A threadgroup (SG simdgroups) takes ROWS of the GQA * tokens queries of one KV head and one piece of the
-// length; grid (32 SG ceil(GQA tokens / ROWS), pieces, G). It walks through its piece in blocks of BLOCK tokens:
+// Threads. A threadgroup (SG simdgroups) takes ROWS of the GQA * tokens queries of one KV head and one piece: SHARE
+// blocks of BLOCK tokens of one part's capacity, in use or not. (Were pieces cut from the row of all tokens, some would
+// reach across a part's end and take two blocks one after the other, and all would wait for those.) Grid
+// (32 SG ceil(GQA tokens / ROWS), pieces of all parts, G). It walks through its piece block by block:
 //   1. scores: 8 lanes share a token, a lane holds KEYS of them, so that a piece of q read from threadgroup
 //      memory meets KEYS keys and a piece of k meets ROWS queries;
 //   2. softmax: a simdgroup takes whole rows, keeps their running maximum and sum;
 //   3. values: a thread owns 8 columns of all rows, and every THREADS * 8 / D-th token.
-// With SPLIT each piece leaves its unnormalised sum and (maximum, sum of exponentials) to `merge`; else there is one
-// piece, and `out` is written at once. Sums, maxima and exponentials in fp32, powers of 2 instead of e.
+// With SPLIT each piece leaves its unnormalised sum and (maximum, sum of exponentials) to `merge`, which are zeros and
+// (UNSEEN, 0) where nothing of it is in use; else there is one piece, and `out` is written at once. Sums, maxima and
+// exponentials in fp32, powers of 2 instead of e.
 //
 // Memory. Every k and v in use once for each ROWS queries, 16 bytes a lane, 128 bytes of a token at once; q and out
 // once; sums (fp32, [tokens H, pieces, D]) written once and read once.
 //
-// Rendered before: T (dtype of q, k, v), U (of out), D, GQA, ROWS, SG, KEYS, PARTS, WINDOW (0: none), SCALE, SPLIT,
-// LENGTHi (which dimension of part i is its capacity).
+// Rendered before: T (dtype of q, k, v), U (of out), D, GQA, ROWS, SG, KEYS, SHARE, PARTS, WINDOW (0: none), SCALE,
+// SPLIT, LENGTHi (which dimension of part i is its capacity).
 
 #define CHUNKS (D / 8)
 #define BLOCK (4 * KEYS * SG)
@@ -26,44 +29,58 @@
 #define UNSEEN -1e30f
 #define AHEAD (ROWS <= 2 ? 4 : 2)  // loads in flight: as many as the rows' sums leave registers for
 
-struct Part {
-  const device T* k;
-  const device T* v;
-  int capacity;
-};
-
 // kernel: attention(q, spans, k0, v0, k1?, v1?, k2?, v2?, k3?, v3?, k4?, v4?, k5?, v5?, k6?, v6?, k7?, v7?) -> (out?, sums?, stats?)
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int thread_index = int(thread_index_in_threadgroup);
 const int first_row = int(threadgroup_position_in_grid.x) * ROWS;
-const int piece = int(threadgroup_position_in_grid.y), pieces = SPLIT ? int(threadgroups_per_grid.y) : 1;
+const int piece = int(threadgroup_position_in_grid.y), pieces = int(threadgroups_per_grid.y);
 const int g = int(threadgroup_position_in_grid.z);
 const int tokens = q_shape[0], heads = q_shape[1];
 
-const Part parts[PARTS] = {
-    {k0, v0, int(k0_shape[LENGTH0])},
+// The part that this piece lies in, and its first row there. An array of parts would lie in memory, not in registers.
+const device T* k_part = k0;
+const device T* v_part = v0;
+int total = 0, left = piece;  // tokens in use of the parts so far; pieces before this one that are not in those
+int capacity = 0, begin = 0, end_of_used = 0, first = 0, before = 0;  // of that part; before: tokens of earlier ones
+#define FIND(i, k, v, its_capacity)                                              \
+  {                                                                              \
+    const int its_first = spans[2 * i], its_end = spans[2 * i + 1];              \
+    const int its_pieces = (its_capacity + SHARE * BLOCK - 1) / (SHARE * BLOCK); \
+    if (left >= 0 && left < its_pieces) {                                        \
+      k_part = k;                                                                \
+      v_part = v;                                                                \
+      capacity = its_capacity;                                                   \
+      begin = left * (SHARE * BLOCK);                                            \
+      first = its_first;                                                         \
+      end_of_used = its_end;                                                     \
+      before = total;                                                            \
+    }                                                                            \
+    left -= its_pieces;                                                          \
+    total += its_end - its_first;                                                \
+  }
+FIND(0, k0, v0, int(k0_shape[LENGTH0]))
 #if PARTS > 1
-    {k1, v1, int(k1_shape[LENGTH1])},
+FIND(1, k1, v1, int(k1_shape[LENGTH1]))
 #endif
 #if PARTS > 2
-    {k2, v2, int(k2_shape[LENGTH2])},
+FIND(2, k2, v2, int(k2_shape[LENGTH2]))
 #endif
 #if PARTS > 3
-    {k3, v3, int(k3_shape[LENGTH3])},
+FIND(3, k3, v3, int(k3_shape[LENGTH3]))
 #endif
 #if PARTS > 4
-    {k4, v4, int(k4_shape[LENGTH4])},
+FIND(4, k4, v4, int(k4_shape[LENGTH4]))
 #endif
 #if PARTS > 5
-    {k5, v5, int(k5_shape[LENGTH5])},
+FIND(5, k5, v5, int(k5_shape[LENGTH5]))
 #endif
 #if PARTS > 6
-    {k6, v6, int(k6_shape[LENGTH6])},
+FIND(6, k6, v6, int(k6_shape[LENGTH6]))
 #endif
 #if PARTS > 7
-    {k7, v7, int(k7_shape[LENGTH7])},
+FIND(7, k7, v7, int(k7_shape[LENGTH7]))
 #endif
-};
+const int from = max(begin, first), to = min(begin + SHARE * BLOCK, end_of_used);
 
 // q, fp32, as float4s: the first halves of all chunks of 8, then the second; later the sums of KEY_GROUPS / 2 threads.
 constexpr int ROOM = ROWS * D / 4 * (KEY_GROUPS > 2 ? (KEY_GROUPS + 1) / 2 : 1);
@@ -90,12 +107,6 @@ for (int i = thread_index; i < ROWS * CHUNKS; i += 32 * SG) {
   }
 }
 
-int total = 0;
-UNROLL
-for (int i = 0; i < PARTS; i++) total += spans[2 * i + 1] - spans[2 * i];
-const int blocks = (total + BLOCK - 1) / BLOCK, share = (blocks + pieces - 1) / pieces * BLOCK;
-const int from = piece * share, to = min(from + share, total);
-
 // Running maximum and sum of the rows of this simdgroup: sg, sg + SG, ...
 constexpr int OWN = (ROWS + SG - 1) / SG;
 float top[OWN], sum[OWN];
@@ -113,113 +124,107 @@ for (int r = 0; r < ROWS; r++) {
 const int key_group = thread_index / CHUNKS, column = thread_index % CHUNKS * 8;
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-int part_start = 0;  // in the row of all tokens
-for (int p = 0; p < PARTS; p++) {
-  const int used = spans[2 * p + 1] - spans[2 * p];
-  const int last = min(to, part_start + used);
-  for (int start = max(from, part_start); start < last; start += BLOCK) {
-    const int n = min(BLOCK, last - start);
-    const ulong at = (ulong(g) * ulong(parts[p].capacity) + ulong(spans[2 * p] + start - part_start)) * D;
+for (int start = from; start < to; start += BLOCK) {
+  const int n = min(BLOCK, to - start), place = before + start - first;  // place: in the row of all tokens
+  const ulong at = (ulong(g) * ulong(capacity) + ulong(start)) * D;
 
-    // 1. Scores. A token past the end of the block is another's copy, and never looked at.
-    if (sg * 4 * KEYS < n) {
-      const device T* k = parts[p].k + at;
-      int offset[KEYS];
-      float s[KEYS][ROWS];
-      UNROLL
-      for (int i = 0; i < KEYS; i++) {
-        offset[i] = min(sg * 4 * KEYS + i * 4 + lane / 8, n - 1) * D;
-        UNROLL
-        for (int r = 0; r < ROWS; r++) s[i][r] = 0;
-      }
-#pragma unroll AHEAD
-      for (int eight = 0; eight < CHUNKS; eight += 8) {
-        const int c = eight + lane % 8;
-        if (CHUNKS % 8 > 0 && c >= CHUNKS) break;
-        float kv[KEYS][8];
-        UNROLL
-        for (int i = 0; i < KEYS; i++) load8(k + offset[i] + c * 8, kv[i]);
-        UNROLL
-        for (int r = 0; r < ROWS; r++) {
-          const float4 a = room[r * (D / 4) + c], b = room[r * (D / 4) + CHUNKS + c];
-          UNROLL
-          for (int i = 0; i < KEYS; i++) {
-            s[i][r] += kv[i][0] * a.x;
-            s[i][r] += kv[i][1] * a.y;
-            s[i][r] += kv[i][2] * a.z;
-            s[i][r] += kv[i][3] * a.w;
-            s[i][r] += kv[i][4] * b.x;
-            s[i][r] += kv[i][5] * b.y;
-            s[i][r] += kv[i][6] * b.z;
-            s[i][r] += kv[i][7] * b.w;
-          }
-        }
-      }
-      UNROLL
-      for (int i = 0; i < KEYS; i++) {
-        UNROLL
-        for (int r = 0; r < ROWS; r++) {
-          const float value = sum_lanes(s[i][r], 8);
-          if (lane % 8 == r % 8) scores[r * BLOCK + sg * 4 * KEYS + i * 4 + lane / 8] = value;
-        }
-      }
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-
-    // 2. Softmax.
+  // 1. Scores. A token past the end of the block is another's copy, and never looked at.
+  if (sg * 4 * KEYS < n) {
+    const device T* k = k_part + at;
+    int offset[KEYS];
+    float s[KEYS][ROWS];
     UNROLL
-    for (int i = 0; i < OWN; i++) {
-      const int r = sg + i * SG;
-      if (r < ROWS) {
-        const int end = total - tokens + (first_row + r) / GQA + 1;  // what this row sees
-        const int begin = WINDOW > 0 ? end - WINDOW : 0;
-        float s[(BLOCK + 31) / 32], best = top[i];
-        UNROLL
-        for (int b = 0; b < (BLOCK + 31) / 32; b++) {
-          const int key = b * 32 + lane;
-          const bool seen = key < n && start + key >= begin && start + key < end;
-          s[b] = seen ? scores[r * BLOCK + key] : UNSEEN;
-          best = max(best, s[b]);
-        }
-        best = max_lanes(best);
-        float part_sum = 0;
-        UNROLL
-        for (int b = 0; b < (BLOCK + 31) / 32; b++) {
-          const int key = b * 32 + lane;
-          const float weight = s[b] > 0.5f * UNSEEN ? exp2(s[b] - best) : 0.0f;
-          part_sum += weight;
-          if (key < n) weights[key * ROWS + r] = weight;
-        }
-        const float factor = exp2(top[i] - best);
-        sum[i] = sum[i] * factor + sum_lanes(part_sum, 32);
-        top[i] = best;
-        if (lane == 0) shrink[r] = factor;
-      }
+    for (int i = 0; i < KEYS; i++) {
+      offset[i] = min(sg * 4 * KEYS + i * 4 + lane / 8, n - 1) * D;
+      UNROLL
+      for (int r = 0; r < ROWS; r++) s[i][r] = 0;
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-
-    // 3. Values.
-    if (key_group < KEY_GROUPS) {
+#pragma unroll AHEAD
+    for (int eight = 0; eight < CHUNKS; eight += 8) {
+      const int c = eight + lane % 8;
+      if (CHUNKS % 8 > 0 && c >= CHUNKS) break;
+      float kv[KEYS][8];
+      UNROLL
+      for (int i = 0; i < KEYS; i++) load8(k + offset[i] + c * 8, kv[i]);
       UNROLL
       for (int r = 0; r < ROWS; r++) {
+        const float4 a = room[r * (D / 4) + c], b = room[r * (D / 4) + CHUNKS + c];
         UNROLL
-        for (int j = 0; j < 8; j++) acc[r][j] *= shrink[r];
-      }
-      const device T* v = parts[p].v + at + column;
-#pragma unroll(4 * AHEAD)
-      for (int key = key_group; key < n; key += KEY_GROUPS) {
-        float value[8];
-        load8(v + key * D, value);
-        UNROLL
-        for (int r = 0; r < ROWS; r++) {
-          const float weight = weights[key * ROWS + r];
-          UNROLL
-          for (int j = 0; j < 8; j++) acc[r][j] += weight * value[j];
+        for (int i = 0; i < KEYS; i++) {
+          s[i][r] += kv[i][0] * a.x;
+          s[i][r] += kv[i][1] * a.y;
+          s[i][r] += kv[i][2] * a.z;
+          s[i][r] += kv[i][3] * a.w;
+          s[i][r] += kv[i][4] * b.x;
+          s[i][r] += kv[i][5] * b.y;
+          s[i][r] += kv[i][6] * b.z;
+          s[i][r] += kv[i][7] * b.w;
         }
+      }
+    }
+    UNROLL
+    for (int i = 0; i < KEYS; i++) {
+      UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        const float value = sum_lanes(s[i][r], 8);
+        if (lane % 8 == r % 8) scores[r * BLOCK + sg * 4 * KEYS + i * 4 + lane / 8] = value;
       }
     }
   }
-  part_start += used;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  // 2. Softmax.
+  UNROLL
+  for (int i = 0; i < OWN; i++) {
+    const int r = sg + i * SG;
+    if (r < ROWS) {
+      const int end = total - tokens + (first_row + r) / GQA + 1;  // what this row sees
+      const int oldest = WINDOW > 0 ? end - WINDOW : 0;
+      float s[(BLOCK + 31) / 32], best = top[i];
+      UNROLL
+      for (int b = 0; b < (BLOCK + 31) / 32; b++) {
+        const int key = b * 32 + lane;
+        const bool seen = key < n && place + key >= oldest && place + key < end;
+        s[b] = seen ? scores[r * BLOCK + key] : UNSEEN;
+        best = max(best, s[b]);
+      }
+      best = max_lanes(best);
+      float part_sum = 0;
+      UNROLL
+      for (int b = 0; b < (BLOCK + 31) / 32; b++) {
+        const int key = b * 32 + lane;
+        const float weight = s[b] > 0.5f * UNSEEN ? exp2(s[b] - best) : 0.0f;
+        part_sum += weight;
+        if (key < n) weights[key * ROWS + r] = weight;
+      }
+      const float factor = exp2(top[i] - best);
+      sum[i] = sum[i] * factor + sum_lanes(part_sum, 32);
+      top[i] = best;
+      if (lane == 0) shrink[r] = factor;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  // 3. Values.
+  if (key_group < KEY_GROUPS) {
+    UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      UNROLL
+      for (int j = 0; j < 8; j++) acc[r][j] *= shrink[r];
+    }
+    const device T* v = v_part + at + column;
+#pragma unroll(4 * AHEAD)
+    for (int key = key_group; key < n; key += KEY_GROUPS) {
+      float value[8];
+      load8(v + key * D, value);
+      UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        const float weight = weights[key * ROWS + r];
+        UNROLL
+        for (int j = 0; j < 8; j++) acc[r][j] += weight * value[j];
+      }
+    }
+  }
 }
 
 // Add up the threads that share columns: the upper half gives, the lower half takes.

@@ -151,29 +151,35 @@ class Cut:
     rows: int  # queries that a threadgroup holds
     simdgroups: int = 4  # of a threadgroup
     keys: int = 4  # tokens a lane scores at once
-    pieces: int = 1  # of the length; one needs no merge
+    share: int = 1  # blocks of a piece, all of one part
 
     @property
     def block(self) -> int:
         """Tokens that a threadgroup takes at a time."""
         return 4 * self.keys * self.simdgroups
 
+    def pieces(self, lengths: Sequence[int]) -> int:
+        """Pieces of parts that have room for so many tokens; a single one needs no merge."""
+        return sum(-(-length // (self.share * self.block)) for length in lengths)
 
-def attention_cut(length: int, rows: int, kv_heads: int, threadgroups: int = 384) -> Cut:
-    """The cut for `rows` queries a KV head over up to `length` tokens.
+
+def attention_cut(lengths: Sequence[int], rows: int, kv_heads: int, threadgroups: int = 384) -> Cut:
+    """The cut for `rows` queries a KV head over parts that have room for so many tokens.
 
     A threadgroup waits for memory three times a block, so as many as a large GPU holds at once share the blocks; only
-    where there would be more does one take several. A tail alone is one piece: there is nothing to merge.
+    where there would be more does one take several: of few different counts, for each is a kernel of its own. A tail
+    alone is one piece: there is nothing to merge.
     """
-    if length <= SHORT:
-        return Cut(min(rows, 2), simdgroups=16)
+    if sum(lengths) <= SHORT:
+        cut = Cut(min(rows, 2), simdgroups=16)
+        return replace(cut, share=-(-max(lengths) // cut.block))
     tiles = -(-rows // 8)
     cut = Cut(-(-rows // tiles))
     if cut.rows > 4:
         cut = replace(cut, keys=2)  # more would leave room for fewer threadgroups, by their registers
-    blocks = -(-length // cut.block)
-    share = -(-blocks * tiles * kv_heads // threadgroups)
-    return replace(cut, pieces=-(-blocks // share))
+    share = -(-cut.pieces(lengths) * tiles * kv_heads // threadgroups)
+    step = 1 << max(0, share.bit_length() - 3)  # 1 to 8, then every second to 16, every fourth to 32 ..
+    return replace(cut, share=-(-share // step) * step)
 
 
 def attention(
@@ -251,11 +257,15 @@ def _prepared_attention(
     """The kernel, its arguments but for the inputs, and the same of the merge if there is one."""
     tokens, heads, dim = shape
     rows, total = heads // kv_heads * tokens, tokens * heads
-    cut = cut or attention_cut(0 if undivided else sum(lengths), rows, kv_heads)
-    split = undivided or cut.pieces > 1
+    if undivided:
+        cut = Cut(min(rows, 2), simdgroups=16)
+        cut = replace(cut, share=-(-max(lengths) // cut.block))
+    cut = cut or attention_cut(lengths, rows, kv_heads)
+    pieces = cut.pieces(lengths)
+    split = undivided or pieces > 1
     out = out or dtype
     defines = {"D": dim, "GQA": heads // kv_heads, "ROWS": cut.rows, "SG": cut.simdgroups, "KEYS": cut.keys}
-    defines |= {"PARTS": len(lengths), "WINDOW": window, "SPLIT": split}
+    defines |= {"SHARE": cut.share, "PARTS": len(lengths), "WINDOW": window, "SPLIT": split}
     defines |= {f"LENGTH{i}": dim - 2 for i, dim in enumerate(dims)}
     absent = [f"{kv}{i}" for i in range(len(lengths), MAX_PARTS) for kv in "kv"]
     kernel = render(
@@ -266,9 +276,9 @@ def _prepared_attention(
         absent + (["out"] if split else ["sums", "stats"]),
     )
     launch: dict[str, Any] = {
-        "grid": (32 * cut.simdgroups * -(-rows // cut.rows), cut.pieces, kv_heads),
+        "grid": (32 * cut.simdgroups * -(-rows // cut.rows), pieces, kv_heads),
         "threadgroup": (32 * cut.simdgroups, 1, 1),
-        "output_shapes": [(total, cut.pieces, dim), (total, cut.pieces, 2)] if split else [(tokens, heads * dim)],
+        "output_shapes": [(total, pieces, dim), (total, pieces, 2)] if split else [(tokens, heads * dim)],
         "output_dtypes": [mx.float32] * 2 if split else [out],
     }
     if not split:
