@@ -43,34 +43,50 @@ struct Part {
   uint super[2];
 };
 
-// Of weight [.., length], rows `row` and `row` + 8, group `group`, or the last of all.
-METAL_FUNC void load(
-    const device uint* codes, const device uchar* sub, const device half* super, int length, int row, int group,
-    thread Part& part) {
-  group = min(group, length / GROUP - 1);
-  codes += row * (length * BITS / 32) + group * (GROUP * BITS) / 32;
-#if SUB_BITS
-  sub += row * (length / GROUP * SUB_BITS / 8);
-#endif
-#if SUPER
-  super += row * (length / SUPER * (1 + HAS_MIN));
-#endif
+// Where a lane's rows begin.
+struct Rows {
+  const device uint* codes;
+  const device uchar* sub;
+  const device half* super;
+};
+#define CODES_ROW(length) (length * BITS / 32)
+#define SUB_ROW(length) (length / GROUP * SUB_BITS / 8)
+#define SUPER_ROW(length) (SUPER ? length / (SUPER ? SUPER : 1) * (1 + HAS_MIN) : 0)
+
+// Row `row` of a weight [.., length], its codes from group t on.
+METAL_FUNC Rows rows_from(
+    const device uint* codes, const device uchar* sub, const device half* super, int length, int row, int t) {
+  Rows rows;
+  rows.codes = codes + row * CODES_ROW(length) + t * (GROUP * BITS) / 32;
+  rows.sub = sub + row * SUB_ROW(length);
+  rows.super = super + row * SUPER_ROW(length);
+  return rows;
+}
+
+// Group t of unit u, `down` rows further down and 8 more.
+METAL_FUNC void load(const thread Rows& rows, int length, int down, int u, int t, thread Part& part) {
+  if (length % UNIT && 4 * u + t >= length / GROUP) {  // none is there; x is 0
+    UNROLL
+    for (int r = 0; r < 2; r++) part.sub[r] = part.super[r] = 0;
+    return;
+  }
   UNROLL
   for (int r = 0; r < 2; r++) {
-    const device uint* at = codes + 8 * r * (length * BITS / 32);
+    const device uint* words = rows.codes + (down * CODES_ROW(length) + u * (UNIT * BITS / 32)) + 8 * r * CODES_ROW(length);
 #if GROUP * BITS % 32
-    const uint first = at[0], second = at[1];
-    part.codes[r][0] = group % 2 ? first >> 16 | second << 16 : first;
-    part.codes[r][1] = group % 2 ? second >> 16 : second;
+    const uint first = words[0], second = words[1];
+    part.codes[r][0] = t % 2 ? first >> 16 | second << 16 : first;
+    part.codes[r][1] = t % 2 ? second >> 16 : second;
 #else
-    load_codes(at, part.codes[r]);
+    load_codes(words, part.codes[r]);
 #endif
     part.sub[r] = part.super[r] = 0;
 #if SUB_BITS
-    part.sub[r] = load_sub(sub + 8 * r * (length / GROUP * SUB_BITS / 8), group);
+    part.sub[r] = load_sub(rows.sub + (down * SUB_ROW(length) + u * (4 * SUB_BITS / 8)) + 8 * r * SUB_ROW(length), t);
 #endif
 #if SUPER
-    part.super[r] = load_super(super + 8 * r * (length / SUPER * (1 + HAS_MIN)), group * GROUP / SUPER);
+    const int at = (4 * u + t) * GROUP / SUPER;
+    part.super[r] = load_super(rows.super + down * SUPER_ROW(length) + 8 * r * SUPER_ROW(length), at);
 #endif
   }
 }
@@ -145,7 +161,9 @@ METAL_FUNC void product(
   for (int r = 0; r < 2; r++) {
     float a, b;
     scales(part.sub[r], part.super[r], 0, a, b);
-    sum[r] += a * ((dots[2 * r] + dots[2 * r + 1]) * unit - float(OFFSET) * x_sum);
+    float dot = (dots[2 * r] + dots[2 * r + 1]) * unit;
+    if (OFFSET) dot -= float(OFFSET) * x_sum;
+    sum[r] += a * dot;
     if (HAS_MIN) sum[r] += b * x_sum;
   }
 }
@@ -175,8 +193,9 @@ threadgroup float results[RESULTS];             // of gate by simdgroups that sh
 
 // The first of gate, on its way during the norm.
 const int tile = sg / SPLIT, first = sg % SPLIT;
-Part now, next_part;
-if (tile < TILES) load(GATE, K, tile * 16 + g, first * 4 + t, now);
+Part now;
+const Rows gate_rows = rows_from(GATE, K, tile * 16 + g, t);
+if (tile < TILES && first < UNITS(K)) load(gate_rows, K, 0, first, t, now);
 
 #if HAS_LUT
 threadgroup uint table[256];                    // two codes -> their values
@@ -205,7 +224,7 @@ EACH_STEP {
   residual[i] = float(x[token * K + at]);
   weight[i] = post[at];
 }
-const float factor = rsqrt(sum_group(squares, room, SG, sg, lane) / K + EPS_H);
+const float factor = rsqrt(sum_group(squares, room, SG, sg, lane) * (1.0f / K) + EPS_H);
 EACH_STEP {
   y[i] = residual[i] + y[i] * factor * weight[i];
   put(y[i], at, (threadgroup half*)pieces, sums, units);
@@ -214,20 +233,20 @@ threadgroup_barrier(mem_flags::mem_threadgroup);
 
 // gate y: a lane's own pieces of x, or the zeros.
 const bool own = g / 2 == t;
-const int step = own ? 8 : 0;
+const int x_first = own ? t * 2 + g % 2 : PIECES, x_unit = own ? GROUP : 0, step = own ? 8 : 0;
 float sum[2] = {0, 0};
 if (tile < TILES) {
 #pragma unroll 1
   for (int u = first; u < UNITS(K); u += SPLIT) {
-    if (u + SPLIT < UNITS(K)) load(GATE, K, tile * 16 + g, (u + SPLIT) * 4 + t, next_part);
     const int group = u * 4 + t;
-    product(now, pieces + (own ? u * GROUP + t * 2 + g % 2 : PIECES), step, sums[group], units[group], table, sum);
-    now = next_part;
+    product(now, pieces + x_first + u * x_unit, step, sums[group], units[group], table, sum);
+    if (u + SPLIT < UNITS(K)) load(gate_rows, K, 0, u + SPLIT, t, now);
   }
 }
 
 // The first of proj, and p, on their way.
-if (sg * 16 < K) load(PROJ, P, sg * 16 + g, t, now);
+const Rows proj_rows = rows_from(PROJ, P, sg * 16 + g, t);
+if (sg * 16 < K) load(proj_rows, P, 0, 0, t, now);
 const float times = thread_index < P ? float(p[token * P + thread_index]) : 0.0f;
 #define SUM_OVER_T(v)                       \
   v += simd_shuffle_xor(v, ushort(1));      \
@@ -253,12 +272,10 @@ for (int row = sg * 16; row < K; row += SG * 16) {
   sum[0] = sum[1] = 0;
 #pragma unroll 1
   for (int u = 0; u < UNITS(P); u++) {
-    const int following = u + 1 < UNITS(P) ? row : row + SG * 16;
-    if (following < K) load(PROJ, P, following + g, (u + 1) % UNITS(P) * 4 + t, next_part);
     const int group = (UNITS(K) + u) * 4 + t;
-    const int at = own ? (UNITS(K) + u) * GROUP + t * 2 + g % 2 : PIECES;
-    product(now, pieces + at, step, sums[group], units[group], table, sum);
-    now = next_part;
+    product(now, pieces + x_first + (UNITS(K) + u) * x_unit, step, sums[group], units[group], table, sum);
+    const int following = u + 1 < UNITS(P) ? row : row + SG * 16;
+    if (following < K) load(proj_rows, P, following - sg * 16, (u + 1) % UNITS(P), t, now);
   }
   UNROLL
   for (int r = 0; r < 2; r++) {
@@ -280,14 +297,14 @@ threadgroup_barrier(mem_flags::mem_threadgroup);
 
 squares = 0;
 EACH_STEP squares += results[at] * results[at];
-const float z_factor = rsqrt(sum_group(squares, room, SG, sg, lane) / K + EPS);
+const float z_factor = rsqrt(sum_group(squares, room, SG, sg, lane) * (1.0f / K) + EPS);
 squares = 0;
 EACH_STEP {
   y[i] = (y[i] + results[at] * z_factor * weight[i]) * layer_scale;
   squares += y[i] * y[i];
   out[token * K + at] = R(y[i]);
 }
-const float next_factor = rsqrt(sum_group(squares, room, SG, sg, lane) / K + EPS);
+const float next_factor = rsqrt(sum_group(squares, room, SG, sg, lane) * (1.0f / K) + EPS);
 EACH_STEP {
   const float value = y[i] * next_factor * next_weight[i];
   normed[token * K + at] = U(WITHIN_U(value));
