@@ -60,6 +60,7 @@ def render(entry: str, file: str, dtype: mx.Dtype, defines: dict[str, object], a
     """The kernel `entry` of kernels/`file`.
 
     A file holds helpers, then kernels: a line `// kernel: NAME(INPUT, OPTIONAL?, ...) -> (OUTPUT, ...)` and its body.
+    A line `// uses: FILE` puts that file, of helpers alone, before them.
 
     Args:
         dtype: of the activations.
@@ -82,7 +83,7 @@ def _render(
     metal = _TYPES[dtype]
     lines = {"T": metal, f"T_{metal.upper()}": 1, **dict(defines)}
     header = "".join(f"#define {k} {int(v) if isinstance(v, bool) else v}\n" for k, v in lines.items())
-    header += _text("common.metal") + helpers
+    header += "".join(map(_text, ("common.metal", *re.findall(r"(?m)^// uses: (\S+)$", helpers)))) + helpers
     digest = hashlib.sha256((header + body).encode()).hexdigest()[:12]
     return Kernel(f"{entry}_{digest}", inputs, outputs, header, body)
 
