@@ -14,17 +14,15 @@
 //   2. softmax: a simdgroup takes whole queries, keeps their running maximum and sum;
 //   3. values: a simdgroup takes D / SG columns of all tokens: products of 16 columns x 16 tokens and 16 tokens x 8
 //      queries.
-// A lane holds row `g` = 0..7, and of it columns 2 t and 2 t + 1, of the 8 x 8 blocks of the first factor and of the
-// result. Which lane has which g and t, and what a lane holds of the second factor, differs between Metal and CUDA:
-// B_PLACE. Sums of a product may be in any order, so a lane's columns are those whose codes it has read: 16 bytes of
-// a token at once.
+// What a lane holds of a product's factors: matrix.metal. Sums of a product may be in any order, so a lane's columns are
+// those whose codes it has read: 16 bytes of a token at once.
 //
 // Memory. Codes and scales once for each 8 TILES queries; sums (fp32, [tokens H, pieces, D]) written once, read once.
 //
 // Rendered before: T (dtype of q), U (of out), D, GQA, BITS, CENTERED, SG, TILES, PARTS, SCALE; of 4 bits, LEVELS (8 fp16 as
 // bits), LOW_0, LOW_1, HIGH_0, HIGH_1 (their low and high bytes). For `encode`: T (of keys and values), D, BITS, CENTERED, and
 // MAGNITUDES, BOUNDS (the levels, and the 7 halfway between them) as floats.
-// uses: matrices.metal
+// uses: matrix.metal
 
 #define PER (32 / BITS)                        // codes a word
 #define WORDS (D / PER)                        // a vector
@@ -58,29 +56,6 @@ METAL_FUNC void levels(uint word, const threadgroup uint* table, thread uint* pa
   UNROLL
   for (int i = 0; i < 4; i++) pairs[i] = table[(word >> (8 * i)) & 0xFFu];
 #endif
-}
-
-METAL_FUNC uint firsts(uint a, uint b) { return (a & 0xFFFFu) | b << 16; }
-METAL_FUNC uint seconds(uint a, uint b) { return a >> 16 | (b & 0xFFFF0000u); }
-
-// `count` words (1, 2 or a multiple of 4), aligned to as many.
-METAL_FUNC void load_words(const device uint* p, int count, thread uint* w) {
-  UNROLL
-  for (int i = 0; i < count; i += 4) {
-    if (count == 1) {
-      w[0] = p[0];
-    } else if (count == 2) {
-      const uint2 u = *(const device uint2*)p;
-      w[0] = u.x;
-      w[1] = u.y;
-    } else {
-      const uint4 u = *(const device uint4*)(p + i);
-      w[i] = u.x;
-      w[i + 1] = u.y;
-      w[i + 2] = u.z;
-      w[i + 3] = u.w;
-    }
-  }
 }
 
 // H v over a simdgroup, which holds the numbers lane, lane + 32 ..

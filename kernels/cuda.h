@@ -35,7 +35,7 @@ METAL_FUNC V simd_shuffle(V v, ushort lane) { return __shfl_sync(~0u, v, lane); 
 
 #define FETCH(p) asm volatile("prefetch.global.L2 [%0];" ::"l"(p))
 
-// For coded.metal: what Metal does with simdgroup matrices and a table in threadgroup memory.
+// For matrix.metal: what Metal does with simdgroup matrices.
 
 // c += a b for a [16, 16], b [16, 8]. a: rows 0-7 and 8-15 of columns 0-7, then of 8-15; b: rows 0-7, 8-15.
 METAL_FUNC void multiply(float* c, const uint* a, uint b0, uint b1) {
@@ -43,6 +43,12 @@ METAL_FUNC void multiply(float* c, const uint* a, uint b0, uint b1) {
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// Of two pairs of halves, both firsts, and both seconds.
+METAL_FUNC uint firsts(uint a, uint b) { return __byte_perm(a, b, 0x5410); }
+METAL_FUNC uint seconds(uint a, uint b) { return __byte_perm(a, b, 0x7632); }
+
+// For coded.metal: what Metal does with halves apart, and with a table in threadgroup memory.
 
 // Two numbers 1024 + code as halves, less 1152: code - 128.
 METAL_FUNC uint less_1152(uint pair) {

@@ -8,7 +8,7 @@
 // keeps them in registers from the first norm to the last.
 //
 // Products. One core has all the work, so instructions count, and matrix units do most of it: a simdgroup takes 16 rows and
-// 4 groups of weights (that share a scale) at a time, lane (g, t) of it (matrices.metal) group t of rows g and g + 8: its
+// 4 groups of weights (that share a scale) at a time, lane (g, t) of it (matrix.metal) group t of rows g and g + 8: its
 // codes are loads of 16 bytes, where the bits allow. Codes become fp16 without conversion: as the low bits of a subnormal,
 // code 2^-24, two with one shift and one mask (`two_codes`). The other factor has a column pair for each t, x as fp16 and
 // what that leaves of it, another fp16; both are 0 in rows that are not lane t's. So result columns 2t and 2t + 1 are lane
@@ -21,7 +21,7 @@
 // Rendered before: T (of h), R (of x and out), U (of normed), K, P, SG, THREADS (32 SG), EPS, EPS_H, SCALED (scale is
 // there); a packed format and CHUNK = GROUP, as for packed.metal.
 // uses: packed.metal
-// uses: matrices.metal
+// uses: matrix.metal
 
 #define UNIT (4 * GROUP)                       // weights of a row that a simdgroup takes at a time
 #define UNITS(n) (((n) + UNIT - 1) / UNIT)

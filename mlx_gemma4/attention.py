@@ -14,12 +14,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import ops
+from . import long_attention, ops
 from .kernels import _TYPES, Maker, _build, _f, render
+from .long_attention import MAX_PARTS
 
 TAIL = 64  # tokens that the mutable end of a layer's keys and values can hold
 SHORT = 64  # tokens up to which attention is one launch
-MAX_PARTS = 8  # of keys and values; Metal takes 31 buffers a kernel, and a part needs three
 
 Part = tuple[mx.array, mx.array]  # keys and values, [G, capacity, D] or [1, G, capacity, D] each
 Launch = tuple[Callable[..., Sequence[Any]], dict[str, Any]]  # a kernel and its arguments but for the inputs
@@ -195,6 +195,8 @@ def attention(
 ) -> Any:
     """A few new tokens attend to all that came before and to themselves.
 
+    Many fp16 keys and values go to `long_attention`, unless a cut says how this kernel is to be cut.
+
     Args:
         q: [T, H, D], T up to 8, D a multiple of 32.
         parts: up to MAX_PARTS of keys and values in q's dtype, in the order of the tokens; the last ends with
@@ -208,6 +210,8 @@ def attention(
     Returns:
         [T, H D]
     """
+    if cut is None and long_attention.takes(q, parts, window):
+        return long_attention.long_attention(q, parts, spans, maker, scale=scale, out=out)
     done, merge = _launched(q, parts, spans, maker, scale, window, out, cut, False)
     return done[0] if merge is None else merge[0](inputs=list(done), **merge[1])[0]
 

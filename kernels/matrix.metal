@@ -1,8 +1,10 @@
-// Products of small fp16 matrices, summed in fp32, by a simdgroup.
+// Products on matrix units: 16 x 16 halves times 16 x 8, summed in fp32.
 //
-// A lane has a g from 0 to 7 and a t from 0 to 3. Of a first factor or a result it holds, in each block of 8 x 8, row g's
-// columns 2t and 2t + 1, the first in the low half of a word. Of a block of the second factor: on Metal the same; on
-// CUDA rows 2t and 2t + 1 of column g.
+// A lane holds row `g` = 0..7, and of it columns 2 t and 2 t + 1, of the 8 x 8 blocks of the first factor and of the
+// result. Which lane has which g and t, and what a lane holds of the second factor, differs between Metal and CUDA:
+// B_PLACE. `multiply`, `firsts` and `seconds` are Metal's here, CUDA's in cuda.h.
+//
+// Needs `lane`, the lane's number, where LANE_G or LANE_T stands.
 
 #ifdef CUDA
 #define LANE_G (lane / 4)
@@ -39,4 +41,28 @@ METAL_FUNC void multiply(thread float* c, const thread uint* a, uint b0, uint b1
     c[2 * i + 1] = sum.thread_elements()[1];
   }
 }
+
+// Of two pairs of halves, both firsts, and both seconds.
+METAL_FUNC uint firsts(uint a, uint b) { return (a & 0xFFFFu) | b << 16; }
+METAL_FUNC uint seconds(uint a, uint b) { return a >> 16 | (b & 0xFFFF0000u); }
 #endif
+
+// `count` words (1, 2 or a multiple of 4), aligned to as many.
+METAL_FUNC void load_words(const device uint* p, int count, thread uint* w) {
+  UNROLL
+  for (int i = 0; i < count; i += 4) {
+    if (count == 1) {
+      w[0] = p[0];
+    } else if (count == 2) {
+      const uint2 u = *(const device uint2*)p;
+      w[0] = u.x;
+      w[1] = u.y;
+    } else {
+      const uint4 u = *(const device uint4*)(p + i);
+      w[i] = u.x;
+      w[i + 1] = u.y;
+      w[i + 2] = u.z;
+      w[i + 3] = u.w;
+    }
+  }
+}

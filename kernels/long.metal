@@ -1,0 +1,277 @@
+// Attention of a few new tokens over many fp16 keys and values, on matrix units: what attention.metal's `attention`
+// gives with WINDOW 0 and SPLIT,
+//   sums = sum over j of 2^(score_j - top) v[j],  score_j = SCALE / ln 2 q . k[j],  and (top, sum of 2^(score_j - top)),
+// for each piece of the length; `merge` of attention.metal adds the pieces up.
+//
+// q [tokens, H, D], the H heads in groups of GQA that share a KV head; part i: k, v [.., G, capacity_i, D] with the tokens
+// spans[2 i] to spans[2 i + 1] in use. All tokens in use are one row, of which the last are the queries themselves:
+// query t sees up to itself. share [1]: each part is cut into pieces of that many tokens of its capacity, a multiple of
+// BLOCK, the last may be shorter; pieces are numbered through all parts. So where a piece lies doesn't move as spans
+// grow, and one outside of them is empty: (UNSEEN, 0) and zeros.
+//
+// Threads. A threadgroup (SG simdgroups, a divisor of D / 64) takes 8 TILES of the GQA * tokens queries of one KV head
+// and one piece; grid (32 SG ceil(GQA tokens / 8 TILES), pieces, G). It walks through what is in use of its piece in
+// blocks of 16 SG tokens:
+//   1. scores: a simdgroup takes 16 tokens and all of D: products of 16 tokens x 16 numbers and 16 x 8 queries;
+//   2. softmax, in fp32: a simdgroup takes whole queries, keeps their running maximum and sum;
+//   3. values: a simdgroup takes D / SG columns of all tokens: products of 16 columns x 16 tokens and 16 tokens x 8
+//      queries; weights are halves, sums fp32.
+// What a lane holds of a product's factors: matrix.metal. Sums of a product may be in any order, so a lane multiplies
+// the very numbers it has read, 16 bytes of a token at once, and the queries are laid out to match.
+//
+// Memory. Keys and values once for each 8 TILES queries, D / 16 loads of 16 bytes a lane and block of either. They come
+// in batches of BATCH loads through two sets of registers: as soon as a batch is used up, the one after the next is
+// asked for, through the barriers around the softmax and into the next block, so that 8 to 16 loads of each lane are
+// always under way. sums (fp32, [tokens H, pieces, D]) written once, read once.
+//
+// Rendered before: T (half), D (a multiple of 64), GQA, SG, TILES, PARTS, SCALE, LENGTHi (which dimension of part i is
+// its capacity).
+// uses: matrix.metal
+
+#define BLOCK (16 * SG)
+#define ROWS (8 * TILES)
+#define SLOTS (D / 16)               // products along D
+#define CHUNKS (D / SG / 64)         // a simdgroup's columns, in 64s: 8 lanes of 8
+#define BATCH (D % 128 > 0 ? 4 : 8)  // loads
+#define BATCHES (D / 16 / BATCH)     // of keys, and as many of values, a block
+#define UNSEEN -1e30f
+
+struct Part {
+  const device half* k;
+  const device half* v;
+  int capacity;
+};
+
+// One batch of a block of n tokens: the first BATCHES are of keys, the others of values. A token past the end is the
+// last one's copy, and weighs nothing.
+METAL_FUNC void load_batch(const device half* k, const device half* v, int n, int batch, int sg, int lane,
+                           thread uint* words) {
+  const int lane_g = LANE_G, lane_t = LANE_T;
+  UNROLL
+  for (int i = 0; i < BATCH; i++) {
+    if (batch < BATCHES) {
+      const int load = batch * BATCH + i, token = min(sg * 16 + lane_g + load % 2 * 8, n - 1);
+      load_words((const device uint*)(k + token * D + (load / 2 * 4 + lane_t) * 8), 4, words + 4 * i);
+    } else {
+      const int load = (batch - BATCHES) * BATCH + i, chunk = load / 4 % CHUNKS;
+      const int token = min(load / 4 / CHUNKS * 16 + lane_t * 2 + load % 2 + load % 4 / 2 * 8, n - 1);
+      load_words((const device uint*)(v + token * D + sg * (D / SG) + (chunk * 8 + lane_g) * 8), 4, words + 4 * i);
+    }
+  }
+}
+
+// kernel: long_attention(q, spans, share, k0, v0, k1?, v1?, k2?, v2?, k3?, v3?, k4?, v4?, k5?, v5?, k6?, v6?, k7?, v7?) -> (sums, stats)
+const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
+const int lane_g = LANE_G, lane_t = LANE_T;
+const int first_row = int(threadgroup_position_in_grid.x) * ROWS;
+const int piece = int(threadgroup_position_in_grid.y), pieces = int(threadgroups_per_grid.y);
+const int g = int(threadgroup_position_in_grid.z);
+const int tokens = q_shape[0], heads = q_shape[1];
+
+const Part parts[PARTS] = {
+    {k0, v0, int(k0_shape[LENGTH0])},
+#if PARTS > 1
+    {k1, v1, int(k1_shape[LENGTH1])},
+#endif
+#if PARTS > 2
+    {k2, v2, int(k2_shape[LENGTH2])},
+#endif
+#if PARTS > 3
+    {k3, v3, int(k3_shape[LENGTH3])},
+#endif
+#if PARTS > 4
+    {k4, v4, int(k4_shape[LENGTH4])},
+#endif
+#if PARTS > 5
+    {k5, v5, int(k5_shape[LENGTH5])},
+#endif
+#if PARTS > 6
+    {k6, v6, int(k6_shape[LENGTH6])},
+#endif
+#if PARTS > 7
+    {k7, v7, int(k7_shape[LENGTH7])},
+#endif
+};
+
+threadgroup uint2 queries[TILES * SLOTS * 32];  // second factors of scores, [tile][product][lane]
+threadgroup uint2 weights[TILES * SG * 32];     // of values, [tile][16 tokens][lane]
+threadgroup float scores[ROWS][BLOCK + 1];
+threadgroup float shrink[ROWS];                 // by how much a query's sums shrink, its maximum having grown
+
+// Where this piece lies, and how many tokens there are in all.
+const device half* k = k0;
+const device half* v = v0;
+int from = 0, to = 0, before = 0;  // tokens of its part, and where in the row of all its part's token 0 would be
+int total = 0, dealt = 0;
+UNROLL
+for (int i = 0; i < PARTS; i++) {
+  const int begin = spans[2 * i], end = spans[2 * i + 1];
+  const int count = (parts[i].capacity + share[0] - 1) / share[0];
+  if (piece >= dealt && piece < dealt + count) {
+    k = parts[i].k + ulong(g) * ulong(parts[i].capacity) * D;
+    v = parts[i].v + ulong(g) * ulong(parts[i].capacity) * D;
+    from = max(begin, (piece - dealt) * share[0]);
+    to = min(end, (piece - dealt + 1) * share[0]);
+    before = total - begin;
+  }
+  dealt += count;
+  total += end - begin;
+}
+
+uint words[2][4 * BATCH];
+k += ulong(from) * D;
+v += ulong(from) * D;
+if (from < to) {
+  load_batch(k, v, min(BLOCK, to - from), 0, sg, lane, words[0]);
+  load_batch(k, v, min(BLOCK, to - from), 1, sg, lane, words[1]);
+}
+
+// Of a lane's 8 numbers, a product takes 4: two for its first 8 rows, two for the other 8.
+for (int i = int(thread_index_in_threadgroup); i < ROWS * D; i += 32 * SG) {
+  const int r = i / D, d = i % D, row = first_row + r;
+  const int place = (r / 8 * SLOTS + d / 32 * 2 + d % 8 / 4) * 128 + B_PLACE(d / 8 % 4 * 2 + d % 2, r % 8) + d % 4 / 2 * 2;
+  half x = 0;
+  if (row < GQA * tokens) x = q[(row / GQA * heads + g * GQA + row % GQA) * D + d];
+  ((threadgroup half*)queries)[place] = x;
+}
+
+// Running maximum and sum of the queries of this simdgroup: sg, sg + SG, ...
+constexpr int OWN = (ROWS + SG - 1) / SG;
+float top[OWN], sum[OWN];
+UNROLL
+for (int i = 0; i < OWN; i++) {
+  top[i] = UNSEEN;
+  sum[i] = 0;
+}
+float acc[TILES][CHUNKS][4][4];  // of each pair of this lane's columns: the first of queries 2 t, 2 t + 1, the second
+UNROLL
+for (int tile = 0; tile < TILES; tile++) {
+  UNROLL
+  for (int i = 0; i < CHUNKS * 16; i++) acc[tile][i / 16][i / 4 % 4][i % 4] = 0;
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+
+for (int start = from; start < to; start += BLOCK) {
+  const int n = min(BLOCK, to - start), next_n = min(BLOCK, to - start - BLOCK);
+
+  // 1. Scores.
+  float s[TILES][4];
+  UNROLL
+  for (int tile = 0; tile < TILES; tile++) {
+    UNROLL
+    for (int j = 0; j < 4; j++) s[tile][j] = 0;
+  }
+  UNROLL
+  for (int batch = 0; batch < BATCHES; batch++) {
+    UNROLL
+    for (int i = 0; i < BATCH; i++) {
+      const thread uint* two = words[batch % 2] + i / 2 * 8 + i % 2 * 2;  // of a token, and 4 on of another
+      const uint a[4] = {two[0], two[4], two[1], two[5]};
+      UNROLL
+      for (int tile = 0; tile < TILES; tile++) {
+        const uint2 b = queries[(tile * SLOTS + batch * BATCH + i) * 32 + lane];
+        multiply(s[tile], a, b.x, b.y);
+      }
+    }
+    if (batch + 2 < 2 * BATCHES)
+      load_batch(k, v, n, batch + 2, sg, lane, words[batch % 2]);
+    else if (next_n > 0)
+      load_batch(k + BLOCK * D, v + BLOCK * D, next_n, batch + 2 - 2 * BATCHES, sg, lane, words[batch % 2]);
+  }
+  UNROLL
+  for (int tile = 0; tile < TILES; tile++) {
+    UNROLL
+    for (int j = 0; j < 4; j++)
+      scores[tile * 8 + lane_t * 2 + j % 2][sg * 16 + lane_g + j / 2 * 8] = s[tile][j] * (SCALE * 1.4426950408889634f);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  // 2. Softmax.
+  UNROLL
+  for (int i = 0; i < OWN; i++) {
+    const int r = sg + i * SG;
+    if (r < ROWS) {
+      const int seen = min(n, total - tokens + (first_row + r) / GQA + 1 - before - start);  // of this block
+      float s[(BLOCK + 31) / 32], best = top[i];
+      UNROLL
+      for (int b = 0; b < (BLOCK + 31) / 32; b++) {
+        const int key = b * 32 + lane;
+        s[b] = key < seen ? scores[r][key] : UNSEEN;
+        best = max(best, s[b]);
+      }
+      best = max_lanes(best);
+      float part_sum = 0;
+      UNROLL
+      for (int b = 0; b < (BLOCK + 31) / 32; b++) {
+        const int key = b * 32 + lane;
+        const float weight = key < seen ? exp2(s[b] - best) : 0.0f;
+        part_sum += weight;
+        const int place = (r / 8 * SG + key / 16) * 128 + B_PLACE(key % 8, r % 8) + key % 16 / 8 * 2;
+        if (key < BLOCK) ((threadgroup half*)weights)[place] = half(weight);
+      }
+      const float factor = exp2(top[i] - best);
+      sum[i] = sum[i] * factor + sum_lanes(part_sum, 32);
+      top[i] = best;
+      if (lane == 0) shrink[r] = factor;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  // 3. Values.
+  UNROLL
+  for (int tile = 0; tile < TILES; tile++) {
+    const float low = shrink[tile * 8 + lane_t * 2], high = shrink[tile * 8 + lane_t * 2 + 1];
+    UNROLL
+    for (int i = 0; i < CHUNKS * 16; i++) acc[tile][i / 16][i / 4 % 4][i % 4] *= i % 2 ? high : low;
+  }
+  UNROLL
+  for (int batch = 0; batch < BATCHES; batch++) {
+    const int turn = (BATCHES + batch) % 2;
+    UNROLL
+    for (int i = 0; i < BATCH; i++) {
+      const int four = batch * (BATCH / 4) + i / 4;  // which 4 loads: of 16 tokens and one chunk
+      const thread uint* pair = words[turn] + i / 4 * 16 + i % 4;  // of 2 columns and the first token, 4 on the second ..
+      const uint a[4] = {firsts(pair[0], pair[4]), seconds(pair[0], pair[4]),
+                         firsts(pair[8], pair[12]), seconds(pair[8], pair[12])};
+      UNROLL
+      for (int tile = 0; tile < TILES; tile++) {
+        const uint2 b = weights[(tile * SG + four / CHUNKS) * 32 + lane];
+        multiply(acc[tile][four % CHUNKS][i % 4], a, b.x, b.y);
+      }
+    }
+    if (batch + 2 < BATCHES)
+      load_batch(k, v, n, BATCHES + batch + 2, sg, lane, words[turn]);
+    else if (next_n > 0)
+      load_batch(k + BLOCK * D, v + BLOCK * D, next_n, batch + 2 - BATCHES, sg, lane, words[turn]);
+  }
+  k += BLOCK * D;
+  v += BLOCK * D;
+}
+
+UNROLL
+for (int i = 0; i < OWN; i++) {
+  const int r = sg + i * SG, row = first_row + r;
+  if (r < ROWS && lane == 0 && row < GQA * tokens) {
+    const int query = row / GQA * heads + g * GQA + row % GQA;
+    stats[(query * pieces + piece) * 2] = top[i];
+    stats[(query * pieces + piece) * 2 + 1] = sum[i];
+  }
+}
+UNROLL
+for (int tile = 0; tile < TILES; tile++) {
+  UNROLL
+  for (int i = 0; i < 2; i++) {
+    const int row = first_row + tile * 8 + lane_t * 2 + i;
+    if (row < GQA * tokens) {
+      const int query = row / GQA * heads + g * GQA + row % GQA;
+      device float* to_sums = sums + ulong(query * pieces + piece) * D + sg * (D / SG) + lane_g * 8;
+      UNROLL
+      for (int c = 0; c < CHUNKS; c++) {
+        float eight[8];
+        UNROLL
+        for (int j = 0; j < 8; j++) eight[j] = acc[tile][c][j / 2][j % 2 * 2 + i];
+        store8(to_sums + c * 64, eight);
+      }
+    }
+  }
+}

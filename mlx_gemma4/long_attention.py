@@ -1,0 +1,134 @@
+"""Attention over long keys and values in fp16 on matrix units, for one token or a handful.
+
+In and out: MLX arrays. `long_attention` launches long.metal and the merge of attention.metal; `attention` takes it where
+`takes` says so, and `attention_twin` is the twin of both. Nothing here knows a model or a KV state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from .kernels import _TYPES, Maker, _build, _f, render
+
+if TYPE_CHECKING:
+    from .attention import Launch, Part
+
+MAX_PARTS = 8  # of keys and values; Metal takes 31 buffers a kernel, and a part needs three
+LONG = 2048  # tokens of capacity from which on matrix units pay; to be measured
+RESIDENT = 264  # threadgroups of 8 simdgroups that an H100 holds at once: 2 on each of 132 cores
+
+
+@dataclass(frozen=True)
+class LongCut:
+    """How attention over many tokens is cut; see long.metal."""
+
+    simdgroups: int  # of a threadgroup, a divisor of D / 64
+    tiles: int  # of 8 queries, a threadgroup
+    share: int  # blocks of 16 * simdgroups tokens, a piece
+    merging: int = 32  # simdgroups of a threadgroup of the merge
+
+    def pieces(self, lengths: Sequence[int]) -> int:
+        """Of parts with these capacities: none lies in two of them."""
+        return sum(-(-n // (16 * self.simdgroups * self.share)) for n in lengths)
+
+
+def long_cut(
+    lengths: Sequence[int], rows: int, kv_heads: int, dim: int, simdgroups: int = 8, threadgroups: int = RESIDENT
+) -> LongCut:
+    """The cut for `rows` queries a KV head over parts with these capacities.
+
+    One wave: the smallest pieces of which a large GPU holds all at once, given that `threadgroups` of 8 simdgroups are
+    what it holds.
+    """
+    simdgroups = max(n for n in range(1, simdgroups + 1) if dim // 64 % n == 0)
+    tiles = 1 if rows <= 8 else 2
+    across, room = -(-rows // (8 * tiles)) * kv_heads, threadgroups * 8 // simdgroups
+    most = -(-max(lengths) // (16 * simdgroups))
+    share = max(1, sum(lengths) * across // (16 * simdgroups * room))
+    while share < most and LongCut(simdgroups, tiles, share).pieces(lengths) * across > room:
+        share += 1
+    return LongCut(simdgroups, tiles, share)
+
+
+def takes(q: mx.array, parts: Sequence[Part], window: int) -> bool:
+    """Whether `attention` is to run as `long_attention`."""
+    return (
+        window == 0
+        and q.dtype == mx.float16
+        and q.shape[-1] % 64 == 0
+        and sum(k.shape[-2] for k, _ in parts) >= LONG
+    )
+
+
+def long_attention(
+    q: mx.array,
+    parts: Sequence[Part],
+    spans: mx.array,
+    maker: Maker,
+    *,
+    scale: float,
+    out: mx.Dtype | None = None,
+    cut: LongCut | None = None,
+) -> Any:
+    """A few new tokens attend to all that came before and to themselves: `attention` without a window.
+
+    Args:
+        q: fp16 [T, H, D], T up to 8, D a multiple of 64.
+        parts: up to MAX_PARTS of keys and values [G, capacity, D] or [1, G, capacity, D] in fp16, in the order of the
+            tokens; the last ends with the T tokens themselves.
+        spans: int32 [parts, 2]: first and one past the last token in use, of each part.
+        scale: of the scores.
+        out: dtype of the result, q's by default.
+        cut: instead of `long_cut`'s.
+
+    Returns:
+        [T, H D]
+    """
+    lengths, dims = tuple(k.shape[-2] for k, _ in parts), tuple(k.ndim for k, _ in parts)
+    cached = (q.shape, parts[0][0].shape[-3], lengths, dims, maker, scale, out or q.dtype, cut)
+    run, share, launch, merge = _prepared(*cached)
+    sums, stats = run(inputs=[q, spans, share, *(a for part in parts for a in part)], **launch)
+    return merge[0](inputs=[sums, stats], **merge[1])[0]
+
+
+@lru_cache(maxsize=4096)  # several launches a token: the GPU must not wait for this to be worked out
+def _prepared(
+    shape: tuple[int, int, int],
+    kv_heads: int,
+    lengths: tuple[int, ...],
+    dims: tuple[int, ...],
+    maker: Maker,
+    scale: float,
+    out: mx.Dtype,
+    cut: LongCut | None,
+) -> tuple[Callable[..., Sequence[Any]], mx.array, dict[str, Any], Launch]:
+    """The kernel, the tokens of a piece as it wants them, its other arguments, and the merge."""
+    tokens, heads, dim = shape
+    rows, total = heads // kv_heads * tokens, tokens * heads
+    cut = cut or long_cut(lengths, rows, kv_heads, dim)
+    defines: dict[str, object] = {"D": dim, "GQA": heads // kv_heads, "SG": cut.simdgroups, "TILES": cut.tiles}
+    defines |= {"PARTS": len(lengths), "SCALE": _f(scale)}
+    defines |= {f"LENGTH{i}": dim - 2 for i, dim in enumerate(dims)}
+    absent = [f"{kv}{i}" for i in range(len(lengths), MAX_PARTS) for kv in "kv"]
+    kernel = render("long_attention", "long.metal", mx.float16, defines, absent)
+    pieces = cut.pieces(lengths)
+    launch = {
+        "grid": (32 * cut.simdgroups * -(-rows // (8 * cut.tiles)), pieces, kv_heads),
+        "threadgroup": (32 * cut.simdgroups, 1, 1),
+        "output_shapes": [(total, pieces, dim), (total, pieces, 2)],
+        "output_dtypes": [mx.float32] * 2,
+    }
+    merge = render("merge", "attention.metal", mx.float16, {"U": _TYPES[out], "D": dim, "SG": cut.merging})
+    merge_launch = {
+        "grid": (32 * cut.merging, -(-dim // 128), total),
+        "threadgroup": (32 * cut.merging, 1, 1),
+        "output_shapes": [(tokens, heads * dim)],
+        "output_dtypes": [out],
+    }
+    share = mx.array([16 * cut.simdgroups * cut.share], mx.int32)
+    return _build(maker, kernel), share, launch, (_build(maker, merge), merge_launch)
