@@ -30,6 +30,7 @@
 #define TILES (P / 16)                         // of gate
 #define SPLIT (SG / TILES)                     // simdgroups that share one
 #define RESULTS (K > SPLIT * P ? K : SPLIT * P)
+#define LAUNCH_BOUNDS __launch_bounds__(THREADS)  // for CUDA: how many registers there are
 #define STEPS ((K + THREADS - 1) / THREADS)
 #define EACH_STEP UNROLL for (int i = 0, at = thread_index; i < STEPS; i++, at += THREADS) if (at < K)
 #define HELD ((GROUP * BITS + 31) / 32)        // words of a group's codes (of Q3_K: the half of the second)

@@ -46,10 +46,10 @@ def kernel(
 ) -> Callable[..., Sequence[mx.array]]:
     """A kernel, compiled when it is first called; for a call's arguments see `mx.fast.metal_kernel`.
 
-    `X_shape` in the source is the shape of input X, as it is there. A header that defines THREADS promises threadgroups
-    no larger, and the compiler keeps to as few registers as they leave each thread.
+    `X_shape` in the source is the shape of input X, as it is there. A header may define LAUNCH_BOUNDS, from which the
+    compiler knows how many registers a thread may have.
     """
-    bounds = "__launch_bounds__(THREADS) " if "#define THREADS " in header else ""
+    bounds = "LAUNCH_BOUNDS " if "#define LAUNCH_BOUNDS " in header else ""
     shaped = [i for i, n in enumerate(input_names) if f"{n}_shape" in source]
 
     @cache

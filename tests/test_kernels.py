@@ -229,6 +229,7 @@ def test_cuda_text_keeps_threadgroup_memory_shared() -> None:
     for file in (
         "matvec.metal",
         "attention.metal",
+        "long.metal",
         "norms.metal",
         "choose.metal",
         "qkv.metal",
