@@ -30,11 +30,19 @@
 #define KEY_GROUPS (32 * SG / CHUNKS)  // threads that share columns, each with its own tokens
 #define UNSEEN -1e30f
 #define TURNS ((BLOCK + KEY_GROUPS - 1) / KEY_GROUPS)
-// What is asked for at once, as much as the rows' sums leave registers for: times KEYS tokens' chunks, and tokens.
-#define K_AHEAD (ROWS <= 4 ? 4 : 2)
-#define V_MOST (ROWS <= 4 ? 16 : 8)
+// What is asked for at once, as much as registers hold (Apple's GPUs have fewer a thread, fp32 takes twice as many): chunks of KEYS tokens,
+// and tokens; the first values even before the softmax.
+#ifndef EAGER
+#if defined(CUDA) && !T_FLOAT
+#define EAGER 1
+#else
+#define EAGER 0
+#endif
+#endif
+#define K_AHEAD (EAGER ? 4 : 2)
+#define V_MOST (EAGER && ROWS <= 4 ? 16 : 8)
 #define V_AHEAD (TURNS < V_MOST ? TURNS : V_MOST)
-#define V_EARLY (ROWS <= 2)  // the first values are asked for before the softmax
+#define V_EARLY (EAGER && ROWS <= 4)
 
 // Eight numbers as they lie in memory, so that few registers wait for them.
 #if T_FLOAT
@@ -374,16 +382,19 @@ for (int count = KEY_GROUPS; count > 1; count = count > HELD ? count - HELD : 1)
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (key_group < takers) {
-    for (int given = key_group; given < count - takers; given += takers) {
-      UNROLL
-      for (int r = 0; r < ROWS; r++) {
+    UNROLL
+    for (int given = 0; given < count - takers; given += takers) {
+      if (given + key_group < count - takers) {
         UNROLL
-        for (int j = 0; j < 8; j += 4) {
-          const float4 four = room[given * OF_GROUP + r * (D / 4) + j / 4 * CHUNKS + column / 8];
-          acc[r][j] += four.x;
-          acc[r][j + 1] += four.y;
-          acc[r][j + 2] += four.z;
-          acc[r][j + 3] += four.w;
+        for (int r = 0; r < ROWS; r++) {
+          UNROLL
+          for (int j = 0; j < 8; j += 4) {
+            const float4 four = room[(given + key_group) * OF_GROUP + r * (D / 4) + j / 4 * CHUNKS + column / 8];
+            acc[r][j] += four.x;
+            acc[r][j + 1] += four.y;
+            acc[r][j + 2] += four.z;
+            acc[r][j + 3] += four.w;
+          }
         }
       }
     }
