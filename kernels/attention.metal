@@ -30,8 +30,8 @@
 #define KEY_GROUPS (32 * SG / CHUNKS)  // threads that share columns, each with its own tokens
 #define UNSEEN -1e30f
 #define TURNS ((BLOCK + KEY_GROUPS - 1) / KEY_GROUPS)
-// What is asked for at once, as much as registers hold (Apple's GPUs have fewer a thread, fp32 takes twice as many): chunks of KEYS tokens,
-// and tokens; the first values even before the softmax.
+// What is asked for at once: chunks of KEYS tokens, and tokens; where EAGER, the first values even before the softmax.
+// As much as registers hold: Apple's GPUs have fewer a thread, and fp32 takes twice as many.
 #ifndef EAGER
 #if defined(CUDA) && !T_FLOAT
 #define EAGER 1
