@@ -5,87 +5,138 @@
 // spans[2 i] to spans[2 i + 1] in use (start and end). All parts one after another are one row of `total` tokens, of
 // which the last are the queries themselves: query t sees up to itself, and with WINDOW only the last WINDOW of those.
 //
-// Threads. A threadgroup (SG simdgroups) takes ROWS of the GQA * tokens queries of one KV head and one piece: SHARE
-// blocks of BLOCK tokens of one part's capacity, in use or not. (Were pieces cut from the row of all tokens, some would
-// reach across a part's end and take two blocks one after the other, and all would wait for those.) Grid
-// (32 SG ceil(GQA tokens / ROWS), pieces of all parts, G). It walks through its piece block by block:
+// Threads. A threadgroup (SG simdgroups) takes ROWS of the GQA * tokens queries of one KV head and one piece of the
+// length; grid (32 SG ceil(GQA tokens / ROWS), pieces, G). A piece is `share` blocks of BLOCK tokens' room in one part,
+// in use or not (Cut.pieces counts the same); with WHOLE the one piece is all parts. It walks through what is in use of
+// its piece, a block at a time:
 //   1. scores: 8 lanes share a token, a lane holds KEYS of them, so that a piece of q read from threadgroup
 //      memory meets KEYS keys and a piece of k meets ROWS queries;
 //   2. softmax: a simdgroup takes whole rows, keeps their running maximum and sum;
-//   3. values: a thread owns 8 columns of all rows, and every THREADS * 8 / D-th token.
-// With SPLIT each piece leaves its unnormalised sum and (maximum, sum of exponentials) to `merge`, which are zeros and
-// (UNSEEN, 0) where nothing of it is in use; else there is one piece, and `out` is written at once. Sums, maxima and
-// exponentials in fp32, powers of 2 instead of e.
+//   3. values: a thread owns 8 columns of all rows, and every KEY_GROUPS-th token.
+// Most pieces are one block, and what takes time is its chain of waits: for q and spans, for k, for v. So what a step
+// loads is asked for at once; a simdgroup_barrier keeps it so: without, NVIDIA's compiler waits after every four.
+// With SPLIT each piece leaves its unnormalised sum and (maximum, sum of exponentials) to `merge`, zeros and UNSEEN if
+// nothing of it is in use; else there is one piece, and `out` is written at once. Sums, maxima and exponentials in
+// fp32, powers of 2 instead of e.
 //
 // Memory. Every k and v in use once for each ROWS queries, 16 bytes a lane, 128 bytes of a token at once; q and out
 // once; sums (fp32, [tokens H, pieces, D]) written once and read once.
 //
-// Rendered before: T (dtype of q, k, v), U (of out), D, GQA, ROWS, SG, KEYS, SHARE, PARTS, WINDOW (0: none), SCALE,
-// SPLIT, LENGTHi (which dimension of part i is its capacity).
+// Rendered before: T (dtype of q, k, v), U (of out), D, GQA, ROWS, SG, KEYS, PARTS, WINDOW (0: none), SCALE, WHOLE,
+// SPLIT, THREADGROUPS (about as many are to share the blocks), LENGTHi (which dimension of part i is its capacity).
 
 #define CHUNKS (D / 8)
 #define BLOCK (4 * KEYS * SG)
 #define KEY_GROUPS (32 * SG / CHUNKS)  // threads that share columns, each with its own tokens
 #define UNSEEN -1e30f
-#define AHEAD (ROWS <= 2 ? 4 : 2)  // loads in flight: as many as the rows' sums leave registers for
+#define TURNS ((BLOCK + KEY_GROUPS - 1) / KEY_GROUPS)
+// What is asked for at once: chunks of KEYS tokens, and tokens; where EAGER, the first values even before the softmax.
+// As much as registers hold: Apple's GPUs have fewer a thread, and fp32 takes twice as many.
+#ifndef EAGER
+#if defined(CUDA) && !T_FLOAT
+#define EAGER 1
+#else
+#define EAGER 0
+#endif
+#endif
+#define K_AHEAD (EAGER ? 4 : 2)
+#define V_MOST (EAGER && ROWS <= 4 ? 16 : 8)
+#define V_AHEAD (TURNS < V_MOST ? TURNS : V_MOST)
+#define V_EARLY (EAGER && ROWS <= 4)
+
+// Eight numbers as they lie in memory, so that few registers wait for them.
+#if T_FLOAT
+struct Eight {
+  float4 a, b;
+};
+METAL_FUNC Eight eight(const device T* p) { return {*(const device float4*)p, *(const device float4*)(p + 4)}; }
+METAL_FUNC void widen(Eight e, thread float* v) {
+  v[0] = e.a.x;
+  v[1] = e.a.y;
+  v[2] = e.a.z;
+  v[3] = e.a.w;
+  v[4] = e.b.x;
+  v[5] = e.b.y;
+  v[6] = e.b.z;
+  v[7] = e.b.w;
+}
+#else
+struct Eight {
+  uint4 a;
+};
+METAL_FUNC Eight eight(const device T* p) { return {*(const device uint4*)p}; }
+METAL_FUNC void widen(Eight e, thread float* v) {
+  const uint word[4] = {e.a.x, e.a.y, e.a.z, e.a.w};
+  UNROLL
+  for (int i = 0; i < 4; i++) {
+#if T_HALF
+    v[2 * i] = low_half(word[i]);
+    v[2 * i + 1] = high_half(word[i]);
+#else
+    v[2 * i] = as_type<float>(word[i] << 16);
+    v[2 * i + 1] = as_type<float>(word[i] & 0xFFFF0000u);
+#endif
+  }
+}
+#endif
+
+struct Part {
+  const device T* k;
+  const device T* v;
+  int capacity;
+  int first;  // token in use
+  int last;
+  int before;  // tokens in use of the parts before
+};
 
 // kernel: attention(q, spans, k0, v0, k1?, v1?, k2?, v2?, k3?, v3?, k4?, v4?, k5?, v5?, k6?, v6?, k7?, v7?) -> (out?, sums?, stats?)
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int thread_index = int(thread_index_in_threadgroup);
 const int first_row = int(threadgroup_position_in_grid.x) * ROWS;
-const int piece = int(threadgroup_position_in_grid.y), pieces = int(threadgroups_per_grid.y);
+const int piece = int(threadgroup_position_in_grid.y), pieces = SPLIT ? int(threadgroups_per_grid.y) : 1;
 const int g = int(threadgroup_position_in_grid.z);
 const int tokens = q_shape[0], heads = q_shape[1];
 
-// The part that this piece lies in, and its first row there. An array of parts would lie in memory, not in registers.
-const device T* k_part = k0;
-const device T* v_part = v0;
-int total = 0, left = piece;  // tokens in use of the parts so far; pieces before this one that are not in those
-int capacity = 0, begin = 0, end_of_used = 0, first = 0, before = 0;  // of that part; before: tokens of earlier ones
-#define FIND(i, k, v, its_capacity)                                              \
-  {                                                                              \
-    const int its_first = spans[2 * i], its_end = spans[2 * i + 1];              \
-    const int its_pieces = (its_capacity + SHARE * BLOCK - 1) / (SHARE * BLOCK); \
-    if (left >= 0 && left < its_pieces) {                                        \
-      k_part = k;                                                                \
-      v_part = v;                                                                \
-      capacity = its_capacity;                                                   \
-      begin = left * (SHARE * BLOCK);                                            \
-      first = its_first;                                                         \
-      end_of_used = its_end;                                                     \
-      before = total;                                                            \
-    }                                                                            \
-    left -= its_pieces;                                                          \
-    total += its_end - its_first;                                                \
-  }
-FIND(0, k0, v0, int(k0_shape[LENGTH0]))
+// Only ever indexed by constants: a thread's registers hold what it needs.
+Part parts[PARTS] = {
+    {k0, v0, int(k0_shape[LENGTH0])},
 #if PARTS > 1
-FIND(1, k1, v1, int(k1_shape[LENGTH1]))
+    {k1, v1, int(k1_shape[LENGTH1])},
 #endif
 #if PARTS > 2
-FIND(2, k2, v2, int(k2_shape[LENGTH2]))
+    {k2, v2, int(k2_shape[LENGTH2])},
 #endif
 #if PARTS > 3
-FIND(3, k3, v3, int(k3_shape[LENGTH3]))
+    {k3, v3, int(k3_shape[LENGTH3])},
 #endif
 #if PARTS > 4
-FIND(4, k4, v4, int(k4_shape[LENGTH4]))
+    {k4, v4, int(k4_shape[LENGTH4])},
 #endif
 #if PARTS > 5
-FIND(5, k5, v5, int(k5_shape[LENGTH5]))
+    {k5, v5, int(k5_shape[LENGTH5])},
 #endif
 #if PARTS > 6
-FIND(6, k6, v6, int(k6_shape[LENGTH6]))
+    {k6, v6, int(k6_shape[LENGTH6])},
 #endif
 #if PARTS > 7
-FIND(7, k7, v7, int(k7_shape[LENGTH7]))
+    {k7, v7, int(k7_shape[LENGTH7])},
 #endif
-const int from = max(begin, first), to = min(begin + SHARE * BLOCK, end_of_used);
+};
+int total = 0;
+UNROLL
+for (int i = 0; i < PARTS; i++) {
+  parts[i].first = spans[2 * i];
+  parts[i].last = spans[2 * i + 1];
+  parts[i].before = total;
+  total += parts[i].last - parts[i].first;
+}
 
-// q, fp32, as float4s: the first halves of all chunks of 8, then the second; later the sums of KEY_GROUPS / 2 threads.
-constexpr int ROOM = ROWS * D / 4 * (KEY_GROUPS > 2 ? (KEY_GROUPS + 1) / 2 : 1);
+// q, fp32, as float4s: the first halves of all chunks of 8, then the second; later the sums of HELD groups of threads.
+constexpr int OF_GROUP = ROWS * D / 4;
+constexpr int FITTING = OF_GROUP < 1024 ? 1024 / OF_GROUP : 1;
+constexpr int HELD = KEY_GROUPS > FITTING ? FITTING : KEY_GROUPS > 1 ? KEY_GROUPS - 1 : 1;
 constexpr int CELLS = ROWS * BLOCK;
-threadgroup float4 room[ROOM];
+threadgroup float4 room[HELD * OF_GROUP];
 threadgroup float scores[CELLS];   // [row][token of the block]
 threadgroup float weights[CELLS];  // [token][row]
 threadgroup float shrink[ROWS];    // by how much a row's sums shrink, its maximum having grown
@@ -107,6 +158,39 @@ for (int i = thread_index; i < ROWS * CHUNKS; i += 32 * SG) {
   }
 }
 
+// The part this piece is of, and its first block there.
+int mine = 0, block = piece, share = 1;
+if (!WHOLE) {
+  const int across = int(threadgroups_per_grid.x * threadgroups_per_grid.z);
+  int blocks[PARTS], all = 0;
+  UNROLL
+  for (int i = 0; i < PARTS; i++) {
+    blocks[i] = (parts[i].capacity + BLOCK - 1) / BLOCK;
+    all += blocks[i];
+  }
+  if (all * across > THREADGROUPS) {  // as Cut.pieces
+    const int most = max(THREADGROUPS / across, 2 * PARTS);
+    share = (all + most - 1) / most;
+    while (true) {
+      int dealt = 0;
+      UNROLL
+      for (int i = 0; i < PARTS; i++) dealt += (blocks[i] + share - 1) / share;
+      if (dealt <= most) break;
+      share += 1 + share / 16;
+    }
+    UNROLL
+    for (int i = 0; i < PARTS; i++) blocks[i] = (blocks[i] + share - 1) / share;
+  }
+  UNROLL
+  for (int i = 0; i + 1 < PARTS; i++) {
+    if (mine == i && block >= blocks[i]) {
+      mine++;
+      block -= blocks[i];
+    }
+  }
+  block *= share;
+}
+
 // Running maximum and sum of the rows of this simdgroup: sg, sg + SG, ...
 constexpr int OWN = (ROWS + SG - 1) / SG;
 float top[OWN], sum[OWN];
@@ -122,130 +206,142 @@ for (int r = 0; r < ROWS; r++) {
   for (int j = 0; j < 8; j++) acc[r][j] = 0;
 }
 const int key_group = thread_index / CHUNKS, column = thread_index % CHUNKS * 8;
+const int first_key = min(key_group, KEY_GROUPS - 1);  // threads that are no whole group add up what nobody takes
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-for (int start = from; start < to; start += BLOCK) {
-  const int n = min(BLOCK, to - start), place = before + start - first;  // place: in the row of all tokens
-  const ulong at = (ulong(g) * ulong(capacity) + ulong(start)) * D;
+for (int p = 0; p < (WHOLE ? PARTS : 1); p++) {
+  Part part = parts[0];
+  UNROLL
+  for (int i = 1; i < PARTS; i++)
+    if (i == (WHOLE ? p : mine)) part = parts[i];
+  const int from = WHOLE ? part.first : max(part.first, block * BLOCK);
+  const int to = WHOLE ? part.last : min(part.last, (block + share) * BLOCK);
+  for (int start = from; start < to; start += BLOCK) {
+    const int n = min(BLOCK, to - start);
+    const ulong at = (ulong(g) * ulong(part.capacity) + ulong(start)) * D;
+    // A thread's values: every KEY_GROUPS-th token's from `first_key` on; past the end of the block the last one's.
+    const device T* v = part.v + at + first_key * D + column;
+    const int v_last = (n - 1 - first_key) * D;
+    Eight values[V_AHEAD];
 
-  // 1. Scores. A token past the end of the block is another's copy, and never looked at.
-  if (sg * 4 * KEYS < n) {
-    const device T* k = k_part + at;
-    int offset[KEYS];
-    float s[KEYS][ROWS];
-    UNROLL
-    for (int i = 0; i < KEYS; i++) {
-      offset[i] = min(sg * 4 * KEYS + i * 4 + lane / 8, n - 1) * D;
+    // 1. Scores. A token past the end of the block is another's copy, and never looked at.
+    if (sg * 4 * KEYS < n) {
+      const device T* k = part.k + at;
+      int offset[KEYS];
+      float s[KEYS][ROWS];
       UNROLL
-      for (int r = 0; r < ROWS; r++) s[i][r] = 0;
-    }
-#pragma unroll AHEAD
-    for (int eight = 0; eight < CHUNKS; eight += 8) {
-      const int c = eight + lane % 8;
-      if (CHUNKS % 8 > 0 && c >= CHUNKS) break;
-      float kv[KEYS][8];
-      UNROLL
-      for (int i = 0; i < KEYS; i++) load8(k + offset[i] + c * 8, kv[i]);
-      UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        const float4 a = room[r * (D / 4) + c], b = room[r * (D / 4) + CHUNKS + c];
+      for (int i = 0; i < KEYS; i++) {
+        offset[i] = min(sg * 4 * KEYS + i * 4 + lane / 8, n - 1) * D;
         UNROLL
-        for (int i = 0; i < KEYS; i++) {
-          s[i][r] += kv[i][0] * a.x;
-          s[i][r] += kv[i][1] * a.y;
-          s[i][r] += kv[i][2] * a.z;
-          s[i][r] += kv[i][3] * a.w;
-          s[i][r] += kv[i][4] * b.x;
-          s[i][r] += kv[i][5] * b.y;
-          s[i][r] += kv[i][6] * b.z;
-          s[i][r] += kv[i][7] * b.w;
+        for (int r = 0; r < ROWS; r++) s[i][r] = 0;
+      }
+#pragma unroll 1
+      for (int ahead = 0; ahead < CHUNKS; ahead += 8 * K_AHEAD) {
+        Eight loaded[K_AHEAD][KEYS];
+        UNROLL
+        for (int a = 0; a < K_AHEAD; a++) {
+          const int c = min(ahead + a * 8 + lane % 8, CHUNKS - 1);
+          UNROLL
+          for (int i = 0; i < KEYS; i++) loaded[a][i] = eight(k + offset[i] + c * 8);
+        }
+        simdgroup_barrier(mem_flags::mem_none);
+        UNROLL
+        for (int a = 0; a < K_AHEAD; a++) {
+          const int c = ahead + a * 8 + lane % 8;
+          if (CHUNKS % (8 * K_AHEAD) == 0 || c < CHUNKS) {
+            float kv[KEYS][8];
+            UNROLL
+            for (int i = 0; i < KEYS; i++) widen(loaded[a][i], kv[i]);
+            UNROLL
+            for (int r = 0; r < ROWS; r++) {
+              const float4 x = room[r * (D / 4) + c], y = room[r * (D / 4) + CHUNKS + c];
+              UNROLL
+              for (int i = 0; i < KEYS; i++) {
+                s[i][r] += kv[i][0] * x.x;
+                s[i][r] += kv[i][1] * x.y;
+                s[i][r] += kv[i][2] * x.z;
+                s[i][r] += kv[i][3] * x.w;
+                s[i][r] += kv[i][4] * y.x;
+                s[i][r] += kv[i][5] * y.y;
+                s[i][r] += kv[i][6] * y.z;
+                s[i][r] += kv[i][7] * y.w;
+              }
+            }
+          }
+        }
+      }
+      UNROLL
+      for (int i = 0; i < KEYS; i++) {
+        UNROLL
+        for (int r = 0; r < ROWS; r++) {
+          const float value = sum_lanes(s[i][r], 8);
+          if (lane % 8 == r % 8) scores[r * BLOCK + sg * 4 * KEYS + i * 4 + lane / 8] = value;
         }
       }
     }
+    if (V_EARLY) {
+      UNROLL
+      for (int a = 0; a < V_AHEAD; a++) values[a] = eight(v + min(a * KEY_GROUPS * D, v_last));
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    // 2. Softmax.
     UNROLL
-    for (int i = 0; i < KEYS; i++) {
-      UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        const float value = sum_lanes(s[i][r], 8);
-        if (lane % 8 == r % 8) scores[r * BLOCK + sg * 4 * KEYS + i * 4 + lane / 8] = value;
+    for (int i = 0; i < OWN; i++) {
+      const int r = sg + i * SG;
+      if (r < ROWS) {
+        const int end = total - tokens + (first_row + r) / GQA + 1 - part.before + part.first;  // what this row sees
+        const int begin = WINDOW > 0 ? end - WINDOW : part.first;
+        float s[(BLOCK + 31) / 32], best = top[i];
+        UNROLL
+        for (int b = 0; b < (BLOCK + 31) / 32; b++) {
+          const int key = b * 32 + lane;
+          const bool seen = key < n && start + key >= begin && start + key < end;
+          s[b] = seen ? scores[r * BLOCK + key] : UNSEEN;
+          best = max(best, s[b]);
+        }
+        best = max_lanes(best);
+        float part_sum = 0;
+        UNROLL
+        for (int b = 0; b < (BLOCK + 31) / 32; b++) {
+          const int key = b * 32 + lane;
+          const float weight = s[b] > 0.5f * UNSEEN ? exp2(s[b] - best) : 0.0f;
+          part_sum += weight;
+          if (key < BLOCK) weights[key * ROWS + r] = weight;
+        }
+        const float factor = exp2(top[i] - best);
+        sum[i] = sum[i] * factor + sum_lanes(part_sum, 32);
+        top[i] = best;
+        if (lane == 0) shrink[r] = factor;
       }
     }
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  // 2. Softmax.
-  UNROLL
-  for (int i = 0; i < OWN; i++) {
-    const int r = sg + i * SG;
-    if (r < ROWS) {
-      const int end = total - tokens + (first_row + r) / GQA + 1;  // what this row sees
-      const int oldest = WINDOW > 0 ? end - WINDOW : 0;
-      float s[(BLOCK + 31) / 32], best = top[i];
-      UNROLL
-      for (int b = 0; b < (BLOCK + 31) / 32; b++) {
-        const int key = b * 32 + lane;
-        const bool seen = key < n && place + key >= oldest && place + key < end;
-        s[b] = seen ? scores[r * BLOCK + key] : UNSEEN;
-        best = max(best, s[b]);
-      }
-      best = max_lanes(best);
-      float part_sum = 0;
-      UNROLL
-      for (int b = 0; b < (BLOCK + 31) / 32; b++) {
-        const int key = b * 32 + lane;
-        const float weight = s[b] > 0.5f * UNSEEN ? exp2(s[b] - best) : 0.0f;
-        part_sum += weight;
-        if (key < n) weights[key * ROWS + r] = weight;
-      }
-      const float factor = exp2(top[i] - best);
-      sum[i] = sum[i] * factor + sum_lanes(part_sum, 32);
-      top[i] = best;
-      if (lane == 0) shrink[r] = factor;
-    }
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-
-  // 3. Values.
-  if (key_group < KEY_GROUPS) {
+    // 3. Values. Past the end of the block, again copies, whose weights are 0.
     UNROLL
     for (int r = 0; r < ROWS; r++) {
       UNROLL
       for (int j = 0; j < 8; j++) acc[r][j] *= shrink[r];
     }
-    const device T* v = v_part + at + column;
-#pragma unroll(4 * AHEAD)
-    for (int key = key_group; key < n; key += KEY_GROUPS) {
-      float value[8];
-      load8(v + key * D, value);
-      UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        const float weight = weights[key * ROWS + r];
+#pragma unroll 1
+    for (int ahead = 0; ahead < n; ahead += KEY_GROUPS * V_AHEAD) {
+      if (!V_EARLY || ahead > 0) {
         UNROLL
-        for (int j = 0; j < 8; j++) acc[r][j] += weight * value[j];
+        for (int a = 0; a < V_AHEAD; a++) values[a] = eight(v + min((ahead + a * KEY_GROUPS) * D, v_last));
       }
-    }
-  }
-}
-
-// Add up the threads that share columns: the upper half gives, the lower half takes.
-for (int count = KEY_GROUPS; count > 1; count = (count + 1) / 2) {
-  const int half_count = (count + 1) / 2;
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (key_group >= half_count && key_group < count) {
-    threadgroup float* to_lower = (threadgroup float*)room + (key_group - half_count) * (ROWS * D) + column;
-    UNROLL
-    for (int r = 0; r < ROWS; r++) {
+      simdgroup_barrier(mem_flags::mem_none);
       UNROLL
-      for (int j = 0; j < 8; j++) to_lower[r * D + j] = acc[r][j];
-    }
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (key_group + half_count < count) {
-    threadgroup float* from_upper = (threadgroup float*)room + key_group * (ROWS * D) + column;
-    UNROLL
-    for (int r = 0; r < ROWS; r++) {
-      UNROLL
-      for (int j = 0; j < 8; j++) acc[r][j] += from_upper[r * D + j];
+      for (int a = 0; a < V_AHEAD; a++) {
+        const int key = ahead + a * KEY_GROUPS + first_key;
+        float value[8];
+        widen(values[a], value);
+        UNROLL
+        for (int r = 0; r < ROWS; r++) {
+          const float weight = BLOCK % (KEY_GROUPS * V_AHEAD) == 0 || key < BLOCK ? weights[key * ROWS + r] : 0.0f;
+          UNROLL
+          for (int j = 0; j < 8; j++) acc[r][j] += weight * value[j];
+        }
+      }
     }
   }
 }
@@ -264,7 +360,47 @@ for (int i = 0; i < OWN; i++) {
 #endif
   }
 }
-threadgroup_barrier(mem_flags::mem_threadgroup);
+
+// Add up the groups of threads that share columns: the last ones give, as many as there is room for, the others take.
+UNROLL
+for (int count = KEY_GROUPS; count > 1; count = count > HELD ? count - HELD : 1) {
+  const int takers = count > HELD ? count - HELD : 1, from_group = key_group - takers;
+  if (count < KEY_GROUPS) threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (from_group >= 0 && key_group < count) {
+    UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      UNROLL
+      for (int j = 0; j < 8; j += 4) {
+        float4 four;
+        four.x = acc[r][j];
+        four.y = acc[r][j + 1];
+        four.z = acc[r][j + 2];
+        four.w = acc[r][j + 3];
+        room[from_group * OF_GROUP + r * (D / 4) + j / 4 * CHUNKS + column / 8] = four;
+      }
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (key_group < takers) {
+    UNROLL
+    for (int given = 0; given < count - takers; given += takers) {
+      if (given + key_group < count - takers) {
+        UNROLL
+        for (int r = 0; r < ROWS; r++) {
+          UNROLL
+          for (int j = 0; j < 8; j += 4) {
+            const float4 four = room[(given + key_group) * OF_GROUP + r * (D / 4) + j / 4 * CHUNKS + column / 8];
+            acc[r][j] += four.x;
+            acc[r][j + 1] += four.y;
+            acc[r][j + 2] += four.z;
+            acc[r][j + 3] += four.w;
+          }
+        }
+      }
+    }
+  }
+}
+if (KEY_GROUPS == 1) threadgroup_barrier(mem_flags::mem_threadgroup);
 
 if (key_group == 0) {
   UNROLL
@@ -286,28 +422,42 @@ if (key_group == 0) {
 // kernel: merge(sums, stats) -> (out)
 // The pieces of a row together: out[row] = sum of 2^(m_p - m) sums[row, p] / sum of 2^(m_p - m) l_p.
 // sums [rows, pieces, D], stats [rows, pieces, (m, l)]; out [rows, D]. A lane takes 4 columns, SG simdgroups share
-// the pieces; threadgroup 32 SG, grid (32 SG, ceil(D / 128), rows). Reads all once.
+// the pieces; threadgroup 32 SG, grid (32 SG, ceil(D / 128), rows); SG divides 32. Reads all once.
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int column = int(threadgroup_position_in_grid.y) * 128 + lane * 4, row = int(threadgroup_position_in_grid.z);
 const int pieces = stats_shape[1];
 
-float top = UNSEEN, total = 0;
-for (int p = lane; p < pieces; p += 32) top = max(top, stats[(row * pieces + p) * 2]);
+// All that 32 pieces left is asked for at once.
+constexpr int FIRST = 32 / SG;
+float first[FIRST][4];
+UNROLL
+for (int i = 0; i < FIRST; i++)
+  load4(sums + ulong(row * pieces + min(sg + i * SG, pieces - 1)) * D + min(column, D - 4), first[i]);
+const float m = lane < pieces ? stats[(row * pieces + lane) * 2] : UNSEEN;
+const float l = lane < pieces ? stats[(row * pieces + lane) * 2 + 1] : 0.0f;
+float top = m;
+for (int p = lane + 32; p < pieces; p += 32) top = max(top, stats[(row * pieces + p) * 2]);
 top = max_lanes(top);
-for (int p = lane; p < pieces; p += 32)
+const float mine = lane < pieces ? exp2(m - top) : 0.0f;
+float total = mine * l;
+for (int p = lane + 32; p < pieces; p += 32)
   total += exp2(stats[(row * pieces + p) * 2] - top) * stats[(row * pieces + p) * 2 + 1];
 total = sum_lanes(total, 32);
 
 float acc[4] = {0, 0, 0, 0};
-if (column < D) {
+UNROLL
+for (int i = 0; i < FIRST; i++) {
+  const float weight = simd_shuffle(mine, ushort(sg + i * SG));
+  UNROLL
+  for (int j = 0; j < 4; j++) acc[j] += weight * first[i][j];
+}
 #pragma unroll 4
-  for (int p = sg; p < pieces; p += SG) {
-    float value[4];
-    load4(sums + ulong(row * pieces + p) * D + column, value);
-    const float weight = exp2(stats[(row * pieces + p) * 2] - top);
-    UNROLL
-    for (int j = 0; j < 4; j++) acc[j] += weight * value[j];
-  }
+for (int p = 32 + sg; p < pieces; p += SG) {
+  float value[4];
+  load4(sums + ulong(row * pieces + p) * D + min(column, D - 4), value);
+  const float weight = exp2(stats[(row * pieces + p) * 2] - top);
+  UNROLL
+  for (int j = 0; j < 4; j++) acc[j] += weight * value[j];
 }
 threadgroup float shared_acc[SG][128];
 UNROLL

@@ -20,6 +20,7 @@ from .long_attention import MAX_PARTS
 
 TAIL = 64  # tokens that the mutable end of a layer's keys and values can hold
 SHORT = 64  # tokens up to which attention is one launch
+CORES = 132  # of a large GPU, an H100
 
 Part = tuple[mx.array, mx.array]  # keys and values, [G, capacity, D] or [1, G, capacity, D] each
 Launch = tuple[Callable[..., Sequence[Any]], dict[str, Any]]  # a kernel and its arguments but for the inputs
@@ -151,35 +152,49 @@ class Cut:
     rows: int  # queries that a threadgroup holds
     simdgroups: int = 4  # of a threadgroup
     keys: int = 4  # tokens a lane scores at once
-    share: int = 1  # blocks of a piece, all of one part
+    threadgroups: int = 0  # that share the length, at most about so many; 0: it is one piece, which needs no merge
 
     @property
     def block(self) -> int:
         """Tokens that a threadgroup takes at a time."""
         return 4 * self.keys * self.simdgroups
 
-    def pieces(self, lengths: Sequence[int]) -> int:
-        """Pieces of parts that have room for so many tokens; a single one needs no merge."""
-        return sum(-(-length // (self.share * self.block)) for length in lengths)
+    def blocks(self, lengths: Sequence[int], share: int = 1) -> int:
+        """Pieces of `share` blocks in parts with room for so many tokens: none lies in two parts."""
+        return sum(-(-length // (self.block * share)) for length in lengths)
+
+    def pieces(self, lengths: Sequence[int], across: int) -> int:
+        """Of the length, for `across` threadgroups to work on each. The kernel works out the same."""
+        if not self.threadgroups:
+            return 1
+        most, share = max(self.threadgroups // across, 2 * len(lengths)), 1
+        if self.blocks(lengths) * across > self.threadgroups:
+            share = -(-self.blocks(lengths) // most)
+            while self.blocks(lengths, share) > most:  # parts' last pieces are short
+                share += 1 + share // 16
+        return self.blocks(lengths, share)
 
 
 def attention_cut(lengths: Sequence[int], rows: int, kv_heads: int, threadgroups: int = 384) -> Cut:
-    """The cut for `rows` queries a KV head over parts that have room for so many tokens.
+    """The cut for `rows` queries a KV head over parts of up to so many tokens.
 
-    A threadgroup waits for memory three times a block, so as many as a large GPU holds at once share the blocks; only
-    where there would be more does one take several: of few different counts, for each is a kernel of its own. A tail
+    A threadgroup waits for memory twice a block, so as many as a large GPU holds at once share the blocks; only where
+    there would be more does one take several, and where there are too few, blocks are small and queries apart. A tail
     alone is one piece: there is nothing to merge.
     """
     if sum(lengths) <= SHORT:
-        cut = Cut(min(rows, 2), simdgroups=16)
-        return replace(cut, share=-(-max(lengths) // cut.block))
-    tiles = -(-rows // 8)
-    cut = Cut(-(-rows // tiles))
+        return Cut(min(rows, 2), simdgroups=16, keys=1)
+    cut = Cut(-(-rows // -(-rows // 8)), threadgroups=threadgroups)
     if cut.rows > 4:
         cut = replace(cut, keys=2)  # more would leave room for fewer threadgroups, by their registers
-    share = -(-cut.pieces(lengths) * tiles * kv_heads // threadgroups)
-    step = 1 << max(0, share.bit_length() - 3)  # 1 to 8, then every second to 16, every fourth to 32 ..
-    return replace(cut, share=-(-share // step) * step)
+    while cut.blocks(lengths) * -(-rows // cut.rows) * kv_heads < CORES:
+        if cut.keys > 2:
+            cut = replace(cut, keys=2)
+        elif cut.rows > 2:
+            cut = replace(cut, rows=-(-cut.rows // 2))
+        else:
+            break
+    return cut
 
 
 def attention(
@@ -261,26 +276,24 @@ def _prepared_attention(
     """The kernel, its arguments but for the inputs, and the same of the merge if there is one."""
     tokens, heads, dim = shape
     rows, total = heads // kv_heads * tokens, tokens * heads
-    if undivided:
-        cut = Cut(min(rows, 2), simdgroups=16)
-        cut = replace(cut, share=-(-max(lengths) // cut.block))
-    cut = cut or attention_cut(lengths, rows, kv_heads)
-    pieces = cut.pieces(lengths)
-    split = undivided or pieces > 1
+    cut = cut or attention_cut([] if undivided else lengths, rows, kv_heads)
+    across = -(-rows // cut.rows)
+    pieces = cut.pieces(lengths, across * kv_heads)
+    split = undivided or cut.threadgroups > 0
     out = out or dtype
     defines = {"D": dim, "GQA": heads // kv_heads, "ROWS": cut.rows, "SG": cut.simdgroups, "KEYS": cut.keys}
-    defines |= {"SHARE": cut.share, "PARTS": len(lengths), "WINDOW": window, "SPLIT": split}
+    defines |= {"PARTS": len(lengths), "WINDOW": window, "SPLIT": split, "WHOLE": cut.threadgroups == 0}
     defines |= {f"LENGTH{i}": dim - 2 for i, dim in enumerate(dims)}
     absent = [f"{kv}{i}" for i in range(len(lengths), MAX_PARTS) for kv in "kv"]
     kernel = render(
         "attention",
         "attention.metal",
         dtype,
-        defines | {"U": _TYPES[out], "SCALE": _f(scale)},
+        defines | {"THREADGROUPS": cut.threadgroups, "U": _TYPES[out], "SCALE": _f(scale)},
         absent + (["out"] if split else ["sums", "stats"]),
     )
     launch: dict[str, Any] = {
-        "grid": (32 * cut.simdgroups * -(-rows // cut.rows), pieces, kv_heads),
+        "grid": (32 * cut.simdgroups * across, pieces, kv_heads),
         "threadgroup": (32 * cut.simdgroups, 1, 1),
         "output_shapes": [(total, pieces, dim), (total, pieces, 2)] if split else [(tokens, heads * dim)],
         "output_dtypes": [mx.float32] * 2 if split else [out],

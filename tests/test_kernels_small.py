@@ -6,6 +6,7 @@ Outputs start as NaN (or 0xCD bytes): what a kernel leaves unwritten fails. Erro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -40,6 +41,11 @@ def racing(**declared: Any) -> Any:
         return [to_mlx(a) for a in kernel(seed=3, sanitize="thread", **arguments)]
 
     return call
+
+
+def eager(header: str, base: Any = metal, **declared: Any) -> Any:
+    """A maker for the texts as an NVIDIA GPU has them where they ask for more at once."""
+    return base(header="#define EAGER 1\n" + header, **declared)
 
 
 def to_mlx(a: np.ndarray[Any, Any]) -> mx.array:
@@ -152,11 +158,57 @@ def test_attention_windows(window: int) -> None:
     attend(mx.float16, (2, 1), 32, [(600, 300, 600), (64, 0, 8)], 2, window)
 
 
-@pytest.mark.parametrize(
-    "cut", [attention.Cut(2, 1, 2, 3), attention.Cut(4, 8, 3, 2), attention.Cut(3, 2, 1, 1)], ids=str
-)
+CUTS = [
+    attention.Cut(2, 1, 2, 40),
+    attention.Cut(4, 8, 3, 999),
+    attention.Cut(3, 2, 1),
+    attention.Cut(8, 4, 2, 1),
+    attention.Cut(5, 2, 2, 9),
+]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_attention_cuts(cut: attention.Cut) -> None:
     attend(mx.float16, (8, 2), 64, [(300, 5, 300), (64, 0, 33)], 2, cut=cut)
+    attend(mx.float32, (4, 1), 96, [(70, 66, 70), (130, 129, 129), (64, 0, 20)], 2, window=15, cut=cut)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (2, 4), (4, 2), (8, 2)])
+@pytest.mark.parametrize("dim", [32, 96, 256, 512])
+def test_attention_that_loads_all_at_once(dim: int, rows: int, keys: int, dtype: mx.Dtype) -> None:
+    cut = attention.Cut(rows, 4, keys, 50)
+    attend(dtype, (4, 1), dim, [(90, 80, 90), (64, 0, 64), (64, 0, 9)], 2, window=70, maker=eager, cut=cut)
+
+
+@pytest.mark.parametrize("threadgroups", [1, 12, 40, 200, 10_000])
+def test_attention_pieces_with_nothing_in_use(threadgroups: int) -> None:
+    """Pieces of a part whose span begins late, ends early or is empty, and of one that the window does not reach."""
+    cut = attention.Cut(2, 1, 1, threadgroups)
+    parts = [(90, 80, 90), (64, 0, 3), (64, 64, 64), (200, 0, 200), (64, 0, 7)]
+    for tokens, window in ((1, 0), (1, 10), (4, 0), (4, 100), (7, 1)):
+        attend(mx.float16, (2, 1), 32, parts, tokens, window, cut=cut)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("heads", [(4, 2), (8, 1)], ids=str)
+def test_attention_of_a_sliding_layer(heads: tuple[int, int], tokens: int) -> None:
+    """As decode.py has them: the first part begins inside, where the first query's window does."""
+    used, window = 5 + tokens, 512
+    first = 5 * 128 + 64 + used - tokens - window + 1
+    parts = [(128, first - 128, 128), *[(128, 0, 128)] * 3, (64, 0, 64), (64, 0, used)]
+    attend(mx.float16, heads, 256, parts, tokens, window)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1], [64], [65], [1024, 64], [8192] * 3 + [7168, 896, 64, 64], [131072] * 4 + [64]]
+)
+@pytest.mark.parametrize("across", [1, 4, 16, 64])
+def test_attention_pieces_are_about_as_many_as_asked_for(lengths: list[int], across: int) -> None:
+    cut = attention.Cut(8, keys=2, threadgroups=384)
+    pieces = cut.pieces(lengths, across)
+    assert len(lengths) <= pieces <= max(384 // across, 2 * len(lengths))
+    assert pieces == cut.blocks(lengths) or 2 * pieces >= 384 // across
 
 
 def test_attention_gives_another_dtype() -> None:
@@ -486,6 +538,9 @@ def test_no_races_and_no_access_out_of_bounds() -> None:
     attend(mx.float16, (8, 1), 256, [(200, 3, 200), (64, 0, 7)], tokens=2, maker=racing)
     attend(mx.float16, (8, 1), 256, [(900, 3, 900), (64, 0, 7)], window=500, maker=racing)
     attend(mx.float32, (6, 2), 96, [(900, 3, 899)], maker=racing)
+    attend(mx.float16, (2, 1), 256, [(90, 3, 90), (64, 0, 7)], maker=partial(eager, base=racing))
+    attend(mx.float16, (2, 1), 32, [(90, 70, 90), (64, 9, 9), (64, 0, 7)], 2, maker=racing, cut=attention.Cut(2, 8, 1))
+    attend(mx.float16, (4, 1), 64, [(90, 70, 90), (64, 9, 9), (64, 0, 7)], 2, maker=racing, cut=CUTS[0])
     for kind in ("apart", "joined", "q alone"):
         qkv(mx.float16, kind, (6, 2), 64, tokens=2, kv_dtype=mx.float16, maker=racing)
     add_norm((mx.float32, mx.float16), 2816, 1, ("next", "experts", "scale"), maker=racing)
