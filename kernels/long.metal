@@ -21,20 +21,20 @@
 //
 // Memory. Keys and values once for each 8 TILES queries, D / 16 loads of 16 bytes a lane and block of either. They come
 // in batches of BATCH loads through two sets of registers: as soon as a batch is used up, the one after the next is
-// asked for, through the barriers around the softmax and into the next block, so that 8 to 16 loads of each lane are
-// always under way. sums (fp32, [tokens H, pieces, D]) written once, read once.
+// asked for, through the barriers around the softmax and into the next block, so that BATCH to 2 BATCH loads of each lane
+// are always under way. sums (fp32, [tokens H, pieces, D]) written once, read once.
 //
-// Rendered before: T (half), D (a multiple of 64), GQA, SG, TILES, PARTS, SCALE, LENGTHi (which dimension of part i is
-// its capacity).
+// Rendered before: T (half), D (a multiple of 64), GQA, SG, TILES, BATCH (a multiple of 4 that divides D / 16), RESIDENT
+// (threadgroups that a core is to hold at once), PARTS, SCALE, LENGTHi (which dimension of part i is its capacity).
 // uses: matrix.metal
 
 #define BLOCK (16 * SG)
 #define ROWS (8 * TILES)
 #define SLOTS (D / 16)               // products along D
 #define CHUNKS (D / SG / 64)         // a simdgroup's columns, in 64s: 8 lanes of 8
-#define BATCH (D % 128 > 0 ? 4 : 8)  // loads
 #define BATCHES (D / 16 / BATCH)     // of keys, and as many of values, a block
 #define UNSEEN -1e30f
+#define LAUNCH_BOUNDS __launch_bounds__(32 * SG, RESIDENT)  // for CUDA: how many registers there are
 
 struct Part {
   const device half* k;
@@ -46,16 +46,18 @@ struct Part {
 // last one's copy, and weighs nothing.
 METAL_FUNC void load_batch(const device half* k, const device half* v, int n, int batch, int sg, int lane,
                            thread uint* words) {
-  const int lane_g = LANE_G, lane_t = LANE_T;
+  const int lane_g = LANE_G, lane_t = LANE_T, last = (n - 1) * D;
+  const int key = (sg * 16 + lane_g) * D, value = lane_t * 2 * D, column = sg * (D / SG) + lane_g * 8;
   UNROLL
   for (int i = 0; i < BATCH; i++) {
     if (batch < BATCHES) {
-      const int load = batch * BATCH + i, token = min(sg * 16 + lane_g + load % 2 * 8, n - 1);
-      load_words((const device uint*)(k + token * D + (load / 2 * 4 + lane_t) * 8), 4, words + 4 * i);
+      const int load = batch * BATCH + i;
+      const int token = min(key + load % 2 * 8 * D, last);
+      load_words((const device uint*)(k + (token + lane_t * 8) + load / 2 * 32), 4, words + 4 * i);
     } else {
-      const int load = (batch - BATCHES) * BATCH + i, chunk = load / 4 % CHUNKS;
-      const int token = min(load / 4 / CHUNKS * 16 + lane_t * 2 + load % 2 + load % 4 / 2 * 8, n - 1);
-      load_words((const device uint*)(v + token * D + sg * (D / SG) + (chunk * 8 + lane_g) * 8), 4, words + 4 * i);
+      const int load = (batch - BATCHES) * BATCH + i;
+      const int token = min(value + (load / 4 / CHUNKS * 16 + load % 4 / 2 * 8 + load % 2) * D, last);
+      load_words((const device uint*)(v + (token + column) + load / 4 % CHUNKS * 64), 4, words + 4 * i);
     }
   }
 }
@@ -127,19 +129,26 @@ if (from < to) {
 }
 
 // Of a lane's 8 numbers, a product takes 4: two for its first 8 rows, two for the other 8.
-for (int i = int(thread_index_in_threadgroup); i < ROWS * D; i += 32 * SG) {
-  const int r = i / D, d = i % D, row = first_row + r;
-  const int place = (r / 8 * SLOTS + d / 32 * 2 + d % 8 / 4) * 128 + B_PLACE(d / 8 % 4 * 2 + d % 2, r % 8) + d % 4 / 2 * 2;
-  half x = 0;
-  if (row < GQA * tokens) x = q[(row / GQA * heads + g * GQA + row % GQA) * D + d];
-  ((threadgroup half*)queries)[place] = x;
+UNROLL
+for (int i = int(thread_index_in_threadgroup); i < ROWS * D / 8; i += 32 * SG) {
+  const int r = i / (D / 8), c = i % (D / 8), row = first_row + r;
+  uint eight[4] = {0, 0, 0, 0};
+  if (row < GQA * tokens)
+    load_words((const device uint*)(q + (row / GQA * heads + g * GQA + row % GQA) * D + c * 8), 4, eight);
+  UNROLL
+  for (int j = 0; j < 8; j++) {
+    const int slot = c / 4 * 2 + j / 4, place = (r / 8 * SLOTS + slot) * 128 + B_PLACE(c % 4 * 2 + j % 2, r % 8) + j % 4 / 2 * 2;
+    ((threadgroup half*)queries)[place] = as_type<half>(ushort(j % 2 ? eight[j / 2] >> 16 : eight[j / 2] & 0xFFFFu));
+  }
 }
 
 // Running maximum and sum of the queries of this simdgroup: sg, sg + SG, ...
 constexpr int OWN = (ROWS + SG - 1) / SG;
 float top[OWN], sum[OWN];
+int seen[OWN];  // tokens, of those that are left of the piece
 UNROLL
 for (int i = 0; i < OWN; i++) {
+  seen[i] = min(to - from, total - tokens + (first_row + sg + i * SG) / GQA + 1 - before - from);
   top[i] = UNSEEN;
   sum[i] = 0;
 }
@@ -151,8 +160,8 @@ for (int tile = 0; tile < TILES; tile++) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-for (int start = from; start < to; start += BLOCK) {
-  const int n = min(BLOCK, to - start), next_n = min(BLOCK, to - start - BLOCK);
+for (int left = to - from; left > 0; left -= BLOCK) {
+  const int n = min(BLOCK, left), next_n = min(BLOCK, left - BLOCK);
 
   // 1. Scores.
   float s[TILES][4];
@@ -191,12 +200,11 @@ for (int start = from; start < to; start += BLOCK) {
   for (int i = 0; i < OWN; i++) {
     const int r = sg + i * SG;
     if (r < ROWS) {
-      const int seen = min(n, total - tokens + (first_row + r) / GQA + 1 - before - start);  // of this block
       float s[(BLOCK + 31) / 32], best = top[i];
       UNROLL
       for (int b = 0; b < (BLOCK + 31) / 32; b++) {
         const int key = b * 32 + lane;
-        s[b] = key < seen ? scores[r][key] : UNSEEN;
+        s[b] = key < min(BLOCK, seen[i]) ? scores[r][key] : UNSEEN;
         best = max(best, s[b]);
       }
       best = max_lanes(best);
@@ -204,7 +212,7 @@ for (int start = from; start < to; start += BLOCK) {
       UNROLL
       for (int b = 0; b < (BLOCK + 31) / 32; b++) {
         const int key = b * 32 + lane;
-        const float weight = key < seen ? exp2(s[b] - best) : 0.0f;
+        const float weight = key < min(BLOCK, seen[i]) ? exp2(s[b] - best) : 0.0f;
         part_sum += weight;
         const int place = (r / 8 * SG + key / 16) * 128 + B_PLACE(key % 8, r % 8) + key % 16 / 8 * 2;
         if (key < BLOCK) ((threadgroup half*)weights)[place] = half(weight);
@@ -212,6 +220,7 @@ for (int start = from; start < to; start += BLOCK) {
       const float factor = exp2(top[i] - best);
       sum[i] = sum[i] * factor + sum_lanes(part_sum, 32);
       top[i] = best;
+      seen[i] -= BLOCK;
       if (lane == 0) shrink[r] = factor;
     }
   }

@@ -46,8 +46,9 @@ def kernel(
 ) -> Callable[..., Sequence[mx.array]]:
     """A kernel, compiled when it is first called; for a call's arguments see `mx.fast.metal_kernel`.
 
-    `X_shape` in the source is the shape of input X, as it is there.
+    `X_shape` in the source is the shape of input X, as it is there. A header may define LAUNCH_BOUNDS.
     """
+    bounds = "LAUNCH_BOUNDS " if "#define LAUNCH_BOUNDS " in header else ""
     shaped = [i for i, n in enumerate(input_names) if f"{n}_shape" in source]
 
     @cache
@@ -60,7 +61,7 @@ def kernel(
         shapes = {f"{input_names[i]}_shape": rank for i, rank in zip(shaped, ranks, strict=True)}
         sizes = [f"int {n}_{j}" for n, rank in shapes.items() for j in range(rank)]
         arrays = (f"const int {n}[] = {{{', '.join(f'{n}_{j}' for j in range(k))}}};\n" for n, k in shapes.items())
-        signature = f'extern "C" __global__ void {name}({", ".join(pointers + sizes)})'
+        signature = f'extern "C" __global__ void {bounds}{name}({", ".join(pointers + sizes)})'
         return _module(f"{header}\n{signature} {{\n{''.join(arrays)}{source}\n}}\n", name)
 
     def call(

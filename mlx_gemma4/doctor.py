@@ -22,7 +22,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import attention, coded_attention, cuda, fused, kernels, kv_codes, packing, tiles
+from . import attention, coded_attention, cuda, fused, kernels, kv_codes, long_attention, packing, tiles
 from .decode import Kernels
 from .execution import execution
 from .kernel_checks import Check, Heads, Product, Sizes, checks, sizes_of
@@ -86,7 +86,7 @@ def device_name() -> str:
 def kernel_text() -> str:
     """A digest of all that kernels are made of."""
     folder = next(f for f in kernels._FOLDERS if f.is_dir())
-    modules = (kernels, cuda, attention, coded_attention, kv_codes, fused, tiles, packing)
+    modules = (kernels, cuda, attention, long_attention, coded_attention, kv_codes, fused, tiles, packing)
     files = [*sorted(folder.iterdir()), *(Path(m.__file__ or "") for m in modules)]
     return sha256(b"\0".join(file.read_bytes() for file in files if file.is_file())).hexdigest()[:16]
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
-from . import attention, coded_attention, fused, kernels, kv_codes, packing, quant, tiles
+from . import attention, coded_attention, fused, kernels, kv_codes, long_attention, packing, quant, tiles
 from .decode import SHRINK, product_twin
 from .kernels import Maker
 from .memory import on_cpu
@@ -122,6 +122,8 @@ def checks(s: Sizes, lengths: Sequence[int], rows: int | None = None) -> Iterato
         yield _qkv_post(h)
         for length in [h.window] if h.window else lengths:
             yield _attention(h, length)
+        if not h.window and h.dim % 64 == 0:
+            yield _long_attention(h)
         if not h.window and h.dim in coded_attention.DIMS:
             for length, kind in itertools.product(lengths[-1:], kv_codes.BITS):
                 yield _coded_attention(h, length, kind)
@@ -355,6 +357,26 @@ def _attention(h: Heads, length: int) -> Check:
 
     kind = f"window {h.window}" if h.window else f"{length} tokens"
     return Check("attention", f"{h.heads}/{h.kv_heads} heads of {h.dim}, {kind}", make)
+
+
+def _long_attention(h: Heads) -> Check:
+    """`attention` over fp16 as it is where there are many tokens, cut as for many but over fewer."""
+    lengths = (300, 128)
+
+    def make() -> Case:
+        ends = [*lengths, COUNT]
+        shapes = [(1, h.kv_heads, n, h.dim) for n in (*lengths, attention.TAIL)]
+        parts = [(normal(*shape, dtype=mx.float16), normal(*shape, dtype=mx.float16)) for shape in shapes]
+        spans = mx.array([(3 * (i == 0), end) for i, end in enumerate(ends)], mx.int32)
+        q = normal(1, h.heads, h.dim, dtype=mx.float16) * (1.5 * h.dim**-0.5)
+        cut = long_attention.long_cut([32768, attention.TAIL], h.heads // h.kv_heads, h.kv_heads, h.dim)
+        return Case(
+            lambda maker: long_attention.long_attention(q, parts, spans, maker, scale=1.0, cut=replace(cut, share=2)),
+            lambda: attention.attention_twin(q, parts, spans, scale=1.0),
+            sum(ends) * h.kv_heads * h.dim * 2 * mx.float16.size,
+        )
+
+    return Check("attention", f"{h.heads}/{h.kv_heads} heads of {h.dim}, as over many tokens", make)
 
 
 def _coded_attention(h: Heads, length: int, kind: str) -> Check:

@@ -1,13 +1,13 @@
 """Attention over long keys and values in fp16 on matrix units, for one token or a handful.
 
-In and out: MLX arrays. `long_attention` launches long.metal and the merge of attention.metal; `attention` takes it where
-`takes` says so, and `attention_twin` is the twin of both. Nothing here knows a model or a KV state.
+In and out: MLX arrays. `long_attention` launches long.metal and the merge of attention.metal; `attention` takes it
+where `takes` says so, and `attention_twin` is the twin of both. Nothing here knows a model or a KV state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MAX_PARTS = 8  # of keys and values; Metal takes 31 buffers a kernel, and a part needs three
 LONG = 2048  # tokens of capacity from which on matrix units pay; to be measured
-RESIDENT = 264  # threadgroups of 8 simdgroups that an H100 holds at once: 2 on each of 132 cores
+CORES = 132  # of an H100
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class LongCut:
     simdgroups: int  # of a threadgroup, a divisor of D / 64
     tiles: int  # of 8 queries, a threadgroup
     share: int  # blocks of 16 * simdgroups tokens, a piece
-    merging: int = 32  # simdgroups of a threadgroup of the merge
+    batch: int = 8  # loads that a lane asks for at once, two times over; a multiple of 4 that divides D / 16
+    resident: int = 2  # threadgroups that a core is to hold, which limits their registers on CUDA
+    merging: int = 8  # simdgroups of a threadgroup of the merge
 
     def pieces(self, lengths: Sequence[int]) -> int:
         """Of parts with these capacities: none lies in two of them."""
@@ -38,30 +40,39 @@ class LongCut:
 
 
 def long_cut(
-    lengths: Sequence[int], rows: int, kv_heads: int, dim: int, simdgroups: int = 8, threadgroups: int = RESIDENT
+    lengths: Sequence[int],
+    rows: int,
+    kv_heads: int,
+    dim: int,
+    *,
+    simdgroups: int = 8,
+    tiles: int = 0,
+    batch: int = 0,
+    resident: int = 0,
+    waves: float = 1.0,
 ) -> LongCut:
     """The cut for `rows` queries a KV head over parts with these capacities.
 
-    One wave: the smallest pieces of which a large GPU holds all at once, given that `threadgroups` of 8 simdgroups are
-    what it holds.
+    The smallest pieces of which a large GPU holds all at once (one wave); what is smaller would be more to merge. As
+    many threadgroups as fill a core with 16 simdgroups of 128 registers each: two tiles of queries take so many that
+    loads come in smaller batches. The options are for measurements; 0: what follows from the rest.
     """
     simdgroups = max(n for n in range(1, simdgroups + 1) if dim // 64 % n == 0)
-    tiles = 1 if rows <= 8 else 2
-    across, room = -(-rows // (8 * tiles)) * kv_heads, threadgroups * 8 // simdgroups
-    most = -(-max(lengths) // (16 * simdgroups))
-    share = max(1, sum(lengths) * across // (16 * simdgroups * room))
-    while share < most and LongCut(simdgroups, tiles, share).pieces(lengths) * across > room:
-        share += 1
-    return LongCut(simdgroups, tiles, share)
+    tiles = tiles or (1 if rows <= 8 else 2)
+    batch = batch if batch and dim // 16 % batch == 0 else 8 if tiles == 1 and dim % 128 == 0 else 4
+    resident = resident or 16 // simdgroups
+    across, room = -(-rows // (8 * tiles)) * kv_heads, int(CORES * resident * waves)
+    cut = LongCut(simdgroups, tiles, max(1, sum(lengths) * across // (16 * simdgroups * room)), batch, resident)
+    while cut.pieces(lengths) * across > room and cut.pieces(lengths) > len(lengths):
+        cut = replace(cut, share=cut.share + 1)
+    few = cut.pieces(lengths)
+    return replace(cut, merging=8 if few <= 64 else 16 if few <= 128 else 32)
 
 
 def takes(q: mx.array, parts: Sequence[Part], window: int) -> bool:
     """Whether `attention` is to run as `long_attention`."""
     return (
-        window == 0
-        and q.dtype == mx.float16
-        and q.shape[-1] % 64 == 0
-        and sum(k.shape[-2] for k, _ in parts) >= LONG
+        window == 0 and q.dtype == mx.float16 and q.shape[-1] % 64 == 0 and sum(k.shape[-2] for k, _ in parts) >= LONG
     )
 
 
@@ -112,7 +123,7 @@ def _prepared(
     rows, total = heads // kv_heads * tokens, tokens * heads
     cut = cut or long_cut(lengths, rows, kv_heads, dim)
     defines: dict[str, object] = {"D": dim, "GQA": heads // kv_heads, "SG": cut.simdgroups, "TILES": cut.tiles}
-    defines |= {"PARTS": len(lengths), "SCALE": _f(scale)}
+    defines |= {"BATCH": cut.batch, "RESIDENT": cut.resident, "PARTS": len(lengths), "SCALE": _f(scale)}
     defines |= {f"LENGTH{i}": dim - 2 for i, dim in enumerate(dims)}
     absent = [f"{kv}{i}" for i in range(len(lengths), MAX_PARTS) for kv in "kv"]
     kernel = render("long_attention", "long.metal", mx.float16, defines, absent)
