@@ -172,6 +172,7 @@ def cuts(kind: str, heads: tuple[int, int], layer: Layer, tune: bool) -> list[An
                 {"resident": 1, "batch": 8},
                 {"simdgroups": 4, "batch": 4},
                 {"simdgroups": 4, "batch": 8, "resident": 3},
+                {"simdgroups": 2, "batch": 4, "resident": 4},
                 {"batch": 4},
                 {"batch": 8},
             ]
