@@ -1,11 +1,12 @@
 """Times attention alone over a long context, in full precision and in codes, on this machine's GPU.
 
-    python benchmarks/kv_attention.py [--lengths 32768,131072] [--tune]
+    python benchmarks/kv_attention.py [--lengths 2048,8192,32768,131072] [--kinds full] [--tune]
 
 In: nothing; random keys, values and queries are made here, cut into segments as a state cuts them. Out: a table: time
 of one layer's attention for one token, TB/s of keys and values as they are held, the kernel's error against double
-precision. Each call waits for the one before, and copies of the keys and values take turns, so that no cache holds
-them; what is unused of the tail is NaN. `--tune` tries other cuts.
+precision. Full precision has two kernels: `old`, attention.metal's, and the one on matrix units, long.metal's, both
+timed whatever the length. Each call waits for the one before, and copies of the keys and values take turns, so that no
+cache holds them; what is unused of the tail is NaN. `--tune` tries other cuts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -23,11 +25,11 @@ os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "20")  # the GPU begins while th
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma4 import attention, coded_attention, kv_codes
+from mlx_gemma4 import attention, coded_attention, kv_codes, long_attention
 from mlx_gemma4.kernels import default_maker
 from mlx_gemma4.segments import Layout
 
-SHAPES = ((32, 4), (16, 2), (16, 1), (8, 1))  # query heads, KV heads: 31B, 26B-A4B, 12B, E2B
+SHAPES = ((32, 4), (16, 2), (16, 1), (8, 1), (8, 2))  # query heads, KV heads: 31B, 26B-A4B, 12B, E2B, E4B
 DIM, TAIL, IN_TAIL = 512, 64, 33
 TOGETHER = 300e6  # bytes that copies of keys and values hold at least: six times an H100's cache
 CHUNK = 8192  # tokens made at once
@@ -75,8 +77,12 @@ def call(layer: Layer, kind: str, turn: mx.array, scale: float, cut: Any = None)
     maker = default_maker()
     ends = [[0, part[0].shape[2]] for part in parts]
     spans, all_spans = mx.array([[0, IN_TAIL]], mx.int32), mx.array([*ends, [0, IN_TAIL]], mx.int32)
-    if kind == "full":
+    if isinstance(cut, attention.Cut):
         return lambda q: attention.attention(q, [*parts, tail], all_spans, maker, scale=scale, out=mx.float32, cut=cut)
+    if kind == "full":
+        return lambda q: long_attention.long_attention(
+            q, [*parts, tail], all_spans, maker, scale=scale, out=mx.float32, cut=cut
+        )
     return lambda q: coded_attention.coded_attention(
         q, parts, turn, tail, spans, maker, scale=scale, out=mx.float32, cut=cut
     )
@@ -151,23 +157,45 @@ def exact(a: mx.array) -> np.ndarray:
 # ---------------------------------------------------------------- the table
 
 
-def cuts(kind: str, heads: tuple[int, int], length: int) -> list[Any]:
-    """What `--tune` tries."""
-    rows, blocks = heads[0] // heads[1], -(-length // 64)
+def cuts(kind: str, heads: tuple[int, int], layer: Layer, tune: bool) -> list[Any]:
+    """What to time: None is the kernel's own choice."""
+    rows, kv_heads = heads[0] // heads[1], heads[1]
+    lengths = [part[0].shape[2] for part in layer[0]]
+    found: list[Any] = [None]
     if kind == "full":
-        return []
-    found = []
-    for tiles in (1, 2) if rows > 8 else (1,):
-        across = -(-rows // (8 * tiles)) * heads[1]
-        for groups in (132, 264, 396, 528, 660, 792):
-            pieces = -(-blocks // max(1, -(-blocks * across // groups)))
-            found.append(coded_attention.CodedCut(4, tiles, pieces))
+        lengths.append(TAIL)
+        found.append(attention.attention_cut(sum(lengths), rows, kv_heads))
+        if tune:
+            options: list[dict[str, Any]] = [
+                {"waves": 2},
+                {"waves": 0.5},
+                {"resident": 1, "batch": 8},
+                {"simdgroups": 4, "batch": 4},
+                {"simdgroups": 4, "batch": 8, "resident": 3},
+                {"simdgroups": 2, "batch": 4, "resident": 4},
+                {"batch": 4},
+                {"batch": 8},
+            ]
+            options += [{"tiles": 1}, {"simdgroups": 4, "batch": 4, "resident": 3}] if rows > 8 else []
+            made = [long_attention.long_cut(lengths, rows, kv_heads, DIM, **o) for o in options]
+            own = long_attention.long_cut(lengths, rows, kv_heads, DIM)
+            found += [cut for cut in dict.fromkeys(made) if cut != own]
+            found += [replace(own, merging=n) for n in (8, 16, 32) if n != own.merging]
+    elif tune:
+        blocks = -(-sum(lengths) // 64)
+        for tiles in (1, 2) if rows > 8 else (1,):
+            across = -(-rows // (8 * tiles)) * kv_heads
+            for groups in (132, 264, 396, 528, 660, 792):
+                pieces = -(-blocks // max(1, -(-blocks * across // groups)))
+                found.append(coded_attention.CodedCut(4, tiles, pieces))
     return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--lengths", default="32768,131072", help="tokens, separated by commas")
+    parser.add_argument("--lengths", default="2048,8192,32768,131072", help="tokens, separated by commas")
+    parser.add_argument("--kinds", default=",".join(kv_codes.KINDS), help="of keys and values, separated by commas")
+    parser.add_argument("--heads", default="", help="only these, such as 16/1, separated by commas")
     parser.add_argument("--tune", action="store_true", help="also try other cuts")
     options = parser.parse_args()
     if default_maker() is None:
@@ -177,20 +205,22 @@ def main() -> int:
     turn, scale, failed = kv_codes.turns(DIM), DIM**-0.5, False
     print("| query / KV heads of 512 | tokens | kv | MB | us | TB/s | error |\n|---|---|---|---|---|---|---|")
     for heads, kv_heads in SHAPES:
+        if options.heads and f"{heads}/{kv_heads}" not in options.heads.split(","):
+            continue
         q = (mx.random.normal((1, heads, DIM)) * 3).astype(mx.float16)
         mx.eval(q, turn)
         for length in map(int, options.lengths.split(",")):
-            for kind in kv_codes.KINDS:
+            for kind in options.kinds.split(","):
                 layer = made(kv_heads, length, kind, turn)
                 size, group = nbytes(layer), heads // kv_heads
-                got = exact(call(layer, kind, turn, scale)(q)).reshape(heads, DIM)[:group]
                 want = reference(q, layer, turn, scale, group)
-                error = np.linalg.norm(got - want) / np.linalg.norm(want)
-                failed |= not error < 2e-3
                 layers = [layer, *(another(layer, i) for i in range(1, max(2, int(-(-TOGETHER // size)))))]
-                for cut in [None, *(cuts(kind, (heads, kv_heads), length) if options.tune else [])]:
+                for cut in cuts(kind, (heads, kv_heads), layer, options.tune):
+                    got = exact(call(layer, kind, turn, scale, cut)(q)).reshape(heads, DIM)[:group]
+                    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+                    failed |= not error < 2e-3
                     took = seconds([call(one, kind, turn, scale, cut) for one in layers], q)
-                    tried = f" {cut}" if cut else ""
+                    tried = " old" if isinstance(cut, attention.Cut) else f" {cut}" if cut else ""
                     print(
                         f"| {heads} / {kv_heads} | {length} | {kind}{tried} | {size / 1e6:.1f} | {took * 1e6:.1f} "
                         f"| {size / took / 1e12:.2f} | {error:.1e} |",

@@ -22,7 +22,7 @@
 // Memory. Keys and values once for each 8 TILES queries, D / 16 loads of 16 bytes a lane and block of either. They come
 // in batches of BATCH loads through two sets of registers: as soon as a batch is used up, the one after the next is
 // asked for, through the barriers around the softmax and into the next block, so that BATCH to 2 BATCH loads of each lane
-// are always under way. sums (fp32, [tokens H, pieces, D]) written once, read once.
+// are always under way. (simdgroup_barrier keeps the compiler from asking later.) sums (fp32, [tokens H, pieces, D]) written once, read once.
 //
 // Rendered before: T (half), D (a multiple of 64), GQA, SG, TILES, SHARE (a multiple of BLOCK), BATCH (a multiple of 4 that
 // divides D / 16), RESIDENT (threadgroups that a core is to hold at once), PARTS, SCALE, LENGTHi (which dimension of part
@@ -162,7 +162,9 @@ for (int tile = 0; tile < TILES; tile++) {
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 for (int left = to - from; left > 0; left -= BLOCK) {
-  const int n = min(BLOCK, left), next_n = min(BLOCK, left - BLOCK);
+  // After the last block, the first token of that one is asked for again: without a branch, loads don't wait for it.
+  const int n = min(BLOCK, left), next_n = left > BLOCK ? min(BLOCK, left - BLOCK) : 1;
+  const int next = left > BLOCK ? BLOCK * D : 0;
 
   // 1. Scores.
   float s[TILES][4];
@@ -185,8 +187,9 @@ for (int left = to - from; left > 0; left -= BLOCK) {
     }
     if (batch + 2 < 2 * BATCHES)
       load_batch(k, v, n, batch + 2, sg, lane, words[batch % 2]);
-    else if (next_n > 0)
-      load_batch(k + BLOCK * D, v + BLOCK * D, next_n, batch + 2 - 2 * BATCHES, sg, lane, words[batch % 2]);
+    else
+      load_batch(k + next, v + next, next_n, batch + 2 - 2 * BATCHES, sg, lane, words[batch % 2]);
+    simdgroup_barrier(mem_flags::mem_none);
   }
   UNROLL
   for (int tile = 0; tile < TILES; tile++) {
@@ -251,11 +254,12 @@ for (int left = to - from; left > 0; left -= BLOCK) {
     }
     if (batch + 2 < BATCHES)
       load_batch(k, v, n, BATCHES + batch + 2, sg, lane, words[turn]);
-    else if (next_n > 0)
-      load_batch(k + BLOCK * D, v + BLOCK * D, next_n, batch + 2 - BATCHES, sg, lane, words[turn]);
+    else
+      load_batch(k + next, v + next, next_n, batch + 2 - BATCHES, sg, lane, words[turn]);
+    simdgroup_barrier(mem_flags::mem_none);
   }
-  k += BLOCK * D;
-  v += BLOCK * D;
+  k += next;
+  v += next;
 }
 
 UNROLL
