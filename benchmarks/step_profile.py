@@ -34,7 +34,7 @@ def steps(model: Model, state: KVState, n: int) -> None:
     token = mx.array([7])
     for _ in range(n):
         with execution():
-            token = mx.argmax(model.forward(token, state), axis=-1)[:1]
+            token = mx.argmax(model.forward(token, state))[None]
             mx.async_eval(token)
     mx.eval(token)
 
@@ -61,13 +61,13 @@ def summary(events: list[dict[str, Any]]) -> dict[str, Any]:
         by[name, "x".join(map(str, e["args"]["grid"]))].append(e["dur"])
         idle += max(0.0, e["ts"] - end)
         end = max(end, e["ts"] + e["dur"])
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"kernel": name, "grid": grid, "launches": len(d) / STEPS, "us each": sum(d) / len(d), "us": sum(d) / STEPS}
         for (name, grid), d in by.items()
     ]
-    rows.sort(key=lambda row: -float(row["us"]))  # type: ignore[arg-type]
+    rows.sort(key=lambda row: -row["us"])
     whole = (end - events[0]["ts"]) / STEPS
-    return {"rows": rows, "kernels us": sum(float(r["us"]) for r in rows), "whole us": whole, "idle us": idle / STEPS}  # type: ignore[arg-type]
+    return {"rows": rows, "kernels us": sum(r["us"] for r in rows), "whole us": whole, "idle us": idle / STEPS}
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from .decode import Kernels
 from .doctor import MLX, device_name, recall, usable_kernels
 from .errors import InputError
 from .execution import execution
-from .generation import PREFILL_CHUNK, Sampling, Statistics, generate_tokens
+from .generation import PREFILL_CHUNK, Sampling, Statistics, generate_tokens, prefill_chunk
 from .gguf_file import open_gguf
 from .inspection import kv_per_token
 from .loader import Progress, gguf_source, load_model
@@ -142,7 +142,7 @@ def measure(model: Model, plan: Plan, cells: list[Cell], repetitions: int) -> It
     base = model.new_state(kv=plan.kv)
     for cell in cells:
         if cell.kind == "prefill":
-            _prompt_rate(model, plan, min(cell.context, 2 * PREFILL_CHUNK))  # a warm-up
+            _prompt_rate(model, plan, min(cell.context, 2 * prefill_chunk(model)))  # a warm-up
             for _ in range(repetitions):
                 rate, cell.peak_memory = _prompt_rate(model, plan, cell.context)
                 cell.samples.append(rate)

@@ -275,13 +275,13 @@ def _sizes(
     most, top, odd = types
     ends = Heads(*full, 0, "kv" if ple else "k", v_is_k=not ple)
     heads = [Heads(*sliding, "kv"), ends]
-    products = [Product(top, (vocab, hidden), norm=True)]
+    products = [Product(top, (vocab, hidden), narrow=True)]
     for h in heads:
         rows = h.heads + h.kv_heads * (2 if h.joined == "kv" else 1)
-        products += [Product(most, (rows * h.dim, hidden), norm=True), Product(most, (hidden, h.heads * h.dim))]
+        products += [Product(most, (n, k), narrow=True) for n, k in ((rows * h.dim, hidden), (hidden, h.heads * h.dim))]
     for ffn in ffns:
-        products.append(Product(most, (2 * ffn, hidden), norm=True, glu=True))
-        products.append(Product(odd if ffn % 256 else top, (hidden, ffn)))
+        products.append(Product(most, (2 * ffn, hidden), glu=True, narrow=True, narrow_out=True))
+        products.append(Product(odd if ffn % 256 else top, (hidden, ffn), narrow=True))
     if ple:
         heads += [Heads(h.heads, h.kv_heads, h.dim, h.window, "", has_kv=False) for h in heads]
         products += [Product(most, (ple, hidden), times=True), Product(most, (hidden, ple))]
@@ -289,15 +289,15 @@ def _sizes(
     n, used, width = experts
     if n:
         products.append(Product("F32", (n, hidden), norm=True, factor=hidden**-0.5))
-        products.append(Product(most, (n, 2 * width, hidden), norm=True, glu=True, used=used))
-        products.append(Product(odd, (n, hidden, width), used=used, own_x=True))
+        products.append(Product(most, (n, 2 * width, hidden), norm=True, glu=True, used=used, narrow_out=True))
+        products.append(Product(odd, (n, hidden, width), used=used, own_x=True, narrow=True))
     return Sizes(hidden, vocab, tuple(heads), tuple(products), top, "Q5_K" if ple else "", layers, ple, n, used)
 
 
 def _every_format() -> tuple[Product, ...]:
     """Each format at one shape; F16; several tokens at once."""
-    some = [Product(name, (5376, 8192)) for name in (*FORMATS, "F16")]
-    return (*some, Product("Q4_K", (5376, 8192), tokens=kernels.MAX_TOKENS))
+    some = [Product(name, (5376, 8192), narrow=name in FORMATS) for name in (*FORMATS, "F16")]
+    return (*some, Product("Q4_K", (5376, 8192), tokens=kernels.MAX_TOKENS, narrow=True))
 
 
 def small_sizes() -> dict[str, Sizes]:

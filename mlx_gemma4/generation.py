@@ -16,13 +16,24 @@ import numpy as np
 
 from .errors import InputError, TooLong
 from .execution import execution
+from .kernels import cuda_maker
 from .model import Model
 from .sampling import REPETITION_WINDOW, Choice, Chooser, Sampling, Token
 from .state import KVState
 
-__all__ = ["PREFILL_CHUNK", "Constraint", "Sampling", "Statistics", "Token", "check_length", "generate_tokens"]
+__all__ = [
+    "PREFILL_CHUNK",
+    "Constraint",
+    "Sampling",
+    "Statistics",
+    "Token",
+    "check_length",
+    "generate_tokens",
+    "prefill_chunk",
+]
 
 PREFILL_CHUNK = 1024  # tokens read at a time: bounds the memory that a long prompt takes
+CHUNK_ROWS = 32 * PREFILL_CHUNK  # query heads x tokens of a chunk, at most, where chunks may be larger
 
 
 class Constraint(Protocol):
@@ -67,6 +78,18 @@ def check_length(prompt: int, context: int) -> None:
         raise InputError("the prompt is empty; give it some text")
     if prompt >= context:
         raise TooLong(f"the prompt has {prompt} tokens, but the model's context holds {context}; shorten it")
+
+
+def prefill_chunk(model: Model) -> int:
+    """Tokens of a prompt that are read at a time: on NVIDIA GPUs more for models of few heads.
+
+    There a launch costs the host about 10 us, which bounds the prompts of small models. The scores of a chunk, which
+    bound its memory, stay those of 31B's 32 heads.
+    """
+    if model.kernels is None or model.kernels.maker is not cuda_maker:
+        return PREFILL_CHUNK
+    heads = max(layer.heads for layer in model.config.layers)
+    return max(PREFILL_CHUNK, min(4 * PREFILL_CHUNK, CHUNK_ROWS // heads))
 
 
 def generate_tokens(
@@ -195,13 +218,13 @@ def _prefill(
 ) -> mx.array:
     """Read the prompt chunk by chunk, leaving marks; the logits after its last token, [vocab].
 
-    Chunks end at multiples of `PREFILL_CHUNK` tokens, whatever the state held before: a prompt whose beginning
+    Chunks end at multiples of `prefill_chunk` tokens, whatever the state held before: a prompt whose beginning
     was there already is cut as one that is read whole.
     """
-    done, logits = 0, mx.array(0.0)
+    done, logits, chunk = 0, mx.array(0.0), prefill_chunk(model)
     while done < len(prompt):
         before = state.length
-        n = min(PREFILL_CHUNK - before % PREFILL_CHUNK, len(prompt) - done)
+        n = min(chunk - before % chunk, len(prompt) - done)
         ids = mx.array(prompt[done : done + n])
         done += n
         with execution():

@@ -34,7 +34,8 @@ def run(program: Path, model: Path, plan: Plan) -> Iterator[Row]:
     if plan.prompts:
         yield from _run(program, model, plan, ["-p", _joined(plan.prompts), "-n", "0"])
     if plan.depths:
-        yield from _run(program, model, plan, ["-p", "0", "-n", str(plan.reply), "-d", _joined(plan.depths)])
+        depths = ["-d", _joined(plan.depths), "-ub", "2048"]  # larger chunks than its own fill a depth sooner, no more
+        yield from _run(program, model, plan, ["-p", "0", "-n", str(plan.reply), *depths])
 
 
 def _joined(numbers: tuple[int, ...]) -> str:

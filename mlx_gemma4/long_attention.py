@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .attention import Launch, Part
 
 MAX_PARTS = 8  # of keys and values; Metal takes 31 buffers a kernel, and a part needs three
-LONG = 2048  # tokens of capacity from which on matrix units pay; to be measured
+LONG = 8192  # tokens of capacity from which on matrix units pay: fewer fill too few threadgroups
 CORES = 132  # of an H100
 
 

@@ -8,9 +8,10 @@ came in. Nothing here knows a model.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -85,15 +86,9 @@ def linear(x: mx.array, w: Weight) -> mx.array:
         return _dense_matmul(x, w)
     if isinstance(w, Affine):
         return _affine_matmul(x, w).astype(x.dtype)
-    rows = max(1, _EXPAND // w.shape[-1])
-    if w.format.lut is None or w.format.name == "MXFP4" or w.shape[0] <= rows:
+    if w.format.lut is None or w.format.name == "MXFP4":
         return _packed_matmul(x, w, None)
-    # Each piece waits for the one before (`depends`), so that only one is ever expanded.
-    pieces: list[mx.array] = []
-    for start in range(0, w.shape[0], rows):
-        xi = mx.depends([x], pieces[-1:])[0] if pieces else x
-        pieces.append(_packed_matmul(xi, w[start : start + rows], None))
-    return mx.concatenate(pieces, axis=-1)
+    return _in_pieces(lambda xi, wi: _packed_matmul(xi, wi, None), x, w)
 
 
 def expert_linear(x: mx.array, w: Weight, chosen: mx.array) -> mx.array:
@@ -229,11 +224,26 @@ def _mask(queries: int, part: Part, position: int, window: int | None) -> mx.arr
 
 
 def _dense_matmul(x: mx.array, w: mx.array) -> mx.array:
-    """x @ wᵀ for a dense [N, K]."""
+    """x @ wᵀ for a dense [N, K]; a 16-bit weight is widened, some rows at a time, for x is not to lose bits to it."""
     if w.dtype == mx.float32 and _numpy_multiplies(x.size // x.shape[-1], w.size):
         rows = np.asarray(x.astype(mx.float32).reshape(-1, x.shape[-1]))
         return mx.array(rows @ np.asarray(w).T).reshape(*x.shape[:-1], -1).astype(x.dtype)
-    return (x.astype(w.dtype) @ w.T).astype(x.dtype)
+    if w.dtype == x.dtype:
+        return x @ w.T
+    return _in_pieces(lambda xi, wi: (xi.astype(mx.float32) @ wi.astype(mx.float32).T).astype(x.dtype), x, w)
+
+
+def _in_pieces(product: Callable[[mx.array, Any], mx.array], x: mx.array, w: mx.array | Packed) -> mx.array:
+    """A product that widens what it takes of a weight [N, K], piece by piece.
+
+    Each piece waits for the one before (`depends`), so that only one is ever wide.
+    """
+    rows = max(1, _EXPAND // w.shape[-1])
+    pieces: list[mx.array] = []
+    for start in range(0, w.shape[0], rows):
+        xi = mx.depends([x], pieces[-1:])[0] if pieces else x
+        pieces.append(product(xi, w[start : start + rows]))
+    return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=-1)
 
 
 def _numpy_multiplies(rows: int, weights: int = 0) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 
 from .errors import NoRoom
 from .execution import execution
-from .generation import PREFILL_CHUNK, Constraint, Sampling, Statistics, Token, generate_tokens
+from .generation import Constraint, Sampling, Statistics, Token, generate_tokens, prefill_chunk
 from .model import Model
 from .state import KVState, kv_bytes, total_nbytes, window_bytes
 
@@ -139,7 +139,7 @@ class PrefixStore:
     def most_bytes(self, tokens: int) -> int:
         """The most bytes that a state of so many tokens, with the marks of one prompt, may hold."""
         config, dtype = self.model.config, self.model.kv_dtype
-        most = kv_bytes(config, dtype, tokens, PREFILL_CHUNK, kv=self.kv)
+        most = kv_bytes(config, dtype, tokens, prefill_chunk(self.model), kv=self.kv)
         return most + (MAX_MARKS + 1) * window_bytes(config, dtype)
 
     def _admit(self, worst: int, tokens: int) -> None:

@@ -193,7 +193,7 @@ def test_in_turns_with_llama_bench(tmp_path: Path) -> None:
     file = str(HERE / "e2b-q4_k_m.gguf")
     same = ["-r", "3", "-ngl", "99", "-fa", "1", "-ctk", "f16", "-ctv", "f16", "-o", "jsonl"]
     assert calls[0] == ["-m", file, "-p", "9", "-n", "0", *same]
-    assert calls[1] == ["-m", file, "-p", "0", "-n", "2", "-d", "0,70", *same]
+    assert calls[1] == ["-m", file, "-p", "0", "-n", "2", "-d", "0,70", "-ub", "2048", *same]
     figures = json.loads((tmp_path / "out.json").read_text())
     assert figures["versions"]["llama.cpp"] == "f00"
     for cell in figures["cells"]:

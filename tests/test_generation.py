@@ -10,7 +10,10 @@ import pytest
 from recorded import HERE
 
 from mlx_gemma4 import InputError, Sampling, generate, load, stream
-from mlx_gemma4.generation import PREFILL_CHUNK, Statistics, generate_tokens
+from mlx_gemma4.decode import Kernels
+from mlx_gemma4.generation import PREFILL_CHUNK, Statistics, generate_tokens, prefill_chunk
+from mlx_gemma4.kernels import cuda_maker
+from mlx_gemma4.model import Model
 from mlx_gemma4.sampling import penalise, sample
 
 LOGITS = [2.0, 1.5, 1.4, 0.2, -0.5, -3.0, 1.1, -0.1]
@@ -160,3 +163,11 @@ def test_chat_template_and_raw_differ(lm) -> None:
 def test_impossible_sampling_is_refused(field: str) -> None:
     with pytest.raises(InputError, match=field.replace("_", "-")):
         Sampling(**{field: -3})
+
+
+def test_chunks_are_larger_where_launches_cost(lm):
+    """On NVIDIA a model of few heads reads more at a time; elsewhere all read alike."""
+    heads = max(layer.heads for layer in lm.config.layers)
+    on_nvidia = Model(lm.config, lm.model.weights, Kernels(cuda_maker))
+    assert prefill_chunk(lm.model) == PREFILL_CHUNK
+    assert prefill_chunk(on_nvidia) == max(PREFILL_CHUNK, min(4 * PREFILL_CHUNK, 32 * PREFILL_CHUNK // heads))
