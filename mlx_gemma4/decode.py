@@ -77,7 +77,7 @@ class Kernels:
         done: mx.array
         if isinstance(w, mx.array) and _dense_takes(w, options):
             done = self._run(("dense",), lambda: fused.dense(x, w, self.maker, factor=factor, **options), twin)
-        elif isinstance(w, Packed) and kernels.takes(w, x.shape[0]):
+        elif isinstance(w, Packed) and kernels.takes(w, 1 if "ids" in options else x.shape[0]):
             names = ("matvec", f"matvec {w.format.name}")
             done = self._run(names, lambda: times_factor(kernels.matvec(x, w, self.maker, **hint, **options)), twin)
         else:
@@ -387,14 +387,15 @@ def _experts(
     assert layer.ffn_gate_inp is not None and layer.ffn_down_exps is not None
     scores = run.product(x, layer.ffn_gate_inp, norm=layer.ffn_gate_inp_scale, eps=c.eps, factor=c.hidden**-0.5)
     chosen, share = run("top_k", scores, c.experts_used, scale=layer.ffn_down_exps_scale)
-    norm: dict[str, Any] = {"norm": layer.pre_ffw_norm_2, "eps": c.eps, "ids": chosen[0]}
+    ids = chosen.reshape(-1)  # of the one token
+    norm: dict[str, Any] = {"norm": layer.pre_ffw_norm_2, "eps": c.eps, "ids": ids}
     if layer.ffn_gate_up_exps is not None:
         h = run.product(x, layer.ffn_gate_up_exps, glu=True, shrink=SHRINK, out=model.kv_dtype, **norm)  # [used, F]
     else:
         assert layer.ffn_gate_exps is not None and layer.ffn_up_exps is not None
         gate, up = (run.product(x, w, **norm) for w in (layer.ffn_gate_exps, layer.ffn_up_exps))
         h = ops.within(ops.geglu(gate, up) * SHRINK, model.kv_dtype)
-    out = run.product(h, layer.ffn_down_exps, ids=chosen[0], out=mx.float32)  # [used, hidden]
+    out = run.product(h, layer.ffn_down_exps, ids=ids, out=mx.float32)  # [used, hidden]
     return out[None], share, layer.post_ffw_norm_1, layer.post_ffw_norm_2
 
 
