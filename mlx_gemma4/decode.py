@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
-from . import attention, coded_attention, fused, kernels, ops, tiles
+from . import attention, coded_attention, fused, kernels, ops, ple, tiles
 from .config import LayerConfig
 from .ops import Weight
 from .quant import Packed
@@ -46,10 +46,12 @@ class Kernels:
     traced: bool = False  # steps are traced and replayed; takes a maker whose launches are lazy
 
     def __call__(self, name: str, *args: Any, **options: Any) -> Any:
-        """The operation `name` of `fused` or `attention`."""
+        """The operation `name` of `fused`, `ple` or `attention`."""
         module: Any = attention if name in ("qkv_post", "attention") else fused
         if name in ("coded_attention", "encode"):
             module = coded_attention
+        if name == "ple":
+            module = ple
         twin: Callable[..., Any] = getattr(module, f"{name}_twin")
         if any(isinstance(a, ops.Affine) for a in args):  # a table that no kernel reads
             return twin(*args, **options)
@@ -255,12 +257,11 @@ def _forward(
         x, h = run("add_norm", x, a, layer.post_attention_norm, next_norm=layer.ffn_norm, **norm)
         experts = None if layer.ffn_gate_inp is None else _experts(run, model, layer, x)
         end: dict[str, Any] = {"next_norm": following, "scale": scale, **norm}  # of the layer
-        last = end if not per_layer else norm
-        x, h = run("add_norm", x, _mlp(run, layer, h), layer.post_ffw_norm, experts=experts, shrunk=SHRINK, **last)
+        m = _mlp(run, layer, h)
         if per_layer:
-            assert layer.inp_gate is not None and layer.proj is not None
-            p = run.product(run.product(x, layer.inp_gate, times=per_layer[i]), layer.proj)
-            x, h = run("add_norm", x, p, layer.post_norm, **end)
+            x, h = _per_layer(run, layer, x, m, per_layer[i], **end)
+        else:
+            x, h = run("add_norm", x, m, layer.post_ffw_norm, experts=experts, shrunk=SHRINK, **end)
     return ops.softcap(run.product(h, w.output, out=mx.float32), c.softcap), list(tails.values())
 
 
@@ -340,6 +341,23 @@ def _mlp(run: Kernels, layer: Layer, h: mx.array) -> mx.array:
         assert layer.ffn_gate is not None and layer.ffn_up is not None
         product = run.product(h, layer.ffn_gate, times=run.product(h, layer.ffn_up, factor=SHRINK))
     return run.product(product, layer.ffn_down, out=mx.float32)
+
+
+def _per_layer(
+    run: Kernels, layer: Layer, x: mx.array, m: mx.array, p: mx.array, **end: Any
+) -> tuple[mx.array, mx.array]:
+    """The residual and the next norm's result, of the residual x and the MLP's result m: one launch, or four.
+
+    p [T, P] is the layer's embedding of the tokens; end: what the last add_norm is told.
+    """
+    gate, proj, post = layer.inp_gate, layer.proj, layer.post_ffw_norm
+    assert gate is not None and proj is not None
+    if "ple" not in run.off and ple.takes(gate, proj, x.shape[0], run.maker):
+        done = run("ple", x, m, post, gate, p, proj, layer.post_norm, shrunk=SHRINK, **end)
+    else:
+        x, _ = run("add_norm", x, m, post, eps=end["eps"], shrunk=SHRINK)
+        done = run("add_norm", x, run.product(run.product(x, gate, times=p), proj), layer.post_norm, **end)
+    return cast("tuple[mx.array, mx.array]", done)
 
 
 def _experts(

@@ -22,7 +22,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import attention, coded_attention, cuda, fused, kernels, kv_codes, packing, tiles
+from . import attention, coded_attention, cuda, fused, kernels, kv_codes, packing, ple, tiles
 from .decode import Kernels
 from .execution import execution
 from .kernel_checks import Check, Heads, Product, Sizes, checks, sizes_of
@@ -49,6 +49,7 @@ STOCK = (
     ("matvec", "rows that are no multiple of 32 long"),
     ("dense", "joined gate and up, and experts, in F32, F16 or BF16"),
     ("embed, ple_inputs", "tables that MLX quantized itself"),
+    ("ple", "gate and projection in two formats or unpacked: four launches in place of one, as on Apple GPUs"),
 )
 
 
@@ -86,7 +87,7 @@ def device_name() -> str:
 def kernel_text() -> str:
     """A digest of all that kernels are made of."""
     folder = next(f for f in kernels._FOLDERS if f.is_dir())
-    modules = (kernels, cuda, attention, coded_attention, kv_codes, fused, tiles, packing)
+    modules = (kernels, cuda, attention, coded_attention, kv_codes, fused, ple, tiles, packing)
     files = [*sorted(folder.iterdir()), *(Path(m.__file__ or "") for m in modules)]
     return sha256(b"\0".join(file.read_bytes() for file in files if file.is_file())).hexdigest()[:16]
 

@@ -1,7 +1,7 @@
 """The end of a layer with per-layer embeddings (E2B, E4B) in one launch.
 
 In and out: MLX arrays for one token, or a few. It stands for four launches: the add_norm behind the MLP, the gate's
-mat-vec, the projection's, and the last add_norm, none of which is much work for a GPU; the host's time is what it saves.
+mat-vec, the projection's, and the last add_norm. None of them is much work for a GPU: it saves the host's time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from . import ops
 from .kernels import _DEVICE, _TYPES, MAX_TOKENS, Maker, _build, _f, _traits, render, result_type
-from .quant import Packed
+from .quant import Format, Packed
 
 SIMDGROUPS = 32
 ROOM = 32 << 10  # bytes of threadgroup memory that Metal has
@@ -27,24 +27,19 @@ def takes(gate: Any, proj: Any, tokens: int, maker: Maker) -> bool:
         return False
     p, k = gate.shape
     arrays = [a for w in (gate, proj) for a in (w.codes, w.sub, w.super) if a is not None]
-    return (
-        maker is not mx.fast.metal_kernel
-        and tokens <= MAX_TOKENS
-        and proj.shape == (k, p)
-        and k % 32 == p % 32 == 0
-        and p <= 16 * SIMDGROUPS
-        and _room(gate) <= ROOM
-        and all(a.size >= _DEVICE for a in arrays)
-    )
+    worth = maker is not mx.fast.metal_kernel
+    there = all(a.size >= _DEVICE for a in arrays)
+    return worth and there and tokens <= MAX_TOKENS and proj.shape == (k, p) and fits(gate.format, k, p)
 
 
-def _room(gate: Packed) -> int:
-    """Bytes of threadgroup memory that the kernel takes."""
-    (p, k), group = gate.shape, gate.format.group
-    groups = 4 * sum(-(-n // (4 * group)) for n in (k, p))
+def fits(fmt: Format, k: int, p: int) -> bool:
+    """Whether the kernel has room for gate [p, k] and projection [k, p]."""
+    if k % 32 or p % 32 or not 0 < p <= 16 * SIMDGROUPS:
+        return False
+    groups = 4 * sum(-(-n // (4 * fmt.group)) for n in (k, p))
     results = max(k, SIMDGROUPS // (p // 16) * p)
-    table = 256 if gate.format.lut is not None else 0
-    return 4 * (groups * group + 2 * groups + results + table + SIMDGROUPS + 4)
+    table = 256 if fmt.lut is not None else 0
+    return 4 * (groups * fmt.group + 2 * groups + results + table + SIMDGROUPS + 4) <= ROOM
 
 
 def ple(
@@ -55,15 +50,15 @@ def ple(
     p: mx.array,
     proj: Packed,
     post_norm: mx.array,
-    next_norm: mx.array,
     maker: Maker,
     *,
     eps: float,
+    next_norm: mx.array,
     scale: mx.array | None = None,
     shrunk: float = 1.0,
     out: mx.Dtype | None = None,
 ) -> tuple[Any, Any]:
-    """y = x + rms(h) post; (y + rms(proj (gelu(gate y) * p)) post_norm) times the layer's scalar, and that under a norm.
+    """With y = x + rms(h) post: y + rms(proj (gelu(gate y) * p)) post_norm, times the layer's scalar; and its norm.
 
     Args:
         x: [T, K], the residual.
@@ -84,7 +79,14 @@ def ple(
     arrays |= {"proj": proj.codes, "proj_sub": proj.sub, "proj_super": proj.super}
     threads = 32 * SIMDGROUPS
     defines = _traits(fmt, fmt.group, k) | result_type(out or h.dtype)
-    defines |= {"CHUNK": fmt.group, "R": _TYPES[x.dtype], "K": k, "P": gate.shape[0], "SG": SIMDGROUPS, "THREADS": threads}
+    defines |= {
+        "CHUNK": fmt.group,
+        "R": _TYPES[x.dtype],
+        "K": k,
+        "P": gate.shape[0],
+        "SG": SIMDGROUPS,
+        "THREADS": threads,
+    }
     defines |= {"EPS": _f(eps), "EPS_H": _f(eps * shrunk**2), "SCALED": scale is not None}
     kernel = render("ple", "ple.metal", h.dtype, defines, [name for name, a in arrays.items() if a is None])
     done = _build(maker, kernel)(
@@ -105,9 +107,9 @@ def ple_twin(
     p: mx.array,
     proj: Packed,
     post_norm: mx.array,
-    next_norm: mx.array,
     *,
     eps: float,
+    next_norm: mx.array,
     scale: mx.array | None = None,
     shrunk: float = 1.0,
     out: mx.Dtype | None = None,

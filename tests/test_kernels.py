@@ -189,7 +189,15 @@ def test_staged_x_has_no_race(name: str) -> None:
 
 def test_cuda_text_keeps_threadgroup_memory_shared() -> None:
     """Each threadgroup variable of every kernel becomes __shared__, and no word of Metal's address spaces is left."""
-    for file in ("matvec.metal", "attention.metal", "norms.metal", "choose.metal", "qkv.metal", "embed.metal"):
+    for file in (
+        "matvec.metal",
+        "attention.metal",
+        "norms.metal",
+        "choose.metal",
+        "qkv.metal",
+        "embed.metal",
+        "ple.metal",
+    ):
         metal = re.sub(r"(?m)//.*$", "", kernels._text(file))
         cuda = kernels.to_cuda(metal)
         declared = re.findall(r"(?m)^\s*threadgroup \w+ (\w+)(?:\[.*\])*;", metal)

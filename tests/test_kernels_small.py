@@ -399,8 +399,9 @@ def end_of_layer(
     x, h = normal(tokens, k, dtype=dtypes[0]) * size, normal(tokens, k, dtype=dtypes[1], seed=1)
     times = normal(tokens, p, dtype=dtypes[0], seed=2)
     post, post_norm, next_norm = (1 + normal(k, seed=s) for s in (3, 4, 5))
-    options: dict[str, Any] = {"eps": EPS, "shrunk": 1 / 16, "scale": mx.array([0.37] * 4) if scaled else None}
-    arguments = (x, h, post, gate, times, proj, post_norm, next_norm)
+    options: dict[str, Any] = {"eps": EPS, "shrunk": 1 / 16, "next_norm": next_norm}
+    options["scale"] = mx.array([0.37] * 4) if scaled else None
+    arguments = (x, h, post, gate, times, proj, post_norm)
     got, want = ple.ple(*arguments, maker, **options), ple.ple_twin(*arguments, **options)
     check(got[0], want[0], dtypes[0], factor)
     check(got[1], want[1], dtypes[1], factor)
@@ -433,6 +434,37 @@ def test_ple_tokens_and_dtypes(tokens: int, dtype: mx.Dtype) -> None:
 def test_ple_of_a_residual_of_any_size(size: float) -> None:
     """fp16 doesn't hold it; its numbers are brought near one, group by group."""
     end_of_layer("Q4_K", 512, 256, size=size)
+
+
+# As a GPU of NVIDIA multiplies [16, 16] and [16, 8], by PTX's layout of m16n8k16.
+AS_CUDA = """
+METAL_FUNC void multiply(thread float* c, const thread uint* a, uint b0, uint b1, int lane) {
+  for (int k = 0; k < 16; k++) {
+    uint left[2], right[2];
+    for (int r = 0; r < 2; r++) left[r] = simd_shuffle(a[k / 8 * 2 + r], ushort(lane / 4 * 4 + k % 8 / 2));
+    for (int n = 0; n < 2; n++) right[n] = simd_shuffle(k < 8 ? b0 : b1, ushort((lane % 4 * 2 + n) * 4 + k % 8 / 2));
+    for (int i = 0; i < 4; i++) {
+      const uint l = left[i / 2], r = right[i % 2];
+      c[i] += k % 2 ? high_half(l) * high_half(r) : low_half(l) * low_half(r);
+    }
+  }
+}
+"""
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "Q6_K", "Q3_K", "IQ4_XS"])
+def test_ple_as_it_lies_in_the_lanes_of_cuda(name: str) -> None:
+    """Which numbers a lane holds differs; the simulator runs that too, with a product written out."""
+
+    def cuda_like(header: str, source: str, **declared: Any) -> Any:
+        assert header.count("#ifdef CUDA\n") == 2
+        header = header.replace("#ifdef CUDA\n", f"{AS_CUDA}#if 1\n", 1).replace("#ifdef CUDA\n", "#if 1\n")
+        for old in ("multiply(dots, a, b[m], b[m + 1])", "thread float* sum) {"):
+            assert header.count(old) == 1
+        header = header.replace("b[m + 1])", "b[m + 1], lane)").replace("float* sum) {", "float* sum, int lane) {")
+        return metal(header=header, source=source.replace(", table, sum)", ", table, sum, lane)"), **declared)
+
+    end_of_layer(name, 512, 256, maker=cuda_like)
 
 
 def test_ple_is_taken_where_it_fits() -> None:
