@@ -16,7 +16,8 @@
 // two that brings its largest near 2^15. Which rows of the factors meet which codes is free, so x lies in threadgroup memory in
 // the order in which codes come out of their words.
 //
-// Memory. Weights once a token, the next while these are used, and the first before the norm; all else once.
+// Memory. Weights once a token: a simdgroup asks for the next as soon as it is done with these, which the others hide, and
+// for the first of each product before the sums that come before it. All else once.
 //
 // Rendered before: T (of h), R (of x and out), U (of normed), K, P, SG, THREADS (32 SG), EPS, EPS_H, SCALED (scale is
 // there); a packed format and CHUNK = GROUP, as for packed.metal.

@@ -1,4 +1,4 @@
-"""Decode steps at the published models' full sizes: all of a step runs in kernels, in no more launches than are budgeted.
+"""Decode steps at the published models' full sizes: all of a step runs in kernels, in as few launches as are budgeted.
 
 Weights and states are lazy zeros that nothing evaluates, so 31B takes no memory: what is seen is which kernels a step
 asks for. Fixtures can't show it: with two experts chosen, what takes four rows at a time takes them all.
