@@ -1,0 +1,124 @@
+"""Compiles for an NVIDIA GPU, without one, what the published models launch there.
+
+    python benchmarks/precompile.py FOLDER [--architecture sm_90] [--models e2b 31b]
+
+In: nothing; weights and states are lazy zeros of the full sizes that nothing evaluates. Out: compiled kernels in FOLDER
+and a line a model; the exit code is 1 if one doesn't compile. A machine with such a GPU finds them, and starts at once,
+where MLX_PTX_CACHE_DIR names FOLDER and NVRTC has the same version. NVRTC and CUDA's headers must be here
+(pip install nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl, or a toolkit under CUDA_HOME).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from math import prod
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import make_synthetic
+import mlx.core as mx
+
+from mlx_gemma4 import cuda, decode, doctor, kernel_checks, kernels, loader, quant, tiles
+from mlx_gemma4.config import config_from_gguf
+from mlx_gemma4.decode import Kernels
+from mlx_gemma4.execution import execution
+from mlx_gemma4.loader import Entry, Source, load_model
+from mlx_gemma4.memory import Plan
+from mlx_gemma4.model import Model
+from mlx_gemma4.state import KVState
+
+DEPTHS = (0, 1, 530, 2100, 8200, 32800, 130100)  # tokens before a step: as many arrangements of a state's parts
+CHUNK = 1024
+
+
+def zeros(type: str, shape: tuple[int, ...]) -> Any:
+    """A weight of a GGUF type that takes no memory while nothing evaluates it."""
+    if type not in quant.FORMATS:
+        return mx.zeros(shape, {"F32": mx.float32, "BF16": mx.bfloat16}[type])
+    f, (*rows, k) = quant.FORMATS[type], shape
+    sub = mx.zeros((*rows, k // f.group * f.sub_bits // 8), mx.uint8) if f.sub_bits else None
+    top = mx.zeros((*rows, k // f.super_block, 1 + f.has_min), mx.float16) if f.super_block else None
+    return quant.Packed(f, shape, mx.zeros((*rows, k * f.bits // 32), mx.uint32), sub, top)
+
+
+def lazy_model(kind: str, run: Kernels) -> Model:
+    """A published model in a Q4_K_M's types, loaded as a file would be, of such weights."""
+    keys = make_synthetic.metadata(kind)
+    tensors = make_synthetic.tensors(kind, keys)
+
+    def read(names: list[str], *_: Any) -> Any:
+        shape, type = tensors[names[0]]
+        if len(names) > 1:
+            shape = (*shape[:-2], sum(tensors[name][0][-2] for name in names), shape[-1])
+        return zeros(type, shape)
+
+    entries = {name: Entry(shape, type, prod(shape)) for name, (shape, type) in tensors.items()}
+    source = Source(kind, entries, read, lambda name, _: prod(tensors[name][0]))
+    planned = loader.make_plan
+    loader.make_plan = lambda *_: Plan("packed", 0, 1 << 40)  # no memory is taken, so none need be free
+    try:
+        return load_model(config_from_gguf(keys, kind), source, "packed", kernels=run)[0]
+    finally:
+        loader.make_plan = planned
+
+
+def lazy_fill(state: KVState, length: int) -> None:
+    """Let a state grow to so many tokens, all zeros, in chunks as a prompt does."""
+    while state.length < length:
+        n = min(CHUNK - state.length % CHUNK, length - state.length)
+        for i, shape in enumerate(state.config.layers):
+            if shape.kv_layer == i:
+                some = mx.zeros((1, shape.kv_heads, n, shape.head_dim), state.dtype)
+                state.append(i, some, some)
+        state.advance(mx.zeros(n, mx.int32))
+
+
+def launch_all(model: Model, run: Kernels) -> None:
+    """Ask for each kernel that loading, prompts and decode steps take."""
+    for check in kernel_checks.checks(kernel_checks.sizes_of(model), doctor.QUICK_LENGTHS, doctor.QUICK_ROWS):
+        check.make().kernel(run.maker)
+    weights = [w for layer in model.weights.layers for w in vars(layer).values()]
+    for w in {(w.format.name, w.shape[-1]): w for w in weights if isinstance(w, quant.Packed)}.values():
+        tiles.expand(w, run.maker)
+    step = decode.make_step(model, run, model._rope_of)
+    with execution():
+        for depth in DEPTHS:
+            state = model.new_state()
+            lazy_fill(state, depth)
+            step(mx.array([1]), state)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--architecture", default="sm_90")
+    parser.add_argument("--models", nargs="*", default=list(make_synthetic.SHAPES), choices=make_synthetic.SHAPES)
+    options = parser.parse_args()
+    os.environ["MLX_PTX_CACHE_DIR"] = str(options.folder.absolute())
+
+    def launched(*, output_shapes: Any, output_dtypes: Any, **_: Any) -> list[mx.array]:
+        return [mx.zeros(s, t) for s, t in zip(output_shapes, output_dtypes, strict=True)]
+
+    # What stands between here and such a machine: its name, its launches, its state's dtype, and that keys work.
+    mx.device_info = lambda *_: {"architecture": options.architecture}
+    mx.fast.precompiled_cuda_kernel = launched
+    Model.kv_dtype = mx.float16  # type: ignore[assignment, method-assign]
+    kernel_checks.on_cpu = lambda: False
+    cuda._keys_work = lambda: True  # type: ignore[assignment]
+    trial = cuda.kernel(cuda._TRIAL, ["x"], ["y"], "y[threadIdx.x] = x[threadIdx.x] + 1;", "")
+    trial([mx.arange(8, dtype=mx.int32)], (8, 1, 1), (8, 1, 1), [(8,)], [mx.int32])
+    failed = 0
+    for kind in options.models:
+        run = Kernels(kernels.cuda_maker)
+        launch_all(lazy_model(kind, run), run)
+        print(f"{kind}: {len(list(options.folder.glob('*.ptx')))} kernels so far", *sorted(run.off), flush=True)
+        failed += len(run.off)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
