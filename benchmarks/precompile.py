@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import make_synthetic
 import mlx.core as mx
 
-from mlx_gemma4 import cuda, decode, doctor, kernel_checks, kernels, loader, quant, tiles
+from mlx_gemma4 import cuda, decode, doctor, kernel_checks, kernel_sizes, kernels, loader, quant, tiles
 from mlx_gemma4.config import config_from_gguf
 from mlx_gemma4.decode import Kernels
 from mlx_gemma4.execution import execution
@@ -79,7 +79,7 @@ def lazy_fill(state: KVState, length: int) -> None:
 
 def launch_all(model: Model, run: Kernels) -> None:
     """Ask for each kernel that loading, prompts and decode steps take."""
-    for check in kernel_checks.checks(kernel_checks.sizes_of(model), doctor.QUICK_LENGTHS, doctor.QUICK_ROWS):
+    for check in kernel_checks.checks(kernel_sizes.sizes_of(model), doctor.QUICK_LENGTHS, doctor.QUICK_ROWS):
         check.make().kernel(run.maker)
     weights = [w for layer in model.weights.layers for w in vars(layer).values()]
     for w in {(w.format.name, w.shape[-1]): w for w in weights if isinstance(w, quant.Packed)}.values():

@@ -25,7 +25,8 @@ import mlx.core as mx
 from . import attention, coded_attention, cuda, fused, kernels, kv_codes, long_attention, packing, ple, tiles
 from .decode import Kernels
 from .execution import execution
-from .kernel_checks import Check, Heads, Product, Sizes, checks, sizes_of
+from .kernel_checks import Check, checks
+from .kernel_sizes import Heads, Product, Sizes, sizes_of
 from .kernels import Maker
 from .model import Model
 from .places import cache_folder, whole_file

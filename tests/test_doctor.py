@@ -17,7 +17,8 @@ from test_kernels_small import metal
 
 from mlx_gemma4 import doctor, kernels, load
 from mlx_gemma4.decode import Kernels
-from mlx_gemma4.kernel_checks import Product, Sizes, checks, sizes_of
+from mlx_gemma4.kernel_checks import checks
+from mlx_gemma4.kernel_sizes import Product, Sizes, sizes_of
 from mlx_gemma4.model import Model
 
 MODEL = HERE / "31b-q8_0.gguf"
