@@ -189,7 +189,8 @@ def test_lines_of_one_message(terminal: Callable[..., Terminal], tmp_path: Path)
 def test_thinking(terminal: Callable[..., Terminal]) -> None:
     t = terminal("--seed", "1", "--think", "-n", "45")
     out = t.say("Tell me about a goose")
-    assert "I will answer with a story" in plain(t.raw), "the thought is seen while it is made"
+    # A word or two of it: what is drawn between others depends on how fast this machine is.
+    assert re.search("reader|answer", plain(t.raw)), "the thought is seen while it is made"
     assert re.search(r"Thought for \d+\.\d s \(\d+ tokens\)", out)
     assert re.search(r"> Tell me about a goose\nThought for [^\n]*\n\n\w", t.text), "and then folded"
     assert "I will answer with a story" in t.say("/think")
