@@ -155,8 +155,10 @@ def tiling(fmt: Format, n: int, k: int, tokens: int = 1) -> Tiling:
 
     by_table = fmt.lut is not None
     if n >= 8192:  # many rows: few lanes for each
-        lanes = 16 if (fmt.bits > 4 or by_table) and chunks >= 160 else 8
-        rows = 8 if by_table else 4 if fmt.bits <= 4 and not 32768 <= n < 131072 else 2
+        lanes = 16 if fmt.bits > 4 and chunks >= 160 else 8
+        rows = 4 if fmt.bits <= 4 and not 32768 <= n < 131072 else 2
+        if by_table:  # not measured: whole waves, and x made whole numbers for many rows
+            rows = 4 if 32768 <= n < 131072 else 8
         split = max((3, 4, 2), key=lambda s: round(even(lanes, s), 2))
     else:
         lanes, rows = 16, 4 if by_table else 2
