@@ -39,7 +39,7 @@ SHAPES = {
     "Q5_K": LARGE[:3],
     "Q8_0": LARGE[:3],
     "Q4_0": LARGE[:3],
-    "IQ4_XS": LARGE[:3],
+    "IQ4_XS": LARGE[:4],
     **dict.fromkeys(("Q5_0", "Q5_1", "Q4_1", "Q3_K", "Q2_K", "IQ4_NL", "MXFP4"), LARGE[:2]),
 }
 
@@ -93,7 +93,7 @@ def seconds(call: Callable[[mx.array, int], mx.array], x: mx.array, launches: in
 
 def cuts(n: int, k: int) -> list[Tiling]:
     """What --tune tries."""
-    every = itertools.product((8, 16), (2, 4, 8), (1, 2, 3, 4, 6, 7, 8), (1, 2, 4))
+    every = itertools.product((8, 16, 32), (2, 4, 8), (1, 2, 3, 4, 6, 7, 8), (1, 2, 4))
     return [
         Tiling(lanes, rows, split, split * of) for lanes, rows, split, of in every if _sensible(lanes, split, of, k)
     ]

@@ -68,3 +68,26 @@ METAL_FUNC void levels_by_bytes(uint word, uint low_0, uint low_1, uint high_0, 
     pairs[2 * i + 1] = __byte_perm(low, high, 0x7362);
   }
 }
+
+// For matvec.metal: products of a table's values and whole numbers, where Metal reads floats in threadgroup memory.
+
+// Bytes of (b, a), lowest first: a selector's 4 bits choose one of 8, or with bit 3 its sign, 8 times.
+METAL_FUNC uint bytes_or_signs(uint a, uint b, uint selector) {
+  uint four;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(four) : "r"(a), "r"(b), "r"(selector));
+  return four;
+}
+
+// The larger; not a number if either isn't.
+METAL_FUNC float max_or_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
+// sum + x . w of two times two whole numbers of 16 bits and four of 8.
+METAL_FUNC int dot4(uint x0, uint x1, uint w, int sum) {
+  asm("dp2a.lo.s32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(x0), "r"(w));
+  asm("dp2a.hi.s32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(x1), "r"(w));
+  return sum;
+}

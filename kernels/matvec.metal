@@ -32,13 +32,18 @@
 //   sum of w x  =  a 2^BITS (sum of v x - sum of x) + b sum of x,
 // and the sums of x serve all rows. With PAIRS, one shift serves two codes; the lower has
 // v = 1 + code / 2^(2 BITS), so even and odd k are summed apart. Look-up types read their 16 values from
-// threadgroup memory.
+// threadgroup memory. INTEGER: on CUDA, one token's x of 16 bits becomes whole numbers of 16 bits, with one power of
+// two for each 32 (fp16 down to a sixteenth of the largest exactly); the table's values come as bytes, four by one
+// permutation of 8, and are multiplied as such.
 // uses: packed.metal
 
 #define SUPERS (SUPER == 32 && CHUNK > 32 ? CHUNK / 32 : 1)  // fp16 scales (or pairs) in a chunk
 
 #define HALVES (PAIRS ? 2 : 1)                         // sums kept apart
 #define STEP float(1 << BITS)
+#ifdef CUDA
+#define INTEGER (HAS_LUT && TOKENS == 1 && !T_FLOAT && !NORM)
+#endif
 
 // What a lane reads of one row in one step, as it stands in memory.
 struct Chunk {
@@ -71,6 +76,37 @@ METAL_FUNC void fetch_rows(const device uchar* p, uint stride, uint lines, uint 
 }
 #endif
 
+#if INTEGER
+// 32 numbers as whole ones of 16 bits, a pair a word, and their unit: a power of two, 2^-14 to 2^-15 of the largest,
+// or infinity if one of them isn't finite.
+METAL_FUNC float as_integers(const thread float* v, thread uint* pairs) {
+  float most = 1e-30f;
+  UNROLL
+  for (int j = 0; j < 32; j++) most = max_or_nan(most, fabs(v[j]));
+  const uint exponent = as_type<uint>(most) & 0x7F800000u;
+  const float scale = as_type<float>((268u << 23) - exponent);
+  UNROLL
+  for (int j = 0; j < 32; j += 2) {  // under 1.5 * 2^23 the low bits are the number
+    const uint low = as_type<uint>(v[j] * scale + 12582912.0f), high = as_type<uint>(v[j + 1] * scale + 12582912.0f);
+    pairs[j / 2] = (low & 0xFFFFu) | high << 16;
+  }
+  return as_type<float>(exponent) * 6.103515625e-05f;
+}
+
+// sum + values(codes) . x for 8 codes. A code's low 3 bits choose a byte of either half of the table; of the half that
+// its bit 3 does not mean, the byte's sign comes instead, 0 or -1, which the other half's byte makes up for.
+METAL_FUNC int table_dot(uint word, const thread uint* table, const thread uint* x, int sum) {
+  UNROLL
+  for (int i = 0; i < 2; i++) {
+    const uint low = bytes_or_signs(table[0], table[1], word >> (16 * i));
+    const uint high = bytes_or_signs(table[2], table[3], (word ^ 0x88888888u) >> (16 * i));
+    sum = dot4(x[2 * i], x[2 * i + 1], low, sum);
+    sum = dot4(x[2 * i], x[2 * i + 1], high, sum);
+  }
+  return sum;
+}
+#endif
+
 // kernel: matvec(x, norm?, codes, sub?, super?, ids?, times?, ahead0?, ahead1?, ahead2?) -> (y)
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int slot = int(threadgroup_position_in_grid.z);
@@ -94,7 +130,10 @@ for (int r = 0; r < ROWS; r++) {
 // 0x3F800000, but no literal to the compiler: mask and or are then one instruction with one immediate (NVIDIA).
 const uint one = max(uint(N), 0x3F800000u);
 
-#if HAS_LUT
+#if INTEGER
+const uint table[4] = {LUT_0 ^ one ^ 0x3F800000u, LUT_1 ^ one ^ 0x3F800000u, LUT_2 ^ one ^ 0x3F800000u,
+                       LUT_3 ^ one ^ 0x3F800000u};  // no literals either
+#elif HAS_LUT
 threadgroup float lut[16];
 if (sg == 0 && lane < 16) {
   const float values[16] = LUT;
@@ -192,6 +231,22 @@ for (int step = 0; step < steps; step++) {
   if (c < chunks) {
     UNROLL
     for (int g = 0; g < SPANS; g++) {
+#if INTEGER
+      float v[32];
+      UNROLL
+      for (int i = 0; i < 32; i += 8) load8(xs + c * CHUNK + g * 32 + i, v + i);
+      uint pairs[16];
+      const float unit = as_integers(v, pairs);
+      UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        float a, b;
+        scales(now[r].sub, now[r].super[g * SUPERS / SPANS], g, a, b);
+        int dot = 0;
+        UNROLL
+        for (int i = 0; i < 4; i++) dot = table_dot(now[r].codes[g * 4 + i], table, pairs + 4 * i, dot);
+        acc[0][r] += a * (unit * float(dot));
+      }
+#else
       float dots[TOKENS][ROWS][HALVES], sums[TOKENS][HALVES];
       UNROLL
       for (int t = 0; t < TOKENS; t++) {
@@ -265,6 +320,7 @@ for (int step = 0; step < steps; step++) {
 #endif
         }
       }
+#endif
     }
   }
 #if PREFETCH

@@ -158,8 +158,10 @@ def tiling(fmt: Format, n: int, k: int, tokens: int = 1) -> Tiling:
 
     by_table = fmt.lut is not None
     if n >= 8192:  # many rows: few lanes for each
-        lanes = 16 if (fmt.bits > 4 or by_table) and chunks >= 160 else 8
-        rows = 8 if by_table else 4 if fmt.bits <= 4 and not 32768 <= n < 131072 else 2
+        lanes = 16 if fmt.bits > 4 and chunks >= 160 else 8
+        rows = 4 if fmt.bits <= 4 and not 32768 <= n < 131072 else 2
+        if by_table:  # not measured: whole waves, and x made whole numbers for many rows
+            rows = 4 if 32768 <= n < 131072 else 8
         split = max((3, 4, 2), key=lambda s: round(even(lanes, s), 2))
     else:
         lanes, rows = 16, 4 if by_table else 2
@@ -223,9 +225,19 @@ def _traits(fmt: Format, chunk: int, k: int) -> dict[str, object]:
         "HAS_MIN": fmt.has_min,
         "HAS_LUT": fmt.lut is not None,
         "LUT": f"{{{lut}}}",
+        **(_table_words(fmt.lut) if fmt.lut is not None else {}),
         f"SUB_{fmt.sub_kind.upper().replace('-', '_') or 'NONE'}": 1,
         "VEC": next(v for v in (4, 2, 1) if words % v == 0 and row % v == 0),
     }
+
+
+def _table_words(values: Sequence[int]) -> dict[str, object]:
+    """A table as whole numbers of 8 bits, four a word, for matvec.metal's table_dot.
+
+    To each value comes 1 where the other half's of the same low bits is below 0.
+    """
+    table = bytes((v + (values[i ^ 8] < 0)) & 255 for i, v in enumerate(values))
+    return {f"LUT_{i}": f"0x{int.from_bytes(table[4 * i : 4 * i + 4], 'little'):08x}u" for i in range(4)}
 
 
 def matvec_kernel(

@@ -244,6 +244,75 @@ def test_cuda_text_keeps_threadgroup_memory_shared() -> None:
     assert "__shared__ float4 staged" in kernels.to_cuda(kernels._text("matvec.metal"))
 
 
+# What cuda.h has as instructions of NVIDIA's, for the simulator.
+EMULATED = """
+#define CUDA 1
+METAL_FUNC uint bytes_or_signs(uint a, uint b, uint selector) {
+  uint four = 0;
+  for (int i = 0; i < 4; i++) {
+    const uint at = selector >> (4 * i), byte = ((at & 4u ? b : a) >> (8 * (at & 3u))) & 0xFFu;
+    four |= (at & 8u ? (byte & 0x80u ? 0xFFu : 0u) : byte) << (8 * i);
+  }
+  return four;
+}
+METAL_FUNC float max_or_nan(float a, float b) { return a != a || a > b ? a : b; }
+METAL_FUNC int dot4(uint x0, uint x1, uint w, int sum) {
+  const uint x[2] = {x0, x1};
+  for (int i = 0; i < 4; i++) sum += (int(x[i / 2] << (16 - i % 2 * 16)) >> 16) * (int(w << (24 - i * 8)) >> 24);
+  return sum;
+}
+"""
+
+
+def as_cuda(name: str, input_names: Any, output_names: Any, source: str, header: str) -> Any:
+    """A maker: the simulator, with the text that is CUDA's."""
+    return metal_sim.kernel(name, input_names, output_names, source, header=EMULATED + header)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["IQ4_NL", "IQ4_XS", "MXFP4"])
+def test_tables_by_bytes(name: str, dtype: mx.Dtype) -> None:
+    """Look-up types as on CUDA: values by permuted bytes, x as whole numbers, without outliers and with."""
+    w, values = weight(name, 45, 1280)
+    for factor, limit in ((1, 2e-5), (1000, 1e-4)):
+        x = np.array(random(14, 1, 1280))
+        x[0, 7::64] *= factor
+        x[0, 64:96] = 0
+        few = mx.array(x).astype(dtype)
+        for cut in (CUTS[0], CUTS[2], kernels.Tiling(lanes=16, rows=8, split=3, simdgroups=3)):
+            (got,) = np.array(kernels.matvec(few, w, as_cuda, cut=cut, out=mx.float32))
+            (want,) = exact(few) @ values.T
+            assert np.linalg.norm(got - want) / np.linalg.norm(want) <= limit
+    for odd in (np.nan, np.inf):
+        x[0, 40] = odd
+        (got,) = np.array(kernels.matvec(mx.array(x).astype(dtype), w, as_cuda, cut=CUTS[0], out=mx.float32))
+        assert not np.isfinite(got).any()
+
+
+@pytest.mark.parametrize("name", ["IQ4_NL", "MXFP4"])
+def test_every_pair_of_codes_by_bytes(name: str) -> None:
+    """All 256 bytes of codes, at each of the 4 places of a word, against each of its 8 numbers alone: exact."""
+    codes = np.zeros((256, 32), np.uint32)
+    patterns = np.arange(256, dtype=np.uint32)
+    for i in range(32):  # a word holds one pattern four times, then three others
+        codes[:, i] = patterns * 0x01010101 if i % 2 else patterns | patterns[::-1] << 8 | (patterns ^ 85) << 16
+    w = Packed(
+        FORMATS[name],
+        (256, 256),
+        mx.array(codes),
+        mx.full((256, 8), 128, mx.uint8) if name == "MXFP4" else None,
+        None if name == "MXFP4" else mx.ones((256, 8, 1), mx.float16),
+    )
+    lut = np.array(FORMATS[name].lut)
+    for j in range(8):
+        x = np.zeros((1, 256), np.float32)
+        x[0, 8 + j] = 3
+        x[0, 16 + j] = 5
+        got = kernels.matvec(mx.array(x).astype(mx.float16), w, as_cuda, cut=CUTS[0], out=mx.float32)
+        value = [lut[(codes[:, word] >> (4 * j)) & 15] for word in (1, 2)]
+        assert np.array_equal(np.array(got)[0], 3 * value[0] + 5 * value[1])
+
+
 def test_logits_in_fp32(maker: kernels.Maker) -> None:
     w, values = weight("Q6_K", 40, 512)
     x = random(8, 1, 512, dtype=mx.bfloat16)
