@@ -94,7 +94,7 @@ class Kernels:
             return twin()
         assert not isinstance(w, ops.Affine)
         if isinstance(w, Packed) and x.shape[0] < tiles.MANY_ROWS and kernels.takes(w, 1):
-            names = ("matvec", f"matvec {w.format.name}")
+            names = ("halve", "matvec", f"matvec {w.format.name}")
             done: mx.array = self._run(names, lambda: tiles.few_rows(x, w, self.maker), twin)
         else:
             done = self._run(_expand_names(w), lambda: tiles.linear(x, w, self.maker), twin)
@@ -111,7 +111,7 @@ class Kernels:
         assert not isinstance(w, ops.Affine)
         few = chosen.size < tiles.MANY_ROWS_AN_EXPERT * w.shape[0]
         if isinstance(w, Packed) and few and kernels.takes(w, 1):
-            names = ("matvec", f"matvec {w.format.name}")
+            names = ("halve", "matvec", f"matvec {w.format.name}")
             done: mx.array = self._run(names, lambda: tiles.few_expert_rows(x, w, chosen, self.maker), twin)
         else:
             done = self._run(_expand_names(w), lambda: tiles.expert_linear(x, w, chosen, self.maker), twin)
@@ -129,7 +129,7 @@ class Kernels:
 
 
 def _expand_names(w: Packed | mx.array) -> tuple[str, ...]:
-    return ("expand", f"expand {w.format.name}") if isinstance(w, Packed) else ("expand",)
+    return ("halve", "expand", f"expand {w.format.name}") if isinstance(w, Packed) else ("halve", "expand")
 
 
 def _dense_takes(w: mx.array, options: dict[str, Any]) -> bool:

@@ -26,6 +26,7 @@ EPS = 1e-6
 POSITION = 5000  # of a token under RoPE: its angles must be right far from 0
 COUNT = 5  # tokens in a tail
 EXPANDED = 4096  # rows of a weight made plain for a prompt
+HALVED = 64  # rows of activations
 RANDOM_WORDS = (1 << 20) + 7  # no multiple of any row's length: repeated, they make no two rows alike
 
 
@@ -64,6 +65,8 @@ def checks(s: Sizes, lengths: Sequence[int], rows: int | None = None) -> Iterato
         yield _product(product, rows)
     for type, k in {p.type: p.shape[-1] for p in s.products if p.type in FORMATS}.items():
         yield _expand(type, k, rows or EXPANDED)
+    for k in dict.fromkeys(p.shape[-1] for p in s.products if p.type in FORMATS):
+        yield _halve(k)
     if rows is None:  # when a model is loaded, packing comes first and tries its kernels by itself
         types = dict.fromkeys([*(p.type for p in s.products), s.table, s.ple_table])
         yield from (_pack(type) for type in types if type in FORMATS)
@@ -177,6 +180,14 @@ def _expand(type: str, k: int, rows: int) -> Check:
         return Case(lambda maker: tiles.expand(w, maker), lambda: tiles.expand_twin(w), n_bytes)
 
     return Check(f"expand {type}", f"{rows}x{k}", make)
+
+
+def _halve(k: int) -> Check:
+    def make() -> Case:
+        x = normal(HALVED, k) * mx.exp(3 * normal(HALVED, 1))
+        return Case(lambda maker: tiles.halve(x, maker), lambda: tiles.halve_twin(x), 6 * HALVED * k)
+
+    return Check("halve", f"{HALVED}x{k}", make)
 
 
 def _pack(type: str) -> Check:

@@ -64,6 +64,42 @@ def expand_twin(w: Packed, dtype: mx.Dtype = mx.float16) -> mx.array:
     return quant.dequantize(w, dtype)
 
 
+def halve(x: mx.array, maker: Maker) -> tuple[Any, Any]:
+    """Rows as fp16, and what undoes it.
+
+    Args:
+        x: [T, K] of any float type.
+
+    Returns:
+        x / scale, fp16 [T, K] with magnitudes under 2; scale, fp32 [T, 1]: a row's power of two at or below its largest
+        magnitude, at least 2^-100.
+    """
+    rows, k = x.shape
+    if k % 8 or x.size < _DEVICE:  # loads are of 8 numbers, from device memory
+        return halve_twin(x)
+    run, simdgroups = _halver(x.dtype, k, maker)
+    h, scale = run(
+        inputs=[x],
+        grid=(32 * simdgroups, rows, 1),
+        threadgroup=(32 * simdgroups, 1, 1),
+        output_shapes=[(rows, k), (rows, 1)],
+        output_dtypes=[mx.float16, mx.float32],
+    )
+    return h, scale
+
+
+@cache
+def _halver(dtype: mx.Dtype, k: int, maker: Maker) -> tuple[Callable[..., Sequence[Any]], int]:
+    simdgroups = min(8, -(-k // 256))
+    return _build(maker, render("halve", "halve.metal", dtype, {"SG": simdgroups})), simdgroups
+
+
+def halve_twin(x: mx.array) -> tuple[mx.array, mx.array]:
+    """`halve` in stock MLX."""
+    h: tuple[mx.array, mx.array] = _compiled(_scaled, not on_cpu())(x)
+    return h
+
+
 def linear(x: mx.array, w: Packed | mx.array, maker: Maker) -> mx.array:
     """x @ wᵀ.
 
@@ -75,7 +111,7 @@ def linear(x: mx.array, w: Packed | mx.array, maker: Maker) -> mx.array:
         [.., N] in x's dtype.
     """
     n, k = w.shape
-    h, scale = _to_half(x.reshape(-1, k))
+    h, scale = halve(x.reshape(-1, k), maker)
     done: list[mx.array] = []
     for start, stop in _tiles(n, k, 256):
         tile = _tile(w, start, stop, [h, *done[-1:]], maker)
@@ -102,7 +138,7 @@ def expert_linear(x: mx.array, w: Packed | mx.array, chosen: mx.array, maker: Ma
     flat = chosen.reshape(-1)
     order = mx.argsort(flat)
     rows = x[:, 0][order // used] if x.shape[1] == 1 else x.reshape(-1, k)[order]
-    h, scale = _to_half(rows)
+    h, scale = halve(rows, maker)
     starts = np.searchsorted(np.array(flat[order]), np.arange(experts + 1)).tolist()
     done: list[mx.array] = []
     for first, last in _tiles(experts, n * k, 1):
@@ -116,7 +152,7 @@ def expert_linear(x: mx.array, w: Packed | mx.array, chosen: mx.array, maker: Ma
 
 def few_rows(x: mx.array, w: Packed, maker: Maker) -> mx.array:
     """x @ wᵀ for x [T, K] by the mat-vec, `kernels.MAX_TOKENS` rows at a time, in fp16 too."""
-    h, scale = _to_half(x)
+    h, scale = halve(x, maker)
     step = kernels.MAX_TOKENS
     done = [kernels.matvec(h[i : i + step], w, maker, out=mx.float32) for i in range(0, x.shape[0], step)]
     y = done[0] if len(done) == 1 else mx.concatenate(done)
@@ -126,7 +162,7 @@ def few_rows(x: mx.array, w: Packed, maker: Maker) -> mx.array:
 def few_expert_rows(x: mx.array, w: Packed, chosen: mx.array, maker: Maker) -> mx.array:
     """`expert_linear` by the mat-vec, a row for each chosen expert of each token."""
     rows = mx.contiguous(mx.broadcast_to(x, (*chosen.shape, x.shape[-1])).reshape(chosen.size, -1))
-    h, scale = _to_half(rows)
+    h, scale = halve(rows, maker)
     y = kernels.matvec(h, w, maker, ids=chosen.reshape(-1).astype(mx.int32), out=mx.float32)
     return _from_half(y, scale).astype(x.dtype).reshape(*chosen.shape, -1)
 
@@ -195,12 +231,6 @@ def _unscaled(y: mx.array, scale: mx.array) -> mx.array:
 def _compiled(f: Callable[..., Any], gpu: bool) -> Callable[..., Any]:
     """`f` in as few launches as MLX can; on a CPU that would call a compiler."""
     return mx.compile(f) if gpu else f
-
-
-def _to_half(x: mx.array) -> tuple[mx.array, mx.array]:
-    """x [T, K] as fp16 with magnitudes under 2, and what to multiply rows by to undo it: fp32 [T, 1]."""
-    h: tuple[mx.array, mx.array] = _compiled(_scaled, not on_cpu())(x)
-    return h
 
 
 def _from_half(y: mx.array, scale: mx.array) -> mx.array:

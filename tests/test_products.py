@@ -53,6 +53,24 @@ def test_expand_races_and_bounds() -> None:
     assert np.array_equal(exact(tiles.expand(w, racing, mx.float32)), values)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [8, 264, 2304, 5376])
+def test_rows_become_halves(k: int, dtype: mx.Dtype) -> None:
+    """To the bit, rows of zeros, of tiny and of huge numbers too."""
+    sizes = mx.array([1.0, 0.0, 1e-6, 1e4, 2.0, 4.0])[:, None]
+    x = (random(3, 6, k) * sizes).astype(dtype)
+    got, want = tiles.halve(x, metal), tiles.halve_twin(x)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype and mx.array_equal(a, b)
+    assert mx.abs(got[0]).max() < 2
+
+
+def test_halves_have_no_race() -> None:
+    x = random(4, 2, 2304)
+    for a, b in zip(tiles.halve(x, racing), tiles.halve_twin(x), strict=True):
+        assert mx.array_equal(a, b)
+
+
 @pytest.mark.parametrize(("name", "n", "k"), [("Q4_K", 517, 512), ("Q6_K", 33, 256), ("Q5_0", 300, 704)])
 def test_linear_in_tiles(name: str, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     w, values = weight(name, n, k)
