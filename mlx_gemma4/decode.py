@@ -33,6 +33,16 @@ FIXED = -(2**30)  # slope of a place that doesn't move with the position
 TRACES = 8  # kept of a model's steps: a conversation needs one at a time
 
 
+# Where operations and their twins are; the others are in `fused`.
+_MODULES = {
+    "qkv_post": attention,
+    "attention": attention,
+    "coded_attention": coded_attention,
+    "encode": coded_attention,
+    "ple": ple,
+}
+
+
 @dataclass
 class Kernels:
     """Runs operations as kernels on one backend, or as twins.
@@ -46,27 +56,31 @@ class Kernels:
     traced: bool = False  # steps are traced and replayed; takes a maker whose launches are lazy
 
     def __call__(self, name: str, *args: Any, **options: Any) -> Any:
-        """The operation `name` of `fused`, `ple` or `attention`."""
-        module: Any = attention if name in ("qkv_post", "attention") else fused
-        if name in ("coded_attention", "encode"):
-            module = coded_attention
-        if name == "ple":
-            module = ple
+        """The operation `name` of its module."""
+        module: Any = _MODULES.get(name, fused)
         twin: Callable[..., Any] = getattr(module, f"{name}_twin")
         if any(isinstance(a, ops.Affine) for a in args):  # a table that no kernel reads
             return twin(*args, **options)
         kernel: Callable[..., Any] = getattr(module, name)
         return self._run((name,), lambda: kernel(*args, self.maker, **options), lambda: twin(*args, **options))
 
-    def product(self, x: mx.array, w: Weight, factor: float = 1.0, **options: Any) -> mx.array:
+    def product(
+        self,
+        x: mx.array,
+        w: Weight,
+        factor: float = 1.0,
+        *,
+        ahead: Weight | None = None,
+        ahead_glu: bool = False,
+        **options: Any,
+    ) -> mx.array:
         """A mat-vec with whatever is folded into it, times a factor: options are those of `kernels.matvec`.
 
         `ahead`, which may be any weight or none there, counts where kernels can ask for it.
         """
-        hint = {name: options.pop(name) for name in ("ahead", "ahead_glu") if name in options}
-        following = hint.get("ahead")
-        if not (isinstance(following, Packed) and kernels.takes(following, 1)):
-            hint = {}
+        hint: dict[str, Any] = {}
+        if isinstance(ahead, Packed) and kernels.takes(ahead, 1):
+            hint = {"ahead": ahead, "ahead_glu": ahead_glu}
 
         def times_factor(y: mx.array) -> mx.array:
             return y if factor == 1.0 else y * factor

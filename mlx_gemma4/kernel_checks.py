@@ -88,7 +88,8 @@ def checks(s: Sizes, lengths: Sequence[int], rows: int | None = None) -> Iterato
         yield _embed(s.table, s.hidden)
     if s.ple_table:
         yield _ple_inputs(s)
-    if kernels.default_maker() is not mx.fast.metal_kernel:  # there it is not taken
+    maker = kernels.default_maker()
+    if maker is None or not kernels.is_metal(maker):  # there it is not taken
         yield from (_ple(type, s) for type in _ple_types(s))
     if s.used:
         yield _top_k(s.experts, s.used)

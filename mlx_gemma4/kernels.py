@@ -27,7 +27,8 @@ Maker = Callable[..., Callable[..., Sequence[Any]]]
 _FOLDERS = (Path(__file__).parent / "metal", Path(__file__).parent.parent / "kernels")  # in a wheel, in the tree
 _DEVICE = 8  # elements from which on MLX passes an input in Metal's device address space, not constant
 MAX_TOKENS = 4  # of a mat-vec
-RESIDENT = 132 * 36  # simdgroups of a mat-vec with two rows a lane that an H100 holds at once
+CORES = 132  # of a large GPU, an H100
+RESIDENT = CORES * 36  # simdgroups of a mat-vec with two rows a lane that it holds at once
 AHEAD = 16 << 20  # bytes of the next mat-vec's codes that one asks for: a third of an H100's L2
 _TYPES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat"}
 
@@ -108,6 +109,11 @@ def default_maker() -> Maker | None:
     return cast(Maker, mx.fast.metal_kernel if mx.metal.is_available() else cuda_maker)
 
 
+def is_metal(maker: Maker) -> bool:
+    """Whether a maker's kernels run on an Apple GPU."""
+    return maker is mx.fast.metal_kernel
+
+
 def is_lazy(maker: Maker) -> bool:
     """Whether launches by this maker wait to be evaluated, as MLX's own do, so that they can be traced."""
     return maker in (mx.fast.metal_kernel, cuda_maker)
@@ -177,11 +183,6 @@ def tiling(fmt: Format, n: int, k: int, tokens: int = 1) -> Tiling:
     if tokens > 1:  # each row's sums take as many registers again
         rows = 4
     return Tiling(lanes, rows, split, simdgroups=split)
-
-
-def asks_ahead(maker: Maker) -> bool:
-    """Whether a mat-vec's `ahead` does anything: Metal has no instruction that asks for memory without waiting."""
-    return maker is not getattr(mx.fast, "metal_kernel", None)
 
 
 def _first_rows(cut: Tiling, n: int) -> int:
@@ -318,7 +319,7 @@ def matvec(
     Returns:
         [T, N], [T, N / 2] with glu, [E', ..] with ids; of whatever kind `maker` returns.
     """
-    if ahead is not None and not asks_ahead(maker):
+    if is_metal(maker):  # which has no instruction that asks for memory without waiting
         ahead = None
     kernel, run, launch = _prepared(
         w.format.name,

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import ops
-from .kernels import _DEVICE, _TYPES, MAX_TOKENS, Maker, _build, _f, _traits, render, result_type
+from .kernels import _DEVICE, _TYPES, MAX_TOKENS, Maker, _build, _f, _traits, is_metal, render, result_type
 from .quant import Format, Packed
 
 SIMDGROUPS = 32
@@ -27,7 +27,7 @@ def takes(gate: Any, proj: Any, tokens: int, maker: Maker) -> bool:
         return False
     p, k = gate.shape
     arrays = [a for w in (gate, proj) for a in (w.codes, w.sub, w.super) if a is not None]
-    worth = maker is not mx.fast.metal_kernel
+    worth = not is_metal(maker)
     there = all(a.size >= _DEVICE for a in arrays)
     return worth and there and tokens <= MAX_TOKENS and proj.shape == (k, p) and fits(gate.format, k, p)
 
