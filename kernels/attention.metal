@@ -6,8 +6,8 @@
 // which the last are the queries themselves: query t sees up to itself, and with WINDOW only the last WINDOW of those.
 //
 // Threads. A threadgroup (SG simdgroups) takes ROWS of the GQA * tokens queries of one KV head and one piece of the
-// length; grid (32 SG ceil(GQA tokens / ROWS), pieces, G). A piece is `share` blocks of BLOCK tokens' room in one part,
-// in use or not (Cut.pieces counts the same); with WHOLE the one piece is all parts. It walks through what is in use of
+// length; grid (32 SG ceil(GQA tokens / ROWS), pieces, G). A piece is SHARE blocks of BLOCK tokens' room in one part,
+// in use or not; with WHOLE the one piece is all parts. It walks through what is in use of
 // its piece, a block at a time:
 //   1. scores: 8 lanes share a token, a lane holds KEYS of them, so that a piece of q read from threadgroup
 //      memory meets KEYS keys and a piece of k meets ROWS queries;
@@ -23,7 +23,7 @@
 // once; sums (fp32, [tokens H, pieces, D]) written once and read once.
 //
 // Rendered before: T (dtype of q, k, v), U (of out), D, GQA, ROWS, SG, KEYS, PARTS, WINDOW (0: none), SCALE, WHOLE,
-// SPLIT, THREADGROUPS (about as many are to share the blocks), LENGTHi (which dimension of part i is its capacity).
+// SPLIT, SHARE, LENGTHi (which dimension of part i is its capacity).
 
 #define CHUNKS (D / 8)
 #define BLOCK (4 * KEYS * SG)
@@ -159,36 +159,17 @@ for (int i = thread_index; i < ROWS * CHUNKS; i += 32 * SG) {
 }
 
 // The part this piece is of, and its first block there.
-int mine = 0, block = piece, share = 1;
+int mine = 0, block = piece;
 if (!WHOLE) {
-  const int across = int(threadgroups_per_grid.x * threadgroups_per_grid.z);
-  int blocks[PARTS], all = 0;
-  UNROLL
-  for (int i = 0; i < PARTS; i++) {
-    blocks[i] = (parts[i].capacity + BLOCK - 1) / BLOCK;
-    all += blocks[i];
-  }
-  if (all * across > THREADGROUPS) {  // as Cut.pieces
-    const int most = max(THREADGROUPS / across, 2 * PARTS);
-    share = (all + most - 1) / most;
-    while (true) {
-      int dealt = 0;
-      UNROLL
-      for (int i = 0; i < PARTS; i++) dealt += (blocks[i] + share - 1) / share;
-      if (dealt <= most) break;
-      share += 1 + share / 16;
-    }
-    UNROLL
-    for (int i = 0; i < PARTS; i++) blocks[i] = (blocks[i] + share - 1) / share;
-  }
   UNROLL
   for (int i = 0; i + 1 < PARTS; i++) {
-    if (mine == i && block >= blocks[i]) {
+    const int its_pieces = (parts[i].capacity + SHARE * BLOCK - 1) / (SHARE * BLOCK);
+    if (mine == i && block >= its_pieces) {
       mine++;
-      block -= blocks[i];
+      block -= its_pieces;
     }
   }
-  block *= share;
+  block *= SHARE;
 }
 
 // Running maximum and sum of the rows of this simdgroup: sg, sg + SG, ...
@@ -215,7 +196,7 @@ for (int p = 0; p < (WHOLE ? PARTS : 1); p++) {
   for (int i = 1; i < PARTS; i++)
     if (i == (WHOLE ? p : mine)) part = parts[i];
   const int from = WHOLE ? part.first : max(part.first, block * BLOCK);
-  const int to = WHOLE ? part.last : min(part.last, (block + share) * BLOCK);
+  const int to = WHOLE ? part.last : min(part.last, (block + SHARE) * BLOCK);
   for (int start = from; start < to; start += BLOCK) {
     const int n = min(BLOCK, to - start);
     const ulong at = (ulong(g) * ulong(part.capacity) + ulong(start)) * D;

@@ -15,12 +15,10 @@ from typing import Any
 import mlx.core as mx
 
 from . import long_attention, ops
-from .kernels import _TYPES, Maker, _build, _f, render
-from .long_attention import MAX_PARTS
+from .kernels import _TYPES, CORES, Maker, _build, _f, render
 
 TAIL = 64  # tokens that the mutable end of a layer's keys and values can hold
 SHORT = 64  # tokens up to which attention is one launch
-CORES = 132  # of a large GPU, an H100
 
 Part = tuple[mx.array, mx.array]  # keys and values, [G, capacity, D] or [1, G, capacity, D] each
 Launch = tuple[Callable[..., Sequence[Any]], dict[str, Any]]  # a kernel and its arguments but for the inputs
@@ -163,16 +161,19 @@ class Cut:
         """Pieces of `share` blocks in parts with room for so many tokens: none lies in two parts."""
         return sum(-(-length // (self.block * share)) for length in lengths)
 
-    def pieces(self, lengths: Sequence[int], across: int) -> int:
-        """Of the length, for `across` threadgroups to work on each. The kernel works out the same."""
-        if not self.threadgroups:
+    def share(self, lengths: Sequence[int], across: int) -> int:
+        """Blocks of a piece, for `across` threadgroups to work on each piece."""
+        if self.blocks(lengths) * across <= self.threadgroups:
             return 1
-        most, share = max(self.threadgroups // across, 2 * len(lengths)), 1
-        if self.blocks(lengths) * across > self.threadgroups:
-            share = -(-self.blocks(lengths) // most)
-            while self.blocks(lengths, share) > most:  # parts' last pieces are short
-                share += 1 + share // 16
-        return self.blocks(lengths, share)
+        most = max(self.threadgroups // across, 2 * len(lengths))
+        share = -(-self.blocks(lengths) // most)
+        while self.blocks(lengths, share) > most:  # parts' last pieces are short
+            share += 1 + share // 16
+        return share
+
+    def pieces(self, lengths: Sequence[int], across: int) -> int:
+        """Of the length, likewise."""
+        return self.blocks(lengths, self.share(lengths, across)) if self.threadgroups else 1
 
 
 def attention_cut(lengths: Sequence[int], rows: int, kv_heads: int, threadgroups: int = 384) -> Cut:
@@ -214,8 +215,8 @@ def attention(
 
     Args:
         q: [T, H, D], T up to 8, D a multiple of 32.
-        parts: up to MAX_PARTS of keys and values in q's dtype, in the order of the tokens; the last ends with
-            the T tokens themselves.
+        parts: up to `long_attention.MAX_PARTS` of keys and values in q's dtype, in the order of the tokens; the last
+            ends with the T tokens themselves.
         spans: int32 [parts, 2]: first and one past the last token in use, of each part.
         scale: of the scores.
         window: each token sees only the last `window` ones, itself included; 0: all. Spans may be wider.
@@ -282,14 +283,14 @@ def _prepared_attention(
     split = undivided or cut.threadgroups > 0
     out = out or dtype
     defines = {"D": dim, "GQA": heads // kv_heads, "ROWS": cut.rows, "SG": cut.simdgroups, "KEYS": cut.keys}
-    defines |= {"PARTS": len(lengths), "WINDOW": window, "SPLIT": split, "WHOLE": cut.threadgroups == 0}
-    defines |= {f"LENGTH{i}": dim - 2 for i, dim in enumerate(dims)}
-    absent = [f"{kv}{i}" for i in range(len(lengths), MAX_PARTS) for kv in "kv"]
+    defines |= {"WINDOW": window, "SPLIT": split, "WHOLE": cut.threadgroups == 0}
+    defines |= {"SHARE": cut.share(lengths, across * kv_heads) if cut.threadgroups else 1}
+    described, absent = long_attention.describe_parts(dims)
     kernel = render(
         "attention",
         "attention.metal",
         dtype,
-        defines | {"THREADGROUPS": cut.threadgroups, "U": _TYPES[out], "SCALE": _f(scale)},
+        defines | described | {"U": _TYPES[out], "SCALE": _f(scale)},
         absent + (["out"] if split else ["sums", "stats"]),
     )
     launch: dict[str, Any] = {
@@ -300,14 +301,7 @@ def _prepared_attention(
     }
     if not split:
         return _build(maker, kernel), launch, None
-    merge = render("merge", "attention.metal", dtype, {"U": _TYPES[out], "D": dim, "SG": 8})
-    merge_launch = {
-        "grid": (256, -(-dim // 128), total),
-        "threadgroup": (256, 1, 1),
-        "output_shapes": [(tokens, heads * dim)],
-        "output_dtypes": [out],
-    }
-    return _build(maker, kernel), launch, (_build(maker, merge), merge_launch)
+    return _build(maker, kernel), launch, long_attention.merge(shape, dtype, out, 8, maker)
 
 
 def attention_twin(

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from .kernels import _TYPES, Maker, _build, _f, render
+from .kernels import _TYPES, CORES, Maker, _build, _f, render
 
 if TYPE_CHECKING:
     from .attention import Launch, Part
 
 MAX_PARTS = 8  # of keys and values; Metal takes 31 buffers a kernel, and a part needs three
 LONG = 8192  # tokens of capacity from which on matrix units pay: fewer fill too few threadgroups
-CORES = 132  # of an H100
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,9 @@ def long_attention(
     """
     lengths, dims = tuple(k.shape[-2] for k, _ in parts), tuple(k.ndim for k, _ in parts)
     cached = (q.shape, parts[0][0].shape[-3], lengths, dims, maker, scale, out or q.dtype, cut)
-    run, launch, merge = _prepared(*cached)
+    run, launch, (run_merge, merge_launch) = _prepared(*cached)
     sums, stats = run(inputs=[q, spans, *(a for part in parts for a in part)], **launch)
-    return merge[0](inputs=[sums, stats], **merge[1])[0]
+    return run_merge(inputs=[sums, stats], **merge_launch)[0]
 
 
 @lru_cache(maxsize=4096)  # several launches a token: the GPU must not wait for this to be worked out
@@ -129,11 +128,10 @@ def _prepared(
         "SHARE": 16 * cut.simdgroups * cut.share,
         "BATCH": cut.batch,
         "RESIDENT": cut.resident,
-        "PARTS": len(lengths),
         "SCALE": _f(scale),
     }
-    defines |= {f"LENGTH{i}": dim - 2 for i, dim in enumerate(dims)}
-    absent = [f"{kv}{i}" for i in range(len(lengths), MAX_PARTS) for kv in "kv"]
+    described, absent = describe_parts(dims)
+    defines |= described
     kernel = render("long_attention", "long.metal", mx.float16, defines, absent)
     pieces = cut.pieces(lengths)
     launch = {
@@ -142,11 +140,26 @@ def _prepared(
         "output_shapes": [(total, pieces, dim), (total, pieces, 2)],
         "output_dtypes": [mx.float32] * 2,
     }
-    merge = render("merge", "attention.metal", mx.float16, {"U": _TYPES[out], "D": dim, "SG": cut.merging})
-    merge_launch = {
-        "grid": (32 * cut.merging, -(-dim // 128), total),
-        "threadgroup": (32 * cut.merging, 1, 1),
+    return _build(maker, kernel), launch, merge(shape, mx.float16, out, cut.merging, maker)
+
+
+# ---------------------------------------------------------------- what `attention` has in common with it
+
+
+def describe_parts(dims: tuple[int, ...]) -> tuple[dict[str, object], list[str]]:
+    """Parts whose keys and values have so many dimensions: constants for a kernel, and the inputs it goes without."""
+    defines: dict[str, object] = {"PARTS": len(dims), **{f"LENGTH{i}": n - 2 for i, n in enumerate(dims)}}
+    return defines, [f"{kv}{i}" for i in range(len(dims), MAX_PARTS) for kv in "kv"]
+
+
+def merge(shape: tuple[int, int, int], dtype: mx.Dtype, out: mx.Dtype, simdgroups: int, maker: Maker) -> Launch:
+    """What adds up the pieces of queries [T, H, D], by so many simdgroups a threadgroup: attention.metal's `merge`."""
+    tokens, heads, dim = shape
+    kernel = render("merge", "attention.metal", dtype, {"U": _TYPES[out], "D": dim, "SG": simdgroups})
+    launch = {
+        "grid": (32 * simdgroups, -(-dim // 128), tokens * heads),
+        "threadgroup": (32 * simdgroups, 1, 1),
         "output_shapes": [(tokens, heads * dim)],
         "output_dtypes": [out],
     }
-    return _build(maker, kernel), launch, (_build(maker, merge), merge_launch)
+    return _build(maker, kernel), launch
