@@ -164,7 +164,7 @@ def cuts(kind: str, heads: tuple[int, int], layer: Layer, tune: bool) -> list[An
     found: list[Any] = [None]
     if kind == "full":
         lengths.append(TAIL)
-        found.append(attention.attention_cut(sum(lengths), rows, kv_heads))
+        found.append(attention.attention_cut(lengths, rows, kv_heads))
         if tune:
             options: list[dict[str, Any]] = [
                 {"waves": 2},

@@ -49,21 +49,11 @@ def kernel(
     `X_shape` in the source is the shape of input X, as it is there. A header may define LAUNCH_BOUNDS, from which the
     compiler knows how many registers a thread may have.
     """
-    bounds = "LAUNCH_BOUNDS " if "#define LAUNCH_BOUNDS " in header else ""
-    shaped = [i for i, n in enumerate(input_names) if f"{n}_shape" in source]
+    shaped = shaped_inputs(input_names, source)
 
     @cache
     def compiled(types: tuple[mx.Dtype, ...], ranks: tuple[int, ...]) -> bytes:
-        names = [*input_names, *output_names]
-        pointers = [
-            f"{'const ' if i < len(input_names) else ''}{_TYPES[t]}* {n}"
-            for i, (t, n) in enumerate(zip(types, names, strict=True))
-        ]
-        shapes = {f"{input_names[i]}_shape": rank for i, rank in zip(shaped, ranks, strict=True)}
-        sizes = [f"int {n}_{j}" for n, rank in shapes.items() for j in range(rank)]
-        arrays = (f"const int {n}[] = {{{', '.join(f'{n}_{j}' for j in range(k))}}};\n" for n, k in shapes.items())
-        signature = f'extern "C" __global__ void {bounds}{name}({", ".join(pointers + sizes)})'
-        return _module(f"{header}\n{signature} {{\n{''.join(arrays)}{source}\n}}\n", name)
+        return module(text(name, input_names, output_names, source, header, types, ranks), name)
 
     def call(
         inputs: Sequence[mx.array],
@@ -89,8 +79,51 @@ def kernel(
     return call
 
 
-def _module(text: str, name: str) -> bytes:
+def shaped_inputs(input_names: Sequence[str], source: str) -> list[int]:
+    """Which inputs' shapes a kernel asks for: it takes their sizes after its arrays."""
+    return [i for i, n in enumerate(input_names) if f"{n}_shape" in source]
+
+
+def text(
+    name: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    source: str,
+    header: str,
+    types: Sequence[mx.Dtype],
+    ranks: Sequence[int],
+) -> str:
+    """A kernel as a whole CUDA text: for inputs and outputs of these types, the shaped inputs of these ranks."""
+    bounds = "LAUNCH_BOUNDS " if "#define LAUNCH_BOUNDS " in header else ""
+    pointers = [
+        f"{'const ' if i < len(input_names) else ''}{_TYPES[t]}* {n}"
+        for i, (t, n) in enumerate(zip(types, [*input_names, *output_names], strict=True))
+    ]
+    shaped = shaped_inputs(input_names, source)
+    shapes = {f"{input_names[i]}_shape": rank for i, rank in zip(shaped, ranks, strict=True)}
+    sizes = [f"int {n}_{j}" for n, rank in shapes.items() for j in range(rank)]
+    arrays = (f"const int {n}[] = {{{', '.join(f'{n}_{j}' for j in range(k))}}};\n" for n, k in shapes.items())
+    signature = f'extern "C" __global__ void {bounds}{name}({", ".join(pointers + sizes)})'
+    return f"{header}\n{signature} {{\n{''.join(arrays)}{source}\n}}\n"
+
+
+def machine_code(text: str, name: str) -> bytes:
+    """A whole CUDA text as this GPU's machine code: kept on disk, or compiled now."""
+    kept = _kept(text, name)
+    return kept if isinstance(kept, bytes) else kept[1].read_bytes()
+
+
+def module(text: str, name: str) -> bytes:
     """What MLX takes as the compiled text: a key under which it finds it, or the machine code itself."""
+    kept = _kept(text, name)
+    if isinstance(kept, bytes):
+        return kept
+    key, code_file = kept
+    return key if name == _TRIAL or _keys_work() else code_file.read_bytes()
+
+
+def _kept(text: str, name: str) -> tuple[bytes, Path] | bytes:
+    """The key of a compiled text and the file that has the machine code; that itself where the disk takes none."""
     architecture = str(mx.device_info()["architecture"])
     key = hashlib.sha256(f"{_version()} {architecture}\n{text}".encode()).hexdigest()[:32].encode()
     folder = Path(os.environ.get("MLX_PTX_CACHE_DIR", os.devnull))
@@ -105,7 +138,7 @@ def _module(text: str, name: str) -> bytes:
                     file.write(content)
         except OSError:  # a disk that is full or read-only costs time, no more
             return code
-    return key if name == _TRIAL or _keys_work() else code_file.read_bytes()
+    return key, code_file
 
 
 def _hash(key: bytes) -> int:

@@ -11,15 +11,17 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
+import numpy as np
 
-from . import attention, coded_attention, fused, kernels, ops, ple, tiles
+from . import attention, coded_attention, fused, kernels, ops, ple, recording, tiles
 from .config import LayerConfig
 from .ops import Weight
 from .quant import Packed
+from .replay import Player, Replay, Step
 from .segments import LayerKV, sealed
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ class Kernels:
     # Names of operations that run as their twins; "matvec" means all formats, "matvec Q4_K" that one.
     off: frozenset[str] = frozenset()
     traced: bool = False  # steps are traced and replayed; takes a maker whose launches are lazy
+    player: Callable[[], Player] | None = None  # plays steps of one token that were recorded; None: none are
+    strict: bool = False  # a kernel that raises is the caller's to deal with
 
     def __call__(self, name: str, *args: Any, **options: Any) -> Any:
         """The operation `name` of its module."""
@@ -132,6 +136,8 @@ class Kernels:
         return done
 
     def _run(self, names: Sequence[str], kernel: Callable[[], Any], twin: Callable[[], Any]) -> Any:
+        if self.strict and self.off.isdisjoint(names):
+            return kernel()
         if self.off.isdisjoint(names):
             try:
                 return kernel()
@@ -187,7 +193,7 @@ def can_step(model: Model, tokens: int) -> bool:
 # What a step reads of a KV state, in the same places while the state's segments stay the same, so that a trace of the
 # step serves until a tail is full.
 #   position         int32 [1]: tokens before the step
-#   places           two of int32 [n, 2], constant as long, for `_places`
+#   places           two of int32 [n, 2], constant as long: the numbers of all places are max(position + slope, least)
 #   parts            {sliding or not: how many}
 #   segments         {layer with keys and values of its own: [(keys, values), ..]}: what is in sight before the tail;
 #                    in a global layer perhaps [(codes, scales), ..]
@@ -206,11 +212,12 @@ class Constants:
 
     wavelengths: Callable[[LayerConfig], mx.array]  # of a layer's RoPE, fp32 [D / 2]
     scales: list[mx.array | None]  # of layers; [4], for MLX keeps less than that in the host's memory (CUDA)
+    nothing: mx.array  # zeros fp32 [hidden]
 
 
 def make_step(
     model: Model, run: Kernels, wavelengths: Callable[[LayerConfig], mx.array]
-) -> Callable[[mx.array, KVState], mx.array]:
+) -> tuple[Callable[[mx.array, KVState], mx.array], Replay | None]:
     """The function that reads a few tokens into a state: (ids int [T], state) -> fp32 logits [T, vocab].
 
     T as `can_step` allows. Building a step's hundreds of launches takes the host longer than a GPU takes to run
@@ -220,27 +227,37 @@ def make_step(
         model: its weights and configuration.
         run: the backend's kernels.
         wavelengths: of a layer's RoPE, fp32 [D / 2].
+
+    Returns:
+        that function, and what replays steps of one token where `run.player` can: whoever is in no hurry for the
+        logits asks it first.
     """
     kinds = _first_of_kinds(model)
     scales = [layer.layer_output_scale for layer in model.weights.layers]
-    constants = Constants(wavelengths, [None if s is None else mx.contiguous(mx.broadcast_to(s, (4,))) for s in scales])
-    mx.eval([s for s in constants.scales if s is not None])
+    wide = [None if s is None else mx.contiguous(mx.broadcast_to(s, (4,))) for s in scales]
+    constants = Constants(wavelengths, wide, mx.zeros(model.config.hidden))
+    mx.eval([s for s in constants.scales if s is not None], constants.nothing)
+
+    def traceable(ids: mx.array, inputs: Inputs) -> tuple[mx.array, list[attention.Part]]:
+        slope, least = inputs["places"]
+        rows = mx.maximum(inputs["position"] + slope, least).reshape(-1)
+        logits, tails = _forward(model, run, constants, ids, inputs | _placed(rows, inputs["parts"]))
+        return ops.softcap(logits, model.config.softcap), tails
 
     @lru_cache(TRACES)
     def traced(_: Any) -> Callable[..., Any]:
-        return mx.compile(partial(_forward, model, run, constants))
+        return mx.compile(traceable)
 
     @lru_cache(TRACES)
     def places(where: tuple[Any, ...]) -> list[mx.array]:
         return [mx.array(a, mx.int32) for a in where]
 
     def step(ids: mx.array, state: KVState) -> mx.array:
-        tokens, window = ids.size, model.config.window
-        opened = {i: _with_room(kv, state, model.config.layers[i].sliding, window) for i, kv in state.layers.items()}
+        tokens, opened = ids.size, _opened(model, state)
         inputs, where = _inputs(model, opened, state.length, tokens)
         inputs["places"] = places(where)
         shapes = (tuple(k.shape for k, _ in inputs["segments"][i]) for i in kinds)
-        forward = traced((run.off, tokens, *shapes)) if run.traced else partial(_forward, model, run, constants)
+        forward = traced((run.off, tokens, *shapes)) if run.traced else traceable
         logits, tails = forward(ids.astype(mx.int32), inputs)
         for (i, kv), (keys, values) in zip(opened.items(), tails, strict=True):
             count, stop = kv.count + tokens, kv.stop + tokens
@@ -248,18 +265,29 @@ def make_step(
         state.advance(ids)
         return cast(mx.array, logits)
 
-    return step
+    def arranged(state: KVState) -> Step:
+        opened, recorder = _opened(model, state), Kernels(recording.maker, run.off, strict=True)
+        inputs, (slopes, least) = _inputs(model, opened, state.length, 1)
+
+        def record(ids: Any, rows: Any, tails: Any) -> Any:
+            here = inputs | _placed(rows, inputs["parts"]) | {"tails": tails}
+            return _forward(model, recorder, constants, ids, here)[0]
+
+        reads = [a for parts in inputs["segments"].values() for part in parts for a in part]
+        return Step(opened, np.array(slopes), np.array(least), record, reads)
+
+    return step, Replay(run.player, arranged) if run.player else None
 
 
 def _forward(
     model: Model, run: Kernels, constants: Constants, ids: mx.array, inputs: Inputs
 ) -> tuple[mx.array, list[attention.Part]]:
-    """The step itself, a function of arrays: fp32 logits [T, vocab], and the new tails.
+    """The step itself, a function of arrays: fp32 logits [T, vocab] before any softcap, and the new tails.
 
-    x, the residual, is fp32 throughout; what a norm gives, h, has the dtype of the KV state: fp16 on a GPU.
+    Nothing but kernels of ours touches what it makes, so that their launches are all there is to it. x, the residual,
+    is fp32 throughout; what a norm gives, h, has the dtype of the KV state: fp16 on a GPU.
     """
     c, w = model.config, model.weights
-    inputs = inputs | _places(inputs)
     x = run("embed", ids, w.token_embd, math.sqrt(c.hidden))  # [T, hidden]
     per_layer: list[mx.array] = []
     if w.per_layer_token_embd is not None and w.per_layer_model_proj is not None:
@@ -267,8 +295,9 @@ def _forward(
         made = run(
             "ple_inputs", ids, projected, w.per_layer_proj_norm, w.per_layer_token_embd, c.hidden**-0.5, eps=c.eps
         )  # [layers, T, P]
-        per_layer = [p.squeeze(0) for p in mx.split(made, len(w.layers))]
-    h = ops.within(ops.rms_norm(x, w.layers[0].attn_norm, c.eps), model.kv_dtype)
+        per_layer = [made[i] for i in range(len(w.layers))]
+    # x + rms(x) 0, which is x, and the first norm of it
+    x, h = run("add_norm", x, x, constants.nothing, next_norm=w.layers[0].attn_norm, eps=c.eps, out=model.kv_dtype)
     tails: dict[int, attention.Part] = {}
     for i, layer in enumerate(w.layers):
         norm: dict[str, Any] = {"eps": c.eps, "out": model.kv_dtype}
@@ -284,7 +313,7 @@ def _forward(
         else:
             x, h = run("add_norm", x, m, layer.post_ffw_norm, experts=experts, shrunk=SHRINK, **end)
     logits = run.product(h, w.output, out=mx.float32, ahead=_queries(w.layers[0]))
-    return ops.softcap(logits, c.softcap), list(tails.values())
+    return logits, list(tails.values())
 
 
 def _queries(layer: Layer) -> Weight | None:
@@ -292,19 +321,17 @@ def _queries(layer: Layer) -> Weight | None:
     return layer.attn_q if layer.attn_qk is None else layer.attn_qk
 
 
-def _places(inputs: Inputs) -> Inputs:
-    """Where the step's tokens go and what they see, worked out on the device: the host sends a position and no more.
+def _placed(rows: mx.array, parts: dict[bool, int]) -> Inputs:
+    """Where the step's tokens go and what they see, out of the numbers of all places, int32 [2 n].
 
     position, count: int32 [1], tokens before the step, and those of them in the tails; spans: by kind of layer, int32
     [parts, 2], the rows in use of each part that is not in codes, the tail the last of them.
     """
-    slope, least = inputs["places"]
-    rows = mx.maximum(inputs["position"] + slope, least).reshape(-1)
     found: Inputs = {"position": rows[0:1], "count": rows[1:2], "spans": {}}
     at = 2
-    for kind, parts in inputs["parts"].items():
-        found["spans"][kind] = rows[at : at + 2 * parts].reshape(-1, 2)
-        at += 2 * parts
+    for kind, n in parts.items():
+        found["spans"][kind] = rows[at : at + 2 * n].reshape(-1, 2)
+        at += 2 * n
     return found
 
 
@@ -413,6 +440,12 @@ def _experts(
     return out[None], share, layer.post_ffw_norm_1, layer.post_ffw_norm_2
 
 
+def _opened(model: Model, state: KVState) -> dict[int, LayerKV]:
+    """A state's layers, each with room for a step's tokens in its tail."""
+    shapes, window = model.config.layers, model.config.window
+    return {i: _with_room(kv, state, shapes[i].sliding, window) for i, kv in state.layers.items()}
+
+
 def _with_room(kv: LayerKV, state: KVState, sliding: bool, window: int) -> LayerKV:
     """A layer's keys and values with room for the step's tokens in the tail: a full one is sealed."""
     if kv.count < state.layout.tail:
@@ -429,7 +462,7 @@ def _first_of_kinds(model: Model) -> list[int]:
 def _inputs(model: Model, opened: dict[int, LayerKV], length: int, tokens: int) -> tuple[Inputs, tuple[Any, ...]]:
     """What a step of so many tokens reads of a state that holds `length`; its places yet to be made into arrays.
 
-    A place is max(position + slope, least), for `_places`: a pair of slopes and a pair of what is least for each row.
+    A place is max(position + slope, least): a pair of slopes and a pair of what is least for each row.
     """
     segments: dict[int, list[attention.Part]] = {}
     count = next(iter(opened.values())).count

@@ -22,7 +22,19 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import attention, coded_attention, cuda, fused, kernels, kv_codes, long_attention, packing, ple, tiles
+from . import (
+    attention,
+    coded_attention,
+    cuda,
+    cuda_graph,
+    fused,
+    kernels,
+    kv_codes,
+    long_attention,
+    packing,
+    ple,
+    tiles,
+)
 from .decode import Kernels
 from .execution import execution
 from .kernel_checks import Check, checks
@@ -68,7 +80,10 @@ class Verdict:
 def usable_kernels() -> Kernels | None:
     """The kernels to run a model with; None where stock operations run everything: on a CPU, or if switched off."""
     maker = None if os.environ.get("MLX_GEMMA4_KERNELS", "").lower() == "off" else kernels.default_maker()
-    return Kernels(maker, frozenset(recall().failed), kernels.is_lazy(maker)) if maker else None
+    if maker is None:
+        return None
+    player = cuda_graph.Player if maker is kernels.cuda_maker else None
+    return Kernels(maker, frozenset(recall().failed), kernels.is_lazy(maker), player)
 
 
 def verdict_file() -> Path:

@@ -143,11 +143,13 @@ def generate_tokens(
     with execution():
         choose = Chooser(sampling, recent, model.config.vocab, logprobs)
     logits = _prefill(model, state, prompt, on_prompt, _marks_wanted(state, prompt, turn_ends))
-    choice = _choose(choose, logits, constraint)
+    choice = _choose(choose, lambda: logits, constraint)
+    # A step is scheduled before its token is known, where that can be.
+    ahead = constraint is None and not model.replays
     mark, known = start, state.length
     try:
         for produced in range(1, max_tokens + 1):
-            following = _next(model, state, choose, choice, produced < max_tokens) if constraint is None else None
+            following = _next(model, state, choose, choice, produced < max_tokens) if ahead else None
             token = choice.on_host()
             known += 1
             now = time.perf_counter()
@@ -156,10 +158,11 @@ def generate_tokens(
             statistics.reply_tokens, statistics.reply_time = produced, now - mark
             statistics.peak_memory = mx.get_peak_memory()
             stop = token.id in stop_ids
-            if constraint is not None:
-                if not stop:
+            if not ahead:
+                if constraint is not None and not stop:
                     constraint.accept(token.id)
-                more = not stop and not constraint.finished and produced < max_tokens
+                finished = constraint is not None and constraint.finished
+                more = not stop and not finished and produced < max_tokens
                 following = _next(model, state, choose, choice, more, constraint)
             if stop:
                 statistics.stop_reason = "stop"
@@ -168,7 +171,7 @@ def generate_tokens(
             if constraint is not None and constraint.finished:
                 statistics.stop_reason = "stop"
                 return
-            choice = following or choice
+            choice = following() if following else choice
     finally:
         if state.length > known:  # interrupted while a token was on its way
             state.rewind(known)
@@ -176,24 +179,29 @@ def generate_tokens(
 
 def _next(
     model: Model, state: KVState, choose: Chooser, choice: Choice, more: bool, constraint: Constraint | None = None
-) -> Choice | None:
-    """Read a chosen token into the state; the choice that follows it, scheduled, if there is to be one (`more`)."""
+) -> Callable[[], Choice] | None:
+    """Read a chosen token into the state; the choice that follows it, if there is to be one (`more`).
+
+    The forward pass is scheduled. So is the choice; or else, where steps are replayed, it is when it is asked for.
+    """
     with execution():
         if not more:  # a lazy graph: on a GPU it costs nothing unless the state is used again
             model.prefill(choice.token[None], state)
             return None
-        logits = model.forward(choice.token[None], state)
-        if constraint is None:
-            return _choose(choose, logits, None)
-        mx.async_eval(logits)
-    return _choose(choose, logits, constraint)
+        logits = model.begin(choice.token[None], state)
+        if constraint is not None and not model.replays:
+            mx.async_eval(logits())
+    if model.replays:
+        return lambda: _choose(choose, logits, constraint)
+    following = _choose(choose, logits, constraint)
+    return lambda: following
 
 
-def _choose(choose: Chooser, logits: mx.array, constraint: Constraint | None) -> Choice:
+def _choose(choose: Chooser, logits: Callable[[], mx.array], constraint: Constraint | None) -> Choice:
     """The next token, scheduled. The device may still be at the logits while the mask is made."""
     allowed = None if constraint is None else constraint.mask()
     with execution():
-        choice = choose(logits, allowed)
+        choice = choose(logits(), allowed)
         mx.async_eval(choice)
     return choice
 

@@ -92,7 +92,12 @@ def _render(
 
 def cuda_maker(name: str, input_names: Sequence[str], output_names: Sequence[str], source: str, header: str) -> Any:
     """A `Maker` for MLX's CUDA backend."""
-    return cuda.kernel(name, input_names, output_names, to_cuda(source), _text("cuda.h") + to_cuda(header))
+    return cuda.kernel(name, input_names, output_names, *to_cuda_text(source, header))
+
+
+def to_cuda_text(source: str, header: str) -> tuple[str, str]:
+    """A rendered kernel's source and header for `cuda.kernel`."""
+    return to_cuda(source), _text("cuda.h") + to_cuda(header)
 
 
 def to_cuda(text: str) -> str:

@@ -7,6 +7,7 @@ number of states. Shapes beside the lines: T tokens, H query heads, G key/value 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +20,7 @@ from .decode import Kernels, can_step, make_step
 from .execution import execution
 from .memory import on_cpu
 from .ops import Weight
+from .replay import Replay
 from .state import KVState
 
 
@@ -89,7 +91,10 @@ class Model:
             for layer in config.layers
         }
         mx.eval(list(self._wavelengths.values()))
-        self._step = make_step(self, kernels, self._rope_of) if kernels else None
+        self._step: Callable[[mx.array, KVState], mx.array] | None = None
+        self._replay: Replay | None = None
+        if kernels:
+            self._step, self._replay = make_step(self, kernels, self._rope_of)
 
     def new_state(self, max_tokens: int | None = None, kv: str = "full") -> KVState:
         """An empty KV state for this model, for at most `max_tokens`: fp32 on a CPU, fp16 on a GPU.
@@ -137,14 +142,48 @@ class Model:
         """
         with execution() as outermost:
             state.check_room(ids.size)
-            if self._step and can_step(self, ids.size) and state.fits_tail(ids.size):
+            pending = self._begin(ids, state)
+            if pending is not None:
+                logits = pending()[None]
+            elif self._step and can_step(self, ids.size) and state.fits_tail(ids.size):
                 logits = self._step(ids, state)
             else:
                 logits = self._head(self._layers(ids, state, ids.size if all_logits else 1))
             logits = logits if all_logits else logits[-1]
             if outermost:
-                mx.async_eval(logits, state.arrays)
+                mx.async_eval(logits, [] if state.lender else state.arrays)
         return logits
+
+    @property
+    def replays(self) -> bool:
+        """Whether `begin` waits for its token and does not wait for its logits."""
+        return self._replay is not None
+
+    def begin(self, ids: mx.array, state: KVState) -> Callable[[], mx.array]:
+        """`forward` of one token, int [1], whose logits are asked for later.
+
+        Where steps are replayed, the token must be known first, and nobody else waits for the GPU until the function
+        that is returned is called, under `execution()`: it gives the logits, fp32 [vocab].
+        """
+        with execution():
+            state.check_room(1)
+            pending = self._begin(ids, state)
+            if pending is not None:
+                return pending
+            logits = self.forward(ids, state)
+        return lambda: logits
+
+    def settle(self) -> None:
+        """Have no state's newest keys and values in a replayed step's hands."""
+        if self._replay is not None:
+            self._replay.settle()
+
+    def _begin(self, ids: mx.array, state: KVState) -> Callable[[], mx.array] | None:
+        """A replayed step, started; None: it takes another way."""
+        if self._replay is None or ids.size != 1 or not can_step(self, 1):
+            return None
+        pending = self._replay.begin(ids, state)
+        return None if pending is None else lambda: ops.softcap(pending.logits(), self.config.softcap)[0]
 
     def prefill(self, ids: mx.array, state: KVState) -> None:
         """Read tokens, int [T], into the state and want no logits: only keys and values are made."""

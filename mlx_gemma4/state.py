@@ -23,6 +23,7 @@ from .segments import Coder, LayerKV, Layout, Part, Segment, appended, arranged,
 
 if TYPE_CHECKING:
     from .model import Model
+    from .replay import Replay
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +65,36 @@ class KVState:
         self._marks: dict[int, Mark] = {}
         self._staged: dict[int, LayerKV] = {}  # of a forward pass that is not through yet
         self._reading: dict[int, list[Part]] = {}  # what that pass sees of layers in codes, if it has many tokens
+        self.lender: Replay | None = None  # has the tails, if any does
         with execution():
-            self._layers = {
+            self._held = {
                 i: empty(shape.kv_heads, shape.head_dim, self.layout, dtype, coder_of(model, kv, i))
                 for i, shape in enumerate(model.config.layers)
                 if shape.kv_layer == i
             }
+
+    # Where its layers are
+
+    @property
+    def _layers(self) -> dict[int, LayerKV]:
+        """All it keeps, of each layer that keeps any. What a replayed step has of it comes back first."""
+        if self.lender is not None:
+            self.lender.settle()
+        return self._held
+
+    @_layers.setter
+    def _layers(self, layers: dict[int, LayerKV]) -> None:
+        if self.lender is not None:
+            self.lender.forget()
+        self._held, self.lender = layers, None
+
+    def lend(self, layers: dict[int, LayerKV], lender: Replay) -> None:
+        """Steps go on in copies of these tails, until anything asks for the layers (replay.py)."""
+        self._held, self.lender = dict(layers), lender
+
+    def take_back(self, layers: dict[int, LayerKV]) -> None:
+        """The layers as the steps since have left them."""
+        self._layers = layers
 
     # What a model's forward pass uses
 
@@ -90,7 +115,8 @@ class KVState:
 
     def advance(self, ids: mx.array) -> None:
         """Count the tokens ids, int [T], whose keys and values every layer has been given."""
-        self._layers = self._layers | self._staged
+        if self._staged:  # a replayed step writes where it was lent to
+            self._layers = self._layers | self._staged
         self._staged, self._reading = {}, {}
         self._unread.append(ids)
         self._length += ids.size
@@ -167,11 +193,11 @@ class KVState:
     def fork(self) -> KVState:
         """Another state with the same past and marks. Copies no keys or values."""
         self.check_room(0)
-        other = KVState.__new__(KVState)
+        layers, other = self._layers, KVState.__new__(KVState)
         other.__dict__.update(self.__dict__)
         other.wanted_marks, other._marks = set(self.wanted_marks), dict(self._marks)
         other._tokens, other._unread = list(self._tokens), list(self._unread)
-        other._layers, other._staged, other._reading = dict(self._layers), {}, {}
+        other._layers, other._staged, other._reading = dict(layers), {}, {}
         return other
 
     def mark(self, position: int | None = None) -> Mark:

@@ -88,6 +88,7 @@ def save_state(state: KVState, path: str | Path) -> None:
 
 def _contents(state: KVState, tokens: list[int], model: str) -> Iterator[Any]:
     """The file's bytes but for the checksum: length of the header, header, tensors."""
+    state.model.settle()  # the host is about to read what states share, and on NVIDIA what it reads moves
     arrays: dict[str, mx.array] = {}
     for i, kv in state.layers.items():
         for s in kv.segments:

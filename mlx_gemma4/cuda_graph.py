@@ -1,0 +1,277 @@
+"""Recorded launches as one CUDA graph on an NVIDIA GPU: what it costs the host is one launch.
+
+In: the launches of a `Recording`. Out: a `Player` that makes them all at once, as often as is wanted. MLX builds a
+graph of its own for whatever it evaluates, each time anew: 10 us of the host a launch. This one is built once. Its
+memory is an MLX array; where MLX's arrays lie, a kernel tells that is handed them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_int, c_uint, c_uint64, c_void_p, cast
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import cuda
+from .kernels import to_cuda_text
+from .recording import Launch, Spot, dependencies
+
+WIDTH = 32  # arrays that a launch of `_WHERE` takes
+_WHERE = "where_arrays_lie"
+_WHERE_TEXT = f"""extern "C" __global__ void {_WHERE}(
+  {", ".join(f"const void* a{i}" for i in range(WIDTH))}, unsigned long long* found) {{
+  {" ".join(f"found[{i}] = (unsigned long long)a{i};" for i in range(WIDTH))}
+}}
+"""
+_TAKE = "take_words"
+_TAKE_TEXT = f"""extern "C" __global__ void {_TAKE}(const unsigned* arena, unsigned* out, int first, int n) {{
+  const int i = blockIdx.x * 256 + threadIdx.x;
+  if (i < n) out[i] = arena[first + i];
+}}
+"""
+
+
+class _Node(ctypes.Structure):
+    """CUDA_KERNEL_NODE_PARAMS_v1 of cuda.h."""
+
+    _fields_ = (
+        ("function", c_void_p),
+        *((f"{what}_{axis}", c_uint) for what in ("grid", "block") for axis in "xyz"),
+        ("shared_bytes", c_uint),
+        ("arguments", POINTER(c_void_p)),
+        ("extra", c_void_p),
+    )
+
+
+@dataclass(frozen=True)
+class Call:
+    """A launch with all that CUDA wants to know."""
+
+    function: int
+    blocks: tuple[int, ...]
+    threads: tuple[int, ...]
+    pointers: tuple[int, ...]
+    sizes: tuple[int, ...]  # of shaped inputs, after the pointers
+
+    def node(self) -> tuple[_Node, Any]:
+        """It as a node's parameters, and what these point to."""
+        values = [*map(c_uint64, self.pointers), *map(c_int, self.sizes)]
+        places = (c_void_p * len(values))(*(cast(byref(v), c_void_p) for v in values))
+        node = _Node(self.function, *self.blocks, *self.threads, 0, cast(places, POINTER(c_void_p)), None)
+        return node, (values, places)
+
+
+class Player:
+    """One graph on a stream of its own, and the memory that it works in. Under the execution lock.
+
+    Raises:
+        RuntimeError: whatever CUDA refuses.
+    """
+
+    def __init__(self) -> None:
+        self._stream, self._numbers = c_void_p(), c_void_p()
+        _enter()
+        _do("cuStreamCreate", byref(self._stream), 1)  # one that waits for no other
+        self._arena = mx.zeros(0, mx.uint8)
+        self._begins = 0  # where the arena lies
+        self._graph, self._executable = c_void_p(), c_void_p()
+        self._nodes: list[c_void_p] = []
+        self._calls: list[Call] = []
+        self._waits: list[list[int]] = []
+        self._known: dict[int, tuple[mx.array, int]] = {}  # arrays and where they lie, by identity
+        self._moving: list[mx.array] = []
+        self._room = 0
+
+    def load(self, launches: Sequence[Launch], nbytes: int, numbers: int, moving: Sequence[mx.array]) -> None:
+        """Make a graph of launches, or change the one there is into it.
+
+        Args:
+            nbytes: of the arena.
+            numbers: int32 that each `start` writes to the arena's beginning.
+            moving: arrays to be looked for anew: others may have been read by the host since, which moves them.
+        """
+        _enter()
+        self.wait()
+        if nbytes > self._arena.nbytes:
+            self._arena = mx.zeros(nbytes + nbytes // 4, mx.uint8)
+            self._begins = self._find([self._arena])[0]
+        if numbers > self._room:
+            if self._room:
+                _do("cuMemFreeHost", self._numbers)
+            _do("cuMemHostAlloc", byref(self._numbers), c_uint64(4 * numbers), 0)
+            self._room = numbers
+        self.forget()
+        self._moving = list(moving)
+        arrays = {id(a): a for launch in launches for a in launch.inputs if isinstance(a, mx.array)}
+        self._known = {key: found for key, found in self._known.items() if key in arrays}
+        new = [a for key, a in arrays.items() if key not in self._known]
+        self._known |= {id(a): (a, at) for a, at in zip(new, self._find(new), strict=True)}
+        calls, waits = [self._call(launch) for launch in launches], dependencies(launches)
+        if not (waits == self._waits and self._change(calls)):
+            self._build(calls, waits)
+        self._calls, self._waits = calls, waits
+
+    def forget(self) -> None:
+        """Let go of what may move. What is loaded must not start any more."""
+        self.wait()
+        for a in self._moving:
+            self._known.pop(id(a), None)
+        self._moving = []
+
+    def write(self, spots: Sequence[Spot], arrays: Sequence[mx.array]) -> None:
+        """Copy arrays into the arena, before what follows."""
+        _enter()
+        for spot, at in zip(spots, self._find(arrays), strict=True):
+            to, size = c_uint64(self._begins + spot.start), c_uint64(spot.nbytes)
+            _do("cuMemcpyDtoDAsync_v2", to, c_uint64(at), size, self._stream)
+        self.wait()
+
+    def start(self, numbers: np.ndarray) -> None:
+        """Make all launches; the first thing that happens is that numbers, int32 [n], are at the arena's beginning."""
+        _enter()
+        self.wait()
+        ctypes.memmove(self._numbers, numbers.ctypes.data, numbers.nbytes)
+        _do("cuMemcpyHtoDAsync_v2", c_uint64(self._begins), self._numbers, c_uint64(numbers.nbytes), self._stream)
+        _do("cuGraphLaunch", self._executable, self._stream)
+
+    def wait(self) -> None:
+        """Until all that was started is done."""
+        _do("cuStreamSynchronize", self._stream)
+
+    def read(self, spot: Spot) -> mx.array:
+        """A copy of what lies in the arena, yet to be evaluated."""
+        words = spot.nbytes // 4
+        (out,) = mx.fast.precompiled_cuda_kernel(
+            name=_TAKE,
+            compiled_source=cuda.module(_TAKE_TEXT, _TAKE),
+            inputs=[self._arena],
+            output_shapes=[spot.shape],
+            output_dtypes=[spot.dtype],
+            scalars=[spot.start // 4, words],
+            grid=(256 * -(-words // 256), 1, 1),
+            threadgroup=(256, 1, 1),
+        )
+        return out
+
+    def __del__(self) -> None:
+        if self._stream:  # a half-made one has none
+            _enter()
+            _driver().cuStreamSynchronize(self._stream)
+            _driver().cuGraphExecDestroy(self._executable)
+            _driver().cuMemFreeHost(self._numbers)
+            _driver().cuStreamDestroy_v2(self._stream)
+
+    def _call(self, launch: Launch) -> Call:
+        lie = [self._known[id(a)][1] if isinstance(a, mx.array) else self._begins + a.start for a in launch.inputs]
+        lie += [self._begins + spot.start for spot in launch.outputs]
+        shaped = cuda.shaped_inputs(launch.input_names, launch.source)
+        shapes = [launch.inputs[i].shape for i in shaped]
+        types = tuple(a.dtype for a in (*launch.inputs, *launch.outputs))
+        function = _function(launch.name, launch, types, tuple(map(len, shapes)))
+        blocks = tuple(-(-g // t) for g, t in zip(launch.grid, launch.threadgroup, strict=True))
+        threads = tuple(map(min, launch.threadgroup, launch.grid))
+        return Call(function, blocks, threads, tuple(lie), tuple(n for shape in shapes for n in shape))
+
+    def _change(self, calls: list[Call]) -> bool:
+        """Tell the graph what differs in some of its launches; whether that could be done."""
+        for node, before, call in zip(self._nodes, self._calls, calls, strict=True):
+            if call != before:
+                parameters, _keep = call.node()
+                if _driver().cuGraphExecKernelNodeSetParams(self._executable, node, byref(parameters)):
+                    return False
+        return True
+
+    def _build(self, calls: list[Call], waits: list[list[int]]) -> None:
+        graph = c_void_p()
+        if self._executable:
+            _do("cuGraphExecDestroy", self._executable)
+            _do("cuGraphDestroy", self._graph)
+        self._executable, self._nodes = c_void_p(), []
+        _do("cuGraphCreate", byref(graph), 0)
+        for call, before in zip(calls, waits, strict=True):
+            parameters, _keep = call.node()
+            node, first = c_void_p(), (c_void_p * len(before))(*(self._nodes[i] for i in before))
+            _do("cuGraphAddKernelNode", byref(node), graph, first, c_uint64(len(before)), byref(parameters))
+            self._nodes.append(node)
+        _do("cuGraphInstantiateWithFlags", byref(self._executable), graph, c_uint64(0))
+        self._graph = graph  # its nodes name those of the executable
+
+    def _find(self, arrays: Sequence[mx.array]) -> list[int]:
+        """Where arrays lie on the GPU; they are evaluated, and contiguous, or it is a RuntimeError."""
+        found: list[tuple[mx.array, mx.array]] = []
+        for at in range(0, len(arrays), WIDTH):
+            some = [*arrays[at : at + WIDTH]]
+            some += some[:1] * (WIDTH - len(some))
+            found.append((_where(some, False), _where(some, True)))
+        mx.eval(found)
+        as_they_are, contiguous = ([int(at) for f in found for at in np.array(f[i])] for i in (0, 1))
+        if as_they_are != contiguous:
+            raise RuntimeError("an array of a decode step is not contiguous")
+        return as_they_are[: len(arrays)]
+
+
+def _where(arrays: list[mx.array], contiguous: bool) -> mx.array:
+    """uint64 [WIDTH]: where arrays lie; with `contiguous` those that are not, are copied first, and lie elsewhere."""
+    (out,) = mx.fast.precompiled_cuda_kernel(
+        name=_WHERE,
+        compiled_source=cuda.module(_WHERE_TEXT, _WHERE),
+        inputs=arrays,
+        output_shapes=[(WIDTH,)],
+        output_dtypes=[mx.uint64],
+        scalars=[],
+        grid=(1, 1, 1),
+        threadgroup=(1, 1, 1),
+        ensure_row_contiguous=contiguous,
+    )
+    return out
+
+
+_functions: dict[tuple[Any, ...], int] = {}
+
+
+def _function(name: str, launch: Launch, types: tuple[mx.Dtype, ...], ranks: tuple[int, ...]) -> int:
+    """The CUfunction of a launch's kernel; a kernel's name stands for its text."""
+    key = (name, types, ranks)
+    if key not in _functions:
+        source, header = to_cuda_text(launch.source, launch.header)
+        text = cuda.text(name, launch.input_names, launch.output_names, source, header, types, ranks)
+        module, function = c_void_p(), c_void_p()
+        _do("cuModuleLoadData", byref(module), cuda.machine_code(text, name))
+        _do("cuModuleGetFunction", byref(function), module, name.encode())
+        assert function.value
+        _functions[key] = function.value
+    return _functions[key]
+
+
+def _do(name: str, *arguments: Any) -> None:
+    """A call of CUDA's driver."""
+    status = _driver()[name](*arguments)
+    if status:
+        raise RuntimeError(f"CUDA's driver refuses {name} (status {status})")
+
+
+@cache
+def _driver() -> Any:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise RuntimeError("libcuda.so.1, NVIDIA's driver, is missing") from error
+
+
+@cache
+def _context() -> c_void_p:
+    """The one that MLX works in, through CUDA's runtime."""
+    context = c_void_p()
+    _do("cuInit", 0)
+    _do("cuDevicePrimaryCtxRetain", byref(context), 0)
+    return context
+
+
+def _enter() -> None:
+    """Make this thread's calls go to that context."""
+    _do("cuCtxSetCurrent", _context())

@@ -1,0 +1,239 @@
+"""Recorded decode steps, their launches made by the Metal simulator in an arena of host memory, token after token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from recorded import kl, path, prompts
+from test_decode import BUDGET
+from test_kernels_small import metal
+
+from mlx_gemma4 import Sampling, load
+from mlx_gemma4.decode import Kernels
+from mlx_gemma4.generation import generate_tokens
+from mlx_gemma4.kernels import Kernel, _build
+from mlx_gemma4.model import Model
+from mlx_gemma4.recording import Arena, Launch, Recording, Spot, dependencies, maker, recorded
+
+OFF = frozenset(["expand"])  # tiles of a prompt, which round to fp16
+
+
+class HostPlayer:
+    """Makes recorded launches in host memory, in the order they came in."""
+
+    made: ClassVar[list[HostPlayer]] = []
+
+    def __init__(self) -> None:
+        self.arena = np.zeros(0, np.uint8)
+        self.launches: Sequence[Launch] = []
+        self.loads = self.starts = 0
+        self.running: np.ndarray | None = None
+        self.loaded = False
+        HostPlayer.made.append(self)
+
+    def load(self, launches: Sequence[Launch], nbytes: int, numbers: int, moving: Sequence[mx.array]) -> None:
+        assert self.running is None
+        self.arena = np.full(nbytes, 0xCD, np.uint8)  # what nobody wrote is no number
+        self.launches, self.loads, self.loaded = list(launches), self.loads + 1, True
+
+    def forget(self) -> None:
+        self.loaded = False
+
+    def write(self, spots: Sequence[Spot], arrays: Sequence[mx.array]) -> None:
+        for spot, a in zip(spots, arrays, strict=True):
+            self._at(spot)[...] = np.array(a)
+
+    def start(self, numbers: np.ndarray) -> None:
+        assert self.loaded and self.running is None
+        self.running, self.starts = numbers.copy(), self.starts + 1
+
+    def wait(self) -> None:
+        if self.running is None:
+            return
+        self.arena[: self.running.nbytes] = self.running.view(np.uint8)
+        for launch in self.launches:
+            kernel = _build(
+                metal, Kernel(launch.name, launch.input_names, launch.output_names, launch.header, launch.source)
+            )
+            done = kernel(
+                inputs=[a if isinstance(a, mx.array) else mx.array(self._at(a)) for a in launch.inputs],
+                grid=launch.grid,
+                threadgroup=launch.threadgroup,
+                output_shapes=[spot.shape for spot in launch.outputs],
+                output_dtypes=[spot.dtype for spot in launch.outputs],
+            )
+            for spot, name, a in zip(launch.outputs, launch.output_names, done, strict=True):
+                if name in ("new_k", "new_v"):  # in place: rows that the kernel leaves alone stay
+                    count = int(self._at(launch.inputs[launch.input_names.index("count")])[0])
+                    self._at(spot)[..., : count + 1, :] = np.array(a)[..., : count + 1, :]
+                else:
+                    self._at(spot)[...] = np.array(a)
+        self.running = None
+
+    def read(self, spot: Spot) -> mx.array:
+        return mx.array(self._at(spot).copy())
+
+    def _at(self, spot: Any) -> np.ndarray:
+        names = {mx.float32: np.float32, mx.float16: np.float16, mx.int32: np.int32, mx.uint32: np.uint32}
+        piece = self.arena[spot.start : spot.start + spot.nbytes]
+        return piece.view(names[spot.dtype]).reshape(spot.shape)
+
+
+def both(kind: str, tag: str, folder: Path) -> tuple[Model, Model]:
+    """A model with stock operations, and the same weights with steps that are replayed."""
+    plain = load(path(kind, tag, folder), weights="packed").model
+    return plain, Model(plain.config, plain.weights, Kernels(metal, OFF, player=HostPlayer))
+
+
+@pytest.mark.parametrize("kind", BUDGET)
+def test_replayed_steps_give_the_stock_logits(kind: str, tmp_path: Path) -> None:
+    plain, replayed = both(kind, "q8_0", tmp_path)
+    ids = prompts(kind)[1]
+    states = [model.new_state() for model in (plain, replayed)]
+    for state in states:
+        plain.prefill(mx.array(ids[:-3]), state)
+    for i in ids[-3:]:
+        want, got = (np.array(m.forward(mx.array([i]), s)) for m, s in zip((plain, replayed), states, strict=True))
+        assert np.abs(got - want).max() <= 1e-3
+        assert kl(want, got) <= 1e-8
+    assert HostPlayer.made[-1].starts == 3 and HostPlayer.made[-1].loads == 1
+    assert states[0].tokens == states[1].tokens
+    for a, b in zip(states[0].arrays, states[1].arrays, strict=True):
+        assert a.shape == b.shape
+
+
+def test_a_full_tail_is_sealed_and_others_see_their_own(tmp_path: Path) -> None:
+    """Across the end of a tail: forks, marks and rewinds on the way are as with stock operations."""
+    plain, replayed = both("12b", "q8_0", tmp_path)
+    found = []
+    for model in (plain, replayed):
+        state, logits = model.new_state(), []
+        plain.prefill(mx.array(prompts("12b")[0][:1] * 61), state)
+        for i in range(3):
+            logits.append(model.forward(mx.array([i]), state))
+        fork = state.fork()  # at 64, the tail full
+        logits.append(model.forward(mx.array([9]), state))
+        mark = state.mark()
+        logits += [model.forward(mx.array([i]), state) for i in (10, 11)]
+        logits += [model.forward(mx.array([12]), fork) for _ in range(2)]  # the second time it steps, it's taken on
+        state.rewind(mark)
+        logits += [model.forward(mx.array([i]), state) for i in (13, 14)]
+        found.append((np.stack([np.array(a) for a in logits]), state.tokens, fork.tokens, state.length))
+    np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-3)
+    assert found[0][1:] == found[1][1:]
+    assert HostPlayer.made[-1].loads >= 3
+
+
+def test_states_in_turns(tmp_path: Path) -> None:
+    """A state that steps right after another is not taken on, and both go on as alone."""
+    plain, replayed = both("e2b", "q8_0", tmp_path)
+    found = []
+    for model in (plain, replayed):
+        states = [model.new_state() for _ in "ab"]
+        for n, state in enumerate(states):
+            plain.prefill(mx.array(prompts("e2b")[n]), state)
+        turns = [0, 0, 1, 0, 1, 1, 1, 0]
+        found.append(np.stack([np.array(model.forward(mx.array([5 + i]), states[t])) for i, t in enumerate(turns)]))
+    np.testing.assert_allclose(*found, atol=1e-3)
+    assert 0 < HostPlayer.made[-1].starts < 8
+
+
+def test_a_step_under_way_when_another_begins(tmp_path: Path) -> None:
+    _, replayed = both("12b", "q8_0", tmp_path)
+    state = replayed.new_state()
+    replayed.prefill(mx.array([3, 4]), state)
+    fork = state.fork()
+    first = replayed.begin(mx.array([5]), state)
+    second = replayed.begin(mx.array([6]), state)
+    late = np.array(first()), np.array(second())
+    for i, logits in zip((5, 6), late, strict=True):
+        np.testing.assert_array_equal(np.array(replayed.forward(mx.array([i]), fork)), logits)
+
+
+@pytest.mark.parametrize("kv", ["full", "tq4"])
+def test_replies_are_the_same(kv: str, tmp_path: Path) -> None:
+    """Greedy tokens past a tail's end, where global layers are in codes as well; and what the state holds then."""
+    plain, replayed = both("26b-a4b", "q8_0", tmp_path)
+    if kv != "full" and any(layer.head_dim not in (256, 512) for layer in plain.config.layers if not layer.sliding):
+        pytest.skip("this fixture's heads take no codes")
+    ids, found = prompts("26b-a4b")[0], []
+    for model in (plain, replayed):
+        state = model.new_state(kv=kv)
+        tokens = [t.id for t in generate_tokens(model, state, (ids * 64)[:60], Sampling(temperature=0), 8)]
+        found.append((tokens, state.tokens))
+    assert found[0] == found[1]
+    assert HostPlayer.made[-1].starts == 7
+
+
+def test_what_cannot_be_recorded_runs_as_before(tmp_path: Path) -> None:
+    """An operation that is off is stock MLX, which no recording takes."""
+    plain, _ = both("12b", "q8_0", tmp_path)
+    model = Model(plain.config, plain.weights, Kernels(metal, OFF | {"add_norm"}, player=HostPlayer))
+    states = [plain.new_state(), model.new_state()]
+    got = [np.array(m.forward(mx.array([7]), s)) for m, s in zip((plain, model), states, strict=True)]
+    np.testing.assert_allclose(*got, atol=1e-3)
+    assert HostPlayer.made[-1].starts == 0
+
+
+# ---------------------------------------------------------------- recordings
+
+
+def take(recording: Recording, name: str, reads: list[Any], *shapes: tuple[int, ...]) -> Any:
+    kernel = maker(name, [f"x{i}" for i in range(len(reads))], [f"y{i}" for i in range(len(shapes))], "", "")
+    with recorded(recording):
+        return kernel(reads, (1, 1, 1), (1, 1, 1), shapes, [mx.float32] * len(shapes))
+
+
+def test_dependencies() -> None:
+    r = Recording(Arena())
+    (a,) = take(r, "a", [mx.zeros(4)], (4,))
+    (b,) = take(r, "b", [a], (4,))
+    (c,) = take(r, "c", [a], (4,))
+    (d,) = take(r, "d", [a, b], (4,))  # waits for a anyway, through b
+    take(r, "e", [c, d], (4,))
+    assert dependencies(r.launches) == [[], [0], [0], [1], [2, 3]]
+
+
+def test_a_place_that_is_used_again_waits_for_its_readers() -> None:
+    r = Recording(Arena())
+    (a,) = take(r, "a", [mx.zeros(4)], (4,))
+    (b,) = take(r, "b", [a], (8,))
+    del a
+    (c,) = take(r, "c", [mx.zeros(4)], (4,))
+    assert c.spot.place == r.launches[0].outputs[0].place
+    assert dependencies(r.launches)[2] == [1]
+    assert b.spot.place != c.spot.place
+
+
+def test_the_same_demands_get_the_same_places() -> None:
+    arena, found = Arena(), []
+    for _ in range(2):
+        arena.reset()
+        r = Recording(arena)
+        (a,) = take(r, "a", [mx.zeros(4)], (400,))
+        b, c = take(r, "b", [a], (4,), (400,))
+        del a
+        take(r, "c", [b, c], (400,))
+        found.append([spot for launch in r.launches for spot in launch.outputs])
+        del b, c
+    assert found[0] == found[1]
+
+
+def test_views_keep_their_place() -> None:
+    arena = Arena()
+    r = Recording(arena)
+    whole = r.buffer((4, 6), mx.float16)
+    row, rows, wide = whole[1], whole[1:3], whole[None]
+    assert (row.shape, row.start - whole.start) == ((6,), 12)
+    assert (rows.shape, rows.ndim, rows.size) == ((2, 6), 2, 12)
+    assert wide.shape == (1, 4, 6) and whole.reshape(-1, 2).shape == (12, 2)
+    place = whole.place.start
+    del whole, rows, wide
+    assert r.buffer((4, 6), mx.float16).place.start != place
+    del row
+    assert place in [p.start for p in (arena.place(48), arena.place(48))]
