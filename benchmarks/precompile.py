@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import make_synthetic
 import mlx.core as mx
 
-from mlx_gemma4 import cuda, decode, doctor, kernel_checks, kernel_sizes, kernels, loader, quant, tiles
+from mlx_gemma4 import cuda, cuda_graph, decode, doctor, kernel_checks, kernel_sizes, kernels, loader, quant, tiles
 from mlx_gemma4.config import config_from_gguf
 from mlx_gemma4.decode import Kernels
 from mlx_gemma4.execution import execution
@@ -84,7 +84,7 @@ def launch_all(model: Model, run: Kernels) -> None:
     weights = [w for layer in model.weights.layers for w in vars(layer).values()]
     for w in {(w.format.name, w.shape[-1]): w for w in weights if isinstance(w, quant.Packed)}.values():
         tiles.expand(w, run.maker)
-    step = decode.make_step(model, run, model._rope_of)
+    step, _ = decode.make_step(model, run, model._rope_of)
     with execution():
         for depth in DEPTHS:
             state = model.new_state()
@@ -111,6 +111,8 @@ def main() -> int:
     cuda._keys_work = lambda: True  # type: ignore[assignment]
     trial = cuda.kernel(cuda._TRIAL, ["x"], ["y"], "y[threadIdx.x] = x[threadIdx.x] + 1;", "")
     trial([mx.arange(8, dtype=mx.int32)], (8, 1, 1), (8, 1, 1), [(8,)], [mx.int32])
+    for text, name in ((cuda_graph._WHERE_TEXT, cuda_graph._WHERE), (cuda_graph._TAKE_TEXT, cuda_graph._TAKE)):
+        cuda.module(text, name)
     failed = 0
     for kind in options.models:
         run = Kernels(kernels.cuda_maker)

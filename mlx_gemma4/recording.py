@@ -27,20 +27,23 @@ class Arena:
     def __init__(self) -> None:
         self.nbytes = 0  # handed out at most
         self._places: dict[int, list[int]] = defaultdict(list)  # all of a size, in order
-        self._free: dict[int, deque[int]] = defaultdict(deque)
+        self._used: dict[int, int] = defaultdict(int)  # how many of them since the last reset
+        self._free: dict[int, deque[int]] = defaultdict(deque)  # those used that are free again
 
     def reset(self) -> None:
         """Take all places back, so that the same demands get the same places again."""
-        self._free = defaultdict(deque, {size: deque(places) for size, places in self._places.items()})
+        self._used, self._free = defaultdict(int), defaultdict(deque)
 
     def place(self, nbytes: int) -> Place:
         """A place of so many bytes: the one that was free for longest, for reuse makes launches wait."""
         size = -(-max(nbytes, 1) // ALIGNED) * ALIGNED
-        free = self._free[size]
+        free, places = self._free[size], self._places[size]
         if not free:
-            self._places[size].append(self.nbytes)
-            free.append(self.nbytes)
-            self.nbytes += size
+            if self._used[size] == len(places):
+                places.append(self.nbytes)
+                self.nbytes += size
+            free.append(places[self._used[size]])
+            self._used[size] += 1
         return Place(free.popleft(), size, free)
 
 
