@@ -24,7 +24,7 @@ from mlx_gemma4.execution import execution
 from mlx_gemma4.model import Model
 
 BUDGET = {"e2b": 9, "e4b": 9, "12b": 9, "31b": 9, "26b-a4b": 13}  # launches a layer; one more where v's type differs
-OUTSIDE = 4  # of the layers: embedding, the head, and what per-layer embeddings start with
+OUTSIDE = 6  # of the layers: embedding, rotations of two kinds, the head, and what per-layer embeddings start with
 
 
 @pytest.mark.parametrize("depth", [600, 9000])
@@ -57,5 +57,6 @@ def test_a_step_of_a_real_size_runs_in_kernels(kind: str, depth: int, monkeypatc
     layers, apart = model.config.layers, sum(layer.attn_v is not None for layer in model.weights.layers)
     assert 0 < made.total() <= BUDGET[kind] * len(layers) + apart + OUTSIDE, made
     assert made["merge"] == len(layers)
+    assert made["rotations"] == 2
     long = sum(not layer.sliding for layer in layers) if depth > 8192 else 0
     assert (made["long_attention"], made["attention"]) == (long, len(layers) - long)
