@@ -3,7 +3,8 @@
 //
 // q [tokens, H D], k and v [tokens, G D]. With JOINED_K the k of a token stands behind its q in the same array, with
 // JOINED_V its v behind those; with V_IS_K v is the raw k; without KV there is q alone. tail_k, tail_v [G, TAIL, D]
-// hold count[0] tokens; new_k, new_v are copies of them with the new tokens behind (rows past those stay unwritten).
+// hold count[0] tokens; new_k, new_v are copies of them with the new tokens behind (rows past those stay unwritten), or in
+// recorded steps (recording.py) the same memory, where nothing is left to copy.
 // RoPE turns dimensions i and i + D/2 of token t by an angle of cosine rope[t, 0, i] and sine rope[t, 1, i]: what
 // `rotations` makes once a step, for angles depend on the position and on the kind of layer alone.
 //
@@ -133,7 +134,7 @@ if (group < head_groups) {
   }
 }
 #if KV
-else {
+else if (new_k != tail_k) {
   constexpr int ROW = D * C_BYTES / 16, PIECES = G * TAIL * ROW;  // of 16 bytes
   const int i = (group - head_groups) * 128 + int(thread_index_in_threadgroup), at = min(i, PIECES - 1);
   const uint4 old_k = ((const device uint4*)tail_k)[at], old_v = ((const device uint4*)tail_v)[at];
