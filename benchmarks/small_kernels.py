@@ -215,11 +215,12 @@ def qkv_cases(maker: Any) -> Iterator[Case]:
         ("E2B sliding", (8, 1), 256, HALF),
     ):
         wavelengths = mx.array([1e4 ** (2 * i / dim) for i in range(dim // 2)], FLOAT)
+        rope = att.rotations_twin(mx.array([1234], INT), wavelengths, tokens=1)
         tail = (normal(g, att.TAIL, dim, dtype=HALF), normal(g, att.TAIL, dim, dtype=HALF))
         count = 32
         x = normal(1, (h + 2 * g) * dim, dtype=dtype)
         norms = (normal(dim), normal(dim))
-        bound = (None, None, *norms, wavelengths, mx.array([1234], INT), tail, mx.array([count], INT))
+        bound = (None, None, *norms, rope, tail, mx.array([count], INT))
         mx.eval(x, bound)
         options = {"heads": h, "kv_heads": g, "eps": 1e-6, "dtype": HALF}
 
@@ -235,6 +236,20 @@ def qkv_cases(maker: Any) -> Iterator[Case]:
         nbytes = x.nbytes + h * dim * 2 + 4 * g * dim * 2 * count
         shape = f"{h}/{g} heads of {dim}, {count} in the tail, {dtype_name(dtype)}"
         yield Case(f"qkv_post {name}", shape, x, call, twin, nbytes, 5e-3, defined=defined)
+
+
+def rotations_cases(maker: Any) -> Iterator[Case]:
+    for dim in (256, 512):
+        position, wavelengths = mx.array([1234], INT), mx.array([1e4 ** (2 * i / dim) for i in range(dim // 2)], FLOAT)
+        mx.eval(position, wavelengths)
+
+        def call(position: mx.array, wavelengths: mx.array = wavelengths) -> Any:
+            return att.rotations(position, wavelengths, maker, tokens=1)
+
+        def twin(position: mx.array, wavelengths: mx.array = wavelengths) -> Any:
+            return att.rotations_twin(position, wavelengths, tokens=1)
+
+        yield Case("rotations", f"a head of {dim}", position, call, twin, 3 * wavelengths.nbytes, LIMITS[HALF])
 
 
 def norm_cases(maker: Any) -> Iterator[Case]:
@@ -325,7 +340,7 @@ def embedding_cases(maker: Any) -> Iterator[Case]:
     )
 
 
-GROUPS = (attention_cases, decode_cases, qkv_cases, norm_cases, small_cases, embedding_cases)
+GROUPS = (attention_cases, decode_cases, qkv_cases, rotations_cases, norm_cases, small_cases, embedding_cases)
 
 
 def main() -> int:

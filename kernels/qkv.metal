@@ -3,106 +3,157 @@
 //
 // q [tokens, H D], k and v [tokens, G D]. With JOINED_K the k of a token stands behind its q in the same array, with
 // JOINED_V its v behind those; with V_IS_K v is the raw k; without KV there is q alone. tail_k, tail_v [G, TAIL, D]
-// hold count[0] tokens; new_k, new_v are copies of them with the new tokens behind (rows past those stay unwritten).
-// RoPE turns dimensions i and i + D/2 by position / wavelengths[i] (infinity: not at all).
+// hold count[0] tokens; new_k, new_v are copies of them with the new tokens behind (rows past those stay unwritten), or in
+// recorded steps (recording.py) the same memory, where nothing is left to copy.
+// RoPE turns dimensions i and i + D/2 of token t by an angle of cosine rope[t, 0, i] and sine rope[t, 1, i]: what
+// `rotations` makes once a step, for angles depend on the position and on the kind of layer alone.
 //
-// Threads. A simdgroup takes one head of one token, 8 a threadgroup; the threadgroups after those copy the old rows of
-// the tails, 16 bytes of each a thread. grid (256 (ceil(tokens heads / 8) + ceil(G TAIL D sizeof(C) / 16 / 256)), 1, 1).
+// Threads. A simdgroup takes one head of one token, 4 a threadgroup, a lane 4 neighbouring pairs at a time; the
+// threadgroups after those copy the old rows of the tails, 16 bytes of each a thread.
+// grid (128 (ceil(tokens heads / 4) + ceil(G TAIL D sizeof(C) / 16 / 128)), 1, 1). D a multiple of 8.
 //
-// Memory. Products read once, results written once, the used rows of both tails read and written once.
+// Memory. Products read once, results written once; all rows of both tails read, the used ones written. The weights of a
+// layer drive all this out of the cache before the next, so to wait for it is what takes the time, and a thread waits
+// once: it asks for all that it may need, a row of the tails before it knows count.
 //
 // Rendered before: T (dtype of the products), C (of q', k', v'), C_BYTES, H, G, D, TAIL, EPS, KV, JOINED_K, JOINED_V,
 // V_IS_K, VALUE_NORM.
 
-#define PAIRS ((D / 2 + 31) / 32)  // pairs of dimensions a lane holds
+#define STEPS ((D / 2 + 127) / 128)
 #define HEADS (KV ? H + 2 * G : H)
 #define STRIDE (H * D + (JOINED_K ? G * D : 0) + (JOINED_V ? G * D : 0))  // of q from token to token
+// For each p, the lane's 4 pairs of step p: dimensions from i on, and from i + D / 2 on.
+#define EACH_STEP UNROLL for (int p = 0, i = lane * 4; p < STEPS; p++, i += 128) if (i < D / 2)
 
-// kernel: qkv_post(q, k?, v?, q_norm, k_norm?, wavelengths, position, tail_k?, tail_v?, count?) -> (q_out, new_k?, new_v?)
-const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
-const int tokens = q_shape[0];
-const int unit = int(threadgroup_position_in_grid.x) * 8 + sg;
-const int head_groups = (tokens * HEADS + 7) / 8;
+// Four numbers of 16 bits, 8-byte aligned; of fp32: common.metal.
+METAL_FUNC void load4(const device half* p, thread float* v) {
+  const uint2 u = *(const device uint2*)p;
+  v[0] = low_half(u.x);
+  v[1] = high_half(u.x);
+  v[2] = low_half(u.y);
+  v[3] = high_half(u.y);
+}
+METAL_FUNC void load4(const device bfloat* p, thread float* v) {
+  const uint2 u = *(const device uint2*)p;
+  v[0] = as_type<float>(u.x << 16);
+  v[1] = as_type<float>(u.x & 0xFFFF0000u);
+  v[2] = as_type<float>(u.y << 16);
+  v[3] = as_type<float>(u.y & 0xFFFF0000u);
+}
+METAL_FUNC void store4(device half* p, const thread float* v) {
+  uint2 u;
+  u.x = pair(half(v[0]), half(v[1]));
+  u.y = pair(half(v[2]), half(v[3]));
+  *(device uint2*)p = u;
+}
+METAL_FUNC void store4(device bfloat* p, const thread float* v) {
+  uint2 u;
+  u.x = pair(bfloat(v[0]), bfloat(v[1]));
+  u.y = pair(bfloat(v[2]), bfloat(v[3]));
+  *(device uint2*)p = u;
+}
 
-if (unit < tokens * HEADS) {
-  const int t = unit / HEADS, head = unit % HEADS;
-  const bool is_q = head < H, is_k = !is_q && head < H + G;
-  const int g = is_q ? 0 : (head - H) % (KV ? G : 1);
-  const device T* from = q + t * STRIDE + head * D;
+// kernel: qkv_post(q, k?, v?, q_norm, k_norm?, rope, tail_k?, tail_v?, count?) -> (q_out, new_k?, new_v?)
+const int lane = int(thread_index_in_simdgroup), tokens = q_shape[0];
+const int group = int(threadgroup_position_in_grid.x), units = tokens * HEADS, head_groups = (units + 3) / 4;
 #if KV
+const int used = count[0];
+#endif
+
+if (group < head_groups) {
+  const int own = group * 4 + int(simdgroup_index_in_threadgroup), unit = min(own, units - 1);
+  const int t = unit / HEADS, head = unit % HEADS;
+  const bool is_q = head < H, is_v = head >= H + G;
+  const device T* from = q + t * STRIDE + head * D;
+  const device float* norm = q_norm;
+#if KV
+  const int g = (head - H) % G;
+  if (!is_q) {
 #if JOINED_K
-  const device T* from_k = q + t * STRIDE + (H + g) * D;
+    const device T* from_k = q + t * STRIDE + (H + g) * D;
 #else
-  const device T* from_k = k + (t * G + g) * D;
+    const device T* from_k = k + (t * G + g) * D;
 #endif
 #if V_IS_K
-  const device T* from_v = from_k;
+    const device T* from_v = from_k;
 #elif JOINED_V
-  const device T* from_v = q + t * STRIDE + (H + (JOINED_K ? G : 0) + g) * D;
+    const device T* from_v = q + t * STRIDE + (H + (JOINED_K ? G : 0) + g) * D;
 #else
-  const device T* from_v = v + (t * G + g) * D;
+    const device T* from_v = v + (t * G + g) * D;
 #endif
-  if (!is_q) from = is_k ? from_k : from_v;
-#endif
-
-  float low[PAIRS], high[PAIRS], squares = 0;  // dimension i and i + D / 2
-  UNROLL
-  for (int p = 0; p < PAIRS; p++) {
-    const int i = p * 32 + lane;
-    const bool inside = i < D / 2;
-    low[p] = inside ? float(from[i]) : 0.0f;
-    high[p] = inside ? float(from[i + D / 2]) : 0.0f;
-    squares += low[p] * low[p] + high[p] * high[p];
+    from = is_v ? from_v : from_k;
+    norm = k_norm;
   }
-  const float scale = rsqrt(sum_lanes(squares, 32) / float(D) + EPS);
+#endif
 
-  UNROLL
-  for (int p = 0; p < PAIRS; p++) {
-    const int i = p * 32 + lane;
-    if (i < D / 2) {
-      float a = low[p], b = high[p];
-      if (is_q) {
-        a *= scale * q_norm[i];
-        b *= scale * q_norm[i + D / 2];
-      }
+  // NVIDIA's compiler would sum what has come before it asks for the rest: a barrier keeps the loads before it, a branch
+  // the sums behind it. A simdgroup past the last head loads that one's.
+  float low_norm[STEPS][4], high_norm[STEPS][4], cosine[STEPS][4], sine[STEPS][4];
+  float low[STEPS][4], high[STEPS][4];  // dimensions i and i + D / 2
+  EACH_STEP {
+    load4(norm + i, low_norm[p]);
+    load4(norm + i + D / 2, high_norm[p]);
+    load4(rope + t * D + i, cosine[p]);
+    load4(rope + t * D + i + D / 2, sine[p]);
+  }
+  EACH_STEP {
+    load4(from + i, low[p]);
+    load4(from + i + D / 2, high[p]);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  if (own < units) {
+    float squares = 0;
+    EACH_STEP {
+      UNROLL
+      for (int j = 0; j < 4; j++) squares += low[p][j] * low[p][j] + high[p][j] * high[p][j];
+    }
+    const float scale = is_v && !VALUE_NORM ? 1.0f : rsqrt(sum_lanes(squares, 32) / float(D) + EPS);
+
+    device C* to = q_out + (t * H + head) * D;
 #if KV
-      if (is_k) {
-        a *= scale * k_norm[i];
-        b *= scale * k_norm[i + D / 2];
-      }
-      if (VALUE_NORM && !is_q && !is_k) {
-        a *= scale;
-        b *= scale;
-      }
+    if (!is_q) to = (is_v ? new_v : new_k) + (g * TAIL + used + t) * D;
 #endif
-      if (is_q || is_k) {
-        const float angle = float(position[0] + t) * (1.0f / wavelengths[i]);
-        const float c = cos(angle), s = sin(angle), turned = a * c - b * s;
-        b = b * c + a * s;
-        a = turned;
+    EACH_STEP {
+      UNROLL
+      for (int j = 0; j < 4; j++) {
+        float a = low[p][j] * scale, b = high[p][j] * scale;
+        if (!is_v) {
+          a *= low_norm[p][j];
+          b *= high_norm[p][j];
+          const float turned = a * cosine[p][j] - b * sine[p][j];
+          b = b * cosine[p][j] + a * sine[p][j];
+          a = turned;
+        }
+        low[p][j] = a;
+        high[p][j] = b;
       }
-      if (is_q) {
-        q_out[(t * H + head) * D + i] = C(a);
-        q_out[(t * H + head) * D + i + D / 2] = C(b);
-      }
-#if KV
-      const int at = (g * TAIL + count[0] + t) * D + i;
-      if (is_k) {
-        new_k[at] = C(a);
-        new_k[at + D / 2] = C(b);
-      } else if (!is_q) {
-        new_v[at] = C(a);
-        new_v[at + D / 2] = C(b);
-      }
-#endif
+      store4(to + i, low[p]);
+      store4(to + i + D / 2, high[p]);
     }
   }
 }
 #if KV
-constexpr int PIECES = D * C_BYTES / 16;  // of 16 bytes in a row of a tail
-const int i = (int(threadgroup_position_in_grid.x) - head_groups) * 256 + int(thread_index_in_threadgroup);
-if (i >= 0 && i < G * TAIL * PIECES && i / PIECES % TAIL < count[0]) {
-  ((device uint4*)new_k)[i] = ((const device uint4*)tail_k)[i];
-  ((device uint4*)new_v)[i] = ((const device uint4*)tail_v)[i];
+else if (new_k != tail_k) {
+  constexpr int ROW = D * C_BYTES / 16, PIECES = G * TAIL * ROW;  // of 16 bytes
+  const int i = (group - head_groups) * 128 + int(thread_index_in_threadgroup), at = min(i, PIECES - 1);
+  const uint4 old_k = ((const device uint4*)tail_k)[at], old_v = ((const device uint4*)tail_v)[at];
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (i < PIECES && i / ROW % TAIL < used) {
+    ((device uint4*)new_k)[i] = old_k;
+    ((device uint4*)new_v)[i] = old_v;
+  }
 }
 #endif
+
+// kernel: rotations(position, wavelengths) -> (rope)
+// rope[t, 0, i] = cos a, rope[t, 1, i] = sin a with a = (position[0] + t) / wavelengths[i] (infinity: a = 0), once for
+// all layers of a kind. position int32 [1], wavelengths fp32 [HALF], rope fp32 [tokens, 2, HALF].
+// Threads: one an angle, 32 a threadgroup: an angle takes long, and all at once; grid (32 ceil(HALF / 32), tokens, 1).
+const int i = int(threadgroup_position_in_grid.x) * 32 + int(thread_index_in_threadgroup);
+const int t = int(threadgroup_position_in_grid.y);
+if (i < HALF) {
+  const float angle = float(position[0] + t) * (1.0f / wavelengths[i]);
+  rope[t * 2 * HALF + i] = cos(angle);
+  rope[t * 2 * HALF + HALF + i] = sin(angle);
+}

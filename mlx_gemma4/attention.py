@@ -1,8 +1,8 @@
 """The attention kernels: norms and RoPE of q, k and v with the write to the KV tail, and attention itself; with twins.
 
-In and out: MLX arrays for one token, or a handful (T up to 8). `qkv_post` launches one kernel through a `Maker`
-(kernels.py), `attention` one or two; the function named `.._twin` has the same arguments and result in stock MLX.
-Nothing here knows a model or a KV state.
+In and out: MLX arrays for one token, or a handful (T up to 8). `rotations` and `qkv_post` launch one kernel through a
+`Maker` (kernels.py), `attention` one or two; the function named `.._twin` has the same arguments and result in stock
+MLX. Nothing here knows a model or a KV state.
 """
 
 from __future__ import annotations
@@ -27,14 +27,40 @@ Launch = tuple[Callable[..., Sequence[Any]], dict[str, Any]]  # a kernel and its
 # ---------------------------------------------------------------- queries, keys and values
 
 
+def rotations(position: mx.array, wavelengths: mx.array, maker: Maker, *, tokens: int) -> Any:
+    """What RoPE turns a step's tokens by in all layers of a kind.
+
+    Args:
+        position: int32 [1], of the first token.
+        wavelengths: fp32 [D / 2], tokens per radian of each pair of dimensions; inf: does not turn.
+
+    Returns:
+        cosines and sines, fp32 [tokens, 2, D / 2].
+    """
+    half = wavelengths.size
+    return _build(maker, render("rotations", "qkv.metal", mx.float32, {"HALF": half}))(
+        inputs=[position, wavelengths],
+        grid=(32 * -(-half // 32), tokens, 1),
+        threadgroup=(32, 1, 1),
+        output_shapes=[(tokens, 2, half)],
+        output_dtypes=[mx.float32],
+    )[0]
+
+
+def rotations_twin(position: mx.array, wavelengths: mx.array, *, tokens: int) -> mx.array:
+    """`rotations` in stock MLX."""
+    positions = (position + mx.arange(tokens)).astype(mx.float32)
+    angles = positions[:, None] * (1 / wavelengths)
+    return mx.stack([mx.cos(angles), mx.sin(angles)], axis=1)
+
+
 def qkv_post(
     q: mx.array,
     k: mx.array | None,
     v: mx.array | None,
     q_norm: mx.array,
     k_norm: mx.array | None,
-    wavelengths: mx.array,
-    position: mx.array,
+    rope: mx.array,
     tail: Part | None,
     count: mx.array | None,
     maker: Maker,
@@ -53,8 +79,7 @@ def qkv_post(
             [T, (H + 2 G) D].
         k, v: [T, G D] or None.
         q_norm, k_norm: fp32 [D].
-        wavelengths: fp32 [D / 2], tokens per radian of each pair of dimensions; inf: does not turn.
-        position: int32 [1], of the first token.
+        rope: fp32 [T, 2, D / 2], what `rotations` gives.
         tail: keys and values [G, TAIL, D] or [1, G, TAIL, D] in `dtype`; None: the layer has none of its own and
             makes q alone.
         count: int32 [1], tokens in the tail; count + T is at most TAIL.
@@ -74,8 +99,8 @@ def qkv_post(
     tail_shape = tail[0].shape if tail is not None else (0, 0, 0)
     capacity = tail_shape[-2]
     defines = {"C": _TYPES[dtype], "C_BYTES": width, "H": heads, "G": kv_heads, "D": dim, "TAIL": capacity}
-    arrays = {"q": q, "k": k, "v": v, "q_norm": q_norm, "k_norm": k_norm, "wavelengths": wavelengths}
-    arrays |= {"position": position, "tail_k": tail and tail[0], "tail_v": tail and tail[1], "count": count}
+    arrays = {"q": q, "k": k, "v": v, "q_norm": q_norm, "k_norm": k_norm, "rope": rope}
+    arrays |= {"tail_k": tail and tail[0], "tail_v": tail and tail[1], "count": count}
     kernel = render(
         "qkv_post",
         "qkv.metal",
@@ -83,12 +108,12 @@ def qkv_post(
         defines | flags | {"EPS": _f(eps)},
         [name for name, a in arrays.items() if a is None] + ([] if has_kv else ["new_k", "new_v"]),
     )
-    groups = -(-tokens * (heads + 2 * kv_heads * has_kv) // 8)
-    groups += -(-kv_heads * capacity * dim * width // 16 // 256)
+    groups = -(-tokens * (heads + 2 * kv_heads * has_kv) // 4)
+    groups += -(-kv_heads * capacity * dim * width // 16 // 128)
     out = _build(maker, kernel)(
         inputs=[arrays[name] for name in kernel.inputs],
-        grid=(256 * groups, 1, 1),
-        threadgroup=(256, 1, 1),
+        grid=(128 * groups, 1, 1),
+        threadgroup=(128, 1, 1),
         output_shapes=[(tokens, heads, dim)] + [tail_shape] * 2 * has_kv,
         output_dtypes=[dtype] * (1 + 2 * has_kv),
     )
@@ -101,8 +126,7 @@ def qkv_post_twin(
     v: mx.array | None,
     q_norm: mx.array,
     k_norm: mx.array | None,
-    wavelengths: mx.array,
-    position: mx.array,
+    rope: mx.array,
     tail: Part | None,
     count: mx.array | None,
     *,
@@ -119,11 +143,12 @@ def qkv_post_twin(
     def apart(x: mx.array, n: int) -> mx.array:  # fp32 [1, n, T, D]
         return x.astype(mx.float32).reshape(1, tokens, n, dim).swapaxes(1, 2)
 
-    def rope(x: mx.array) -> mx.array:
-        return mx.fast.rope(x, dim, traditional=False, base=None, scale=1.0, offset=position[0], freqs=wavelengths)
+    def turned(x: mx.array) -> mx.array:
+        (a, b), (c, s) = mx.split(x, 2, axis=-1), (rope[:, 0], rope[:, 1])
+        return mx.concatenate([a * c - b * s, b * c + a * s], axis=-1)
 
     if tail is None or k_norm is None or count is None:
-        made = rope(ops.rms_norm(apart(q, heads), q_norm, eps))
+        made = turned(ops.rms_norm(apart(q, heads), q_norm, eps))
         return made[0].swapaxes(0, 1).astype(dtype), None, None
     ends = [heads * dim, (heads + (k is None) * kv_heads) * dim]
     q, joined_k, joined_v = mx.split(q, ends, axis=1)
@@ -131,11 +156,11 @@ def qkv_post_twin(
     v = k if v_is_k else apart(joined_v if v is None else v, kv_heads)
     if value_norm:
         v = ops.rms_norm(v, None, eps)
-    made = rope(ops.rms_norm(apart(q, heads), q_norm, eps))
+    made = turned(ops.rms_norm(apart(q, heads), q_norm, eps))
     rows = mx.broadcast_to((count + mx.arange(tokens))[:, None], k.shape)
     new = [
         mx.put_along_axis(old.reshape(1, *old.shape[-3:]), rows, x.astype(dtype), axis=2).reshape(old.shape)
-        for old, x in zip(tail, (rope(ops.rms_norm(k, k_norm, eps)), v), strict=True)
+        for old, x in zip(tail, (turned(ops.rms_norm(k, k_norm, eps)), v), strict=True)
     ]
     return made[0].swapaxes(0, 1).astype(dtype), new[0], new[1]
 

@@ -37,6 +37,7 @@ TRACES = 8  # kept of a model's steps: a conversation needs one at a time
 
 # Where operations and their twins are; the others are in `fused`.
 _MODULES = {
+    "rotations": attention,
     "qkv_post": attention,
     "attention": attention,
     "coded_attention": coded_attention,
@@ -288,6 +289,8 @@ def _forward(
     is fp32 throughout; what a norm gives, h, has the dtype of the KV state: fp16 on a GPU.
     """
     c, w = model.config, model.weights
+    kinds = {c.layers[i].sliding: constants.wavelengths(c.layers[i]) for i in _first_of_kinds(model)}
+    rope = {kind: run("rotations", inputs["position"], w, tokens=ids.size) for kind, w in kinds.items()}
     x = run("embed", ids, w.token_embd, math.sqrt(c.hidden))  # [T, hidden]
     per_layer: list[mx.array] = []
     if w.per_layer_token_embd is not None and w.per_layer_model_proj is not None:
@@ -303,7 +306,7 @@ def _forward(
         norm: dict[str, Any] = {"eps": c.eps, "out": model.kv_dtype}
         shape, scale = c.layers[i], constants.scales[i]
         following = w.layers[i + 1].attn_norm if i + 1 < len(w.layers) else w.output_norm
-        a = _attention(run, model, i, h, inputs, tails, constants.wavelengths(shape))
+        a = _attention(run, model, i, h, inputs, tails, rope[shape.sliding])
         x, h = run("add_norm", x, a, layer.post_attention_norm, next_norm=layer.ffn_norm, **norm)
         experts = None if layer.ffn_gate_inp is None else _experts(run, model, layer, x)
         end: dict[str, Any] = {"next_norm": following, "scale": scale, **norm}  # of the layer
@@ -342,7 +345,7 @@ def _attention(
     h: mx.array,
     inputs: Inputs,
     tails: dict[int, attention.Part],
-    wavelengths: mx.array,
+    rope: mx.array,
 ) -> mx.array:
     """Layer i's attention, fp32 [T, hidden], of h [T, hidden], after its norm; its new tail goes into `tails`."""
     c, layer, shape = model.config, model.weights.layers[i], model.config.layers[i]
@@ -362,8 +365,7 @@ def _attention(
         v,
         layer.attn_q_norm,
         layer.attn_k_norm,
-        wavelengths,
-        inputs["position"],
+        rope,
         inputs["tails"][i] if own else None,
         inputs["count"] if own else None,
         heads=shape.heads,

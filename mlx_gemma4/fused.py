@@ -15,8 +15,8 @@ Launches of a layer at one token, a mat-vec (matvec.metal, RMSNorm of its input 
 
 Attention over at most `attention.SHORT` tokens needs no merge: one less. A layer whose q, k and v differ in type has
 a mat-vec for each type. The four launches that `ple` stands for stay on Apple GPUs, and where `ple.takes` says no: 12.
-Before the layers: embed, and for E2B/E4B per_layer_model_proj and ple_inputs. After them: the head's mat-vec with the
-last norm folded in, and argmax's two.
+Before the layers: rotations for each kind of layer, embed, and for E2B/E4B per_layer_model_proj and ple_inputs. After
+them: the head's mat-vec with the last norm folded in, and argmax's two.
 """
 
 from __future__ import annotations

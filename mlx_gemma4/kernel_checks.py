@@ -72,6 +72,8 @@ def checks(s: Sizes, lengths: Sequence[int], rows: int | None = None) -> Iterato
         yield from (_pack(type) for type in types if type in FORMATS)
     if s.hidden == 0:  # products alone
         return
+    for dim, window in dict.fromkeys((h.dim, h.window) for h in s.heads):
+        yield _rotations(dim, window)
     for h in dict.fromkeys(s.heads):
         yield _qkv_post(h)
         for length in [h.window] if h.window else lengths:
@@ -217,6 +219,24 @@ def state_dtype() -> mx.Dtype:
     return mx.float32 if on_cpu() else mx.float16
 
 
+def _wavelengths(dim: int, window: int) -> mx.array:
+    """Of RoPE: a global head turns only in part."""
+    turns = mx.arange(dim // 2) < (dim // 2 if window else dim // 8)
+    return mx.where(turns, 10000 ** (mx.arange(dim // 2) * 2 / dim), mx.inf)
+
+
+def _rotations(dim: int, window: int) -> Check:
+    def make() -> Case:
+        position, wavelengths = mx.array([POSITION], mx.int32), _wavelengths(dim, window)
+        return Case(
+            lambda maker: attention.rotations(position, wavelengths, maker, tokens=1),
+            lambda: attention.rotations_twin(position, wavelengths, tokens=1),
+            3 * wavelengths.nbytes,
+        )
+
+    return Check("rotations", f"heads of {dim}, {'sliding' if window else 'global'}", make)
+
+
 def _qkv_post(h: Heads) -> Check:
     def make() -> Case:
         dtype, dim = state_dtype(), h.dim
@@ -224,12 +244,11 @@ def _qkv_post(h: Heads) -> Check:
         q = normal(1, (h.heads + behind) * dim)
         apart = [h.joined == "" and h.has_kv, h.joined != "kv" and not h.v_is_k and h.has_kv]
         k, v = (normal(1, h.kv_heads * dim) if there else None for there in apart)
-        turns = mx.arange(dim // 2) < (dim // 2 if h.window else dim // 8)  # a global head turns only in part
-        wavelengths = mx.where(turns, 10000 ** (mx.arange(dim // 2) * 2 / dim), mx.inf)
+        rope = attention.rotations_twin(mx.array([POSITION], mx.int32), _wavelengths(dim, h.window), tokens=1)
         tail = tuple(normal(1, h.kv_heads, attention.TAIL, dim, dtype=dtype) for _ in "kv") if h.has_kv else None
         norms = (1 + normal(dim) * 0.1, 1 + normal(dim) * 0.1 if h.has_kv else None)
-        places = (mx.array([POSITION], mx.int32), tail, mx.array([COUNT], mx.int32) if tail else None)
-        arguments: tuple[Any, ...] = (q, k, v, *norms, wavelengths, *places)
+        count = mx.array([COUNT], mx.int32) if tail else None
+        arguments: tuple[Any, ...] = (q, k, v, *norms, rope, tail, count)
         options: dict[str, Any] = {"heads": h.heads, "kv_heads": h.kv_heads, "eps": EPS, "dtype": dtype}
         options |= {"value_norm": h.value_norm, "v_is_k": h.v_is_k}
         old = sum(a.nbytes for a in tail) // attention.TAIL if tail else 0

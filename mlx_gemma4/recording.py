@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 ALIGNED = 256  # bytes; every place in an arena begins at a multiple
-# Results that are written where an input lies: the kernel copies its old rows there, here onto themselves.
+# Results that are written where an input lies: the kernel copies its old rows there, unless it finds them there.
 IN_PLACE = {"new_k": "tail_k", "new_v": "tail_v"}
 
 

@@ -75,9 +75,8 @@ def logits_after(model: Model, ids: list[int]) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["12b", "e2b", "26b-a4b"])
 def test_traced_steps_are_those_built_anew(kind: str, tmp_path: Path) -> None:
     """Past full tails, with two states in turns; all operations as their twins, which MLX can trace, and fuse."""
-    off = frozenset(
-        ("embed", "ple_inputs", "qkv_post", "attention", "add_norm", "ple", "matvec", "dense", "top_k", "expand")
-    )
+    small = ("embed", "ple_inputs", "rotations", "qkv_post", "attention", "add_norm", "ple", "top_k")
+    off = frozenset((*small, "matvec", "dense", "expand"))
     plain, _ = both(kind, "q8_0", tmp_path)
     models = [Model(plain.config, plain.weights, Kernels(metal, off, traced)) for traced in (False, True)]
     found = []
@@ -113,7 +112,9 @@ def test_launches_per_layer(kind: str, tmp_path: Path) -> None:
     fused.prefill(mx.array(prompts(kind)[0]), state)
     counting.launches.clear()
     mx.eval(fused.forward(mx.array([5]), state))
+    assert counting.launches["rotations"] == len({layer.sliding for layer in fused.config.layers})
     outside = 3 + (2 if fused.config.ple else 0)  # embed, first norm, head; per_layer_model_proj, ple_inputs
+    outside += counting.launches["rotations"]
     per_layer = (counting.launches.total() - outside) / len(fused.config.layers)
     # These contexts are short: attention's merge, a launch more on long ones, is counted in.
     assert per_layer + 1 <= BUDGET[kind], counting.launches
@@ -121,7 +122,7 @@ def test_launches_per_layer(kind: str, tmp_path: Path) -> None:
 
 def test_an_operation_switched_off_runs_as_its_twin(tmp_path: Path) -> None:
     """Each on its own, and all at once: the same logits, and none of its launches."""
-    ops = ("embed", "qkv_post", "attention", "add_norm", "matvec", "dense", "top_k")
+    ops = ("embed", "rotations", "qkv_post", "attention", "add_norm", "matvec", "dense", "top_k")
     for off in [frozenset([op]) for op in ops] + [frozenset(ops)]:
         counting = Counting()
         plain, fused = both("26b-a4b", "q4_k_m", tmp_path, counting, off)

@@ -99,7 +99,7 @@ def test_kernels_that_are_right_run(
     model = load(MODEL, weights="packed").model
     assert warnings(caplog) == ["Checking this machine's kernels (first run) ... ok"]
     assert model.kernels is not None and not model.kernels.off
-    assert {"matvec", "qkv_post", "attention", "merge", "add_norm", "embed"} <= set(maker.launches)
+    assert {"matvec", "rotations", "qkv_post", "attention", "merge", "add_norm", "embed"} <= set(maker.launches)
     maker.launches.clear()
     assert reply(model) == reply(plain)
     assert "attention" in maker.launches
@@ -271,6 +271,7 @@ def test_all_kernels_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         "pack Q4_K",
         "pack Q6_K",
         "dense",
+        "rotations",
         "qkv_post",
         "attention",
         "coded_attention",

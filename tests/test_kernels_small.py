@@ -231,6 +231,10 @@ def test_attention_of_a_key_far_above_the_rest() -> None:
 # ---------------------------------------------------------------- q, k and v
 
 
+def wavelengths(dim: int) -> mx.array:
+    return mx.array([10000 ** (2 * i / dim) if i % 3 else np.inf for i in range(dim // 2)], mx.float32)
+
+
 def qkv(
     dtype: mx.Dtype,
     kind: str,
@@ -239,7 +243,6 @@ def qkv(
     tokens: int = 1,
     count: int = 5,
     kv_dtype: mx.Dtype = mx.float32,
-    position: int = 1000,
     maker: Any = metal,
 ) -> None:
     """kind: apart, joined, joined k (v apart), k=v, k=v joined, q alone; gemma3 leaves values as they are."""
@@ -248,26 +251,25 @@ def qkv(
     q = normal(tokens, widths.get(kind, h) * dim, dtype=dtype)
     k = normal(tokens, g * dim, dtype=dtype, seed=1) if kind in ("apart", "k=v", "gemma3") else None
     v = normal(tokens, g * dim, dtype=dtype, seed=2) if kind in ("apart", "joined k", "gemma3") else None
-    wavelengths = mx.array([10000 ** (2 * i / dim) if i % 3 else np.inf for i in range(dim // 2)], mx.float32)
+    rope = attention.rotations_twin(mx.array([1000], mx.int32), wavelengths(dim), tokens=tokens)
     used = mx.arange(attention.TAIL)[:, None] < count
     old = (normal(g, attention.TAIL, dim, dtype=kv_dtype, seed=s) for s in (3, 4))
     tail = tuple(mx.where(used, a, mx.array(float("nan"), kv_dtype)) for a in old)
     alone = kind == "q alone"
     arguments = (
-        *(q, k, v, 1 + normal(dim, seed=5), None if alone else 1 + normal(dim, seed=6), wavelengths),
-        *(mx.array([position], mx.int32), None if alone else tail, None if alone else mx.array([count], mx.int32)),
+        *(q, k, v, 1 + normal(dim, seed=5), None if alone else 1 + normal(dim, seed=6), rope),
+        *(None if alone else tail, None if alone else mx.array([count], mx.int32)),
     )
     options = {"heads": h, "kv_heads": g, "eps": EPS, "dtype": kv_dtype}
     options |= {"value_norm": kind != "gemma3", "v_is_k": kind.startswith("k=v")}
     got = attention.qkv_post(*arguments, maker, **options)
     want = attention.qkv_post_twin(*arguments, **options)
     limit = kv_dtype if dtype == mx.float32 else dtype
-    # sin and cos of a thousand radians, whose last bits depend on how the angle was rounded
-    check(got[0], want[0], limit, 10)
+    check(got[0], want[0], limit)
     assert (got[1] is None) == alone == (want[1] is None)
     if not alone:
         for a, b in zip(got[1:], want[1:], strict=True):
-            check(a[:, : count + tokens], b[:, : count + tokens], limit, 10)
+            check(a[:, : count + tokens], b[:, : count + tokens], limit)
             assert mx.array_equal(a[:, :count], b[:, :count])
 
 
@@ -289,9 +291,28 @@ def test_qkv_post_tail_at_the_edges(count: int) -> None:
     qkv(mx.float16, "apart", (2, 1), 32, count=count, kv_dtype=mx.float16)
 
 
-@pytest.mark.parametrize("position", [0, 1, 511, 200_000])
-def test_qkv_post_positions(position: int) -> None:
-    qkv(mx.float32, "joined", (2, 1), 32, position=position, kv_dtype=mx.float16)
+@pytest.mark.parametrize("position", [0, 1, 511, 131_071, 1_000_000])
+@pytest.mark.parametrize(("dim", "tokens"), [(32, 1), (96, 3), (512, 4)])
+def test_rotations(dim: int, tokens: int, position: int) -> None:
+    """Of angles rounded to fp32, as stock RoPE has them; then to fp32's last bits, far from 0 too."""
+    far = mx.array([position], mx.int32)
+    got = attention.rotations(far, wavelengths(dim), metal, tokens=tokens)
+    a = np.arange(position, position + tokens, dtype=np.float32)[:, None] * (np.float32(1) / np.array(wavelengths(dim)))
+    want = np.stack([np.cos(a.astype(np.float64)), np.sin(a.astype(np.float64))], axis=1)
+    np.testing.assert_allclose(np.array(got), want, rtol=0, atol=2e-7)
+    check(got, attention.rotations_twin(far, wavelengths(dim), tokens=tokens), mx.float32)
+
+
+def test_rotations_turn_as_stock_rope() -> None:
+    x, norm, position = normal(3, 2 * 64), mx.ones(64), mx.array([777], mx.int32)
+    rope = attention.rotations_twin(position, wavelengths(64), tokens=3)
+    got, *_ = attention.qkv_post_twin(
+        x, None, None, norm, None, rope, None, None, heads=2, kv_heads=1, eps=EPS, dtype=mx.float32
+    )
+    heads = mx.fast.rms_norm(x.reshape(1, 3, 2, 64), norm, EPS).swapaxes(1, 2)
+    options: dict[str, Any] = {"traditional": False, "base": None, "scale": 1.0, "offset": 777}
+    want = mx.fast.rope(heads, 64, freqs=wavelengths(64), **options)
+    check(got, want[0].swapaxes(0, 1), mx.float32)
 
 
 # ---------------------------------------------------------------- norms
@@ -543,6 +564,7 @@ def test_no_races_and_no_access_out_of_bounds() -> None:
     attend(mx.float16, (4, 1), 64, [(90, 70, 90), (64, 9, 9), (64, 0, 7)], 2, maker=racing, cut=CUTS[0])
     for kind in ("apart", "joined", "q alone"):
         qkv(mx.float16, kind, (6, 2), 64, tokens=2, kv_dtype=mx.float16, maker=racing)
+    attention.rotations(mx.array([5]), wavelengths(96), racing, tokens=2)
     add_norm((mx.float32, mx.float16), 2816, 1, ("next", "experts", "scale"), maker=racing)
     add_norm((mx.float32, mx.float16), 96, 2, ("next",), maker=racing)
     ids, weights = mx.array([3, 0, 4], mx.int32), table("Q6_K", 5, 512)
