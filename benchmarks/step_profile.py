@@ -17,12 +17,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mlx_gemma4.bench import fill, load_subject
-from mlx_gemma4.execution import execution
+from mlx_gemma4.generation import Sampling, generate_tokens
 from mlx_gemma4.model import Model
 from mlx_gemma4.state import KVState
 
@@ -31,12 +30,8 @@ WARM, STEPS = 12, 16
 
 def steps(model: Model, state: KVState, n: int) -> None:
     """Decode n tokens, each step scheduled while the one before runs, as `generate` does."""
-    token = mx.array([7])
-    for _ in range(n):
-        with execution():
-            token = mx.argmax(model.forward(token, state))[None]
-            mx.async_eval(token)
-    mx.eval(token)
+    for _ in generate_tokens(model, state, [7], Sampling(temperature=0), n + 1):
+        pass
 
 
 def records(model: Model, base: KVState) -> list[dict[str, Any]]:

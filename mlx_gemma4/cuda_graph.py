@@ -20,6 +20,7 @@ import numpy as np
 from . import cuda
 from .kernels import to_cuda_text
 from .recording import Launch, Spot, dependencies
+from .replay import STARTS
 
 WIDTH = 32  # arrays that a launch of `_WHERE` takes
 _WHERE = "where_arrays_lie"
@@ -74,9 +75,15 @@ class Player:
     """
 
     def __init__(self) -> None:
-        self._stream, self._numbers = c_void_p(), c_void_p()
+        self._stream, self._numbers, self._tokens = c_void_p(), c_void_p(), c_void_p()
         _enter()
         _do("cuStreamCreate", byref(self._stream), 1)  # one that waits for no other
+        _do("cuMemHostAlloc", byref(self._tokens), c_uint64(4 * STARTS), 0)
+        self._through = [c_void_p() for _ in range(STARTS)]  # events
+        for event in self._through:
+            _do("cuEventCreate", byref(event), 2)  # no timing
+        self._starts = 0
+        self._best = 0  # where the likeliest token lies
         self._arena = mx.zeros(0, mx.uint8)
         self._begins = 0  # where the arena lies
         self._graph, self._executable = c_void_p(), c_void_p()
@@ -87,12 +94,15 @@ class Player:
         self._moving: list[mx.array] = []
         self._room = 0
 
-    def load(self, launches: Sequence[Launch], nbytes: int, numbers: int, moving: Sequence[mx.array]) -> None:
+    def load(
+        self, launches: Sequence[Launch], nbytes: int, numbers: int, best: Spot, moving: Sequence[mx.array]
+    ) -> None:
         """Make a graph of launches, or change the one there is into it.
 
         Args:
             nbytes: of the arena.
             numbers: int32 that each `start` writes to the arena's beginning.
+            best: where the launches leave a token, int32.
             moving: arrays to be looked for anew: others may have been read by the host since, which moves them.
         """
         _enter()
@@ -103,8 +113,9 @@ class Player:
         if numbers > self._room:
             if self._room:
                 _do("cuMemFreeHost", self._numbers)
-            _do("cuMemHostAlloc", byref(self._numbers), c_uint64(4 * numbers), 0)
+            _do("cuMemHostAlloc", byref(self._numbers), c_uint64(4 * numbers * STARTS), 0)
             self._room = numbers
+        self._best = self._begins + best.start
         self.forget()
         self._moving = list(moving)
         arrays = {id(a): a for launch in launches for a in launch.inputs if isinstance(a, mx.array)}
@@ -131,13 +142,34 @@ class Player:
             _do("cuMemcpyDtoDAsync_v2", to, c_uint64(at), size, self._stream)
         self.wait()
 
-    def start(self, numbers: np.ndarray) -> None:
-        """Make all launches; the first thing that happens is that numbers, int32 [n], are at the arena's beginning."""
+    def start(self, numbers: np.ndarray, chained: bool) -> int:
+        """Make all launches, after those of the start before; returns at once, with what `best` wants to know.
+
+        Args:
+            numbers: int32 [n], which come to the arena's beginning first; if `chained`, the first of them is the token
+                that the start before leaves.
+        """
         _enter()
-        self.wait()
-        ctypes.memmove(self._numbers, numbers.ctypes.data, numbers.nbytes)
-        _do("cuMemcpyHtoDAsync_v2", c_uint64(self._begins), self._numbers, c_uint64(numbers.nbytes), self._stream)
+        turn, skip = self._starts % STARTS, 4 if chained else 0
+        self._starts += 1
+        _do("cuEventSynchronize", self._through[turn])
+        at = self._numbers.value + 4 * self._room * turn  # type: ignore[operator]
+        ctypes.memmove(at, numbers.ctypes.data, numbers.nbytes)
+        if chained:
+            _do("cuMemcpyDtoDAsync_v2", c_uint64(self._begins), c_uint64(self._best), c_uint64(4), self._stream)
+        size = c_uint64(numbers.nbytes - skip)
+        _do("cuMemcpyHtoDAsync_v2", c_uint64(self._begins + skip), c_void_p(at + skip), size, self._stream)
         _do("cuGraphLaunch", self._executable, self._stream)
+        token = c_void_p(self._tokens.value + 4 * turn)  # type: ignore[operator]
+        _do("cuMemcpyDtoHAsync_v2", token, c_uint64(self._best), c_uint64(4), self._stream)
+        _do("cuEventRecord", self._through[turn], self._stream)
+        return turn
+
+    def best(self, start: int) -> int:
+        """The token that one of the latest `STARTS` starts left, once it is through."""
+        _enter()
+        _do("cuEventSynchronize", self._through[start])
+        return ctypes.c_int32.from_address(self._tokens.value + 4 * start).value  # type: ignore[operator]
 
     def wait(self) -> None:
         """Until all that was started is done."""
@@ -164,6 +196,9 @@ class Player:
             _driver().cuStreamSynchronize(self._stream)
             _driver().cuGraphExecDestroy(self._executable)
             _driver().cuMemFreeHost(self._numbers)
+            _driver().cuMemFreeHost(self._tokens)
+            for event in self._through:
+                _driver().cuEventDestroy_v2(event)
             _driver().cuStreamDestroy_v2(self._stream)
 
     def _call(self, launch: Launch) -> Call:

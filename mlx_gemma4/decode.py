@@ -272,12 +272,14 @@ def make_step(
 
         def record(ids: Any, rows: Any, tails: Any) -> Any:
             here = inputs | _placed(rows, inputs["parts"]) | {"tails": tails}
-            return _forward(model, recorder, constants, ids, here)[0]
+            logits, _ = _forward(model, recorder, constants, ids, here)
+            return logits, recorder("argmax", logits)  # the softcap leaves the order as it is
 
         reads = [a for parts in inputs["segments"].values() for part in parts for a in part]
         return Step(opened, np.array(slopes), np.array(least), record, reads)
 
-    return step, Replay(run.player, arranged) if run.player else None
+    finished = mx.compile(lambda logits: ops.softcap(logits, model.config.softcap).squeeze(0))
+    return step, Replay(run.player, arranged, finished) if run.player else None
 
 
 def _forward(
@@ -298,7 +300,7 @@ def _forward(
         made = run(
             "ple_inputs", ids, projected, w.per_layer_proj_norm, w.per_layer_token_embd, c.hidden**-0.5, eps=c.eps
         )  # [layers, T, P]
-        per_layer = [made[i] for i in range(len(w.layers))]
+        per_layer = [made[i : i + 1].reshape(*made.shape[1:]) for i in range(len(w.layers))]  # made[i] would gather
     # x + rms(x) 0, which is x, and the first norm of it
     x, h = run("add_norm", x, x, constants.nothing, next_norm=w.layers[0].attn_norm, eps=c.eps, out=model.kv_dtype)
     tails: dict[int, attention.Part] = {}

@@ -18,6 +18,7 @@ from .errors import InputError, TooLong
 from .execution import execution
 from .kernels import cuda_maker
 from .model import Model
+from .replay import Done, Pending
 from .sampling import REPETITION_WINDOW, Choice, Chooser, Sampling, Token
 from .state import KVState
 
@@ -143,9 +144,9 @@ def generate_tokens(
     with execution():
         choose = Chooser(sampling, recent, model.config.vocab, logprobs)
     logits = _prefill(model, state, prompt, on_prompt, _marks_wanted(state, prompt, turn_ends))
-    choice = _choose(choose, lambda: logits, constraint)
+    choice: Choice | Likeliest = _choose(choose, lambda: logits, constraint)
     # A step is scheduled before its token is known, where that can be.
-    ahead = constraint is None and not model.replays
+    ahead = constraint is None and (choose.greedy or not model.replays)
     mark, known = start, state.length
     try:
         for produced in range(1, max_tokens + 1):
@@ -177,23 +178,47 @@ def generate_tokens(
             state.rewind(known)
 
 
+@dataclass(frozen=True)
+class Likeliest:
+    """The choice of a greedy reply whose step is still under way: a `Choice` that needs no logits."""
+
+    step: Pending | Done
+
+    def on_host(self) -> Token:
+        return Token(self.step.best())
+
+    @property
+    def token(self) -> mx.array:
+        return mx.array(self.step.best())
+
+
 def _next(
-    model: Model, state: KVState, choose: Chooser, choice: Choice, more: bool, constraint: Constraint | None = None
-) -> Callable[[], Choice] | None:
+    model: Model,
+    state: KVState,
+    choose: Chooser,
+    choice: Choice | Likeliest,
+    more: bool,
+    constraint: Constraint | None = None,
+) -> Callable[[], Choice | Likeliest] | None:
     """Read a chosen token into the state; the choice that follows it, if there is to be one (`more`).
 
     The forward pass is scheduled. So is the choice; or else, where steps are replayed, it is when it is asked for.
     """
+    following: Choice | Likeliest
     with execution():
         if not more:  # a lazy graph: on a GPU it costs nothing unless the state is used again
             model.prefill(choice.token[None], state)
             return None
-        logits = model.begin(choice.token[None], state)
-        if constraint is not None and not model.replays:
-            mx.async_eval(logits())
-    if model.replays:
-        return lambda: _choose(choose, logits, constraint)
-    following = _choose(choose, logits, constraint)
+        if model.replays:
+            step = model.begin(choice.step if isinstance(choice, Likeliest) else int(choice.token), state)
+            if constraint is None and choose.greedy:
+                following = Likeliest(step)
+                return lambda: following
+            return lambda: _choose(choose, step.logits, constraint)
+        logits = model.forward(choice.token[None], state)
+        if constraint is not None:
+            mx.async_eval(logits)
+    following = _choose(choose, lambda: logits, constraint)
     return lambda: following
 
 

@@ -20,7 +20,7 @@ from .decode import Kernels, can_step, make_step
 from .execution import execution
 from .memory import on_cpu
 from .ops import Weight
-from .replay import Replay
+from .replay import Done, Pending, Replay
 from .state import KVState
 
 
@@ -142,9 +142,11 @@ class Model:
         """
         with execution() as outermost:
             state.check_room(ids.size)
-            pending = self._begin(ids, state)
-            if pending is not None:
-                logits = pending()[None]
+            replayed = None
+            if ids.size == 1 and self._replay is not None:
+                replayed = self._replay.begin(int(ids), state)
+            if replayed is not None:
+                logits = replayed.logits()[None]
             elif self._step and can_step(self, ids.size) and state.fits_tail(ids.size):
                 logits = self._step(ids, state)
             else:
@@ -156,34 +158,26 @@ class Model:
 
     @property
     def replays(self) -> bool:
-        """Whether `begin` waits for its token and does not wait for its logits."""
+        """Whether `begin` starts a step that nobody waits for."""
         return self._replay is not None
 
-    def begin(self, ids: mx.array, state: KVState) -> Callable[[], mx.array]:
-        """`forward` of one token, int [1], whose logits are asked for later.
+    def begin(self, token: int | Pending | Done, state: KVState) -> Pending | Done:
+        """`forward` of one token, whose logits or likeliest token are asked for later.
 
-        Where steps are replayed, the token must be known first, and nobody else waits for the GPU until the function
-        that is returned is called, under `execution()`: it gives the logits, fp32 [vocab].
+        Where steps are replayed, the next may begin with the token of the one that is still under way: then that one's
+        logits can't be asked for any more.
         """
         with execution():
             state.check_room(1)
-            pending = self._begin(ids, state)
-            if pending is not None:
-                return pending
-            logits = self.forward(ids, state)
-        return lambda: logits
+            replayed = None if self._replay is None else self._replay.begin(token, state)
+            if replayed is not None:
+                return replayed
+            return Done(self.forward(mx.array([token if isinstance(token, int) else token.best()]), state))
 
     def settle(self) -> None:
         """Have no state's newest keys and values in a replayed step's hands."""
         if self._replay is not None:
             self._replay.settle()
-
-    def _begin(self, ids: mx.array, state: KVState) -> Callable[[], mx.array] | None:
-        """A replayed step, started; None: it takes another way."""
-        if self._replay is None or ids.size != 1 or not can_step(self, 1):
-            return None
-        pending = self._replay.begin(ids, state)
-        return None if pending is None else lambda: ops.softcap(pending.logits(), self.config.softcap)[0]
 
     def prefill(self, ids: mx.array, state: KVState) -> None:
         """Read tokens, int [T], into the state and want no logits: only keys and values are made."""

@@ -1,14 +1,16 @@
 """A decode step recorded once and replayed: one launch for the host, whatever it holds.
 
-In: the step as launches of kernels (`decode`), a `Player` for them. Out: logits, token after token. The step writes the
-newest keys and values in place, in tails of its own: those of one KV state at a time, which is lent them. Whenever
-anything else looks at that state's layers, it gets its tails back first (`settle`), so that nobody sees them change.
+In: the step as launches of kernels (`decode`), a `Player` for them. Out: logits and the likeliest token, step after
+step; the next step may be started with that token before the host knows it. A step writes the newest keys and values in
+place, in tails of its own, for one KV state at a time, which lends it its own. Whenever anything else looks at that
+state's layers, it gets its tails back first (`settle`), so that nobody sees them change.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -29,9 +31,12 @@ log = logging.getLogger("mlx_gemma4")
 class Player(Protocol):
     """What makes recorded launches; `cuda_graph.Player` says what its methods do."""
 
-    def load(self, launches: Sequence[Launch], nbytes: int, numbers: int, moving: Sequence[mx.array]) -> None: ...
+    def load(
+        self, launches: Sequence[Launch], nbytes: int, numbers: int, best: Spot, moving: Sequence[mx.array]
+    ) -> None: ...
     def write(self, spots: Sequence[Spot], arrays: Sequence[mx.array]) -> None: ...
-    def start(self, numbers: np.ndarray) -> None: ...
+    def start(self, numbers: np.ndarray, chained: bool) -> int: ...
+    def best(self, start: int) -> int: ...
     def wait(self) -> None: ...
     def read(self, spot: Spot) -> mx.array: ...
     def forget(self) -> None: ...
@@ -48,31 +53,69 @@ class Step:
     opened: dict[int, LayerKV]  # the state's layers, with room in their tails
     slopes: np.ndarray  # int [rows, 2]
     least: np.ndarray
-    record: Callable[[Buffer, Buffer, dict[int, tuple[Buffer, Buffer]]], Buffer]  # (ids, rows, tails) -> logits
+    record: Callable[[Buffer, Buffer, dict[int, tuple[Buffer, Buffer]]], tuple[Buffer, Buffer]]
+    # (ids, rows, tails) -> logits [1, vocab], the likeliest token int32 [1]
     reads: list[mx.array]  # the state's arrays
 
 
-@dataclass(eq=False)
 class Pending:
-    """A step that is on its way."""
+    """A replayed step that is on its way, or through. Under the execution lock, but for `best`."""
 
-    replay: Replay
-    array: mx.array | None = None
+    size = 1  # its token's, and `tolist`, as of an array of ids
+
+    def __init__(self, replay: Replay, player: Player, start: int) -> None:
+        self._replay, self._player, self._start = replay, player, start
+        self._token: int | None = None
+        self.array: mx.array | None = None  # a copy of the logits, once somebody has asked for them
+
+    def best(self) -> int:
+        """The likeliest token, once the step is through: the lowest of equals."""
+        if self._token is None:
+            self._token = self._player.best(self._start)
+        return self._token
 
     def logits(self) -> mx.array:
-        """fp32 [1, vocab], once the step is through. Under the execution lock."""
+        """fp32 [vocab], once the step is through. Gone where another step was started with its token unseen."""
         if self.array is None:
-            self.replay.finish()
-        assert self.array is not None
+            self._replay.finish(self)
+        assert self.array is not None, "the logits are gone"
         return self.array
+
+    def tolist(self) -> list[int]:
+        return [self.best()]
+
+
+class Done:
+    """A step that was made some other way, to whoever waits for a `Pending`."""
+
+    def __init__(self, logits: mx.array) -> None:
+        self._logits = logits
+
+    def best(self) -> int:
+        return int(mx.argmax(self._logits))
+
+    def logits(self) -> mx.array:
+        return self._logits
+
+
+STARTS = 4  # steps whose tokens a player keeps
 
 
 class Replay:
     """A model's recorded step, and whose tails it holds. Under the execution lock."""
 
-    def __init__(self, make_player: Callable[[], Player], arrange: Callable[[KVState], Step]) -> None:
-        """`arrange` seals a full tail and describes the next steps of a state, for one token each."""
-        self._make_player, self._arrange = make_player, arrange
+    def __init__(
+        self,
+        make_player: Callable[[], Player],
+        arrange: Callable[[KVState], Step],
+        finished: Callable[[mx.array], mx.array],
+    ) -> None:
+        """
+        Args:
+            arrange: seals a full tail and describes the next steps of a state, for one token each.
+            finished: what makes logits fp32 [vocab] of a step's, fp32 [1, vocab].
+        """
+        self._make_player, self._arrange, self._finished = make_player, arrange, finished
         self._player: Player | None = None
         self._arena = Arena()
         self._last: weakref.ref[KVState] | None = None  # the state that stepped last, by whatever way
@@ -82,47 +125,53 @@ class Replay:
         self._logits: Spot | None = None
         self._room = 0  # tokens that the lent tails have room for
         self._taken = 0  # of which steps have taken so many
-        self._pending: Pending | None = None  # the latest step
+        self._started: deque[Pending] = deque()  # the latest steps, those whose tokens the player still keeps
         self._broken = False
 
-    def begin(self, ids: mx.array, state: KVState) -> Pending | None:
-        """Start a step that reads one token, int [1]; None: it is to be done some other way.
+    def begin(self, token: int | Pending | Done, state: KVState) -> Pending | None:
+        """Start a step that reads a token, perhaps that of the step before; None: it is to be done some other way.
 
         A state that takes turns with others is not worth the change: only the one that stepped last is taken on.
         """
         last, self._last = None if self._last is None else self._last(), weakref.ref(state)
         if self._broken or (last is not None and last is not state):
             return None
-        self.finish()
-        if self._pending is not None:
-            mx.eval(self._pending.array)  # before its memory is written again
-        if state.lender is not self or self._taken == self._room:
-            try:
-                self._take_on(state)
-            except Exception as error:  # an operation that runs as its twin, a driver too old ..
-                self._broken = True
-                log.debug("Decode steps are not replayed: %s: %s", type(error).__name__, error)
+        ready = state.lender is self and self._taken < self._room
+        chained = ready and len(self._started) > 0 and token is self._started[-1]
+        if not chained:
+            token = token if isinstance(token, int) else token.best()
+            self._keep_logits()
+            if not ready and not self._try_to_take_on(state):
                 return None
         assert self._step is not None and self._player is not None
         rows = np.maximum(state.length + self._step.slopes, self._step.least)
         rows[1:, 0] = np.minimum(rows[1:, 0], rows[1:, 1])  # a segment may have gone out of sight
-        self._player.start(np.concatenate([np.array(ids).astype(np.int32), rows.reshape(-1).astype(np.int32)]))
-        self._pending = Pending(self)
+        if len(self._started) == STARTS - 1:
+            self._started.popleft().best()
+        numbers = np.concatenate([[0 if chained else token], rows.reshape(-1)]).astype(np.int32)
+        started = Pending(self, self._player, self._player.start(numbers, chained))
+        self._started.append(started)
         self._taken += 1
-        state.advance(ids)
-        return self._pending
+        state.advance(token if isinstance(token, Pending) else mx.array([token]))
+        return started
 
-    def finish(self) -> None:
-        """Wait for the latest step."""
-        if self._pending is not None and self._pending.array is None:
+    def finish(self, pending: Pending) -> None:
+        """Wait for the latest step, and give it its logits."""
+        if self._started and self._started[-1] is pending and pending.array is None:
             assert self._player is not None and self._logits is not None
             self._player.wait()
-            self._pending.array = self._player.read(self._logits)
+            pending.array = self._finished(self._player.read(self._logits))
+
+    def _keep_logits(self) -> None:
+        """Copy the latest step's, which somebody may still ask for, before their memory is written again."""
+        if self._started:
+            self.finish(self._started[-1])
+            mx.eval(self._started[-1].array)
 
     def settle(self) -> None:
         """Give the state that was lent the tails its own."""
         with execution():
-            self.finish()
+            self._keep_logits()
             state = None if self._owner is None else self._owner()
             step, player = self._step, self._player
             if state is None or step is None or player is None or state.lender is not self:
@@ -141,6 +190,14 @@ class Replay:
         if self._player is not None:
             self._player.forget()
 
+    def _try_to_take_on(self, state: KVState) -> bool:
+        try:
+            self._take_on(state)
+        except Exception as error:  # an operation that runs as its twin, a driver too old ..
+            self._broken = True
+            log.debug("Decode steps are not replayed: %s: %s", type(error).__name__, error)
+        return not self._broken
+
     def _take_on(self, state: KVState) -> None:
         """Record the steps of a state, until its tail is full, and copy its tails."""
         self.settle()
@@ -154,9 +211,9 @@ class Replay:
             shape, dtype = kv.tail_keys.shape, kv.tail_keys.dtype
             tails[i] = recording.buffer(shape, dtype), recording.buffer(shape, dtype)
         with recorded(recording):
-            logits = step.record(numbers[:1], numbers[1:], tails)
+            logits, best = step.record(numbers[:1], numbers[1:], tails)
         self._logits, self._tails = logits.spot, {i: (k.spot, v.spot) for i, (k, v) in tails.items()}
-        player.load(recording.launches, self._arena.nbytes, numbers.size, step.reads)
+        player.load(recording.launches, self._arena.nbytes, numbers.size, best.spot, step.reads)
         counts = {kv.count for kv in step.opened.values()}
         if counts != {0}:
             arrays = [a for kv in step.opened.values() for a in (kv.tail_keys, kv.tail_values)]

@@ -93,6 +93,13 @@ class Chooser:
         self.bias = _bias(dict(sampling.logit_bias), vocab)
         self.key = mx.random.key(time.time_ns() & (1 << 63) - 1 if sampling.seed is None else sampling.seed)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the choice is the model's likeliest token, and no more is asked."""
+        s = self.sampling
+        altered = s.repetition_penalty != 1.0 or self.counts is not None or self.bias is not None
+        return s.temperature == 0 and not altered and self.logprobs is None
+
     def __call__(self, logits: mx.array, allowed: np.ndarray | None = None) -> Choice:
         """The next token, from logits [vocab].
 

@@ -23,7 +23,7 @@ from .segments import Coder, LayerKV, Layout, Part, Segment, appended, arranged,
 
 if TYPE_CHECKING:
     from .model import Model
-    from .replay import Replay
+    from .replay import Pending, Replay
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class KVState:
         self.closed = False
         self.wanted_marks: set[int] = set()  # positions that the next reading is asked to mark
         self._tokens: list[int] = []
-        self._unread: list[mx.array] = []  # ids that follow _tokens, perhaps still being computed
+        self._unread: list[mx.array | Pending] = []  # ids that follow _tokens, perhaps still being computed
         self._length = 0
         self._marks: dict[int, Mark] = {}
         self._staged: dict[int, LayerKV] = {}  # of a forward pass that is not through yet
@@ -113,7 +113,7 @@ class KVState:
         window = self._window(layer)
         return kv.parts(0 if window is None else max(0, kv.stop - queries - window + 1))
 
-    def advance(self, ids: mx.array) -> None:
+    def advance(self, ids: mx.array | Pending) -> None:
         """Count the tokens ids, int [T], whose keys and values every layer has been given."""
         if self._staged:  # a replayed step writes where it was lent to
             self._layers = self._layers | self._staged

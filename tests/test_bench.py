@@ -116,7 +116,8 @@ def test_launches_and_host_time(kind: str, tmp_path: Path) -> None:
     bench.fill(state, 20)
     counted = bench.launches(fused, state)
     assert counted is not None
-    assert 4 * len(fused.config.layers) < counted <= BUDGET[kind] * len(fused.config.layers)
+    outside = 7  # embed, first norm, two rotations, head; per_layer_model_proj, ple_inputs
+    assert 4 * len(fused.config.layers) < counted <= BUDGET[kind] * len(fused.config.layers) + outside
     assert state.length == 20
     assert bench.launches(plain, state) is None
     assert 0 < bench.host_time(plain, state, 3) < 10

@@ -18,7 +18,8 @@ from mlx_gemma4.decode import Kernels
 from mlx_gemma4.generation import generate_tokens
 from mlx_gemma4.kernels import Kernel, _build
 from mlx_gemma4.model import Model
-from mlx_gemma4.recording import Arena, Launch, Recording, Spot, dependencies, maker, recorded
+from mlx_gemma4.recording import IN_PLACE, Arena, Launch, Recording, Spot, dependencies, maker, recorded
+from mlx_gemma4.replay import STARTS
 
 OFF = frozenset(["expand"])  # tiles of a prompt, which round to fp16
 
@@ -31,15 +32,16 @@ class HostPlayer:
     def __init__(self) -> None:
         self.arena = np.zeros(0, np.uint8)
         self.launches: Sequence[Launch] = []
-        self.loads = self.starts = 0
-        self.running: np.ndarray | None = None
+        self.tokens: list[int] = []
+        self.loads = self.chained = 0
         self.loaded = False
         HostPlayer.made.append(self)
 
-    def load(self, launches: Sequence[Launch], nbytes: int, numbers: int, moving: Sequence[mx.array]) -> None:
-        assert self.running is None
+    def load(
+        self, launches: Sequence[Launch], nbytes: int, numbers: int, best: Spot, moving: Sequence[mx.array]
+    ) -> None:
         self.arena = np.full(nbytes, 0xCD, np.uint8)  # what nobody wrote is no number
-        self.launches, self.loads, self.loaded = list(launches), self.loads + 1, True
+        self.launches, self.spot, self.loads, self.loaded = list(launches), best, self.loads + 1, True
 
     def forget(self) -> None:
         self.loaded = False
@@ -48,19 +50,15 @@ class HostPlayer:
         for spot, a in zip(spots, arrays, strict=True):
             self._at(spot)[...] = np.array(a)
 
-    def start(self, numbers: np.ndarray) -> None:
-        assert self.loaded and self.running is None
-        self.running, self.starts = numbers.copy(), self.starts + 1
-
-    def wait(self) -> None:
-        if self.running is None:
-            return
-        self.arena[: self.running.nbytes] = self.running.view(np.uint8)
+    def start(self, numbers: np.ndarray, chained: bool) -> int:
+        assert self.loaded and numbers.dtype == np.int32
+        if chained:
+            numbers = np.concatenate([self._at(self.spot), numbers[1:]])
+        self.chained += chained
+        self.arena[: numbers.nbytes] = numbers.view(np.uint8)
         for launch in self.launches:
-            kernel = _build(
-                metal, Kernel(launch.name, launch.input_names, launch.output_names, launch.header, launch.source)
-            )
-            done = kernel(
+            names = (launch.name, launch.input_names, launch.output_names)
+            done = _build(metal, Kernel(*names, launch.header, launch.source))(
                 inputs=[a if isinstance(a, mx.array) else mx.array(self._at(a)) for a in launch.inputs],
                 grid=launch.grid,
                 threadgroup=launch.threadgroup,
@@ -68,12 +66,19 @@ class HostPlayer:
                 output_dtypes=[spot.dtype for spot in launch.outputs],
             )
             for spot, name, a in zip(launch.outputs, launch.output_names, done, strict=True):
-                if name in ("new_k", "new_v"):  # in place: rows that the kernel leaves alone stay
+                if name in IN_PLACE:  # rows that the kernel leaves alone stay
                     count = int(self._at(launch.inputs[launch.input_names.index("count")])[0])
-                    self._at(spot)[..., : count + 1, :] = np.array(a)[..., : count + 1, :]
+                    self._at(spot)[..., count, :] = np.array(a)[..., count, :]
                 else:
                     self._at(spot)[...] = np.array(a)
-        self.running = None
+        self.tokens.append(int(self._at(self.spot)[0]))
+        return len(self.tokens) - 1
+
+    def best(self, start: int) -> int:
+        assert len(self.tokens) - start <= STARTS
+        return self.tokens[start]
+
+    def wait(self) -> None: ...
 
     def read(self, spot: Spot) -> mx.array:
         return mx.array(self._at(spot).copy())
@@ -101,7 +106,7 @@ def test_replayed_steps_give_the_stock_logits(kind: str, tmp_path: Path) -> None
         want, got = (np.array(m.forward(mx.array([i]), s)) for m, s in zip((plain, replayed), states, strict=True))
         assert np.abs(got - want).max() <= 1e-3
         assert kl(want, got) <= 1e-8
-    assert HostPlayer.made[-1].starts == 3 and HostPlayer.made[-1].loads == 1
+    assert len(HostPlayer.made[-1].tokens) == 3 and HostPlayer.made[-1].loads == 1
     assert states[0].tokens == states[1].tokens
     for a, b in zip(states[0].arrays, states[1].arrays, strict=True):
         assert a.shape == b.shape
@@ -140,7 +145,7 @@ def test_states_in_turns(tmp_path: Path) -> None:
         turns = [0, 0, 1, 0, 1, 1, 1, 0]
         found.append(np.stack([np.array(model.forward(mx.array([5 + i]), states[t])) for i, t in enumerate(turns)]))
     np.testing.assert_allclose(*found, atol=1e-3)
-    assert 0 < HostPlayer.made[-1].starts < 8
+    assert 0 < len(HostPlayer.made[-1].tokens) < 8
 
 
 def test_a_step_under_way_when_another_begins(tmp_path: Path) -> None:
@@ -148,9 +153,9 @@ def test_a_step_under_way_when_another_begins(tmp_path: Path) -> None:
     state = replayed.new_state()
     replayed.prefill(mx.array([3, 4]), state)
     fork = state.fork()
-    first = replayed.begin(mx.array([5]), state)
-    second = replayed.begin(mx.array([6]), state)
-    late = np.array(first()), np.array(second())
+    first, second = replayed.begin(5, state), replayed.begin(6, state)
+    late = np.array(first.logits()), np.array(second.logits())
+    assert [first.best(), second.best()] == [int(logits.argmax()) for logits in late]
     for i, logits in zip((5, 6), late, strict=True):
         np.testing.assert_array_equal(np.array(replayed.forward(mx.array([i]), fork)), logits)
 
@@ -159,15 +164,42 @@ def test_a_step_under_way_when_another_begins(tmp_path: Path) -> None:
 def test_replies_are_the_same(kv: str, tmp_path: Path) -> None:
     """Greedy tokens past a tail's end, where global layers are in codes as well; and what the state holds then."""
     plain, replayed = both("26b-a4b", "q8_0", tmp_path)
-    if kv != "full" and any(layer.head_dim not in (256, 512) for layer in plain.config.layers if not layer.sliding):
-        pytest.skip("this fixture's heads take no codes")
     ids, found = prompts("26b-a4b")[0], []
     for model in (plain, replayed):
         state = model.new_state(kv=kv)
         tokens = [t.id for t in generate_tokens(model, state, (ids * 64)[:60], Sampling(temperature=0), 8)]
         found.append((tokens, state.tokens))
     assert found[0] == found[1]
-    assert HostPlayer.made[-1].starts == 7
+    player = HostPlayer.made[-1]
+    assert (len(player.tokens), player.loads) == (7, 2)
+    assert player.chained == 5  # but for the first, and the one that seals a tail
+
+
+def test_a_sampled_reply(tmp_path: Path) -> None:
+    """Which needs the logits of each step, and a stop token that ends it."""
+    plain, replayed = both("12b", "q8_0", tmp_path)
+    ids, found = prompts("12b")[0], []
+    for model in (plain, replayed):
+        state, how = model.new_state(), Sampling(temperature=0.7, seed=3, repetition_penalty=1.1)
+        tokens = [t.id for t in generate_tokens(model, state, ids, how, 6)]
+        again = [t.id for t in generate_tokens(model, state, [4], how, 6, frozenset(tokens[3:4]))]
+        found.append((tokens, again, state.tokens))
+    assert found[0] == found[1]
+    assert not HostPlayer.made[-1].chained
+
+
+def test_a_greedy_reply_that_stops(tmp_path: Path) -> None:
+    """The step that is under way when the stop token is seen, is taken back."""
+    plain, replayed = both("e2b", "q8_0", tmp_path)
+    ids, greedy = prompts("e2b")[0], Sampling(temperature=0)
+    stop = [t.id for t in generate_tokens(plain, plain.new_state(), ids, greedy, 4)][3]
+    found = []
+    for model in (plain, replayed):
+        state = model.new_state()
+        tokens = [t.id for t in generate_tokens(model, state, ids, greedy, 9, frozenset([stop]))]
+        more = [t.id for t in generate_tokens(model, state, [5], greedy, 3)]
+        found.append((tokens, more, state.tokens, state.length))
+    assert found[0] == found[1]
 
 
 def test_what_cannot_be_recorded_runs_as_before(tmp_path: Path) -> None:
@@ -177,7 +209,7 @@ def test_what_cannot_be_recorded_runs_as_before(tmp_path: Path) -> None:
     states = [plain.new_state(), model.new_state()]
     got = [np.array(m.forward(mx.array([7]), s)) for m, s in zip((plain, model), states, strict=True)]
     np.testing.assert_allclose(*got, atol=1e-3)
-    assert HostPlayer.made[-1].starts == 0
+    assert len(HostPlayer.made[-1].tokens) == 0
 
 
 # ---------------------------------------------------------------- recordings
