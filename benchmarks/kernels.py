@@ -3,9 +3,10 @@
     python benchmarks/kernels.py [--only Q4_K] [--tokens 1] [--rows N] [--tune] [--as-decoded]
 
 In: nothing; random weights are made here. Out: a table (type, rows x length, error, microseconds, GB/s of file bytes),
-MLX's own 4-bit product and a copy for comparison; the exit code is 1 if an error is over 1e-3. Launches wait for each
-other, as in a model, and take turns over copies of the weight, so that no cache holds it. `--tune` tries many cuts of
-each shape and names the best. `--as-decoded` launches what a decode step does, in place of fp16 in and out.
+MLX's own 4-bit product and a copy for comparison; the exit code is 1 if an error is over 1e-3. On NVIDIA launches wait
+for each other in a CUDA graph, as in a decode step; all take turns over copies of the weight, so that no cache holds
+it. `--tune` tries many cuts of each shape and names the best. `--as-decoded` launches what a decode step does, in place
+of fp16 in and out.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from statistics import median
 from typing import Any
 
@@ -26,9 +28,12 @@ os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "20")  # the GPU begins while th
 import mlx.core as mx
 import numpy as np
 
+from mlx_gemma4 import cuda_graph
 from mlx_gemma4.decode import SHRINK
-from mlx_gemma4.kernels import Maker, Tiling, default_maker, matvec, tiling
+from mlx_gemma4.kernels import Maker, Tiling, cuda_maker, default_maker, matvec, tiling
 from mlx_gemma4.quant import FORMATS, Packed, dequantize
+from mlx_gemma4.recording import Arena, Recording, recorded
+from mlx_gemma4.recording import maker as recording_maker
 
 LIMIT = 1e-3
 ROTATE = 300e6  # bytes of copies, several times the largest cache
@@ -72,23 +77,50 @@ def error(y: mx.array, x: mx.array, w: Packed) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def seconds(call: Callable[[mx.array, int], mx.array], x: mx.array, launches: int) -> float:
-    """Time of one of many launches that wait for each other; the median of five runs."""
+def seconds(
+    call: Callable[[mx.array, int, Maker | None], Any], x: mx.array, launches: int, maker: Maker | None = None
+) -> float:
+    """Time of one of many launches in a row, by a maker or stock; the median of five runs.
 
-    @mx.compile  # traced, as a decode step is: else building each launch takes the host longer than the kernel runs
-    def chain(x: mx.array) -> mx.array:
-        y = x
-        for i in range(launches):
-            y = call(mx.depends([x], [y])[0], i)
-        return y
+    On NVIDIA as a decode step makes them: recorded, each waiting for the one before, whose result it overwrites, in one
+    CUDA graph. Elsewhere in a traced chain; there the device may run some at once.
+    """
+    if maker is cuda_maker:
+        run = _recorded(call, x, launches)
+    else:
 
-    def run() -> float:
+        @mx.compile
+        def chain(x: mx.array) -> list[mx.array]:
+            return [call(x, i, maker) for i in range(launches)]
+
+        def run() -> None:
+            mx.eval(chain(x))
+
+    def timed() -> float:
         start = time.perf_counter()
-        mx.eval(chain(x))
+        run()
         return (time.perf_counter() - start) / launches
 
     run()
-    return median(run() for _ in range(5))
+    return median(timed() for _ in range(5))
+
+
+def _recorded(call: Callable[[mx.array, int, Maker | None], Any], x: mx.array, launches: int) -> Callable[[], None]:
+    recording = Recording(Arena())
+    number = recording.buffer((1,), mx.int32)
+    with recorded(recording):
+        for i in range(launches):
+            call(x, i, recording_maker)
+    _player().load(recording.launches, recording.arena.nbytes, 1, number.spot, [])
+
+    def run() -> None:
+        _player().start(np.zeros(1, np.int32), False)
+        _player().wait()
+
+    return run
+
+
+_player = cache(cuda_graph.Player)
 
 
 def cuts(n: int, k: int) -> list[Tiling]:
@@ -117,7 +149,12 @@ def measure(name: str, n: int, k: int, tokens: int, maker: Maker, tune: bool, de
     for cut in cuts(n, k) if tune else [tiling(FORMATS[name], n, k, tokens)]:
         y = matvec(x, first, maker, cut=cut, **options)
         wrong = 0.0 if "glu" in options else error(y, x, first)  # tests hold GEGLU to its twin
-        t = seconds(lambda v, i, c=cut: matvec(v, copies[i % len(copies)], maker, cut=c, **options), x, launches)
+
+        def launch(v: mx.array, i: int, maker: Maker | None, c: Tiling = cut) -> Any:
+            assert maker is not None
+            return matvec(v, copies[i % len(copies)], maker, cut=c, **options)
+
+        t = seconds(launch, x, launches, maker)
         results.append((t, wrong, cut))
     for t, wrong, cut in sorted(results, key=lambda r: r[0])[:5]:
         kind = f"{cut.lanes} lanes x {cut.rows} rows x {cut.split} of {cut.simdgroups}"
@@ -136,7 +173,11 @@ def stock(n: int, k: int) -> None:
     x = mx.random.normal((1, k)).astype(mx.float16)
     mx.eval(codes, scales)
     nbytes = codes[0].nbytes + 2 * scales[0].nbytes
-    t = seconds(lambda v, i: mx.quantized_matmul(v, codes[i % 3], *scales, group_size=32, bits=4), x, 50)
+
+    def product(v: mx.array, i: int, _: Maker | None) -> mx.array:
+        return mx.quantized_matmul(v, codes[i % 3], *scales, group_size=32, bits=4)
+
+    t = seconds(product, x, 50)
     print(
         f"MLX 4b  {n:>6} x {k:<6} {nbytes / 1e6:6.0f} MB{'':16} {t * 1e6:9.1f} us  {nbytes / t / 1e9:6.0f} GB/s  stock"
     )
@@ -158,7 +199,7 @@ def main() -> int:
     print(f"{info.get('device_name', 'GPU')}, MLX {mx.__version__}, Python {platform.python_version()}")
     block = random_words(256 << 20)
     mx.eval(block)
-    t = seconds(lambda v, i: v + 1, block, 10)
+    t = seconds(lambda v, *_: v + 1, block, 1)
     print(f"copy {block.nbytes / 1e9:.1f} GB: {2 * block.nbytes / t / 1e9:.0f} GB/s read and written")
     del block
     worst = 0.0

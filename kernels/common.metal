@@ -26,9 +26,10 @@ METAL_FUNC void load4(const device float* p, thread float* v) {
   v[3] = a.w;
 }
 
-// Asks for the line of memory at p, for whoever reads it next. Metal has no such instruction, NVIDIA has (cuda.h).
-#ifndef FETCH
-#define FETCH(p)
+// Before this, a kernel may read what no launch of a step writes: weights. On NVIDIA a launch may begin while the one
+// before it runs out, and waits here (cuda.h); a kernel that doesn't say where, waits first of all.
+#ifndef INPUTS_READY
+#define INPUTS_READY()
 #endif
 
 // Eight numbers of any float type, 16-byte aligned.

@@ -33,7 +33,15 @@ METAL_FUNC V simd_shuffle_xor(V v, ushort mask) { return __shfl_xor_sync(~0u, v,
 template <class V>
 METAL_FUNC V simd_shuffle(V v, ushort lane) { return __shfl_sync(~0u, v, lane); }
 
-#define FETCH(p) asm volatile("prefetch.global.L2 [%0];" ::"l"(p))
+// Where launches of a CUDA graph are joined so (cuda_graph.py), one begins once all threadgroups of the one before it
+// have; elsewhere nothing waits. What precedes it has then run, to the end, before what follows INPUTS_READY.
+#if __CUDA_ARCH__ >= 900
+#define LAUNCH_NEXT() asm volatile("griddepcontrol.launch_dependents;")
+#define INPUTS_READY() asm volatile("griddepcontrol.wait;" ::: "memory")
+#else
+#define LAUNCH_NEXT()
+#define INPUTS_READY()
+#endif
 
 // For matrix.metal: what Metal does with simdgroup matrices.
 

@@ -21,12 +21,6 @@
 // Memory. Every byte of codes, sub and super once, in whole lines. x (and norm) once for each
 // simdgroup's ROWS * 32 / LANES rows, from the cache. y once.
 //
-// With AHEAD, the last threadgroups to run, done with their rows, ask for the beginning of the weights that the next
-// mat-vec reads (ahead0 to ahead2, its codes, sub and super): memory would idle while this launch runs out, while
-// the small kernels between the two run, and while the next one gets going. Of the AHEAD_ROWS rows that the next
-// mat-vec works on first (with AHEAD_UP half of them gate's, half of them up's, from row AHEAD_UP on), the first
-// AHEADi_LINES lines of 128 bytes each. A hint: nothing waits for it, and where FETCH is empty it is not there.
-//
 // A code becomes a float without conversion: its bits are shifted to the top of a mantissa under the
 // exponent of 1, giving v = 1 + code / 2^BITS. With w = a code + b over a group of weights,
 //   sum of w x  =  a 2^BITS (sum of v x - sum of x) + b sum of x,
@@ -66,16 +60,6 @@ METAL_FUNC float unit_code(const thread uint* w, int i, uint one) {
   return as_type<float>((u & mask) | one);
 }
 
-#if AHEAD
-// This thread's share, from line `at` on every `all`-th, of `lines` lines of rows that lie `stride` bytes apart.
-METAL_FUNC void fetch_rows(const device uchar* p, uint stride, uint lines, uint at, uint all) {
-  for (uint i = at; i < AHEAD_ROWS * lines; i += all) {
-    const uint r = i / lines, row = AHEAD_UP > 0 && r >= AHEAD_ROWS / 2 ? r - AHEAD_ROWS / 2 + AHEAD_UP : r;
-    FETCH(p + (ulong(row) * stride + i % lines * 128));
-  }
-}
-#endif
-
 #if INTEGER
 // 32 numbers as whole ones of 16 bits, a pair a word, and their unit: a power of two, 2^-14 to 2^-15 of the largest,
 // or infinity if one of them isn't finite.
@@ -107,7 +91,10 @@ METAL_FUNC int table_dot(uint word, const thread uint* table, const thread uint*
 }
 #endif
 
-// kernel: matvec(x, norm?, codes, sub?, super?, ids?, times?, ahead0?, ahead1?, ahead2?) -> (y)
+// kernel: matvec(x, norm?, codes, sub?, super?, ids?, times?) -> (y)
+#if EXPERTS
+INPUTS_READY();  // which experts
+#endif
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int slot = int(threadgroup_position_in_grid.z);
 const int words = codes_shape[EXPERTS ? 2 : 1];                 // of codes in a row
@@ -216,6 +203,9 @@ float brought[TOKENS][BRING][8];
 
 const int place = part * LANES + col, steps = (chunks + LANES * SPLIT - 1) / (LANES * SPLIT);
 if (place < chunks) LOAD(now, place)
+#if !EXPERTS
+INPUTS_READY();  // weights are on their way
+#endif
 #if STAGE
 BRING_X(0)
 STAGE_X(0)
@@ -392,18 +382,3 @@ if (part == 0 && col == 0) {
     }
   }
 }
-
-#if AHEAD
-const uint groups = threadgroups_per_grid.x, last = min(groups, uint(AHEAD_GROUPS));
-const uint later = groups - 1 - threadgroup_position_in_grid.x;  // threadgroups that start after this one
-if (later < last && slot == 0) {
-  const uint at = later * (32 * SG) + thread_index_in_threadgroup, all = last * (32 * SG);
-  fetch_rows((const device uchar*)ahead0, AHEAD0_STRIDE, AHEAD0_LINES, at, all);
-#if AHEAD > 1
-  fetch_rows((const device uchar*)ahead1, AHEAD1_STRIDE, AHEAD1_LINES, at, all);
-#endif
-#if AHEAD > 2
-  fetch_rows((const device uchar*)ahead2, AHEAD2_STRIDE, AHEAD2_LINES, at, all);
-#endif
-}
-#endif

@@ -21,9 +21,33 @@ const int thread_index = int(thread_index_in_threadgroup);
 const int token = int(threadgroup_position_in_grid.y), row = token * K;
 threadgroup float room[SG];
 
-float c[STEPS][8], squares = 0;
+// All loads come before all sums, so that they are waited for once; those of weights, even before the inputs are there.
+float c[STEPS][8], v[STEPS][8], w[STEPS][8], squares = 0;
+EACH_STEP load8(post + at, w[i]);
+#if NEXT
+float n[STEPS][8];
+EACH_STEP load8(next + at, n[i]);
+#endif
+#if BRANCHES
+float w1[STEPS][8], w2[STEPS][8], parts[STEPS][USED][8];
+EACH_STEP load8(norm1 + at, w1[i]);
+EACH_STEP load8(norm2 + at, w2[i]);
+#endif
+#if SCALED
+const float factor_of_layer = scale[0];
+#endif
+INPUTS_READY();
+EACH_STEP load8(h + row + at, c[i]);
+EACH_STEP load8(x + row + at, v[i]);
+#if BRANCHES
 EACH_STEP {
-  load8(h + row + at, c[i]);
+  UNROLL
+  for (int u = 0; u < USED; u++) load8(experts + (token * USED + u) * K + at, parts[i][u]);
+}
+#endif
+simdgroup_barrier(mem_flags::mem_none);
+
+EACH_STEP {
   UNROLL
   for (int j = 0; j < 8; j++) squares += c[i][j] * c[i][j];
 }
@@ -34,11 +58,10 @@ float e[STEPS][8], e_squares = 0;
 EACH_STEP {
   UNROLL
   for (int j = 0; j < 8; j++) e[i][j] = 0;
+  UNROLL
   for (int u = 0; u < USED; u++) {
-    float v[8];
-    load8(experts + (token * USED + u) * K + at, v);
     UNROLL
-    for (int j = 0; j < 8; j++) e[i][j] += share[token * USED + u] * v[j];
+    for (int j = 0; j < 8; j++) e[i][j] += share[token * USED + u] * parts[i][u][j];
   }
   UNROLL
   for (int j = 0; j < 8; j++) e_squares += e[i][j] * e[i][j];
@@ -47,12 +70,9 @@ e_squares = sum_group(e_squares, room, SG, sg, lane);
 const float factor1 = rsqrt(squares / K + EPS_H), factor2 = rsqrt(e_squares / K + EPS_H);
 squares = 0;
 EACH_STEP {
-  float w1[8], w2[8];
-  load8(norm1 + at, w1);
-  load8(norm2 + at, w2);
   UNROLL
   for (int j = 0; j < 8; j++) {
-    c[i][j] = c[i][j] * factor1 * w1[j] + e[i][j] * factor2 * w2[j];
+    c[i][j] = c[i][j] * factor1 * w1[i][j] + e[i][j] * factor2 * w2[i][j];
     squares += c[i][j] * c[i][j];
   }
 }
@@ -62,14 +82,11 @@ squares = sum_group(squares, room, SG, sg, lane);
 const float factor = rsqrt(squares / K + (BRANCHES ? EPS : EPS_H));
 squares = 0;
 EACH_STEP {
-  float v[8], w[8];
-  load8(x + row + at, v);
-  load8(post + at, w);
   UNROLL
   for (int j = 0; j < 8; j++) {
-    c[i][j] = v[j] + c[i][j] * factor * w[j];
+    c[i][j] = v[i][j] + c[i][j] * factor * w[i][j];
 #if SCALED
-    c[i][j] *= scale[0];
+    c[i][j] *= factor_of_layer;
 #endif
     squares += c[i][j] * c[i][j];
   }
@@ -79,10 +96,8 @@ EACH_STEP {
 #if NEXT
 const float next_factor = rsqrt(sum_group(squares, room, SG, sg, lane) / K + EPS);
 EACH_STEP {
-  float w[8];
-  load8(next + at, w);
   UNROLL
-  for (int j = 0; j < 8; j++) w[j] = WITHIN_U(w[j] * c[i][j] * next_factor);
-  store8(normed + row + at, w);
+  for (int j = 0; j < 8; j++) n[i][j] = WITHIN_U(n[i][j] * c[i][j] * next_factor);
+  store8(normed + row + at, n[i]);
 }
 #endif

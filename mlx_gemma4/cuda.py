@@ -103,8 +103,10 @@ def text(
     shapes = {f"{input_names[i]}_shape": rank for i, rank in zip(shaped, ranks, strict=True)}
     sizes = [f"int {n}_{j}" for n, rank in shapes.items() for j in range(rank)]
     arrays = (f"const int {n}[] = {{{', '.join(f'{n}_{j}' for j in range(k))}}};\n" for n, k in shapes.items())
+    starts = "" if "INPUTS_READY()" in source else "INPUTS_READY();\n"
+    starts = f"LAUNCH_NEXT();\n{starts}" if "define LAUNCH_NEXT()" in header else ""
     signature = f'extern "C" __global__ void {bounds}{name}({", ".join(pointers + sizes)})'
-    return f"{header}\n{signature} {{\n{''.join(arrays)}{source}\n}}\n"
+    return f"{header}\n{signature} {{\n{''.join(arrays)}{starts}{source}\n}}\n"
 
 
 def machine_code(text: str, name: str) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, byref, c_int, c_uint, c_uint64, c_void_p, cast
+from ctypes import POINTER, byref, c_int, c_ubyte, c_uint, c_uint64, c_void_p, cast
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -35,6 +35,17 @@ _TAKE_TEXT = f"""extern "C" __global__ void {_TAKE}(const unsigned* arena, unsig
   if (i < n) out[i] = arena[first + i];
 }}
 """
+
+
+class _Edge(ctypes.Structure):
+    """CUgraphEdgeData of cuda.h. Zeros: one waits for the other's end."""
+
+    _fields_ = (
+        ("from_port", c_ubyte),  # 1: CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC
+        ("to_port", c_ubyte),
+        ("type", c_ubyte),  # 1: CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC
+        ("reserved", c_ubyte * 5),
+    )
 
 
 class _Node(ctypes.Structure):
@@ -82,6 +93,7 @@ class Player:
         self._through = [c_void_p() for _ in range(STARTS)]  # events
         for event in self._through:
             _do("cuEventCreate", byref(event), 2)  # no timing
+        self._early = _compute_capability() >= 9  # launches may begin before what they wait for ends
         self._starts = 0
         self._best = 0  # where the likeliest token lies
         self._arena = mx.zeros(0, mx.uint8)
@@ -222,19 +234,25 @@ class Player:
         return True
 
     def _build(self, calls: list[Call], waits: list[list[int]]) -> None:
-        graph = c_void_p()
+        """A new graph. Its launches begin early and wait within (cuda.h), where the driver and the GPU can do that."""
         if self._executable:
             _do("cuGraphExecDestroy", self._executable)
             _do("cuGraphDestroy", self._graph)
-        self._executable, self._nodes = c_void_p(), []
-        _do("cuGraphCreate", byref(graph), 0)
-        for call, before in zip(calls, waits, strict=True):
-            parameters, _keep = call.node()
-            node, first = c_void_p(), (c_void_p * len(before))(*(self._nodes[i] for i in before))
-            _do("cuGraphAddKernelNode", byref(node), graph, first, c_uint64(len(before)), byref(parameters))
+        self._graph, self._executable, self._nodes = c_void_p(), c_void_p(), []
+        _do("cuGraphCreate", byref(self._graph), 0)
+        for call in calls:
+            node, (parameters, _keep) = c_void_p(), call.node()
+            _do("cuGraphAddKernelNode", byref(node), self._graph, None, c_uint64(0), byref(parameters))
             self._nodes.append(node)
-        _do("cuGraphInstantiateWithFlags", byref(self._executable), graph, c_uint64(0))
-        self._graph = graph  # its nodes name those of the executable
+        pairs = [(i, at) for at, before in enumerate(waits) for i in before]
+        first, then = ((c_void_p * len(pairs))(*(self._nodes[p[end]] for p in pairs)) for end in (0, 1))
+        edges = (_Edge * len(pairs))(*(_Edge(1, 0, 1) for _ in pairs if self._early))
+        _do("cuGraphAddDependencies_v2", self._graph, first, then, edges, c_uint64(len(pairs)))
+        if _driver().cuGraphInstantiateWithFlags(byref(self._executable), self._graph, c_uint64(0)):
+            if not self._early:
+                raise RuntimeError("CUDA's driver takes no graph of a decode step")
+            self._early = False
+            self._build(calls, waits)
 
     def _find(self, arrays: Sequence[mx.array]) -> list[int]:
         """Where arrays lie on the GPU; they are evaluated, and contiguous, or it is a RuntimeError."""
@@ -305,6 +323,13 @@ def _context() -> c_void_p:
     _do("cuInit", 0)
     _do("cuDevicePrimaryCtxRetain", byref(context), 0)
     return context
+
+
+def _compute_capability() -> int:
+    """The GPU's, major."""
+    found = c_int()
+    _do("cuDeviceGetAttribute", byref(found), 75, 0)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+    return found.value
 
 
 def _enter() -> None:

@@ -74,18 +74,9 @@ class Kernels:
         x: mx.array,
         w: Weight,
         factor: float = 1.0,
-        *,
-        ahead: Weight | None = None,
-        ahead_glu: bool = False,
         **options: Any,
     ) -> mx.array:
-        """A mat-vec with whatever is folded into it, times a factor: options are those of `kernels.matvec`.
-
-        `ahead`, which may be any weight or none there, counts where kernels can ask for it.
-        """
-        hint: dict[str, Any] = {}
-        if isinstance(ahead, Packed) and kernels.takes(ahead, 1):
-            hint = {"ahead": ahead, "ahead_glu": ahead_glu}
+        """A mat-vec with whatever is folded into it, times a factor: options are those of `kernels.matvec`."""
 
         def times_factor(y: mx.array) -> mx.array:
             return y if factor == 1.0 else y * factor
@@ -98,7 +89,7 @@ class Kernels:
             done = self._run(("dense",), lambda: fused.dense(x, w, self.maker, factor=factor, **options), twin)
         elif isinstance(w, Packed) and kernels.takes(w, 1 if "ids" in options else x.shape[0]):
             names = ("matvec", f"matvec {w.format.name}")
-            done = self._run(names, lambda: times_factor(kernels.matvec(x, w, self.maker, **hint, **options)), twin)
+            done = self._run(names, lambda: times_factor(kernels.matvec(x, w, self.maker, **options)), twin)
         else:
             done = twin()
         return done
@@ -312,18 +303,13 @@ def _forward(
         x, h = run("add_norm", x, a, layer.post_attention_norm, next_norm=layer.ffn_norm, **norm)
         experts = None if layer.ffn_gate_inp is None else _experts(run, model, layer, x)
         end: dict[str, Any] = {"next_norm": following, "scale": scale, **norm}  # of the layer
-        m = _mlp(run, layer, h, _queries(w.layers[i + 1]) if i + 1 < len(w.layers) else w.output)
+        m = _mlp(run, layer, h)
         if per_layer:
             x, h = _per_layer(run, layer, x, m, per_layer[i], **end)
         else:
             x, h = run("add_norm", x, m, layer.post_ffw_norm, experts=experts, shrunk=SHRINK, **end)
-    logits = run.product(h, w.output, out=mx.float32, ahead=_queries(w.layers[0]))
+    logits = run.product(h, w.output, out=mx.float32)
     return logits, list(tails.values())
-
-
-def _queries(layer: Layer) -> Weight | None:
-    """The weight that a layer's queries come from, perhaps with keys and values."""
-    return layer.attn_q if layer.attn_qk is None else layer.attn_qk
 
 
 def _placed(rows: mx.array, parts: dict[bool, int]) -> Inputs:
@@ -351,9 +337,9 @@ def _attention(
 ) -> mx.array:
     """Layer i's attention, fp32 [T, hidden], of h [T, hidden], after its norm; its new tail goes into `tails`."""
     c, layer, shape = model.config, model.weights.layers[i], model.config.layers[i]
-    q_weight = _queries(layer)
+    q_weight = layer.attn_q if layer.attn_qk is None else layer.attn_qk
     assert q_weight is not None
-    q = run.product(h, q_weight, out=mx.float32, ahead=layer.attn_output)
+    q = run.product(h, q_weight, out=mx.float32)
     k = v = None
     own = shape.kv_layer == i
     joined_v = layer.attn_qk is not None and q.shape[1] > (shape.heads + shape.kv_heads) * shape.head_dim
@@ -388,20 +374,17 @@ def _attention(
         out = run("coded_attention", q, coded, turn, tail, spans, scale=c.attention_scale)
     else:
         out = run("attention", q, parts, spans, scale=c.attention_scale, window=window)
-    return run.product(out, layer.attn_output, out=mx.float32, ahead=layer.ffn_gate_up, ahead_glu=True)
+    return run.product(out, layer.attn_output, out=mx.float32)
 
 
-def _mlp(run: Kernels, layer: Layer, h: mx.array, ahead: Weight | None) -> mx.array:
-    """down(gelu(gate(h)) * up(h)) times SHRINK, fp32 [T, hidden], of h [T, hidden], after its norm.
-
-    `ahead` is the weight that the step reads next.
-    """
+def _mlp(run: Kernels, layer: Layer, h: mx.array) -> mx.array:
+    """down(gelu(gate(h)) * up(h)) times SHRINK, fp32 [T, hidden], of h [T, hidden], after its norm."""
     if layer.ffn_gate_up is not None:
-        product = run.product(h, layer.ffn_gate_up, glu=True, shrink=SHRINK, ahead=layer.ffn_down)
+        product = run.product(h, layer.ffn_gate_up, glu=True, shrink=SHRINK)
     else:
         assert layer.ffn_gate is not None and layer.ffn_up is not None
         product = run.product(h, layer.ffn_gate, times=run.product(h, layer.ffn_up, factor=SHRINK))
-    return run.product(product, layer.ffn_down, out=mx.float32, ahead=ahead)
+    return run.product(product, layer.ffn_down, out=mx.float32)
 
 
 def _per_layer(

@@ -29,7 +29,6 @@ _DEVICE = 8  # elements from which on MLX passes an input in Metal's device addr
 MAX_TOKENS = 4  # of a mat-vec
 CORES = 132  # of a large GPU, an H100
 RESIDENT = CORES * 36  # simdgroups of a mat-vec with two rows a lane that it holds at once
-AHEAD = 16 << 20  # bytes of the next mat-vec's codes that one asks for: a third of an H100's L2
 _TYPES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat"}
 
 
@@ -190,28 +189,6 @@ def tiling(fmt: Format, n: int, k: int, tokens: int = 1) -> Tiling:
     return Tiling(lanes, rows, split, simdgroups=split)
 
 
-def _first_rows(cut: Tiling, n: int) -> int:
-    """How many of n rows a large GPU works on at once, so from the beginning on."""
-    return min(n, RESIDENT * 2 // cut.rows // cut.split * cut.rows * (32 // cut.lanes))
-
-
-def _ahead_defines(w: tuple[str, tuple[int, int]], glu: bool, cut: Tiling) -> dict[str, object]:
-    """What a mat-vec with this cut is told of the next one's weight, given by the name of its format and its shape."""
-    (name, (n, k)), line = w, 128
-    fmt = FORMATS[name]
-    rows = _first_rows(tiling(fmt, n, k), n) // 2 * 2
-    strides = [k * fmt.bits // 8, k // fmt.group * fmt.sub_bits // 8]
-    strides.append(k // fmt.super_block * 2 * (1 + fmt.has_min) if fmt.super_block else 0)
-    strides = [stride for stride in strides if stride]
-    lines = [-(-stride // line) for stride in strides]
-    lines[0] = min(lines[0], max(1, AHEAD // line // rows))
-    defines: dict[str, object] = {"AHEAD": len(strides), "AHEAD_ROWS": rows, "AHEAD_UP": n // 2 if glu else 0}
-    defines["AHEAD_GROUPS"] = RESIDENT * 2 // cut.rows // cut.simdgroups
-    for i, (stride, count) in enumerate(zip(strides, lines, strict=True)):
-        defines |= {f"AHEAD{i}_STRIDE": stride, f"AHEAD{i}_LINES": count}
-    return defines
-
-
 def result_type(dtype: mx.Dtype) -> dict[str, object]:
     """U, the dtype of results, as constants."""
     return {"U": _TYPES[dtype], "U_HALF": dtype == mx.float16}
@@ -261,8 +238,6 @@ def matvec_kernel(
     times: bool = False,
     experts: bool = False,
     expert_x: bool = False,
-    ahead: tuple[str, tuple[int, int]] | None = None,
-    ahead_glu: bool = False,
 ) -> Kernel:
     """matvec.metal for a format and a cut; k only decides how wide loads may be."""
     while k % cut.chunk:
@@ -277,11 +252,7 @@ def matvec_kernel(
     flags = {"GLU": glu, "TIMES": times, "NORM": norm, "EXPERTS": experts, "EXPERT_X": expert_x}
     defines |= {"TOKENS": tokens, "EPS": _f(eps), "SHRINK": _f(shrink), **result_type(out or dtype), **flags}
     present: dict[str, object] = {"sub": fmt.sub_bits, "super": fmt.super_block, "norm": norm}
-    present |= {"ids": experts, "times": times, "ahead0": False, "ahead1": False, "ahead2": False}
-    if ahead is not None:
-        following = _ahead_defines(ahead, ahead_glu, cut)
-        defines |= following
-        present |= {f"ahead{i}": i < cast(int, following["AHEAD"]) for i in range(3)}
+    present |= {"ids": experts, "times": times}
     return render("matvec", "matvec.metal", dtype, defines, [n for n, there in present.items() if not there])
 
 
@@ -303,8 +274,6 @@ def matvec(
     times: mx.array | None = None,
     ids: mx.array | None = None,
     out: mx.Dtype | None = None,
-    ahead: Packed | None = None,
-    ahead_glu: bool = False,
     cut: Tiling | None = None,
 ) -> Any:
     """A few tokens through a packed weight.
@@ -317,15 +286,11 @@ def matvec(
         times: [T, N] in x's dtype: the result is gelu(x wᵀ) * times.
         ids: int32 [E'], the experts to take.
         out: dtype of the result, x's by default. What fp16 can't hold becomes the largest number that it can.
-        ahead: [N', K'], the weight that the next mat-vec reads, with `glu` if `ahead_glu`: memory is asked for its
-            beginning. Changes no result.
         cut: instead of `tiling`'s.
 
     Returns:
         [T, N], [T, N / 2] with glu, [E', ..] with ids; of whatever kind `maker` returns.
     """
-    if is_metal(maker):  # which has no instruction that asks for memory without waiting
-        ahead = None
     kernel, run, launch = _prepared(
         w.format.name,
         w.shape[-2:],
@@ -341,13 +306,8 @@ def matvec(
         shrink,
         times is not None,
         ids is not None and x.shape[0] > 1,
-        None if ahead is None else (ahead.format.name, (ahead.shape[-2], ahead.shape[-1])),
-        ahead_glu,
     )
     arrays = {"x": x, "norm": norm, "codes": w.codes, "sub": w.sub, "super": w.super, "ids": ids, "times": times}
-    if ahead is not None:
-        planes = [a for a in (ahead.codes, ahead.sub, ahead.super) if a is not None]
-        arrays |= {f"ahead{i}": a for i, a in enumerate(planes)}
     return run(inputs=[arrays[name] for name in kernel.inputs], **launch)[0]
 
 
@@ -367,8 +327,6 @@ def _prepared(
     shrink: float,
     times: bool,
     expert_x: bool,
-    ahead: tuple[str, tuple[int, int]] | None,
-    ahead_glu: bool,
 ) -> tuple[Kernel, Callable[..., Sequence[Any]], dict[str, Any]]:
     """What `matvec` launches; slots: experts, 0 if the weight has none."""
     n, k = shape
@@ -382,8 +340,6 @@ def _prepared(
         "times": times,
         "experts": slots > 0,
         "expert_x": expert_x,
-        "ahead": ahead,
-        "ahead_glu": ahead_glu,
     }
     kernel = matvec_kernel(fmt, k, dtype, cut, tokens, out=out, **flags)
     outs = n // 2 if glu else n

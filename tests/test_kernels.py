@@ -172,43 +172,6 @@ def test_own_tiling(maker: kernels.Maker) -> None:
         close(kernels.matvec(x, w, maker), exact(x) @ values.T, mx.float16)
 
 
-@pytest.mark.parametrize("glu", [False, True])
-@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "IQ4_XS"])
-def test_asking_ahead_changes_nothing(name: str, glu: bool, maker: kernels.Maker) -> None:
-    """All of the next weight that is asked for is its own (the simulator reads it), from the first to the last row."""
-    w, values = weight("Q4_K", 45, 256)
-    following, _ = weight(name, 2 * 11, 768)
-    x = random(15, 1, 256, dtype=mx.float16)
-    got = kernels.matvec(x, w, maker, ahead=following, ahead_glu=glu, cut=CUTS[1])
-    close(got, exact(x) @ values.T, mx.float16)
-
-
-def test_asking_past_the_end_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test above would see it."""
-    right = kernels._ahead_defines
-
-    def wrong(*arguments: Any) -> dict[str, object]:
-        return right(*arguments) | {"AHEAD_ROWS": 24}
-
-    monkeypatch.setattr(kernels, "_ahead_defines", wrong)
-    w, _ = weight("Q4_K", 41, 256)
-    following, _ = weight("Q8_0", 22, 768)
-    with pytest.raises(metal_sim.MetalError):
-        kernels.matvec(random(15, 1, 256, dtype=mx.float16), w, metal_sim.kernel, ahead=following, cut=CUTS[1])
-
-
-def test_what_is_asked_for_fits_a_cache() -> None:
-    """Of the shapes of 31B: the beginning of every row that is worked on first, whole lines, no more than AHEAD."""
-    cut = kernels.tiling(FORMATS["Q4_K"], 5376, 21504)
-    for n, k, glu in ((43008, 5376, True), (5376, 21504, False), (5376, 8192, False), (1536, 256, False)):
-        told = kernels._ahead_defines(("Q4_K", (n, k)), glu, cut)
-        rows, lines = told["AHEAD_ROWS"], told["AHEAD0_LINES"]
-        assert isinstance(rows, int) and isinstance(lines, int)
-        assert rows <= n and 128 * rows * lines <= max(kernels.AHEAD, 128 * rows)
-        assert (lines - 1) * 128 < k // 2  # a row's codes
-    assert told["AHEAD_ROWS"] == 1536 and told["AHEAD0_LINES"] == 1  # all of a small one
-
-
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ4_XS"])
 def test_staged_x_has_no_race(name: str) -> None:
     """x under a norm goes through threadgroup memory, two steps by turns; 45 rows leave lanes without work."""

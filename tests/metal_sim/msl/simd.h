@@ -273,6 +273,3 @@ struct msl_position {
 #ifdef MSL_CHECK
 #pragma clang poison double goto new delete throw try virtual dynamic_cast typeid asm
 #endif
-
-// What kernels ask for ahead of time must be theirs to read (kernels/common.metal).
-#define FETCH(p) ((void)*(const volatile device uchar*)(p))
