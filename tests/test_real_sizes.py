@@ -78,7 +78,7 @@ def test_a_step_of_a_real_size_can_be_recorded(kind: str, kv: str, depth: int, m
             state = KVState(model, mx.float16, kv=kv)
             lazy_fill(state, depth)
             assert model._replay is not None
-            assert model._replay.begin(mx.array([1]), state)
+            assert model._replay.begin(1, state)
             found.append([(x.name, x.grid, x.outputs) for x in Sink.launches])
     assert found[0] == found[1]
     rows = sum(s.kv_heads * s.head_dim for i, s in enumerate(model.config.layers) if s.kv_layer == i)
