@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 import numpy as np
 
-from . import attention, coded_attention, fused, kernels, ops, ple, recording, tiles
+from . import attention, coded_attention, fused, kernels, ops, recording, tiles
 from .config import LayerConfig
 from .ops import Weight
 from .quant import Packed
@@ -42,7 +42,6 @@ _MODULES = {
     "attention": attention,
     "coded_attention": coded_attention,
     "encode": coded_attention,
-    "ple": ple,
 }
 
 
@@ -390,18 +389,14 @@ def _mlp(run: Kernels, layer: Layer, h: mx.array) -> mx.array:
 def _per_layer(
     run: Kernels, layer: Layer, x: mx.array, m: mx.array, p: mx.array, **end: Any
 ) -> tuple[mx.array, mx.array]:
-    """The residual and the next norm's result, of the residual x and the MLP's result m: one launch, or four.
+    """The residual and the next norm's result, of the residual x and the MLP's result m.
 
     p [T, P] is the layer's embedding of the tokens; end: what the last add_norm is told.
     """
-    gate, proj, post = layer.inp_gate, layer.proj, layer.post_ffw_norm
-    assert gate is not None and proj is not None
-    if "ple" not in run.off and ple.takes(gate, proj, x.shape[0], run.maker):
-        done = run("ple", x, m, post, gate, p, proj, layer.post_norm, shrunk=SHRINK, **end)
-    else:
-        x, _ = run("add_norm", x, m, post, eps=end["eps"], shrunk=SHRINK)
-        done = run("add_norm", x, run.product(run.product(x, gate, times=p), proj), layer.post_norm, **end)
-    return cast("tuple[mx.array, mx.array]", done)
+    assert layer.inp_gate is not None and layer.proj is not None
+    x, _ = run("add_norm", x, m, layer.post_ffw_norm, eps=end["eps"], shrunk=SHRINK)
+    z = run.product(run.product(x, layer.inp_gate, times=p), layer.proj)
+    return cast("tuple[mx.array, mx.array]", run("add_norm", x, z, layer.post_norm, **end))
 
 
 def _experts(

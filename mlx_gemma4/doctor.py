@@ -32,7 +32,6 @@ from . import (
     kv_codes,
     long_attention,
     packing,
-    ple,
     tiles,
 )
 from .decode import Kernels
@@ -62,7 +61,6 @@ STOCK = (
     ("matvec", "rows that are no multiple of 32 long"),
     ("dense", "joined gate and up, and experts, in F32, F16 or BF16"),
     ("embed, ple_inputs", "tables that MLX quantized itself"),
-    ("ple", "gate and projection in two formats or unpacked: four launches in place of one, as on Apple GPUs"),
 )
 
 
@@ -103,7 +101,7 @@ def device_name() -> str:
 def kernel_text() -> str:
     """A digest of all that kernels are made of."""
     folder = next(f for f in kernels._FOLDERS if f.is_dir())
-    modules = (kernels, cuda, attention, long_attention, coded_attention, kv_codes, fused, ple, tiles, packing)
+    modules = (kernels, cuda, attention, long_attention, coded_attention, kv_codes, fused, tiles, packing)
     files = [*sorted(folder.iterdir()), *(Path(m.__file__ or "") for m in modules)]
     return sha256(b"\0".join(file.read_bytes() for file in files if file.is_file())).hexdigest()[:16]
 

@@ -8,15 +8,13 @@ Launches of a layer at one token, a mat-vec (matvec.metal, RMSNorm of its input 
 
     dense    q|k|v mat-vec, qkv_post, attention, merge, output mat-vec, add_norm,
              gate|up mat-vec with GEGLU, down mat-vec, add_norm                                         9
-    E2B/E4B  the same, but `ple` (ple.py) for the last: add_norm, gate mat-vec with GELU times p,
-             projection mat-vec, add_norm                                                               9
+    E2B/E4B  the same, then gate mat-vec with GELU times p, projection mat-vec, add_norm               12
     experts  q|k|v, qkv_post, attention, merge, output, add_norm; gate|up, down; router (dense),
              top_k, experts' gate|up, experts' down, add_norm of both branches                         13
 
 Attention over at most `attention.SHORT` tokens needs no merge: one less. A layer whose q, k and v differ in type has
-a mat-vec for each type. The four launches that `ple` stands for stay on Apple GPUs, and where `ple.takes` says no: 12.
-Before the layers: rotations for each kind of layer, embed, and for E2B/E4B per_layer_model_proj and ple_inputs. After
-them: the head's mat-vec with the last norm folded in, and argmax's two.
+a mat-vec for each type. Before the layers: rotations for each kind of layer, embed, and for E2B/E4B
+per_layer_model_proj and ple_inputs. After them: the head's mat-vec with the last norm folded in, and argmax's two.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import attention, coded_attention, fused, kernels, kv_codes, long_attention, packing, ple, quant, tiles
+from . import attention, coded_attention, fused, kernels, kv_codes, long_attention, packing, quant, tiles
 from .decode import SHRINK, product_twin
 from .kernel_sizes import Heads, Product, Sizes
 from .kernels import Maker
@@ -90,9 +90,6 @@ def checks(s: Sizes, lengths: Sequence[int], rows: int | None = None) -> Iterato
         yield _embed(s.table, s.hidden)
     if s.ple_table:
         yield _ple_inputs(s)
-    maker = kernels.default_maker()
-    if maker is None or not kernels.is_metal(maker):  # there it is not taken
-        yield from (_ple(type, s) for type in _ple_types(s))
     if s.used:
         yield _top_k(s.experts, s.used)
     if rows is None:  # generation takes the stock one
@@ -387,30 +384,6 @@ def _ple_inputs(s: Sizes) -> Check:
         )
 
     return Check("ple_inputs", f"{s.ple_table} {s.layers}x{s.ple}", make)
-
-
-def _ple_types(s: Sizes) -> list[str]:
-    """Formats that gates and projections of per-layer embeddings share."""
-    gates, projections = ({p.type for p in s.products if p.shape == n} for n in ((s.ple, s.hidden), (s.hidden, s.ple)))
-    return sorted(t for t in gates & projections & FORMATS.keys() if ple.fits(FORMATS[t], s.hidden, s.ple))
-
-
-def _ple(type: str, s: Sizes) -> Check:
-    def make() -> Case:
-        k, p = s.hidden, s.ple
-        gate, proj = weight(type, (p, k)), weight(type, (k, p))
-        assert isinstance(gate, Packed) and isinstance(proj, Packed)
-        x, h, times = normal(1, k) * 20, normal(1, k) * SHRINK, normal(1, p)
-        post, post_norm, next_norm = (1 + normal(k) * 0.1 for _ in range(3))
-        options: dict[str, Any] = {"eps": EPS, "next_norm": next_norm, "scale": mx.full((4,), 0.37)}
-        options |= {"shrunk": SHRINK, "out": state_dtype()}
-        return Case(
-            lambda maker: ple.ple(x, h, post, gate, times, proj, post_norm, maker, **options),
-            lambda: ple.ple_twin(x, h, post, gate, times, proj, post_norm, **options),
-            gate.nbytes + proj.nbytes + 4 * k * 6 + 4 * p + state_dtype().size * k,
-        )
-
-    return Check("ple", f"{type} {s.hidden}, {s.ple}", make)
 
 
 def _top_k(experts: int, used: int) -> Check:

@@ -197,7 +197,6 @@ def test_cuda_text_keeps_threadgroup_memory_shared() -> None:
         "choose.metal",
         "qkv.metal",
         "embed.metal",
-        "ple.metal",
     ):
         metal = re.sub(r"(?m)//.*$", "", kernels._text(file))
         cuda = kernels.to_cuda(metal)

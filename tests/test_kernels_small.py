@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from metal_sim import kernel as simulator
 
-from mlx_gemma4 import attention, fused, ple, quant
+from mlx_gemma4 import attention, fused, quant
 from mlx_gemma4.gguf_file import TENSOR_TYPES
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
@@ -451,106 +451,6 @@ def test_ple_inputs_of_an_odd_width() -> None:
     check(got, fused.ple_inputs_twin(ids, proj, norm, weights, 0.03, eps=EPS), mx.float32)
 
 
-# ---------------------------------------------------------------- the end of a layer with per-layer embeddings
-
-
-def end_of_layer(
-    name: str,
-    k: int,
-    p: int,
-    tokens: int = 1,
-    dtypes: tuple[mx.Dtype, mx.Dtype] = (mx.float32, mx.float32),
-    scaled: bool = True,
-    size: float = 30.0,
-    maker: Any = metal,
-    factor: float = 1.0,
-) -> None:
-    """dtypes: of the residual and p, and of the rest; size: of the residual."""
-    gate, proj = table(name, p, k), table(name, k, p)
-    assert isinstance(gate, quant.Packed) and isinstance(proj, quant.Packed)
-    assert ple.takes(gate, proj, tokens, maker)
-    x, h = normal(tokens, k, dtype=dtypes[0]) * size, normal(tokens, k, dtype=dtypes[1], seed=1)
-    times = normal(tokens, p, dtype=dtypes[0], seed=2)
-    post, post_norm, next_norm = (1 + normal(k, seed=s) for s in (3, 4, 5))
-    options: dict[str, Any] = {"eps": EPS, "shrunk": 1 / 16, "next_norm": next_norm}
-    options["scale"] = mx.array([0.37] * 4) if scaled else None
-    arguments = (x, h, post, gate, times, proj, post_norm)
-    got, want = ple.ple(*arguments, maker, **options), ple.ple_twin(*arguments, **options)
-    check(got[0], want[0], dtypes[0], factor)
-    check(got[1], want[1], dtypes[1], factor)
-
-
-@pytest.mark.parametrize("name", quant.FORMATS)
-def test_ple(name: str) -> None:
-    end_of_layer(name, 512, 256)
-
-
-@pytest.mark.parametrize(("k", "p"), [(256, 256), (768, 256), (1536, 256), (2560, 256), (1024, 512)])
-def test_ple_sizes(k: int, p: int) -> None:
-    end_of_layer("Q4_K", k, p)
-
-
-@pytest.mark.parametrize("name", ["Q8_0", "Q5_0", "IQ4_NL"])
-@pytest.mark.parametrize(("k", "p"), [(32, 32), (96, 160), (1120, 96)])
-def test_ple_of_odd_sizes(name: str, k: int, p: int) -> None:
-    end_of_layer(name, k, p)
-
-
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_ple_tokens_and_dtypes(tokens: int, dtype: mx.Dtype) -> None:
-    end_of_layer("Q4_K", 256, 256, tokens, (mx.float32, dtype), scaled=tokens % 2 == 0)
-    end_of_layer("Q8_0", 256, 64, tokens, (dtype, dtype))
-
-
-@pytest.mark.parametrize("size", [0.0, 1e-3, 1e6])
-def test_ple_of_a_residual_of_any_size(size: float) -> None:
-    """fp16 doesn't hold it; its numbers are brought near one, group by group."""
-    end_of_layer("Q4_K", 512, 256, size=size)
-
-
-# As a GPU of NVIDIA multiplies [16, 16] and [16, 8], by PTX's layout of m16n8k16.
-AS_CUDA = """
-METAL_FUNC void multiply(thread float* c, const thread uint* a, uint b0, uint b1, int lane) {
-  for (int k = 0; k < 16; k++) {
-    uint left[2], right[2];
-    for (int r = 0; r < 2; r++) left[r] = simd_shuffle(a[k / 8 * 2 + r], ushort(lane / 4 * 4 + k % 8 / 2));
-    for (int n = 0; n < 2; n++) right[n] = simd_shuffle(k < 8 ? b0 : b1, ushort((lane % 4 * 2 + n) * 4 + k % 8 / 2));
-    for (int i = 0; i < 4; i++) {
-      const uint l = left[i / 2], r = right[i % 2];
-      c[i] += k % 2 ? high_half(l) * high_half(r) : low_half(l) * low_half(r);
-    }
-  }
-}
-"""
-
-
-@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "Q6_K", "Q3_K", "IQ4_XS"])
-def test_ple_as_it_lies_in_the_lanes_of_cuda(name: str) -> None:
-    """Which numbers a lane holds differs; the simulator runs that too, with a product written out."""
-
-    def cuda_like(header: str, source: str, **declared: Any) -> Any:
-        assert header.count("#ifdef CUDA\n") == 2
-        header = header.replace("#ifdef CUDA\n", f"{AS_CUDA}#if 1\n", 1).replace("#ifdef CUDA\n", "#if 1\n")
-        for old in ("multiply(dots, a, b[m], b[m + 1])", "thread float* sum) {"):
-            assert header.count(old) == 1
-        header = header.replace("b[m + 1])", "b[m + 1], lane)").replace("float* sum) {", "float* sum, int lane) {")
-        return metal(header=header, source=source.replace(", table, sum)", ", table, sum, lane)"), **declared)
-
-    end_of_layer(name, 512, 256, maker=cuda_like)
-
-
-def test_ple_is_taken_where_it_fits() -> None:
-    gate, proj = table("Q4_K", 256, 512), table("Q4_K", 512, 256)
-    assert ple.takes(gate, proj, 4, metal)
-    assert not ple.takes(gate, proj, 5, metal)
-    assert not ple.takes(gate, proj, 1, mx.fast.metal_kernel)
-    assert not ple.takes(gate, table("Q6_K", 512, 256), 1, metal)
-    assert not ple.takes(table("F16", 256, 512), table("F16", 512, 256), 1, metal)
-    assert not ple.takes(table("Q8_0", 1024, 512), table("Q8_0", 512, 1024), 1, metal)
-    assert not ple.takes(table("Q4_K", 256, 5120), table("Q4_K", 5120, 256), 1, metal)
-
-
 # ---------------------------------------------------------------- races and bounds
 
 
@@ -573,6 +473,3 @@ def test_no_races_and_no_access_out_of_bounds() -> None:
     fused.dense(normal(2, 40), normal(5, 40), racing, norm=normal(40), times=normal(2, 5))
     fused.top_k(normal(4, 60), 8, racing)
     fused.argmax(normal(2, 5000), racing)
-    for name in ("Q4_K", "Q6_K", "IQ4_XS"):
-        end_of_layer(name, 512, 256, maker=racing)
-    end_of_layer("Q5_0", 96, 160, 2, maker=racing)
