@@ -27,6 +27,9 @@ Maker = Callable[..., Callable[..., Sequence[Any]]]
 _FOLDERS = (Path(__file__).parent / "metal", Path(__file__).parent.parent / "kernels")  # in a wheel, in the tree
 _DEVICE = 8  # elements from which on MLX passes an input in Metal's device address space, not constant
 MAX_TOKENS = 4  # of a mat-vec
+LARGE = 8 << 20  # weights of a large matrix
+MANY_ROWS = 65536  # of a head
+BUSY = 1900  # simdgroups that keep a large GPU's memory busy, for one launch
 CORES = 132  # of a large GPU, an H100
 RESIDENT = CORES * 36  # simdgroups of a mat-vec with two rows a lane that it holds at once
 _TYPES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat"}
@@ -154,13 +157,19 @@ class Tiling:
 
 
 def tiling(fmt: Format, n: int, k: int, tokens: int = 1) -> Tiling:
-    """The cut for a weight of n rows of k: rules fitted to 30 cuts of 14 shapes measured on an H100.
+    """The cut for a weight of n rows of k: rules fitted to what some 100 cuts of each of 10 shapes took on an H100.
 
-    What counted, in this order: that the lanes of a row divide its chunks evenly, that there are simdgroups for every
-    core but no small remainder of them in a second wave, few registers (so no prefetch), and that a lane's x serves
-    several rows where the instructions are the limit. docs/kernels.md has the measurements.
+    In a decode step launches wait for each other, so most of all a lane should have few steps, and there should be
+    simdgroups enough for every core; then, the lanes of a row should divide its chunks evenly, and a lane's x should
+    serve several rows. docs/kernels.md has the measurements.
     """
     chunks = -(-k // 32)
+    if tokens == 1 and n * k >= LARGE and n < MANY_ROWS:
+        lanes, most = 32 if chunks >= 256 else 16 if chunks >= 32 else 8, 6 if 8192 <= n < 20000 else 4
+        for split in (1, 2, 3, 4, 6, 8):
+            steps = chunks / (lanes * split)
+            if steps <= most and steps / math.ceil(steps) > 0.8 and n * split * lanes >= 128 * BUSY:
+                return Tiling(lanes, 4, split, split if split > 3 else 2 * split)
 
     def even(lanes: int, split: int) -> float:
         """Share of a row's lanes that have work in every step."""
