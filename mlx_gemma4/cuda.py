@@ -49,7 +49,7 @@ def kernel(
     `X_shape` in the source is the shape of input X, as it is there. A header may define LAUNCH_BOUNDS, from which the
     compiler knows how many registers a thread may have.
     """
-    shaped = shaped_inputs(input_names, source)
+    shaped = shaped_inputs(tuple(input_names), source)
 
     @cache
     def compiled(types: tuple[mx.Dtype, ...], ranks: tuple[int, ...]) -> bytes:
@@ -79,7 +79,8 @@ def kernel(
     return call
 
 
-def shaped_inputs(input_names: Sequence[str], source: str) -> list[int]:
+@cache
+def shaped_inputs(input_names: tuple[str, ...], source: str) -> list[int]:
     """Which inputs' shapes a kernel asks for: it takes their sizes after its arrays."""
     return [i for i, n in enumerate(input_names) if f"{n}_shape" in source]
 
@@ -99,7 +100,7 @@ def text(
         f"{'const ' if i < len(input_names) else ''}{_TYPES[t]}* {n}"
         for i, (t, n) in enumerate(zip(types, [*input_names, *output_names], strict=True))
     ]
-    shaped = shaped_inputs(input_names, source)
+    shaped = shaped_inputs(tuple(input_names), source)
     shapes = {f"{input_names[i]}_shape": rank for i, rank in zip(shaped, ranks, strict=True)}
     sizes = [f"int {n}_{j}" for n, rank in shapes.items() for j in range(rank)]
     arrays = (f"const int {n}[] = {{{', '.join(f'{n}_{j}' for j in range(k))}}};\n" for n, k in shapes.items())

@@ -22,6 +22,7 @@ from .kernels import to_cuda_text
 from .recording import Launch, Spot, dependencies
 from .replay import STARTS
 
+ROOM = 16 << 20  # bytes that the arena has more than is asked for: more pieces of attention need more
 WIDTH = 32  # arrays that a launch of `_WHERE` takes
 _WHERE = "where_arrays_lie"
 _WHERE_TEXT = f"""extern "C" __global__ void {_WHERE}(
@@ -120,7 +121,7 @@ class Player:
         _enter()
         self.wait()
         if nbytes > self._arena.nbytes:
-            self._arena = mx.zeros(nbytes + nbytes // 4, mx.uint8)
+            self._arena = mx.zeros(nbytes + ROOM, mx.uint8)
             self._begins = self._find([self._arena])[0]
         if numbers > self._room:
             if self._room:

@@ -12,7 +12,7 @@ import logging
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
@@ -20,7 +20,7 @@ import numpy as np
 
 from .execution import execution
 from .recording import Arena, Buffer, Launch, Recording, Spot, recorded
-from .segments import LayerKV
+from .segments import LayerKV, grown
 
 if TYPE_CHECKING:
     from .state import KVState
@@ -51,6 +51,7 @@ class Step:
     """
 
     opened: dict[int, LayerKV]  # the state's layers, with room in their tails
+    windows: dict[int, int | None]  # of the sliding ones among them
     slopes: np.ndarray  # int [rows, 2]
     least: np.ndarray
     record: Callable[[Buffer, Buffer, dict[int, tuple[Buffer, Buffer]]], tuple[Buffer, Buffer]]
@@ -99,6 +100,9 @@ class Done:
 
 
 STARTS = 4  # steps whose tokens a player keeps
+# Tokens that a replayed step's own tails hold: more than a state's, for a change of segments costs the host as long as
+# some ten steps take. So on NVIDIA a few hundred new tokens may not be in codes yet where others would have them there.
+WORKING = 256
 
 
 class Replay:
@@ -179,10 +183,9 @@ class Replay:
             layers = {}
             for i, kv in step.opened.items():
                 keys, values = (player.read(spot) for spot in self._tails[i])
-                count, stop = kv.count + self._taken, kv.stop + self._taken
-                layers[i] = replace(kv, tail_keys=keys, tail_values=values, count=count, stop=stop)
-            mx.eval([a for kv in layers.values() for a in (kv.tail_keys, kv.tail_values)])
+                layers[i] = grown(kv, keys, values, kv.count + self._taken, state.layout, step.windows[i])
             state.take_back(layers)
+            mx.eval(state.arrays)  # before their memory is written again
 
     def forget(self, _: object = None) -> None:
         """Let go of the state that was lent the tails, and of what it may have shared with others."""
@@ -206,18 +209,20 @@ class Replay:
         self._arena.reset()
         recording = Recording(self._arena)
         numbers = recording.buffer((1 + step.slopes.size,), mx.int32)  # the first: at the arena's beginning
-        tails = {}
+        room, tails = max(state.layout.tail, WORKING), {}
         for i, kv in step.opened.items():
-            shape, dtype = kv.tail_keys.shape, kv.tail_keys.dtype
-            tails[i] = recording.buffer(shape, dtype), recording.buffer(shape, dtype)
+            (_, heads, _, dim), dtype = kv.tail_keys.shape, kv.tail_keys.dtype
+            keys, values = (recording.buffer((1, heads, room, dim), dtype) for _ in "kv")
+            tails[i] = keys, values
         with recorded(recording):
             logits, best = step.record(numbers[:1], numbers[1:], tails)
         self._logits, self._tails = logits.spot, {i: (k.spot, v.spot) for i, (k, v) in tails.items()}
         player.load(recording.launches, self._arena.nbytes, numbers.size, best.spot, step.reads)
         counts = {kv.count for kv in step.opened.values()}
         if counts != {0}:
-            arrays = [a for kv in step.opened.values() for a in (kv.tail_keys, kv.tail_values)]
+            pad = [(0, 0), (0, 0), (0, room - state.layout.tail), (0, 0)]
+            arrays = [mx.pad(a, pad) for kv in step.opened.values() for a in (kv.tail_keys, kv.tail_values)]
             player.write([spot for pair in self._tails.values() for spot in pair], arrays)
-        self._room, self._taken = state.layout.tail - max(counts), 0
+        self._room, self._taken = room - max(counts), 0
         self._owner, self._step = weakref.ref(state, self.forget), step
         state.lend(step.opened, self)

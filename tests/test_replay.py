@@ -13,7 +13,7 @@ from recorded import kl, path, prompts
 from test_decode import BUDGET
 from test_kernels_small import metal
 
-from mlx_gemma4 import Sampling, load
+from mlx_gemma4 import Sampling, load, replay
 from mlx_gemma4.decode import Kernels
 from mlx_gemma4.generation import generate_tokens
 from mlx_gemma4.kernels import Kernel, _build
@@ -112,8 +112,12 @@ def test_replayed_steps_give_the_stock_logits(kind: str, tmp_path: Path) -> None
         assert a.shape == b.shape
 
 
-def test_a_full_tail_is_sealed_and_others_see_their_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("working", [64, 66, 256])
+def test_a_full_tail_is_sealed_and_others_see_their_own(
+    working: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Across the end of a tail: forks, marks and rewinds on the way are as with stock operations."""
+    monkeypatch.setattr(replay, "WORKING", working)
     plain, replayed = both("12b", "q8_0", tmp_path)
     found = []
     for model in (plain, replayed):
@@ -128,7 +132,8 @@ def test_a_full_tail_is_sealed_and_others_see_their_own(tmp_path: Path) -> None:
         logits += [model.forward(mx.array([12]), fork) for _ in range(2)]  # the second time it steps, it's taken on
         state.rewind(mark)
         logits += [model.forward(mx.array([i]), state) for i in (13, 14)]
-        found.append((np.stack([np.array(a) for a in logits]), state.tokens, fork.tokens, state.length))
+        cut = [[(s.start, s.stop) for s in kv.segments] for kv in state.layers.values()]
+        found.append((np.stack([np.array(a) for a in logits]), state.tokens, fork.tokens, state.length, cut))
     np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-3)
     assert found[0][1:] == found[1][1:]
     assert HostPlayer.made[-1].loads >= 3
@@ -160,9 +165,12 @@ def test_a_step_under_way_when_another_begins(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.array(replayed.forward(mx.array([i]), fork)), logits)
 
 
-@pytest.mark.parametrize("kv", ["full", "tq4"])
-def test_replies_are_the_same(kv: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kv", "working", "loads"), [("full", 64, 2), ("full", 256, 1), ("tq4", 64, 2)])
+def test_replies_are_the_same(
+    kv: str, working: int, loads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Greedy tokens past a tail's end, where global layers are in codes as well; and what the state holds then."""
+    monkeypatch.setattr(replay, "WORKING", working)
     plain, replayed = both("26b-a4b", "q8_0", tmp_path)
     ids, found = prompts("26b-a4b")[0], []
     for model in (plain, replayed):
@@ -171,8 +179,8 @@ def test_replies_are_the_same(kv: str, tmp_path: Path) -> None:
         found.append((tokens, state.tokens))
     assert found[0] == found[1]
     player = HostPlayer.made[-1]
-    assert (len(player.tokens), player.loads) == (7, 2)
-    assert player.chained == 5  # but for the first, and the one that seals a tail
+    assert (len(player.tokens), player.loads) == (7, loads)
+    assert player.chained == 7 - loads  # but for the first, and the one that seals a tail
 
 
 def test_a_sampled_reply(tmp_path: Path) -> None:
