@@ -186,6 +186,7 @@ class Player:
 
     def wait(self) -> None:
         """Until all that was started is done."""
+        _enter()
         _do("cuStreamSynchronize", self._stream)
 
     def read(self, spot: Spot) -> mx.array:

@@ -270,7 +270,7 @@ def make_step(
         return Step(opened, windows, np.array(slopes), np.array(least), record, reads)
 
     finished = mx.compile(lambda logits: ops.softcap(logits, model.config.softcap).squeeze(0))
-    return step, Replay(run.player, arranged, finished) if run.player else None
+    return step, Replay(run.player, arranged, finished) if run.player and can_step(model, 1) else None
 
 
 def _forward(

@@ -102,7 +102,8 @@ class Done:
 STARTS = 4  # steps whose tokens a player keeps
 # Tokens that a replayed step's own tails hold: more than a state's, for a change of segments costs the host as long as
 # some ten steps take. So on NVIDIA a few hundred new tokens may not be in codes yet where others would have them there.
-WORKING = 256
+WORKING = 512
+WORKING_BYTES = 256 << 20  # of all these tails, at most, where fewer tokens would do
 
 
 class Replay:
@@ -123,6 +124,7 @@ class Replay:
         self._player: Player | None = None
         self._arena = Arena()
         self._last: weakref.ref[KVState] | None = None  # the state that stepped last, by whatever way
+        self._switches = 0  # between states, since one stepped twice in a row
         self._owner: weakref.ref[KVState] | None = None  # whose tails it holds
         self._step: Step | None = None
         self._tails: dict[int, tuple[Spot, Spot]] = {}
@@ -135,10 +137,11 @@ class Replay:
     def begin(self, token: int | Pending | Done, state: KVState) -> Pending | None:
         """Start a step that reads a token, perhaps that of the step before; None: it is to be done some other way.
 
-        A state that takes turns with others is not worth the change: only the one that stepped last is taken on.
+        States that take turns are not worth the changes: then one is taken on when it steps twice in a row.
         """
         last, self._last = None if self._last is None else self._last(), weakref.ref(state)
-        if self._broken or (last is not None and last is not state):
+        self._switches = 0 if last is None or last is state else self._switches + 1
+        if self._broken or self._switches > 1:
             return None
         ready = state.lender is self and self._taken < self._room
         chained = ready and len(self._started) > 0 and token is self._started[-1]
@@ -209,7 +212,7 @@ class Replay:
         self._arena.reset()
         recording = Recording(self._arena)
         numbers = recording.buffer((1 + step.slopes.size,), mx.int32)  # the first: at the arena's beginning
-        room, tails = max(state.layout.tail, WORKING), {}
+        room, tails = _working(state, step), {}
         for i, kv in step.opened.items():
             (_, heads, _, dim), dtype = kv.tail_keys.shape, kv.tail_keys.dtype
             keys, values = (recording.buffer((1, heads, room, dim), dtype) for _ in "kv")
@@ -226,3 +229,11 @@ class Replay:
         self._room, self._taken = room - max(counts), 0
         self._owner, self._step = weakref.ref(state, self.forget), step
         state.lend(step.opened, self)
+
+
+def _working(state: KVState, step: Step) -> int:
+    """Tokens that the tails of a state's layers are to hold."""
+    room, nbytes = WORKING, sum(2 * kv.tail_keys.nbytes for kv in step.opened.values()) / state.layout.tail
+    while room > state.layout.tail and room * nbytes > WORKING_BYTES:
+        room //= 2
+    return max(room, state.layout.tail)

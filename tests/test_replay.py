@@ -112,7 +112,7 @@ def test_replayed_steps_give_the_stock_logits(kind: str, tmp_path: Path) -> None
         assert a.shape == b.shape
 
 
-@pytest.mark.parametrize("working", [64, 66, 256])
+@pytest.mark.parametrize("working", [64, 66, 512])
 def test_a_full_tail_is_sealed_and_others_see_their_own(
     working: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,7 +165,7 @@ def test_a_step_under_way_when_another_begins(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.array(replayed.forward(mx.array([i]), fork)), logits)
 
 
-@pytest.mark.parametrize(("kv", "working", "loads"), [("full", 64, 2), ("full", 256, 1), ("tq4", 64, 2)])
+@pytest.mark.parametrize(("kv", "working", "loads"), [("full", 64, 2), ("full", 512, 1), ("tq4", 64, 2)])
 def test_replies_are_the_same(
     kv: str, working: int, loads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
