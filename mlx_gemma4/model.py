@@ -159,7 +159,7 @@ class Model:
     @property
     def replays(self) -> bool:
         """Whether `begin` starts a step that nobody waits for."""
-        return self._replay is not None
+        return self._replay is not None and not self._replay.broken
 
     def begin(self, token: int | Pending | Done, state: KVState) -> Pending | Done:
         """`forward` of one token, whose logits or likeliest token are asked for later.

@@ -93,7 +93,10 @@ class Done:
         self._logits = logits
 
     def best(self) -> int:
-        return int(mx.argmax(self._logits))
+        with execution():
+            token = mx.argmax(self._logits)
+            mx.async_eval(token)
+        return int(token)
 
     def logits(self) -> mx.array:
         return self._logits
@@ -129,10 +132,9 @@ class Replay:
         self._step: Step | None = None
         self._tails: dict[int, tuple[Spot, Spot]] = {}
         self._logits: Spot | None = None
-        self._room = 0  # tokens that the lent tails have room for
-        self._taken = 0  # of which steps have taken so many
+        self._from = self._until = 0  # lengths of the state when its tails were lent, and when they will be full
         self._started: deque[Pending] = deque()  # the latest steps, those whose tokens the player still keeps
-        self._broken = False
+        self.broken = False  # steps can't be replayed here
 
     def begin(self, token: int | Pending | Done, state: KVState) -> Pending | None:
         """Start a step that reads a token, perhaps that of the step before; None: it is to be done some other way.
@@ -141,9 +143,9 @@ class Replay:
         """
         last, self._last = None if self._last is None else self._last(), weakref.ref(state)
         self._switches = 0 if last is None or last is state else self._switches + 1
-        if self._broken or self._switches > 1:
+        if self.broken or self._switches > 1:
             return None
-        ready = state.lender is self and self._taken < self._room
+        ready = state.lender is self and state.length < self._until
         chained = ready and len(self._started) > 0 and token is self._started[-1]
         if not chained:
             token = token if isinstance(token, int) else token.best()
@@ -158,7 +160,6 @@ class Replay:
         numbers = np.concatenate([[0 if chained else token], rows.reshape(-1)]).astype(np.int32)
         started = Pending(self, self._player, self._player.start(numbers, chained))
         self._started.append(started)
-        self._taken += 1
         state.advance(token if isinstance(token, Pending) else mx.array([token]))
         return started
 
@@ -186,7 +187,8 @@ class Replay:
             layers = {}
             for i, kv in step.opened.items():
                 keys, values = (player.read(spot) for spot in self._tails[i])
-                layers[i] = grown(kv, keys, values, kv.count + self._taken, state.layout, step.windows[i])
+                count = kv.count + state.length - self._from
+                layers[i] = grown(kv, keys, values, count, state.layout, step.windows[i])
             state.take_back(layers)
             mx.eval(state.arrays)  # before their memory is written again
 
@@ -200,9 +202,9 @@ class Replay:
         try:
             self._take_on(state)
         except Exception as error:  # an operation that runs as its twin, a driver too old ..
-            self._broken = True
+            self.broken = True
             log.debug("Decode steps are not replayed: %s: %s", type(error).__name__, error)
-        return not self._broken
+        return not self.broken
 
     def _take_on(self, state: KVState) -> None:
         """Record the steps of a state, until its tail is full, and copy its tails."""
@@ -226,7 +228,7 @@ class Replay:
             pad = [(0, 0), (0, 0), (0, room - state.layout.tail), (0, 0)]
             arrays = [mx.pad(a, pad) for kv in step.opened.values() for a in (kv.tail_keys, kv.tail_values)]
             player.write([spot for pair in self._tails.values() for spot in pair], arrays)
-        self._room, self._taken = room - max(counts), 0
+        self._from, self._until = state.length, state.length + room - max(counts)
         self._owner, self._step = weakref.ref(state, self.forget), step
         state.lend(step.opened, self)
 
