@@ -1,7 +1,7 @@
 """The decode step on a GPU: a forward pass for one token, or a few, in fused kernels.
 
 In: token ids, a `KVState`, weights. Out: logits. It computes what `Model` does with stock operations, its twin, in
-9 launches a layer instead of 20 to 30: which, stands in `fused`. An operation whose kernel `doctor` has switched
+9 to 13 launches a layer instead of 20 to 30: which, stands in `fused`. An operation whose kernel `doctor` has switched
 off, or that no kernel takes, runs as its own twin.
 """
 

@@ -116,11 +116,6 @@ def default_maker() -> Maker | None:
     return cast(Maker, mx.fast.metal_kernel if mx.metal.is_available() else cuda_maker)
 
 
-def is_metal(maker: Maker) -> bool:
-    """Whether a maker's kernels run on an Apple GPU."""
-    return maker is mx.fast.metal_kernel
-
-
 def is_lazy(maker: Maker) -> bool:
     """Whether launches by this maker wait to be evaluated, as MLX's own do, so that they can be traced."""
     return maker in (mx.fast.metal_kernel, cuda_maker)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import metal_sim
@@ -20,7 +21,7 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from mlx_gemma4 import kernels
+from mlx_gemma4 import cuda, kernels
 from mlx_gemma4.quant import FORMATS, Packed, pack
 
 LIMITS = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 1e-3}
@@ -204,6 +205,32 @@ def test_cuda_text_keeps_threadgroup_memory_shared() -> None:
         assert declared == re.findall(r"(?m)^\s*__shared__ \w+ (\w+)(?:\[.*\])*;", cuda)
         assert not re.search(r"\b(threadgroup|device|constant|thread)\s", cuda)
     assert "__shared__ float4 staged" in kernels.to_cuda(kernels._text("matvec.metal"))
+
+
+KERNEL_FILES = sorted(Path(kernels.__file__).parent.parent.glob("kernels/*.metal"))
+# What no launch of a step writes, so that a kernel may read it before its inputs are there.
+WEIGHTS = {"codes", "sub", "super", "norm", "post", "next", "norm1", "norm2", "scale"}
+
+
+@pytest.mark.parametrize("file", KERNEL_FILES, ids=lambda f: f.stem)
+def test_kernels_wait_for_their_inputs(file: Path) -> None:
+    """On CUDA each waits first of all, or where its text says; until then it reads weights alone."""
+    for entry in re.findall(r"(?m)^// kernel: (\w+)\(", file.read_text()):
+        body = next(
+            k for k in re.split(r"(?m)^(?=// kernel: )", file.read_text()) if k.startswith(f"// kernel: {entry}(")
+        )
+        declared = re.match(r"// kernel: \w+\((.*?)\)", body)
+        assert declared
+        inputs = {n.strip().rstrip("?") for n in declared[1].split(",")}
+        arrays = [n for n in sorted(inputs) if n]
+        types, ranks = [mx.float32] * (len(arrays) + 1), [1] * len(cuda.shaped_inputs(tuple(arrays), body))
+        text = cuda.text("k", arrays, ["out"], kernels.to_cuda(body), kernels._text("cuda.h"), types, ranks)
+        code = text[text.index('extern "C"') :]
+        assert code.index("LAUNCH_NEXT()") < code.index("INPUTS_READY()")
+        plain = re.sub(r"#if EXPERTS\n.*?#endif", "", re.sub(r"(?m)//.*$", "", body), flags=re.DOTALL)
+        before = plain.rpartition("INPUTS_READY()")[0]
+        read = set(re.findall(r"load\w*\((\w+)|(\w+)\[", before))
+        assert not {n for pair in read for n in pair} & (inputs - WEIGHTS)
 
 
 # What cuda.h has as instructions of NVIDIA's, for the simulator.
