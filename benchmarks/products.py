@@ -19,6 +19,7 @@ from kernels import random_weight
 from mlx_gemma4 import tiles
 from mlx_gemma4.kernels import Maker, default_maker
 from mlx_gemma4.quant import Packed
+from mlx_gemma4.routing import Routing
 
 LIMIT = 2e-3
 SHAPES = (("Q4_K", 43008, 5376), ("Q6_K", 5376, 21504), ("Q4_K", 16384, 5376))
@@ -73,7 +74,7 @@ def experts(name: str, e: int, n: int, k: int, maker: Maker) -> float:
     for rows in ROWS:
         x, chosen = mx.random.normal((rows, 1, k)), mx.argsort(mx.random.normal((rows, e)), axis=-1)[:, :8]
         few = (lambda x=x, c=chosen: tiles.few_expert_rows(x, w, c, maker)) if rows <= FEW else None
-        many = lambda x=x, c=chosen: tiles.expert_linear(x, w, c, maker)  # noqa: E731
+        many = lambda x=x, c=chosen: tiles.expert_linear(x, w, Routing(c), maker)  # noqa: E731
         worst = max(worst, report(f"{name} {e} x {n} x {k}", rows, many, few))
     return worst
 

@@ -22,6 +22,7 @@ from .config import LayerConfig
 from .ops import Weight
 from .quant import Packed
 from .replay import Player, Replay, Step
+from .routing import Routing
 from .segments import LayerKV, sealed
 
 if TYPE_CHECKING:
@@ -109,8 +110,9 @@ class Kernels:
             done = self._run(_expand_names(w), lambda: tiles.linear(x, w, self.maker), twin)
         return done
 
-    def expert_linear(self, x: mx.array, w: Weight, chosen: mx.array) -> mx.array:
-        """`ops.expert_linear`, likewise."""
+    def expert_linear(self, x: mx.array, w: Weight, routing: Routing) -> mx.array:
+        """`ops.expert_linear`, likewise; products that take the same experts share a `routing`."""
+        chosen = routing.chosen
 
         def twin() -> mx.array:
             return ops.expert_linear(x, w, chosen)
@@ -123,7 +125,7 @@ class Kernels:
             names = ("halve", "matvec", f"matvec {w.format.name}")
             done: mx.array = self._run(names, lambda: tiles.few_expert_rows(x, w, chosen, self.maker), twin)
         else:
-            done = self._run(_expand_names(w), lambda: tiles.expert_linear(x, w, chosen, self.maker), twin)
+            done = self._run(_expand_names(w), lambda: tiles.expert_linear(x, w, routing, self.maker), twin)
         return done
 
     def _run(self, names: Sequence[str], kernel: Callable[[], Any], twin: Callable[[], Any]) -> Any:

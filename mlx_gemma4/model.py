@@ -21,6 +21,7 @@ from .execution import execution
 from .memory import on_cpu
 from .ops import Weight
 from .replay import Done, Pending, Replay
+from .routing import Routing
 from .state import KVState
 
 
@@ -84,7 +85,6 @@ class Model:
         self.weights = weights
         self.kernels = kernels
         self._linear = kernels.linear if kernels else ops.linear
-        self._expert_linear = kernels.expert_linear if kernels else ops.expert_linear
         self._geglu = tiles.geglu if kernels else ops.geglu
         self._wavelengths = {
             (layer.sliding, layer.head_dim): _rope_wavelengths(config, layer, weights.rope_freqs)
@@ -292,14 +292,15 @@ class Model:
         eps = self.config.eps
         dense = ops.rms_norm(self._mlp(layer, x), layer.post_ffw_norm_1, eps)
         chosen, share = self._route(layer, x)
+        routing = Routing(chosen, meanwhile=dense)
         h = ops.rms_norm(x, layer.pre_ffw_norm_2, eps)[:, None]  # [T, 1, hidden]
         if layer.ffn_gate_up_exps is not None:
-            gate, up = mx.split(self._expert_linear(h, layer.ffn_gate_up_exps, chosen), 2, axis=-1)
+            gate, up = mx.split(self._expert_linear(h, layer.ffn_gate_up_exps, routing), 2, axis=-1)
         else:
             assert layer.ffn_gate_exps is not None and layer.ffn_up_exps is not None
-            gate, up = (self._expert_linear(h, w, chosen) for w in (layer.ffn_gate_exps, layer.ffn_up_exps))
+            gate, up = (self._expert_linear(h, w, routing) for w in (layer.ffn_gate_exps, layer.ffn_up_exps))
         assert layer.ffn_down_exps is not None
-        out = self._expert_linear(self._geglu(gate, up), layer.ffn_down_exps, chosen)  # [T, used, hidden]
+        out = self._expert_linear(self._geglu(gate, up), layer.ffn_down_exps, routing)  # [T, used, hidden]
         experts = (out * share[..., None]).sum(axis=1)
         return dense + ops.rms_norm(experts, layer.post_ffw_norm_2, eps)
 
@@ -314,6 +315,12 @@ class Model:
         if layer.ffn_down_exps_scale is not None:
             share = share * layer.ffn_down_exps_scale[chosen]
         return chosen, share
+
+    def _expert_linear(self, x: mx.array, w: Weight, routing: Routing) -> mx.array:
+        """`ops.expert_linear`, in kernels where there are any."""
+        if self.kernels:
+            return self.kernels.expert_linear(x, w, routing)
+        return ops.expert_linear(x, w, routing.chosen)
 
     def _per_layer_step(self, layer: Layer, x: mx.array, p: mx.array) -> mx.array:
         """What the per-layer embedding p [T, P] adds to x [T, hidden]."""

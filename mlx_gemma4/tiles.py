@@ -19,13 +19,13 @@ from math import prod
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from . import kernels, ops, quant
 from .kernels import _DEVICE, Maker, _build, _traits, render
 from .memory import on_cpu
 from .ops import Weight
 from .quant import FORMATS, Packed
+from .routing import Routing
 
 # Weights of a tile, 64 MB of fp16: enough rows to fill the matrix units, little beside a model.
 TILE = 1 << 25
@@ -120,34 +120,43 @@ def linear(x: mx.array, w: Packed | mx.array, maker: Maker) -> mx.array:
     return _from_half(y, scale).astype(x.dtype).reshape(*x.shape[:-1], n)
 
 
-def expert_linear(x: mx.array, w: Packed | mx.array, chosen: mx.array, maker: Maker) -> mx.array:
+def expert_linear(x: mx.array, w: Packed | mx.array, routing: Routing, maker: Maker) -> mx.array:
     """Each token through each of its experts.
 
-    Rows are sorted by expert, and the host is told how many each expert has: one wait for the GPU.
+    Rows are put where `routing` wants them, which waits for the GPU once for all weights of the same routing. Then a
+    tile of experts is one batched product, or a few. (MLX's gather_mm of sorted rows gave wrong numbers on an NVIDIA
+    GPU, 0.32.4.)
 
     Args:
         x: [T, 1, K] or [T, E', K].
         w: [E, N, K].
-        chosen: int [T, E'].
 
     Returns:
         [T, E', N] in x's dtype.
     """
     experts, n, k = w.shape
-    used = chosen.shape[1]
-    flat = chosen.reshape(-1)
-    order = mx.argsort(flat)
-    rows = x[:, 0][order // used] if x.shape[1] == 1 else x.reshape(-1, k)[order]
-    h, scale = halve(rows, maker)
-    starts = np.searchsorted(np.array(flat[order]), np.arange(experts + 1)).tolist()
+    tokens, used = routing.chosen.shape
+    ranges = _tiles(experts, n * k, 1)
+    layout = routing.layout(experts, ranges[0][1])
+    h, scale = halve(x.reshape(-1, k), maker)
+    rows = h[mx.array(layout.sources // used if x.shape[1] == 1 else layout.sources)]
     done: list[mx.array] = []
-    for first, last in _tiles(experts, n * k, 1):
-        a, b = starts[first], starts[last]
-        if a < b:
-            tile = _tile(w, first, last, [h, *done[-1:]], maker)
-            done.append(_grouped(h[a:b], tile, [start - a for start in starts[first : last + 1]]))
-    y = _from_half(mx.concatenate(done), scale).astype(x.dtype)
-    return y[mx.argsort(order)].reshape(*chosen.shape, n)
+    latest, at = [rows], 0
+    for (first, last), products in zip(ranges, layout.products, strict=True):
+        if not products:
+            continue
+        tile = _tile(w, first, last, latest, maker)
+        latest = []
+        for p in products:
+            end = at + (p.last - p.first) * p.rows
+            y = mx.matmul(rows[at:end].reshape(-1, p.rows, k), tile[p.first : p.last].swapaxes(1, 2))
+            latest.append(y.reshape(-1, n))
+            at = end
+        done += latest
+    y = mx.concatenate(done)[mx.array(layout.places)].reshape(tokens, used, n)
+    y = _from_half(y, scale.reshape(tokens, -1, 1)).astype(x.dtype)
+    mx.async_eval(y)  # the GPU, which the host has waited for, has little to do until there is more
+    return y
 
 
 def few_rows(x: mx.array, w: Packed, maker: Maker) -> mx.array:
@@ -160,7 +169,7 @@ def few_rows(x: mx.array, w: Packed, maker: Maker) -> mx.array:
 
 
 def few_expert_rows(x: mx.array, w: Packed, chosen: mx.array, maker: Maker) -> mx.array:
-    """`expert_linear` by the mat-vec, a row for each chosen expert of each token."""
+    """`expert_linear` by the mat-vec, a row for each chosen [T, E'] expert of each token."""
     rows = mx.contiguous(mx.broadcast_to(x, (*chosen.shape, x.shape[-1])).reshape(chosen.size, -1))
     h, scale = halve(rows, maker)
     y = kernels.matvec(h, w, maker, ids=chosen.reshape(-1).astype(mx.int32), out=mx.float32)
@@ -202,18 +211,6 @@ def _tile(w: Packed | mx.array, start: int, stop: int, after: list[mx.array], ma
     part = replace(part, codes=mx.depends([part.codes], after)[0])
     tile: mx.array = expand(part, maker)
     return tile
-
-
-def _grouped(h: mx.array, tile: mx.array, starts: list[int]) -> mx.array:
-    """Rows h [R, K], sorted by expert, through the experts of a tile [E, N, K]: [R, N].
-
-    A product an expert: MLX's gather_mm of sorted rows gave wrong numbers on an NVIDIA GPU (0.32.4).
-
-    Args:
-        starts: the first row of each expert, and R.
-    """
-    ranges = zip(starts, starts[1:], tile, strict=False)
-    return mx.concatenate([h[a:b] @ w.T for a, b, w in ranges if a < b])
 
 
 def _scaled(x: mx.array) -> tuple[mx.array, mx.array]:

@@ -15,10 +15,11 @@ from recorded import KINDS, kl, path, prompts
 from test_kernels import DTYPES, exact, random, weight
 from test_kernels_small import check, metal, racing
 
-from mlx_gemma4 import load, ops, tiles
+from mlx_gemma4 import load, ops, routing, tiles
 from mlx_gemma4.decode import Kernels
 from mlx_gemma4.model import Model
 from mlx_gemma4.quant import FORMATS, Packed
+from mlx_gemma4.routing import Routing
 
 
 def near(got: mx.array, want: np.ndarray, limit: float = 2e-3) -> None:
@@ -109,8 +110,48 @@ def test_experts_in_tiles(size: int, each: bool, monkeypatch: pytest.MonkeyPatch
     chosen = np.stack([others, np.full(23, 5)], axis=1)
     x = random(5, 23, 2 if each else 1, 160)
     want = np.einsum("tek,tenk->ten", np.broadcast_to(exact(x), (23, 2, 160)), values[chosen])
-    near(tiles.expert_linear(x, w, mx.array(chosen), metal), want)
+    near(tiles.expert_linear(x, w, Routing(mx.array(chosen)), metal), want)
     near(tiles.few_expert_rows(x, w, mx.array(chosen), metal), want)
+
+
+@pytest.mark.parametrize(
+    ("counts", "products"),
+    [
+        ([0, 0, 70, 0, 0, 0], 1),
+        ([16, 17, 15, 16, 1, 0], 3),
+        ([64, 65, 80, 81, 128, 129], 3),
+        ([60, 700, 0, 0, 600, 650], 3),  # 64 rows in common and 640 of one, none, two alike
+    ],
+    ids=["all to one", "about the least", "about the steps", "some far beyond"],
+)
+@pytest.mark.parametrize("each", [False, True], ids=["one input", "an input each"])
+def test_experts_of_any_counts(counts: list[int], products: int, each: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two experts a tile, one product a tile but where counts are far apart; rows in any order."""
+    monkeypatch.setattr(tiles, "TILE", 1 << 14)
+    w, values = weight("Q5_0", 6, 40, 160)
+    chosen = np.random.default_rng(0).permutation(np.repeat(np.arange(6), counts)).reshape(-1, 1)
+    chosen = chosen if len(chosen) % 2 else chosen.reshape(-1, 2)
+    tokens, used = chosen.shape
+    x = random(5, tokens, used if each else 1, 160)
+    shapes, matmul = [], mx.matmul
+
+    def counted(a: mx.array, b: mx.array) -> mx.array:
+        shapes.append(a.shape)
+        return matmul(a, b)
+
+    monkeypatch.setattr(mx, "matmul", counted)
+    got = tiles.expert_linear(x, w, Routing(mx.array(chosen)), metal)
+    assert len(shapes) == products, shapes
+    near(got, np.einsum("tek,tenk->ten", np.broadcast_to(exact(x), (tokens, used, 160)), values[chosen]))
+
+
+def test_rows_of_any_magnitude_keep_their_scale_among_experts() -> None:
+    w, values = weight("Q5_0", 6, 40, 160)
+    chosen = np.stack([np.arange(24) % 6, np.arange(24) % 5], axis=1)
+    x = random(2, 24, 1, 160) * mx.array([1e-20, 1e-6, 1.0, 1e6, 1e20, 3.0] * 4)[:, None, None]
+    got = tiles.expert_linear(x, w, Routing(mx.array(chosen)), metal)
+    for row, want in zip(got, np.einsum("tk,tenk->ten", exact(x)[:, 0], values[chosen]), strict=True):
+        near(row, want)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 9])
@@ -145,6 +186,27 @@ def test_a_prompt_in_tiles_gives_the_stock_logits(kind: str, tag: str, tmp_path:
             np.array(model.forward(mx.array(prompt), model.new_state(), all_logits=True)) for model in (plain, fast)
         )
         assert kl(want, got) <= 1e-4
+
+
+def test_a_prompt_through_experts_waits_once_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several tiles, and products of one's own: the stock logits still."""
+    monkeypatch.setattr(tiles, "TILE", 1 << 14)
+    monkeypatch.setattr(routing, "OWN", 1)
+    cuts, sort = [], routing.lay_out
+
+    def watched(chosen: np.ndarray, experts: int, tile: int) -> routing.Layout:
+        cuts.append((chosen, sort(chosen, experts, tile)))
+        return cuts[-1][1]
+
+    monkeypatch.setattr(routing, "lay_out", watched)
+    plain = load(path("26b-a4b", "q4_k_m", tmp_path), weights="packed").model
+    fast = Model(plain.config, plain.weights, Kernels(metal, strict=True))
+    prompt = mx.array(prompts("26b-a4b")[-1])
+    want, got = (np.array(m.forward(prompt, m.new_state(), all_logits=True)) for m in (plain, fast))
+    assert kl(want, got) <= 1e-4
+    assert len({id(chosen) for chosen, _ in cuts}) == len(plain.config.layers)
+    assert any(len(products) > 1 for _, layout in cuts for products in layout.products)
+    assert max(len(layout.products) for _, layout in cuts) > 1
 
 
 def test_a_tile_that_fails_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

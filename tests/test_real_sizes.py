@@ -1,4 +1,5 @@
 """Decode steps at the published models' full sizes: all of a step runs in kernels, in as few launches as are budgeted.
+A prompt through experts, too.
 
 Weights and states are lazy zeros that nothing evaluates, so 31B takes no memory: what is seen is which kernels a step
 asks for. Fixtures can't show it: with two experts chosen, what takes four rows at a time takes them all.
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -86,6 +88,35 @@ def test_a_step_of_a_real_size_can_be_recorded(kind: str, kv: str, depth: int, m
     assert tails < Sink.nbytes < tails + (32 << 20)
     waits = recording.dependencies(Sink.launches)
     assert sum(map(len, waits)) < 2 * len(waits)
+
+
+def test_experts_of_a_prompt_are_a_product_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2,048 tokens of 26B-A4B, of experts that are chosen alike: 16 tiles of gate and up, 8 of down."""
+    chosen = np.argsort(np.random.default_rng(0).random((2048, 128)), axis=1)[:, :8]
+    monkeypatch.setattr(Model, "_mlp", lambda *_: mx.zeros((2048, 2816)))
+    monkeypatch.setattr(Model, "_route", lambda *_: (mx.array(chosen), mx.zeros((2048, 8))))
+    made: Counter[str] = Counter()
+    matmul = mx.matmul
+
+    def counted(a: mx.array, b: mx.array) -> mx.array:
+        made["matmul"] += 1
+        made["rows"] += a.shape[0] * a.shape[1]
+        return matmul(a, b)
+
+    def maker(**declared: Any) -> Any:
+        def call(*, output_shapes: Any, output_dtypes: Any, **_: Any) -> list[mx.array]:
+            made[declared["name"].rsplit("_", 1)[0]] += 1
+            return [mx.zeros(s, t) for s, t in zip(output_shapes, output_dtypes, strict=True)]
+
+        return call
+
+    monkeypatch.setattr(mx, "matmul", counted)
+    monkeypatch.setattr(mx, "async_eval", lambda *_: None)
+    model = lazy_model("26b-a4b", Kernels(maker, strict=True))
+    y = model._mlp_and_experts(model.weights.layers[0], mx.zeros((2048, 2816)))
+    assert y.shape == (2048, 2816)
+    assert made.pop("rows") < 1.4 * 2 * chosen.size
+    assert made == {"halve": 2, "expand": 24, "matmul": 24}
 
 
 class Sink:
