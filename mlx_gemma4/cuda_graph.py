@@ -103,20 +103,18 @@ class Player:
         self._nodes: list[c_void_p] = []
         self._calls: list[Call] = []
         self._waits: list[list[int]] = []
-        self._known: dict[int, tuple[mx.array, int]] = {}  # arrays and where they lie, by identity
-        self._moving: list[mx.array] = []
+        self._arrays: list[mx.array] = []  # that the launches read
         self._room = 0
 
-    def load(
-        self, launches: Sequence[Launch], nbytes: int, numbers: int, best: Spot, moving: Sequence[mx.array]
-    ) -> None:
+    def load(self, launches: Sequence[Launch], nbytes: int, numbers: int, best: Spot) -> None:
         """Make a graph of launches, or change the one there is into it.
+
+        Until `forget`, the host must not read what they read: MLX would move it.
 
         Args:
             nbytes: of the arena.
             numbers: int32 that each `start` writes to the arena's beginning.
             best: where the launches leave a token, int32.
-            moving: arrays to be looked for anew: others may have been read by the host since, which moves them.
         """
         _enter()
         self.wait()
@@ -129,23 +127,18 @@ class Player:
             _do("cuMemHostAlloc", byref(self._numbers), c_uint64(4 * numbers * STARTS), 0)
             self._room = numbers
         self._best = self._begins + best.start
-        self.forget()
-        self._moving = list(moving)
         arrays = {id(a): a for launch in launches for a in launch.inputs if isinstance(a, mx.array)}
-        self._known = {key: found for key, found in self._known.items() if key in arrays}
-        new = [a for key, a in arrays.items() if key not in self._known]
-        self._known |= {id(a): (a, at) for a, at in zip(new, self._find(new), strict=True)}
-        calls, waits = [self._call(launch) for launch in launches], dependencies(launches)
+        self._arrays = list(arrays.values())
+        lie = dict(zip(arrays, self._find(self._arrays), strict=True))
+        calls, waits = [self._call(launch, lie) for launch in launches], dependencies(launches)
         if not (waits == self._waits and self._change(calls)):
             self._build(calls, waits)
         self._calls, self._waits = calls, waits
 
     def forget(self) -> None:
-        """Let go of what may move. What is loaded must not start any more."""
+        """Let go of what the launches read. They must not start any more."""
         self.wait()
-        for a in self._moving:
-            self._known.pop(id(a), None)
-        self._moving = []
+        self._arrays = []
 
     def write(self, spots: Sequence[Spot], arrays: Sequence[mx.array]) -> None:
         """Copy arrays into the arena, before what follows."""
@@ -215,16 +208,17 @@ class Player:
                 _driver().cuEventDestroy_v2(event)
             _driver().cuStreamDestroy_v2(self._stream)
 
-    def _call(self, launch: Launch) -> Call:
-        lie = [self._known[id(a)][1] if isinstance(a, mx.array) else self._begins + a.start for a in launch.inputs]
-        lie += [self._begins + spot.start for spot in launch.outputs]
+    def _call(self, launch: Launch, lie: dict[int, int]) -> Call:
+        """`lie`: where arrays lie, by identity."""
+        pointers = [lie[id(a)] if isinstance(a, mx.array) else self._begins + a.start for a in launch.inputs]
+        pointers += [self._begins + spot.start for spot in launch.outputs]
         shaped = cuda.shaped_inputs(launch.input_names, launch.source)
         shapes = [launch.inputs[i].shape for i in shaped]
         types = tuple(a.dtype for a in (*launch.inputs, *launch.outputs))
         function = _function(launch.name, launch, types, tuple(map(len, shapes)))
         blocks = tuple(-(-g // t) for g, t in zip(launch.grid, launch.threadgroup, strict=True))
         threads = tuple(map(min, launch.threadgroup, launch.grid))
-        return Call(function, blocks, threads, tuple(lie), tuple(n for shape in shapes for n in shape))
+        return Call(function, blocks, threads, tuple(pointers), tuple(n for shape in shapes for n in shape))
 
     def _change(self, calls: list[Call]) -> bool:
         """Tell the graph what differs in some of its launches; whether that could be done."""

@@ -174,11 +174,6 @@ class Model:
                 return replayed
             return Done(self.forward(mx.array([token if isinstance(token, int) else token.best()]), state))
 
-    def settle(self) -> None:
-        """Have no state's newest keys and values in a replayed step's hands."""
-        if self._replay is not None:
-            self._replay.settle()
-
     def prefill(self, ids: mx.array, state: KVState) -> None:
         """Read tokens, int [T], into the state and want no logits: only keys and values are made."""
         with execution() as outermost:

@@ -31,9 +31,7 @@ log = logging.getLogger("mlx_gemma4")
 class Player(Protocol):
     """What makes recorded launches; `cuda_graph.Player` says what its methods do."""
 
-    def load(
-        self, launches: Sequence[Launch], nbytes: int, numbers: int, best: Spot, moving: Sequence[mx.array]
-    ) -> None: ...
+    def load(self, launches: Sequence[Launch], nbytes: int, numbers: int, best: Spot) -> None: ...
     def write(self, spots: Sequence[Spot], arrays: Sequence[mx.array]) -> None: ...
     def start(self, numbers: np.ndarray, chained: bool) -> int: ...
     def best(self, start: int) -> int: ...
@@ -56,7 +54,6 @@ class Step:
     least: np.ndarray
     record: Callable[[Buffer, Buffer, dict[int, tuple[Buffer, Buffer]]], tuple[Buffer, Buffer]]
     # (ids, rows, tails) -> logits [1, vocab], the likeliest token int32 [1]
-    reads: list[mx.array]  # the state's arrays
 
 
 class Pending:
@@ -177,7 +174,7 @@ class Replay:
             mx.eval(self._started[-1].array)
 
     def settle(self) -> None:
-        """Give the state that was lent the tails its own."""
+        """Give the state that lent the tails its own."""
         with execution():
             self._keep_logits()
             state = None if self._owner is None else self._owner()
@@ -222,7 +219,7 @@ class Replay:
         with recorded(recording):
             logits, best = step.record(numbers[:1], numbers[1:], tails)
         self._logits, self._tails = logits.spot, {i: (k.spot, v.spot) for i, (k, v) in tails.items()}
-        player.load(recording.launches, self._arena.nbytes, numbers.size, best.spot, step.reads)
+        player.load(recording.launches, self._arena.nbytes, numbers.size, best.spot)
         counts = {kv.count for kv in step.opened.values()}
         if counts != {0}:
             pad = [(0, 0), (0, 0), (0, room - state.layout.tail), (0, 0)]

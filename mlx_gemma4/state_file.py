@@ -53,9 +53,10 @@ def fingerprint(model: Model) -> str:
             for weight in (layer.attn_q, layer.attn_k, layer.attn_output, layer.ffn_down):
                 if weight is not None:
                     rows.append(ops.embed(mx.array([0]), weight))
+        rows = [row.astype(mx.float32) * 1 for row in rows]  # copies, as below
         mx.eval(rows)
-    for array in rows:
-        digest.update(np.array(array.astype(mx.float32)).tobytes())
+    for row in rows:
+        digest.update(np.array(row).tobytes())
     _fingerprints[model] = digest.hexdigest()
     return _fingerprints[model]
 
@@ -88,7 +89,6 @@ def save_state(state: KVState, path: str | Path) -> None:
 
 def _contents(state: KVState, tokens: list[int], model: str) -> Iterator[Any]:
     """The file's bytes but for the checksum: length of the header, header, tensors."""
-    state.model.settle()  # the host is about to read what states share, and on NVIDIA what it reads moves
     arrays: dict[str, mx.array] = {}
     for i, kv in state.layers.items():
         for s in kv.segments:
@@ -120,7 +120,8 @@ def _contents(state: KVState, tokens: list[int], model: str) -> Iterator[Any]:
     yield ids.tobytes()
     for a in arrays.values():
         with execution():
-            raw = mx.contiguous(a).view(mx.uint8)
+            # A copy: on NVIDIA what the host reads moves, and a replayed step may know where it lies (cuda_graph.py).
+            raw = mx.contiguous(a).view(mx.uint8) | mx.array(0, mx.uint8)
             mx.eval(raw)
         yield np.asarray(raw).data.cast("B")
 

@@ -49,6 +49,7 @@ class PlainState:
     """
 
     dtype = mx.float32
+    lender = None
     arrays: list[mx.array] = []  # noqa: RUF012 - nothing to schedule: the logits need it all
 
     def __init__(self, model: SmallModel, kv: str = "full") -> None:

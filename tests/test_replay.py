@@ -37,9 +37,7 @@ class HostPlayer:
         self.loaded = False
         HostPlayer.made.append(self)
 
-    def load(
-        self, launches: Sequence[Launch], nbytes: int, numbers: int, best: Spot, moving: Sequence[mx.array]
-    ) -> None:
+    def load(self, launches: Sequence[Launch], nbytes: int, numbers: int, best: Spot) -> None:
         self.arena = np.full(nbytes, 0xCD, np.uint8)  # what nobody wrote is no number
         self.launches, self.spot, self.loads, self.loaded = list(launches), best, self.loads + 1, True
 
