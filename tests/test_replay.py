@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from mlx_gemma4.kernels import Kernel, _build
 from mlx_gemma4.model import Model
 from mlx_gemma4.recording import IN_PLACE, Arena, Launch, Recording, Spot, dependencies, maker, recorded
 from mlx_gemma4.replay import STARTS
+from mlx_gemma4.state_file import load_state
 
 OFF = frozenset(["expand"])  # tiles of a prompt, which round to fp16
 
@@ -216,6 +218,50 @@ def test_what_cannot_be_recorded_runs_as_before(tmp_path: Path) -> None:
     got = [np.array(m.forward(mx.array([7]), s)) for m, s in zip((plain, model), states, strict=True)]
     np.testing.assert_allclose(*got, atol=1e-3)
     assert len(HostPlayer.made[-1].tokens) == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_operations(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several states that step, fork, mark, rewind, are saved and loaded, past full tails, as with stock operations."""
+    monkeypatch.setattr(replay, "WORKING", 64 + 2 * seed)
+    plain, replayed = both("e2b" if seed else "31b", "q8_0", tmp_path)
+    chance = random.Random(seed)
+    pairs = [[model.new_state() for model in (plain, replayed)]]
+    for state in pairs[0]:
+        plain.prefill(mx.array([chance.randrange(4, 300) for _ in range(57)]), state)
+        chance.seed(seed)
+    marks: list[list[int]] = [[]]
+    for n in range(48):
+        at = chance.randrange(len(pairs)) if chance.random() < 0.3 else len(pairs) - 1
+        pair, op = pairs[at], chance.random()
+        if op < 0.7:
+            for _ in range(chance.randrange(1, 4)):
+                token = chance.randrange(4, 300)
+                want, got = (
+                    np.array(model.forward(mx.array([token]), state))
+                    for model, state in zip((plain, replayed), pair, strict=True)
+                )
+                np.testing.assert_allclose(got, want, atol=1e-3)
+        elif op < 0.8 and len(pairs) < 4:
+            pairs.append([state.fork() for state in pair])
+            marks.append(list(marks[at]))
+        elif op < 0.88:
+            marks[at].append(pair[0].length)
+            for state in pair:
+                state.mark()
+        elif op < 0.96:
+            reachable = [p for p in (*marks[at], pair[0].length - 1) if p > 0]
+            to = chance.choice(reachable)
+            marks[at] = [p for p in marks[at] if p <= to]
+            for state in pair:
+                state.rewind(to)
+        else:
+            file = tmp_path / f"{n}.safetensors"
+            pair[1].save(file)
+            pairs[at] = [pair[0], load_state(replayed, file)]
+            marks[at] = []
+        assert [state.tokens for state in pairs[at]] == [pairs[at][0].tokens] * 2
+    assert len(HostPlayer.made[-1].tokens) > 20
 
 
 # ---------------------------------------------------------------- recordings
