@@ -206,15 +206,17 @@ def _next(
     """
     following: Choice | Likeliest
     with execution():
-        if not more:  # a lazy graph: on a GPU it costs nothing unless the state is used again
-            model.prefill(choice.token[None], state)
-            return None
         if model.replays:
             step = model.begin(choice.step if isinstance(choice, Likeliest) else int(choice.token), state)
+            if not more:  # a step costs less than a prefill, and nobody waits for it
+                return None
             if constraint is None and choose.greedy:
                 following = Likeliest(step)
                 return lambda: following
             return lambda: _choose(choose, step.logits, constraint)
+        if not more:  # a lazy graph: on a GPU it costs nothing unless the state is used again
+            model.prefill(choice.token[None], state)
+            return None
         logits = model.forward(choice.token[None], state)
         if constraint is not None:
             mx.async_eval(logits)

@@ -147,10 +147,8 @@ class Model:
                 replayed = self._replay.begin(int(ids), state)
             if replayed is not None:
                 logits = replayed.logits()[None]
-            elif self._step and can_step(self, ids.size) and state.fits_tail(ids.size):
-                logits = self._step(ids, state)
             else:
-                logits = self._head(self._layers(ids, state, ids.size if all_logits else 1))
+                logits = self._read(ids, state, ids.size if all_logits else 1)
             logits = logits if all_logits else logits[-1]
             if outermost:
                 mx.async_eval(logits, [] if state.lender else state.arrays)
@@ -172,13 +170,23 @@ class Model:
             replayed = None if self._replay is None else self._replay.begin(token, state)
             if replayed is not None:
                 return replayed
-            return Done(self.forward(mx.array([token if isinstance(token, int) else token.best()]), state))
+            ids = mx.array([token if isinstance(token, int) else token.best()])
+            return Done(self._read(ids, state, 1)[-1])
+
+    def _read(self, ids: mx.array, state: KVState, wanted: int) -> mx.array:
+        """Logits of the last `wanted` tokens, or of all: a step that is not replayed, or all layers as in a prompt."""
+        if self._step and can_step(self, ids.size) and state.fits_tail(ids.size):
+            return self._step(ids, state)
+        return self._head(self._layers(ids, state, wanted))
 
     def prefill(self, ids: mx.array, state: KVState) -> None:
         """Read tokens, int [T], into the state and want no logits: only keys and values are made."""
         with execution() as outermost:
             state.check_room(ids.size)
-            self._layers(ids, state, 0)
+            if self._step and can_step(self, ids.size) and state.fits_tail(ids.size):
+                self._step(ids, state)  # whose logits are never computed
+            else:
+                self._layers(ids, state, 0)
             if outermost:
                 mx.async_eval(state.arrays)
 

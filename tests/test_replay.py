@@ -179,15 +179,16 @@ def test_replies_are_the_same(
         found.append((tokens, state.tokens))
     assert found[0] == found[1]
     player = HostPlayer.made[-1]
-    assert (len(player.tokens), player.loads) == (7, loads)
-    assert player.chained == 7 - loads  # but for the first, and the one that seals a tail
+    assert (len(player.tokens), player.loads) == (8, loads)  # the last is read, too
+    assert player.chained == 8 - loads  # but for the first, and the one that seals a tail
 
 
 def test_a_sampled_reply(tmp_path: Path) -> None:
-    """Which needs the logits of each step, and a stop token that ends it."""
+    """Which needs the logits of each step, and a stop token that ends it: as with the same kernels, one by one."""
     plain, replayed = both("12b", "q8_0", tmp_path)
+    stepped = Model(plain.config, plain.weights, Kernels(metal, OFF))
     ids, found = prompts("12b")[0], []
-    for model in (plain, replayed):
+    for model in (stepped, replayed):
         state, how = model.new_state(), Sampling(temperature=0.7, seed=3, repetition_penalty=1.1)
         tokens = [t.id for t in generate_tokens(model, state, ids, how, 6)]
         again = [t.id for t in generate_tokens(model, state, [4], how, 6, frozenset(tokens[3:4]))]
