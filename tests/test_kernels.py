@@ -207,7 +207,7 @@ def test_cuda_text_keeps_threadgroup_memory_shared() -> None:
     assert "__shared__ float4 staged" in kernels.to_cuda(kernels._text("matvec.metal"))
 
 
-KERNEL_FILES = sorted(Path(kernels.__file__).parent.parent.glob("kernels/*.metal"))
+KERNEL_FILES = sorted((Path(__file__).parent.parent / "kernels").glob("*.metal"))
 # What no launch of a step writes, so that a kernel may read it before its inputs are there.
 WEIGHTS = {"codes", "sub", "super", "norm", "post", "next", "norm1", "norm2", "scale"}
 
