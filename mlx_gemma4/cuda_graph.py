@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import cuda
-from .kernels import to_cuda_text
+from .kernels import Kernel, to_cuda_text
 from .recording import Launch, Spot, dependencies
 from .replay import STARTS
 
@@ -212,10 +212,10 @@ class Player:
         """`lie`: where arrays lie, by identity."""
         pointers = [lie[id(a)] if isinstance(a, mx.array) else self._begins + a.start for a in launch.inputs]
         pointers += [self._begins + spot.start for spot in launch.outputs]
-        shaped = cuda.shaped_inputs(launch.input_names, launch.source)
+        shaped = cuda.shaped_inputs(launch.kernel.inputs, launch.kernel.source)
         shapes = [launch.inputs[i].shape for i in shaped]
         types = tuple(a.dtype for a in (*launch.inputs, *launch.outputs))
-        function = _function(launch.name, launch, types, tuple(map(len, shapes)))
+        function = _function(launch.kernel, types, tuple(map(len, shapes)))
         blocks = tuple(-(-g // t) for g, t in zip(launch.grid, launch.threadgroup, strict=True))
         threads = tuple(map(min, launch.threadgroup, launch.grid))
         return Call(function, blocks, threads, tuple(pointers), tuple(n for shape in shapes for n in shape))
@@ -280,21 +280,16 @@ def _where(arrays: list[mx.array], contiguous: bool) -> mx.array:
     return out
 
 
-_functions: dict[tuple[Any, ...], int] = {}
-
-
-def _function(name: str, launch: Launch, types: tuple[mx.Dtype, ...], ranks: tuple[int, ...]) -> int:
-    """The CUfunction of a launch's kernel; a kernel's name stands for its text."""
-    key = (name, types, ranks)
-    if key not in _functions:
-        source, header = to_cuda_text(launch.source, launch.header)
-        text = cuda.text(name, launch.input_names, launch.output_names, source, header, types, ranks)
-        module, function = c_void_p(), c_void_p()
-        _do("cuModuleLoadData", byref(module), cuda.machine_code(text, name))
-        _do("cuModuleGetFunction", byref(function), module, name.encode())
-        assert function.value
-        _functions[key] = function.value
-    return _functions[key]
+@cache
+def _function(kernel: Kernel, types: tuple[mx.Dtype, ...], ranks: tuple[int, ...]) -> int:
+    """The CUfunction of a kernel, of which there is one object each (`recording.maker` is asked once)."""
+    source, header = to_cuda_text(kernel.source, kernel.header)
+    text = cuda.text(kernel.name, kernel.inputs, kernel.outputs, source, header, types, ranks)
+    module, function = c_void_p(), c_void_p()
+    _do("cuModuleLoadData", byref(module), cuda.machine_code(text, kernel.name))
+    _do("cuModuleGetFunction", byref(function), module, kernel.name.encode())
+    assert function.value
+    return function.value
 
 
 def _do(name: str, *arguments: Any) -> None:

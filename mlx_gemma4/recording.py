@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from .kernels import Kernel
+
 ALIGNED = 256  # bytes; every place in an arena begins at a multiple
 # Results that are written where an input lies: the kernel copies its old rows there, unless it finds them there.
 IN_PLACE = {"new_k": "tail_k", "new_v": "tail_v"}
@@ -44,14 +46,14 @@ class Arena:
                 self.nbytes += size
             free.append(places[self._used[size]])
             self._used[size] += 1
-        return Place(free.popleft(), size, free)
+        return Place(free.popleft(), free)
 
 
 class Place:
     """Where something lies in an arena, in bytes from its beginning."""
 
-    def __init__(self, start: int, size: int, free: deque[int]) -> None:
-        self.start, self.size, self._free = start, size, free
+    def __init__(self, start: int, free: deque[int]) -> None:
+        self.start, self._free = start, free
 
     def __del__(self) -> None:
         self._free.append(self.start)
@@ -111,11 +113,7 @@ class Buffer:
 class Launch:
     """One launch, as a `Maker`'s kernel is told of it."""
 
-    name: str
-    input_names: tuple[str, ...]
-    output_names: tuple[str, ...]
-    source: str
-    header: str
+    kernel: Kernel
     inputs: tuple[mx.array | Spot, ...]
     outputs: tuple[Spot, ...]
     grid: tuple[int, int, int]
@@ -180,6 +178,7 @@ def maker(
     name: str, input_names: Sequence[str], output_names: Sequence[str], source: str, header: str
 ) -> Callable[..., Sequence[Buffer]]:
     """A `Maker` whose kernels are taken down by the recording that is being made."""
+    kernel = Kernel(name, tuple(input_names), tuple(output_names), header, source)
 
     def call(
         inputs: Sequence[mx.array | Buffer],
@@ -190,12 +189,12 @@ def maker(
     ) -> Sequence[Any]:
         recording = _current[-1]
         outputs = []
-        for key, shape, dtype in zip(output_names, output_shapes, output_dtypes, strict=True):
-            at = inputs[input_names.index(IN_PLACE[key])] if key in IN_PLACE else None
+        for key, shape, dtype in zip(kernel.outputs, output_shapes, output_dtypes, strict=True):
+            at = inputs[kernel.inputs.index(IN_PLACE[key])] if key in IN_PLACE else None
             outputs.append(at if isinstance(at, Buffer) else recording.buffer(shape, dtype))
         read = tuple(a.spot if isinstance(a, Buffer) else a for a in inputs)
-        written, names = tuple(b.spot for b in outputs), (name, tuple(input_names), tuple(output_names))
-        recording.launches.append(Launch(*names, source, header, read, written, grid, threadgroup))
+        written = tuple(b.spot for b in outputs)
+        recording.launches.append(Launch(kernel, read, written, grid, threadgroup))
         return outputs
 
     return call

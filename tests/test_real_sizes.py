@@ -81,7 +81,7 @@ def test_a_step_of_a_real_size_can_be_recorded(kind: str, kv: str, depth: int, m
             lazy_fill(state, depth)
             assert model._replay is not None
             assert model._replay.begin(1, state)
-            found.append([(x.name, x.grid, x.outputs) for x in Sink.launches])
+            found.append([(x.kernel.name, x.grid, x.outputs) for x in Sink.launches])
     assert found[0] == found[1]
     rows = sum(s.kv_heads * s.head_dim for i, s in enumerate(model.config.layers) if s.kv_layer == i)
     tails = 2 * mx.float16.size * rows * (256 if kind == "31b" else replay.WORKING)

@@ -17,7 +17,7 @@ from test_kernels_small import metal
 from mlx_gemma4 import Sampling, load, replay
 from mlx_gemma4.decode import Kernels
 from mlx_gemma4.generation import generate_tokens
-from mlx_gemma4.kernels import Kernel, _build
+from mlx_gemma4.kernels import _build
 from mlx_gemma4.model import Model
 from mlx_gemma4.recording import IN_PLACE, Arena, Launch, Recording, Spot, dependencies, maker, recorded
 from mlx_gemma4.replay import STARTS
@@ -57,17 +57,16 @@ class HostPlayer:
         self.chained += chained
         self.arena[: numbers.nbytes] = numbers.view(np.uint8)
         for launch in self.launches:
-            names = (launch.name, launch.input_names, launch.output_names)
-            done = _build(metal, Kernel(*names, launch.header, launch.source))(
+            done = _build(metal, launch.kernel)(
                 inputs=[a if isinstance(a, mx.array) else mx.array(self._at(a)) for a in launch.inputs],
                 grid=launch.grid,
                 threadgroup=launch.threadgroup,
                 output_shapes=[spot.shape for spot in launch.outputs],
                 output_dtypes=[spot.dtype for spot in launch.outputs],
             )
-            for spot, name, a in zip(launch.outputs, launch.output_names, done, strict=True):
+            for spot, name, a in zip(launch.outputs, launch.kernel.outputs, done, strict=True):
                 if name in IN_PLACE:  # rows that the kernel leaves alone stay
-                    count = int(self._at(launch.inputs[launch.input_names.index("count")])[0])
+                    count = int(self._at(launch.inputs[launch.kernel.inputs.index("count")])[0])
                     self._at(spot)[..., count, :] = np.array(a)[..., count, :]
                 else:
                     self._at(spot)[...] = np.array(a)
