@@ -267,8 +267,7 @@ def make_step(
             logits, _ = _forward(model, recorder, constants, ids, here)
             return logits, recorder("argmax", logits)  # the softcap leaves the order as it is
 
-        windows = {i: model.config.window if model.config.layers[i].sliding else None for i in opened}
-        return Step(opened, windows, np.array(slopes), np.array(least), record)
+        return Step(opened, np.array(slopes), np.array(least), record)
 
     finished = mx.compile(lambda logits: ops.softcap(logits, model.config.softcap).squeeze(0))
     return step, Replay(run.player, arranged, finished) if run.player and can_step(model, 1) else None

@@ -20,7 +20,7 @@ import numpy as np
 
 from .execution import execution
 from .recording import Arena, Buffer, Launch, Recording, Spot, recorded
-from .segments import LayerKV, grown
+from .segments import LayerKV
 
 if TYPE_CHECKING:
     from .state import KVState
@@ -49,7 +49,6 @@ class Step:
     """
 
     opened: dict[int, LayerKV]  # the state's layers, with room in their tails
-    windows: dict[int, int | None]  # of the sliding ones among them
     slopes: np.ndarray  # int [rows, 2]
     least: np.ndarray
     record: Callable[[Buffer, Buffer, dict[int, tuple[Buffer, Buffer]]], tuple[Buffer, Buffer]]
@@ -129,7 +128,7 @@ class Replay:
         self._step: Step | None = None
         self._tails: dict[int, tuple[Spot, Spot]] = {}
         self._logits: Spot | None = None
-        self._from = self._until = 0  # lengths of the state when its tails were lent, and when they will be full
+        self._until = 0  # length of the state when the lent tails will be full
         self._started: deque[Pending] = deque()  # the latest steps, those whose tokens the player still keeps
         self.broken = False  # steps can't be replayed here
 
@@ -178,15 +177,10 @@ class Replay:
         with execution():
             self._keep_logits()
             state = None if self._owner is None else self._owner()
-            step, player = self._step, self._player
-            if state is None or step is None or player is None or state.lender is not self:
+            player = self._player
+            if state is None or player is None or state.lender is not self:
                 return
-            layers = {}
-            for i, kv in step.opened.items():
-                keys, values = (player.read(spot) for spot in self._tails[i])
-                count = kv.count + state.length - self._from
-                layers[i] = grown(kv, keys, values, count, state.layout, step.windows[i])
-            state.take_back(layers)
+            state.take_back({i: (player.read(k), player.read(v)) for i, (k, v) in self._tails.items()})
             mx.eval(state.arrays)  # before their memory is written again
 
     def forget(self, _: object = None) -> None:
@@ -220,12 +214,12 @@ class Replay:
             logits, best = step.record(numbers[:1], numbers[1:], tails)
         self._logits, self._tails = logits.spot, {i: (k.spot, v.spot) for i, (k, v) in tails.items()}
         player.load(recording.launches, self._arena.nbytes, numbers.size, best.spot)
-        counts = {kv.count for kv in step.opened.values()}
-        if counts != {0}:
+        count = next(iter(step.opened.values())).count  # of all
+        if count:
             pad = [(0, 0), (0, 0), (0, room - state.layout.tail), (0, 0)]
             arrays = [mx.pad(a, pad) for kv in step.opened.values() for a in (kv.tail_keys, kv.tail_values)]
             player.write([spot for pair in self._tails.values() for spot in pair], arrays)
-        self._from, self._until = state.length, state.length + room - max(counts)
+        self._until = state.length + room - count
         self._owner, self._step = weakref.ref(state, self.forget), step
         state.lend(step.opened, self)
 

@@ -235,9 +235,9 @@ def sealed(kv: LayerKV, layout: Layout, window: int | None) -> LayerKV:
     return arranged(kv.pieces, kv.stop, kv, layout, window, kv.stop)
 
 
-def grown(kv: LayerKV, keys: mx.array, values: mx.array, count: int, layout: Layout, window: int | None) -> LayerKV:
-    """A layer whose tail has grown to `count` rows, perhaps past its end: keys and values [1, kv_heads, .., D]."""
-    stop, n = kv.stop - kv.count + count, layout.tail
+def grown(kv: LayerKV, keys: mx.array, values: mx.array, stop: int, layout: Layout, window: int | None) -> LayerKV:
+    """A layer of `stop` tokens whose tail has grown, perhaps past its end, to keys and values [1, kv_heads, .., D]."""
+    count, n = kv.count + stop - kv.stop, layout.tail
     if count <= n:
         tail_keys, tail_values = (mx.contiguous(a[:, :, :n]) for a in (keys, values))
         return replace(kv, tail_keys=tail_keys, tail_values=tail_values, count=count, stop=stop)

@@ -19,7 +19,7 @@ from . import kv_codes
 from .config import Config
 from .errors import InputError
 from .execution import execution
-from .segments import Coder, LayerKV, Layout, Part, Segment, appended, arranged, covered_from, empty, reading
+from .segments import Coder, LayerKV, Layout, Part, Segment, appended, arranged, covered_from, empty, grown, reading
 
 if TYPE_CHECKING:
     from .model import Model
@@ -92,9 +92,11 @@ class KVState:
         """Steps go on in copies of these tails, until anything asks for the layers (replay.py)."""
         self._held, self.lender = dict(layers), lender
 
-    def take_back(self, layers: dict[int, LayerKV]) -> None:
-        """The layers as the steps since have left them."""
-        self._layers = layers
+    def take_back(self, tails: dict[int, tuple[mx.array, mx.array]]) -> None:
+        """Keys and values of the lent tails, [1, kv_heads, .., D], as the steps since have left them."""
+        self._layers = {
+            i: grown(kv, *tails[i], self._length, self.layout, self._window(i)) for i, kv in self._held.items()
+        }
 
     # What a model's forward pass uses
 
