@@ -111,8 +111,8 @@ def main() -> int:
     cuda._keys_work = lambda: True  # type: ignore[assignment]
     trial = cuda.kernel(cuda._TRIAL, ["x"], ["y"], "y[threadIdx.x] = x[threadIdx.x] + 1;", "")
     trial([mx.arange(8, dtype=mx.int32)], (8, 1, 1), (8, 1, 1), [(8,)], [mx.int32])
-    for text, name in ((cuda_graph._WHERE_TEXT, cuda_graph._WHERE), (cuda_graph._TAKE_TEXT, cuda_graph._TAKE)):
-        cuda.module(text, name)
+    for name in cuda_graph.TEXTS:
+        cuda_graph.module(name)
     failed = 0
     for kind in options.models:
         run = Kernels(kernels.cuda_maker)

@@ -36,6 +36,13 @@ _TAKE_TEXT = f"""extern "C" __global__ void {_TAKE}(const unsigned* arena, unsig
   if (i < n) out[i] = arena[first + i];
 }}
 """
+TEXTS = {_WHERE: _WHERE_TEXT, _TAKE: _TAKE_TEXT}
+
+
+@cache  # `read` is asked after each step of a sampled reply: not to hash a text and look for a file there
+def module(name: str) -> bytes:
+    """What MLX takes as one of these kernels."""
+    return cuda.module(TEXTS[name], name)
 
 
 class _Edge(ctypes.Structure):
@@ -187,7 +194,7 @@ class Player:
         words = spot.nbytes // 4
         (out,) = mx.fast.precompiled_cuda_kernel(
             name=_TAKE,
-            compiled_source=cuda.module(_TAKE_TEXT, _TAKE),
+            compiled_source=module(_TAKE),
             inputs=[self._arena],
             output_shapes=[spot.shape],
             output_dtypes=[spot.dtype],
@@ -268,7 +275,7 @@ def _where(arrays: list[mx.array], contiguous: bool) -> mx.array:
     """uint64 [WIDTH]: where arrays lie; with `contiguous` those that are not, are copied first, and lie elsewhere."""
     (out,) = mx.fast.precompiled_cuda_kernel(
         name=_WHERE,
-        compiled_source=cuda.module(_WHERE_TEXT, _WHERE),
+        compiled_source=module(_WHERE),
         inputs=arrays,
         output_shapes=[(WIDTH,)],
         output_dtypes=[mx.uint64],
