@@ -25,10 +25,9 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma4 import cuda_graph
-from mlx_gemma4.decode import Kernels
+from mlx_gemma4.doctor import kernels_of
 from mlx_gemma4.generation import Sampling, generate_tokens
-from mlx_gemma4.kernels import cuda_maker, default_maker, is_lazy
+from mlx_gemma4.kernels import default_maker
 from mlx_gemma4.model import Model
 from mlx_gemma4.text import demo_path, load
 
@@ -72,7 +71,7 @@ def check(path: Path, tokens: int, must_agree: bool) -> dict[str, Any]:
     lm = load(path, weights="packed")
     maker = default_maker()
     assert maker is not None
-    fast = Kernels(maker, traced=is_lazy(maker), player=cuda_graph.Player if maker is cuda_maker else None)
+    fast = kernels_of(maker)
     plain, kernels = (Model(lm.config, lm.model.weights, run) for run in (None, fast))
     rng = np.random.default_rng(0)
     words = [int(i) for i in rng.integers(4, lm.config.vocab, 300)]

@@ -78,10 +78,13 @@ class Verdict:
 def usable_kernels() -> Kernels | None:
     """The kernels to run a model with; None where stock operations run everything: on a CPU, or if switched off."""
     maker = None if os.environ.get("MLX_GEMMA4_KERNELS", "").lower() == "off" else kernels.default_maker()
-    if maker is None:
-        return None
+    return None if maker is None else kernels_of(maker, frozenset(recall().failed))
+
+
+def kernels_of(maker: Maker, off: frozenset[str] = frozenset()) -> Kernels:
+    """A backend's kernels in the fastest way it has: steps traced where they can be, and replayed on NVIDIA."""
     player = cuda_graph.Player if maker is kernels.cuda_maker else None
-    return Kernels(maker, frozenset(recall().failed), kernels.is_lazy(maker), player)
+    return Kernels(maker, off, kernels.is_lazy(maker), player)
 
 
 def verdict_file() -> Path:
