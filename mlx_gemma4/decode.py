@@ -129,12 +129,12 @@ class Kernels:
         return done
 
     def _run(self, names: Sequence[str], kernel: Callable[[], Any], twin: Callable[[], Any]) -> Any:
-        if self.strict and self.off.isdisjoint(names):
-            return kernel()
         if self.off.isdisjoint(names):
             try:
                 return kernel()
             except Exception as error:  # whatever a backend's compiler or launch raises
+                if self.strict:
+                    raise
                 self.off |= {names[-1]}
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 log.warning("Kernel %s fails here and is off, stock operations run instead: %s", names[-1], reason)

@@ -175,17 +175,20 @@ class Model:
 
     def _read(self, ids: mx.array, state: KVState, wanted: int) -> mx.array:
         """Logits of the last `wanted` tokens, or of all: a step that is not replayed, or all layers as in a prompt."""
+        logits = self._stepped(ids, state)
+        return self._head(self._layers(ids, state, wanted)) if logits is None else logits
+
+    def _stepped(self, ids: mx.array, state: KVState) -> mx.array | None:
+        """Logits of all tokens, read in one step; None: no step takes them."""
         if self._step and can_step(self, ids.size) and state.fits_tail(ids.size):
             return self._step(ids, state)
-        return self._head(self._layers(ids, state, wanted))
+        return None
 
     def prefill(self, ids: mx.array, state: KVState) -> None:
         """Read tokens, int [T], into the state and want no logits: only keys and values are made."""
         with execution() as outermost:
             state.check_room(ids.size)
-            if self._step and can_step(self, ids.size) and state.fits_tail(ids.size):
-                self._step(ids, state)  # whose logits are never computed
-            else:
+            if self._stepped(ids, state) is None:  # a step's logits are never computed here
                 self._layers(ids, state, 0)
             if outermost:
                 mx.async_eval(state.arrays)
