@@ -240,6 +240,17 @@ def test_new_chat_can_be_undone(page: Page) -> None:
     expect(page.locator("article")).to_have_count(2)
 
 
+def test_a_new_chat_between_a_reply_and_the_frame_that_draws_it(page: Page) -> None:
+    page.evaluate("() => { window.held = []; window.requestAnimationFrame = draw => held.push(draw); }")
+    answer(page, {"content": "Yes."})
+    send(page, "One")
+    done(page)
+    page.keyboard.press("Control+Shift+O")
+    expect(page.locator("article")).to_have_count(0)
+    assert page.evaluate("held.map(draw => draw(0)).length") == 1
+    expect(page.locator("article")).to_have_count(0)
+
+
 def test_what_a_model_writes_never_becomes_markup(page: Page) -> None:
     evil = "<img src=x onerror='document.title=1'> <script>document.title=1</script> [x](javascript:document.title=1)"
     answer(page, {"content": f"{evil}\n\n```html\n{evil}\n```\n\n| {evil} |\n|---|\n| {evil} |"})

@@ -131,7 +131,7 @@ async function reply() {
     drawn ||= requestAnimationFrame(() => {
       drawn = 0;
       const follow = atEnd();
-      if (log.lastElementChild.message === message) show(log.lastElementChild, message, true);
+      if (log.lastElementChild?.message === message) show(log.lastElementChild, message, true);
       if (follow) toEnd();
       if (performance.now() - savedAt > 1000) { savedAt = performance.now(); save(); }
     });
