@@ -9,7 +9,7 @@
 // `rotations` makes once a step, for angles depend on the position and on the kind of layer alone.
 //
 // Threads. A simdgroup takes one head of one token, 4 a threadgroup, a lane 4 neighbouring pairs at a time; the
-// threadgroups after those copy the old rows of the tails, 16 bytes of each a thread.
+// threadgroups after those, if there is something to copy, take the old rows of the tails, 16 bytes of each a thread.
 // grid (128 (ceil(tokens heads / 4) + ceil(G TAIL D sizeof(C) / 16 / 128)), 1, 1). D a multiple of 8.
 //
 // Memory. Products read once, results written once; all rows of both tails read, the used ones written. The weights of a
@@ -134,7 +134,7 @@ if (group < head_groups) {
   }
 }
 #if KV
-else if (new_k != tail_k) {
+else {
   constexpr int ROW = D * C_BYTES / 16, PIECES = G * TAIL * ROW;  // of 16 bytes
   const int i = (group - head_groups) * 128 + int(thread_index_in_threadgroup), at = min(i, PIECES - 1);
   const uint4 old_k = ((const device uint4*)tail_k)[at], old_v = ((const device uint4*)tail_v)[at];

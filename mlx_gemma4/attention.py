@@ -109,7 +109,8 @@ def qkv_post(
         [name for name, a in arrays.items() if a is None] + ([] if has_kv else ["new_k", "new_v"]),
     )
     groups = -(-tokens * (heads + 2 * kv_heads * has_kv) // 4)
-    groups += -(-kv_heads * capacity * dim * width // 16 // 128)
+    if tail is not None and isinstance(tail[0], mx.array):  # else a recorded step's, which is written where it lies
+        groups += -(-kv_heads * capacity * dim * width // 16 // 128)
     out = _build(maker, kernel)(
         inputs=[arrays[name] for name in kernel.inputs],
         grid=(128 * groups, 1, 1),
