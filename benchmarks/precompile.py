@@ -11,8 +11,10 @@ where MLX_PTX_CACHE_DIR names FOLDER and NVRTC has the same version. NVRTC and C
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,11 @@ from mlx_gemma4.execution import execution
 from mlx_gemma4.loader import Entry, Source, load_model
 from mlx_gemma4.memory import Plan
 from mlx_gemma4.model import Model
+from mlx_gemma4.recording import Launch, Spot
 from mlx_gemma4.state import KVState
 
 DEPTHS = (0, 1, 530, 2100, 8200, 32800, 130100)  # tokens before a step: as many arrangements of a state's parts
+CODED_DEPTHS = (8200, 32800, 130100)  # where keys and values are in codes
 CHUNK = 1024
 
 
@@ -77,6 +81,37 @@ def lazy_fill(state: KVState, length: int) -> None:
         state.advance(mx.zeros(n, mx.int32))
 
 
+class Idle:
+    """A player of recorded steps (replay.py) that plays nothing."""
+
+    def load(self, launches: Sequence[Launch], nbytes: int, *_: Any) -> None: ...
+
+    def start(self, *_: Any) -> int:
+        return 0
+
+    def best(self, _: int) -> int:
+        return 0
+
+    def write(self, *_: Any) -> None: ...
+    def wait(self) -> None: ...
+    def forget(self) -> None: ...
+
+    def read(self, spot: Spot) -> mx.array:
+        return mx.zeros(spot.shape, spot.dtype)
+
+
+class Compiler(Idle):
+    def load(self, launches: Sequence[Launch], nbytes: int, *_: Any) -> None:
+        for kernel, types, ranks in dict.fromkeys(map(cuda_graph.text_arguments, launches)):
+            cuda.machine_code(cuda_graph.text(kernel, types, ranks), kernel.name)
+
+
+def turned(model: Model) -> None:
+    """Give a lazy model what it would find out by reading tokens: how keys and values are turned for codes."""
+    shapes = {i: s for i, s in enumerate(model.config.layers) if s.kv_layer == i and not s.sliding}
+    model.__dict__["turns"] = {i: mx.zeros((2 + s.kv_heads, s.head_dim)) for i, s in shapes.items()}
+
+
 def launch_all(model: Model, run: Kernels) -> None:
     """Ask for each kernel that loading, prompts and decode steps take."""
     for check in kernel_checks.checks(kernel_sizes.sizes_of(model), doctor.QUICK_LENGTHS, doctor.QUICK_ROWS):
@@ -84,12 +119,16 @@ def launch_all(model: Model, run: Kernels) -> None:
     weights = [w for layer in model.weights.layers for w in vars(layer).values()]
     for w in {(w.format.name, w.shape[-1]): w for w in weights if isinstance(w, quant.Packed)}.values():
         tiles.expand(w, run.maker)
-    step, _ = decode.make_step(model, run, model._rope_of)
+    step, replay = decode.make_step(model, run, model._rope_of)
+    assert replay is not None
+    turned(model)
     with execution():
-        for depth in DEPTHS:
-            state = model.new_state()
-            lazy_fill(state, depth)
-            step(mx.array([1]), state)
+        for kv, depth in [*(("full", n) for n in DEPTHS), *itertools.product(("q8", "tq4"), CODED_DEPTHS)]:
+            states = [model.new_state(kv=kv) for _ in range(2)]
+            for state in states:
+                lazy_fill(state, depth)
+            step(mx.array([1]), states[0])
+            replay.take_on(states[1])
 
 
 def main() -> int:
@@ -115,7 +154,7 @@ def main() -> int:
         cuda_graph.module(name)
     failed = 0
     for kind in options.models:
-        run = Kernels(kernels.cuda_maker)
+        run = Kernels(kernels.cuda_maker, player=Compiler)
         launch_all(lazy_model(kind, run), run)
         print(f"{kind}: {len(list(options.folder.glob('*.ptx')))} kernels so far", *sorted(run.off), flush=True)
         failed += len(run.off)

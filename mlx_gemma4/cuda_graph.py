@@ -219,13 +219,12 @@ class Player:
         """`lie`: where arrays lie, by identity."""
         pointers = [lie[id(a)] if isinstance(a, mx.array) else self._begins + a.start for a in launch.inputs]
         pointers += [self._begins + spot.start for spot in launch.outputs]
+        function = _function(*text_arguments(launch))
         shaped = cuda.shaped_inputs(launch.kernel.inputs, launch.kernel.source)
-        shapes = [launch.inputs[i].shape for i in shaped]
-        types = tuple(a.dtype for a in (*launch.inputs, *launch.outputs))
-        function = _function(launch.kernel, types, tuple(map(len, shapes)))
+        sizes = tuple(n for i in shaped for n in launch.inputs[i].shape)
         blocks = tuple(-(-g // t) for g, t in zip(launch.grid, launch.threadgroup, strict=True))
         threads = tuple(map(min, launch.threadgroup, launch.grid))
-        return Call(function, blocks, threads, tuple(pointers), tuple(n for shape in shapes for n in shape))
+        return Call(function, blocks, threads, tuple(pointers), sizes)
 
     def _change(self, calls: list[Call]) -> bool:
         """Tell the graph what differs in some of its launches; whether that could be done."""
@@ -287,13 +286,24 @@ def _where(arrays: list[mx.array], contiguous: bool) -> mx.array:
     return out
 
 
+def text_arguments(launch: Launch) -> tuple[Kernel, tuple[mx.Dtype, ...], tuple[int, ...]]:
+    """What the text of a launch depends on."""
+    shaped = cuda.shaped_inputs(launch.kernel.inputs, launch.kernel.source)
+    types = tuple(a.dtype for a in (*launch.inputs, *launch.outputs))
+    return launch.kernel, types, tuple(len(launch.inputs[i].shape) for i in shaped)
+
+
+def text(kernel: Kernel, types: tuple[mx.Dtype, ...], ranks: tuple[int, ...]) -> str:
+    """A kernel as a whole CUDA text, for arrays of these types, the shaped inputs of these ranks."""
+    source, header = to_cuda_text(kernel.source, kernel.header)
+    return cuda.text(kernel.name, kernel.inputs, kernel.outputs, source, header, types, ranks)
+
+
 @cache
 def _function(kernel: Kernel, types: tuple[mx.Dtype, ...], ranks: tuple[int, ...]) -> int:
     """The CUfunction of a kernel, of which there is one object each (`recording.maker` is asked once)."""
-    source, header = to_cuda_text(kernel.source, kernel.header)
-    text = cuda.text(kernel.name, kernel.inputs, kernel.outputs, source, header, types, ranks)
     module, function = c_void_p(), c_void_p()
-    _do("cuModuleLoadData", byref(module), cuda.machine_code(text, kernel.name))
+    _do("cuModuleLoadData", byref(module), cuda.machine_code(text(kernel, types, ranks), kernel.name))
     _do("cuModuleGetFunction", byref(function), module, kernel.name.encode())
     assert function.value
     return function.value

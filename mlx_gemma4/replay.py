@@ -191,14 +191,14 @@ class Replay:
 
     def _try_to_take_on(self, state: KVState) -> bool:
         try:
-            self._take_on(state)
+            self.take_on(state)
         except Exception as error:  # an operation that runs as its twin, a driver too old ..
             self.broken = True
             log.debug("Decode steps are not replayed: %s: %s", type(error).__name__, error)
         return not self.broken
 
-    def _take_on(self, state: KVState) -> None:
-        """Record the steps of a state, until its tail is full, and copy its tails."""
+    def take_on(self, state: KVState) -> None:
+        """Record the steps of a state, until its tail is full, and copy its tails. Raises whatever prevents that."""
         self.settle()
         player = self._player = self._player or self._make_player()
         step = self._arrange(state)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from precompile import lazy_fill, lazy_model
+from precompile import Idle, lazy_fill, lazy_model, turned
 
 from mlx_gemma4 import attention, coded_attention, decode, fused, recording, replay
 from mlx_gemma4.decode import Kernels
@@ -72,8 +73,7 @@ def test_a_step_of_a_real_size_can_be_recorded(kind: str, kv: str, depth: int, m
     """Nothing but launches, in a few MB beside the tails; the same again gives the same launches in the same places."""
     monkeypatch.setattr(Model, "kv_dtype", mx.float16)
     model = lazy_model(kind, Kernels(recording.maker, player=Sink))
-    turns = {i: mx.zeros((3, s.head_dim)) for i, s in enumerate(model.config.layers) if not s.sliding}
-    model.__dict__["turns"] = turns
+    turned(model)
     found = []
     with execution():
         for _ in range(2):
@@ -119,18 +119,9 @@ def test_experts_of_a_prompt_are_a_product_a_tile(monkeypatch: pytest.MonkeyPatc
     assert made == {"halve": 2, "expand": 24, "matmul": 24}
 
 
-class Sink:
-    """A player that plays nothing."""
-
+class Sink(Idle):
     launches: ClassVar[list[recording.Launch]] = []
     nbytes = 0
 
-    def load(self, launches: list[recording.Launch], nbytes: int, *_: Any) -> None:
-        Sink.launches, Sink.nbytes = launches, nbytes
-
-    def write(self, *_: Any) -> None: ...
-    def start(self, *_: Any) -> None: ...
-    def wait(self) -> None: ...
-    def forget(self) -> None: ...
-    def read(self, spot: recording.Spot) -> mx.array:
-        return mx.zeros(spot.shape, spot.dtype)
+    def load(self, launches: Sequence[recording.Launch], nbytes: int, *_: Any) -> None:
+        Sink.launches, Sink.nbytes = list(launches), nbytes
