@@ -54,7 +54,8 @@ class Kernels:
     """
 
     maker: kernels.Maker
-    # Names of operations that run as their twins; "matvec" means all formats, "matvec Q4_K" that one.
+    # Names of operations that run as their twins; "matvec" means all formats, "matvec Q4_K" that one. "replay": steps
+    # are not replayed.
     off: frozenset[str] = frozenset()
     traced: bool = False  # steps are traced and replayed; takes a maker whose launches are lazy
     player: Callable[[], Player] | None = None  # plays steps of one token that were recorded; None: none are

@@ -14,7 +14,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -32,6 +32,8 @@ from . import (
     kv_codes,
     long_attention,
     packing,
+    recording,
+    replay,
     tiles,
 )
 from .decode import Kernels
@@ -49,6 +51,7 @@ MLX = str(getattr(mx, "__version__", "?"))  # its type hints know no version
 # Of a difference, relative to the value plus the root mean square of all. Rounding stays far below, even where stock
 # operations on NVIDIA multiply in TF32 (5e-4); a wrong index is about 1.
 LIMIT = 5e-3
+AGREE = 0.05  # of logits after some layers, likewise but a root mean square: rounding adds up to a tenth of that
 QUICK_ROWS = 256  # of a weight, when a model is loaded
 QUICK_LENGTHS = (attention.TAIL, attention.SHORT + 64)  # attention in one launch, and in pieces
 LENGTHS = (*QUICK_LENGTHS, 8192)
@@ -104,8 +107,9 @@ def device_name() -> str:
 def kernel_text() -> str:
     """A digest of all that kernels are made of."""
     folder = next(f for f in kernels._FOLDERS if f.is_dir())
-    modules = (kernels, cuda, attention, long_attention, coded_attention, kv_codes, fused, tiles, packing)
-    files = [*sorted(folder.iterdir()), *(Path(m.__file__ or "") for m in modules)]
+    modules = [kernels, cuda, attention, long_attention, coded_attention, kv_codes, fused, tiles, packing]
+    replaying = [recording, replay, cuda_graph]
+    files = [*sorted(folder.iterdir()), *(Path(m.__file__ or "") for m in modules + replaying)]
     return sha256(b"\0".join(file.read_bytes() for file in files if file.is_file())).hexdigest()[:16]
 
 
@@ -197,7 +201,9 @@ def check_model(model: Model) -> None:
     known = recall()
     wanted = {c.key: c for c in checks(sizes_of(model), QUICK_LENGTHS, QUICK_ROWS)}
     new = [c for c in wanted.values() if c.key not in known.checked and c.op not in known.failed]
-    if not new:
+    steps = f"replay: {len(model.config.layers)} layers of {model.config.hidden}"
+    replays = model.replays and steps not in known.checked
+    if not new and not replays:
         return
     failed: dict[str, str] = {}
     start: float | None = time.monotonic()
@@ -212,10 +218,38 @@ def check_model(model: Model) -> None:
             if start and time.monotonic() - start > PATIENCE:
                 log.warning("Checking this machine's kernels (first run), which this GPU's compiler takes long for ...")
                 start = None
+        model.kernels.off |= frozenset(failed)
+        if replays and (wrong := _replay_trouble(model)):
+            failed["replay"] = known.failed["replay"] = wrong
+        known.checked.add(steps)
     finally:
         remember(known)  # whoever interrupts this keeps what is done
     model.kernels.off |= frozenset(failed)
     log.warning("Checking this machine's kernels (first run) ... %s", _off(failed) if failed else "ok")
+
+
+def _replay_trouble(model: Model) -> str:
+    """What is wrong with steps that are replayed, beside the same launched one by one; nothing: "".
+
+    Two steps, the second with the token of the first, which the host has not seen.
+    """
+    assert model.kernels is not None
+    apart = Model(model.config, model.weights, replace(model.kernels, player=None))
+    ids = [model.config.vocab // n for n in range(2, 9)]
+    try:
+        state = apart.new_state()
+        apart.prefill(mx.array(ids[1:]), state)
+        fork = state.fork()
+        first = model.begin(ids[0], state)
+        second = model.begin(first, state)
+        token, got = first.best(), second.logits()
+        apart.forward(mx.array(ids[:1]), fork)
+        want = apart.forward(mx.array([token]), fork)
+        with execution():
+            worst: Any = (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item()
+    except Exception as error:  # whatever a driver refuses
+        return f"fails: {_reason(error)}"
+    return "" if worst <= AGREE else "gives wrong numbers"
 
 
 def _off(failed: dict[str, str]) -> str:

@@ -142,9 +142,8 @@ class Model:
         """
         with execution() as outermost:
             state.check_room(ids.size)
-            replayed = None
-            if ids.size == 1 and self._replay is not None:
-                replayed = self._replay.begin(int(ids), state)
+            replay = self._replaying if ids.size == 1 else None
+            replayed = None if replay is None else replay.begin(int(ids), state)
             if replayed is not None:
                 logits = replayed.logits()[None]
             else:
@@ -157,7 +156,14 @@ class Model:
     @property
     def replays(self) -> bool:
         """Whether `begin` starts a step that nobody waits for."""
-        return self._replay is not None and not self._replay.broken
+        return self._replaying is not None
+
+    @property
+    def _replaying(self) -> Replay | None:
+        """What replays steps; None: it can't here, or `doctor` has switched it off."""
+        if self._replay is None or self._replay.broken or self.kernels is None or "replay" in self.kernels.off:
+            return None
+        return self._replay
 
     def begin(self, token: int | Pending | Done, state: KVState) -> Pending | Done:
         """`forward` of one token, whose logits or likeliest token are asked for later.
@@ -167,7 +173,8 @@ class Model:
         """
         with execution():
             state.check_room(1)
-            replayed = None if self._replay is None else self._replay.begin(token, state)
+            replay = self._replaying
+            replayed = None if replay is None else replay.begin(token, state)
             if replayed is not None:
                 return replayed
             ids = mx.array([token if isinstance(token, int) else token.best()])

@@ -7,13 +7,14 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from recorded import HERE, prompts
 from test_kernels_small import metal
+from test_replay import HostPlayer
 
 from mlx_gemma4 import doctor, kernels, load
 from mlx_gemma4.decode import Kernels
@@ -141,6 +142,45 @@ def test_a_kernel_that_fails_is_switched_off(
     assert reply(model) == reply(plain)
     assert kernel not in maker.launches
     assert doctor.usable_kernels() == Kernels(maker, frozenset({op}))
+
+
+class Dazed(HostPlayer):
+    """Forgets the keys that the steps before left in the tails, or refuses a step."""
+
+    how: ClassVar[str] = ""
+
+    def start(self, numbers: np.ndarray, chained: bool) -> int:
+        for launch in self.launches:
+            for spot, name in zip(launch.outputs, launch.kernel.outputs, strict=True):
+                if name == "new_k" and self.how == "wrong":
+                    self._at(spot)[...] = 1
+        if self.how == "refuses" and chained:
+            raise RuntimeError("CUDA's driver refuses cuGraphLaunch (status 1)")
+        return super().start(numbers, chained)
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("", ""),
+        ("wrong", "gives wrong numbers"),
+        ("refuses", "fails: CUDA's driver refuses cuGraphLaunch (status 1)"),
+    ],
+)
+def test_replayed_steps_are_checked_too(
+    how: str, why: str, plain: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that fail are not replayed, now and when a model is loaded again."""
+    on(monkeypatch, metal)
+    monkeypatch.setattr(Dazed, "how", how)
+    monkeypatch.setattr(doctor, "kernels_of", lambda maker, off: Kernels(maker, off, player=Dazed))
+    model = load(MODEL, weights="packed").model
+    assert model.kernels is not None and model.kernels.off == ({"replay"} if why else set())
+    assert len(warnings(caplog)) == 1 and (f"instead: replay {why}" if why else "ok") in warnings(caplog)[0]
+    assert reply(model) == reply(plain)
+    again = load(MODEL, weights="packed").model
+    assert len(warnings(caplog)) == 1
+    assert model.replays == again.replays == (not why)
 
 
 @pytest.mark.parametrize("how", ["raises", "does not compile"])
