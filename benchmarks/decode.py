@@ -26,7 +26,7 @@ import make_synthetic
 
 from mlx_gemma4.config import config_from_gguf
 from mlx_gemma4.decode import Kernels
-from mlx_gemma4.doctor import usable_kernels
+from mlx_gemma4.doctor import MLX, usable_kernels
 from mlx_gemma4.generation import Sampling, Statistics, generate_tokens
 from mlx_gemma4.gguf_file import open_gguf
 from mlx_gemma4.loader import gguf_source, load_model
@@ -100,7 +100,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(options.model)
-        result: dict[str, Any] = {"model": options.model, "mlx": mx.__version__, "device": str(mx.device_info())}
+        result: dict[str, Any] = {"model": options.model, "mlx": MLX, "device": str(mx.device_info())}
         if options.model in make_synthetic.SHAPES:
             start, path = time.perf_counter(), Path(folder) / "synthetic.gguf"
             make_synthetic.write(options.model, path)

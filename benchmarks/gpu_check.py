@@ -25,7 +25,7 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma4.doctor import kernels_of
+from mlx_gemma4.doctor import MLX, kernels_of
 from mlx_gemma4.generation import Sampling, generate_tokens
 from mlx_gemma4.kernels import default_maker
 from mlx_gemma4.model import Model
@@ -44,9 +44,10 @@ def kl(reference: mx.array, other: mx.array) -> float:
     """Mean over rows of KL(reference || other), in nats and double precision."""
 
     def log_softmax(x: mx.array) -> np.ndarray:
-        a = np.array(x).astype(np.float64)
+        a: np.ndarray = np.array(x).astype(np.float64)
         a -= a.max(-1, keepdims=True)
-        return a - np.log(np.exp(a).sum(-1, keepdims=True))
+        a -= np.log(np.exp(a).sum(-1, keepdims=True))
+        return a
 
     p, q = log_softmax(reference), log_softmax(other)
     return float((np.exp(p) * (p - q)).sum(-1).mean())
@@ -116,7 +117,7 @@ def main() -> int:
             "  ".join(f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True
         )
         if options.json:
-            options.json.write_text(json.dumps({"mlx": mx.__version__, "device": str(mx.device_info()), "rows": rows}))
+            options.json.write_text(json.dumps({"mlx": MLX, "device": str(mx.device_info()), "rows": rows}))
     failed = [row["file"] for row in rows if not row["ok"]]
     print(f"{len(rows) - len(failed)} of {len(rows)} files agree" + (f"; not {', '.join(failed)}" if failed else ""))
     return int(bool(failed))

@@ -16,6 +16,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def main() -> None:
     row(f"{len(SCHEMAS)} schemas, random", compiled_times, times)
 
 
-def forms(tokenizer: Tokenizer):
+def forms(tokenizer: Tokenizer) -> Iterator[tuple[str, Callable[[], Grammar], str]]:
     """Name, what makes the grammar, and a reply that it lets through."""
 
     def compact(value: object) -> str:

@@ -30,6 +30,7 @@ import numpy as np
 
 from mlx_gemma4 import cuda_graph
 from mlx_gemma4.decode import SHRINK
+from mlx_gemma4.doctor import MLX
 from mlx_gemma4.kernels import Maker, Tiling, cuda_maker, default_maker, matvec, tiling
 from mlx_gemma4.quant import FORMATS, Packed, dequantize
 from mlx_gemma4.recording import Arena, Recording, recorded
@@ -175,7 +176,7 @@ def stock(n: int, k: int) -> None:
     nbytes = codes[0].nbytes + 2 * scales[0].nbytes
 
     def product(v: mx.array, i: int, _: Maker | None) -> mx.array:
-        return mx.quantized_matmul(v, codes[i % 3], *scales, group_size=32, bits=4)
+        return mx.quantized_matmul(v, codes[i % 3], scales[0], scales[1], group_size=32, bits=4)
 
     t = seconds(product, x, 50)
     print(
@@ -196,7 +197,7 @@ def main() -> int:
         print("no GPU: the kernels run on Metal, or on NVIDIA with MLX's cuda extra", file=sys.stderr)
         return 2
     info = mx.device_info() if hasattr(mx, "device_info") else {}
-    print(f"{info.get('device_name', 'GPU')}, MLX {mx.__version__}, Python {platform.python_version()}")
+    print(f"{info.get('device_name', 'GPU')}, MLX {MLX}, Python {platform.python_version()}")
     block = random_words(256 << 20)
     mx.eval(block)
     t = seconds(lambda v, *_: v + 1, block, 1)

@@ -47,10 +47,10 @@ def made(heads: int, length: int, kind: str, turn: mx.array) -> Layer:
     for end in Layout().ends(length - IN_TAIL):
         pieces = []
         for at in range(start, end, CHUNK):
-            pair = [normal(heads, min(CHUNK, end - at)) for _ in range(2)]
-            pieces.append(pair if kind == "full" else kv_codes.encode(*pair, turn, kind))
+            k, v = (normal(heads, min(CHUNK, end - at)) for _ in range(2))
+            pieces.append((k, v) if kind == "full" else kv_codes.encode(k, v, turn, kind))
             mx.eval(pieces[-1])
-        parts.append(tuple(mx.concatenate(arrays, axis=2) for arrays in zip(*pieces, strict=True)))
+        parts.append(tuple(mx.concatenate(list(arrays), axis=2) for arrays in zip(*pieces, strict=True)))
         mx.eval(parts)
         start = end
     return parts, tuple(tail)
@@ -68,13 +68,15 @@ def another(layer: Layer, i: int) -> Layer:
 
 
 def nbytes(layer: Layer) -> int:
-    return sum(a.nbytes for part in layer[0] for a in part) + sum(a.nbytes * IN_TAIL // TAIL for a in layer[1])
+    sealed = sum(int(a.nbytes) for part in layer[0] for a in part)
+    return sealed + sum(int(a.nbytes) * IN_TAIL // TAIL for a in layer[1])
 
 
 def call(layer: Layer, kind: str, turn: mx.array, scale: float, cut: Any = None) -> Callable[[mx.array], mx.array]:
     """Attention of q [1, H, D] over a layer."""
     parts, tail = layer
     maker = default_maker()
+    assert maker is not None
     ends = [[0, part[0].shape[2]] for part in parts]
     spans, all_spans = mx.array([[0, IN_TAIL]], mx.int32), mx.array([*ends, [0, IN_TAIL]], mx.int32)
     if isinstance(cut, attention.Cut):
@@ -130,7 +132,9 @@ def reference(q: mx.array, layer: Layer, turn: mx.array, scale: float, heads: in
     sums = {True: np.zeros((heads, DIM)), False: np.zeros((heads, DIM))}
     for w, (v, coded) in zip(weights, values, strict=True):
         sums[coded] += w @ v
-    return (sums[False] + hadamard(sums[True]) * back / DIM) / sum(w.sum(axis=1, keepdims=True) for w in weights)
+    whole: np.ndarray = sum(w.sum(axis=1, keepdims=True) for w in weights)
+    result: np.ndarray = (sums[False] + hadamard(sums[True]) * back / DIM) / whole
+    return result
 
 
 def decoded(codes: mx.array, scales: mx.array) -> np.ndarray:

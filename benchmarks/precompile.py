@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -62,12 +63,10 @@ def lazy_model(kind: str, run: Kernels) -> Model:
 
     entries = {name: Entry(shape, type, prod(shape)) for name, (shape, type) in tensors.items()}
     source = Source(kind, entries, read, lambda name, _: prod(tensors[name][0]))
-    planned = loader.make_plan
-    loader.make_plan = lambda *_: Plan("packed", 0, 1 << 40)  # no memory is taken, so none need be free
-    try:
+    with patch.object(
+        loader, "make_plan", lambda *_: Plan("packed", 0, 1 << 40)
+    ):  # no memory is taken, so none need be
         return load_model(config_from_gguf(keys, kind), source, "packed", kernels=run)[0]
-    finally:
-        loader.make_plan = planned
 
 
 def lazy_fill(state: KVState, length: int) -> None:
@@ -146,7 +145,7 @@ def main() -> int:
     mx.device_info = lambda *_: {"architecture": options.architecture}
     mx.fast.precompiled_cuda_kernel = launched
     Model.kv_dtype = mx.float16  # type: ignore[assignment, method-assign]
-    kernel_checks.on_cpu = lambda: False
+    kernel_checks.on_cpu = lambda: False  # type: ignore[attr-defined]
     cuda._keys_work = lambda: True  # type: ignore[assignment]
     trial = cuda.kernel(cuda._TRIAL, ["x"], ["y"], "y[threadIdx.x] = x[threadIdx.x] + 1;", "")
     trial([mx.arange(8, dtype=mx.int32)], (8, 1, 1), (8, 1, 1), [(8,)], [mx.int32])

@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gemma4 import load
+from mlx_gemma4.doctor import MLX
 from mlx_gemma4.execution import execution
 from mlx_gemma4.generation import Sampling, generate_tokens
 from mlx_gemma4.model import Model
@@ -35,9 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     loaded = load(args.model).model
     model = Model(replace(loaded.config, context=max(loaded.config.context, 2 * args.tokens)), loaded.weights)
-    print(
-        f"{args.model or 'built-in model'}, window {model.config.window}, {mx.default_device()}, MLX {mx.__version__}"
-    )
+    print(f"{args.model or 'built-in model'}, window {model.config.window}, {mx.default_device()}, MLX {MLX}")
     prefix(model, args.tokens, args.changed, args.rounds)
     decode(model, args.tokens)
 
@@ -94,7 +93,7 @@ def decode(model: Model, tokens: int) -> None:
 
 
 def random_tokens(model: Model, n: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(200, model.config.vocab, n).tolist()
+    return [int(i) for i in np.random.default_rng(seed).integers(200, model.config.vocab, n)]
 
 
 if __name__ == "__main__":

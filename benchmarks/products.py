@@ -11,12 +11,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import mlx.core as mx
 
 from kernels import random_weight
 from mlx_gemma4 import tiles
+from mlx_gemma4.doctor import MLX
 from mlx_gemma4.kernels import Maker, default_maker
 from mlx_gemma4.quant import Packed
 from mlx_gemma4.routing import Routing
@@ -58,8 +60,8 @@ def plain(name: str, n: int, k: int, maker: Maker) -> float:
     w, worst = random_weight(name, n, k), 0.0
     for rows in ROWS:
         x = mx.random.normal((rows, k))
-        few = (lambda x=x: tiles.few_rows(x, w, maker)) if rows <= FEW else None
-        apart = report(f"{name} {n} x {k}", rows, lambda x=x: tiles.linear(x, w, maker), few)
+        few = partial(tiles.few_rows, x, w, maker) if rows <= FEW else None
+        apart = report(f"{name} {n} x {k}", rows, partial(tiles.linear, x, w, maker), few)
         worst = max(worst, apart)
     return worst
 
@@ -84,7 +86,7 @@ def main() -> int:
     if maker is None:
         print("no GPU: the kernels run on Metal, or on NVIDIA with MLX's cuda extra", file=sys.stderr)
         return 2
-    print(f"MLX {mx.__version__}, {mx.device_info().get('device_name', 'GPU')}")
+    print(f"MLX {MLX}, {mx.device_info().get('device_name', 'GPU')}")
     worst = max(plain(*shape, maker) for shape in SHAPES)
     worst = max([worst, *(experts(*shape, maker) for shape in EXPERTS)])
     print(f"largest peak of memory: {mx.get_peak_memory() / 1e9:.2f} GB")

@@ -27,6 +27,7 @@ import numpy as np
 
 from mlx_gemma4 import attention as att
 from mlx_gemma4 import fused, quant
+from mlx_gemma4.doctor import MLX
 from mlx_gemma4.gguf_file import TENSOR_TYPES
 from mlx_gemma4.kernels import default_maker
 from mlx_gemma4.segments import Layout
@@ -120,7 +121,7 @@ def attention_case(
     scale = 0.5 if dim == 256 else 0.3
     turn = itertools.cycle(copies)
 
-    def call(q: mx.array) -> mx.array:
+    def call(q: mx.array) -> Any:
         return att.attention(q, next(turn), spans, maker, scale=scale, window=window, cut=cut)
 
     def twin(q: mx.array) -> mx.array:
@@ -200,7 +201,8 @@ def tuning_cases(maker: Any) -> Iterator[Case]:
     wide = [(8, 4, 2), (4, 4, 2), (4, 4, 4), (2, 4, 2), (2, 4, 4), (4, 8, 1), (8, 8, 1)]
     for shape in DECODE:
         name, _, dim, length, _ = shape
-        cuts, counts = (sliding if name[0] == "3" else narrow) if dim == 256 else wide, (384,)
+        cuts = (sliding if name[0] == "3" else narrow) if dim == 256 else wide
+        counts: tuple[int, ...] = (384,)
         counts = (384, 768) if name == "31B sliding" else (264, 384, 512) if length > 4000 and dim == 512 else counts
         yield decode_case(maker, shape)
         for cut, threadgroups in itertools.product(cuts, counts):
@@ -220,12 +222,12 @@ def qkv_cases(maker: Any) -> Iterator[Case]:
         count = 32
         x = normal(1, (h + 2 * g) * dim, dtype=dtype)
         norms = (normal(dim), normal(dim))
-        bound = (None, None, *norms, rope, tail, mx.array([count], INT))
+        bound: tuple[Any, ...] = (None, None, *norms, rope, tail, mx.array([count], INT))
         mx.eval(x, bound)
         options = {"heads": h, "kv_heads": g, "eps": 1e-6, "dtype": HALF}
 
         def call(x: mx.array, bound: Any = bound, options: Any = options) -> Any:
-            return att.qkv_post(x, *bound, maker, **options)
+            return att.qkv_post(x, *bound, maker, **options)  # type: ignore[call-arg]
 
         def twin(x: mx.array, bound: Any = bound, options: Any = options) -> Any:
             return att.qkv_post_twin(x, *bound, **options)
@@ -353,7 +355,7 @@ def main() -> int:
         print("small_kernels.py needs a GPU: MLX's default device here is a CPU", file=sys.stderr)
         return 2
     mx.random.seed(0)
-    print(f"{mx.device_info().get('device_name', '?')}, MLX {mx.__version__}, Python {platform.python_version()}")
+    print(f"{mx.device_info().get('device_name', '?')}, MLX {MLX}, Python {platform.python_version()}")
     print(f"{'kernel':<52} {'shape':<48} {'error':>8} {'us':>8} {'GB/s':>7}")
     failed = 0
     for group in (tuning_cases,) if args.tune else GROUPS:

@@ -140,7 +140,7 @@ def _projection(cells: list[dict[str, Any]]) -> Iterator[str]:
     yield ""
 
     def rate(cell: dict[str, Any], bandwidth: float) -> float:
-        return 1 / (cell["bytes_per_token"] / (REACHED * bandwidth) + cell["launches"] * LAUNCH)
+        return 1 / float(cell["bytes_per_token"] / (REACHED * bandwidth) + cell["launches"] * LAUNCH)
 
     rows = [[chip, *(f"{rate(c, gbs * 1e9):.1f}" for c in some.values())] for chip, gbs in BANDWIDTHS.items()]
     for i, program in enumerate(("llama.cpp", "mlx-lm")):
