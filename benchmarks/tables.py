@@ -81,11 +81,11 @@ def markdown(runs: list[dict[str, Any]], cells: list[dict[str, Any]]) -> Iterato
     if detailed:
         yield from ["", "## What a decoded token takes", ""]
         yield "The share is of what a large copy reads and writes a second on the same chip; host time is what building"
-        yield "and scheduling a step takes, nothing waited for."
+        yield "and scheduling a step takes, nothing waited for. KV MB: what our state holds at that depth, and what"
+        yield "llama.cpp sets aside for as many tokens and the reply. Peak: our weights, state and all else at once."
         yield ""
-        yield from _rows(
-            ["chip", "model", "KV", "context", "MB", "share", "launches", "host ms", "peak GB"], map(_detail, detailed)
-        )
+        head = ["chip", "model", "KV", "context", "MB", "share", "launches", "host ms", "KV MB", "peak GB"]
+        yield from _rows(head, map(_detail, detailed))
     yield from _projection(detailed)
     yield from ["", "## Runs", ""]
     yield from _rows(["file", "date", "chip", "versions", "command"], map(_run, runs))
@@ -114,6 +114,7 @@ def _figure(cell: dict[str, Any] | None) -> str:
 
 def _detail(cell: dict[str, Any]) -> list[str]:
     launches, host = cell.get("launches"), cell.get("host_time")
+    held = (cell.get(name) for name in ("kv_memory", "llama_cpp_kv_memory"))
     return [
         cell["chip"],
         cell["model"],
@@ -123,6 +124,7 @@ def _detail(cell: dict[str, Any]) -> list[str]:
         f"{cell['share_of_copy']:.0%}",
         "" if launches is None else str(launches),
         "" if host is None else f"{host * 1e3:.2f}",
+        " / ".join(f"{n / 1e6:.0f}" for n in held if n),
         f"{cell['peak_memory'] / 1e9:.2f}",
     ]
 

@@ -73,6 +73,8 @@ class Cell:
     launches: int | None = None  # of our kernels, a decoded token; None: stock operations run
     host_time: float | None = None  # seconds to build and schedule a step
     peak_memory: int = 0  # bytes, MLX's arrays
+    kv_memory: int | None = None  # bytes of keys and values at that depth
+    llama_kv_memory: int | None = None  # bytes that llama.cpp sets aside for them, the reply's included
 
     @property
     def rate(self) -> float:
@@ -149,6 +151,7 @@ def measure(model: Model, plan: Plan, cells: list[Cell], repetitions: int) -> It
         else:
             fill(base, cell.context)
             _warm_up(model, base)
+            cell.kv_memory = base.nbytes
             cell.n_bytes = weight_bytes(model) + kv_per_token(model.config, plan.kv, base.length, base.dtype)
             if model.kernels:  # stock operations on a CPU compute while they are being scheduled
                 cell.launches, cell.host_time = launches(model, base), host_time(model, base)
@@ -325,6 +328,7 @@ def _cell(name: str, plan: Plan, c: Cell, copy: float) -> dict[str, Any]:
     if c.n_bytes is not None:
         cell |= {"bytes_per_token": c.n_bytes, "share_of_copy": round(c.n_bytes * c.rate / copy, 4)}
         cell |= {"launches": c.launches, "host_time": c.host_time and round(c.host_time, 6)}
+        cell |= {"kv_memory": c.kv_memory, "llama_cpp_kv_memory": c.llama_kv_memory}
     return cell
 
 
@@ -337,17 +341,18 @@ def table(result: dict[str, Any]) -> Iterator[str]:
         f"{result['file']}: {result['weight_bytes_per_token'] / 1e9:.3f} GB of weights a token; "
         f"large copies run at {result['copy_bandwidth'] / 1e9:.0f} GB/s"
     )
-    columns = ["", "tokens/s", "lowest", "highest", "MB/token", "of copy", "launches", "host ms", "peak GB"]
-    columns += ["llama.cpp", "ratio"] if v["llama.cpp"] else []
+    columns = ["", "tokens/s", "lowest", "highest", "MB/token", "of copy", "launches", "host ms", "KV MB", "peak GB"]
+    columns += ["llama.cpp", "ratio", "its KV MB"] if v["llama.cpp"] else []
     yield "".join(f"{title:<18}" if i == 0 else f"{title:>10}" for i, title in enumerate(columns))
     for c in cells:
         shown = [f"{c['ours']:.1f}", f"{min(c['samples']):.1f}", f"{max(c['samples']):.1f}"]
         shown.append(_shown(c.get("bytes_per_token"), 1e-6, ".1f"))
         shown.append(_shown(c.get("share_of_copy"), 100, ".1f", "%"))
         shown += [_shown(c.get("launches"), 1, "d"), _shown(c.get("host_time"), 1e3, ".2f")]
-        shown.append(f"{c['peak_memory'] / 1e9:.2f}")
+        shown += [_shown(c.get("kv_memory"), 1e-6, ".1f"), f"{c['peak_memory'] / 1e9:.2f}"]
         if v["llama.cpp"]:
             shown += [_shown(c["llama_cpp"], 1, ".1f"), _shown(c["ratio"], 1, ".3f")]
+            shown.append(_shown(c.get("llama_cpp_kv_memory"), 1e-6, ".1f"))
         title = f"{'prompt of' if c['kind'] == 'prefill' else 'reply at'} {c['context']}"
         yield f"{title:<18}" + "".join(f"{s:>10}" for s in shown)
 

@@ -6,8 +6,8 @@ In: the program's path, a GGUF and a bench `Plan`. Out: its samples, in tokens a
 from __future__ import annotations
 
 import json
+import re
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +17,8 @@ from .errors import InputError
 if TYPE_CHECKING:
     from .bench import Plan
 
+KV_BUFFER = re.compile(r"KV buffer size = +([0-9.]+) MiB")  # several a context: with and without a window
+IS_IT = "is this llama-bench, with -o jsonl and -d?"
 KV_TYPES = {"full": "f16", "q8": "q8_0", "tq4": "q4_0"}  # what comes closest to each of our --kv
 
 
@@ -27,6 +29,7 @@ class Row(NamedTuple):
     context: int
     samples: list[float]
     version: str
+    kv_memory: int | None  # bytes set aside for keys and values; None: it didn't say
 
 
 def run(program: Path, model: Path, plan: Plan) -> Iterator[Row]:
@@ -45,33 +48,39 @@ def _joined(numbers: tuple[int, ...]) -> str:
 def _run(program: Path, model: Path, plan: Plan, tests: list[str]) -> Iterator[Row]:
     kv = KV_TYPES[plan.kv]
     command = [str(program), "-m", str(model), *tests, "-r", str(plan.repetitions), "-ngl", "99", "-fa", "1"]
-    command += ["-ctk", kv, "-ctv", kv, "-o", "jsonl"]
-    with tempfile.TemporaryFile("w+", errors="replace") as errors:
-        try:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace")
-        except OSError as error:
-            raise InputError(f"--vs {program}: can't be run: {error.strerror or error}") from None
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                if line.strip():
-                    yield _row(program, line)
-            code = process.wait()
-        finally:
-            process.kill()
-            process.wait()
-        if code:
-            errors.seek(0)
-            last = (errors.read().strip() or "no message").splitlines()[-1]
-            raise InputError(f"--vs {program}: ended with code {code}: {last[:300]}")
+    command += ["-ctk", kv, "-ctv", kv, "-o", "jsonl", "-v"]  # -v: of each context a few lines more, of tokens none
+    try:
+        # In one stream, what it says of a context stands before that context's row.
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+    except OSError as error:
+        raise InputError(f"--vs {program}: can't be run: {error.strerror or error}") from None
+    assert process.stdout is not None
+    last, kv_memory, rows = "no message", 0.0, 0
+    try:
+        for line in filter(None, map(str.strip, process.stdout)):
+            if line.startswith("{"):
+                yield _row(program, line, round(kv_memory))
+                kv_memory, rows = 0.0, rows + 1
+                continue
+            last = line
+            kv_memory += sum(float(size) * (1 << 20) for size in KV_BUFFER.findall(line))
+        code = process.wait()
+    finally:
+        process.kill()
+        process.wait()
+    if code:
+        raise InputError(f"--vs {program}: ended with code {code}: {last[:300]}")
+    if not rows:
+        raise InputError(f"--vs {program}: wrote {last[:120]!r} and no figures; {IS_IT}")
 
 
-def _row(program: Path, line: str) -> Row:
+def _row(program: Path, line: str, kv_memory: int) -> Row:
     try:
         test: dict[str, Any] = json.loads(line)
         kind, context = ("decode", "n_depth") if test["n_gen"] else ("prefill", "n_prompt")
         samples = [float(s) for s in test["samples_ts"]]
-        return Row(kind, int(test[context]), samples, str(test.get("build_commit", "?")))
+        return Row(kind, int(test[context]), samples, str(test.get("build_commit", "?")), kv_memory or None)
     except (ValueError, TypeError, KeyError):
-        what = " ".join(line.split())[:120]
-        raise InputError(f"--vs {program}: wrote {what!r}; is this llama-bench, with -o jsonl and -d?") from None
+        raise InputError(f"--vs {program}: wrote {line[:120]!r}; {IS_IT}") from None

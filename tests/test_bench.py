@@ -32,7 +32,7 @@ with open({log!r}, "a") as log:
     log.write(json.dumps(args) + "\\n")
 fault = {fault!r}
 if fault == "garbage":
-    print("| model | t/s |")
+    sys.exit(print("| model | t/s |"))
 if fault == "dies" and "-d" in args:
     sys.exit("CUDA error: out of memory")
 for n in value("-p").split(","):
@@ -40,7 +40,10 @@ for n in value("-p").split(","):
         row = {{"n_prompt": int(n), "n_gen": 0, "n_depth": 0, "samples_ts": [1, 4, 2], "build_commit": "f00"}}
         print(json.dumps(row))
 for n in value("-d").split(",") if "-d" in args else ():
+    for size in (3, int(n) / 8):
+        print(f"llama_kv_cache:      CUDA0 KV buffer size = {{size:8.2f}} MiB", file=sys.stderr, flush=True)
     print(json.dumps({{"n_prompt": 0, "n_gen": 2, "n_depth": int(n), "samples_ts": [8, 2, 4], "build_commit": "f00"}}))
+    sys.stdout.flush()
 """
 
 
@@ -192,7 +195,7 @@ def test_in_turns_with_llama_bench(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     file = str(HERE / "e2b-q4_k_m.gguf")
-    same = ["-r", "3", "-ngl", "99", "-fa", "1", "-ctk", "f16", "-ctv", "f16", "-o", "jsonl"]
+    same = ["-r", "3", "-ngl", "99", "-fa", "1", "-ctk", "f16", "-ctv", "f16", "-o", "jsonl", "-v"]
     assert calls[0] == ["-m", file, "-p", "9", "-n", "0", *same]
     assert calls[1] == ["-m", file, "-p", "0", "-n", "2", "-d", "0,70", "-ub", "2048", *same]
     figures = json.loads((tmp_path / "out.json").read_text())
@@ -202,6 +205,7 @@ def test_in_turns_with_llama_bench(tmp_path: Path) -> None:
         assert cell["llama_cpp"] == theirs
         assert cell["ratio"] == pytest.approx(cell["ours"] / theirs, rel=1e-3)
         assert len(cell["samples"]) == 3  # before and after, together
+    assert [c.get("llama_cpp_kv_memory") for c in figures["cells"]] == [None, 3 << 20, (24 + 70) << 17]
     lines = [line.split(":")[0] for line in done.stderr.splitlines() if "tokens/s" in line]
     ours = ["prompt of 9", "reply at 0", "reply at 70"]
     assert lines == [*ours, *(f"llama.cpp, {title}" for title in ours), *(f"{title}, again" for title in ours)]
@@ -217,6 +221,7 @@ def test_kv_in_codes(tmp_path: Path) -> None:
     full = json.loads((tmp_path / "full.json").read_text())["cells"][-1]
     assert (coded["kv"], full["kv"]) == ("tq4", "full")
     assert coded["bytes_per_token"] < full["bytes_per_token"]
+    assert 0 < coded["kv_memory"] < full["kv_memory"]
 
 
 def test_what_was_measured_is_kept_when_the_other_program_fails(tmp_path: Path) -> None:
@@ -260,7 +265,7 @@ def test_wrong_flag(args: list[str], says: str) -> None:
 def test_not_llama_bench(tmp_path: Path) -> None:
     done = run("--vs", other(tmp_path, "garbage"))
     assert done.exit_code == 2
-    assert "wrote '| model | t/s |'; is this llama-bench" in done.stderr
+    assert "wrote '| model | t/s |' and no figures; is this llama-bench" in done.stderr
 
 
 def test_name_of_a_model() -> None:

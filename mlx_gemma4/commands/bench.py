@@ -104,7 +104,7 @@ def bench(
             llama = row.version
             for cell in cells:
                 if (cell.kind, cell.context) == (row.kind, row.context):
-                    cell.llama_samples = row.samples
+                    cell.llama_samples, cell.llama_kv_memory = row.samples, row.kv_memory
                     say(f"llama.cpp, {cell.title}: {cell.llama_rate:.1f} tokens/s")
             keep()
         for cell in b.measure(subject.model, plan, cells, repetitions - first) if repetitions > first else ():
