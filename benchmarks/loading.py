@@ -1,0 +1,117 @@
+"""From the start of a process to a model's first token: ours and llama.cpp's, with the file cached and not.
+
+    python benchmarks/loading.py FILE.gguf [--vs LLAMA-BENCH] [--repetitions 3] [--json OUT]
+
+Each run is a process of its own, the programs in turns: load the file onto the GPU, read a token, choose the next, end.
+"Not cached": the system was told to let go of the file's pages, and how many it kept is shown; it keeps those of a file
+in memory (tmpfs), and there is nothing to measure then. Times are of the clock on the wall, medians; ours tells besides
+how much of it was loading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import mmap
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from mlx_gemma4.doctor import MLX, device_name
+
+OURS = """
+import sys
+from pathlib import Path
+import mlx.core as mx
+from mlx_gemma4.bench import load_subject
+subject = load_subject(Path(sys.argv[1]))
+mx.eval(mx.argmax(subject.model.forward(mx.array([1]), subject.model.new_state())))
+print(subject.load_time)
+"""
+THEIRS = ["-p", "1", "-n", "0", "-r", "1", "--no-warmup", "-ngl", "99", "-fa", "1", "-o", "jsonl"]
+
+
+def let_go(file: Path) -> None:
+    """Ask the system to drop a file's pages."""
+    with open(file, "rb") as f:
+        os.fsync(f.fileno())  # only what is on the disk is dropped
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def cached(file: Path) -> float:
+    """The share of a file's pages that are in memory."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(file, "rb") as f, mmap.mmap(f.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as pages:
+        there = (ctypes.c_ubyte * -(-len(pages) // mmap.PAGESIZE))()
+        start = ctypes.c_char.from_buffer(pages)
+        failed = libc.mincore(ctypes.byref(start), ctypes.c_size_t(len(pages)), there)
+        del start  # or the file can't be unmapped
+        if failed:
+            raise OSError(ctypes.get_errno(), "mincore")
+        return sum(page & 1 for page in bytes(there)) / len(there)
+
+
+def run(command: list[str]) -> tuple[float, str]:
+    """Seconds that a process takes, and what it writes."""
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        sys.exit(f"{command[0]} ended with code {done.returncode}: {done.stderr.strip()[-500:]}")
+    return seconds, done.stdout
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--vs", type=Path, help="llama.cpp's llama-bench")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    commands = {"mlx-gemma4": [sys.executable, "-c", OURS, str(options.file)]}
+    if options.vs:
+        commands["llama.cpp"] = [str(options.vs), "-m", str(options.file), *THEIRS]
+
+    size = options.file.stat().st_size
+    print(f"{device_name()}, MLX {MLX}, {options.file.name}, {size / 1e9:.2f} GB")
+    rows: list[dict[str, Any]] = []
+    for command in commands.values():  # once for what is compiled at first use, and kept
+        run(command)
+    for cold in (True, False):
+        kept = 1.0
+        times: dict[str, list[float]] = {name: [] for name in commands}
+        loads = []
+        for _ in range(options.repetitions):
+            for name, command in commands.items():
+                if cold:
+                    let_go(options.file)
+                    kept = cached(options.file)
+                seconds, output = run(command)
+                times[name].append(seconds)
+                if name == "mlx-gemma4":
+                    loads.append(float(output))
+        row: dict[str, Any] = {"cached": round(kept, 3), "seconds": {n: round(median(t), 2) for n, t in times.items()}}
+        row |= {
+            "samples": {n: [round(t, 2) for t in ts] for n, ts in times.items()},
+            "load_time": round(median(loads), 2),
+        }
+        rows.append(row)
+        shown = ", ".join(f"{name} {median(t):.2f} s" for name, t in times.items())
+        print(f"{kept:4.0%} of the file cached: {shown}; loading {row['load_time']:.2f} s of ours", flush=True)
+    if options.json:
+        figures: dict[str, Any] = {"program": "benchmarks/loading.py", "file": options.file.name, "bytes": size}
+        figures |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "chip": device_name()}
+        figures |= {"versions": {"mlx": MLX, "python": platform.python_version()}, "loading": rows}
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
