@@ -144,7 +144,7 @@ def measure(name: str, n: int, k: int, tokens: int, maker: Maker, tune: bool, de
     x = mx.random.normal((tokens, k)).astype(mx.float16)
     options: dict[str, Any] = {}
     if decoded:  # 31B's gate and up lie in 43008 rows
-        options = {"glu": True, "shrink": SHRINK} if n == 43008 else {"out": mx.float32}
+        options = {"glu": True, "factor": SHRINK} if n == 43008 else {"out": mx.float32}
     launches = max(10, min(200, int(20e9 / first.nbytes / 10)))
     results = []
     for cut in cuts(n, k) if tune else [tiling(FORMATS[name], n, k, tokens)]:

@@ -1,13 +1,13 @@
 // Rows of an unpacked weight times a few tokens: y[t, n] = sum over k of W[n, k] x[t, k], in fp32.
-// With NORM x is RMS-normalised on the way in: x[k] norm[k] FACTOR / sqrt(mean(x²) + EPS).
-// With TIMES y is gelu(y) times[t, n].
+// With NORM x is RMS-normalised on the way in: x[k] norm[k] / sqrt(mean(x²) + EPS).
+// With TIMES y is gelu(y) times[t, n]. The result goes out times FACTOR.
 //
 // Threads. SPLIT simdgroups take one row for one token, 8 neighbouring weights a lane and a step; SG simdgroups a
 // threadgroup, grid (32 SG ceil(N SPLIT / SG), tokens, 1). K a multiple of 8.
 //
 // Memory. W once a token, 16 or 32 bytes a lane; x and norm once a row, from the cache; y once.
 //
-// Rendered before: T (dtype of x, y and times), U (of y), W_TYPE, SG, SPLIT, EPS, NORM, FACTOR, TIMES.
+// Rendered before: T (dtype of x and times), U and U_HALF (of y), W_TYPE, SG, SPLIT, EPS, NORM, FACTOR, TIMES.
 
 // kernel: dense(x, w, norm?, times?) -> (y)
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
@@ -50,9 +50,9 @@ for (int i = 1; i < SPLIT && part == 0; i++) {
 }
 #endif
 if (lane == 0 && part == 0 && n < N) {
-  if (NORM) sum *= FACTOR * rsqrt(squares / float(K) + EPS);
+  if (NORM) sum *= rsqrt(squares / float(K) + EPS);
 #if TIMES
   sum = gelu(sum) * float(times[t * N + n]);
 #endif
-  y[t * N + n] = U(sum);
+  y[t * N + n] = U(WITHIN_U(sum * FACTOR));
 }

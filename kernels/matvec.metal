@@ -3,7 +3,7 @@
 // Variants, by what is rendered before this text:
 //   NORM     x is RMS-normalised on the way in: x[k] norm[k] / sqrt(mean(x²) + EPS). The squares are
 //            summed beside the products and divide the result at the end: x is read once.
-//   GLU      W is gate over up, [2F, K]: y[t, f] = SHRINK gelu(gate row f) * (up row f), both in one lane.
+//   GLU      W is gate over up, [2F, K]: y[t, f] = gelu(gate row f) * (up row f), both in one lane.
 //   TIMES    y[t, n] = gelu(row n) * times[t, n].
 //   EXPERTS  W is [E, N, K]; row block z of the grid takes expert ids[z] and writes y[z]; x is shared
 //            or, with EXPERT_X, x[z].
@@ -449,12 +449,12 @@ if (part == 0 && col == 0) {
     for (int r = 0; r < OUTS; r++) {
       const int n = first + r * APART;
       float value = acc[t][r] * factor;
-      if (GLU) value = gelu(value) * (acc[t][GLU ? r + OUTS : r] * factor) * SHRINK;
+      if (GLU) value = gelu(value) * (acc[t][GLU ? r + OUTS : r] * factor);
       const uint at = uint(slot * TOKENS + t) * uint(outs) + uint(n);
 #if TIMES
       if (n < outs) value = gelu(value) * float(times[at]);
 #endif
-      if (n < outs) y[at] = U(WITHIN_U(value));
+      if (n < outs) y[at] = U(WITHIN_U(value * FACTOR));
     }
   }
 }

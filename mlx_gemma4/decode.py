@@ -70,27 +70,23 @@ class Kernels:
         kernel: Callable[..., Any] = getattr(module, name)
         return self._run((name,), lambda: kernel(*args, self.maker, **options), lambda: twin(*args, **options))
 
-    def product(
-        self,
-        x: mx.array,
-        w: Weight,
-        factor: float = 1.0,
-        **options: Any,
-    ) -> mx.array:
-        """A mat-vec with whatever is folded into it, times a factor: options are those of `kernels.matvec`."""
-
-        def times_factor(y: mx.array) -> mx.array:
-            return y if factor == 1.0 else y * factor
+    def product(self, x: mx.array, w: Weight, **options: Any) -> mx.array:
+        """A mat-vec with whatever is folded into it: options are those of `kernels.matvec`."""
 
         def twin() -> mx.array:
-            return times_factor(product_twin(x, w, **options))
+            return product_twin(x, w, **options)
 
+        if isinstance(w, mx.array) and w.ndim == 2 and options.get("glu"):  # `dense` does one after the other
+            both = {name: value for name, value in options.items() if name in ("norm", "eps")}
+            gate, up = mx.split(w, 2)
+            rest = {name: value for name, value in options.items() if name != "glu"}
+            return self.product(x, gate, times=self.product(x, up, **both), **rest)
         done: mx.array
-        if isinstance(w, mx.array) and _dense_takes(w, options):
-            done = self._run(("dense",), lambda: fused.dense(x, w, self.maker, factor=factor, **options), twin)
+        if isinstance(w, mx.array) and _dense_takes(w):
+            done = self._run(("dense",), lambda: fused.dense(x, w, self.maker, **options), twin)
         elif isinstance(w, Packed) and kernels.takes(w, 1 if "ids" in options else x.shape[0]):
             names = ("matvec", f"matvec {w.format.name}")
-            done = self._run(names, lambda: times_factor(kernels.matvec(x, w, self.maker, **options)), twin)
+            done = self._run(names, lambda: kernels.matvec(x, w, self.maker, **options), twin)
         else:
             done = twin()
         return done
@@ -146,8 +142,8 @@ def _expand_names(w: Packed | mx.array) -> tuple[str, ...]:
     return ("halve", "expand", f"expand {w.format.name}") if isinstance(w, Packed) else ("halve", "expand")
 
 
-def _dense_takes(w: mx.array, options: dict[str, Any]) -> bool:
-    return w.ndim == 2 and w.shape[-1] % 8 == 0 and not options.get("glu")
+def _dense_takes(w: mx.array) -> bool:
+    return w.ndim == 2 and w.shape[-1] % 8 == 0
 
 
 def product_twin(
@@ -157,7 +153,7 @@ def product_twin(
     norm: mx.array | None = None,
     eps: float = 1e-6,
     glu: bool = False,
-    shrink: float = 1.0,
+    factor: float = 1.0,
     times: mx.array | None = None,
     ids: mx.array | None = None,
     out: mx.Dtype | None = None,
@@ -173,8 +169,10 @@ def product_twin(
         y = ops.expert_linear(h[:, None], w, chosen)[0 if shared else slice(None), slice(None) if shared else 0]
     if glu:
         gate, up = mx.split(y, 2, axis=-1)
-        y = ops.geglu(gate, up) * shrink
-    return ops.within(y if times is None else ops.gelu(y) * times.astype(mx.float32), out or x.dtype)
+        y = ops.geglu(gate, up)
+    if times is not None:
+        y = ops.gelu(y) * times.astype(mx.float32)
+    return ops.within(y * factor, out or x.dtype)
 
 
 def can_step(model: Model, tokens: int) -> bool:
@@ -381,10 +379,10 @@ def _attention(
 def _mlp(run: Kernels, layer: Layer, h: mx.array) -> mx.array:
     """down(gelu(gate(h)) * up(h)) times SHRINK, fp32 [T, hidden], of h [T, hidden], after its norm."""
     if layer.ffn_gate_up is not None:
-        product = run.product(h, layer.ffn_gate_up, glu=True, shrink=SHRINK)
+        product = run.product(h, layer.ffn_gate_up, glu=True, factor=SHRINK)
     else:
         assert layer.ffn_gate is not None and layer.ffn_up is not None
-        product = run.product(h, layer.ffn_gate, times=run.product(h, layer.ffn_up, factor=SHRINK))
+        product = run.product(h, layer.ffn_gate, times=run.product(h, layer.ffn_up), factor=SHRINK)
     return run.product(product, layer.ffn_down, out=mx.float32)
 
 
@@ -415,11 +413,11 @@ def _experts(
     ids = chosen.reshape(-1)  # of the one token
     norm: dict[str, Any] = {"norm": layer.pre_ffw_norm_2, "eps": c.eps, "ids": ids}
     if layer.ffn_gate_up_exps is not None:
-        h = run.product(x, layer.ffn_gate_up_exps, glu=True, shrink=SHRINK, out=model.kv_dtype, **norm)  # [used, F]
+        h = run.product(x, layer.ffn_gate_up_exps, glu=True, factor=SHRINK, out=model.kv_dtype, **norm)  # [used, F]
     else:
         assert layer.ffn_gate_exps is not None and layer.ffn_up_exps is not None
-        gate, up = (run.product(x, w, **norm) for w in (layer.ffn_gate_exps, layer.ffn_up_exps))
-        h = ops.within(ops.geglu(gate, up) * SHRINK, model.kv_dtype)
+        up = run.product(x, layer.ffn_up_exps, **norm)
+        h = run.product(x, layer.ffn_gate_exps, times=up, factor=SHRINK, out=model.kv_dtype, **norm)
     out = run.product(h, layer.ffn_down_exps, ids=ids, out=mx.float32)  # [used, hidden]
     return out[None], share, layer.post_ffw_norm_1, layer.post_ffw_norm_2
 

@@ -36,7 +36,7 @@ from . import (
     replay,
     tiles,
 )
-from .decode import Kernels
+from .decode import SHRINK, Kernels
 from .execution import execution
 from .kernel_checks import Check, checks
 from .kernel_sizes import Heads, Product, Sizes, sizes_of
@@ -62,7 +62,7 @@ REMEMBERED = 16  # verdicts kept, one a device, version of MLX and text of the k
 STOCK = (
     ("matvec, expand", "weights that MLX quantized itself (folders of safetensors)"),
     ("matvec", "rows that are no multiple of 32 long"),
-    ("dense", "joined gate and up, and experts, in F32, F16 or BF16"),
+    ("dense", "experts in F32, F16 or BF16"),
     ("embed, ple_inputs", "tables that MLX quantized itself"),
 )
 
@@ -331,7 +331,7 @@ def _sizes(
         rows = h.heads + h.kv_heads * (2 if h.joined == "kv" else 1)
         products += [Product(most, (n, k), narrow=True) for n, k in ((rows * h.dim, hidden), (hidden, h.heads * h.dim))]
     for ffn in ffns:
-        products.append(Product(most, (2 * ffn, hidden), glu=True, narrow=True, narrow_out=True))
+        products.append(Product(most, (2 * ffn, hidden), glu=True, factor=SHRINK, narrow=True, narrow_out=True))
         products.append(Product(odd if ffn % 256 else top, (hidden, ffn), narrow=True))
     if ple:
         heads += [Heads(h.heads, h.kv_heads, h.dim, h.window, "", has_kv=False) for h in heads]
@@ -340,7 +340,9 @@ def _sizes(
     n, used, width = experts
     if n:
         products.append(Product("F32", (n, hidden), norm=True, factor=hidden**-0.5))
-        products.append(Product(most, (n, 2 * width, hidden), norm=True, glu=True, used=used, narrow_out=True))
+        products.append(
+            Product(most, (n, 2 * width, hidden), norm=True, glu=True, factor=SHRINK, used=used, narrow_out=True)
+        )
         products.append(Product(odd, (n, hidden, width), used=used, own_x=True, narrow=True))
     return Sizes(hidden, vocab, tuple(heads), tuple(products), top, "Q5_K" if ple else "", layers, ple, n, used)
 

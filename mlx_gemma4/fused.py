@@ -130,7 +130,8 @@ def dense(
     Args:
         x: [T, K], K a multiple of 8.
         w: [N, K], any float type.
-        norm: fp32 [K]: x goes through RMSNorm with this weight first, times `factor`.
+        norm: fp32 [K]: x goes through RMSNorm with this weight first.
+        factor: of the result.
         times: [T, N] in x's dtype: the result is gelu(x wᵀ) * times.
         out: dtype of the result, x's by default.
 
@@ -140,7 +141,7 @@ def dense(
     tokens, n = x.shape[0], w.shape[0]
     arrays = {"x": x, "w": w, "norm": norm, "times": times}
     split = 4 if n <= FEW_ROWS else 1
-    defines = {"U": _TYPES[out or x.dtype], "W_TYPE": _TYPES[w.dtype], "SG": 4, "SPLIT": split}
+    defines = {**result_type(out or x.dtype), "W_TYPE": _TYPES[w.dtype], "SG": 4, "SPLIT": split}
     defines |= {"EPS": _f(eps), "FACTOR": _f(factor)}
     kernel = render(
         "dense",
@@ -171,11 +172,11 @@ def dense_twin(
     """`dense` in stock MLX."""
     h = x.astype(mx.float32)
     if norm is not None:
-        h = ops.rms_norm(h, norm, eps) * factor
+        h = ops.rms_norm(h, norm, eps)
     y = h @ w.astype(mx.float32).T
     if times is not None:
         y = ops.gelu(y) * times.astype(mx.float32)
-    return y.astype(out or x.dtype)
+    return ops.within(y * factor, out or x.dtype)
 
 
 # ---------------------------------------------------------------- choices

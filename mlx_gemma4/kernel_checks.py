@@ -143,21 +143,17 @@ def _product(p: Product, most: int | None) -> Check:
     def make() -> Case:
         dtype, out = (state_dtype() if narrow else mx.float32 for narrow in (p.narrow, p.narrow_out))
         w, x = weight(p.type, made), normal(p.used if p.own_x else p.tokens, k, dtype=dtype)
-        options: dict[str, Any] = {"norm": 1 + normal(k) * 0.1, "eps": EPS} if p.norm else {}
-        options["out"] = out
-        if p.glu:
-            options |= {"glu": True, "shrink": SHRINK}
+        options: dict[str, Any] = {"out": out, "factor": p.factor, **({"glu": True} if p.glu else {})}
+        if p.norm:
+            options |= {"norm": 1 + normal(k) * 0.1, "eps": EPS}
         if p.times:
-            options["times"] = normal(p.tokens, made[0], dtype=dtype)
+            options["times"] = normal(p.used or p.tokens, made[-2], dtype=dtype)
         if p.used:
             options["ids"] = mx.random.permutation(made[0])[: p.used].astype(mx.int32)
         n_bytes = w.nbytes * (p.used or 1) // (made[0] if p.used else 1)
         if isinstance(w, mx.array):
-            # The factor is the decode step's own; without a norm there is none.
             return Case(
-                lambda maker: fused.dense(x, w, maker, factor=p.factor, **options),
-                lambda: product_twin(x, w, **options) * p.factor,
-                n_bytes,
+                lambda maker: fused.dense(x, w, maker, **options), lambda: product_twin(x, w, **options), n_bytes
             )
         cut = kernels.tiling(w.format, n * (p.used or 1), k, p.tokens)
 

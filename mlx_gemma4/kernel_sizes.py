@@ -5,12 +5,13 @@ In: a loaded model. Out: `Sizes`, with as many `Product`s and `Heads` as it has 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from . import kernels
+from .decode import SHRINK
 from .quant import FLOATS, FORMATS, Packed
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def sizes_of(model: Model) -> Sizes:
         window = c.window if shape.sliding else 0
         heads.append(Heads(shape.heads, shape.kv_heads, shape.head_dim, window, joined, own, v_is_k, c.value_norm))
         products += _layer_products(layer, c.experts_used, c.hidden)
-    usable = [p for p in products if p.type in FORMATS or (p.type in FLOATS and not p.glu and len(p.shape) == 2)]
+    usable = [used for p in products for used in _as_launched(p)]
     plain = {p.type: p.shape for p in reversed(usable) if p.type in FORMATS and len(p.shape) == 2}
     usable += [
         Product(type, shape, tokens=kernels.MAX_TOKENS, narrow=True) for type, shape in plain.items()
@@ -95,20 +96,32 @@ def _layer_products(layer: Layer, used: int, hidden: int) -> list[Product]:
     """As the decode step takes them."""
     folded: dict[str, dict[str, Any]] = {
         **{name: {"narrow": True} for name in ("attn_qk", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_down")},
-        "ffn_gate_up": {"glu": True, "narrow": True, "narrow_out": True},
-        "ffn_gate": {"times": True, "narrow": True, "narrow_out": True},
+        "ffn_gate_up": {"glu": True, "factor": SHRINK, "narrow": True, "narrow_out": True},
+        "ffn_gate": {"times": True, "factor": SHRINK, "narrow": True, "narrow_out": True},
         "ffn_up": {"narrow": True, "narrow_out": True},
         "inp_gate": {"times": True},
         "proj": {},
         "ffn_gate_inp": {"norm": True, "factor": hidden**-0.5},
-        "ffn_gate_up_exps": {"norm": True, "glu": True, "used": used, "narrow_out": True},
-        "ffn_gate_exps": {"norm": True, "used": used},
+        "ffn_gate_up_exps": {"norm": True, "glu": True, "factor": SHRINK, "used": used, "narrow_out": True},
+        "ffn_gate_exps": {"norm": True, "times": True, "factor": SHRINK, "used": used, "narrow_out": True},
         "ffn_up_exps": {"norm": True, "used": used},
         "ffn_down_exps": {"used": used, "own_x": True, "narrow": True},
     }
     weights = {f.name: getattr(layer, f.name) for f in fields(layer)}
     there = {name: options for name, options in folded.items() if weights[name] is not None}
     return [Product(_type(weights[name]), weights[name].shape, **options) for name, options in there.items()]
+
+
+def _as_launched(p: Product) -> list[Product]:
+    """A product as kernels do it: an unpacked weight's gate and up one after the other, its experts not at all."""
+    if p.type in FORMATS:
+        return [p]
+    if p.type not in FLOATS or len(p.shape) > 2:
+        return []
+    if not p.glu:
+        return [p]
+    half = (p.shape[0] // 2, p.shape[1])
+    return [replace(p, shape=half, glu=False, factor=1.0), replace(p, shape=half, glu=False, times=True)]
 
 
 def _type(w: Any) -> str:

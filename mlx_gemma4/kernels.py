@@ -238,7 +238,7 @@ def matvec_kernel(
     norm: bool = False,
     eps: float = 1e-6,
     glu: bool = False,
-    shrink: float = 1.0,
+    factor: float = 1.0,
     times: bool = False,
     experts: bool = False,
     expert_x: bool = False,
@@ -254,7 +254,7 @@ def matvec_kernel(
     room = 2 * 4 * tokens * cut.lanes * cut.split * cut.chunk
     defines["STAGE"] = (norm or dtype == mx.float32) and room <= 30 << 10
     flags = {"GLU": glu, "TIMES": times, "NORM": norm, "EXPERTS": experts, "EXPERT_X": expert_x}
-    defines |= {"TOKENS": tokens, "EPS": _f(eps), "SHRINK": _f(shrink), **result_type(out or dtype), **flags}
+    defines |= {"TOKENS": tokens, "EPS": _f(eps), "FACTOR": _f(factor), **result_type(out or dtype), **flags}
     present: dict[str, object] = {"sub": fmt.sub_bits, "super": fmt.super_block, "norm": norm}
     present |= {"ids": experts, "times": times}
     return render("matvec", "matvec.metal", dtype, defines, [n for n, there in present.items() if not there])
@@ -274,7 +274,7 @@ def matvec(
     norm: mx.array | None = None,
     eps: float = 1e-6,
     glu: bool = False,
-    shrink: float = 1.0,
+    factor: float = 1.0,
     times: mx.array | None = None,
     ids: mx.array | None = None,
     out: mx.Dtype | None = None,
@@ -286,8 +286,9 @@ def matvec(
         x: [T, K], T from 1 to 4; with `ids`, one token: [1, K] for all experts, or [E', K], one row each.
         w: [N, K], or with `ids` [E, N, K].
         norm: fp32 [K]: x goes through RMSNorm with this weight first.
-        glu: w holds gate's rows, then up's; the result is gelu(gate x) * (up x) * shrink.
-        times: [T, N] in x's dtype: the result is gelu(x wᵀ) * times.
+        glu: w holds gate's rows, then up's; the result is gelu(gate x) * (up x).
+        times: [T, N], with `ids` [E', N], in x's dtype: the result is gelu(x wᵀ) * times.
+        factor: of the result.
         ids: int32 [E'], the experts to take.
         out: dtype of the result, x's by default. What fp16 can't hold becomes the largest number that it can.
         cut: instead of `tiling`'s.
@@ -307,7 +308,7 @@ def matvec(
         norm is not None,
         eps,
         glu,
-        shrink,
+        factor,
         times is not None,
         ids is not None and x.shape[0] > 1,
     )
@@ -328,7 +329,7 @@ def _prepared(
     norm: bool,
     eps: float,
     glu: bool,
-    shrink: float,
+    factor: float,
     times: bool,
     expert_x: bool,
 ) -> tuple[Kernel, Callable[..., Sequence[Any]], dict[str, Any]]:
@@ -340,7 +341,7 @@ def _prepared(
         "norm": norm,
         "eps": eps,
         "glu": glu,
-        "shrink": shrink,
+        "factor": factor,
         "times": times,
         "experts": slots > 0,
         "expert_x": expert_x,

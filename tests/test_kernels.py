@@ -124,12 +124,12 @@ def test_short_rows_narrow_the_loads(name: str, maker: kernels.Maker) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0"])
 def test_gate_up(name: str, dtype: mx.Dtype, maker: kernels.Maker) -> None:
-    """RMSNorm, gate and up, GEGLU, in one, for two tokens."""
+    """RMSNorm, gate and up, GEGLU, a factor, in one, for two tokens."""
     w, values = weight(name, 2 * 35, 512)
     x, norm = random(4, 2, 512, dtype=dtype), mx.abs(random(5, 512)) + 0.5
     gate, up = np.split(rms(exact(x), exact(norm)) @ values.T, 2, axis=-1)
-    got = kernels.matvec(x, w, maker, norm=norm, glu=True, cut=CUTS[0])
-    close(got, gelu(gate) * up, dtype)
+    got = kernels.matvec(x, w, maker, norm=norm, glu=True, factor=1 / 16, cut=CUTS[0])
+    close(got, gelu(gate) * up / 16, dtype)
 
 
 def test_gelu_times(maker: kernels.Maker) -> None:
@@ -138,6 +138,15 @@ def test_gelu_times(maker: kernels.Maker) -> None:
     x, times = random(9, 2, 512, dtype=mx.float16), random(10, 2, 40, dtype=mx.float16)
     got = kernels.matvec(x, w, maker, times=times, cut=CUTS[0])
     close(got, gelu(exact(x) @ values.T) * exact(times), mx.float16)
+
+
+def test_experts_whose_gate_and_up_are_apart(maker: kernels.Maker) -> None:
+    """Up's rows of each chosen expert, then gate's: GELU, times those."""
+    w, values = weight("Q4_K", 3, 24, 256)
+    x, times, ids = random(9, 1, 256), random(10, 2, 24), mx.array([2, 0], mx.int32)
+    got = kernels.matvec(x, w, maker, times=times, factor=1 / 16, ids=ids)
+    want = values[[2, 0]] @ exact(x)[0]
+    close(got, gelu(want) * exact(times) / 16, mx.float32)
 
 
 def test_gate_up_far_from_zero(maker: kernels.Maker) -> None:

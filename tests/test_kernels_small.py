@@ -373,7 +373,7 @@ def test_dense_with_norm_and_times(dtype: mx.Dtype) -> None:
     x, w = normal(2, 264, dtype=dtype) * 5, normal(33, 264, seed=1) * 0.1
     router: dict[str, Any] = {"norm": 1 + normal(264, seed=2), "eps": EPS, "factor": 264**-0.5, "out": mx.float32}
     check(fused.dense(x, w, metal, **router), fused.dense_twin(x, w, **router), mx.float32)
-    gate = {"times": normal(2, 33, dtype=dtype, seed=3)}
+    gate: dict[str, Any] = {"times": normal(2, 33, dtype=dtype, seed=3), "factor": 1 / 16}
     check(fused.dense(x, w, metal, **gate), fused.dense_twin(x, w, **gate), dtype)
 
 

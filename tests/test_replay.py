@@ -94,9 +94,13 @@ def both(kind: str, tag: str, folder: Path) -> tuple[Model, Model]:
     return plain, Model(plain.config, plain.weights, Kernels(metal, OFF, player=HostPlayer))
 
 
-@pytest.mark.parametrize("kind", BUDGET)
-def test_replayed_steps_give_the_stock_logits(kind: str, tmp_path: Path) -> None:
-    plain, replayed = both(kind, "q8_0", tmp_path)
+# The last three: gate and up of different types, in an MLP and in experts, and of no packed type.
+@pytest.mark.parametrize(
+    ("kind", "tag"),
+    [*((kind, "q8_0") for kind in BUDGET), ("12b", "untied-q4_k_m"), ("26b-a4b", "split-mix"), ("31b", "f32")],
+)
+def test_replayed_steps_give_the_stock_logits(kind: str, tag: str, tmp_path: Path) -> None:
+    plain, replayed = both(kind, tag, tmp_path)
     ids = prompts(kind)[1]
     states = [model.new_state() for model in (plain, replayed)]
     for state in states:
