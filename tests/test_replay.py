@@ -88,19 +88,25 @@ class HostPlayer:
         return piece.view(names[spot.dtype]).reshape(spot.shape)
 
 
-def both(kind: str, tag: str, folder: Path) -> tuple[Model, Model]:
+def both(kind: str, tag: str, folder: Path, weights: Any = "packed") -> tuple[Model, Model]:
     """A model with stock operations, and the same weights with steps that are replayed."""
-    plain = load(path(kind, tag, folder), weights="packed").model
+    plain = load(path(kind, tag, folder), weights=weights).model
+    HostPlayer.made.clear()
     return plain, Model(plain.config, plain.weights, Kernels(metal, OFF, player=HostPlayer))
 
 
 # The last three: gate and up of different types, in an MLP and in experts, and of no packed type.
 @pytest.mark.parametrize(
-    ("kind", "tag"),
-    [*((kind, "q8_0") for kind in BUDGET), ("12b", "untied-q4_k_m"), ("26b-a4b", "split-mix"), ("31b", "f32")],
+    ("kind", "tag", "weights"),
+    [
+        *((kind, "q8_0", "packed") for kind in BUDGET),
+        ("12b", "untied-q4_k_m", "packed"),
+        ("26b-a4b", "split-mix", "packed"),
+        ("31b", "q8_0", "dense"),
+    ],
 )
-def test_replayed_steps_give_the_stock_logits(kind: str, tag: str, tmp_path: Path) -> None:
-    plain, replayed = both(kind, tag, tmp_path)
+def test_replayed_steps_give_the_stock_logits(kind: str, tag: str, weights: str, tmp_path: Path) -> None:
+    plain, replayed = both(kind, tag, tmp_path, weights)
     ids = prompts(kind)[1]
     states = [model.new_state() for model in (plain, replayed)]
     for state in states:
