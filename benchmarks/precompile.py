@@ -50,10 +50,12 @@ def zeros(type: str, shape: tuple[int, ...]) -> Any:
     return quant.Packed(f, shape, mx.zeros((*rows, k * f.bits // 32), mx.uint32), sub, top)
 
 
-def lazy_model(kind: str, run: Kernels) -> Model:
-    """A published model in a Q4_K_M's types, loaded as a file would be, of such weights."""
+def lazy_model(kind: str, run: Kernels, packed: bool = True) -> Model:
+    """A published model in a Q4_K_M's types, loaded as a file would be, of such weights; or those all BF16."""
     keys = make_synthetic.metadata(kind)
     tensors = make_synthetic.tensors(kind, keys)
+    if not packed:
+        tensors = {name: (shape, type if type == "F32" else "BF16") for name, (shape, type) in tensors.items()}
 
     def read(names: list[str], *_: Any) -> Any:
         shape, type = tensors[names[0]]

@@ -28,12 +28,17 @@ from mlx_gemma4.model import Model
 from mlx_gemma4.state import KVState
 
 BUDGET = {"e2b": 12, "e4b": 12, "12b": 9, "31b": 9, "26b-a4b": 13}  # launches a layer; one more where v's type differs
+BF16 = ("e2b", "e4b", "12b", "31b")  # in which experts run as stock operations
 OUTSIDE = 7  # of the layers: embedding, first norm, two rotations, the head, and what per-layer embeddings start with
 
 
-@pytest.mark.parametrize("depth", [600, 9000])
-@pytest.mark.parametrize("kind", BUDGET)
-def test_a_step_of_a_real_size_runs_in_kernels(kind: str, depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "depth", "packed"),
+    [*((kind, depth, True) for kind in BUDGET for depth in (600, 9000)), *((kind, 600, False) for kind in BF16)],
+)
+def test_a_step_of_a_real_size_runs_in_kernels(
+    kind: str, depth: int, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: Counter[str] = Counter()
 
     def maker(**declared: Any) -> Any:
@@ -52,13 +57,14 @@ def test_a_step_of_a_real_size_runs_in_kernels(kind: str, depth: int, monkeypatc
             monkeypatch.setattr(module, name, refuse)
     monkeypatch.setattr(Model, "kv_dtype", mx.float16)
     run = Kernels(maker)
-    model = lazy_model(kind, run)
+    model = lazy_model(kind, run, packed)
     state = model.new_state()
     with execution():
         lazy_fill(state, depth)
         logits = decode.make_step(model, run, model._rope_of)[0](mx.array([1]), state)
     assert logits.shape == (1, model.config.vocab)
     layers, apart = model.config.layers, sum(layer.attn_v is not None for layer in model.weights.layers)
+    apart += 0 if packed else len(layers)  # of an unpacked weight, gate and up
     assert 0 < made.total() <= BUDGET[kind] * len(layers) + apart + OUTSIDE, made
     assert made["merge"] == len(layers)
     assert made["rotations"] == 2
