@@ -28,6 +28,7 @@ from . import ops
 from .kernels import _TYPES, Maker, _build, _f, _traits, render, result_type
 from .quant import Packed
 
+MANY_ROWS = 4096  # from which on a simdgroup takes four, and reads x once for them
 FEW_ROWS = 512  # of an unpacked weight, for which all simdgroups of a threadgroup share a row
 
 # ---------------------------------------------------------------- residual and norms
@@ -140,8 +141,8 @@ def dense(
     """
     tokens, n = x.shape[0], w.shape[0]
     arrays = {"x": x, "w": w, "norm": norm, "times": times}
-    split = 4 if n <= FEW_ROWS else 1
-    defines = {**result_type(out or x.dtype), "W_TYPE": _TYPES[w.dtype], "SG": 4, "SPLIT": split}
+    split, rows = 4 if n <= FEW_ROWS else 1, 4 if n >= MANY_ROWS else 1
+    defines = {**result_type(out or x.dtype), "W_TYPE": _TYPES[w.dtype], "SG": 4, "SPLIT": split, "ROWS": rows}
     defines |= {"EPS": _f(eps), "FACTOR": _f(factor)}
     kernel = render(
         "dense",
@@ -152,7 +153,7 @@ def dense(
     )
     return _build(maker, kernel)(
         inputs=[arrays[name] for name in kernel.inputs],
-        grid=(128 * -(-n * split // 4), tokens, 1),
+        grid=(128 * -(-n * split // (4 * rows)), tokens, 1),
         threadgroup=(128, 1, 1),
         output_shapes=[(tokens, n)],
         output_dtypes=[out or x.dtype],

@@ -362,7 +362,7 @@ def test_add_norm_widths(k: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("w_dtype", DTYPES, ids=str)
 def test_dense(dtype: mx.Dtype, w_dtype: mx.Dtype) -> None:
-    for tokens, n, k in ((1, 128, 2816), (3, 5, 40)):
+    for tokens, n, k in ((1, 128, 2816), (3, 5, 40), (2, 601, 264), (1, 4097, 72)):
         x, w = normal(tokens, k, dtype=dtype) * 5, normal(n, k, dtype=w_dtype, seed=1) * k**-0.5
         check(fused.dense(x, w, metal), fused.dense_twin(x, w), dtype)
 
