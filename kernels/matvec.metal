@@ -5,6 +5,7 @@
 //            summed beside the products and divide the result at the end: x is read once.
 //   GLU      W is gate over up, [2F, K]: y[t, f] = gelu(gate row f) * (up row f), both in one lane.
 //   TIMES    y[t, n] = gelu(row n) * times[t, n].
+//   FACTOR   multiplies each result; 1 where nobody asks for another.
 //   EXPERTS  W is [E, N, K]; row block z of the grid takes expert ids[z] and writes y[z]; x is shared
 //            or, with EXPERT_X, x[z].
 //
@@ -444,12 +445,12 @@ if (part == 0 && col == 0) {
 if (part == 0 && col == 0) {
   UNROLL
   for (int t = 0; t < TOKENS; t++) {
-    const float factor = NORM ? rsqrt(squares[t] / float(K) + EPS) : 1.0f;
+    const float normed = NORM ? rsqrt(squares[t] / float(K) + EPS) : 1.0f;
     UNROLL
     for (int r = 0; r < OUTS; r++) {
       const int n = first + r * APART;
-      float value = acc[t][r] * factor;
-      if (GLU) value = gelu(value) * (acc[t][GLU ? r + OUTS : r] * factor);
+      float value = acc[t][r] * normed;
+      if (GLU) value = gelu(value) * (acc[t][GLU ? r + OUTS : r] * normed);
       const uint at = uint(slot * TOKENS + t) * uint(outs) + uint(n);
 #if TIMES
       if (n < outs) value = gelu(value) * float(times[at]);
