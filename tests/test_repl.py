@@ -104,9 +104,12 @@ class Terminal:
 
     def hang_up(self) -> None:
         """Close its window."""
-        os.close(self._child.child_fd)  # the program gets SIGHUP, and errors when it writes
-        os.waitpid(self._child.pid, 0)
-        self._closed = True
+        process = self._child.ptyproc
+        process.fileobj.close()  # the program gets SIGHUP, and errors when it writes
+        os.waitpid(process.pid, 0)
+        process.closed = self._closed = (
+            True  # or it closes the descriptor again, which may be another terminal's by then
+        )
 
     def close(self) -> None:
         if not self._closed:
