@@ -164,7 +164,7 @@ def write(kind: str, path: Path, tokenizer: Path | None = None) -> None:
         for name, (shape, type) in chosen.items():
             offset, n_bytes = places[name]
             out.seek(start + offset)
-            some = memoryview(stretch(name, shape, type, rng))
+            some = stretch(name, shape, type, rng).data
             while n_bytes:
                 n_bytes -= out.write(some[:n_bytes])
         out.truncate(start + at)
