@@ -24,6 +24,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from mlx_gemma4.doctor import MLX, device_name
 
 OURS = """
@@ -48,14 +50,14 @@ def let_go(file: Path) -> None:
 def cached(file: Path) -> float:
     """The share of a file's pages that are in memory."""
     libc = ctypes.CDLL(None, use_errno=True)
-    with open(file, "rb") as f, mmap.mmap(f.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as pages:
-        there = (ctypes.c_ubyte * -(-len(pages) // mmap.PAGESIZE))()
-        start = ctypes.c_char.from_buffer(pages)
-        failed = libc.mincore(ctypes.byref(start), ctypes.c_size_t(len(pages)), there)
-        del start  # or the file can't be unmapped
+    with open(file, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+        there, mapped = np.zeros(-(-len(pages) // mmap.PAGESIZE), np.uint8), np.frombuffer(pages, np.uint8)
+        start, size = ctypes.c_void_p(mapped.ctypes.data), ctypes.c_size_t(len(pages))
+        failed = libc.mincore(start, size, ctypes.c_void_p(there.ctypes.data))
+        del mapped  # or the file can't be unmapped
         if failed:
             raise OSError(ctypes.get_errno(), "mincore")
-        return sum(page & 1 for page in bytes(there)) / len(there)
+        return float((there & 1).mean())
 
 
 def run(command: list[str]) -> tuple[float, str]:
@@ -85,14 +87,13 @@ def main() -> int:
     for command in commands.values():  # once for what is compiled at first use, and kept
         run(command)
     for cold in (True, False):
-        kept = 1.0
         times: dict[str, list[float]] = {name: [] for name in commands}
         loads = []
         for _ in range(options.repetitions):
             for name, command in commands.items():
                 if cold:
                     let_go(options.file)
-                    kept = cached(options.file)
+                kept = cached(options.file)
                 seconds, output = run(command)
                 times[name].append(seconds)
                 if name == "mlx-gemma4":

@@ -65,9 +65,8 @@ def lazy_model(kind: str, run: Kernels, packed: bool = True) -> Model:
 
     entries = {name: Entry(shape, type, prod(shape)) for name, (shape, type) in tensors.items()}
     source = Source(kind, entries, read, lambda name, _: prod(tensors[name][0]))
-    with patch.object(
-        loader, "make_plan", lambda *_: Plan("packed", 0, 1 << 40)
-    ):  # no memory is taken, so none need be
+    # No memory is taken, so none need be free.
+    with patch.object(loader, "make_plan", lambda *_: Plan("packed", 0, 1 << 40)):
         return load_model(config_from_gguf(keys, kind), source, "packed", kernels=run)[0]
 
 

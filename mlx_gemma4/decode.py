@@ -76,13 +76,8 @@ class Kernels:
         def twin() -> mx.array:
             return product_twin(x, w, **options)
 
-        if isinstance(w, mx.array) and w.ndim == 2 and options.get("glu"):  # `dense` does one after the other
-            both = {name: value for name, value in options.items() if name in ("norm", "eps")}
-            gate, up = mx.split(w, 2)
-            rest = {name: value for name, value in options.items() if name != "glu"}
-            return self.product(x, gate, times=self.product(x, up, **both), **rest)
         done: mx.array
-        if isinstance(w, mx.array) and _dense_takes(w):
+        if isinstance(w, mx.array) and _dense_takes(w, options):
             done = self._run(("dense",), lambda: fused.dense(x, w, self.maker, **options), twin)
         elif isinstance(w, Packed) and kernels.takes(w, 1 if "ids" in options else x.shape[0]):
             names = ("matvec", f"matvec {w.format.name}")
@@ -142,8 +137,8 @@ def _expand_names(w: Packed | mx.array) -> tuple[str, ...]:
     return ("halve", "expand", f"expand {w.format.name}") if isinstance(w, Packed) else ("halve", "expand")
 
 
-def _dense_takes(w: mx.array) -> bool:
-    return w.ndim == 2 and w.shape[-1] % 8 == 0
+def _dense_takes(w: mx.array, options: dict[str, Any]) -> bool:
+    return w.ndim == 2 and w.shape[-1] % 8 == 0 and not options.get("glu")
 
 
 def product_twin(
@@ -378,11 +373,14 @@ def _attention(
 
 def _mlp(run: Kernels, layer: Layer, h: mx.array) -> mx.array:
     """down(gelu(gate(h)) * up(h)) times SHRINK, fp32 [T, hidden], of h [T, hidden], after its norm."""
-    if layer.ffn_gate_up is not None:
-        product = run.product(h, layer.ffn_gate_up, glu=True, factor=SHRINK)
+    joined, gate, up = layer.ffn_gate_up, layer.ffn_gate, layer.ffn_up
+    if isinstance(joined, mx.array):  # `dense` takes one after the other
+        gate, up = mx.split(joined, 2)
+    if gate is not None and up is not None:
+        product = run.product(h, gate, times=run.product(h, up), factor=SHRINK)
     else:
-        assert layer.ffn_gate is not None and layer.ffn_up is not None
-        product = run.product(h, layer.ffn_gate, times=run.product(h, layer.ffn_up), factor=SHRINK)
+        assert joined is not None
+        product = run.product(h, joined, glu=True, factor=SHRINK)
     return run.product(product, layer.ffn_down, out=mx.float32)
 
 

@@ -219,12 +219,13 @@ def check_model(model: Model) -> None:
                 log.warning("Checking this machine's kernels (first run), which this GPU's compiler takes long for ...")
                 start = None
         model.kernels.off |= frozenset(failed)
-        if replays and (wrong := _replay_trouble(model)):
-            failed["replay"] = known.failed["replay"] = wrong
-        known.checked.add(steps)
+        if replays:
+            if wrong := _replay_trouble(model):
+                failed["replay"] = known.failed["replay"] = wrong
+                model.kernels.off |= {"replay"}
+            known.checked.add(steps)
     finally:
         remember(known)  # whoever interrupts this keeps what is done
-    model.kernels.off |= frozenset(failed)
     log.warning("Checking this machine's kernels (first run) ... %s", _off(failed) if failed else "ok")
 
 

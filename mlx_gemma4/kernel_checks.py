@@ -143,9 +143,11 @@ def _product(p: Product, most: int | None) -> Check:
     def make() -> Case:
         dtype, out = (state_dtype() if narrow else mx.float32 for narrow in (p.narrow, p.narrow_out))
         w, x = weight(p.type, made), normal(p.used if p.own_x else p.tokens, k, dtype=dtype)
-        options: dict[str, Any] = {"out": out, "factor": p.factor, **({"glu": True} if p.glu else {})}
+        options: dict[str, Any] = {"out": out, "factor": p.factor}
         if p.norm:
             options |= {"norm": 1 + normal(k) * 0.1, "eps": EPS}
+        if p.glu:
+            options["glu"] = True
         if p.times:
             options["times"] = normal(p.used or p.tokens, made[-2], dtype=dtype)
         if p.used:

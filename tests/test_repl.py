@@ -107,9 +107,8 @@ class Terminal:
         process = self._child.ptyproc
         process.fileobj.close()  # the program gets SIGHUP, and errors when it writes
         os.waitpid(process.pid, 0)
-        process.closed = self._closed = (
-            True  # or it closes the descriptor again, which may be another terminal's by then
-        )
+        # Or it would close the descriptor again, which may be another terminal's by then.
+        process.closed = self._closed = True
 
     def close(self) -> None:
         if not self._closed:
