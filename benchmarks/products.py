@@ -76,7 +76,7 @@ def experts(name: str, e: int, n: int, k: int, maker: Maker) -> float:
     for rows in ROWS:
         x, chosen = mx.random.normal((rows, 1, k)), mx.argsort(mx.random.normal((rows, e)), axis=-1)[:, :8]
         few = (lambda x=x, c=chosen: tiles.few_expert_rows(x, w, c, maker)) if rows <= FEW else None
-        many = lambda x=x, c=chosen: tiles.expert_linear(x, w, Routing(c), maker)  # noqa: E731
+        many = lambda x=x, c=chosen: tiles.expert_linear(x, w, Routing(c, e), maker)  # noqa: E731
         worst = max(worst, report(f"{name} {e} x {n} x {k}", rows, many, few))
     return worst
 

@@ -102,22 +102,23 @@ class Kernels:
             done = self._run(_expand_names(w), lambda: tiles.linear(x, w, self.maker), twin)
         return done
 
-    def expert_linear(self, x: mx.array, w: Weight, routing: Routing) -> mx.array:
-        """`ops.expert_linear`, likewise; products that take the same experts share a `routing`."""
+    def expert_linear(self, x: mx.array, w: Weight, routing: Routing, glu: bool = False) -> mx.array:
+        """`ops.expert_linear`, likewise; with glu, of gate and up. Products of the same experts share a `routing`."""
         chosen = routing.chosen
 
         def twin() -> mx.array:
-            return ops.expert_linear(x, w, chosen)
+            return _glu(ops.expert_linear(x, w, chosen), glu)
 
         if not tiles.takes(w):
             return twin()
         assert not isinstance(w, ops.Affine)
         few = chosen.size < tiles.MANY_ROWS_AN_EXPERT * w.shape[0]
         if isinstance(w, Packed) and few and kernels.takes(w, 1):
-            names = ("halve", "matvec", f"matvec {w.format.name}")
-            done: mx.array = self._run(names, lambda: tiles.few_expert_rows(x, w, chosen, self.maker), twin)
+            names: tuple[str, ...] = ("halve", "matvec", f"matvec {w.format.name}")
+            done: mx.array = self._run(names, lambda: _glu(tiles.few_expert_rows(x, w, chosen, self.maker), glu), twin)
         else:
-            done = self._run(_expand_names(w), lambda: tiles.expert_linear(x, w, routing, self.maker), twin)
+            names = ("halve", "grouped", *([f"grouped {w.format.name}"] if isinstance(w, Packed) else []))
+            done = self._run(names, lambda: tiles.expert_linear(x, w, routing, self.maker, glu), twin)
         return done
 
     def _run(self, names: Sequence[str], kernel: Callable[[], Any], twin: Callable[[], Any]) -> Any:
@@ -131,6 +132,11 @@ class Kernels:
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 log.warning("Kernel %s fails here and is off, stock operations run instead: %s", names[-1], reason)
         return twin()
+
+
+def _glu(y: mx.array, glu: bool) -> mx.array:
+    """gelu(gate) * up of what holds both, if asked for."""
+    return tiles.geglu(*mx.split(y, 2, axis=-1)) if glu else y
 
 
 def _expand_names(w: Packed | mx.array) -> tuple[str, ...]:

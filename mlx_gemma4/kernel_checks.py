@@ -15,18 +15,20 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import attention, coded_attention, fused, kernels, kv_codes, long_attention, packing, quant, tiles
+from . import attention, coded_attention, fused, kernels, kv_codes, long_attention, ops, packing, quant, tiles
 from .decode import SHRINK, product_twin
 from .kernel_sizes import Heads, Product, Sizes
 from .kernels import Maker
 from .memory import on_cpu
 from .quant import FLOATS, FORMATS, Packed
+from .routing import Routing
 
 EPS = 1e-6
 POSITION = 5000  # of a token under RoPE: its angles must be right far from 0
 COUNT = 5  # tokens in a tail
 EXPANDED = 4096  # rows of a weight made plain for a prompt
 HALVED = 64  # rows of activations
+GROUPED = (70, 0, 3, 31)  # rows of each expert: of two tiles, none, few
 RANDOM_WORDS = (1 << 20) + 7  # no multiple of any row's length: repeated, they make no two rows alike
 
 
@@ -67,6 +69,9 @@ def checks(s: Sizes, lengths: Sequence[int], rows: int | None = None) -> Iterato
         yield _expand(type, k, rows or EXPANDED)
     for k in dict.fromkeys(p.shape[-1] for p in s.products if p.type in FORMATS):
         yield _halve(k)
+    for product in dict.fromkeys((*s.products, *s.prompts)):
+        if product.used:
+            yield _grouped(product, rows)
     if rows is None:  # when a model is loaded, packing comes first and tries its kernels by itself
         types = dict.fromkeys([*(p.type for p in s.products), s.table, s.ple_table])
         yield from (_pack(type) for type in types if type in FORMATS)
@@ -186,6 +191,34 @@ def _halve(k: int) -> Check:
         return Case(lambda maker: tiles.halve(x, maker), lambda: tiles.halve_twin(x), 6 * HALVED * k)
 
     return Check("halve", f"{HALVED}x{k}", make)
+
+
+def _grouped(p: Product, most: int | None) -> Check:
+    """Rows of a prompt through experts, of which GROUPED are so many's."""
+    n, k = p.shape[-2:]
+    made = (len(GROUPED), min(n, most or n), k)
+    mixed = np.random.default_rng(0).permutation(np.repeat(np.arange(made[0]), GROUPED))
+    chosen = mixed[: mixed.size // p.used * p.used].reshape(-1, p.used)
+
+    def make() -> Case:
+        w, x = weight(p.type, made), normal(len(chosen), p.used if p.own_x else 1, k)
+        routing = Routing(mx.array(chosen), made[0])
+
+        def twin() -> mx.array:
+            each = np.array(mx.broadcast_to(x, (*chosen.shape, k))).reshape(-1, k)
+            found = np.zeros((chosen.size, made[1]), np.float32)
+            for e in range(made[0]):
+                one = w[e : e + 1]
+                plain = quant.dequantize(one, mx.float32) if isinstance(one, Packed) else one.astype(mx.float32)
+                rows = chosen.reshape(-1) == e
+                found[rows] = np.array(mx.array(each[rows]) @ plain[0].T)
+            y = mx.array(found.reshape(*chosen.shape, -1))
+            return ops.geglu(*mx.split(y, 2, axis=-1)) if p.glu else y
+
+        return Case(lambda maker: tiles.expert_linear(x, w, routing, maker, p.glu), twin, w.nbytes + x.nbytes)
+
+    name = f"grouped {p.type}" if p.type in FORMATS else "grouped"
+    return Check(name, f"{n}x{k}, {chosen.size} rows" + " glu" * p.glu, make)
 
 
 def _pack(type: str) -> Check:

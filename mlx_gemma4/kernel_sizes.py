@@ -56,13 +56,14 @@ class Sizes:
     hidden: int
     vocab: int
     heads: tuple[Heads, ...]
-    products: tuple[Product, ...]
+    products: tuple[Product, ...]  # of a decode step
     table: str  # type of the embedding
     ple_table: str = ""
     layers: int = 0  # with per-layer embeddings
     ple: int = 0
     experts: int = 0
     used: int = 0
+    prompts: tuple[Product, ...] = ()  # products that prompts alone run in kernels: experts that are not packed
 
 
 def sizes_of(model: Model) -> Sizes:
@@ -89,7 +90,8 @@ def sizes_of(model: Model) -> Sizes:
     ple_table = "" if w.per_layer_token_embd is None else _type(w.per_layer_token_embd)
     experts = (c.experts, c.experts_used if c.experts else 0)
     tables = (_type(w.token_embd), ple_table)
-    return Sizes(c.hidden, c.vocab, tuple(heads), tuple(usable), *tables, len(c.layers), c.ple, *experts)
+    prompts = tuple(p for p in products if p.used and p.type in ("F16", "BF16"))
+    return Sizes(c.hidden, c.vocab, tuple(heads), tuple(usable), *tables, len(c.layers), c.ple, *experts, prompts)
 
 
 def _layer_products(layer: Layer, used: int, hidden: int) -> list[Product]:

@@ -305,15 +305,15 @@ class Model:
         eps = self.config.eps
         dense = ops.rms_norm(self._mlp(layer, x), layer.post_ffw_norm_1, eps)
         chosen, share = self._route(layer, x)
-        routing = Routing(chosen, meanwhile=dense)
+        routing = Routing(chosen, self.config.experts)
         h = ops.rms_norm(x, layer.pre_ffw_norm_2, eps)[:, None]  # [T, 1, hidden]
         if layer.ffn_gate_up_exps is not None:
-            gate, up = mx.split(self._expert_linear(h, layer.ffn_gate_up_exps, routing), 2, axis=-1)
+            h = self._expert_linear(h, layer.ffn_gate_up_exps, routing, glu=True)
         else:
             assert layer.ffn_gate_exps is not None and layer.ffn_up_exps is not None
-            gate, up = (self._expert_linear(h, w, routing) for w in (layer.ffn_gate_exps, layer.ffn_up_exps))
+            h = self._geglu(*(self._expert_linear(h, w, routing) for w in (layer.ffn_gate_exps, layer.ffn_up_exps)))
         assert layer.ffn_down_exps is not None
-        out = self._expert_linear(self._geglu(gate, up), layer.ffn_down_exps, routing)  # [T, used, hidden]
+        out = self._expert_linear(h, layer.ffn_down_exps, routing)  # [T, used, hidden]
         experts = (out * share[..., None]).sum(axis=1)
         return dense + ops.rms_norm(experts, layer.post_ffw_norm_2, eps)
 
@@ -329,11 +329,12 @@ class Model:
             share = share * layer.ffn_down_exps_scale[chosen]
         return chosen, share
 
-    def _expert_linear(self, x: mx.array, w: Weight, routing: Routing) -> mx.array:
-        """`ops.expert_linear`, in kernels where there are any."""
+    def _expert_linear(self, x: mx.array, w: Weight, routing: Routing, glu: bool = False) -> mx.array:
+        """`ops.expert_linear`, in kernels where there are any; with glu, of gate and up."""
         if self.kernels:
-            return self.kernels.expert_linear(x, w, routing)
-        return ops.expert_linear(x, w, routing.chosen)
+            return self.kernels.expert_linear(x, w, routing, glu)
+        y = ops.expert_linear(x, w, routing.chosen)
+        return self._geglu(*mx.split(y, 2, axis=-1)) if glu else y
 
     def _per_layer_step(self, layer: Layer, x: mx.array, p: mx.array) -> mx.array:
         """What the per-layer embedding p [T, P] adds to x [T, hidden]."""

@@ -1,9 +1,10 @@
-"""Products of many rows on a GPU: a weight becomes fp16 a tile at a time, for MLX's own matmul.
+"""Products of many rows on a GPU: a weight becomes fp16 a tile at a time, for MLX's own matmul; experts' don't.
 
 In: activations and packed (or dense) weights. Out: activations, what `ops.linear` and `ops.expert_linear`, the twins,
 give. A prompt's product reads a weight once for hundreds of rows, so what counts is the matrix units: they want plain
 numbers. One launch expands a tile, the next multiplies it, and each tile waits for the product before, so that one or
-two are alive at a time, never a second copy of a weight.
+two are alive at a time, never a second copy of a weight. Experts have tens of rows each, too few for a product of their
+own: a kernel of ours takes them all, and makes each weight's numbers where it multiplies them.
 
 fp16 keeps 11 bits, of x and of the result (sums are fp32 within), but reaches only from 6e-8 to 65504. So each row of x
 goes in divided by the power of two below its largest magnitude, and its results are multiplied by it again: exact both
@@ -21,11 +22,11 @@ from typing import Any
 import mlx.core as mx
 
 from . import kernels, ops, quant
-from .kernels import _DEVICE, Maker, _build, _traits, render
+from .kernels import _DEVICE, _TYPES, Maker, _build, _traits, render, result_type
 from .memory import on_cpu
 from .ops import Weight
 from .quant import FORMATS, Packed
-from .routing import Routing
+from .routing import TOKENS, Routing
 
 # Weights of a tile, 64 MB of fp16: enough rows to fill the matrix units, little beside a model.
 TILE = 1 << 25
@@ -120,43 +121,50 @@ def linear(x: mx.array, w: Packed | mx.array, maker: Maker) -> mx.array:
     return _from_half(y, scale).astype(x.dtype).reshape(*x.shape[:-1], n)
 
 
-def expert_linear(x: mx.array, w: Packed | mx.array, routing: Routing, maker: Maker) -> mx.array:
-    """Each token through each of its experts.
-
-    Rows are put where `routing` wants them, which waits for the GPU once for all weights of the same routing. Then a
-    tile of experts is one batched product, or a few. (MLX's gather_mm of sorted rows gave wrong numbers on an NVIDIA
-    GPU, 0.32.4.)
+def expert_linear(x: mx.array, w: Packed | mx.array, routing: Routing, maker: Maker, glu: bool = False) -> Any:
+    """Each token through each of its experts, in one launch.
 
     Args:
         x: [T, 1, K] or [T, E', K].
-        w: [E, N, K].
+        w: [E, N, K], packed or of 16-bit floats.
+        glu: w holds gate's rows, then up's; the result is gelu(gate x) * (up x).
 
     Returns:
-        [T, E', N] in x's dtype.
+        [T, E', N], or [T, E', N / 2] with glu, in x's dtype.
     """
-    experts, n, k = w.shape
-    tokens, used = routing.chosen.shape
-    ranges = _tiles(experts, n * k, 1)
-    layout = routing.layout(experts, ranges[0][1])
+    (tokens, used), (_, n, k) = routing.chosen.shape, w.shape
     h, scale = halve(x.reshape(-1, k), maker)
-    rows = h[mx.array(layout.sources // used if x.shape[1] == 1 else layout.sources)]
-    done: list[mx.array] = []
-    latest, at = [rows], 0
-    for (first, last), products in zip(ranges, layout.products, strict=True):
-        if not products:
-            continue
-        tile = _tile(w, first, last, latest, maker)
-        latest = []
-        for p in products:
-            end = at + (p.last - p.first) * p.rows
-            y = mx.matmul(rows[at:end].reshape(-1, p.rows, k), tile[p.first : p.last].swapaxes(1, 2))
-            latest.append(y.reshape(-1, n))
-            at = end
-        done += latest
-    y = mx.concatenate(done)[mx.array(layout.places)].reshape(tokens, used, n)
-    y = _from_half(y, scale.reshape(tokens, -1, 1)).astype(x.dtype)
-    mx.async_eval(y)  # the GPU, which the host has waited for, has little to do until there is more
-    return y
+    shared = used if x.shape[1] == 1 else 1  # rows of the result that one of x is for
+    name = w.format.name if isinstance(w, Packed) else ""
+    dtypes = (mx.float16 if isinstance(w, Packed) else w.dtype, x.dtype)
+    inputs, run = _grouped(name, k, dtypes, shared, glu, maker)
+    planes = {"codes": w.codes, "sub": w.sub, "super": w.super} if isinstance(w, Packed) else {"codes": w}
+    arrays = {"x": h, "scale": scale, "order": routing.order, "tiles": routing.tiles, **planes}
+    outs = n // 2 if glu else n
+    return run(
+        inputs=[arrays[name] for name in inputs],
+        grid=(128 * -(-n // 128), routing.tiles.shape[0], 1),
+        threadgroup=(128, 1, 1),
+        output_shapes=[(tokens, used, outs)],
+        output_dtypes=[x.dtype],
+    )[0]
+
+
+@cache
+def _grouped(
+    name: str, k: int, dtypes: tuple[mx.Dtype, mx.Dtype], shared: int, glu: bool, maker: Maker
+) -> tuple[tuple[str, ...], Callable[..., Sequence[Any]]]:
+    """The inputs of the kernel for a format ("": none, but a dtype), and what launches it."""
+    defines: dict[str, object] = {"TOKENS": TOKENS, "USED": shared, "GLU": glu, **result_type(dtypes[1])}
+    absent = ["sub", "super"]
+    if name:
+        form = FORMATS[name]
+        defines |= {"PLAIN": False, "CHUNK": 32, **_traits(form, 32, k)}
+        absent = [plane for plane, there in (("sub", form.sub_bits), ("super", form.super_block)) if not there]
+    else:
+        defines |= {"PLAIN": True, "W_TYPE": _TYPES[dtypes[0]]}
+    kernel = render("grouped", "grouped.metal", mx.float16, defines, absent)
+    return kernel.inputs, _build(maker, kernel)
 
 
 def few_rows(x: mx.array, w: Packed, maker: Maker) -> mx.array:
@@ -189,12 +197,11 @@ def takes(w: Weight) -> bool:
     if not isinstance(w, Packed):
         return False
     arrays = [a for a in (w.codes, w.sub, w.super) if a is not None]
-    tiles = w.shape[0] if len(w.shape) == 3 else 1  # at most: one for each expert
-    return w.shape[-1] % 32 == 0 and all(a.size // tiles >= _DEVICE for a in arrays)
+    return w.shape[-1] % 32 == 0 and all(a.size >= _DEVICE for a in arrays)
 
 
 def _tiles(count: int, size: int, multiple: int) -> list[tuple[int, int]]:
-    """Ranges of `count` things of `size` weights, in tiles alike, of a multiple of things where there are several."""
+    """Ranges of `count` rows of `size` weights, in tiles alike, of a multiple of rows where there are several."""
     tiles = -(-count * size // TILE)
     each = max(1, -(-count // tiles))
     if tiles > 1:
@@ -203,7 +210,7 @@ def _tiles(count: int, size: int, multiple: int) -> list[tuple[int, int]]:
 
 
 def _tile(w: Packed | mx.array, start: int, stop: int, after: list[mx.array], maker: Maker) -> mx.array:
-    """Rows (or experts) of a weight as fp16, not before `after` is there."""
+    """Rows of a weight as fp16, not before `after` is there."""
     if isinstance(w, mx.array):
         rows: mx.array = mx.depends([w[start:stop]], after)[0]
         return rows.astype(mx.float16)

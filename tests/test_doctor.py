@@ -308,6 +308,7 @@ def test_all_kernels_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         "matvec Q4_K",
         "matvec Q5_0",
         "expand Q4_K",
+        "grouped Q5_0",
         "pack Q4_K",
         "pack Q6_K",
         "dense",

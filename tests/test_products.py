@@ -15,7 +15,7 @@ from recorded import KINDS, kl, path, prompts
 from test_kernels import DTYPES, exact, random, weight
 from test_kernels_small import check, metal, racing
 
-from mlx_gemma4 import load, ops, routing, tiles
+from mlx_gemma4 import load, ops, tiles
 from mlx_gemma4.decode import Kernels
 from mlx_gemma4.model import Model
 from mlx_gemma4.quant import FORMATS, Packed
@@ -100,57 +100,66 @@ def test_linear_of_unpacked_weights(dtype: mx.Dtype) -> None:
     near(tiles.linear(x, w, metal), exact(x) @ exact(w).T)
 
 
+def through_experts(x: mx.array, values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """[T, E', N], in double precision."""
+    each = np.broadcast_to(exact(x), (*chosen.shape, x.shape[-1]))
+    return np.stack(
+        [[values[e] @ row for e, row in zip(*token, strict=True)] for token in zip(chosen, each, strict=True)]
+    )
+
+
 @pytest.mark.parametrize("each", [False, True], ids=["one input", "an input each"])
-@pytest.mark.parametrize("size", [tiles.TILE, 1 << 14], ids=["one tile", "tiles"])
-def test_experts_in_tiles(size: int, each: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Expert 3 of 6 is chosen by nobody, expert 5 by all."""
-    monkeypatch.setattr(tiles, "TILE", size)
-    w, values = weight("Q5_0", 6, 40, 160)
+@pytest.mark.parametrize("name", FORMATS)
+def test_experts(name: str, each: bool) -> None:
+    """Expert 3 of 6 is chosen by nobody, expert 5 by all; rows of W fill no threadgroup."""
+    k = 512 if FORMATS[name].super_block == 256 else 160
+    w, values = weight(name, 6, 40, k)
     others = np.random.default_rng(0).choice([0, 1, 2, 4], 23)
     chosen = np.stack([others, np.full(23, 5)], axis=1)
-    x = random(5, 23, 2 if each else 1, 160)
-    want = np.einsum("tek,tenk->ten", np.broadcast_to(exact(x), (23, 2, 160)), values[chosen])
-    near(tiles.expert_linear(x, w, Routing(mx.array(chosen)), metal), want)
+    x = random(5, 23, 2 if each else 1, k)
+    want = through_experts(x, values, chosen)
+    near(tiles.expert_linear(x, w, Routing(mx.array(chosen), 6), metal), want)
     near(tiles.few_expert_rows(x, w, mx.array(chosen), metal), want)
 
 
 @pytest.mark.parametrize(
-    ("counts", "products"),
-    [
-        ([0, 0, 70, 0, 0, 0], 1),
-        ([16, 17, 15, 16, 1, 0], 3),
-        ([64, 65, 80, 81, 128, 129], 3),
-        ([60, 700, 0, 0, 600, 650], 3),  # 64 rows in common and 640 of one, none, two alike
-    ],
-    ids=["all to one", "about the least", "about the steps", "some far beyond"],
+    "counts",
+    [[0, 0, 70, 0, 0, 0], [16, 17, 15, 16, 1, 0], [63, 64, 65, 128, 129, 1]],
+    ids=["all to one", "no tile full", "about full tiles"],
 )
-@pytest.mark.parametrize("each", [False, True], ids=["one input", "an input each"])
-def test_experts_of_any_counts(counts: list[int], products: int, each: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two experts a tile, one product a tile but where counts are far apart; rows in any order."""
-    monkeypatch.setattr(tiles, "TILE", 1 << 14)
-    w, values = weight("Q5_0", 6, 40, 160)
+@pytest.mark.parametrize("glu", [False, True], ids=["plain", "gate and up"])
+def test_experts_of_any_counts(counts: list[int], glu: bool) -> None:
+    """Rows in any order; over 128 rows of W, of which the last threadgroup has few."""
+    w, values = weight("Q5_0", 6, 140, 96)
     chosen = np.random.default_rng(0).permutation(np.repeat(np.arange(6), counts)).reshape(-1, 1)
-    chosen = chosen if len(chosen) % 2 else chosen.reshape(-1, 2)
-    tokens, used = chosen.shape
-    x = random(5, tokens, used if each else 1, 160)
-    shapes, matmul = [], mx.matmul
+    x = random(5, len(chosen), 1, 96)
+    want = through_experts(x, values, chosen)
+    if glu:
+        want = exact(ops.geglu(*(mx.array(half.astype(np.float32)) for half in np.split(want, 2, axis=-1))))
+    near(tiles.expert_linear(x, w, Routing(mx.array(chosen), 6), metal, glu), want)
 
-    def counted(a: mx.array, b: mx.array) -> mx.array:
-        shapes.append(a.shape)
-        return matmul(a, b)
 
-    monkeypatch.setattr(mx, "matmul", counted)
-    got = tiles.expert_linear(x, w, Routing(mx.array(chosen)), metal)
-    assert len(shapes) == products, shapes
-    near(got, np.einsum("tek,tenk->ten", np.broadcast_to(exact(x), (tokens, used, 160)), values[chosen]))
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_experts_of_unpacked_weights(dtype: mx.Dtype) -> None:
+    w, x = random(3, 6, 40, 96, dtype=dtype), random(4, 30, 1, 96)
+    chosen = np.stack([np.arange(30) % 6, np.arange(30) % 5], axis=1)
+    near(tiles.expert_linear(x, w, Routing(mx.array(chosen), 6), metal), through_experts(x, exact(w), chosen))
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "IQ4_NL"])
+def test_experts_races_and_bounds(name: str) -> None:
+    w, values = weight(name, 3, 140, 256)
+    chosen = np.repeat([0, 2], [70, 7]).reshape(-1, 1)
+    x = random(5, 77, 1, 256)
+    near(tiles.expert_linear(x, w, Routing(mx.array(chosen), 3), racing), through_experts(x, values, chosen))
 
 
 def test_rows_of_any_magnitude_keep_their_scale_among_experts() -> None:
     w, values = weight("Q5_0", 6, 40, 160)
     chosen = np.stack([np.arange(24) % 6, np.arange(24) % 5], axis=1)
     x = random(2, 24, 1, 160) * mx.array([1e-20, 1e-6, 1.0, 1e6, 1e20, 3.0] * 4)[:, None, None]
-    got = tiles.expert_linear(x, w, Routing(mx.array(chosen)), metal)
-    for row, want in zip(got, np.einsum("tk,tenk->ten", exact(x)[:, 0], values[chosen]), strict=True):
+    got = tiles.expert_linear(x, w, Routing(mx.array(chosen), 6), metal)
+    for row, want in zip(got, through_experts(x, values, chosen), strict=True):
         near(row, want)
 
 
@@ -186,27 +195,6 @@ def test_a_prompt_in_tiles_gives_the_stock_logits(kind: str, tag: str, tmp_path:
             np.array(model.forward(mx.array(prompt), model.new_state(), all_logits=True)) for model in (plain, fast)
         )
         assert kl(want, got) <= 1e-4
-
-
-def test_a_prompt_through_experts_waits_once_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With several tiles, and products of one's own: the stock logits still."""
-    monkeypatch.setattr(tiles, "TILE", 1 << 14)
-    monkeypatch.setattr(routing, "OWN", 1)
-    cuts, sort = [], routing.lay_out
-
-    def watched(chosen: np.ndarray, experts: int, tile: int) -> routing.Layout:
-        cuts.append((chosen, sort(chosen, experts, tile)))
-        return cuts[-1][1]
-
-    monkeypatch.setattr(routing, "lay_out", watched)
-    plain = load(path("26b-a4b", "q4_k_m", tmp_path), weights="packed").model
-    fast = Model(plain.config, plain.weights, Kernels(metal, strict=True))
-    prompt = mx.array(prompts("26b-a4b")[-1])
-    want, got = (np.array(m.forward(prompt, m.new_state(), all_logits=True)) for m in (plain, fast))
-    assert kl(want, got) <= 1e-4
-    assert len({id(chosen) for chosen, _ in cuts}) == len(plain.config.layers)
-    assert any(len(products) > 1 for _, layout in cuts for products in layout.products)
-    assert max(len(layout.products) for _, layout in cuts) > 1
 
 
 def test_a_tile_that_fails_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
