@@ -150,7 +150,7 @@ def measure(model: Model, plan: Plan, cells: list[Cell], repetitions: int) -> It
                 cell.samples.append(rate)
         else:
             fill(base, cell.context)
-            _warm_up(model, base)
+            _warm_up(model, base, plan.reply)
             cell.kv_memory = base.nbytes
             cell.n_bytes = weight_bytes(model) + kv_per_token(model.config, plan.kv, base.length, base.dtype)
             if model.kernels:  # stock operations on a CPU compute while they are being scheduled
@@ -176,13 +176,13 @@ def _prompt_rate(model: Model, plan: Plan, n: int) -> tuple[float, int]:
     return s.prompt_rate, s.peak_memory
 
 
-def _warm_up(model: Model, base: KVState) -> None:
-    """Decode a little where a tail fills up, as it does within any reply: what a GPU compiles for that is compiled."""
+def _warm_up(model: Model, base: KVState, n: int) -> None:
+    """Decode as a reply of n tokens will, and where a tail fills up: what a GPU compiles for that is compiled."""
     state, tail = base.fork(), base.layout.tail
     ahead = (base.length // tail + 1) * tail - WARM_UP // 2
-    if base.length < ahead < model.config.context - WARM_UP - 2:
+    if n < tail and base.length < ahead < model.config.context - WARM_UP - 2:
         fill(state, ahead)
-    _reply_rate(model, state, WARM_UP)
+    _reply_rate(model, state, n if n >= tail else WARM_UP)
 
 
 def _reply_rate(model: Model, base: KVState, n: int) -> tuple[float, int]:
