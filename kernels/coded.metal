@@ -1,7 +1,8 @@
 // Attention of a few new tokens over keys and values in codes (mlx_gemma4/kv_codes.py), which stay codes:
 //   with q' = H (turn * q):  score_j = SCALE (scale_j / D  sum over i of level(code_j[i]) q'[i]  +  q . center),
-//   sums = sum over j of 2^(score_j - top) scale'_j level(code'_j),   still in the codes' space.
-// `merge_coded` adds up the pieces and the tail's share, and turns the result back.
+//   sums = sum over j of 2^(score_j - top) scale'_j level(code'_j),   still in the codes' space, but for part of the H
+// that leads back: H of D is H over each simdgroup's columns, a slice, which is done here, and over the slices, which
+// `merge_coded` does, as it adds up the pieces and those of the tail. So no threadgroup needs a row's columns all.
 //
 // q [tokens, H, D], the H heads in groups of GQA that share a KV head; turn fp32 [2, D], of which the first row is
 // meant here, and the second (signs alone) by `merge_coded`; with CENTERED, G rows more: the centers. Part i: c [G, n_i, 2, WORDS], codes of each token's key,
@@ -19,7 +20,7 @@
 //
 // Memory. Codes and scales once for each 8 TILES queries; sums (fp32, [tokens H, pieces, D]) written once, read once.
 //
-// Rendered before: T (dtype of q), U (of out), D, GQA, BITS, CENTERED, SG, TILES, PARTS, SCALE; of 4 bits, LEVELS (8 fp16 as
+// Rendered before: T (dtype of q), D, GQA, BITS, CENTERED, SG, TILES, PARTS, SCALE; of 4 bits, LEVELS (8 fp16 as
 // bits), LOW_0, LOW_1, HIGH_0, HIGH_1 (their low and high bytes). For `encode`: T (of keys and values), D, BITS, CENTERED, and
 // MAGNITUDES, BOUNDS (the levels, and the 7 halfway between them) as floats.
 // uses: matrix.metal
@@ -58,20 +59,12 @@ METAL_FUNC void levels(uint word, const threadgroup uint* table, thread uint* pa
 #endif
 }
 
-// H v over a simdgroup, which holds the numbers lane, lane + 32 ..
-METAL_FUNC void hadamard(thread float* v, int lane) {
+// Of H, what joins a lane's n numbers.
+METAL_FUNC void hadamard_own(thread float* v, int n) {
   UNROLL
-  for (int m = 1; m < 32; m *= 2) {
+  for (int m = 1; m < n; m *= 2) {
     UNROLL
-    for (int j = 0; j < D / 32; j++) {
-      const float other = simd_shuffle_xor(v[j], ushort(m));
-      v[j] = lane & m ? other - v[j] : v[j] + other;
-    }
-  }
-  UNROLL
-  for (int m = 1; m < D / 32; m *= 2) {
-    UNROLL
-    for (int j = 0; j < D / 32; j++) {
+    for (int j = 0; j < n; j++) {
       if ((j & m) == 0) {
         const float a = v[j], b = v[j + m];
         v[j] = a + b;
@@ -79,6 +72,22 @@ METAL_FUNC void hadamard(thread float* v, int lane) {
       }
     }
   }
+}
+
+// Of H, what joins n numbers of lanes whose number differs in the bit m.
+METAL_FUNC void hadamard_lanes(thread float* v, int n, int lane, int m) {
+  UNROLL
+  for (int j = 0; j < n; j++) {
+    const float other = simd_shuffle_xor(v[j], ushort(m));
+    v[j] = lane & m ? other - v[j] : v[j] + other;
+  }
+}
+
+// H v over a simdgroup, which holds the numbers lane, lane + 32 ..
+METAL_FUNC void hadamard(thread float* v, int lane) {
+  UNROLL
+  for (int m = 1; m < 32; m *= 2) hadamard_lanes(v, D / 32, lane, m);
+  hadamard_own(v, D / 32);
 }
 
 struct Coded {
@@ -329,68 +338,130 @@ for (int tile = 0; tile < TILES; tile++) {
   UNROLL
   for (int i = 0; i < 2; i++) {
     const int row = first_row + tile * 8 + lane_t * 2 + i;
+    float v[2 * SUMS];
+    UNROLL
+    for (int j = 0; j < SUMS; j++) {
+      v[2 * j] = acc[tile][j][i];
+      v[2 * j + 1] = acc[tile][j][2 + i];
+    }
+    hadamard_own(v, 2 * SUMS);
+    UNROLL
+    for (int m = 1; m < 8; m *= 2) hadamard_lanes(v, 2 * SUMS, lane, LANE_OF(m, 0));
     if (row < GQA * tokens) {
       const int query = row / GQA * heads + g * GQA + row % GQA;
       device float* to_sums = sums + ulong(query * pieces + piece) * D + (sg * 8 + lane_g) * (2 * SUMS);
       UNROLL
-      for (int j = 0; j < SUMS; j += 2) {
-        const float four[4] = {acc[tile][j][i], acc[tile][j][2 + i], acc[tile][j + 1][i], acc[tile][j + 1][2 + i]};
-        store4(to_sums + 2 * j, four);
-      }
+      for (int j = 0; j < 2 * SUMS; j += 4) store4(to_sums + j, v + j);
     }
   }
 }
 
 // kernel: merge_coded(sums, stats, tail_sums, tail_stats, turn) -> (out)
 // All pieces of a row together, as `merge` of attention.metal has them:
-//   out[row] = (turn * H (sum of 2^(m_p - m) sums[row, p]) / D  +  2^(m_t - m) tail_sums[row]) / sum of 2^(..) l.
-// sums [rows, pieces, D], stats [rows, pieces, (m, l)] of the coded parts, tail_.. [rows, 1, ..] of the plain one;
-// A threadgroup of 32 SG threads takes a row; grid (32 SG, 1, rows). A thread takes 4 columns
-// of every GROUPS-th piece.
-constexpr int GROUPS = 32 * SG / (D / 4);
-const int lane = int(thread_index_in_simdgroup), i = int(thread_index_in_threadgroup);
-const int column = i % (D / 4) * 4, group = i / (D / 4), row = int(threadgroup_position_in_grid.z);
-const int pieces = stats_shape[1];
+//   out[row] = (turn * H sum of 2^(m_p - m) sums[row, p] / D  +  sum of 2^(m_t - m) tail_sums[row, t])
+//              / sum over both of 2^(..) l,
+// where H, of which `coded_attention` did the rest, is over the SLICES.
+// sums [rows, pieces, D], stats [rows, pieces, (m, l)] of the coded parts; tail_.. [rows, tail pieces, ..] of the plain
+// one.
+//
+// Threads. A threadgroup of 32 SG threads takes 32 columns of each slice of a row; grid (32 SG, D / SLICES / 32, rows):
+// a row's pieces are up to half a MB, for which a core alone takes longer than for all else here. A thread takes 4
+// columns of every GROUPS-th piece; LANES, all of a simdgroup, share a piece.
+// Rendered before: T, U (of out), D, SG, SLICES (simdgroups of `coded_attention`: 1, 2 or 4), BITS and its levels.
+constexpr int LANES = 8 * SLICES, GROUPS = 32 * SG / LANES, WIDTH = D / SLICES;
+const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
+const int i = int(thread_index_in_threadgroup), group = i / LANES, row = int(threadgroup_position_in_grid.z);
+const int first_column = int(threadgroup_position_in_grid.y) * 32;  // of each slice
+const int column = lane % LANES / 8 * WIDTH + first_column + lane % 8 * 4;
+const int pieces = stats_shape[1], tail_pieces = tail_stats_shape[1];
+const int start = row * pieces, tail_start = row * tail_pieces;
+const device float* coded = sums + ulong(start) * D + column;
+const device float* plain = tail_sums + ulong(tail_start) * D + column;
 
-float top = tail_stats[row * 2], total = 0;
-for (int p = lane; p < pieces; p += 32) top = max(top, stats[(row * pieces + p) * 2]);
+// All this is asked for at once: sums of AHEAD * GROUPS pieces, most often all, and of GROUPS of the tail's; and the
+// stats of a piece a thread and one of the tail, which has no more of them than there are threads.
+#ifdef CUDA
+constexpr int AHEAD = LANES < 16 ? LANES : 16;
+#else
+constexpr int AHEAD = 4;  // Apple's GPUs have fewer registers a thread
+#endif
+float first[AHEAD][4], tail_first[4] = {0, 0, 0, 0}, back[4];
+UNROLL
+for (int a = 0; a < AHEAD; a++) {
+  UNROLL
+  for (int j = 0; j < 4; j++) first[a][j] = 0;
+  if (group + a * GROUPS < pieces) load4(coded + (group + a * GROUPS) * D, first[a]);
+}
+if (group < tail_pieces) load4(plain + group * D, tail_first);
+const float m = i < pieces ? stats[(start + i) * 2] : UNSEEN, l = i < pieces ? stats[(start + i) * 2 + 1] : 0.0f;
+const float tail_m = i < tail_pieces ? tail_stats[(tail_start + i) * 2] : UNSEEN;
+const float tail_l = i < tail_pieces ? tail_stats[(tail_start + i) * 2 + 1] : 0.0f;
+UNROLL
+for (int j = 0; j < 4; j++) back[j] = turn[D + column + j] / D;
+simdgroup_barrier(mem_flags::mem_none);  // without, NVIDIA's compiler waits for stats first
+
+threadgroup float tops[SG];
+threadgroup float totals[SG];
+threadgroup float weights[32 * SG];  // of the first pieces
+threadgroup float tail_weights[32 * SG];
+float top = max(m, tail_m);
+#pragma unroll 1
+for (int p = i + 32 * SG; p < pieces; p += 32 * SG) top = max(top, stats[(start + p) * 2]);
 top = max_lanes(top);
-for (int p = lane; p < pieces; p += 32)
-  total += exp2(stats[(row * pieces + p) * 2] - top) * stats[(row * pieces + p) * 2 + 1];
-const float tail_weight = exp2(tail_stats[row * 2] - top);
-total = sum_lanes(total, 32) + tail_weight * tail_stats[row * 2 + 1];
+if (lane == 0) tops[sg] = top;
+threadgroup_barrier(mem_flags::mem_threadgroup);
+top = max_lanes(lane < SG ? tops[lane] : UNSEEN);
+weights[i] = exp2(m - top);
+tail_weights[i] = exp2(tail_m - top);
+float total = weights[i] * l + tail_weights[i] * tail_l;
+#pragma unroll 1
+for (int p = i + 32 * SG; p < pieces; p += 32 * SG)
+  total += exp2(stats[(start + p) * 2] - top) * stats[(start + p) * 2 + 1];
+total = sum_lanes(total, 32);
+if (lane == 0) totals[sg] = total;
+threadgroup_barrier(mem_flags::mem_threadgroup);
 
 float acc[4] = {0, 0, 0, 0};
+UNROLL
+for (int a = 0; a < AHEAD; a++) {  // AHEAD * GROUPS is at most 32 SG
+  UNROLL
+  for (int j = 0; j < 4; j++) acc[j] += weights[group + a * GROUPS] * first[a][j];
+}
 #pragma unroll 4
-for (int p = group; p < pieces; p += GROUPS) {
+for (int p = group + AHEAD * GROUPS; p < pieces; p += GROUPS) {
   float value[4];
-  load4(sums + ulong(row * pieces + p) * D + column, value);
-  const float weight = exp2(stats[(row * pieces + p) * 2] - top);
+  load4(coded + p * D, value);
+  const float weight = exp2(stats[(start + p) * 2] - top);
   UNROLL
   for (int j = 0; j < 4; j++) acc[j] += weight * value[j];
 }
-threadgroup float y[GROUPS][D];
 UNROLL
-for (int j = 0; j < 4; j++) y[group][column + j] = acc[j];
+for (int bit = 8; bit < LANES; bit *= 2) hadamard_lanes(acc, 4, lane, bit);
+UNROLL
+for (int j = 0; j < 4; j++) acc[j] = acc[j] * back[j] + tail_weights[group] * tail_first[j];
+#pragma unroll 1
+for (int p = group + GROUPS; p < tail_pieces; p += GROUPS) {
+  float value[4];
+  load4(plain + p * D, value);
+  UNROLL
+  for (int j = 0; j < 4; j++) acc[j] += tail_weights[p] * value[j];
+}
+
+threadgroup float4 shares[32 * SG];  // [group][slice][columns of it]
+float4 four;
+four.x = acc[0];
+four.y = acc[1];
+four.z = acc[2];
+four.w = acc[3];
+shares[i] = four;
 threadgroup_barrier(mem_flags::mem_threadgroup);
-for (int d = i; d < D; d += 32 * SG) {
+total = sum_lanes(lane < SG ? totals[lane] : 0.0f, 32);
+if (i < 32 * SLICES) {
   float value = 0;
   UNROLL
-  for (int k = 0; k < GROUPS; k++) value += y[k][d];
-  y[0][d] = value;
+  for (int k = 0; k < GROUPS; k++) value += ((const threadgroup float*)shares)[k * (32 * SLICES) + i];
+  out[row * D + i / 32 * WIDTH + first_column + i % 32] = U(value / total);
 }
-for (int m = 1; m < D; m *= 2) {
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (int b = i; b < D / 2; b += 32 * SG) {
-    const int low = b / m * (2 * m) + b % m;
-    const float a = y[0][low], c = y[0][low + m];
-    y[0][low] = a + c;
-    y[0][low + m] = a - c;
-  }
-}
-threadgroup_barrier(mem_flags::mem_threadgroup);
-for (int d = i; d < D; d += 32 * SG)
-  out[row * D + d] = U((y[0][d] * turn[D + d] / D + tail_weight * tail_sums[row * D + d]) / total);
 
 // kernel: encode(keys, values, turn) -> (codes, scales)
 // Codes and scales of keys and values [rows, D], as kv_codes.py has them: codes [rows, 2, WORDS], scales [rows, 2];

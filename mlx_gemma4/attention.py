@@ -259,10 +259,11 @@ def attention(
 
 
 def attention_sums(q: mx.array, parts: Sequence[Part], spans: mx.array, maker: Maker, *, scale: float) -> Any:
-    """`attention` in one piece, not yet divided: of a few tokens, for those who have more to add.
+    """`attention` whose pieces are not yet added up, nor divided: for those who have more to add.
 
     Returns:
-        sums fp32 [T H, 1, D] and stats fp32 [T H, 1, 2]: maximum of the scores over ln 2, sum of 2^(score - maximum).
+        sums fp32 [T H, pieces, D] and stats fp32 [T H, pieces, 2]: maximum of the scores over ln 2, sum of
+        2^(score - maximum); of a piece without tokens -1e30 and 0.
     """
     return _launched(q, parts, spans, maker, scale, 0, None, None, True)[0]
 
@@ -303,7 +304,7 @@ def _prepared_attention(
     """The kernel, its arguments but for the inputs, and the same of the merge if there is one."""
     tokens, heads, dim = shape
     rows, total = heads // kv_heads * tokens, tokens * heads
-    cut = cut or attention_cut([] if undivided else lengths, rows, kv_heads)
+    cut = cut or attention_cut(lengths, rows, kv_heads)
     across = -(-rows // cut.rows)
     pieces = cut.pieces(lengths, across * kv_heads)
     split = undivided or cut.threadgroups > 0
@@ -325,7 +326,7 @@ def _prepared_attention(
         "output_shapes": [(total, pieces, dim), (total, pieces, 2)] if split else [(tokens, heads * dim)],
         "output_dtypes": [mx.float32] * 2 if split else [out],
     }
-    if not split:
+    if undivided or not split:
         return _build(maker, kernel), launch, None
     return _build(maker, kernel), launch, long_attention.merge(shape, dtype, out, 8, maker)
 

@@ -1,7 +1,8 @@
 """Attention over keys and values in codes (kv_codes.py) and a plain tail, for one token or a handful; with its twin.
 
 In and out: MLX arrays. `coded_attention` launches a kernel over the codes, `attention`'s own over the tail, and one
-that merges both; `coded_attention_twin` has the same arguments and result in stock MLX. Nothing here knows a model.
+that merges the pieces of both; `coded_attention_twin` has the same arguments and result in stock MLX. Nothing here
+knows a model.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ DIMS = (64, 128, 256, 512)  # of heads that the kernel takes
 class CodedCut:
     """How attention over codes is cut; see coded.metal."""
 
-    simdgroups: int  # of a threadgroup
+    simdgroups: int  # of a threadgroup: 1, 2 or 4
     tiles: int  # of 8 queries, a threadgroup
     pieces: int  # of the length
 
@@ -36,7 +37,8 @@ def coded_cut(length: int, rows: int, kv_heads: int, words: int, threadgroups: i
     """The cut for `rows` queries a KV head over `length` tokens whose keys take `words` words of codes.
 
     As many threadgroups as a large GPU holds at once (an H100's 132 cores hold three and more), each with at least two
-    blocks.
+    blocks. Of one KV head with few queries that makes 256 to 396 pieces, of which `merge_coded` asks for 256 at once on
+    NVIDIA where heads are of 512.
     """
     simdgroups = min(4, words // 8)
     tiles = 1 if rows <= 8 else 2
@@ -107,14 +109,14 @@ def _prepared(
     tokens, heads, dim = shape
     rows, total = heads // kv_heads * tokens, tokens * heads
     cut = cut or coded_cut(sum(lengths), rows, kv_heads, dim * bits // 32)
-    defines: dict[str, object] = {"U": _TYPES[out], "D": dim, "SG": cut.simdgroups, "BITS": bits}
-    defines |= {
+    code: dict[str, object] = {"D": dim, "BITS": bits, **_levels()}
+    defines = code | {
+        "SG": cut.simdgroups,
         "CENTERED": centered,
         "GQA": heads // kv_heads,
         "TILES": cut.tiles,
         "PARTS": len(lengths),
         "SCALE": _f(scale),
-        **_levels(),
     }
     absent = [f"{which}{i}" for i in range(len(lengths), MAX_CODED) for which in "cs"]
     launch = {
@@ -123,9 +125,9 @@ def _prepared(
         "output_shapes": [(total, cut.pieces, dim), (total, cut.pieces, 2)],
         "output_dtypes": [mx.float32] * 2,
     }
-    merge = render("merge_coded", "coded.metal", dtype, {**defines, "SG": 16})
+    merge = render("merge_coded", "coded.metal", dtype, code | {"U": _TYPES[out], "SG": 16, "SLICES": cut.simdgroups})
     merge_launch = {
-        "grid": (512, 1, total),
+        "grid": (512, dim // cut.simdgroups // 32, total),
         "threadgroup": (512, 1, 1),
         "output_shapes": [(tokens, heads * dim)],
         "output_dtypes": [out],

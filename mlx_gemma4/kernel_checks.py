@@ -21,6 +21,7 @@ from .kernel_sizes import Heads, Product, Sizes
 from .kernels import Maker
 from .memory import on_cpu
 from .quant import FLOATS, FORMATS, Packed
+from .replay import WORKING
 from .routing import Routing
 
 EPS = 1e-6
@@ -87,7 +88,7 @@ def checks(s: Sizes, lengths: Sequence[int], rows: int | None = None) -> Iterato
             yield _long_attention(h)
         if not h.window and h.dim in coded_attention.DIMS:
             for length, kind in itertools.product(lengths[-1:], kv_codes.BITS):
-                yield _coded_attention(h, length, kind)
+                yield _coded_attention(h, length, kind, WORKING if kind == "tq4" else attention.TAIL)
             yield from (_encode(h, kind) for kind in kv_codes.BITS)
     for scaled, experts in ((False, 0), (True, 0), *([(True, s.used)] if s.used else [])):
         yield _add_norm(s.hidden, scaled, experts)
@@ -334,20 +335,23 @@ def _long_attention(h: Heads) -> Check:
     return Check("attention", f"{h.heads}/{h.kv_heads} heads of {h.dim}, as over many tokens", make)
 
 
-def _coded_attention(h: Heads, length: int, kind: str) -> Check:
+def _coded_attention(h: Heads, length: int, kind: str, room: int) -> Check:
+    """With a tail of so many tokens' room: of a state, or of a replayed step, which is cut into pieces."""
+    used = room // 2 + COUNT
+
     def make() -> Case:
         dtype, turn = state_dtype(), kv_codes.turns(h.dim, center=normal(h.kv_heads, h.dim))
         ends = [length // 2, length - length // 2]
         plain = [(normal(1, h.kv_heads, n, h.dim, dtype=dtype), normal(1, h.kv_heads, n, h.dim)) for n in ends]
         coded = [kv_codes.encode(k, v, turn, kind) for k, v in plain]
-        shape, spans = (1, h.kv_heads, attention.TAIL, h.dim), mx.array([[0, COUNT]], mx.int32)
+        shape, spans = (1, h.kv_heads, room, h.dim), mx.array([[0, used]], mx.int32)
         tail = (normal(*shape, dtype=dtype), normal(*shape, dtype=dtype))
         q = normal(1, h.heads, h.dim, dtype=dtype) * (1.5 * h.dim**-0.5)
         options: dict[str, Any] = {"scale": 1.0}
         return Case(
             lambda maker: coded_attention.coded_attention(q, coded, turn, tail, spans, maker, **options),
             lambda: coded_attention.coded_attention_twin(q, coded, turn, tail, spans, **options),
-            sum(a.nbytes for part in coded for a in part),
+            sum(a.nbytes for part in coded for a in part) + sum(a.nbytes for a in tail) * used // room,
         )
 
     return Check("coded_attention", f"{h.heads}/{h.kv_heads} heads of {h.dim}, {length} tokens in {kind}", make)

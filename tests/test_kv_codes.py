@@ -175,6 +175,7 @@ def attend(
     cut: CodedCut | None = None,
     factor: float = 1.0,
     centered: bool = True,
+    room: int = 64,
 ) -> None:
     """Attention over coded parts of these lengths and a tail with rows first to last in use, the others NaN."""
     h, g = heads
@@ -182,8 +183,8 @@ def attend(
     turn = kv_codes.turns(dim, 1 + 0.3 * normal(dim), mx.ones(dim), center)
     pairs = [(normal(1, g, n, dim, seed=10 + i), normal(1, g, n, dim, seed=20 + i)) for i, n in enumerate(lengths)]
     coded = [kv_codes.encode(k, v, turn, kind) for k, v in pairs]
-    used = ((mx.arange(64) >= tail[0]) & (mx.arange(64) < tail[1]))[:, None]
-    k, v = (mx.where(used, normal(1, g, 64, dim, dtype=dtype, seed=s), mx.array(float("nan"), dtype)) for s in (30, 31))
+    used, nan = ((mx.arange(room) >= tail[0]) & (mx.arange(room) < tail[1]))[:, None], mx.array(float("nan"), dtype)
+    k, v = (mx.where(used, normal(1, g, room, dim, dtype=dtype, seed=s), nan) for s in (30, 31))
     rest = (turn, (k, v), mx.array([tail], mx.int32))
     kwargs: dict[str, Any] = {"scale": 1.3 * dim**-0.5 * factor, "out": out}
     got = coded_attention.coded_attention(q, coded, *rest, maker, cut=cut, **kwargs)
@@ -232,6 +233,22 @@ def test_attention_cuts(kind: str, cut: CodedCut) -> None:
     attend(kind, (16, 1), 256, [300, 64], cut=cut)
 
 
+@pytest.mark.parametrize("tail", [(0, 3), (70, 300), (500, 512), (0, 512)], ids=str)
+@pytest.mark.parametrize("dim", [64, 512])
+def test_attention_over_a_tail_in_pieces(dim: int, tail: tuple[int, int]) -> None:
+    """As a replayed step has it: most of its pieces are empty, in front or behind, or few are."""
+    attend("tq4", (8, 1), dim, [100], tail=tail, room=512)
+    attend("q8", (4, 2), dim, [40], tail=tail, room=512, tokens=3)
+
+
+@pytest.mark.parametrize("pieces", [100, 300])
+@pytest.mark.parametrize("dim", [64, 128, 512])
+def test_attention_of_many_pieces(dim: int, pieces: int) -> None:
+    """More than the merge asks for at once; most have no tokens."""
+    simdgroups = min(4, dim // 64)
+    attend("tq4", (2, 1), dim, [16 * simdgroups * 70], cut=CodedCut(simdgroups, 1, pieces))
+
+
 def test_attention_of_scores_far_apart() -> None:
     """Scores in the tens: the running maximum must carry them."""
     attend("q8", (4, 1), 64, [300], factor=30.0)
@@ -257,7 +274,7 @@ def test_encoding_in_a_kernel(kind: str, dim: int, dtype: mx.Dtype, centered: bo
 @pytest.mark.sanitize
 def test_no_races_and_no_access_out_of_bounds() -> None:
     attend("tq4", (8, 1), 256, [100, 64], tokens=2, maker=racing)
-    attend("q8", (4, 1), 128, [70], maker=racing)
+    attend("q8", (4, 1), 128, [70], maker=racing, tail=(70, 300), room=512)
     for kind in KINDS:
         coded_attention.encode(normal(1, 1, 3, 64), normal(1, 1, 3, 64), kv_codes.turns(64), kind, racing)
 
