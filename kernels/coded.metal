@@ -33,6 +33,12 @@
 #define K_WORDS (WORDS / 4 < 4 ? WORDS / 4 : 4)  // of a key that a lane reads at once; 4 lanes share a key
 #define K_STEPS (WORDS / (4 * K_WORDS))
 #define V_WORDS (WORDS / (8 * SG))             // of a value, a lane; 8 lanes share a simdgroup's columns
+// Loads that are under way before they are wanted, in steps of keys and groups of values: 32 registers of each, or with two
+// tiles of queries half as many.
+#define EARLY_K (K_STEPS * K_WORDS * 2 * TILES <= 32 ? K_STEPS : 16 / (K_WORDS * TILES))
+#define EARLY_V (SG * V_WORDS * 4 * TILES <= 32 ? SG : 8 / (V_WORDS * TILES))
+// Whether there is a row r, of those that simdgroups take in turn: mostly known beforehand.
+#define OWNED(r) (ROWS % SG == 0 || (r) < ROWS)
 #define UNSEEN -1e30f
 
 #ifndef CUDA
@@ -76,11 +82,9 @@ METAL_FUNC void hadamard_own(thread float* v, int n) {
 
 // Of H, what joins n numbers of lanes whose number differs in the bit m.
 METAL_FUNC void hadamard_lanes(thread float* v, int n, int lane, int m) {
+  const float sign = lane & m ? -1.0f : 1.0f;
   UNROLL
-  for (int j = 0; j < n; j++) {
-    const float other = simd_shuffle_xor(v[j], ushort(m));
-    v[j] = lane & m ? other - v[j] : v[j] + other;
-  }
+  for (int j = 0; j < n; j++) v[j] = fma(sign, v[j], simd_shuffle_xor(v[j], ushort(m)));
 }
 
 // H v over a simdgroup, which holds the numbers lane, lane + 32 ..
@@ -90,11 +94,66 @@ METAL_FUNC void hadamard(thread float* v, int lane) {
   hadamard_own(v, D / 32);
 }
 
+#ifdef PARTS  // for `coded_attention`
 struct Coded {
   const device uint* codes;
   const device half* scales;
   int length;
 };
+
+// What a threadgroup takes at a time: n tokens of one part, at most BLOCK.
+struct Block {
+  const device uint* codes;
+  const device half* scales;
+  int n;
+};
+
+// The block of KV head g that begins with token `start` of the row of all tokens and ends before `to`.
+METAL_FUNC Block block_at(const thread Coded* parts, int g, int start, int to) {
+  Block found = {parts[0].codes, parts[0].scales, 0};
+  int first = 0;
+  UNROLL
+  for (int p = 0; p < PARTS; p++) {
+    const int last = first + parts[p].length;
+    if (start >= first && start < last) {
+      const ulong at = ulong(g) * ulong(parts[p].length) + ulong(start - first);
+      found.codes = parts[p].codes + at * (2 * WORDS);
+      found.scales = parts[p].scales + at * 2;
+      found.n = min(BLOCK, min(to, last) - start);
+    }
+    first = last;
+  }
+  return found;
+}
+
+// The scales of this lane's two tokens of a block, a key's and its value's in a word. A token past the end is another's
+// copy, and never looked at; so it is for keys and values.
+METAL_FUNC void load_scales(Block block, int sg, int lane, thread uint* pairs) {
+  UNROLL
+  for (int i = 0; i < 2; i++)
+    pairs[i] = ((const device uint*)block.scales)[min(sg * 16 + LANE_G + 8 * i, block.n - 1)];
+}
+
+// Words of the keys of those tokens, `step` of K_STEPS.
+METAL_FUNC void load_keys(Block block, int step, int sg, int lane, thread uint* words) {
+  const int lane_g = LANE_G, lane_t = LANE_T;
+  UNROLL
+  for (int i = 0; i < 2; i++) {
+    const int token = min(sg * 16 + lane_g + 8 * i, block.n - 1);
+    load_words(block.codes + token * (2 * WORDS) + (step * 4 + lane_t) * K_WORDS, K_WORDS, words + i * K_WORDS);
+  }
+}
+
+// Words of the values of this lane's four tokens among the 16 of `group`.
+METAL_FUNC void load_values(Block block, int group, int sg, int lane, thread uint* words) {
+  const int lane_g = LANE_G, lane_t = LANE_T;
+  UNROLL
+  for (int i = 0; i < 4; i++) {
+    const int token = min(group * 16 + lane_t * 2 + i % 2 + i / 2 * 8, block.n - 1);
+    load_words(block.codes + (token * 2 + 1) * WORDS + (sg * 8 + lane_g) * V_WORDS, V_WORDS, words + i * V_WORDS);
+  }
+}
+#endif
 
 // kernel: coded_attention(q, turn, c0, s0, c1?, s1?, c2?, s2?, c3?, s3?, c4?, s4?, c5?, s5?, c6?, s6?) -> (sums, stats)
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
@@ -143,42 +202,65 @@ for (int i = sg * 32 + lane; i < 256; i += 32 * SG) {
 const threadgroup uint* table = 0;
 #endif
 
-// Queries into the codes' space: a simdgroup takes whole ones, lane l the numbers l, l + 32 ..
-for (int r = sg; r < ROWS; r += SG) {
-  const int row = first_row + r;
-  float v[D / 32], along = 0;
-  UNROLL
-  for (int j = 0; j < D / 32; j++) {
-    const int d = j * 32 + lane;
-    v[j] = 0;
-    if (row < GQA * tokens) {
-      const float x = float(q[(row / GQA * heads + g * GQA + row % GQA) * D + d]) * (SCALE * 1.4426950408889634f);
-      v[j] = x * turn[d] / D;
-      if (CENTERED) along += x * turn[(2 + g) * D + d];
-    }
-  }
-  along = sum_lanes(along, 32);
-  if (lane == 0) shift[r] = along;
-  hadamard(v, lane);
-  // A product takes 4 codes of each of 4 lanes: two for its first 8 rows, two for the other 8.
-  UNROLL
-  for (int j = 0; j < D / 32; j++) {
-    const int d = j * 32 + lane, word = d / PER, c = d % 4;
-    const int t = word / K_WORDS % 4, at = word / (4 * K_WORDS) * K_WORDS + word % K_WORDS;
-    const int slot = at * (PER / 4) + d % PER / 4;
-    const int place = (r / 8 * SLOTS + slot) * 128 + B_PLACE(2 * t + c % 2, r % 8) + c / 2 * 2;
-    ((threadgroup half*)queries)[place] = half(v[j]);
-  }
-}
-
 int total = 0;
 UNROLL
 for (int i = 0; i < PARTS; i++) total += parts[i].length;
 const int blocks = (total + BLOCK - 1) / BLOCK, share = (blocks + pieces - 1) / pieces * BLOCK;
 const int from = piece * share, to = min(from + share, total);
 
-// Running maximum and sum of the queries of this simdgroup: sg, sg + SG, ...
+// Codes are asked for before the launch that makes the queries is through.
+Block block = block_at(parts, g, min(from, total - 1), to);
+uint keys[EARLY_K][2 * K_WORDS], scales[2];
+load_scales(block, sg, lane, scales);
+UNROLL
+for (int step = 0; step < EARLY_K; step++) load_keys(block, step, sg, lane, keys[step]);
+float signs[D / 32], center[D / 32];
+UNROLL
+for (int j = 0; j < D / 32; j++) {
+  signs[j] = turn[j * 32 + lane] / D;
+  center[j] = CENTERED ? turn[(2 + g) * D + j * 32 + lane] : 0.0f;
+}
+INPUTS_READY();
+
+// Queries into the codes' space: a simdgroup takes whole ones, sg, sg + SG .., and lane l of them the numbers l, l + 32 ..
 constexpr int OWN = (ROWS + SG - 1) / SG, SUMS = V_WORDS * PER / 2;
+float own[OWN][D / 32];
+UNROLL
+for (int i = 0; i < OWN; i++) {
+  const int r = sg + i * SG, row = first_row + r;
+  UNROLL
+  for (int j = 0; j < D / 32; j++) {
+    own[i][j] = 0;
+    if (OWNED(r) && row < GQA * tokens)
+      own[i][j] = float(q[(row / GQA * heads + g * GQA + row % GQA) * D + j * 32 + lane]) * (SCALE * 1.4426950408889634f);
+  }
+}
+UNROLL
+for (int i = 0; i < OWN; i++) {
+  const int r = sg + i * SG;
+  if (OWNED(r)) {
+    float along = 0;
+    UNROLL
+    for (int j = 0; j < D / 32; j++) {
+      along += own[i][j] * center[j];
+      own[i][j] *= signs[j];
+    }
+    along = sum_lanes(along, 32);
+    if (lane == 0) shift[r] = along;
+    hadamard(own[i], lane);
+    // A product takes 4 codes of each of 4 lanes: two for its first 8 rows, two for the other 8.
+    UNROLL
+    for (int j = 0; j < D / 32; j++) {
+      const int d = j * 32 + lane, word = d / PER, c = d % 4;
+      const int t = word / K_WORDS % 4, at = word / (4 * K_WORDS) * K_WORDS + word % K_WORDS;
+      const int slot = at * (PER / 4) + d % PER / 4;
+      const int place = (r / 8 * SLOTS + slot) * 128 + B_PLACE(2 * t + c % 2, r % 8) + c / 2 * 2;
+      ((threadgroup half*)queries)[place] = half(own[i][j]);
+    }
+  }
+}
+
+// Running maximum and sum of the queries of this simdgroup.
 float top[OWN], sum[OWN];
 UNROLL
 for (int i = 0; i < OWN; i++) {
@@ -196,138 +278,137 @@ for (int tile = 0; tile < TILES; tile++) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-int part_start = 0;  // in the row of all tokens
-for (int p = 0; p < PARTS; p++) {
-  const int last = min(to, part_start + parts[p].length);
-  for (int start = max(from, part_start); start < last; start += BLOCK) {
-    const int n = min(BLOCK, last - start);
-    const ulong at = ulong(g) * ulong(parts[p].length) + ulong(start - part_start);
-    const device uint* codes = parts[p].codes + at * (2 * WORDS);
-    const device half* scales = parts[p].scales + at * 2;
+for (int start = from; start < to;) {
+  const int n = block.n;
+  uint values[EARLY_V][4 * V_WORDS];
+  UNROLL
+  for (int group = 0; group < EARLY_V; group++) load_values(block, group, sg, lane, values[group]);
+  simdgroup_barrier(mem_flags::mem_none);
 
-    // 1. Scores. A token past the end of the block is another's copy, and never looked at.
-    if (sg * 16 < n) {
-      const int token[2] = {min(sg * 16 + lane_g, n - 1), min(sg * 16 + lane_g + 8, n - 1)};
-      float s[TILES][4];
+  // 1. Scores.
+  if (sg * 16 < n) {
+    float s[TILES][2][4];  // in two sums, for a product waits for the one before that adds to the same
+    UNROLL
+    for (int tile = 0; tile < TILES; tile++) {
       UNROLL
-      for (int tile = 0; tile < TILES; tile++) {
-        UNROLL
-        for (int j = 0; j < 4; j++) s[tile][j] = 0;
-      }
+      for (int j = 0; j < 4; j++) s[tile][0][j] = s[tile][1][j] = 0;
+    }
+    UNROLL
+    for (int step = 0; step < K_STEPS; step++) {
+      uint late[2 * K_WORDS];
+      if (step >= EARLY_K) load_keys(block, step, sg, lane, late);
+      const thread uint* words = step < EARLY_K ? keys[step < EARLY_K ? step : 0] : late;
       UNROLL
-      for (int step = 0; step < K_STEPS; step++) {
-        uint words[2][K_WORDS];
+      for (int w = 0; w < K_WORDS; w++) {
+        uint pairs[2][PER / 2];
+        levels(words[w], table, pairs[0]);
+        levels(words[K_WORDS + w], table, pairs[1]);
         UNROLL
-        for (int i = 0; i < 2; i++)
-          load_words(codes + token[i] * (2 * WORDS) + (step * 4 + lane_t) * K_WORDS, K_WORDS, words[i]);
-        UNROLL
-        for (int w = 0; w < K_WORDS; w++) {
-          uint pairs[2][PER / 2];
-          levels(words[0][w], table, pairs[0]);
-          levels(words[1][w], table, pairs[1]);
+        for (int m = 0; m < PER / 4; m++) {
+          const uint a[4] = {pairs[0][2 * m], pairs[1][2 * m], pairs[0][2 * m + 1], pairs[1][2 * m + 1]};
+          const int slot = (step * K_WORDS + w) * (PER / 4) + m;
           UNROLL
-          for (int m = 0; m < PER / 4; m++) {
-            const uint a[4] = {pairs[0][2 * m], pairs[1][2 * m], pairs[0][2 * m + 1], pairs[1][2 * m + 1]};
-            UNROLL
-            for (int tile = 0; tile < TILES; tile++) {
-              const uint2 b = queries[(tile * SLOTS + (step * K_WORDS + w) * (PER / 4) + m) * 32 + lane];
-              multiply(s[tile], a, b.x, b.y);
-            }
+          for (int tile = 0; tile < TILES; tile++) {
+            const uint2 b = queries[(tile * SLOTS + slot) * 32 + lane];
+            multiply(s[tile][slot % 2], a, b.x, b.y);
           }
         }
       }
+    }
+    UNROLL
+    for (int i = 0; i < 2; i++) {
+      const int key = sg * 16 + lane_g + 8 * i;
+      const float scale = low_half(scales[i]);
       UNROLL
-      for (int i = 0; i < 2; i++) {
-        const int key = sg * 16 + lane_g + 8 * i;
-        const float scale = float(scales[token[i] * 2]);
-        UNROLL
-        for (int tile = 0; tile < TILES; tile++) {
-          const int r = tile * 8 + lane_t * 2;
-          scores[r][key] = s[tile][2 * i] * scale + shift[r];
-          scores[r + 1][key] = s[tile][2 * i + 1] * scale + shift[r + 1];
-        }
-        if (lane_t == 0) value_scales[key] = float(scales[token[i] * 2 + 1]);
+      for (int tile = 0; tile < TILES; tile++) {
+        const int r = tile * 8 + lane_t * 2;
+        scores[r][key] = (s[tile][0][2 * i] + s[tile][1][2 * i]) * scale + shift[r];
+        scores[r + 1][key] = (s[tile][0][2 * i + 1] + s[tile][1][2 * i + 1]) * scale + shift[r + 1];
       }
+      if (lane_t == 0) value_scales[key] = high_half(scales[i]);
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  // After the last block, that one's last token is asked for again: without a branch, loads don't wait for it.
+  const Block next = block_at(parts, g, min(start + n, to - 1), to);
+  load_scales(next, sg, lane, scales);
+  UNROLL
+  for (int step = 0; step < EARLY_K; step++) load_keys(next, step, sg, lane, keys[step]);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    // 2. Softmax.
-    UNROLL
-    for (int i = 0; i < OWN; i++) {
-      const int r = sg + i * SG;
-      if (r < ROWS) {
-        float s[(BLOCK + 31) / 32], best = top[i];
-        UNROLL
-        for (int b = 0; b < (BLOCK + 31) / 32; b++) {
-          const int key = b * 32 + lane;
-          s[b] = key < n ? scores[r][key] : UNSEEN;
-          best = max(best, s[b]);
-        }
-        best = max_lanes(best);
-        float part_sum = 0;
-        UNROLL
-        for (int b = 0; b < (BLOCK + 31) / 32; b++) {
-          const int key = b * 32 + lane;
-          const float weight = key < n ? exp2(s[b] - best) : 0.0f;
-          part_sum += weight;
-          const int place = (r / 8 * SG + key / 16) * 128 + B_PLACE(key % 8, r % 8) + key % 16 / 8 * 2;
-          if (key < BLOCK) ((threadgroup half*)weights)[place] = half(key < n ? weight * value_scales[key] : 0.0f);
-        }
-        const float factor = exp2(top[i] - best);
-        sum[i] = sum[i] * factor + sum_lanes(part_sum, 32);
-        top[i] = best;
-        if (lane == 0) shrink[r] = factor;
-      }
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-
-    // 3. Values.
-    UNROLL
-    for (int tile = 0; tile < TILES; tile++) {
-      const float low = shrink[tile * 8 + lane_t * 2], high = shrink[tile * 8 + lane_t * 2 + 1];
+  // 2. Softmax.
+  UNROLL
+  for (int i = 0; i < OWN; i++) {
+    const int r = sg + i * SG;
+    if (OWNED(r)) {
+      float s[(BLOCK + 31) / 32], best = top[i];
       UNROLL
-      for (int i = 0; i < SUMS; i++) {
-        acc[tile][i][0] *= low;
-        acc[tile][i][1] *= high;
-        acc[tile][i][2] *= low;
-        acc[tile][i][3] *= high;
+      for (int b = 0; b < (BLOCK + 31) / 32; b++) {
+        const int key = b * 32 + lane;
+        s[b] = key < n ? scores[r][key] : UNSEEN;
+        best = max(best, s[b]);
       }
+      best = max_lanes(best);
+      float part_sum = 0;
+      UNROLL
+      for (int b = 0; b < (BLOCK + 31) / 32; b++) {
+        const int key = b * 32 + lane;
+        const float weight = key < n ? exp2(s[b] - best) : 0.0f;
+        part_sum += weight;
+        const int place = (r / 8 * SG + key / 16) * 128 + B_PLACE(key % 8, r % 8) + key % 16 / 8 * 2;
+        if (key < BLOCK) ((threadgroup half*)weights)[place] = half(key < n ? weight * value_scales[key] : 0.0f);
+      }
+      const float factor = exp2(top[i] - best);
+      sum[i] = sum[i] * factor + sum_lanes(part_sum, 32);
+      top[i] = best;
+      if (lane == 0) shrink[r] = factor;
     }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  // 3. Values.
+  UNROLL
+  for (int tile = 0; tile < TILES; tile++) {
+    const float low = shrink[tile * 8 + lane_t * 2], high = shrink[tile * 8 + lane_t * 2 + 1];
     UNROLL
-    for (int group = 0; group < SG; group++) {
-      if (group * 16 < n) {
-        uint words[4][V_WORDS];
+    for (int i = 0; i < SUMS; i++) {
+      acc[tile][i][0] *= low;
+      acc[tile][i][1] *= high;
+      acc[tile][i][2] *= low;
+      acc[tile][i][3] *= high;
+    }
+  }
+  UNROLL
+  for (int group = 0; group < SG; group++) {
+    if (group * 16 < n) {
+      uint late[4 * V_WORDS];
+      if (group >= EARLY_V) load_values(block, group, sg, lane, late);
+      const thread uint* words = group < EARLY_V ? values[group < EARLY_V ? group : 0] : late;
+      UNROLL
+      for (int w = 0; w < V_WORDS; w++) {
+        uint pairs[4][PER / 2];
         UNROLL
-        for (int i = 0; i < 4; i++) {
-          const int token = min(group * 16 + lane_t * 2 + i % 2 + i / 2 * 8, n - 1);
-          load_words(codes + (token * 2 + 1) * WORDS + (sg * 8 + lane_g) * V_WORDS, V_WORDS, words[i]);
-        }
+        for (int i = 0; i < 4; i++) levels(words[i * V_WORDS + w], table, pairs[i]);
         UNROLL
-        for (int w = 0; w < V_WORDS; w++) {
-          uint pairs[4][PER / 2];
+        for (int m = 0; m < PER / 2; m++) {
+          const uint a[4] = {firsts(pairs[0][m], pairs[1][m]), seconds(pairs[0][m], pairs[1][m]),
+                             firsts(pairs[2][m], pairs[3][m]), seconds(pairs[2][m], pairs[3][m])};
           UNROLL
-          for (int i = 0; i < 4; i++) levels(words[i][w], table, pairs[i]);
-          UNROLL
-          for (int m = 0; m < PER / 2; m++) {
-            const uint a[4] = {firsts(pairs[0][m], pairs[1][m]), seconds(pairs[0][m], pairs[1][m]),
-                               firsts(pairs[2][m], pairs[3][m]), seconds(pairs[2][m], pairs[3][m])};
-            UNROLL
-            for (int tile = 0; tile < TILES; tile++) {
-              const uint2 b = weights[(tile * SG + group) * 32 + lane];
-              multiply(acc[tile][w * (PER / 2) + m], a, b.x, b.y);
-            }
+          for (int tile = 0; tile < TILES; tile++) {
+            const uint2 b = weights[(tile * SG + group) * 32 + lane];
+            multiply(acc[tile][w * (PER / 2) + m], a, b.x, b.y);
           }
         }
       }
     }
   }
-  part_start += parts[p].length;
+  start += n;
+  block = next;
 }
 
 UNROLL
 for (int i = 0; i < OWN; i++) {
   const int r = sg + i * SG, row = first_row + r;
-  if (r < ROWS && lane == 0 && row < GQA * tokens) {
+  if (OWNED(r) && lane == 0 && row < GQA * tokens) {
     const int query = row / GQA * heads + g * GQA + row % GQA;
     stats[(query * pieces + piece) * 2] = top[i];
     stats[(query * pieces + piece) * 2 + 1] = sum[i];

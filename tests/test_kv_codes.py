@@ -233,6 +233,12 @@ def test_attention_cuts(kind: str, cut: CodedCut) -> None:
     attend(kind, (16, 1), 256, [300, 64], cut=cut)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_of_two_tiles_not_full(kind: str) -> None:
+    """As the heads of 12B are over a long context, and a draft's tokens."""
+    attend(kind, (6, 1), 512, [70], tokens=2, cut=CodedCut(4, 2, 1))
+
+
 @pytest.mark.parametrize("tail", [(0, 3), (70, 300), (500, 512), (0, 512)], ids=str)
 @pytest.mark.parametrize("dim", [64, 512])
 def test_attention_over_a_tail_in_pieces(dim: int, tail: tuple[int, int]) -> None:
