@@ -212,7 +212,8 @@ def _grouped(p: Product, most: int | None) -> Check:
                 one = w[e : e + 1]
                 plain = quant.dequantize(one, mx.float32) if isinstance(one, Packed) else one.astype(mx.float32)
                 rows = chosen.reshape(-1) == e
-                found[rows] = np.array(mx.array(each[rows]) @ plain[0].T)
+                if rows.any():  # MLX on CUDA crashes over a product of no rows
+                    found[rows] = np.array(mx.array(each[rows]) @ plain[0].T)
             y = mx.array(found.reshape(*chosen.shape, -1))
             return ops.geglu(*mx.split(y, 2, axis=-1)) if p.glu else y
 
