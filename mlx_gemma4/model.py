@@ -323,11 +323,16 @@ class Model:
         assert layer.ffn_gate_inp is not None and layer.ffn_gate_inp_scale is not None
         h = ops.rms_norm(x, None, c.eps) * (c.hidden**-0.5) * layer.ffn_gate_inp_scale
         scores = self._linear(h, layer.ffn_gate_inp)  # [T, E]
-        chosen = mx.argpartition(-scores, kth=c.experts_used - 1, axis=-1)[:, : c.experts_used]
+        chosen = self._choose(scores)
         share = mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1, precise=True)
         if layer.ffn_down_exps_scale is not None:
             share = share * layer.ffn_down_exps_scale[chosen]
         return chosen, share
+
+    def _choose(self, scores: mx.array) -> mx.array:
+        """The experts of the highest scores [T, E], in any order: [T, used]."""
+        used = self.config.experts_used
+        return mx.argpartition(-scores, kth=used - 1, axis=-1)[:, :used]
 
     def _expert_linear(self, x: mx.array, w: Weight, routing: Routing, glu: bool = False) -> mx.array:
         """`ops.expert_linear`, in kernels where there are any; with glu, of gate and up."""
