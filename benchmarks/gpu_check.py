@@ -7,8 +7,8 @@ logits, over a prompt and a decode with given tokens) and of greedy tokens that 
 1e-4, a kernel fails, or the first 200 tokens of the built-in model (or a file named) differ. Stock products are kept
 from MLX's TF32, so that what kernels are held to is fp32. Where two experts' scores are all but equal, rounding alone
 decides, and another expert changes all that follows: so kernels take the experts that stock operations chose for a
-prompt, and where they would have chosen others, it must have been a near thing ("flips", and the largest "gap"). On NVIDIA a kernel takes 2 s to compile the first time, so a
-first run takes minutes; MLX keeps what it compiled.
+prompt, and where they would have chosen others, it must have been a near thing ("flips", and the largest "gap"). On
+NVIDIA a kernel takes 2 s to compile the first time, so a first run takes minutes; MLX keeps what it compiled.
 """
 
 from __future__ import annotations
