@@ -16,6 +16,7 @@ import json
 import mmap
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -84,8 +85,8 @@ def main() -> int:
     size = options.file.stat().st_size
     print(f"{device_name()}, MLX {MLX}, {options.file.name}, {size / 1e9:.2f} GB")
     rows: list[dict[str, Any]] = []
-    for command in commands.values():  # once for what is compiled at first use, and kept
-        run(command)
+    # Once for what is compiled at first use, and kept.
+    outputs = {name: run(command)[1] for name, command in commands.items()}
     for cold in (True, False):
         times: dict[str, list[float]] = {name: [] for name in commands}
         loads = []
@@ -107,9 +108,13 @@ def main() -> int:
         shown = ", ".join(f"{name} {median(t):.2f} s" for name, t in times.items())
         print(f"{kept:4.0%} of the file cached: {shown}; loading {row['load_time']:.2f} s of ours", flush=True)
     if options.json:
-        figures: dict[str, Any] = {"program": "benchmarks/loading.py", "file": options.file.name, "bytes": size}
+        figures: dict[str, Any] = {"program": "benchmarks/loading.py", "command": shlex.join(["python", *sys.argv])}
+        figures |= {"file": options.file.name, "bytes": size}
         figures |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "chip": device_name()}
-        figures |= {"versions": {"mlx": MLX, "python": platform.python_version()}, "loading": rows}
+        versions = {"mlx": MLX, "python": platform.python_version()}
+        if options.vs:
+            versions["llama.cpp"] = json.loads(outputs["llama.cpp"].splitlines()[-1])["build_commit"]
+        figures |= {"versions": versions, "loading": rows}
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0
 

@@ -2,8 +2,8 @@
 
     python benchmarks/tables.py [docs/benchmarks]
 
-In: the JSON files of a folder. Out: `tables.md` and `speed.svg` beside them. Where two files have the same cell on
-the same chip, the later run counts.
+In: the JSON files of a folder, and those of `benchmarks/loading.py` too. Out: `tables.md` and `speed.svg` beside them.
+Where two files have the same cell on the same chip, one with llama.cpp counts, then the later run.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ PANEL_W, PANEL_H, LEFT, TOP, COLUMNS = 300, 210, 46, 40, 3  # of the chart, in p
 
 
 def read(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The runs of a folder by date, and their cells, each with its chip; of equal ones the last."""
+    """The runs of a folder by date, and their cells, each with its chip; of equal ones the one that counts."""
     runs = []
     for file in sorted(folder.glob("*.json")):
         run = json.loads(file.read_text())
-        if isinstance(run, dict) and isinstance(run.get("cells"), list):
+        if isinstance(run, dict) and any(isinstance(run.get(key), list) for key in ("cells", "loading")):
             runs.append({**run, "name": file.name})
     runs.sort(key=lambda run: str(run.get("date", "")))
     last: dict[tuple[Any, ...], dict[str, Any]] = {}
     for run in runs:
-        for cell in run["cells"]:
+        for cell in run.get("cells", ()):
             key = (run.get("chip"), cell["model"], cell["kind"], cell["context"], cell["kv"])
-            last[key] = {**cell, "chip": run.get("chip", "?")}
+            if cell.get("llama_cpp") or not last.get(key, {}).get("llama_cpp"):
+                last[key] = {**cell, "chip": run.get("chip", "?")}
     cells = sorted(
         last.values(), key=lambda c: (c["chip"], _place(c["model"]), c["kv"] != "full", c["kv"], c["context"])
     )
@@ -86,6 +87,7 @@ def markdown(runs: list[dict[str, Any]], cells: list[dict[str, Any]]) -> Iterato
         yield ""
         head = ["chip", "model", "KV", "context", "MB", "share", "launches", "host ms", "KV MB", "peak GB"]
         yield from _rows(head, map(_detail, detailed))
+    yield from _loading([run for run in runs if "loading" in run])
     yield from _projection(detailed)
     yield from ["", "## Runs", ""]
     yield from _rows(["file", "date", "chip", "versions", "command"], map(_run, runs))
@@ -127,6 +129,28 @@ def _detail(cell: dict[str, Any]) -> list[str]:
         " / ".join(f"{n / 1e6:.0f}" for n in held if n),
         f"{cell['peak_memory'] / 1e9:.2f}",
     ]
+
+
+def _loading(runs: list[dict[str, Any]]) -> Iterator[str]:
+    if not runs:
+        return
+    yield from ["", "## Loading", ""]
+    yield "Seconds from the start of a process to its first token, ours / llama.cpp's, in turns, with the file's pages in"
+    yield "the system's cache and not; of ours, loading alone in brackets."
+    yield ""
+    head = ["file", "chip", "GB", "not cached", "cached"]
+    yield from _rows(head, map(_load, runs))
+
+
+def _load(run: dict[str, Any]) -> list[str]:
+    def shown(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return ""
+        return " / ".join(f"{seconds:.1f}" for seconds in row["seconds"].values()) + f" ({row['load_time']:.1f})"
+
+    cold, warm = ([r for r in run["loading"] if (r["cached"] > 0.5) == cached] for cached in (False, True))
+    rows = (shown(rows[0] if rows else None) for rows in (cold, warm))
+    return [run["file"], run["chip"], f"{run['bytes'] / 1e9:.1f}", *rows]
 
 
 def _projection(cells: list[dict[str, Any]]) -> Iterator[str]:

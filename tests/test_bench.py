@@ -291,7 +291,7 @@ def tables() -> Any:
 
 
 def test_tables_and_chart(tmp_path: Path) -> None:
-    """From what `bench` writes; the later of two runs counts."""
+    """From what `bench` writes; the later of two runs counts, but one without the other program's figures never does."""
     t = tables()
     assert run("--vs", other(tmp_path), "--json", tmp_path / "a.json").exit_code == 0
     run_a = json.loads((tmp_path / "a.json").read_text())
@@ -299,6 +299,8 @@ def test_tables_and_chart(tmp_path: Path) -> None:
     for name, date, ours in (("b", "2026-11-01", 1.0), ("c", "2027-01-01", 5.5)):
         changed = [cell | {"ours": ours, "llama_cpp": 4.0, "ratio": ours / 4.0}]
         (tmp_path / f"{name}.json").write_text(json.dumps(run_a | {"date": date, "cells": changed}))
+    alone = cell | {"ours": 7.7, "llama_cpp": None, "ratio": None}
+    (tmp_path / "e.json").write_text(json.dumps(run_a | {"date": "2027-02-02", "cells": [alone]}))
     lines = list(t.markdown(*t.read(tmp_path)))
     assert "| 31B | full |  | 5.5 / 4.0 = **1.38** |  |" not in lines  # contexts 0, 70 and 2048
     assert "| 31B | full |  |  | 5.5 / 4.0 = **1.38** |" in lines
@@ -316,3 +318,17 @@ def test_tables_and_chart(tmp_path: Path) -> None:
         t._figure({"model": "31B", "kind": "prefill", "ours": 2400.0, "llama_cpp": 2500.0, "ratio": 0.96})
         == "2400 / 2500 = 0.96"
     )
+
+
+def test_table_of_loading(tmp_path: Path) -> None:
+    """From what benchmarks/loading.py writes, of a file that could not be had out of the cache, too."""
+    t = tables()
+    warm = {"cached": 1.0, "seconds": {"mlx-gemma4": 4.32, "llama.cpp": 2.18}, "load_time": 3.1}
+    cold = {"cached": 0.0, "seconds": {"mlx-gemma4": 5.73, "llama.cpp": 4.07}, "load_time": 4.51}
+    made = {"file": "e2b.gguf", "bytes": 34 * 10**8, "date": "2026-11-29", "chip": "X"}
+    (tmp_path / "a.json").write_text(json.dumps(made | {"loading": [cold, warm]}))
+    (tmp_path / "b.json").write_text(json.dumps(made | {"chip": "Y", "loading": [warm]}))
+    lines = list(t.markdown(*t.read(tmp_path)))
+    assert "| e2b.gguf | X | 3.4 | 5.7 / 4.1 (4.5) | 4.3 / 2.2 (3.1) |" in lines
+    assert "| e2b.gguf | Y | 3.4 |  | 4.3 / 2.2 (3.1) |" in lines
+    assert sum("](a.json)" in line for line in lines) == 1
