@@ -2,8 +2,8 @@
 
     python benchmarks/tables.py [docs/benchmarks]
 
-In: the JSON files of a folder, and those of `benchmarks/loading.py` too. Out: `tables.md` and `speed.svg` beside them.
-Where two files have the same cell on the same chip, one with llama.cpp counts, then the later run.
+In: the JSON files of a folder, and those of `benchmarks/loading.py` in its folder `loading`. Out: `tables.md` and
+`speed.svg` beside them. Where two files have the same cell on the same chip, one with llama.cpp counts, then the later run.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ PANEL_W, PANEL_H, LEFT, TOP, COLUMNS = 300, 210, 46, 40, 3  # of the chart, in p
 def read(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The runs of a folder by date, and their cells, each with its chip; of equal ones the one that counts."""
     runs = []
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted([*folder.glob("*.json"), *folder.glob("loading/*.json")]):
         run = json.loads(file.read_text())
         if isinstance(run, dict) and any(isinstance(run.get(key), list) for key in ("cells", "loading")):
-            runs.append({**run, "name": file.name})
+            runs.append({**run, "name": file.relative_to(folder).as_posix()})
     runs.sort(key=lambda run: str(run.get("date", "")))
     last: dict[tuple[Any, ...], dict[str, Any]] = {}
     for run in runs:
@@ -135,8 +135,8 @@ def _loading(runs: list[dict[str, Any]]) -> Iterator[str]:
     if not runs:
         return
     yield from ["", "## Loading", ""]
-    yield "Seconds from the start of a process to its first token, ours / llama.cpp's, in turns, with the file's pages in"
-    yield "the system's cache and not; of ours, loading alone in brackets."
+    yield "Seconds from the start of a process to its first token, ours / llama.cpp's, in turns, with the file's pages"
+    yield "in the system's cache and not; of ours, loading alone in brackets."
     yield ""
     head = ["file", "chip", "GB", "not cached", "cached"]
     yield from _rows(head, map(_load, runs))

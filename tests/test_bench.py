@@ -291,7 +291,7 @@ def tables() -> Any:
 
 
 def test_tables_and_chart(tmp_path: Path) -> None:
-    """From what `bench` writes; the later of two runs counts, but one without the other program's figures never does."""
+    """From what `bench` writes; of two runs the one with the other program's figures counts, then the later."""
     t = tables()
     assert run("--vs", other(tmp_path), "--json", tmp_path / "a.json").exit_code == 0
     run_a = json.loads((tmp_path / "a.json").read_text())
@@ -326,9 +326,10 @@ def test_table_of_loading(tmp_path: Path) -> None:
     warm = {"cached": 1.0, "seconds": {"mlx-gemma4": 4.32, "llama.cpp": 2.18}, "load_time": 3.1}
     cold = {"cached": 0.0, "seconds": {"mlx-gemma4": 5.73, "llama.cpp": 4.07}, "load_time": 4.51}
     made = {"file": "e2b.gguf", "bytes": 34 * 10**8, "date": "2026-11-29", "chip": "X"}
-    (tmp_path / "a.json").write_text(json.dumps(made | {"loading": [cold, warm]}))
-    (tmp_path / "b.json").write_text(json.dumps(made | {"chip": "Y", "loading": [warm]}))
+    (tmp_path / "loading").mkdir()
+    (tmp_path / "loading" / "a.json").write_text(json.dumps(made | {"loading": [cold, warm]}))
+    (tmp_path / "loading" / "b.json").write_text(json.dumps(made | {"chip": "Y", "loading": [warm]}))
     lines = list(t.markdown(*t.read(tmp_path)))
     assert "| e2b.gguf | X | 3.4 | 5.7 / 4.1 (4.5) | 4.3 / 2.2 (3.1) |" in lines
     assert "| e2b.gguf | Y | 3.4 |  | 4.3 / 2.2 (3.1) |" in lines
-    assert sum("](a.json)" in line for line in lines) == 1
+    assert sum("](loading/a.json)" in line for line in lines) == 1
