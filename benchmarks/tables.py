@@ -3,7 +3,7 @@
     python benchmarks/tables.py [docs/benchmarks]
 
 In: the JSON files of a folder, and those of `benchmarks/loading.py` in its folder `loading`. Out: `tables.md` and
-`speed.svg` beside them. Where two files have the same cell on the same chip, one with llama.cpp counts, then the later run.
+`speed.svg` beside them. Of files with the same cell on the same chip, one with llama.cpp counts, then the later run.
 """
 
 from __future__ import annotations

@@ -33,10 +33,16 @@
 #define K_WORDS (WORDS / 4 < 4 ? WORDS / 4 : 4)  // of a key that a lane reads at once; 4 lanes share a key
 #define K_STEPS (WORDS / (4 * K_WORDS))
 #define V_WORDS (WORDS / (8 * SG))             // of a value, a lane; 8 lanes share a simdgroup's columns
-// Loads that are under way before they are wanted, in steps of keys and groups of values: 32 registers of each, or with two
-// tiles of queries half as many.
-#define EARLY_K (K_STEPS * K_WORDS * 2 * TILES <= 32 ? K_STEPS : 16 / (K_WORDS * TILES))
-#define EARLY_V (SG * V_WORDS * 4 * TILES <= 32 ? SG : 8 / (V_WORDS * TILES))
+// Loads that are under way before they are wanted, in steps of keys and groups of values: EARLY registers of each, fewer
+// with two tiles of queries. Apple's GPUs have fewer registers a thread.
+#ifdef CUDA
+#define EARLY 32
+#else
+#define EARLY 8
+#endif
+#define WITHIN(most, n) ((n) < 1 ? 1 : (n) < (most) ? (n) : (most))
+#define EARLY_K WITHIN(K_STEPS, EARLY / (2 * K_WORDS * TILES))
+#define EARLY_V WITHIN(SG, EARLY / (4 * V_WORDS * TILES))
 // Whether there is a row r, of those that simdgroups take in turn: mostly known beforehand.
 #define OWNED(r) (ROWS % SG == 0 || (r) < ROWS)
 #define UNSEEN -1e30f
