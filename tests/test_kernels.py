@@ -219,6 +219,8 @@ def test_cuda_text_keeps_threadgroup_memory_shared() -> None:
 KERNEL_FILES = sorted((Path(__file__).parent.parent / "kernels").glob("*.metal"))
 # What no launch of a step writes, so that a kernel may read it before its inputs are there.
 WEIGHTS = {"codes", "sub", "super", "norm", "post", "next", "norm1", "norm2", "scale"}
+# Nor keys and values in codes, which are sealed between steps, and how a layer turns its vectors.
+WEIGHTS |= {"turn", *(f"{what}{i}" for what in "cs" for i in range(7))}
 
 
 @pytest.mark.parametrize("file", KERNEL_FILES, ids=lambda f: f.stem)
