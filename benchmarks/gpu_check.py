@@ -19,6 +19,8 @@ import os
 import sys
 import time
 import traceback
+from collections import deque
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,6 +34,7 @@ from mlx_gemma4.doctor import MLX, kernels_of
 from mlx_gemma4.generation import Sampling, generate_tokens
 from mlx_gemma4.kernels import default_maker
 from mlx_gemma4.model import Model
+from mlx_gemma4.state import KVState
 from mlx_gemma4.text import demo_path, load
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
@@ -61,10 +64,10 @@ class Routes:
     """The experts that one model chooses, which another is made to take after it."""
 
     def __init__(self) -> None:
-        self.chosen: list[mx.array] = []
+        self.chosen: deque[mx.array] = deque()  # not taken yet
         self.gaps: list[float] = []  # by how much each other choice was preferred: see NEAR
 
-    def recorded(self, model: Model) -> Any:
+    def recorded(self, model: Model) -> AbstractContextManager[object]:
         """Within this, the model's choices are written down."""
         choose = model._choose
 
@@ -74,12 +77,12 @@ class Routes:
 
         return patch.object(model, "_choose", keep)
 
-    def taken(self, model: Model) -> Any:
+    def taken(self, model: Model) -> AbstractContextManager[object]:
         """Within this, the model takes them, in the same order."""
-        choose, left = model._choose, iter(self.chosen)
+        choose = model._choose
 
         def take(scores: mx.array) -> mx.array:
-            all_scores, wanted = np.array(scores), next(left)
+            all_scores, wanted = np.array(scores), self.chosen.popleft()
             for row, own, other in zip(all_scores, np.array(choose(scores)), np.array(wanted), strict=True):
                 if set(own) != set(other):
                     gap = row[np.setdiff1d(own, other)].max() - row[np.setdiff1d(other, own)].min()
@@ -89,14 +92,15 @@ class Routes:
         return patch.object(model, "_choose", take)
 
 
-def logits(model: Model, ids: list[int], prompt: int, routes: Any) -> tuple[mx.array, mx.array]:
-    """Of a prompt's tokens, under `routes`, and of the rest one at a time."""
-    state = model.new_state()
-    with routes:
-        first = model.forward(mx.array(ids[:prompt]), state, all_logits=True)
-        mx.eval(first)
-    rest = [model.forward(mx.array([i]), state) for i in ids[prompt:]]
-    return first, mx.stack(rest) if rest else first[:0]
+def logits(plain: Model, kernels: Model, ids: list[int], states: list[KVState], routes: Routes) -> list[mx.array]:
+    """Of a prompt's tokens by both models, each into its state; the second takes the first's experts."""
+    found = []
+    under = (routes.recorded(plain), routes.taken(kernels))
+    for model, state, experts in zip((plain, kernels), states, under, strict=True):
+        with experts:
+            found.append(model.forward(mx.array(ids), state, all_logits=True))
+            mx.eval(found)
+    return found
 
 
 def greedy(model: Model, ids: list[int], tokens: int) -> list[int]:
@@ -118,16 +122,16 @@ def check(path: Path, tokens: int, must_agree: bool) -> dict[str, Any]:
     got = greedy(kernels, ids[:40] if tokens < 100 else ids, tokens)
     agree = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), min(len(want), len(got)))
     text = words[:288] if tokens < 100 else ids + want[:-STEPS]
-    routes, few_routes = Routes(), Routes()
-    under = [(plain, routes.recorded(plain)), (kernels, routes.taken(kernels))]
-    both = [logits(m, text + words[-STEPS:], len(text), r) for m, r in under]
+    routes, states = Routes(), [m.new_state() for m in (plain, kernels)]
     row: dict[str, Any] = {"file": path.stem, "agree": agree, "of": tokens}
-    row |= {name: kl(both[0][i], both[1][i]) for i, name in enumerate(("prompt", "decode"))}
-    under = [(plain, few_routes.recorded(plain)), (kernels, few_routes.taken(kernels))]
-    few = [logits(m, words[:9], 9, r)[0] for m, r in under]
-    row["few"] = kl(few[0], few[1])
-    gaps = routes.gaps + few_routes.gaps
-    row |= {"flips": len(gaps), "gap": max(gaps, default=0.0)} if lm.config.experts else {}
+    row["prompt"] = kl(*logits(plain, kernels, text, states, routes))
+    steps = [
+        mx.stack([m.forward(mx.array([i]), state) for i in words[-STEPS:]])
+        for m, state in zip((plain, kernels), states, strict=True)
+    ]
+    row["decode"] = kl(*steps)
+    row["few"] = kl(*logits(plain, kernels, words[:9], [m.new_state() for m in (plain, kernels)], routes))
+    row |= {"flips": len(routes.gaps), "gap": max(routes.gaps, default=0.0)} if lm.config.experts else {}
     row |= {"replayed": kernels.replays, "off": sorted(fast.off), "seconds": time.perf_counter() - start}
     small = all(row[name] <= LIMIT for name in ("prompt", "decode", "few"))
     small &= row.get("gap", 0) <= NEAR

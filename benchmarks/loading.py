@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from mlx_gemma4.doctor import MLX, device_name
+from mlx_gemma4.llama_bench import read_row
 
 OURS = """
 import sys
@@ -108,12 +109,19 @@ def main() -> int:
         shown = ", ".join(f"{name} {median(t):.2f} s" for name, t in times.items())
         print(f"{kept:4.0%} of the file cached: {shown}; loading {row['load_time']:.2f} s of ours", flush=True)
     if options.json:
-        figures: dict[str, Any] = {"program": "benchmarks/loading.py", "command": shlex.join(["python", *sys.argv])}
+        words = [
+            "python",
+            "benchmarks/loading.py",
+            options.file.name,
+            *(["--vs", options.vs.name] if options.vs else []),
+        ]
+        words += ["--repetitions", str(options.repetitions)]
+        figures: dict[str, Any] = {"program": "benchmarks/loading.py", "command": shlex.join(words)}
         figures |= {"file": options.file.name, "bytes": size}
         figures |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "chip": device_name()}
         versions = {"mlx": MLX, "python": platform.python_version()}
         if options.vs:
-            versions["llama.cpp"] = json.loads(outputs["llama.cpp"].splitlines()[-1])["build_commit"]
+            versions["llama.cpp"] = read_row(options.vs, outputs["llama.cpp"].splitlines()[-1]).version
         figures |= {"versions": versions, "loading": rows}
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0

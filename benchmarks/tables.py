@@ -143,14 +143,10 @@ def _loading(runs: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _load(run: dict[str, Any]) -> list[str]:
-    def shown(row: dict[str, Any] | None) -> str:
-        if row is None:
-            return ""
-        return " / ".join(f"{seconds:.1f}" for seconds in row["seconds"].values()) + f" ({row['load_time']:.1f})"
-
-    cold, warm = ([r for r in run["loading"] if (r["cached"] > 0.5) == cached] for cached in (False, True))
-    rows = (shown(rows[0] if rows else None) for rows in (cold, warm))
-    return [run["file"], run["chip"], f"{run['bytes'] / 1e9:.1f}", *rows]
+    by = {}  # whether the file was cached -> what was seen, the first of equal ones
+    for row in reversed(run["loading"]):
+        by[row["cached"] > 0.5] = " / ".join(f"{s:.1f}" for s in row["seconds"].values()) + f" ({row['load_time']:.1f})"
+    return [run["file"], run["chip"], f"{run['bytes'] / 1e9:.1f}", by.get(False, ""), by.get(True, "")]
 
 
 def _projection(cells: list[dict[str, Any]]) -> Iterator[str]:

@@ -208,12 +208,11 @@ def _grouped(p: Product, most: int | None) -> Check:
         def twin() -> mx.array:
             each = np.array(mx.broadcast_to(x, (*chosen.shape, k))).reshape(-1, k)
             found = np.zeros((chosen.size, made[1]), np.float32)
-            for e in range(made[0]):
+            for e in np.unique(chosen).tolist():  # not all: MLX on CUDA crashes over a product of no rows
                 one = w[e : e + 1]
                 plain = quant.dequantize(one, mx.float32) if isinstance(one, Packed) else one.astype(mx.float32)
                 rows = chosen.reshape(-1) == e
-                if rows.any():  # MLX on CUDA crashes over a product of no rows
-                    found[rows] = np.array(mx.array(each[rows]) @ plain[0].T)
+                found[rows] = np.array(mx.array(each[rows]) @ plain[0].T)
             y = mx.array(found.reshape(*chosen.shape, -1))
             return ops.geglu(*mx.split(y, 2, axis=-1)) if p.glu else y
 

@@ -61,7 +61,7 @@ def _run(program: Path, model: Path, plan: Plan, tests: list[str]) -> Iterator[R
     try:
         for line in filter(None, map(str.strip, process.stdout)):
             if line.startswith("{"):
-                yield _row(program, line, round(kv_memory))
+                yield read_row(program, line, round(kv_memory))
                 kv_memory, rows = 0.0, rows + 1
                 continue
             last = line
@@ -76,7 +76,8 @@ def _run(program: Path, model: Path, plan: Plan, tests: list[str]) -> Iterator[R
         raise InputError(f"--vs {program}: wrote {last[:120]!r} and no figures; {IS_IT}")
 
 
-def _row(program: Path, line: str, kv_memory: int) -> Row:
+def read_row(program: Path, line: str, kv_memory: int = 0) -> Row:
+    """A line of llama-bench's jsonl, and the bytes it has said that it sets aside."""
     try:
         test: dict[str, Any] = json.loads(line)
         kind, context = ("decode", "n_depth") if test["n_gen"] else ("prefill", "n_prompt")

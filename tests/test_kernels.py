@@ -217,15 +217,15 @@ def test_cuda_text_keeps_threadgroup_memory_shared() -> None:
 
 
 KERNEL_FILES = sorted((Path(__file__).parent.parent / "kernels").glob("*.metal"))
-# What no launch of a step writes, so that a kernel may read it before its inputs are there.
-WEIGHTS = {"codes", "sub", "super", "norm", "post", "next", "norm1", "norm2", "scale"}
-# Nor keys and values in codes, which are sealed between steps, and how a layer turns its vectors.
-WEIGHTS |= {"turn", *(f"{what}{i}" for what in "cs" for i in range(7))}
+# What no launch of a step writes, so that a kernel may read it before its inputs are there: weights, how a layer turns
+# its vectors, and keys and values in codes, which are sealed between steps.
+UNWRITTEN = {"codes", "sub", "super", "norm", "post", "next", "norm1", "norm2", "scale"}
+UNWRITTEN |= {"turn", *(f"{what}{i}" for what in "cs" for i in range(7))}
 
 
 @pytest.mark.parametrize("file", KERNEL_FILES, ids=lambda f: f.stem)
 def test_kernels_wait_for_their_inputs(file: Path) -> None:
-    """On CUDA each waits first of all, or where its text says; until then it reads weights alone."""
+    """On CUDA each waits first of all, or where its text says; until then it reads what is UNWRITTEN alone."""
     for entry in re.findall(r"(?m)^// kernel: (\w+)\(", file.read_text()):
         body = next(
             k for k in re.split(r"(?m)^(?=// kernel: )", file.read_text()) if k.startswith(f"// kernel: {entry}(")
@@ -241,7 +241,7 @@ def test_kernels_wait_for_their_inputs(file: Path) -> None:
         plain = re.sub(r"#if EXPERTS\n.*?#endif", "", re.sub(r"(?m)//.*$", "", body), flags=re.DOTALL)
         before = plain.rpartition("INPUTS_READY()")[0]
         read = set(re.findall(r"load\w*\((\w+)|(\w+)\[", before))
-        assert not {n for pair in read for n in pair} & (inputs - WEIGHTS)
+        assert not {n for pair in read for n in pair} & (inputs - UNWRITTEN)
 
 
 # What cuda.h has as instructions of NVIDIA's, for the simulator.
