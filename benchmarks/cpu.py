@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", type=Path)
     parser.add_argument("--llama-bench", type=Path, help="llama.cpp's llama-bench, to run beside ours")
     args = parser.parse_args()
-    from mlx_gemma4.text import demo_path
+    from mlx_gemma4.conversation.language_model import demo_path
 
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, MLX {version('mlx')}, ",

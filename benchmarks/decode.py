@@ -20,17 +20,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-import make_synthetic
-
 from mlx_gemma4.config import config_from_gguf
-from mlx_gemma4.decode import Kernels
-from mlx_gemma4.doctor import MLX, usable_kernels
-from mlx_gemma4.generation import Sampling, Statistics, generate_tokens
-from mlx_gemma4.gguf_file import open_gguf
-from mlx_gemma4.loader import gguf_source, load_model
-from mlx_gemma4.model import Model
+from mlx_gemma4.doctor.verdict import MLX, usable_kernels
+from mlx_gemma4.files.gguf import open_gguf
+from mlx_gemma4.generation.loop import Sampling, Statistics, generate_tokens
+from mlx_gemma4.loading.from_gguf import gguf_source
+from mlx_gemma4.loading.loader import load_model
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.ops.dispatch import Kernels
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import make_synthetic
 
 
 def load(path: Path) -> Model:
@@ -44,7 +44,7 @@ def launches_a_layer(model: Model) -> float | None:
     """Kernels of one decode step, those outside the layers too, for each layer; None without kernels."""
     if model.kernels is None:
         return None
-    made, inner = Counter[str](), model.kernels.maker
+    made, inner = Counter[str](), model.kernels.launcher
 
     def counting(**declared: Any) -> Any:
         kernel = inner(**declared)

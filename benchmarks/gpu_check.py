@@ -25,17 +25,17 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-os.environ.setdefault("MLX_ENABLE_TF32", "0")
-
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma4.doctor import MLX, kernels_of
-from mlx_gemma4.generation import Sampling, generate_tokens
-from mlx_gemma4.kernels import default_maker
-from mlx_gemma4.model import Model
-from mlx_gemma4.state import KVState
-from mlx_gemma4.text import demo_path, load
+from mlx_gemma4.conversation.language_model import demo_path, load
+from mlx_gemma4.doctor.verdict import MLX, kernels_of
+from mlx_gemma4.generation.loop import Sampling, generate_tokens
+from mlx_gemma4.gpu.render import default_launcher
+from mlx_gemma4.kv.state import KVState
+from mlx_gemma4.model.model import Model
+
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
 LIMIT = 1e-4
@@ -111,9 +111,9 @@ def check(path: Path, tokens: int, must_agree: bool) -> dict[str, Any]:
     """One line of the table."""
     start = time.perf_counter()
     lm = load(path, weights="packed")
-    maker = default_maker()
-    assert maker is not None
-    fast = kernels_of(maker)
+    launcher = default_launcher()
+    assert launcher is not None
+    fast = kernels_of(launcher)
     plain, kernels = (Model(lm.config, lm.model.weights, run) for run in (None, fast))
     rng = np.random.default_rng(0)
     words = [int(i) for i in rng.integers(4, lm.config.vocab, 300)]
@@ -145,7 +145,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one file of each kind")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if default_maker() is None:
+    if default_launcher() is None:
         print("no GPU here: nothing to check", file=sys.stderr)
         return 2
     names = [f"{kind}-{tag}" for tag in TAGS[: 1 if options.quick else None] for kind in KINDS]

@@ -22,12 +22,12 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_gemma4.files.gguf import open_gguf
+from mlx_gemma4.grammar.grammar import Grammar, json_schema, lark, regex, tool_calls, vocabulary
+from mlx_gemma4.tokens.tokenizer import Tokenizer
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from schemas import DOCUMENTS, SCHEMAS
-
-from mlx_gemma4.gguf_file import open_gguf
-from mlx_gemma4.grammar import Grammar, json_schema, lark, regex, tool_calls, vocabulary
-from mlx_gemma4.tokenizer import Tokenizer
 
 ORDER = {
     "id": "ORD-004711",

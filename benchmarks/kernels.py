@@ -23,18 +23,19 @@ from functools import cache
 from statistics import median
 from typing import Any
 
-os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "20")  # the GPU begins while the host still hands over the rest
-
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma4 import cuda_graph
-from mlx_gemma4.decode import SHRINK
-from mlx_gemma4.doctor import MLX
-from mlx_gemma4.kernels import Maker, Tiling, cuda_maker, default_maker, matvec, tiling
-from mlx_gemma4.quant import FORMATS, Packed, dequantize
-from mlx_gemma4.recording import Arena, Recording, recorded
-from mlx_gemma4.recording import maker as recording_maker
+from mlx_gemma4.doctor.verdict import MLX
+from mlx_gemma4.gpu import cuda_graph
+from mlx_gemma4.gpu.recording import Arena, Recording, recorded
+from mlx_gemma4.gpu.recording import recorder as recording_maker
+from mlx_gemma4.gpu.render import Launcher, cuda_launcher, default_launcher
+from mlx_gemma4.ops.dispatch import SHRINK
+from mlx_gemma4.ops.matvec import Tiling, matvec, tiling
+from mlx_gemma4.quant.formats import FORMATS, Packed, dequantize
+
+os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "20")  # the GPU begins while the host still hands over the rest
 
 LIMIT = 1e-3
 ROTATE = 300e6  # bytes of copies, several times the largest cache
@@ -79,20 +80,20 @@ def error(y: mx.array, x: mx.array, w: Packed) -> float:
 
 
 def seconds(
-    call: Callable[[mx.array, int, Maker | None], Any], x: mx.array, launches: int, maker: Maker | None = None
+    call: Callable[[mx.array, int, Launcher | None], Any], x: mx.array, launches: int, launcher: Launcher | None = None
 ) -> float:
-    """Time of one of many launches in a row, by a maker or stock; the median of five runs.
+    """Time of one of many launches in a row, by a launcher or stock; the median of five runs.
 
     On NVIDIA as a decode step makes them: recorded, each waiting for the one before, whose result it overwrites, in one
     CUDA graph. Elsewhere in a traced chain; there the device may run some at once.
     """
-    if maker is cuda_maker:
+    if launcher is cuda_launcher:
         run = _recorded(call, x, launches)
     else:
 
         @mx.compile
         def chain(x: mx.array) -> list[mx.array]:
-            return [call(x, i, maker) for i in range(launches)]
+            return [call(x, i, launcher) for i in range(launches)]
 
         def run() -> None:
             mx.eval(chain(x))
@@ -106,7 +107,7 @@ def seconds(
     return median(timed() for _ in range(5))
 
 
-def _recorded(call: Callable[[mx.array, int, Maker | None], Any], x: mx.array, launches: int) -> Callable[[], None]:
+def _recorded(call: Callable[[mx.array, int, Launcher | None], Any], x: mx.array, launches: int) -> Callable[[], None]:
     recording = Recording(Arena())
     number = recording.buffer((1,), mx.int32)
     with recorded(recording):
@@ -137,7 +138,7 @@ def _sensible(lanes: int, split: int, of: int, k: int) -> bool:
     return split * of <= 12 and steps >= 1 and steps / math.ceil(steps) > 0.8
 
 
-def measure(name: str, n: int, k: int, tokens: int, maker: Maker, tune: bool, decoded: bool) -> float:
+def measure(name: str, n: int, k: int, tokens: int, launcher: Launcher, tune: bool, decoded: bool) -> float:
     """One line, or with `tune` one for each of the best cuts; gives the largest error."""
     first = random_weight(name, n, k)
     copies = [first] + [random_weight(name, n, k) for _ in range(min(64, int(ROTATE // first.nbytes)))]
@@ -148,14 +149,14 @@ def measure(name: str, n: int, k: int, tokens: int, maker: Maker, tune: bool, de
     launches = max(10, min(200, int(20e9 / first.nbytes / 10)))
     results = []
     for cut in cuts(n, k) if tune else [tiling(FORMATS[name], n, k, tokens)]:
-        y = matvec(x, first, maker, cut=cut, **options)
-        wrong = 0.0 if "glu" in options else error(y, x, first)  # tests hold GEGLU to its twin
+        y = matvec(x, first, launcher, cut=cut, **options)
+        wrong = 0.0 if "glu" in options else error(y, x, first)  # tests hold GEGLU to its reference
 
-        def launch(v: mx.array, i: int, maker: Maker | None, c: Tiling = cut) -> Any:
-            assert maker is not None
-            return matvec(v, copies[i % len(copies)], maker, cut=c, **options)
+        def launch(v: mx.array, i: int, launcher: Launcher | None, c: Tiling = cut) -> Any:
+            assert launcher is not None
+            return matvec(v, copies[i % len(copies)], launcher, cut=c, **options)
 
-        t = seconds(launch, x, launches, maker)
+        t = seconds(launch, x, launches, launcher)
         results.append((t, wrong, cut))
     for t, wrong, cut in sorted(results, key=lambda r: r[0])[:5]:
         kind = f"{cut.lanes} lanes x {cut.rows} rows x {cut.split} of {cut.simdgroups}"
@@ -175,7 +176,7 @@ def stock(n: int, k: int) -> None:
     mx.eval(codes, scales)
     nbytes = codes[0].nbytes + 2 * scales[0].nbytes
 
-    def product(v: mx.array, i: int, _: Maker | None) -> mx.array:
+    def product(v: mx.array, i: int, _: Launcher | None) -> mx.array:
         return mx.quantized_matmul(v, codes[i % 3], scales[0], scales[1], group_size=32, bits=4)
 
     t = seconds(product, x, 50)
@@ -192,8 +193,8 @@ def main() -> int:
     parser.add_argument("--tune", action="store_true", help="try many cuts")
     parser.add_argument("--as-decoded", action="store_true", help="fp32 results, and GEGLU folded in")
     options = parser.parse_args()
-    maker = default_maker()
-    if maker is None:
+    launcher = default_launcher()
+    if launcher is None:
         print("no GPU: the kernels run on Metal, or on NVIDIA with MLX's cuda extra", file=sys.stderr)
         return 2
     info = mx.device_info() if hasattr(mx, "device_info") else {}
@@ -207,7 +208,7 @@ def main() -> int:
     for name, shapes in SHAPES.items():
         if options.only in (None, name):
             for n, k in (shape for shape in shapes if options.rows in (None, shape[0])):
-                worst = max(worst, measure(name, n, k, options.tokens, maker, options.tune, options.as_decoded))
+                worst = max(worst, measure(name, n, k, options.tokens, launcher, options.tune, options.as_decoded))
     for n, k in LARGE[: 0 if options.tune else 2]:
         stock(n, k)
     return int(worst > LIMIT)

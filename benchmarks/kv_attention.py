@@ -4,9 +4,9 @@
 
 In: nothing; random keys, values and queries are made here, cut into segments as a state cuts them. Out: a table: time
 of one layer's attention for one token, TB/s of keys and values as they are held, the kernel's error against double
-precision. Full precision has two kernels: `old`, attention.metal's, and the one on matrix units, long.metal's, both
-timed whatever the length. Each call waits for the one before, and copies of the keys and values take turns, so that no
-cache holds them; what is unused of the tail is NaN. `--tune` tries other cuts.
+precision. Full precision has two kernels: `old`, attention.metal's, and the one on matrix units,
+long_attention.metal's, both timed whatever the length. Each call waits for the one before, and copies of the keys and
+values take rotations, so that no cache holds them; what is unused of the tail is NaN. `--tune` tries other cuts.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
-os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "20")  # the GPU begins while the host still hands over the rest
-
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma4 import attention, coded_attention, kv_codes, long_attention
-from mlx_gemma4.kernels import default_maker
-from mlx_gemma4.segments import Layout
+from mlx_gemma4.gpu.render import default_launcher
+from mlx_gemma4.kv import quantization
+from mlx_gemma4.kv.segments import SegmentLayout
+from mlx_gemma4.ops import attention, long_attention, quantized_attention
+
+os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "20")  # the GPU begins while the host still hands over the rest
 
 SHAPES = ((32, 4), (16, 2), (16, 1), (8, 1), (8, 2))  # query heads, KV heads: 31B, 26B-A4B, 12B, E2B, E4B
 DIM, TAIL, IN_TAIL = 512, 64, 33
@@ -38,17 +39,17 @@ CALLS = 40
 Layer = tuple[list[Any], Any]  # parts of sealed tokens, and the tail
 
 
-def made(heads: int, length: int, kind: str, turn: mx.array) -> Layer:
+def made(heads: int, length: int, kind: str, rotation: mx.array) -> Layer:
     """Keys and values of one layer of `length` tokens."""
     tail = [normal(heads, TAIL) for _ in range(2)]
     used = (mx.arange(TAIL) < IN_TAIL)[:, None]
     tail = [mx.where(used, a, mx.array(float("nan"), a.dtype)) for a in tail]
     parts, start = [], 0
-    for end in Layout().ends(length - IN_TAIL):
+    for end in SegmentLayout().ends(length - IN_TAIL):
         pieces = []
         for at in range(start, end, CHUNK):
             k, v = (normal(heads, min(CHUNK, end - at)) for _ in range(2))
-            pieces.append((k, v) if kind == "full" else kv_codes.encode(k, v, turn, kind))
+            pieces.append((k, v) if kind == "full" else quantization.quantize(k, v, rotation, kind))
             mx.eval(pieces[-1])
         parts.append(tuple(mx.concatenate(list(arrays), axis=2) for arrays in zip(*pieces, strict=True)))
         mx.eval(parts)
@@ -72,21 +73,23 @@ def nbytes(layer: Layer) -> int:
     return sealed + sum(int(a.nbytes) * IN_TAIL // TAIL for a in layer[1])
 
 
-def call(layer: Layer, kind: str, turn: mx.array, scale: float, cut: Any = None) -> Callable[[mx.array], mx.array]:
+def call(layer: Layer, kind: str, rotation: mx.array, scale: float, cut: Any = None) -> Callable[[mx.array], mx.array]:
     """Attention of q [1, H, D] over a layer."""
     parts, tail = layer
-    maker = default_maker()
-    assert maker is not None
+    launcher = default_launcher()
+    assert launcher is not None
     ends = [[0, part[0].shape[2]] for part in parts]
     spans, all_spans = mx.array([[0, IN_TAIL]], mx.int32), mx.array([*ends, [0, IN_TAIL]], mx.int32)
-    if isinstance(cut, attention.Cut):
-        return lambda q: attention.attention(q, [*parts, tail], all_spans, maker, scale=scale, out=mx.float32, cut=cut)
+    if isinstance(cut, attention.LaunchConfig):
+        return lambda q: attention.attention(
+            q, [*parts, tail], all_spans, launcher, scale=scale, out=mx.float32, cut=cut
+        )
     if kind == "full":
         return lambda q: long_attention.long_attention(
-            q, [*parts, tail], all_spans, maker, scale=scale, out=mx.float32, cut=cut
+            q, [*parts, tail], all_spans, launcher, scale=scale, out=mx.float32, cut=cut
         )
-    return lambda q: coded_attention.coded_attention(
-        q, parts, turn, tail, spans, maker, scale=scale, out=mx.float32, cut=cut
+    return lambda q: quantized_attention.quantized_attention(
+        q, parts, rotation, tail, spans, launcher, scale=scale, out=mx.float32, cut=cut
     )
 
 
@@ -112,9 +115,9 @@ def seconds(calls: list[Callable[[mx.array], mx.array]], q: mx.array) -> float:
 # ---------------------------------------------------------------- double precision
 
 
-def reference(q: mx.array, layer: Layer, turn: mx.array, scale: float, heads: int) -> np.ndarray:
+def reference(q: mx.array, layer: Layer, rotation: mx.array, scale: float, heads: int) -> np.ndarray:
     """Attention of the queries of the first KV head, fp64 [heads, D], over what the layer holds."""
-    q64, (signs, back) = exact(q)[0, :heads], exact(turn)
+    q64, (signs, back) = exact(q)[0, :heads], exact(rotation)
     turned = hadamard(q64 * signs) / DIM
     scores, values = [], []
     for a, b in layer[0]:
@@ -130,20 +133,22 @@ def reference(q: mx.array, layer: Layer, turn: mx.array, scale: float, heads: in
     top = max(s.max() for s in scores)
     weights = [np.exp(scale * (s - top)) for s in scores]
     sums = {True: np.zeros((heads, DIM)), False: np.zeros((heads, DIM))}
-    for w, (v, coded) in zip(weights, values, strict=True):
-        sums[coded] += w @ v
+    for w, (v, quantized) in zip(weights, values, strict=True):
+        sums[quantized] += w @ v
     whole: np.ndarray = sum(w.sum(axis=1, keepdims=True) for w in weights)
     result: np.ndarray = (sums[False] + hadamard(sums[True]) * back / DIM) / whole
     return result
 
 
 def decoded(codes: mx.array, scales: mx.array) -> np.ndarray:
-    """fp64 [n, 2, D], from codes [n, 2, words] and scales [n, 2]; read as kv_codes.py says, not with its functions."""
+    """fp64 [n, 2, D], from codes [n, 2, words] and scales [n, 2]; read as kv/quantization.py says, not with its
+    functions.
+    """
     words = np.array(codes)
     bits = words.shape[-1] * 32 // DIM
     each = (words[..., None] >> (np.arange(32 // bits, dtype=np.uint32) * bits)) & ((1 << bits) - 1)
     each = each.reshape(*words.shape[:-1], DIM)
-    levels = np.array(kv_codes.LEVELS)[each & 7] * np.where(each & 8, -1.0, 1.0) if bits == 4 else each - 128.0
+    levels = np.array(quantization.LEVELS)[each & 7] * np.where(each & 8, -1.0, 1.0) if bits == 4 else each - 128.0
     return np.asarray(levels * exact(scales)[..., None])
 
 
@@ -168,7 +173,7 @@ def cuts(kind: str, heads: tuple[int, int], layer: Layer, tune: bool) -> list[An
     found: list[Any] = [None]
     if kind == "full":
         lengths.append(TAIL)
-        found.append(attention.attention_cut(lengths, rows, kv_heads))
+        found.append(attention.launch_config(lengths, rows, kv_heads))
         if tune:
             options: list[dict[str, Any]] = [
                 {"waves": 2},
@@ -181,8 +186,8 @@ def cuts(kind: str, heads: tuple[int, int], layer: Layer, tune: bool) -> list[An
                 {"batch": 8},
             ]
             options += [{"tiles": 1}, {"simdgroups": 4, "batch": 4, "resident": 3}] if rows > 8 else []
-            made = [long_attention.long_cut(lengths, rows, kv_heads, DIM, **o) for o in options]
-            own = long_attention.long_cut(lengths, rows, kv_heads, DIM)
+            made = [long_attention.long_launch_config(lengths, rows, kv_heads, DIM, **o) for o in options]
+            own = long_attention.long_launch_config(lengths, rows, kv_heads, DIM)
             found += [cut for cut in dict.fromkeys(made) if cut != own]
             found += [replace(own, merging=n) for n in (8, 16, 32) if n != own.merging]
     elif tune:
@@ -191,40 +196,40 @@ def cuts(kind: str, heads: tuple[int, int], layer: Layer, tune: bool) -> list[An
             across = -(-rows // (8 * tiles)) * kv_heads
             for groups in (132, 264, 396, 528, 660, 792):
                 pieces = -(-blocks // max(1, -(-blocks * across // groups)))
-                found.append(coded_attention.CodedCut(4, tiles, pieces))
+                found.append(quantized_attention.QuantizedLaunchConfig(4, tiles, pieces))
     return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", default="2048,8192,32768,131072", help="tokens, separated by commas")
-    parser.add_argument("--kinds", default=",".join(kv_codes.KINDS), help="of keys and values, separated by commas")
+    parser.add_argument("--kinds", default=",".join(quantization.KINDS), help="of keys and values, separated by commas")
     parser.add_argument("--heads", default="", help="only these, such as 16/1, separated by commas")
     parser.add_argument("--tune", action="store_true", help="also try other cuts")
     options = parser.parse_args()
-    if default_maker() is None:
+    if default_launcher() is None:
         print("No GPU here: nothing to time.")
         return 1
     mx.random.seed(0)
-    turn, scale, failed = kv_codes.turns(DIM), DIM**-0.5, False
+    rotation, scale, failed = quantization.rotations(DIM), DIM**-0.5, False
     print("| query / KV heads of 512 | tokens | kv | MB | us | TB/s | error |\n|---|---|---|---|---|---|---|")
     for heads, kv_heads in SHAPES:
         if options.heads and f"{heads}/{kv_heads}" not in options.heads.split(","):
             continue
         q = (mx.random.normal((1, heads, DIM)) * 3).astype(mx.float16)
-        mx.eval(q, turn)
+        mx.eval(q, rotation)
         for length in map(int, options.lengths.split(",")):
             for kind in options.kinds.split(","):
-                layer = made(kv_heads, length, kind, turn)
+                layer = made(kv_heads, length, kind, rotation)
                 size, group = nbytes(layer), heads // kv_heads
-                want = reference(q, layer, turn, scale, group)
+                want = reference(q, layer, rotation, scale, group)
                 layers = [layer, *(another(layer, i) for i in range(1, max(2, int(-(-TOGETHER // size)))))]
                 for cut in cuts(kind, (heads, kv_heads), layer, options.tune):
-                    got = exact(call(layer, kind, turn, scale, cut)(q)).reshape(heads, DIM)[:group]
+                    got = exact(call(layer, kind, rotation, scale, cut)(q)).reshape(heads, DIM)[:group]
                     error = np.linalg.norm(got - want) / np.linalg.norm(want)
                     failed |= not error < 2e-3
-                    took = seconds([call(one, kind, turn, scale, cut) for one in layers], q)
-                    tried = " old" if isinstance(cut, attention.Cut) else f" {cut}" if cut else ""
+                    took = seconds([call(one, kind, rotation, scale, cut) for one in layers], q)
+                    tried = " old" if isinstance(cut, attention.LaunchConfig) else f" {cut}" if cut else ""
                     print(
                         f"| {heads} / {kv_heads} | {length} | {kind}{tried} | {size / 1e6:.1f} | {took * 1e6:.1f} "
                         f"| {size / took / 1e12:.2f} | {error:.1e} |",

@@ -16,13 +16,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_gemma4 import kv_codes
 from mlx_gemma4.config import LayerConfig
-from mlx_gemma4.decode import Kernels
 from mlx_gemma4.execution import execution
-from mlx_gemma4.kernels import default_maker
+from mlx_gemma4.gpu.render import default_launcher
+from mlx_gemma4.kv import quantization
+from mlx_gemma4.kv.state import KVState, kv_bytes
 from mlx_gemma4.memory import on_cpu
-from mlx_gemma4.state import KVState, kv_bytes
+from mlx_gemma4.ops.dispatch import Kernels
 
 LAYERS, EVERY = 60, 6  # every 6th layer is global
 SLIDING, GLOBAL = (16, 256), (4, 512)  # KV heads, and their size
@@ -37,9 +37,9 @@ def stand_in() -> Any:
         kv_heads, dim = GLOBAL if i % EVERY == EVERY - 1 else SLIDING
         sliding = i % EVERY != EVERY - 1
         layers.append(LayerConfig(sliding=sliding, heads=HEADS, kv_heads=kv_heads, head_dim=dim, ffn=0, kv_layer=i))
-    turns = {i: kv_codes.turns(layer.head_dim) for i, layer in enumerate(layers) if not layer.sliding}
-    config, maker = SimpleNamespace(layers=tuple(layers), window=WINDOW), default_maker()
-    return SimpleNamespace(config=config, turns=turns, kernels=Kernels(maker) if maker else None)
+    rotations = {i: quantization.rotations(layer.head_dim) for i, layer in enumerate(layers) if not layer.sliding}
+    config, launcher = SimpleNamespace(layers=tuple(layers), window=WINDOW), default_launcher()
+    return SimpleNamespace(config=config, rotations=rotations, kernels=Kernels(launcher) if launcher else None)
 
 
 def filled(model: Any, length: int, kind: str) -> tuple[KVState, float, int]:
@@ -70,13 +70,13 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="fill states and ask MLX what it holds")
     options = parser.parse_args()
     model = stand_in()
-    mx.eval(list(model.turns.values()))
+    mx.eval(list(model.rotations.values()))
     print(f"31B shape, {options.length} tokens, fp16; MB on {'a CPU' if on_cpu() else mx.device_info()['device_name']}")
     head = (
         "| kv | at most | arrays | held by MLX | at most, last chunk | s |" if options.measure else "| kv | at most |"
     )
     print(head + "\n" + "|---" * (head.count("|") - 1) + "|")
-    for kind in kv_codes.KINDS:
+    for kind in quantization.KINDS:
         most = kv_bytes(model.config, mx.float16, options.length, CHUNK, kv=kind)
         line = f"| {kind} | {most / 1e6:,.0f} |"
         if options.measure:

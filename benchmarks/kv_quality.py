@@ -17,9 +17,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gemma4 import load
-from mlx_gemma4.generation import Sampling, generate_tokens
-from mlx_gemma4.model import Model
-from mlx_gemma4.text import LanguageModel
+from mlx_gemma4.conversation.language_model import LanguageModel
+from mlx_gemma4.generation.loop import Sampling, generate_tokens
+from mlx_gemma4.model.model import Model
 
 CHUNK = 512  # tokens read at once
 FOLLOWING = 256  # tokens whose distributions are compared

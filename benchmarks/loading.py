@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_gemma4.doctor import MLX, device_name
-from mlx_gemma4.llama_bench import read_row
+from mlx_gemma4.doctor.verdict import MLX, device_name
+from mlx_gemma4.measure.llama_bench import read_row
 
 OURS = """
 import sys

@@ -20,20 +20,26 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-import make_synthetic
 import mlx.core as mx
 
-from mlx_gemma4 import cuda, cuda_graph, decode, doctor, kernel_checks, kernel_sizes, kernels, loader, quant, tiles
 from mlx_gemma4.config import config_from_gguf
-from mlx_gemma4.decode import Kernels
+from mlx_gemma4.doctor import checks, sizes, verdict
 from mlx_gemma4.execution import execution
-from mlx_gemma4.loader import Entry, Source, load_model
-from mlx_gemma4.memory import Plan
-from mlx_gemma4.model import Model
-from mlx_gemma4.recording import Launch, Spot
-from mlx_gemma4.state import KVState
+from mlx_gemma4.gpu import cuda_compiler, cuda_graph, render
+from mlx_gemma4.gpu.recording import Launch, Region
+from mlx_gemma4.kv.state import KVState
+from mlx_gemma4.loading import loader
+from mlx_gemma4.loading.loader import load_model
+from mlx_gemma4.loading.tensors import Entry, Source
+from mlx_gemma4.memory import MemoryPlan
+from mlx_gemma4.model import decode
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.ops import many_rows
+from mlx_gemma4.ops.dispatch import Kernels
+from mlx_gemma4.quant import formats
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import make_synthetic
 
 DEPTHS = (0, 1, 530, 2100, 8200, 32800, 130100)  # tokens before a step: as many arrangements of a state's parts
 CODED_DEPTHS = (8200, 32800, 130100)  # where keys and values are in codes
@@ -42,12 +48,12 @@ CHUNK = 1024
 
 def zeros(type: str, shape: tuple[int, ...]) -> Any:
     """A weight of a GGUF type that takes no memory while nothing evaluates it."""
-    if type not in quant.FORMATS:
+    if type not in formats.FORMATS:
         return mx.zeros(shape, {"F32": mx.float32, "BF16": mx.bfloat16}[type])
-    f, (*rows, k) = quant.FORMATS[type], shape
+    f, (*rows, k) = formats.FORMATS[type], shape
     sub = mx.zeros((*rows, k // f.group * f.sub_bits // 8), mx.uint8) if f.sub_bits else None
     top = mx.zeros((*rows, k // f.super_block, 1 + f.has_min), mx.float16) if f.super_block else None
-    return quant.Packed(f, shape, mx.zeros((*rows, k * f.bits // 32), mx.uint32), sub, top)
+    return formats.Packed(f, shape, mx.zeros((*rows, k * f.bits // 32), mx.uint32), sub, top)
 
 
 def lazy_model(kind: str, run: Kernels, packed: bool = True) -> Model:
@@ -66,7 +72,7 @@ def lazy_model(kind: str, run: Kernels, packed: bool = True) -> Model:
     entries = {name: Entry(shape, type, prod(shape)) for name, (shape, type) in tensors.items()}
     source = Source(kind, entries, read, lambda name, _: prod(tensors[name][0]))
     # No memory is taken, so none need be free.
-    with patch.object(loader, "make_plan", lambda *_: Plan("packed", 0, 1 << 40)):
+    with patch.object(loader, "make_plan", lambda *_: MemoryPlan("packed", 0, 1 << 40)):
         return load_model(config_from_gguf(keys, kind), source, "packed", kernels=run)[0]
 
 
@@ -96,32 +102,32 @@ class Idle:
     def wait(self) -> None: ...
     def forget(self) -> None: ...
 
-    def read(self, spot: Spot) -> mx.array:
+    def read(self, spot: Region) -> mx.array:
         return mx.zeros(spot.shape, spot.dtype)
 
 
 class Compiler(Idle):
     def load(self, launches: Sequence[Launch], nbytes: int, *_: Any) -> None:
         for kernel, types, ranks in dict.fromkeys(map(cuda_graph.text_arguments, launches)):
-            cuda.machine_code(cuda_graph.text(kernel, types, ranks), kernel.name)
+            cuda_compiler.machine_code(cuda_graph.text(kernel, types, ranks), kernel.name)
 
 
-def turned(model: Model) -> None:
-    """Give a lazy model what it would find out by reading tokens: how keys and values are turned for codes."""
+def add_rotations(model: Model) -> None:
+    """Give a lazy model what it would find out by reading tokens: how keys and values are add_rotations for codes."""
     shapes = {i: s for i, s in enumerate(model.config.layers) if s.kv_layer == i and not s.sliding}
-    model.__dict__["turns"] = {i: mx.zeros((2 + s.kv_heads, s.head_dim)) for i, s in shapes.items()}
+    model.__dict__["rotations"] = {i: mx.zeros((2 + s.kv_heads, s.head_dim)) for i, s in shapes.items()}
 
 
 def launch_all(model: Model, run: Kernels) -> None:
     """Ask for each kernel that loading, prompts and decode steps take."""
-    for check in kernel_checks.checks(kernel_sizes.sizes_of(model), doctor.QUICK_LENGTHS, doctor.QUICK_ROWS):
-        check.make().kernel(run.maker)
+    for check in checks.checks(sizes.sizes_of(model), verdict.QUICK_LENGTHS, verdict.QUICK_ROWS):
+        check.make().kernel(run.launcher)
     weights = [w for layer in model.weights.layers for w in vars(layer).values()]
-    for w in {(w.format.name, w.shape[-1]): w for w in weights if isinstance(w, quant.Packed)}.values():
-        tiles.expand(w, run.maker)
-    step, replay = decode.make_step(model, run, model._rope_of)
+    for w in {(w.format.name, w.shape[-1]): w for w in weights if isinstance(w, formats.Packed)}.values():
+        many_rows.expand(w, run.launcher)
+    step, replay = decode.make_step(model.loaded, run, model._rope_of)
     assert replay is not None
-    turned(model)
+    add_rotations(model)
     with execution():
         for kv, depth in [*(("full", n) for n in DEPTHS), *itertools.product(("q8", "tq4"), CODED_DEPTHS)]:
             states = [model.new_state(kv=kv) for _ in range(2)]
@@ -146,15 +152,15 @@ def main() -> int:
     mx.device_info = lambda *_: {"architecture": options.architecture}
     mx.fast.precompiled_cuda_kernel = launched
     Model.kv_dtype = mx.float16  # type: ignore[assignment, method-assign]
-    kernel_checks.on_cpu = lambda: False  # type: ignore[attr-defined]
-    cuda._keys_work = lambda: True  # type: ignore[assignment]
-    trial = cuda.kernel(cuda._TRIAL, ["x"], ["y"], "y[threadIdx.x] = x[threadIdx.x] + 1;", "")
+    checks.on_cpu = lambda: False  # type: ignore[attr-defined]
+    cuda_compiler.keys_work = lambda: True  # type: ignore[assignment]
+    trial = cuda_compiler.kernel(cuda_compiler.TRIAL, ["x"], ["y"], "y[threadIdx.x] = x[threadIdx.x] + 1;", "")
     trial([mx.arange(8, dtype=mx.int32)], (8, 1, 1), (8, 1, 1), [(8,)], [mx.int32])
     for name in cuda_graph.TEXTS:
         cuda_graph.module(name)
     failed = 0
     for kind in options.models:
-        run = Kernels(kernels.cuda_maker, player=Compiler)
+        run = Kernels(render.cuda_launcher, player=Compiler)
         launch_all(lazy_model(kind, run), run)
         print(f"{kind}: {len(list(options.folder.glob('*.ptx')))} kernels so far", *sorted(run.off), flush=True)
         failed += len(run.off)

@@ -17,12 +17,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gemma4 import load
-from mlx_gemma4.doctor import MLX
+from mlx_gemma4.doctor.verdict import MLX
 from mlx_gemma4.execution import execution
-from mlx_gemma4.generation import Sampling, generate_tokens
-from mlx_gemma4.model import Model
-from mlx_gemma4.prefix import PrefixStore, reply
-from mlx_gemma4.state import KVState
+from mlx_gemma4.generation.loop import Sampling, generate_tokens
+from mlx_gemma4.generation.prefix import PrefixCache, reply
+from mlx_gemma4.kv.state import KVState
+from mlx_gemma4.model.model import Model
 
 GREEDY = Sampling(temperature=0)
 
@@ -44,7 +44,7 @@ def main() -> None:
 def prefix(model: Model, tokens: int, changed: int, rounds: int) -> None:
     """The first token, cold and from what the store holds. The kept state has a reply of 100 tokens at its end."""
     prompt = random_tokens(model, tokens, 0)
-    store = PrefixStore(model)
+    store = PrefixCache(model)
     for _ in reply(store, prompt, GREEDY, 100):
         pass
     cold, reused = [], []

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mlx_gemma4.bench import fill, load_subject
-from mlx_gemma4.generation import Sampling, generate_tokens
-from mlx_gemma4.model import Model
-from mlx_gemma4.state import KVState
+from mlx_gemma4.generation.loop import Sampling, generate_tokens
+from mlx_gemma4.kv.state import KVState
+from mlx_gemma4.measure.bench import fill, load_subject
+from mlx_gemma4.model.model import Model
 
 WARM, STEPS = 12, 16
 

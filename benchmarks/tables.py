@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from mlx_gemma4.inspection import BANDWIDTHS
+from mlx_gemma4.measure.inspection import BANDWIDTHS
 
 ORDER = ("E2B", "E4B", "12B", "26B-A4B", "31B")
 TARGETS = {"decode": {"31B": 1.35, "": 1.2}, "prefill": {"31B": 1.0, "": 0.9}}  # ours to llama.cpp's; "": any other

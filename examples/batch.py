@@ -1,6 +1,6 @@
 """A reply to each line of a file, as lines of JSON: python examples/batch.py [MODEL [FILE]]
 
-What the prompts have in common (the system's message) is read once and kept in a `PrefixStore`. The file grows line
+What the prompts have in common (the system's message) is read once and kept in a `PrefixCache`. The file grows line
 by line; a run that was interrupted goes on where it stopped: lines that are answered are left out.
 """
 
@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import mlx_gemma4
-from mlx_gemma4 import InputError, PrefixStore, ReplyOptions
+from mlx_gemma4 import InputError, PrefixCache, ReplyOptions
 
 model = sys.argv[1] if len(sys.argv) > 1 else None
 prompts = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).with_name("prompts.txt")
 answers = Path(f"{prompts.stem}.answers.jsonl")
 
 lm = mlx_gemma4.load(model)
-store = PrefixStore(lm.model, max_kv_bytes=500_000_000)
+store = PrefixCache(lm.model, max_kv_bytes=500_000_000)
 options = ReplyOptions(max_tokens=60)
 system = {"role": "system", "content": "You tell tales, in three sentences at most."}
 

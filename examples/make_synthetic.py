@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mlx_gemma4.config import config_from_gguf
-from mlx_gemma4.gguf_file import TENSOR_TYPES, open_gguf
-from mlx_gemma4.loader import tensor_specs
+from mlx_gemma4.files.gguf import TENSOR_TYPES, open_gguf
+from mlx_gemma4.loading.tensors import tensor_specs
 
 # layers, hidden, query heads, kv heads (sliding, global), ffn, window, a global layer every, K=V on global layers
 SHAPES: dict[str, tuple[int, int, int, tuple[int, int], int, int, int, bool]] = {

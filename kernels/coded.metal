@@ -1,11 +1,11 @@
-// Attention of a few new tokens over keys and values in codes (mlx_gemma4/kv_codes.py), which stay codes:
-//   with q' = H (turn * q):  score_j = SCALE (scale_j / D  sum over i of level(code_j[i]) q'[i]  +  q . center),
+// Attention of a few new tokens over keys and values in codes (mlx_gemma4/kv/quantization.py), which stay codes:
+//   with q' = H (rotation * q):  score_j = SCALE (scale_j / D  sum over i of level(code_j[i]) q'[i]  +  q . center),
 //   sums = sum over j of 2^(score_j - top) scale'_j level(code'_j),   still in the codes' space, but for part of the H
 // that leads back: H of D is H over each simdgroup's columns, a slice, which is done here, and over the slices, which
-// `merge_coded` does, as it adds up the pieces and those of the tail. So no threadgroup needs a row's columns all.
+// `merge_quantized` does, as it adds up the pieces and those of the tail. So no threadgroup needs a row's columns all.
 //
-// q [tokens, H, D], the H heads in groups of GQA that share a KV head; turn fp32 [2, D], of which the first row is
-// meant here, and the second (signs alone) by `merge_coded`; with CENTERED, G rows more: the centers. Part i: c [G, n_i, 2, WORDS], codes of each token's key,
+// q [tokens, H, D], the H heads in groups of GQA that share a KV head; rotation fp32 [2, D], of which the first row is
+// meant here, and the second (signs alone) by `merge_quantized`; with CENTERED, G rows more: the centers. Part i: c [G, n_i, 2, WORDS], codes of each token's key,
 // then its value, s [G, n_i, 2] their scales. Queries see all of every part.
 //
 // Threads. A threadgroup (SG simdgroups) takes 8 TILES of the GQA * tokens queries of one KV head and one piece of the
@@ -21,7 +21,7 @@
 // Memory. Codes and scales once for each 8 TILES queries; sums (fp32, [tokens H, pieces, D]) written once, read once.
 //
 // Rendered before: T (dtype of q), D, GQA, BITS, CENTERED, SG, TILES, PARTS, SCALE; of 4 bits, LEVELS (8 fp16 as
-// bits), LOW_0, LOW_1, HIGH_0, HIGH_1 (their low and high bytes). For `encode`: T (of keys and values), D, BITS, CENTERED, and
+// bits), LOW_0, LOW_1, HIGH_0, HIGH_1 (their low and high bytes). For `quantize_kv`: T (of keys and values), D, BITS, CENTERED, and
 // MAGNITUDES, BOUNDS (the levels, and the 7 halfway between them) as floats.
 // uses: matrix.metal
 
@@ -43,7 +43,7 @@
 #define WITHIN(most, n) ((n) < 1 ? 1 : (n) < (most) ? (n) : (most))
 #define EARLY_K WITHIN(K_STEPS, EARLY / (2 * K_WORDS * TILES))
 #define EARLY_V WITHIN(SG, EARLY / (4 * V_WORDS * TILES))
-// Whether there is a row r, of those that simdgroups take in turn: mostly known beforehand.
+// Whether there is a row r, of those that simdgroups take in rotation: mostly known beforehand.
 #define OWNED(r) (ROWS % SG == 0 || (r) < ROWS)
 #define UNSEEN -1e30f
 
@@ -100,7 +100,7 @@ METAL_FUNC void hadamard(thread float* v, int lane) {
   hadamard_own(v, D / 32);
 }
 
-#ifdef PARTS  // for `coded_attention`
+#ifdef PARTS  // for `quantized_attention`
 struct Coded {
   const device uint* codes;
   const device half* scales;
@@ -161,7 +161,7 @@ METAL_FUNC void load_values(Block block, int group, int sg, int lane, thread uin
 }
 #endif
 
-// kernel: coded_attention(q, turn, c0, s0, c1?, s1?, c2?, s2?, c3?, s3?, c4?, s4?, c5?, s5?, c6?, s6?) -> (sums, stats)
+// kernel: quantized_attention(q, rotation, c0, s0, c1?, s1?, c2?, s2?, c3?, s3?, c4?, s4?, c5?, s5?, c6?, s6?) -> (sums, stats)
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int lane_g = LANE_G, lane_t = LANE_T;
 const int first_row = int(threadgroup_position_in_grid.x) * ROWS;
@@ -223,8 +223,8 @@ for (int step = 0; step < EARLY_K; step++) load_keys(block, step, sg, lane, keys
 float signs[D / 32], center[D / 32];
 UNROLL
 for (int j = 0; j < D / 32; j++) {
-  signs[j] = turn[j * 32 + lane] / D;
-  center[j] = CENTERED ? turn[(2 + g) * D + j * 32 + lane] : 0.0f;
+  signs[j] = rotation[j * 32 + lane] / D;
+  center[j] = CENTERED ? rotation[(2 + g) * D + j * 32 + lane] : 0.0f;
 }
 INPUTS_READY();
 
@@ -443,18 +443,18 @@ for (int tile = 0; tile < TILES; tile++) {
   }
 }
 
-// kernel: merge_coded(sums, stats, tail_sums, tail_stats, turn) -> (out)
+// kernel: merge_quantized(sums, stats, tail_sums, tail_stats, rotation) -> (out)
 // All pieces of a row together, as `merge` of attention.metal has them:
-//   out[row] = (turn * H sum of 2^(m_p - m) sums[row, p] / D  +  sum of 2^(m_t - m) tail_sums[row, t])
+//   out[row] = (rotation * H sum of 2^(m_p - m) sums[row, p] / D  +  sum of 2^(m_t - m) tail_sums[row, t])
 //              / sum over both of 2^(..) l,
-// where H, of which `coded_attention` did the rest, is over the SLICES.
-// sums [rows, pieces, D], stats [rows, pieces, (m, l)] of the coded parts; tail_.. [rows, tail pieces, ..] of the plain
+// where H, of which `quantized_attention` did the rest, is over the SLICES.
+// sums [rows, pieces, D], stats [rows, pieces, (m, l)] of the quantized parts; tail_.. [rows, tail pieces, ..] of the plain
 // one.
 //
 // Threads. A threadgroup of 32 SG threads takes 32 columns of each slice of a row; grid (32 SG, D / SLICES / 32, rows):
 // a row's pieces are up to half a MB, for which a core alone takes longer than for all else here. A thread takes 4
 // columns of every GROUPS-th piece; LANES, all of a simdgroup, share a piece.
-// Rendered before: T, U (of out), D, SG, SLICES (simdgroups of `coded_attention`: 1, 2 or 4), BITS and its levels.
+// Rendered before: T, U (of out), D, SG, SLICES (simdgroups of `quantized_attention`: 1, 2 or 4), BITS and its levels.
 constexpr int LANES = 8 * SLICES, GROUPS = 32 * SG / LANES, WIDTH = D / SLICES;
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int i = int(thread_index_in_threadgroup), group = i / LANES, row = int(threadgroup_position_in_grid.z);
@@ -462,7 +462,7 @@ const int first_column = int(threadgroup_position_in_grid.y) * 32;  // of each s
 const int column = lane % LANES / 8 * WIDTH + first_column + lane % 8 * 4;
 const int pieces = stats_shape[1], tail_pieces = tail_stats_shape[1];
 const int start = row * pieces, tail_start = row * tail_pieces;
-const device float* coded = sums + ulong(start) * D + column;
+const device float* quantized = sums + ulong(start) * D + column;
 const device float* plain = tail_sums + ulong(tail_start) * D + column;
 
 // All this is asked for at once: sums of AHEAD * GROUPS pieces, most often all, and of GROUPS of the tail's; and the
@@ -477,14 +477,14 @@ UNROLL
 for (int a = 0; a < AHEAD; a++) {
   UNROLL
   for (int j = 0; j < 4; j++) first[a][j] = 0;
-  if (group + a * GROUPS < pieces) load4(coded + (group + a * GROUPS) * D, first[a]);
+  if (group + a * GROUPS < pieces) load4(quantized + (group + a * GROUPS) * D, first[a]);
 }
 if (group < tail_pieces) load4(plain + group * D, tail_first);
 const float m = i < pieces ? stats[(start + i) * 2] : UNSEEN, l = i < pieces ? stats[(start + i) * 2 + 1] : 0.0f;
 const float tail_m = i < tail_pieces ? tail_stats[(tail_start + i) * 2] : UNSEEN;
 const float tail_l = i < tail_pieces ? tail_stats[(tail_start + i) * 2 + 1] : 0.0f;
 UNROLL
-for (int j = 0; j < 4; j++) back[j] = turn[D + column + j] / D;
+for (int j = 0; j < 4; j++) back[j] = rotation[D + column + j] / D;
 simdgroup_barrier(mem_flags::mem_none);  // without, NVIDIA's compiler waits for stats first
 
 threadgroup float tops[SG];
@@ -517,7 +517,7 @@ for (int a = 0; a < AHEAD; a++) {  // AHEAD * GROUPS is at most 32 SG
 #pragma unroll 4
 for (int p = group + AHEAD * GROUPS; p < pieces; p += GROUPS) {
   float value[4];
-  load4(coded + p * D, value);
+  load4(quantized + p * D, value);
   const float weight = exp2(stats[(start + p) * 2] - top);
   UNROLL
   for (int j = 0; j < 4; j++) acc[j] += weight * value[j];
@@ -550,9 +550,9 @@ if (i < 32 * SLICES) {
   out[row * D + i / 32 * WIDTH + first_column + i % 32] = U(value / total);
 }
 
-// kernel: encode(keys, values, turn) -> (codes, scales)
-// Codes and scales of keys and values [rows, D], as kv_codes.py has them: codes [rows, 2, WORDS], scales [rows, 2];
-// turn as above. A simdgroup takes one vector, 8 a threadgroup; grid (256 ceil(rows / 4), 1, 1). Each byte once.
+// kernel: quantize_kv(keys, values, rotation) -> (codes, scales)
+// Codes and scales of keys and values [rows, D], as kv/quantization.py has them: codes [rows, 2, WORDS], scales [rows, 2];
+// rotation as above. A simdgroup takes one vector, 8 a threadgroup; grid (256 ceil(rows / 4), 1, 1). Each byte once.
 const int lane = int(thread_index_in_simdgroup);
 const int unit = int(threadgroup_position_in_grid.x) * 8 + int(simdgroup_index_in_threadgroup);
 if (unit < 2 * keys_shape[0]) {
@@ -562,13 +562,13 @@ if (unit < 2 * keys_shape[0]) {
     const int d = j * 32 + lane, at = unit / 2 * D + d;
     if (unit % 2 == 0) {
 #if CENTERED
-      const int g = unit / 2 / (keys_shape[0] / (turn_shape[0] - 2));
-      v[j] = (float(keys[at]) - turn[(2 + g) * D + d]) / turn[d];
+      const int g = unit / 2 / (keys_shape[0] / (rotation_shape[0] - 2));
+      v[j] = (float(keys[at]) - rotation[(2 + g) * D + d]) / rotation[d];
 #else
-      v[j] = float(keys[at]) / turn[d];
+      v[j] = float(keys[at]) / rotation[d];
 #endif
     } else {
-      v[j] = float(values[at]) * turn[D + d];
+      v[j] = float(values[at]) * rotation[D + d];
     }
   }
   hadamard(v, lane);

@@ -5,10 +5,11 @@
     lm = mlx_gemma4.load("gemma-4-E2B-it-Q4_K_M.gguf")
     print(mlx_gemma4.generate(lm, "Why is the sky blue?"))
 
-`load` opens a file, `generate` answers a prompt, `stream` does so piece by piece: see `text`. `chat` replies to
-messages, with thinking, tools and schemas, `stream_reply` and `astream` do so piece by piece: see `conversation`. A
-`Session` is a conversation that goes on: see `session`. Below them stand `loader` (file to model), `model` (tokens to
-logits) and `generation` (logits to tokens).
+`load` opens a file, `generate` answers a prompt, `stream` does so piece by piece: `conversation.completion`. `chat`
+replies to messages, with thinking, tools and schemas, `stream_reply` and `astream` do so piece by piece:
+`conversation.reply`. A `Session` is a conversation that goes on: `conversation.session`. Below them stand `loading`
+(file to model), `model` (tokens to logits) and `generation` (logits to tokens); docs/architecture.md has the whole
+tree.
 """
 
 from __future__ import annotations
@@ -20,41 +21,52 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError
 
 if TYPE_CHECKING:
-    from .conversation import Reply, ReplyChunk, ReplyOptions, achat, astream, chat, prompt_ids, stream_reply
-    from .generation import Statistics
-    from .messages import tool_result
-    from .mlx_lm_adapter import for_mlx_lm
-    from .prefix import PrefixStore
-    from .replies import Event, Text, Thinking, ToolCall
-    from .sampling import Sampling, Token
-    from .session import Session
-    from .text import Chunk, LanguageModel, generate, load, stream
+    from .chat_format.messages import tool_result
+    from .chat_format.replies import Event, Text, Thinking, ToolCall
+    from .conversation.completion import Chunk, generate, stream
+    from .conversation.language_model import LanguageModel, load
+    from .conversation.mlx_lm import for_mlx_lm
+    from .conversation.reply import Reply, ReplyChunk, ReplyOptions, achat, astream, chat, prompt_ids, stream_reply
+    from .conversation.session import Session
+    from .generation.loop import Statistics
+    from .generation.prefix import PrefixCache
+    from .generation.sampling import Sampling, Token
 
 try:
     __version__ = version("mlx-gemma4")
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+source"
 
-# Where each public name is. No name is a module's own: importing that module would put it in the name's place.
-_PLACES = {
-    "conversation": ("Reply", "ReplyChunk", "ReplyOptions", "achat", "astream", "chat", "prompt_ids", "stream_reply"),
-    "generation": ("Statistics",),
-    "messages": ("tool_result",),
-    "mlx_lm_adapter": ("for_mlx_lm",),
-    "prefix": ("PrefixStore",),
-    "replies": ("Event", "Text", "Thinking", "ToolCall"),
-    "sampling": ("Sampling", "Token"),
-    "session": ("Session",),
-    "text": ("Chunk", "LanguageModel", "generate", "load", "stream"),
+# The module of each public name. No folder bears such a name: importing the folder would shadow it.
+_MODULES = {
+    "chat_format.messages": ("tool_result",),
+    "chat_format.replies": ("Event", "Text", "Thinking", "ToolCall"),
+    "conversation.completion": ("Chunk", "generate", "stream"),
+    "conversation.language_model": ("LanguageModel", "load"),
+    "conversation.mlx_lm": ("for_mlx_lm",),
+    "conversation.reply": (
+        "Reply",
+        "ReplyChunk",
+        "ReplyOptions",
+        "achat",
+        "astream",
+        "chat",
+        "prompt_ids",
+        "stream_reply",
+    ),
+    "conversation.session": ("Session",),
+    "generation.loop": ("Statistics",),
+    "generation.prefix": ("PrefixCache",),
+    "generation.sampling": ("Sampling", "Token"),
 }
-_MODULES = {name: module for module, names in _PLACES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Chunk",
     "Event",
     "InputError",
     "LanguageModel",
-    "PrefixStore",
+    "PrefixCache",
     "Reply",
     "ReplyChunk",
     "ReplyOptions",
@@ -80,6 +92,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import MLX and the rest when a public name is first used, so that `mlx-gemma4 --help` need not."""
-    if name not in _MODULES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

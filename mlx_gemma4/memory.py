@@ -21,7 +21,7 @@ HEADROOM = 400_000_000
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """How the weights are held. Sizes in bytes."""
 
     holding: Holding  # "packed": quantized blocks as they are; "dense": fp32
@@ -35,7 +35,7 @@ class Plan:
 
 def make_plan(
     packed: int, dense: int, wanted: Literal["auto", "packed", "dense"], source: str, kv_per_token: int = 0
-) -> Plan:
+) -> MemoryPlan:
     """Choose how to hold a model.
 
     A GPU multiplies packed weights directly. MLX's CPU products of quantized weights are slow
@@ -62,7 +62,7 @@ def make_plan(
             "close other programs or take a smaller quantization",
             exit_code=3,
         )
-    return Plan(holding, weights, available)
+    return MemoryPlan(holding, weights, available)
 
 
 def on_cpu() -> bool:

@@ -13,20 +13,28 @@ import mlx.core as mx
 import numpy as np
 from recorded import HERE
 
-from mlx_gemma4 import kv_codes, load
+from mlx_gemma4 import load
 from mlx_gemma4.execution import execution
-from mlx_gemma4.model import Model
-from mlx_gemma4.segments import Coder, Layout, Part
-from mlx_gemma4.state import KVState, coder_of
+from mlx_gemma4.kv import quantization
+from mlx_gemma4.kv.segments import KVQuantizer, KVView, SegmentLayout
+from mlx_gemma4.kv.state import KVState
+from mlx_gemma4.model.model import Model
 
 
 class SmallModel(Model):
     """A fixture with another window, whose states are cut into small pieces."""
 
-    layout: Layout
+    layout: SegmentLayout
 
-    def new_state(self, max_tokens: int | None = None, kv: str = "full") -> KVState:
-        return KVState(self, mx.float32, max_tokens, self.layout, kv)
+    def new_state(
+        self,
+        max_tokens: int | None = None,
+        kv: str = "full",
+        *,
+        layout: SegmentLayout | None = None,
+        dtype: mx.Dtype | None = None,
+    ) -> KVState:
+        return super().new_state(max_tokens, kv, layout=layout or self.layout, dtype=dtype)
 
 
 @functools.cache
@@ -35,7 +43,7 @@ def _loaded(kind: str) -> Model:
 
 
 @functools.cache
-def small_model(kind: str, window: int, layout: Layout) -> SmallModel:
+def small_model(kind: str, window: int, layout: SegmentLayout) -> SmallModel:
     base = _loaded(kind)
     model = SmallModel(replace(base.config, window=window, context=1 << 17), base.weights)
     model.layout = layout
@@ -45,18 +53,18 @@ def small_model(kind: str, window: int, layout: Layout) -> SmallModel:
 class PlainState:
     """All keys and values since the beginning, as one array a layer; nothing is ever dropped, or encoded for good.
 
-    With another kv than "full", the first `coded` tokens of global layers count as encoded.
+    With another kv than "full", the first `quantized` tokens of global layers count as encoded.
     """
 
     dtype = mx.float32
-    lender = None
+    borrower = None
     arrays: list[mx.array] = []  # noqa: RUF012 - nothing to schedule: the logits need it all
 
     def __init__(self, model: SmallModel, kv: str = "full") -> None:
         self.config, self.layout = model.config, model.layout
         own = [i for i, layer in enumerate(self.config.layers) if layer.kv_layer == i]
-        self.coders = {i: coder_of(model, kv, i) for i in own}
-        self.coded = 0
+        self.quantizers = {i: model.quantizers(kv).get(i) for i in own}
+        self.quantized = 0
         self.top = 0  # length after the last reading, whatever was taken back since
         self.length = 0
         self.rows: dict[int, tuple[mx.array, mx.array]] = {}
@@ -70,21 +78,21 @@ class PlainState:
             k, v = (mx.concatenate([old, new], axis=2) for old, new in zip(self.rows[layer], (k, v), strict=True))
         self.rows[layer] = (k, v)
 
-    def view(self, layer: int, queries: int) -> list[Part]:
+    def view(self, layer: int, queries: int) -> list[KVView]:
         window = self.config.window if self.config.layers[layer].sliding else None
         stop = self.length + self.read
         fits = self.length % self.layout.tail + self.read <= self.layout.tail  # in the tail: nothing is sealed
         sealed = self.length if fits else stop
         ends = self.layout.ends(sealed) if window is None else self.layout.sliding_ends(sealed, window)
         first = 0 if window is None else max(0, stop - queries - window + 1)
-        if coder := self.coders[layer]:
-            return self._parts_in_codes(layer, coder)
+        if quantizer := self.quantizers[layer]:
+            return self._parts_in_codes(layer, quantizer)
         k, v = self.rows[layer]
         bounds = zip([0, *ends], [*ends, stop], strict=True)
         spans = [(max(a, first), b) for a, b in bounds if b > max(a, first)]
-        return [Part(a, k[:, :, a:b], v[:, :, a:b]) for a, b in spans]
+        return [KVView(a, k[:, :, a:b], v[:, :, a:b]) for a, b in spans]
 
-    def _parts_in_codes(self, layer: int, coder: Coder) -> list[Part]:
+    def _parts_in_codes(self, layer: int, quantizer: KVQuantizer) -> list[KVView]:
         """What was sealed before this pass in codes, all else in one part."""
         sealed, ends = self._sealed(), self.layout.ends(self.length)
         if sealed > (ends[-1] if ends else 0):
@@ -92,24 +100,30 @@ class PlainState:
         k, v = self.rows[layer]
         parts = []
         for a, b in itertools.pairwise([0, *ends]):
-            parts.append(Part(a, *kv_codes.encode(k[:, :, a:b], v[:, :, a:b], coder.turn, coder.kind), coder.turn))
-        return [*parts, Part(sealed, k[:, :, sealed:], v[:, :, sealed:])]
+            parts.append(
+                KVView(
+                    a,
+                    *quantization.quantize(k[:, :, a:b], v[:, :, a:b], quantizer.rotation, quantizer.kind),
+                    quantizer.rotation,
+                )
+            )
+        return [*parts, KVView(sealed, k[:, :, sealed:], v[:, :, sealed:])]
 
     def _sealed(self) -> int:
         """Tokens in codes once a full tail is sealed, as it is when more come."""
-        return self.length if self.length % self.layout.tail == 0 else self.coded
+        return self.length if self.length % self.layout.tail == 0 else self.quantized
 
     def advance(self, ids: mx.array) -> None:
         fits = self.length % self.layout.tail + ids.size <= self.layout.tail
-        self.coded, self.length = self._sealed(), self.length + ids.size
+        self.quantized, self.length = self._sealed(), self.length + ids.size
         self.top = self.length
         if not fits:
-            self.coded = max(self.coded, self.length // self.layout.tail * self.layout.tail)
+            self.quantized = max(self.quantized, self.length // self.layout.tail * self.layout.tail)
 
     def cut(self, length: int) -> PlainState:
         """Another one that holds the first `length` tokens."""
         other = PlainState.__new__(PlainState)
-        other.__dict__.update(self.__dict__, length=length, coded=min(self.coded, length))
+        other.__dict__.update(self.__dict__, length=length, quantized=min(self.quantized, length))
         other.rows = {i: (k[:, :, :length], v[:, :, :length]) for i, (k, v) in self.rows.items()} if length else {}
         return other
 
@@ -122,17 +136,19 @@ def same_contents(state: KVState, plain: PlainState) -> bool:
     for i, kv in state.layers.items() if state.length else ():
         first = max(0, state.length - state.config.window + 1) if state.config.layers[i].sliding else 0
         parts = kv.parts(first)
-        coded = [part for part in parts if part.turn is not None]
-        if coder := plain.coders[i]:
-            first = plain.coded
-            if sum(part.keys.shape[2] for part in coded) != first:
+        quantized = [part for part in parts if part.rotation is not None]
+        if quantizer := plain.quantizers[i]:
+            first = plain.quantized
+            if sum(part.keys.shape[2] for part in quantized) != first:
                 return False
-            if coded:
-                wanted = kv_codes.encode(*(a[:, :, :first] for a in plain.rows[i]), coder.turn, coder.kind)
+            if quantized:
+                wanted = quantization.quantize(
+                    *(a[:, :, :first] for a in plain.rows[i]), quantizer.rotation, quantizer.kind
+                )
                 for which, theirs in enumerate(wanted):
-                    same.append(mx.array_equal(mx.concatenate([part[1 + which] for part in coded], axis=2), theirs))
+                    same.append(mx.array_equal(mx.concatenate([part[1 + which] for part in quantized], axis=2), theirs))
         for which, theirs in enumerate(plain.rows[i]):
-            ours = [part[1 + which] for part in parts if part.turn is None]
+            ours = [part[1 + which] for part in parts if part.rotation is None]
             joined = mx.concatenate([theirs[:, :, :0], *ours], axis=2)
             same.append(mx.array_equal(joined, theirs[:, :, first : state.length]))
     with execution():

@@ -15,8 +15,8 @@ import jsonschema
 import numpy as np
 from hypothesis import strategies as st
 
-from mlx_gemma4.grammar import Grammar
-from mlx_gemma4.tokenizer import Tokenizer
+from mlx_gemma4.grammar.grammar import Grammar
+from mlx_gemma4.tokens.tokenizer import Tokenizer
 
 PRINTABLE = [chr(c) for c in range(33, 127)]
 

@@ -13,9 +13,9 @@ import httpx
 import uvicorn
 from starlette.applications import Starlette
 
+from mlx_gemma4.conversation.language_model import LanguageModel
 from mlx_gemma4.server.app import Settings, create_app
 from mlx_gemma4.server.engine import Engine
-from mlx_gemma4.text import LanguageModel
 
 
 class Serving(NamedTuple):

@@ -76,7 +76,18 @@ def test_the_batch_shares_its_beginning(output: dict[str, str]) -> None:
     assert known[0] == 0 and min(known[1:]) > 10
 
 
-@pytest.mark.parametrize("module", ["conversation", "messages", "mlx_lm_adapter", "replies", "session", "text"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "chat_format.messages",
+        "chat_format.replies",
+        "conversation.completion",
+        "conversation.language_model",
+        "conversation.mlx_lm",
+        "conversation.reply",
+        "conversation.session",
+    ],
+)
 def test_docstrings(module: str) -> None:
     failed, tried = doctest.testmod(import_module(f"mlx_gemma4.{module}"))
     assert tried and not failed

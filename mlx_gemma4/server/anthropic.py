@@ -17,11 +17,11 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..conversation import Reply, ReplyOptions, prompt_ids
-from ..generation import Statistics
-from ..replies import Event, Text, Thinking, ToolCall
-from ..text import LanguageModel
-from .engine import Job, Wanted
+from ..chat_format.replies import Event, Text, Thinking, ToolCall
+from ..conversation.language_model import LanguageModel
+from ..conversation.reply import Reply, ReplyOptions, prompt_ids
+from ..generation.loop import Statistics
+from .engine import GenerationRequest, Job
 from .fields import Fields
 from .options import read_sampling, read_stops
 from .wire import ApiError, EventStream, answer_whole, as_api_error, error_response, json_response, read_json, sse
@@ -92,7 +92,7 @@ async def count_tokens(request: Request) -> Response:
 # What is asked for
 
 
-def read_wanted(fields: Fields, lm: LanguageModel) -> Wanted:
+def read_wanted(fields: Fields, lm: LanguageModel) -> GenerationRequest:
     """A request's prompt and options.
 
     Raises:
@@ -113,7 +113,7 @@ def read_wanted(fields: Fields, lm: LanguageModel) -> Wanted:
         tool_choice=choice,
         schema=_schema(fields),
     )
-    return Wanted(read_messages(fields), options, one_call)
+    return GenerationRequest(read_messages(fields), options, one_call)
 
 
 def read_messages(fields: Fields) -> list[dict[str, Any]]:
@@ -276,7 +276,7 @@ async def _whole(id: str, model: str, job: Job) -> dict[str, Any]:
     return _message(id, model, _usage(reply.statistics)) | {"content": content, **_ending(reply, job.wanted[0])}
 
 
-def _ending(reply: Reply, wanted: Wanted) -> dict[str, Any]:
+def _ending(reply: Reply, wanted: GenerationRequest) -> dict[str, Any]:
     """Why the reply ended."""
     reason = {"tool_calls": "tool_use"}.get(reply.finish_reason, "end_turn")
     if reply.stop_string is not None:

@@ -22,8 +22,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..conversation.language_model import LanguageModel
 from ..errors import InputError
-from ..text import LanguageModel
 from . import anthropic, completions, openapi, responses
 from .engine import Engine
 from .metrics import Metrics

@@ -17,12 +17,12 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..conversation import Reply, ReplyOptions
-from ..replies import Thinking, ToolCall
-from ..sampling import Token
-from ..tokenizer import Tokenizer
+from ..chat_format.replies import Thinking, ToolCall
+from ..conversation.reply import Reply, ReplyOptions
+from ..generation.sampling import Token
+from ..tokens.tokenizer import Tokenizer
 from . import options as read
-from .engine import Engine, Job, Piece, Wanted
+from .engine import Engine, GenerationRequest, Job, Update
 from .fields import Fields
 from .options import logprob
 from .wire import EventStream, answer_whole, read_json, sse
@@ -53,7 +53,7 @@ async def chat_completions(request: Request) -> Response:
     streaming, with_usage = _stream_fields(fields)
     _refuse_others(fields)
     job = engine.submit(_choices(messages, options, choices, one_call))
-    made, tokenizer = Made(job), None if logprobs is None else engine.lm.tokenizer
+    made, tokenizer = Collector(job), None if logprobs is None else engine.lm.tokenizer
     if streaming:
         return EventStream(job, _chat_chunks(made, head, tokenizer, with_usage))
     return await answer_whole(request, job, _chat_body(made, head, tokenizer))
@@ -87,7 +87,7 @@ async def completions(request: Request) -> Response:
     wanted = [one for prompt in prompts for one in _choices(prompt, options, choices, False)]
     echoes = [_echo(one.prompt, engine.lm.tokenizer) if echo else "" for one in wanted]
     job = engine.submit(wanted, "prompt")
-    made, tokenizer = Made(job), None if logprobs is None else engine.lm.tokenizer
+    made, tokenizer = Collector(job), None if logprobs is None else engine.lm.tokenizer
     if streaming:
         return EventStream(job, _text_chunks(made, head, tokenizer, echoes, choices, with_usage))
     return await answer_whole(request, job, _text_body(made, head, tokenizer, echoes, choices))
@@ -104,14 +104,14 @@ def _head(fields: Fields, name: str, prefix: str) -> dict[str, Any]:
     }
 
 
-def _choices(prompt: Any, options: ReplyOptions, choices: int, one_call: bool) -> list[Wanted]:
+def _choices(prompt: Any, options: ReplyOptions, choices: int, one_call: bool) -> list[GenerationRequest]:
     """So many replies to one prompt; given a seed, each has its own."""
     wanted = []
     for i in range(choices):
         sampling = options.sampling
         if i and sampling and sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + i) % 2**63)
-        wanted.append(Wanted(prompt, replace(options, sampling=sampling), one_call))
+        wanted.append(GenerationRequest(prompt, replace(options, sampling=sampling), one_call))
     return wanted
 
 
@@ -171,7 +171,7 @@ def _echo(prompt: Any, tokenizer: Tokenizer) -> str:
     return prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
 
 
-class Made:
+class Collector:
     """What a job has made so far, of which whole replies and usage are told."""
 
     def __init__(self, job: Job) -> None:
@@ -180,7 +180,7 @@ class Made:
         self.answers: dict[int, list[Token]] = {}  # the tokens of each choice's answer
         self._thought = 0  # tokens of thinking
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncIterator[Update]:
         async for piece in self.job.pieces():
             if piece.token and piece.place == "answer":
                 self.answers.setdefault(piece.choice, []).append(piece.token)
@@ -188,7 +188,7 @@ class Made:
             self.replies += [piece.reply] if piece.reply else []
             yield piece
 
-    async def all(self) -> Made:
+    async def all(self) -> Collector:
         async for _ in self.pieces():
             pass
         return self
@@ -208,7 +208,7 @@ class Made:
         }
 
 
-async def _chat_body(made: Made, head: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+async def _chat_body(made: Collector, head: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The whole reply. `tokenizer`: to tell log-probabilities, or None."""
     await made.all()
     choices = []
@@ -224,7 +224,7 @@ async def _chat_body(made: Made, head: dict[str, Any], tokenizer: Tokenizer | No
 
 
 async def _chat_chunks(
-    made: Made, head: dict[str, Any], tokenizer: Tokenizer | None, with_usage: bool
+    made: Collector, head: dict[str, Any], tokenizer: Tokenizer | None, with_usage: bool
 ) -> AsyncIterator[bytes]:
     """The reply as server-sent events."""
     calls, choice = 0, -1
@@ -261,7 +261,7 @@ async def _chat_chunks(
 
 
 async def _text_body(
-    made: Made, head: dict[str, Any], tokenizer: Tokenizer | None, echoes: list[str], choices: int
+    made: Collector, head: dict[str, Any], tokenizer: Tokenizer | None, echoes: list[str], choices: int
 ) -> dict[str, Any]:
     """The whole text completion."""
     texts = list(echoes)
@@ -275,7 +275,12 @@ async def _text_body(
 
 
 async def _text_chunks(
-    made: Made, head: dict[str, Any], tokenizer: Tokenizer | None, echoes: list[str], choices: int, with_usage: bool
+    made: Collector,
+    head: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    echoes: list[str],
+    choices: int,
+    with_usage: bool,
 ) -> AsyncIterator[bytes]:
     """The text completion as server-sent events."""
     choice = -1
@@ -305,7 +310,7 @@ def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
-def _plain(piece: Piece) -> str:
+def _plain(piece: Update) -> str:
     """All text of a piece: a text completion doesn't part thinking and answer."""
     return "".join(event.raw if isinstance(event, ToolCall) else event.text for event in piece.events)
 

@@ -17,33 +17,33 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from ..conversation import Reply, ReplyChunk, ReplyOptions, stream_reply
+from ..chat_format.replies import Event
+from ..conversation.language_model import LanguageModel
+from ..conversation.reply import Reply, ReplyChunk, ReplyOptions, stream_reply
 from ..errors import InputError, NoRoom, TooLong
-from ..prefix import PrefixStore
-from ..replies import Event
-from ..sampling import Token
-from ..text import LanguageModel
-from ..tokenizer import Tokenizer
+from ..generation.prefix import PrefixCache
+from ..generation.sampling import Token
+from ..tokens.tokenizer import Tokenizer
 from .metrics import Metrics
 from .wire import ApiError
 
 Prompt = Sequence[Mapping[str, Any]] | list[int] | str  # messages; ids or text to go on with as they are
-Place = Literal["answer", "thinking", "call", "control"]
+Channel = Literal["answer", "thinking", "call", "control"]
 
 
-class Piece(NamedTuple):
+class Update(NamedTuple):
     """What is new of a job."""
 
     choice: int  # which of its replies
     events: Sequence[Event] = ()
     token: Token | None = None
-    place: Place = "control"  # what the token is part of
+    place: Channel = "control"  # what the token is part of
     reply: Reply | None = None  # the whole, with this choice's last piece
     reading: tuple[int, int] | None = None  # prompt tokens read, and in all
 
 
 @dataclass(frozen=True)
-class Wanted:
+class GenerationRequest:
     """One reply that a job is to make."""
 
     prompt: Prompt
@@ -58,14 +58,14 @@ class _Cancelled(Exception):
 class Job:
     """One request: replies made one after the other. Its pieces are for the event loop that submitted it."""
 
-    def __init__(self, engine: Engine, wanted: Sequence[Wanted], field: str, format_field: str) -> None:
+    def __init__(self, engine: Engine, wanted: Sequence[GenerationRequest], field: str, format_field: str) -> None:
         self.engine, self.wanted, self.field, self.format_field = engine, wanted, field, format_field
         self.cancelled = False
         self.submitted = time.monotonic()
         self._loop = asyncio.get_running_loop()
-        self._items: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+        self._items: asyncio.Queue[Update | Exception | None] = asyncio.Queue()
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncIterator[Update]:
         """Everything, as it is made.
 
         Raises:
@@ -101,7 +101,7 @@ class Job:
             "the": self.field,  # "the model's chat template refuses", "the prompt is empty"
         }.get(word[0] if word else "")
 
-    def post(self, item: Piece | Exception | None) -> None:
+    def post(self, item: Update | Exception | None) -> None:
         """Hand out something, from any thread; None is the end."""
         try:
             self._loop.call_soon_threadsafe(self._items.put_nowait, item)
@@ -126,11 +126,11 @@ class Engine:
         Args:
             parallel: replies made at a time.
             queue: requests that may wait beside them.
-            max_kv_bytes, kv: see PrefixStore.
+            max_kv_bytes, kv: see PrefixCache.
         """
         self.lm, self.parallel, self.queue = lm, parallel, queue
         self.metrics = metrics or Metrics()
-        self.store = PrefixStore(lm.model, max_kv_bytes, kv)
+        self.store = PrefixCache(lm.model, max_kv_bytes, kv)
         self.draining = False
         self._waiting: deque[Job] = deque()
         self._running: set[Job] = set()
@@ -149,7 +149,9 @@ class Engine:
         with self._changed:
             return len(self._running), len(self._waiting)
 
-    def submit(self, wanted: Sequence[Wanted], field: str = "messages", format_field: str = "response_format") -> Job:
+    def submit(
+        self, wanted: Sequence[GenerationRequest], field: str = "messages", format_field: str = "response_format"
+    ) -> Job:
         """Take a job, from a coroutine.
 
         Args:
@@ -235,13 +237,13 @@ class Engine:
             self.metrics.observe("mlx_gemma4_reply_seconds", time.monotonic() - job.submitted)
             job.post(end)
 
-    def _answer(self, job: Job, choice: int, wanted: Wanted) -> None:
+    def _answer(self, job: Job, choice: int, wanted: GenerationRequest) -> None:
         """Make one of a job's replies."""
 
         def reading(done: int, total: int) -> None:
             if job.cancelled:
                 raise _Cancelled
-            job.post(Piece(choice, reading=(done, total)))
+            job.post(Update(choice, reading=(done, total)))
 
         prompt = self.lm.encode_prompt(wanted.prompt, raw=True) if isinstance(wanted.prompt, str) else wanted.prompt
         place, reply = _Places(self.lm.tokenizer), None
@@ -254,10 +256,10 @@ class Engine:
                     self.metrics.observe("mlx_gemma4_first_token_seconds", time.monotonic() - job.submitted)
                 last = chunk.token is None
                 where = place.of(chunk.token.id) if chunk.token else "control"
-                job.post(Piece(choice, chunk.events, chunk.token, where, reply if last else None))
+                job.post(Update(choice, chunk.events, chunk.token, where, reply if last else None))
                 if wanted.one_call and reply.tool_calls and not last:
                     reply.finish_reason = "tool_calls"
-                    job.post(Piece(choice, reply=reply))
+                    job.post(Update(choice, reply=reply))
                     break
         if reply:
             self.metrics.count("mlx_gemma4_prompt_tokens_total", reply.statistics.prompt_tokens)
@@ -307,14 +309,14 @@ class _Places:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._control = tokenizer.control_ids
-        self._opens: dict[int | None, Place] = {
+        self._opens: dict[int | None, Channel] = {
             tokenizer.token_id("<|channel>"): "thinking",
             tokenizer.token_id("<|tool_call>"): "call",
         }
         self._closes = {tokenizer.token_id("<channel|>"), tokenizer.token_id("<tool_call|>")}
-        self._now: Place = "answer"
+        self._now: Channel = "answer"
 
-    def of(self, token: int) -> Place:
+    def of(self, token: int) -> Channel:
         if token not in self._control:
             return self._now
         if token in self._opens:

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..sampling import Sampling
-from ..text import LanguageModel
+from ..conversation.language_model import LanguageModel
+from ..generation.sampling import Sampling
 from .fields import Fields
 
 MAX_CHOICES = 16

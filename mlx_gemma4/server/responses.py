@@ -15,13 +15,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..conversation import ReplyOptions
-from ..replies import Event, Text, ToolCall
-from ..sampling import Token
-from ..tokenizer import Tokenizer
+from ..chat_format.replies import Event, Text, ToolCall
+from ..conversation.reply import ReplyOptions
+from ..generation.sampling import Token
+from ..tokens.tokenizer import Tokenizer
 from . import options as read
-from .completions import Made, chat_logprobs, reading
-from .engine import Engine, Wanted
+from .completions import Collector, chat_logprobs, reading
+from .engine import Engine, GenerationRequest
 from .fields import Fields
 from .wire import EventStream, answer_whole, as_api_error, read_json, sse
 
@@ -56,15 +56,15 @@ async def responses(request: Request) -> Response:
         logprobs=(top or 0) if _LOGPROBS in fields.items("include") else None,
         **(read.read_format(text, "format") if text else {}),
     )
-    wanted = Wanted(_messages(fields), options, not fields.flag("parallel_tool_calls", True))
+    wanted = GenerationRequest(_messages(fields), options, not fields.flag("parallel_tool_calls", True))
     streaming = fields.flag("stream")
     head = _head(fields, options, settings.model_name)
     _refuse_others(fields)
     job = engine.submit([wanted], "input", "text.format")
     output = _Output(engine.lm.tokenizer if options.logprobs is not None else None)
     if streaming:
-        return EventStream(job, _events(Made(job), head, output))
-    return await answer_whole(request, job, _body(Made(job), head, output))
+        return EventStream(job, _events(Collector(job), head, output))
+    return await answer_whole(request, job, _body(Collector(job), head, output))
 
 
 def _head(fields: Fields, options: ReplyOptions, name: str) -> dict[str, Any]:
@@ -222,7 +222,7 @@ class _Output:
         return name, {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, **content}
 
 
-def _finished(head: dict[str, Any], made: Made, output: _Output) -> dict[str, Any]:
+def _finished(head: dict[str, Any], made: Collector, output: _Output) -> dict[str, Any]:
     """The response as it is in the end."""
     usage = made.usage(1)
     cut = made.replies[0].finish_reason == "length"
@@ -243,7 +243,7 @@ def _finished(head: dict[str, Any], made: Made, output: _Output) -> dict[str, An
     }
 
 
-async def _body(made: Made, head: dict[str, Any], output: _Output) -> dict[str, Any]:
+async def _body(made: Collector, head: dict[str, Any], output: _Output) -> dict[str, Any]:
     async for piece in made.pieces():
         for event in piece.events:
             list(output.push(event, piece.token))
@@ -251,7 +251,7 @@ async def _body(made: Made, head: dict[str, Any], output: _Output) -> dict[str, 
     return _finished(head, made, output)
 
 
-async def _events(made: Made, head: dict[str, Any], output: _Output) -> AsyncIterator[bytes]:
+async def _events(made: Collector, head: dict[str, Any], output: _Output) -> AsyncIterator[bytes]:
     """The response as server-sent events."""
     count = 0
 

@@ -1,0 +1,1 @@
+"""Gemma's chat format, both ways: messages to prompts, replies to events."""

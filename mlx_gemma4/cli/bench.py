@@ -1,0 +1,130 @@
+"""`mlx-gemma4 bench`: how fast this machine reads prompts and writes replies, alone or beside llama.cpp."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import InputError
+from ..measure import bench as b
+from ..paths import whole_file
+from .options import echo, find_model, kv_option, model_option, output_options, progress, set_up_logging
+
+
+def _numbers(least: int) -> dict[str, Any]:
+    """What makes an option take numbers with commas between them, none below `least`."""
+
+    def convert(_ctx: click.Context, _option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+        if value is None:
+            return None
+        words = [word.strip() for word in value.split(",") if word.strip()]
+        if not all(word.isdecimal() and int(word) >= least for word in words):
+            raise click.BadParameter(f"{value!r} is no list of whole numbers from {least} up, as in 512,2048")
+        return tuple(int(word) for word in words)
+
+    return {"metavar": "N,N,..", "callback": convert}
+
+
+@click.command()
+@model_option
+@click.option("--prompt-sizes", **_numbers(1), default="512", show_default=True, help='Prompts to read; "": none.')
+@click.option(
+    "--depths",
+    **_numbers(0),
+    help="Decode behind so many tokens.  [default: 0,512,2048,8192, as the context allows]",
+)
+@click.option("--reply", type=click.IntRange(2), default=64, show_default=True, help="Tokens decoded a repetition.")
+@click.option("--repetitions", type=click.IntRange(1), default=5, show_default=True, help="The median counts.")
+@kv_option
+@click.option("--vs", metavar="LLAMA-BENCH", help="Run llama.cpp's llama-bench on the same file in turns with ours.")
+@click.option("--json", "json_file", metavar="FILE", help="Write all figures there.")
+@click.option("--report", metavar="FILE", help="Write them with a description of this machine, for others to read.")
+@output_options
+def bench(
+    model: str | None,
+    prompt_sizes: tuple[int, ...],
+    depths: tuple[int, ...] | None,
+    reply: int,
+    repetitions: int,
+    kv: str,
+    vs: str | None,
+    json_file: str | None,
+    report: str | None,
+    verbose: bool,
+    debug: bool,
+) -> None:
+    """Measure tokens a second, and what bounds them.
+
+    Prompts are read as `generate` reads them. Decoding is measured behind random keys and values, put there without
+    running the model: its speed depends on their number alone. Times are warm and medians; greedy sampling is in
+    them. With --vs, half of our repetitions come before llama-bench and half after it; both hold the model in memory.
+    """
+
+    set_up_logging(verbose or debug)
+    files = [Path(f) for f in (json_file, report) if f]
+    for flag, file in (("--json", json_file), ("--report", report)):
+        if file and not Path(file).absolute().parent.is_dir():
+            raise InputError(f"{flag} {file}: there is no such folder; make it first")
+    if vs and not os.access(vs, os.X_OK):
+        raise InputError(f"--vs {vs}: no such program; give the path of llama.cpp's llama-bench")
+    path = find_model(model)
+    if vs and path.is_dir():
+        raise InputError(f"--vs {vs}: llama.cpp reads GGUF files, and {path} is a folder; give --model FILE.gguf")
+    with progress("Loading", 1e9, " GB") as update:
+        subject = b.load_subject(path, update)
+    context = subject.model.config.context
+    if depths is None:
+        depths = tuple(d for d in b.DEPTHS if d + reply + 2 <= context)
+    plan = b.BenchPlan(prompt_sizes, depths, reply, repetitions, kv)
+    plan.check(context)
+    echo(f"{path.name} loaded in {subject.load_time:.1f} s")
+    copy, cells, llama = b.copy_bandwidth(), b.cells_of(plan), None
+
+    def keep() -> dict[str, Any]:
+        """Write what is known so far: whoever interrupts this keeps it."""
+        figures = b.result(subject, plan, cells, copy, llama, _command(path, plan, vs))
+        for file in files:
+            extra = {"machine": b.machine()} if report and file == Path(report) else {}
+            _write(file, {**figures, **extra})
+        return figures
+
+    first = -(-repetitions // 2) if vs else repetitions
+    for cell in b.measure(subject.model, plan, cells, first):
+        echo(f"{cell.title}: {cell.rate:.1f} tokens/s")
+        keep()
+    if vs:
+        from ..measure import llama_bench
+
+        for row in llama_bench.run(Path(vs), path, plan):
+            llama = row.version
+            for cell in cells:
+                if (cell.kind, cell.context) == (row.kind, row.context):
+                    cell.llama_samples, cell.llama_kv_memory = row.samples, row.kv_memory
+                    echo(f"llama.cpp, {cell.title}: {cell.llama_rate:.1f} tokens/s")
+            keep()
+        for cell in b.measure(subject.model, plan, cells, repetitions - first) if repetitions > first else ():
+            echo(f"{cell.title}, again: {cell.rate:.1f} tokens/s")
+    for line in b.table(keep()):
+        click.echo(line)
+
+
+def _command(path: Path, plan: Any, vs: str | None) -> str:
+    """What was asked, names without folders: those may tell whose machine this is."""
+    words = ["mlx-gemma4", "bench", "--model", path.name]
+    words += ["--prompt-sizes", ",".join(map(str, plan.prompts)), "--depths", ",".join(map(str, plan.depths))]
+    words += ["--reply", str(plan.reply), "--repetitions", str(plan.repetitions), "--kv", plan.kv]
+    return shlex.join(words + (["--vs", Path(vs).name] if vs else []))
+
+
+def _write(path: Path, figures: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    try:
+        with whole_file(path) as file:
+            file.write((json.dumps(figures, indent=1) + "\n").encode())
+    except OSError as error:
+        raise InputError(f"{path}: can't be written: {error.strerror or error}") from None

@@ -1,0 +1,394 @@
+"""A conversation at a prompt: what is typed goes to the model, or is a command that changes the conversation.
+
+In: one message or command at a time. Out: replies on a `View`, lines about commands. Stands on `session.Session`, which
+rewinds the KV state, so that undo and retry read nothing again. Knows no terminal: see terminal.py, reply_screen.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from ..chat_format.replies import Event, Text, Thinking
+from ..chat_format.template import Message
+from ..conversation.background import OnPrompt
+from ..conversation.reply import ReplyOptions
+from ..conversation.session import FORMAT, Session
+from ..errors import InputError
+from ..kv.state import KVState, total_nbytes
+
+if TYPE_CHECKING:
+    from ..conversation.language_model import LanguageModel
+    from ..generation.sampling import Sampling
+
+
+class View(Protocol):
+    """Where a reply is shown."""
+
+    def text(self, piece: str) -> None: ...
+    def think(self, piece: str) -> None: ...
+    def fold(self, tokens: int) -> None:
+        """A thought of so many tokens has ended."""
+
+    def note(self, line: str) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ReplEnv:
+    """What a conversation is held in.
+
+    Attributes:
+        view: makes the place for a reply; with True, thoughts stay on it.
+        say: shows lines.
+        stoppable: within it, the given function says whether to stop.
+        reading: within it, the given function shows (tokens read, tokens in all).
+        load: a model by its name.
+        sampling: how a model's tokens are chosen.
+        state: makes an empty KV state for a model.
+        drafts: whether a prompt can begin with a text.
+    """
+
+    view: Callable[[bool], View]
+    say: Callable[[str], None]
+    stoppable: Callable[[], AbstractContextManager[Callable[[], bool]]]
+    reading: Callable[[], AbstractContextManager[OnPrompt]]
+    load: Callable[[str], LanguageModel]
+    sampling: Callable[[LanguageModel], Sampling]
+    state: Callable[[LanguageModel], KVState]
+    drafts: bool
+
+    def session(self, lm: LanguageModel, messages: Sequence[Message], options: ReplyOptions) -> Session:
+        """A conversation of which nothing has been read yet."""
+        return Session(lm, messages=messages, options=options, state=self.state(lm))
+
+    def opened(self, lm: LanguageModel, path: Path, options: ReplyOptions) -> Session:
+        """A saved conversation. What had been read is kept as it was held. Raises InputError."""
+        session = Session.load(lm, path, options=options)
+        if not session.state.length:
+            session.state = self.state(lm)
+        return session
+
+
+class Leave(Exception):
+    """The person wants to go."""
+
+
+@dataclass
+class Repl:
+    """The conversations at a prompt: branches, each a Session, one of them the present one."""
+
+    around: ReplEnv
+    branches: dict[str, Session]
+    options: ReplyOptions
+    branch: str = "main"
+    unfolded: bool = False  # thoughts stay on the screen
+    draft: str = ""  # what the next prompt begins with: it replaces the last message
+    _retries: int = field(default=0, repr=False)
+
+    @property
+    def session(self) -> Session:
+        return self.branches[self.branch]
+
+    @property
+    def label(self) -> str:
+        """What the prompt says."""
+        return "> " if self.branch == "main" else f"{self.branch}> "
+
+    def status(self) -> str:
+        """Context and memory in use, in a line."""
+        tokens, context = self.session.state.length, self.session.lm.config.context
+        held = total_nbytes(session.state for session in self.branches.values())
+        return f"{tokens:,} / {context:,} tokens, {_megabytes(held)}" + ", thinking" * bool(self.options.think)
+
+    def take(self, line: str) -> None:
+        """Do what a line says: a message, or "/command"; "//" begins a message with a slash. Raises InputError."""
+        draft, self.draft = self.draft, ""
+        text = line.strip()
+        command = re.fullmatch(r"/(\w*)(?:\s+(.*))?", text, re.DOTALL)
+        if command:
+            self._command(command[1], (command[2] or "").strip())
+        elif not text:
+            if draft:
+                self.around.say("Left as it was.")
+        else:
+            text = text[1:] if text.startswith("//") else text
+            turn = self.session.edit if draft else self.session.send
+            self._answer(lambda on_prompt: turn(text, self.options, on_prompt=on_prompt))
+
+    def arguments(self, command: str) -> Iterable[str] | None:
+        """Words that may follow a command; None: the name of a file."""
+        if command in ("/save", "/load", "/model"):
+            return None
+        return {"/think": ["on", "off"], "/fork": list(self.branches)}.get(command, [])
+
+    def set_options(self, options: ReplyOptions) -> None:
+        """Reply so from now on, in all branches."""
+        self.options = options
+        for session in self.branches.values():
+            session.options = options
+
+    def close(self) -> None:
+        for session in self.branches.values():
+            session.close()
+
+    def _command(self, name: str, argument: str) -> None:
+        command = COMMANDS.get(f"/{name}")
+        if command is None:
+            near = difflib.get_close_matches(f"/{name}", COMMANDS, 1, 0.3)
+            raise InputError(f"/{name} is no command; " + (f"the nearest is {near[0]}" if near else "/help lists them"))
+        if argument and not command.usage:
+            raise InputError(f"/{name} takes nothing after it; it {command.about}")
+        command.run(self, argument)
+
+    def _answer(self, start: Callable[[OnPrompt], Generator[Event, None, None]]) -> None:
+        """Show a reply as it is made, until it ends or someone stops it."""
+        with self.around.stoppable() as stopped, closing(self.around.view(self.unfolded)) as view:
+            try:
+                with self.around.reading() as update:
+
+                    def check(done: int, total: int) -> None:
+                        if stopped():
+                            raise KeyboardInterrupt
+                        update(done, total)
+
+                    events = start(check)
+                    first = next(events, None)
+            except KeyboardInterrupt:
+                if not stopped():
+                    raise
+                view.note("Stopped before the reply began; the conversation is as it was.")
+                return
+            try:
+                self._show(view, chain([first] if first else [], events), stopped)
+            except KeyboardInterrupt:
+                if not stopped():
+                    raise
+            finally:
+                events.close()
+            self._say_how_it_ended(view)
+
+    def _show(self, view: View, events: Iterable[Event], stopped: Callable[[], bool]) -> None:
+        counted = 0  # tokens of the reply before what is shown now
+        reply = self.session.reply
+        assert reply is not None  # there was an event
+        thinking = False
+        for event in events:
+            if thinking and not isinstance(event, Thinking):
+                view.fold(len(reply.tokens) - 1 - counted)
+            thinking = isinstance(event, Thinking)
+            if isinstance(event, Thinking):
+                view.think(event.text)
+            else:
+                counted = len(reply.tokens)
+                if isinstance(event, Text):
+                    view.text(event.text)
+                else:
+                    view.note(f"calls {event.raw}")
+            if stopped():
+                break
+        if thinking:
+            view.fold(len(reply.tokens) - counted)
+
+    def _say_how_it_ended(self, view: View) -> None:
+        reply = self.session.reply
+        if reply is None or reply.finish_reason == "cancelled":
+            view.note("(stopped)")
+        elif reply.finish_reason == "length":
+            cut = self.options.max_tokens is not None and len(reply.tokens) >= self.options.max_tokens
+            why = f"at --max-tokens {self.options.max_tokens}" if cut else "where the context is full: /undo or /clear"
+            view.note(f"(cut {why})")
+
+
+def _system(repl: Repl, argument: str) -> None:
+    messages = repl.session.messages
+    has = bool(messages) and messages[0].get("role") == "system"
+    if not argument:
+        repl.around.say(f"System: {messages[0]['content']}" if has else "No system prompt; /system TEXT gives one.")
+        return
+    first = [] if argument == "none" else [{"role": "system", "content": argument}]
+    repl.session.messages = [*first, *messages[has:]]
+    repl.around.say("System prompt removed." if argument == "none" else "System prompt set.")
+
+
+def _undo(repl: Repl, argument: str) -> None:
+    said = repl.session.undo()
+    if said is None:
+        raise InputError("there is nothing to take back")
+    repl.around.say(f"Took back: {_short(said)}")
+
+
+def _retry(repl: Repl, argument: str) -> None:
+    options, sampling = repl.options, repl.options.sampling
+    if sampling and sampling.seed is not None:  # or it would be the same again
+        repl._retries += 1
+        options = replace(options, sampling=replace(sampling, seed=sampling.seed + repl._retries))
+    repl._answer(lambda on_prompt: repl.session.retry(options, on_prompt=on_prompt))
+
+
+def _edit(repl: Repl, argument: str) -> None:
+    said = [m for m in repl.session.messages if m.get("role") == "user" and isinstance(m.get("content"), str)]
+    if not said:
+        raise InputError("there is nothing to edit yet")
+    if argument:
+        repl._answer(lambda on_prompt: repl.session.edit(argument, repl.options, on_prompt=on_prompt))
+    elif not repl.around.drafts:
+        raise InputError("/edit: give the new text after it")
+    else:
+        text = said[-1]["content"]
+        repl.draft = f"/{text}" if text.startswith("/") else text
+
+
+def _save(repl: Repl, argument: str) -> None:
+    path = _path("/save", argument)
+    if path.exists() and not _is_conversation(path):
+        raise InputError(f"{path}: is there and is no conversation; choose another name")
+    repl.session.save(path)
+    repl.around.say(f"Saved as {path}, and what the model has read beside it.")
+
+
+def _load(repl: Repl, argument: str) -> None:
+    loaded = repl.around.opened(repl.session.lm, _path("/load", argument), repl.options)
+    repl.session.close()
+    repl.branches[repl.branch] = loaded
+    repl.around.say(f"{_turns(loaded)} loaded.")
+
+
+def _fork(repl: Repl, argument: str) -> None:
+    if not argument:
+        for name, session in repl.branches.items():
+            here = "*" if name == repl.branch else " "
+            repl.around.say(f"{here} {name}: {_turns(session)}, {_counted(session.state.length, 'token')}")
+        return
+    if not re.fullmatch(r"[\w.-]{1,40}", argument):
+        raise InputError(f"/fork {argument}: a name is letters, digits, dots and dashes, at most 40")
+    new = argument not in repl.branches
+    if new:
+        repl.branches[argument] = repl.session.fork()
+    came_from, repl.branch = repl.branch, argument
+    repl.around.say(f"Now on {argument}, " + (f"branched from {came_from}." if new else _turns(repl.session) + "."))
+
+
+def _stats(repl: Repl, argument: str) -> None:
+    session, reply = repl.session, repl.session.reply
+    if reply:
+        s = reply.statistics
+        read, made = _counted(s.prompt_tokens, "token"), _counted(s.reply_tokens, "token")
+        repl.around.say(f"Prompt: {read} read, {s.prompt_rate:.1f} a second; {s.reused_tokens:,} reused.")
+        repl.around.say(f"Reply: {made}, {s.reply_rate:.1f} a second.")
+        repl.around.say(f"Peak memory of arrays: {_megabytes(s.peak_memory)}.")
+    repl.around.say(f"Conversation: {_turns(session)}, {repl.status()}.")
+
+
+def _model(repl: Repl, argument: str) -> None:
+    if not argument:
+        repl.around.say(f"{repl.session.lm.path}; /model PATH takes another.")
+        return
+    lm = repl.around.load(argument)
+    options = replace(repl.options, sampling=repl.around.sampling(lm))
+    branches = {name: repl.around.session(lm, s.messages, options) for name, s in repl.branches.items()}
+    repl.close()
+    repl.branches, repl.options = branches, options
+    repl.around.say(f"Now {lm.path.name}; it reads the conversation with the next message.")
+
+
+def _think(repl: Repl, argument: str) -> None:
+    if argument in ("on", "off"):
+        repl.set_options(replace(repl.options, think=argument == "on"))
+        repl.around.say(f"Thinking is {argument} from the next message.")
+        return
+    if argument:
+        raise InputError(f"/think {argument}: say on or off, or nothing to show or hide thoughts")
+    repl.unfolded = not repl.unfolded
+    if not repl.unfolded:
+        repl.around.say("Thoughts are folded.")
+        return
+    replies = [m for m in repl.session.messages if m.get("role") == "assistant"]
+    thought = str(replies[-1].get("reasoning_content") or "") if replies else ""
+    repl.around.say(thought or "There is no thought yet.")
+    repl.around.say("Thoughts stay unfolded; /think folds them again.")
+
+
+def _clear(repl: Repl, argument: str) -> None:
+    old = repl.session
+    system = [m for m in old.messages[:1] if m.get("role") == "system"]
+    repl.branches[repl.branch] = repl.around.session(old.lm, system, repl.options)
+    old.close()
+    repl.around.say("A new conversation" + (" with the same system prompt." if system else "."))
+
+
+def _help(repl: Repl, argument: str) -> None:
+    for name, command in COMMANDS.items():
+        repl.around.say(f"{f'{name} {command.usage}':<18}{command.about}")
+    repl.around.say("Enter sends, Alt+Enter or Ctrl-J begins a new line. // begins a message with a slash.")
+    repl.around.say("Ctrl-C stops the reply, Ctrl-D leaves.")
+
+
+def _quit(repl: Repl, argument: str) -> None:
+    raise Leave
+
+
+class Command(NamedTuple):
+    usage: str  # what follows its name
+    about: str
+    run: Callable[[Repl, str], None]
+
+
+COMMANDS = {
+    "/system": Command("[TEXT]", "shows or sets the system prompt; none removes it", _system),
+    "/undo": Command("", "takes back your last message and its reply", _undo),
+    "/retry": Command("", "makes another reply to your last message", _retry),
+    "/edit": Command("[TEXT]", "changes your last message", _edit),
+    "/save": Command("FILE", "saves the conversation", _save),
+    "/load": Command("FILE", "goes on with a saved conversation", _load),
+    "/fork": Command("[NAME]", "begins a branch or goes to it; alone, lists them", _fork),
+    "/stats": Command("", "shows speed, memory and tokens of the last reply", _stats),
+    "/model": Command("[PATH]", "takes another model; the conversation stays", _model),
+    "/think": Command("[on|off]", "switches thinking; alone, shows or hides thoughts", _think),
+    "/clear": Command("", "begins anew; the system prompt stays", _clear),
+    "/help": Command("", "shows this", _help),
+    "/quit": Command("", "leaves, as Ctrl-D does", _quit),
+}
+
+
+def _path(command: str, argument: str) -> Path:
+    """The one file that a command is given; quotes as in a shell will do."""
+    try:
+        (name,) = shlex.split(argument) if argument[:1] in "'\"" else [argument]
+    except ValueError:
+        name = argument
+    if not name:
+        raise InputError(f"{command}: which file?")
+    return Path(name).expanduser()
+
+
+def _is_conversation(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return FORMAT in file.read(200)
+    except OSError:
+        return False
+
+
+def _turns(session: Session) -> str:
+    return _counted(sum(message.get("role") == "user" for message in session.messages), "message") + " of yours"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else line[:59] + "…"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.{1 if count < 1e7 else 0}f} MB"

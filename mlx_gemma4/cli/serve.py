@@ -1,0 +1,168 @@
+"""`mlx-gemma4 serve`: OpenAI's and Anthropic's interfaces over HTTP, and a page to chat in a browser."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import InputError
+from .options import (
+    echo,
+    kv_option,
+    load_with_progress,
+    model_option,
+    output_options,
+    sampling_from,
+    sampling_options,
+    set_up_logging,
+)
+
+if TYPE_CHECKING:
+    from ..conversation.language_model import LanguageModel
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def _size(value: str) -> int:
+    """Bytes from 4GB, 500M, 1000000."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", value, re.IGNORECASE | re.ASCII)
+    if not found:
+        raise click.BadParameter(f"{value!r} is no size; write it as 4GB or 500MB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+@click.command()
+@model_option
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; others need --api-key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@click.option("--api-key", metavar="KEY", envvar="MLX_GEMMA4_API_KEY", show_envvar=True, help="Ask clients for this.")
+@click.option("--parallel", type=click.IntRange(1, 64), default=4, show_default=True, help="Replies made at a time.")
+@click.option(
+    "--queue", type=click.IntRange(0, 10_000), default=32, show_default=True, help="Requests that may wait for that."
+)
+@click.option(
+    "-n",
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    help="Length of a reply whose request doesn't say.",
+)
+@click.option(
+    "--max-kv-bytes",
+    type=_size,
+    metavar="SIZE",
+    help="Memory for conversations, kept and in use, as 4GB.  [default: half of what is free]",
+)
+@click.option("--grace", type=click.IntRange(0), default=30, show_default=True, help="Seconds that Ctrl-C waits.")
+@kv_option
+@sampling_options
+@output_options
+def serve(
+    model: str | None,
+    host: str,
+    port: int,
+    api_key: str | None,
+    parallel: int,
+    queue: int,
+    max_tokens: int,
+    max_kv_bytes: int | None,
+    grace: int,
+    kv: str,
+    verbose: bool,
+    debug: bool,
+    **flags: Any,
+) -> None:
+    """Answer over HTTP: OpenAI's and Anthropic's interfaces, and a page to chat in a browser.
+
+    Ctrl-C lets running replies end; a second one ends at once.
+    """
+    import uvicorn
+
+    from ..server.app import Settings, create_app
+
+    set_up_logging(verbose or debug)
+    for name in ("httpx", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    settings = Settings(
+        host=host,
+        api_key=api_key or None,
+        parallel=parallel,
+        queue=queue,
+        max_tokens=max_tokens,
+        kv=kv,
+    )
+    listening = _listen(host, port)  # before the model is loaded: what is wrong with it is told at once
+    lm, _ = load_with_progress(model)
+    lm = replace(lm, sampling=sampling_from(lm, flags))
+    settings = replace(
+        settings,
+        model_name=model_name(model, lm),
+        max_kv_bytes=max_kv_bytes or _room_for_conversations(lm, max_tokens, kv),
+    )
+    app = create_app(lm, settings)
+    engine = app.state.engine
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            running, waiting = engine.load
+            if self.should_exit:
+                engine.close(timeout=0)  # ends replies, and so the connections that uvicorn waits for
+            else:
+                if running or waiting:
+                    echo(f"Finishing {running} replies, for {grace} s at most; Ctrl-C again ends at once.")
+                engine.drain()
+            super().handle_exit(sig, frame)
+
+    shown = f"[{host}]" if ":" in host else host
+    echo(f"Serving {settings.model_name} at http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends)")
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=verbose or debug,
+        server_header=False,
+        timeout_graceful_shutdown=grace,
+    )
+    with suppress(KeyboardInterrupt):  # uvicorn sends itself, in the end, the signals that it got
+        Server(config).run(sockets=[listening])
+    if not engine.close():
+        logging.warning("A reply didn't stop in time; ending without it.")
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def model_name(model: str | None, lm: LanguageModel) -> str:
+    """What the model is called in replies: the repository's name, or the file's."""
+    if model is None:
+        return "gemma4-demo"
+    return model if not Path(model).exists() else lm.path.name.removesuffix(".gguf")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"--host {host} --port {port}: can't listen there ({reason}); take another port") from None
+
+
+def _room_for_conversations(lm: LanguageModel, max_tokens: int, kv: str) -> int:
+    """Half of what is free, but enough for one long reply."""
+    from ..generation.prefix import PrefixCache
+    from ..memory import available_memory
+
+    one = PrefixCache(lm.model, kv=kv).most_bytes(min(lm.config.context, 2 * max_tokens))
+    return max(available_memory() // 2, one)

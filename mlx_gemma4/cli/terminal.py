@@ -1,0 +1,160 @@
+"""The keyboard's side of `mlx-gemma4 chat`: a prompt of several lines with history and completion, and Ctrl-C.
+
+In: keys. Out: messages. Knows nothing of models; what it completes and shows is given to it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import termios
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.filters import Condition
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.styles import Style
+
+from ..paths import state_folder
+
+_STYLE = Style.from_dict({"prompt": "bold", "bottom-toolbar": "noreverse fg:ansibrightblack"})
+
+
+class TerminalPrompt:
+    """Asks for one message at a time.
+
+    Args:
+        commands: each "/name" with what it does, to complete.
+        arguments: words that may follow a command; None: the name of a file.
+    """
+
+    def __init__(self, commands: Mapping[str, str], arguments: Callable[[str], Iterable[str] | None]) -> None:
+        self._session: PromptSession[str] = PromptSession(
+            history=_history(),
+            completer=_Commands(commands, arguments),
+            complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
+            multiline=True,
+            prompt_continuation=lambda width, line, wrapped: " " * width,
+            key_bindings=_keys(),
+            style=_STYLE,
+            enable_suspend=True,
+            reserve_space_for_menu=6,
+        )
+
+    def read(self, label: str, text: str, toolbar: str) -> str | None:
+        """What was typed, which begins as `text`; None: Ctrl-D. Ctrl-C gives what is empty.
+
+        Args:
+            toolbar: the line below the prompt.
+        """
+        try:
+            return self._session.prompt([("class:prompt", label)], default=text, bottom_toolbar=toolbar)
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            if not self._session.default_buffer.text and not text:
+                print("Ctrl-D leaves. /help lists the commands.")
+            return ""
+
+
+def _keys() -> KeyBindings:
+    """Enter sends; Alt+Enter and Ctrl-J begin a new line. What is pasted stays one message."""
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def send(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    @keys.add("c-j")
+    def new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys
+
+
+class _Commands(Completer):
+    """Names of commands, then what may follow them."""
+
+    def __init__(self, commands: Mapping[str, str], arguments: Callable[[str], Iterable[str] | None]) -> None:
+        self._commands, self._arguments = commands, arguments
+        self._paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
+        command, space, argument = document.text_before_cursor.partition(" ")
+        if not command.startswith("/") or "\n" in command:
+            return
+        if not space:
+            for name, about in self._commands.items():
+                if name.startswith(command):
+                    yield Completion(name, -len(command), display_meta=about)
+        elif command in self._commands:
+            words = self._arguments(command)
+            if words is None:
+                yield from self._paths.get_completions(Document(argument), event)
+            else:
+                yield from (Completion(w, -len(argument)) for w in words if w.startswith(argument))
+
+
+class _PrivateHistory(FileHistory):
+    """A file that is made when the first message is sent, for its owner's eyes; where it can't be, memory."""
+
+    def store_string(self, string: str) -> None:
+        path = Path(os.fsdecode(self.filename))
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
+            super().store_string(string)
+
+    def load_history_strings(self) -> Iterable[str]:
+        with suppress(OSError):
+            return list(super().load_history_strings())
+        return []
+
+
+def _history() -> History:
+    try:
+        return _PrivateHistory(str(state_folder() / "history"))
+    except RuntimeError:
+        return InMemoryHistory()
+
+
+@contextmanager
+def quiet_terminal() -> Iterator[None]:
+    """While a reply is written, keys are not echoed into it: they wait for the next prompt. Ctrl-C works."""
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    quiet: list[Any] = termios.tcgetattr(terminal)
+    quiet[0] &= ~termios.ICRNL  # or a waiting Enter would become Ctrl-J
+    quiet[3] = quiet[3] & ~(termios.ECHO | termios.ICANON) | termios.NOFLSH  # Ctrl-C, too, leaves them waiting
+    termios.tcsetattr(terminal, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSANOW, before)
+
+
+@contextmanager
+def stoppable() -> Iterator[Callable[[], bool]]:
+    """Within it, a first Ctrl-C only makes the given function say True; the second is a KeyboardInterrupt."""
+    pressed = False
+
+    def press(number: int, frame: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

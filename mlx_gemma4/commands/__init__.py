@@ -1,1 +1,0 @@
-"""The commands, a file each: what the command line offers, in the order that `--help` lists it."""

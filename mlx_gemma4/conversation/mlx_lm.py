@@ -1,0 +1,161 @@
+"""A loaded model as mlx-lm's functions take it: `mlx_lm.generate(*for_mlx_lm(lm), prompt="...")`.
+
+In: a `LanguageModel`. Out: the two objects that mlx-lm calls model and tokenizer. Written for mlx-lm 0.28 and later,
+which need not be installed for anything else here. What mlx-lm keeps in a list of caches, one a layer, is a single
+`KVState` here: it may be given back as `prompt_cache`, trimmed, and holds all that was read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from ..chat_format.messages import for_template
+from ..chat_format.template import Message, encode_chat, render_chat
+from ..errors import InputError
+from ..kv.state import KVState
+from ..tokens.tokenizer import StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from .language_model import LanguageModel
+
+
+def for_mlx_lm(lm: LanguageModel) -> tuple[MlxLmModel, Any]:
+    """The model and the tokenizer that mlx-lm's `generate`, `stream_generate` and `generate_step` take.
+
+    One sequence at a time; no draft model. As ever in mlx-lm, `apply_chat_template` turns thinking on unless told
+    otherwise, and control tokens show in the reply. Raises InputError where mlx-lm isn't installed.
+
+    >>> import mlx_gemma4, mlx_lm
+    >>> model, tokenizer = for_mlx_lm(mlx_gemma4.load())
+    >>> messages = [{"role": "user", "content": "Hello"}]
+    >>> prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)
+    >>> text = mlx_lm.generate(model, tokenizer, prompt=prompt, max_tokens=8)
+    >>> text == mlx_gemma4.generate(model.lm, "Hello", max_tokens=8, sampling=mlx_gemma4.Sampling(temperature=0))
+    True
+    """
+    try:
+        from mlx_lm.tokenizer_utils import TokenizerWrapper
+    except ImportError as error:
+        raise InputError("mlx-lm is not installed; pip install mlx-lm") from error
+    tokenizer = MlxLmTokenizer(lm.tokenizer)
+    return MlxLmModel(lm), TokenizerWrapper(tokenizer, _Detokenizer, eos_token_ids=lm.tokenizer.stop_ids)
+
+
+class MlxLmModel:
+    """What mlx-lm asks of a model."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.lm = lm
+        self.layers: list[Any] = []  # of caches, this model has one
+
+    def __call__(self, inputs: mx.array, cache: Sequence[MlxLmCache] | None = None) -> mx.array:
+        """Logits, fp32 [1, 1, vocab], after the last of the tokens `inputs`, int [1, T]."""
+        if inputs.shape[0] != 1:
+            raise InputError(f"a batch of {inputs.shape[0]} prompts: this model takes one at a time")
+        (held,) = self.make_cache() if cache is None else cache
+        if held.kv.length + inputs.size > self.lm.config.context:
+            raise InputError(f"the model's context holds {self.lm.config.context} tokens, and it is full; ask for less")
+        return self.lm.model.forward(inputs[0], held.kv)[None, None]
+
+    def make_cache(self) -> list[MlxLmCache]:
+        """A new prompt cache."""
+        return [MlxLmCache(self.lm.model.new_state())]
+
+
+class MlxLmCache:
+    """A KV state as mlx-lm's prompt caches look."""
+
+    def __init__(self, kv: KVState) -> None:
+        self.kv = kv
+
+    @property
+    def state(self) -> list[mx.array]:
+        return self.kv.arrays
+
+    @property
+    def offset(self) -> int:
+        return self.kv.length
+
+    @property
+    def nbytes(self) -> int:
+        return self.kv.nbytes
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, n: int) -> int:
+        """Take back the last n tokens. Raises InputError where they are too many (see `KVState.rewind`)."""
+        n = min(n, self.kv.length)
+        self.kv.rewind(self.kv.length - n)
+        return n
+
+
+class MlxLmTokenizer:
+    """What mlx-lm asks of a tokenizer, which it wraps in its own."""
+
+    bos_token, eos_token = "<bos>", "<eos>"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.inner = tokenizer
+        self.chat_template = tokenizer.chat_template
+        self.vocab_size = tokenizer.vocab_size
+        self.bos_token_id = tokenizer.bos_id
+        self.eos_token_id = min(tokenizer.stop_ids, default=None)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text in which, as with other tokenizers of mlx-lm, control tokens may be spelled."""
+        return self.inner.encode(text, add_bos=add_special_tokens, parse_special=True)
+
+    def decode(self, ids: int | Sequence[int], skip_special_tokens: bool = False) -> str:
+        return self.inner.decode([ids] if isinstance(ids, int) else ids, skip_special=skip_special_tokens)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Control tokens: all that mlx-lm looks for by name."""
+        return {self.inner.decode([i], skip_special=False): i for i in sorted(self.inner.control_ids)}
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None = None,
+        *,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        return_dict: bool = False,
+        enable_thinking: bool | None = None,
+        **variables: Any,
+    ) -> list[int] | str:
+        """The prompt; as ids, control tokens that are spelled in messages stay text."""
+        known, declared = for_template(messages, tools or (), self.chat_template)
+        given: dict[str, Any] = {"tools": declared or None, "enable_thinking": enable_thinking, **variables}
+        if tokenize:
+            return encode_chat(self.inner, known, add_generation_prompt=add_generation_prompt, **given)
+        return render_chat(self.chat_template, known, add_generation_prompt=add_generation_prompt, **given)
+
+
+class _Detokenizer:
+    """mlx-lm's streaming detokenizer, in linear time."""
+
+    def __init__(self, tokenizer: MlxLmTokenizer) -> None:
+        self._tokenizer = tokenizer.inner
+        self.reset()
+
+    def reset(self) -> None:
+        self.tokens: list[int] = []
+        self.text, self.offset = "", 0
+        self._decoder = StreamDecoder(self._tokenizer, skip_special=False)
+
+    def add_token(self, token: int) -> None:
+        self.tokens.append(token)
+        self.text += self._decoder.push(token)
+
+    def finalize(self) -> None:
+        self.text += self._decoder.finish()
+
+    @property
+    def last_segment(self) -> str:
+        """What is new since this was last asked for."""
+        segment, self.offset = self.text[self.offset :], len(self.text)
+        return segment

@@ -1,0 +1,252 @@
+"""A conversation that goes on: messages, and the KV state that has read them.
+
+In: what a user says. Out: events of the reply. Messages are the truth; before each reply, the state is rewound to what
+it shares with them and reads the rest. So undo, retry and edit only change messages and rewind: what stayed as it was
+is not read again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..chat_format.replies import Event
+from ..chat_format.template import Message
+from ..errors import InputError
+from ..generation.prefix import MAX_MARKS, thin
+from ..kv.state import KVState, window_bytes
+from ..paths import whole_file
+from .background import OnPrompt, in_thread
+from .reply import Reply, ReplyOptions, as_held, go_back, prompt_ids, stream_reply
+
+if TYPE_CHECKING:
+    from .language_model import LanguageModel
+
+
+log = logging.getLogger("mlx_gemma4")
+FORMAT, VERSION = "mlx-gemma4 conversation", 1
+# What a session's marks may come to hold, of which it always keeps four: they are what undo and retry come back to.
+_MARK_BYTES = 4_000_000_000
+
+
+class Session:
+    """A conversation with a model. One thread at a time may use it.
+
+    Attributes:
+        lm: the model.
+        messages: the conversation, in OpenAI's form, the system's message first if there is one. May be changed.
+        options: for replies, where `send` and the others are given none.
+        state: what the model has read. May hold less than the messages, or more; the next reply sets it right.
+        reply: the latest Reply, or None. While events arrive, it grows.
+
+    >>> import mlx_gemma4
+    >>> session = Session(mlx_gemma4.load(), options=ReplyOptions(max_tokens=8))
+    >>> text = "".join(event.text for event in session.send("Tell me a tale."))
+    >>> text == session.reply.text == session.messages[-1]["content"]
+    True
+    >>> session.undo()
+    'Tell me a tale.'
+    >>> session.messages
+    []
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        system: str | None = None,
+        *,
+        options: ReplyOptions | None = None,
+        messages: Sequence[Message] = (),
+        state: KVState | None = None,
+        kv: str = "full",
+    ) -> None:
+        """
+        Args:
+            system: what the system's message says.
+            messages: a conversation to go on with.
+            state: what has been read already; by default a new one.
+            kv: how a new state holds keys and values (see `Model.new_state`).
+        """
+        self.lm = lm
+        self.options = options or ReplyOptions()
+        first = [{"role": "system", "content": system}] if system else []
+        self.messages: list[dict[str, Any]] = [*first, *(dict(message) for message in messages)]
+        self.state = lm.model.new_state(kv=kv) if state is None else state
+        self.reply: Reply | None = None
+
+    def send(
+        self,
+        content: str | Message | Sequence[Message],
+        options: ReplyOptions | None = None,
+        *,
+        on_prompt: OnPrompt | None = None,
+    ) -> Generator[Event, None, None]:
+        """Say something, and give the events of the reply, which is remembered as far as it came.
+
+        Closing the iterator stops the reply. If there is none at all (an error, or stopped before its first token),
+        the session is as it was.
+
+        Args:
+            content: what the user says, or messages as they are: results of tools (see `messages.tool_result`).
+            options: instead of the session's, for this reply.
+            on_prompt: called with (tokens read, tokens in all) while the prompt is read.
+        """
+        new = [{"role": "user", "content": content}] if isinstance(content, str) else content
+        new = [new] if isinstance(new, Mapping) else new
+        yield from self._reply([*self.messages, *(dict(message) for message in new)], options, on_prompt)
+
+    def undo(self) -> str | None:
+        """Take back the last thing that the user said, and all that followed; what it was, None if there is nothing."""
+        at = self._last_user()
+        if at is None:
+            return None
+        said = self.messages[at].get("content")
+        self.messages = self.messages[:at]
+        self.rewind()
+        return said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
+
+    def retry(
+        self, options: ReplyOptions | None = None, *, on_prompt: OnPrompt | None = None
+    ) -> Generator[Event, None, None]:
+        """Reply again to the same. Until the new reply begins, the old one is there. Raises InputError."""
+        messages = list(self.messages)
+        while messages and messages[-1].get("role") == "assistant":
+            messages.pop()
+        if not any(message.get("role") == "user" for message in messages):
+            raise InputError("there is nothing to reply to yet")
+        return self._reply(messages, options, on_prompt)
+
+    def edit(
+        self, text: str, options: ReplyOptions | None = None, *, on_prompt: OnPrompt | None = None
+    ) -> Generator[Event, None, None]:
+        """Reply as if the user had said `text` at last, instead of what was said. Raises InputError."""
+        at = self._last_user()
+        if at is None:
+            raise InputError("there is nothing to edit yet")
+        return self._reply([*self.messages[:at], {"role": "user", "content": text}], options, on_prompt)
+
+    async def asend(
+        self,
+        content: str | Message | Sequence[Message],
+        options: ReplyOptions | None = None,
+        *,
+        on_prompt: OnPrompt | None = None,
+    ) -> AsyncGenerator[Event, None]:
+        """As `send`, for `async for`. Leaving or cancelling stops the reply within a token."""
+        made = in_thread(lambda check: self.send(content, options, on_prompt=check), on_prompt)
+        async with contextlib.aclosing(made) as events:
+            async for event in events:
+                yield event
+
+    def fork(self) -> Session:
+        """Another session with the same past. Copies no keys or values."""
+        messages = copy.deepcopy(self.messages)
+        other = Session(self.lm, options=self.options, messages=messages, state=self.state.fork())
+        other.reply = self.reply
+        return other
+
+    def rewind(self) -> None:
+        """Take out of the state what the messages don't say. Done before each reply, too."""
+        if not self.state.length:
+            return
+        ids: list[int] = []
+        if any(message.get("role") != "system" for message in self.messages):
+            ids = prompt_ids(self.lm, self.messages, self.options, reply=False)
+        go_back(self.state, as_held(self.lm.tokenizer, ids, self.state.tokens))
+
+    def save(self, path: str | Path, *, state: bool = True) -> None:
+        """Write the conversation as JSON, and beside it, with `.kv` at the end of its name, what the model has read.
+
+        Args:
+            state: whether to write the latter. Without it, a loaded session reads its messages again.
+
+        Raises:
+            InputError: a file can't be written; what was there is still there.
+        """
+        path = Path(path)
+        saved = {"format": FORMAT, "version": VERSION, "messages": self.messages}
+        try:
+            with whole_file(path) as file:
+                file.write((json.dumps(saved, ensure_ascii=False, indent=1) + "\n").encode())
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path}: the conversation can't be saved ({error}); choose another place") from error
+        beside = _state_file(path)
+        if state and self.state.length:
+            self.lm.model.save_state(self.state, beside)
+        else:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+
+    @classmethod
+    def load(
+        cls, lm: LanguageModel, path: str | Path, *, options: ReplyOptions | None = None, kv: str = "full"
+    ) -> Session:
+        """The session that `save` wrote. What the model has read is taken if the file is there and fits the model.
+
+        Args:
+            kv: how a new state holds keys and values, where there is none to take.
+
+        Raises:
+            InputError: the file isn't a conversation.
+        """
+        path = Path(path)
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: can't be read as a saved conversation ({error})") from error
+        messages = saved.get("messages") if isinstance(saved, dict) and saved.get("format") == FORMAT else None
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise InputError(f"{path}: is not a conversation that was saved here")
+        return cls(lm, options=options, messages=messages, state=_read_state(lm, _state_file(path)), kv=kv)
+
+    def close(self) -> None:
+        """Let go of the KV state."""
+        self.state.close()
+
+    def _last_user(self) -> int | None:
+        """Where the user spoke last."""
+        places = (i for i in reversed(range(len(self.messages))) if self.messages[i].get("role") == "user")
+        return next(places, None)
+
+    def _reply(
+        self, messages: list[dict[str, Any]], options: ReplyOptions | None, on_prompt: OnPrompt | None
+    ) -> Generator[Event, None, None]:
+        """Events of the reply to `messages`; with its first token, they become the session's."""
+        chunks = stream_reply(self.lm, messages, options or self.options, state=self.state, on_prompt=on_prompt)
+        begun = False
+        try:
+            for chunk in chunks:
+                if not begun:
+                    begun, self.reply = True, chunk.reply
+                    self.messages = [*messages, chunk.reply.message]
+                yield from chunk.events
+        finally:
+            chunks.close()
+            if begun and self.reply:
+                self.messages[-1] = self.reply.message
+                self._mark()
+
+    def _mark(self) -> None:
+        """Leave a place to come back to, and few enough of them."""
+        self.state.mark()
+        window = window_bytes(self.lm.config, self.state.dtype)
+        thin(self.state, min(MAX_MARKS, max(4, _MARK_BYTES // max(window, 1))))
+
+
+def _state_file(path: Path) -> Path:
+    return path.with_name(path.name + ".kv")
+
+
+def _read_state(lm: LanguageModel, path: Path) -> KVState | None:
+    if not path.is_file():
+        return None
+    try:
+        return lm.model.load_state(path)
+    except InputError as error:
+        log.warning("%s The conversation is read again instead.", error)
+        return None

@@ -1,0 +1,1 @@
+"""Proves the kernels on this machine against their references."""

@@ -1,0 +1,134 @@
+"""The sizes that decide which kernels a model needs, and at what shapes.
+
+In: a loaded model. Out: `Sizes`, with as many `Product`s and `Heads` as it has kinds of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from ..ops import matvec
+from ..ops.dispatch import SHRINK
+from ..quant.formats import FLOATS, FORMATS, Packed
+
+if TYPE_CHECKING:
+    from ..model.model import Model
+    from ..model.weights import Layer
+
+
+@dataclass(frozen=True)
+class Product:
+    """A weight and what is folded into its mat-vec."""
+
+    type: str  # a GGUF type
+    shape: tuple[int, ...]  # [N, K] or experts [E, N, K]
+    norm: bool = False
+    glu: bool = False
+    times: bool = False
+    factor: float = 1.0
+    used: int = 0  # experts chosen
+    own_x: bool = False  # each expert has its own input
+    tokens: int = 1
+    narrow: bool = False  # input in the dtype of KV states, else fp32
+    narrow_out: bool = False  # the result likewise
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention of one kind of layer."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    window: int  # 0: global
+    joined: str  # what stands behind q in its rows: "kv", "k" or ""
+    has_kv: bool = True
+    v_is_k: bool = False
+    value_norm: bool = True
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What decides a model's kernels."""
+
+    hidden: int
+    vocab: int
+    heads: tuple[Heads, ...]
+    products: tuple[Product, ...]  # of a decode step
+    table: str  # type of the embedding
+    ple_table: str = ""
+    layers: int = 0  # with per-layer embeddings
+    ple: int = 0
+    experts: int = 0
+    used: int = 0
+    prompts: tuple[Product, ...] = ()  # products that prompts alone run in kernels: experts that are not packed
+
+
+def sizes_of(model: Model) -> Sizes:
+    """The sizes of a loaded model."""
+    c, w = model.config, model.weights
+    heads = []
+    products = [Product(_type(w.output), w.output.shape, narrow=True)]
+    if w.per_layer_model_proj is not None:
+        products.append(Product(_type(w.per_layer_model_proj), w.per_layer_model_proj.shape))
+    for shape, layer in zip(c.layers, w.layers, strict=True):
+        own = layer.attn_k_norm is not None
+        joined = ""
+        if layer.attn_qk is not None:
+            joined = "kv" if layer.attn_qk.shape[0] > (shape.heads + shape.kv_heads) * shape.head_dim else "k"
+        v_is_k = own and layer.attn_v is None and joined != "kv"
+        window = c.window if shape.sliding else 0
+        heads.append(Heads(shape.heads, shape.kv_heads, shape.head_dim, window, joined, own, v_is_k, c.value_norm))
+        products += _layer_products(layer, c.experts_used, c.hidden)
+    usable = [used for p in products for used in _as_launched(p)]
+    plain = {p.type: p.shape for p in reversed(usable) if p.type in FORMATS and len(p.shape) == 2}
+    usable += [
+        Product(type, shape, tokens=matvec.MAX_TOKENS, narrow=True) for type, shape in plain.items()
+    ]  # short prompts
+    ple_table = "" if w.per_layer_token_embd is None else _type(w.per_layer_token_embd)
+    experts = (c.experts, c.experts_used if c.experts else 0)
+    tables = (_type(w.token_embd), ple_table)
+    prompts = tuple(p for p in products if p.used and p.type in ("F16", "BF16"))
+    return Sizes(c.hidden, c.vocab, tuple(heads), tuple(usable), *tables, len(c.layers), c.ple, *experts, prompts)
+
+
+def _layer_products(layer: Layer, used: int, hidden: int) -> list[Product]:
+    """As the decode step takes them."""
+    folded: dict[str, dict[str, Any]] = {
+        **{name: {"narrow": True} for name in ("attn_qk", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_down")},
+        "ffn_gate_up": {"glu": True, "factor": SHRINK, "narrow": True, "narrow_out": True},
+        "ffn_gate": {"times": True, "factor": SHRINK, "narrow": True, "narrow_out": True},
+        "ffn_up": {"narrow": True, "narrow_out": True},
+        "inp_gate": {"times": True},
+        "proj": {},
+        "ffn_gate_inp": {"norm": True, "factor": hidden**-0.5},
+        "ffn_gate_up_exps": {"norm": True, "glu": True, "factor": SHRINK, "used": used, "narrow_out": True},
+        "ffn_gate_exps": {"norm": True, "times": True, "factor": SHRINK, "used": used, "narrow_out": True},
+        "ffn_up_exps": {"norm": True, "used": used},
+        "ffn_down_exps": {"used": used, "own_x": True, "narrow": True},
+    }
+    weights = {f.name: getattr(layer, f.name) for f in fields(layer)}
+    there = {name: options for name, options in folded.items() if weights[name] is not None}
+    return [Product(_type(weights[name]), weights[name].shape, **options) for name, options in there.items()]
+
+
+def _as_launched(p: Product) -> list[Product]:
+    """A product as kernels do it: an unpacked weight's gate and up one after the other, its experts not at all."""
+    if p.type in FORMATS:
+        return [p]
+    if p.type not in FLOATS or len(p.shape) > 2:
+        return []
+    if not p.glu:
+        return [p]
+    half = (p.shape[0] // 2, p.shape[1])
+    return [replace(p, shape=half, glu=False, factor=1.0), replace(p, shape=half, glu=False, times=True)]
+
+
+def _type(w: Any) -> str:
+    """A weight's GGUF type; "" for MLX's own quantization."""
+    if isinstance(w, Packed):
+        return w.format.name
+    return next((str(name) for name, dtype in FLOATS.items() if isinstance(w, mx.array) and w.dtype == dtype), "")

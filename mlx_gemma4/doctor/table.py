@@ -1,0 +1,179 @@
+"""The command `mlx-gemma4 doctor`: every kernel at the sizes of every published model.
+
+In: a backend. Out: a table of checks, printed line by line, and the verdict to remember (verdict.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+
+import mlx.core as mx
+
+from ..gpu import render
+from ..ops import matvec
+from ..ops.dispatch import SHRINK
+from ..quant.formats import FORMATS
+from .checks import Check, checks
+from .sizes import Heads, Product, Sizes
+from .verdict import (
+    LENGTHS,
+    MLX,
+    QUICK_LENGTHS,
+    Result,
+    Verdict,
+    device_name,
+    machine,
+    remember,
+    run_check,
+    switched_off,
+    usable_kernels,
+)
+
+# What no kernel takes, and stock operations do everywhere.
+STOCK = (
+    ("matvec, expand", "weights that MLX quantized itself (folders of safetensors)"),
+    ("matvec", "rows that are no multiple of 32 long"),
+    ("dense", "experts in F32, F16 or BF16"),
+    ("embed, ple_inputs", "tables that MLX quantized itself"),
+)
+
+
+# ---------------------------------------------------------------- the whole table
+
+
+def real_sizes() -> dict[str, Sizes]:
+    """The models that people run, in the types of a Q4_K_M file."""
+    return {
+        "E2B": _sizes(1536, (8, 1, 256, 512), (8, 1, 512), (6144, 12288), layers=35, ple=256),
+        "12B": _sizes(3840, (16, 8, 256, 1024), (16, 1, 512), (15360,)),
+        "31B": _sizes(5376, (32, 16, 256, 1024), (32, 4, 512), (21504,)),
+        "26B-A4B": _sizes(2816, (16, 8, 256, 1024), (16, 2, 512), (2112,), experts=(128, 8, 704)),
+        "any": Sizes(0, 0, (), _every_format(), ""),
+    }
+
+
+def _sizes(
+    hidden: int,
+    sliding: tuple[int, int, int, int],
+    full: tuple[int, int, int],
+    ffns: tuple[int, ...],
+    vocab: int = 262144,
+    layers: int = 0,
+    ple: int = 0,
+    experts: tuple[int, int, int] = (0, 0, 0),
+    types: tuple[str, str, str] = ("Q4_K", "Q6_K", "Q5_0"),
+) -> Sizes:
+    """Models without per-layer embeddings have no v on global layers.
+
+    Args:
+        sliding, full: query heads, KV heads, head size (and window).
+        experts: how many, how many chosen, their width.
+        types: of most weights, of the head, and of weights whose rows are no multiple of 256.
+    """
+    most, top, odd = types
+    ends = Heads(*full, 0, "kv" if ple else "k", v_is_k=not ple)
+    heads = [Heads(*sliding, "kv"), ends]
+    products = [Product(top, (vocab, hidden), narrow=True)]
+    for h in heads:
+        rows = h.heads + h.kv_heads * (2 if h.joined == "kv" else 1)
+        products += [Product(most, (n, k), narrow=True) for n, k in ((rows * h.dim, hidden), (hidden, h.heads * h.dim))]
+    for ffn in ffns:
+        products.append(Product(most, (2 * ffn, hidden), glu=True, factor=SHRINK, narrow=True, narrow_out=True))
+        products.append(Product(odd if ffn % 256 else top, (hidden, ffn), narrow=True))
+    if ple:
+        heads += [Heads(h.heads, h.kv_heads, h.dim, h.window, "", has_kv=False) for h in heads]
+        products += [Product(most, (ple, hidden), times=True), Product(most, (hidden, ple))]
+        products.append(Product("BF16", (layers * ple, hidden)))
+    n, used, width = experts
+    if n:
+        products.append(Product("F32", (n, hidden), norm=True, factor=hidden**-0.5))
+        products.append(
+            Product(most, (n, 2 * width, hidden), norm=True, glu=True, factor=SHRINK, used=used, narrow_out=True)
+        )
+        products.append(Product(odd, (n, hidden, width), used=used, own_x=True, narrow=True))
+    return Sizes(hidden, vocab, tuple(heads), tuple(products), top, "Q5_K" if ple else "", layers, ple, n, used)
+
+
+def _every_format() -> tuple[Product, ...]:
+    """Each format at one shape; F16; several tokens at once."""
+    some = [Product(name, (5376, 8192), narrow=name in FORMATS) for name in (*FORMATS, "F16")]
+    return (*some, Product("Q4_K", (5376, 8192), tokens=matvec.MAX_TOKENS, narrow=True))
+
+
+def small_sizes() -> dict[str, Sizes]:
+    """Where there is no GPU: enough to see each reference run."""
+    return {
+        "small": _sizes(256, (4, 2, 64, 128), (4, 1, 128), (512,), 512, layers=2, ple=256, experts=(8, 2, 96)),
+        "any": Sizes(0, 0, (), tuple(Product(name, (32, 256)) for name in FORMATS), ""),
+    }
+
+
+def all_checks(models: dict[str, Sizes], lengths: Sequence[int]) -> Iterator[tuple[str, Check]]:
+    """Each check once, with the first model that needs it."""
+    seen: set[str] = set()
+    for name, sizes in models.items():
+        for check in checks(sizes, lengths):
+            if check.key not in seen:
+                seen.add(check.key)
+                yield name, check
+
+
+def examine(
+    say: Callable[[str], None], as_json: bool = False, models: dict[str, Sizes] | None = None, timed: bool = True
+) -> bool:
+    """Check everything, print a table line by line, and remember the verdict. Gives whether no kernel failed.
+
+    Args:
+        say: takes lines of the report.
+        as_json: report one JSON object instead.
+        models: at whose sizes; None: those of the real models, or small ones without a GPU.
+    """
+    launcher = render.default_launcher()
+    models = models or (real_sizes() if launcher else small_sizes())
+    note = f"{device_name()}, MLX {MLX}: "
+    if launcher is None:
+        note += "no GPU, so stock operations run everything; here they are, at small shapes"
+    elif usable_kernels() is None:
+        note += "MLX_GEMMA4_KERNELS=off, so stock operations run everything; here are the kernels all the same"
+    else:
+        note += "each kernel beside stock operations, on random numbers (NVIDIA's compiler takes minutes for them)"
+    if not as_json:
+        say(note)
+        say(_line("kernel", "model", "shape", "error", "time", "GB/s", "verdict"))
+    results = []
+    for name, check in all_checks(models, LENGTHS if launcher else QUICK_LENGTHS):
+        result = run_check(check, launcher, timed)
+        results.append((name, result))
+        mx.clear_cache()  # the next arrays have other sizes
+        if not as_json:
+            say(_row(name, result))
+    failed = {r.op: r.verdict for _, r in reversed(results) if r.failed}
+    if launcher:
+        remember(Verdict({f"{r.op}: {r.shape}" for _, r in results}, failed))
+    if as_json:
+        table = [{"model": name, **asdict(result)} for name, result in results]
+        say(json.dumps({"machine": machine(), "gpu": launcher is not None, "off": failed, "checks": table}))
+    else:
+        _say_end(say, failed, launcher is not None)
+    return not failed and not (launcher is None and any(r.verdict != "runs as stock operations" for _, r in results))
+
+
+def _say_end(say: Callable[[str], None], failed: dict[str, str], gpu: bool) -> None:
+    for op, shape in STOCK if gpu else ():
+        say(_line(op, "", shape, "", "", "", "no kernel: stock operations"))
+    if failed:
+        say(switched_off(failed)[0].upper() + switched_off(failed)[1:])
+    elif gpu:
+        say("All kernels are right. This is remembered until MLX, the kernels or the device change.")
+
+
+def _row(model: str, r: Result) -> str:
+    error = "" if r.error is None else f"{r.error:.1e}"
+    took = "" if r.seconds is None else f"{r.seconds * 1e6:.1f} us"
+    return _line(r.op, model, r.shape, error, took, "" if r.rate is None else f"{r.rate:.0f}", r.verdict)
+
+
+def _line(op: str, model: str, shape: str, error: str, took: str, rate: str, verdict: str) -> str:
+    return f"{op:<14} {model:<8} {shape:<44} {error:>8} {took:>11} {rate:>6}  {verdict}".rstrip()

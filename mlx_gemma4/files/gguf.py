@@ -1,0 +1,422 @@
+"""Open a GGUF file: metadata and tensor directory out, tensor bytes as views of the memory map.
+
+In: the path of a GGUF (version 2 or 3, little-endian), or of any part of a split one. Out: a `GGUFFile`. It knows the
+container only: what a tensor's bytes mean is `quant`'s business, what a key means is `config`'s. Nothing the file says
+is believed: each length is held against the bytes that are there before anything is read or allocated, and every
+failure is an `InputError` that names the file. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import InputError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+MAX_DIMS = 4  # ggml's own limit
+MAX_KEY_BYTES = 65535  # the specification's limit on a key; used for tensor names too
+
+
+class TensorType(NamedTuple):
+    """How one ggml type is stored: `block_size` values in `block_bytes` bytes."""
+
+    name: str
+    block_size: int
+    block_bytes: int
+
+
+# Every type number that ggml has in use (ggml.h, block sizes of ggml-common.h); the gaps were withdrawn.
+TENSOR_TYPES: dict[int, TensorType] = {
+    0: TensorType("F32", 1, 4),
+    1: TensorType("F16", 1, 2),
+    2: TensorType("Q4_0", 32, 18),
+    3: TensorType("Q4_1", 32, 20),
+    6: TensorType("Q5_0", 32, 22),
+    7: TensorType("Q5_1", 32, 24),
+    8: TensorType("Q8_0", 32, 34),
+    9: TensorType("Q8_1", 32, 40),
+    10: TensorType("Q2_K", 256, 84),
+    11: TensorType("Q3_K", 256, 110),
+    12: TensorType("Q4_K", 256, 144),
+    13: TensorType("Q5_K", 256, 176),
+    14: TensorType("Q6_K", 256, 210),
+    15: TensorType("Q8_K", 256, 292),
+    16: TensorType("IQ2_XXS", 256, 66),
+    17: TensorType("IQ2_XS", 256, 74),
+    18: TensorType("IQ3_XXS", 256, 98),
+    19: TensorType("IQ1_S", 256, 50),
+    20: TensorType("IQ4_NL", 32, 18),
+    21: TensorType("IQ3_S", 256, 110),
+    22: TensorType("IQ2_S", 256, 82),
+    23: TensorType("IQ4_XS", 256, 136),
+    24: TensorType("I8", 1, 1),
+    25: TensorType("I16", 1, 2),
+    26: TensorType("I32", 1, 4),
+    27: TensorType("I64", 1, 8),
+    28: TensorType("F64", 1, 8),
+    29: TensorType("IQ1_M", 256, 56),
+    30: TensorType("BF16", 1, 2),
+    34: TensorType("TQ1_0", 256, 54),
+    35: TensorType("TQ2_0", 256, 66),
+    39: TensorType("MXFP4", 32, 17),
+    40: TensorType("NVFP4", 64, 36),
+    41: TensorType("Q1_0", 128, 18),
+    42: TensorType("Q2_0", 64, 18),
+}
+
+# Metadata value types: number -> struct letter (the same letter is the numpy dtype). 8 is string, 9 is array.
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY, BOOL = 8, 9, 7
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One line of the tensor directory.
+
+    `shape` is in numpy order: [N, K] rows first, experts [E, N, K]. `offset` is in bytes from the start of file number
+    `part` (0 unless the file is split). `row_bytes` is the size of K values.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    row_bytes: int
+    n_bytes: int
+    part: int
+    offset: int
+
+
+class GGUFFile:
+    """An open GGUF: `metadata`, `tensors` in file order, and their bytes.
+
+    metadata: numbers and bools as Python's, strings as str, arrays of numbers or bools as numpy arrays, arrays of
+    strings as list[str]. Of a split file it is the first part's. `n_bytes` is the size of all parts together.
+    """
+
+    def __init__(
+        self, path: Path, metadata: dict[str, Any], tensors: dict[str, TensorInfo], maps: list[mmap.mmap]
+    ) -> None:
+        self.path = path
+        self.metadata = metadata
+        self.tensors = tensors
+        self.n_bytes = sum(map(len, maps))
+        self._maps = maps
+
+    def raw(self, name: str) -> np.ndarray:
+        """The tensor's bytes as they are in the file: uint8 [rows, row_bytes], read-only, nothing copied."""
+        t = self.tensors[name]
+        flat = np.frombuffer(self._maps[t.part], np.uint8, t.n_bytes, t.offset)
+        return flat.reshape(-1, t.row_bytes)
+
+    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Drop bytes [start, stop) of the tensor (default: all) from this process's resident set.
+
+        The pages are backed by the file, so a later read only fetches them again. Whole pages go, neighbours' too.
+        """
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        t = self.tensors[name]
+        part = self._maps[t.part]
+        first = (t.offset + start) // mmap.PAGESIZE * mmap.PAGESIZE
+        last = min(t.offset + (t.n_bytes if stop is None else stop), len(part))
+        if last > first:
+            part.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def close(self) -> None:
+        """Unmap the file. Arrays from `raw` that are still alive keep their part mapped until they go."""
+        for part in self._maps:
+            with suppress(BufferError):  # an array still looks at it; the map is freed with the last of them
+                part.close()
+
+    def __enter__(self) -> GGUFFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_gguf(path: str | Path) -> GGUFFile:
+    """Open a GGUF file, or all parts of a split one when given any of them. Raises InputError only."""
+    path = Path(path)
+    parts: list[SplitFile] = []
+    try:
+        first = read_part(path)
+        parts.append(first)
+        names = part_paths(path, first.metadata)
+        if len(names) > 1:
+            parts = [first if p == path else read_part(p) for p in names]
+            check_parts(names, parts)
+        tensors = join_tensors(names, parts)
+    except BaseException:
+        for part in parts:
+            part.map.close()
+        raise
+    return GGUFFile(path, parts[0].metadata, tensors, [part.map for part in parts])
+
+
+# ---- split files: name-00001-of-00003.gguf, each part a GGUF with keys split.no, split.count, split.tensors.count ----
+
+
+class SplitFile(NamedTuple):
+    """One parsed file: what it holds, and its open map."""
+
+    map: mmap.mmap
+    metadata: dict[str, Any]
+    tensors: list[TensorInfo]
+
+
+def part_paths(path: Path, metadata: dict[str, Any]) -> list[Path]:
+    """The paths of all parts in order ([path] for a file that isn't split); InputError if one is missing."""
+    count = metadata.get("split.count", 1)
+    if not isinstance(count, int) or not 0 <= count <= 99999:
+        raise InputError(f"{path}: split.count is {count!r}, not a number of parts; download the file again")
+    if count <= 1:
+        return [path]
+    name = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if not name or int(name[3]) != count or not 1 <= int(name[2]) <= count:
+        raise InputError(
+            f"{path}: is one of {count} parts of a split GGUF, but its name does not say which;"
+            f" name the parts NAME-00001-of-{count:05d}.gguf and so on"
+        )
+    names = [path.with_name(f"{name[1]}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+    missing = [p.name for p in names if p != path and not p.exists()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{path}: part {missing[0]}{more} of this split GGUF is missing; put all parts in one folder")
+    return names
+
+
+def check_parts(names: list[Path], parts: list[SplitFile]) -> None:
+    """Each part must say that it is where its name puts it, and together they must hold what was split."""
+    for i, (path, part) in enumerate(zip(names, parts, strict=True)):
+        found = part.metadata.get("split.no"), part.metadata.get("split.count")
+        if found != (i, len(names)):
+            raise InputError(
+                f"{path}: should be part {i + 1} of {len(names)} but says split.no={found[0]}, split.count={found[1]};"
+                " the parts are mixed up, download them again"
+            )
+    total, found_total = parts[0].metadata.get("split.tensors.count"), sum(len(p.tensors) for p in parts)
+    if total is not None and total != found_total:
+        raise InputError(f"{names[0]}: the parts hold {found_total} tensors, not {total}; download them again")
+
+
+def join_tensors(names: list[Path], parts: list[SplitFile]) -> dict[str, TensorInfo]:
+    """One directory over all parts; a name may occur once."""
+    tensors: dict[str, TensorInfo] = {}
+    for i, (path, part) in enumerate(zip(names, parts, strict=True)):
+        for t in part.tensors:
+            if t.name in tensors:
+                raise InputError(f"{path}: two tensors are named {t.name!r}; the file is damaged")
+            tensors[t.name] = t if i == 0 else TensorInfo(t.name, t.shape, t.type, t.row_bytes, t.n_bytes, i, t.offset)
+    return tensors
+
+
+# ---- one file ----
+
+
+def read_part(path: Path) -> SplitFile:
+    """Map one file and parse its header; the map stays open unless this raises."""
+    buf = open_map(path)
+    try:
+        metadata, tensors = read_header(Reader(path, buf))
+    except BaseException:
+        buf.close()
+        raise
+    return SplitFile(buf, metadata, tensors)
+
+
+def open_map(path: Path) -> mmap.mmap:
+    """A read-only memory map of the whole file."""
+    try:
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; give the .gguf file in it")
+        with open(path, "rb") as f:
+            f.seek(0, 2)
+            if f.tell() == 0:
+                raise InputError(f"{path}: the file is empty; download it again")
+            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; check the path") from None
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: can't be read: {getattr(e, 'strerror', None) or e}") from None
+
+
+class Reader:
+    """A cursor over the bytes of a file that never reads past its end."""
+
+    def __init__(self, path: Path, buf: mmap.mmap) -> None:
+        self.path = path
+        self.buf = buf
+        self.size = len(buf)
+        self.at = 0
+
+    def error(self, what: str) -> InputError:
+        return InputError(f"{self.path}: {what}")
+
+    def truncated(self, what: str) -> InputError:
+        return self.error(f"ends inside {what}, after {self.size} bytes; it is cut short or damaged, download it again")
+
+    def need(self, n: int, what: str) -> int:
+        """Move past the next n bytes and return where they start."""
+        start = self.at
+        if n > self.size - start:
+            raise self.truncated(what)
+        self.at = start + n
+        return start
+
+    def number(self, letter: str, what: str) -> Any:
+        layout = struct.Struct("<" + letter)
+        return layout.unpack_from(self.buf, self.need(layout.size, what))[0]
+
+    def name(self, what: str) -> str:
+        """A key or tensor name: short, and UTF-8."""
+        n = self.number("Q", what)
+        if not 0 < n <= MAX_KEY_BYTES:
+            raise self.error(f"{what} is {n} bytes long, which none is; the file is damaged, download it again")
+        start = self.need(n, what)
+        try:
+            return self.buf[start : start + n].decode()
+        except UnicodeDecodeError:
+            raise self.error(f"{what} is not UTF-8; the file is damaged, download it again") from None
+
+    def string(self, what: str) -> str:
+        n = self.number("Q", what)
+        start = self.need(n, what)
+        return self.buf[start : start + n].decode("utf-8", "replace")
+
+    def strings(self, count: int, what: str) -> list[str]:
+        """An array of strings. This loop runs 777,000 times for Gemma's vocabulary, so it does nothing but read."""
+        if count > (self.size - self.at) // 8:
+            raise self.truncated(what)
+        out: list[str] = []
+        add, unpack, buf, end = out.append, struct.Struct("<Q").unpack_from, self.buf, self.at
+        try:
+            for _ in range(count):
+                start = end + 8
+                end = start + unpack(buf, end)[0]
+                add(buf[start:end].decode("utf-8", "replace"))
+        except (struct.error, OverflowError, IndexError):  # after a length that points past the end
+            raise self.truncated(what) from None
+        self.need(end - self.at, what)
+        return out
+
+    def array(self, what: str) -> np.ndarray | list[str]:
+        kind, count = self.number("I", what), self.number("Q", what)
+        if kind == STRING:
+            return self.strings(count, what)
+        if kind not in SCALARS:
+            problem = "is an array of arrays" if kind == ARRAY else f"has unknown type {kind}"
+            raise self.error(f"{what} {problem}, which is not supported; the file is damaged or too new")
+        dtype = np.dtype("u1" if kind == BOOL else "<" + SCALARS[kind])
+        start = self.need(count * dtype.itemsize, what)
+        values: np.ndarray = np.frombuffer(self.buf, dtype, count, start).copy()  # a view would keep the file mapped
+        return values.astype(bool) if kind == BOOL else values
+
+    def value(self, what: str) -> Any:
+        kind = self.number("I", what)
+        if kind == STRING:
+            return self.string(what)
+        if kind == ARRAY:
+            return self.array(what)
+        if kind not in SCALARS:
+            raise self.error(f"{what} has unknown type {kind}; the file is damaged or too new")
+        return self.number(SCALARS[kind], what)
+
+
+def read_header(r: Reader) -> tuple[dict[str, Any], list[TensorInfo]]:
+    """Parse everything before the tensor data, and check that the data is there."""
+    check_magic_and_version(r)
+    n_tensors, n_keys = r.number("Q", "the header"), r.number("Q", "the header")
+    # The smallest entry of each kind: a key of 1 byte with a 1-byte value; a name of 1 byte, no dimensions.
+    for n, smallest, what in ((n_keys, 14, "keys"), (n_tensors, 25, "tensors")):
+        if n > (r.size - r.at) // smallest:
+            raise r.error(f"declares {n} {what}, more than {r.size} bytes can hold; it is cut short or damaged")
+
+    metadata: dict[str, Any] = {}
+    for i in range(n_keys):
+        key = r.name(f"metadata key {i}")
+        if key in metadata:
+            raise r.error(f"metadata key {key!r} occurs twice; the file is damaged")
+        metadata[key] = r.value(f"metadata value {key!r}")
+
+    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+        raise r.error(f"general.alignment is {alignment!r}, not a power of two; the file is damaged")
+
+    tensors = [read_tensor_info(r, i) for i in range(n_tensors)]
+    data_start = -(-r.at // alignment) * alignment
+    return metadata, list(locate_tensors(r, tensors, data_start, alignment))
+
+
+def check_magic_and_version(r: Reader) -> None:
+    magic = r.buf[:4]
+    if magic == MAGIC[::-1]:
+        raise r.error("is a big-endian GGUF, which is not supported; get the little-endian file")
+    if magic != MAGIC:
+        if r.buf[:23] == b"version https://git-lfs":
+            raise r.error("is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+        raise r.error(f"is not a GGUF file (it starts with {magic!r}); give a .gguf file or a model folder")
+    r.at = 4
+    version = r.number("I", "the header")
+    if version & 0xFFFF == 0 and version:
+        raise r.error("is a big-endian GGUF, which is not supported; get the little-endian file")
+    if version not in VERSIONS:
+        remedy = "convert the model again with today's llama.cpp" if version < 2 else "update mlx-gemma4"
+        raise r.error(f"is GGUF version {version}, and versions 2 and 3 are supported; {remedy}")
+
+
+def read_tensor_info(r: Reader, index: int) -> TensorInfo:
+    """One directory entry; `offset` is still relative to the start of the data."""
+    name = r.name(f"the name of tensor {index}")
+    what = f"tensor {name!r}"
+    n_dims = r.number("I", what)
+    if n_dims > MAX_DIMS:
+        raise r.error(f"{what} has {n_dims} dimensions, and at most {MAX_DIMS} are possible; the file is damaged")
+    dims = [r.number("Q", what) for _ in range(n_dims)] or [1]  # the fastest first, K before N
+    number, offset = r.number("I", what), r.number("Q", what)
+    kind = TENSOR_TYPES.get(number)
+    if kind is None:
+        raise r.error(f"{what} has type number {number}, which is unknown; the file is damaged or too new")
+    if 0 in dims:
+        raise r.error(f"{what} has shape {dims[::-1]}, which is empty; the file is damaged")
+    if dims[0] % kind.block_size:
+        raise r.error(
+            f"{what} has rows of {dims[0]} values, no multiple of {kind.name}'s block of {kind.block_size};"
+            " the file is damaged"
+        )
+    row_bytes = dims[0] // kind.block_size * kind.block_bytes
+    n_bytes = row_bytes * prod(dims[1:])  # Python's integers don't overflow
+    if n_bytes > r.size:
+        raise r.error(f"{what} takes {n_bytes} bytes, and the file has {r.size}; it is cut short or damaged")
+    return TensorInfo(name, tuple(dims[::-1]), kind.name, row_bytes, n_bytes, 0, offset)
+
+
+def locate_tensors(r: Reader, tensors: list[TensorInfo], data_start: int, alignment: int) -> Iterator[TensorInfo]:
+    """Turn offsets into file positions, in file order; refuse what is misaligned, past the end or overlapping."""
+    for t in tensors:
+        if t.offset % alignment:
+            raise r.error(f"tensor {t.name!r} is at offset {t.offset}, no multiple of {alignment}; the file is damaged")
+        if data_start + t.offset + t.n_bytes > r.size:
+            missing = data_start + t.offset + t.n_bytes - r.size
+            raise r.error(
+                f"is cut short: tensor {t.name!r} ends {missing} bytes after the file does; download it again"
+            )
+    by_offset = sorted(tensors, key=lambda t: t.offset)
+    for a, b in pairwise(by_offset):
+        if a.offset + a.n_bytes > b.offset:
+            raise r.error(f"tensors {a.name!r} and {b.name!r} overlap; the file is damaged")
+    for t in tensors:
+        yield replace(t, offset=data_start + t.offset)

@@ -1,0 +1,356 @@
+"""Finds models by name: a path, or `REPO[:QUANT]` in a Hugging Face repository, downloaded where it isn't here yet.
+
+In: what stands behind `--model`. Out: the path of a file or folder. Downloads go to the cache that every program built
+on huggingface_hub shares, which also knows tokens and offline mode. It starts a download anew whenever its process
+ended; ours goes on where it stopped, and each file is held against the hash that the hub states.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from ..errors import InputError
+
+log = logging.getLogger("mlx_gemma4")
+
+Progress = Callable[[int, int], None]  # bytes here, bytes in all
+
+# What `REPO` alone means: the first of these that the repository has.
+PREFERRED = ("Q4_K_M", "Q4_0", "UD-Q4_K_XL", "Q8_0")
+NAME = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<quant>[\w./-]+))?")
+QUANT = re.compile(
+    r"(?<![A-Z0-9])((?:UD-)?(?:I?Q\d(?:_(?:\d|K|NL|XXS|XS|S|M|L|XL|XXL))*|TQ\d_\d|BF16|F16|F32|MXFP4(?:_MOE)?))(?![A-Z0-9])"
+)
+SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+# Files of a repository in MLX's or transformers' format that `load` reads.
+FOLDER = re.compile(
+    r"(?:config|generation_config|tokenizer|tokenizer_config|[\w.-]+\.index)\.json|[\w.-]+\.(?:safetensors|jinja)"
+)
+TRIES = 5  # in a row that bring nothing, before a download gives up
+WAIT = 0.5  # seconds before the second of them, doubled each time
+TIMEOUT = 30.0  # seconds of silence
+CHUNK = 1 << 18  # bytes
+SHA256 = re.compile(r"[0-9a-f]{64}")  # the name of a large file's blob
+AGENT = "mlx-gemma4"
+LARGE = 10_000_000  # bytes; smaller downloads go without saying
+
+
+@dataclass(frozen=True)
+class PullChoice:
+    """One model of a repository: a file, or all parts of a split one in order."""
+
+    quant: str  # "Q4_K_M"; "" where the name doesn't tell
+    files: tuple[str, ...]  # paths in the repository
+    complete: bool
+
+    @property
+    def title(self) -> str:
+        return self.quant or self.files[0]
+
+
+def resolve(name: str | Path, *, update: bool = False, progress: Progress | None = None) -> Path:
+    """The file or folder that a name means; downloads it if need be.
+
+    Args:
+        name: an existing path, or `REPO[:QUANT]`: "ggml-org/gemma-4-E2B-it-GGUF:Q4_K_M". QUANT may be in any case, or
+            a file's name. A repository without GGUF files gives its folder of safetensors.
+        update: ask the hub for a newer version of what is here already.
+        progress: called as bytes come in.
+
+    Returns:
+        the path; of a split file, the first part's. One that is neither there nor a repository's name is given back.
+
+    Raises:
+        InputError: no such repository or file in it, no access, no connection.
+    """
+    match, path = NAME.fullmatch(str(name)), Path(name).expanduser()
+    if match is None or path.exists() or (path.suffix.lower() == ".gguf" and match["quant"] is None):
+        return path
+    repo, quant = match["repo"], match["quant"] or ""
+    here = _cached(repo, quant)
+    # Without a quantization, the cache may have another one than the hub would give.
+    if here and not update and (quant or here.is_dir() or PREFERRED[0] in here.name.upper()):
+        return here
+    try:
+        with _hub_errors(repo):
+            return _fetch_model(repo, quant, progress)
+    except InputError as error:
+        if here is None:
+            raise
+        log.warning("%s. Taking what is here: %s", error, here.name)
+        return here
+
+
+def choices(files: Sequence[str]) -> list[PullChoice]:
+    """The models among a repository's files, split ones joined; projectors and importance matrices are none."""
+    groups: dict[tuple[str, int], dict[int, str]] = {}
+    for file in sorted(files):
+        base = file.rsplit("/", 1)[-1].lower()
+        if base.endswith(".gguf") and not re.search(r"mmproj|imatrix", base):
+            split = SPLIT.fullmatch(file)
+            key, part = ((split[1], int(split[3])), int(split[2])) if split else ((file[:-5], 1), 1)
+            groups.setdefault(key, {})[part] = file
+    found = []
+    for (stem, count), parts in groups.items():
+        label = QUANT.findall(stem.rsplit("/", 1)[-1].upper())
+        whole = sorted(parts) == list(range(1, count + 1))
+        found.append(PullChoice(label[-1] if label else "", tuple(parts[i] for i in sorted(parts)), whole))
+    return found
+
+
+def choose(repo: str, files: Sequence[str], quant: str) -> PullChoice:
+    """The one model of a repository that `quant` (or, if empty, PREFERRED) means. Raises InputError."""
+    found = choices(files)
+    if not found:
+        raise InputError(f"{repo}: has no GGUF file and no folder that can be loaded; name another repository")
+    if quant:
+        wanted = quant.upper()
+        some = [c for c in found if c.quant == wanted] or [c for c in found if c.quant == f"UD-{wanted}"]
+        some = some or [c for c in found if wanted in (f.upper() for f in (*c.files, c.files[0].rsplit("/", 1)[-1]))]
+    else:
+        ranked = ([c for c in found if c.quant == label] for label in PREFERRED)
+        some = found if len(found) == 1 else next((group for group in ranked if group), [])
+    if len(some) == 1:
+        if not some[0].complete:
+            raise InputError(f"{repo}: parts of {some[0].title} are missing there; take another: {_listed(found)}")
+        return some[0]
+    if some:
+        names = ", ".join(c.files[0] for c in some)
+        raise InputError(f"{repo}: {some[0].quant} means {names}; name one of them: {repo}:{some[0].files[0]}")
+    what = f"has no {quant}" if quant else "has several models"
+    raise InputError(f"{repo}: {what}; take one of {_listed(found)}, as in {repo}:{found[0].title}")
+
+
+def _listed(found: Sequence[PullChoice]) -> str:
+    return ", ".join(dict.fromkeys(c.title for c in found if c.complete)) or "none that is whole"
+
+
+def _fetch_model(repo: str, quant: str, progress: Progress | None) -> Path:
+    """Download what the hub has now, as far as it isn't in the cache."""
+    from huggingface_hub import HfApi
+
+    info = HfApi(library_name=AGENT).model_info(repo, files_metadata=True, timeout=TIMEOUT)
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+    files = () if quant or choices(list(sizes)) else _folder_files(list(sizes))
+    wanted = files or choose(repo, list(sizes), quant).files
+    done, total, paths = 0, sum(sizes[file] for file in wanted), []
+    for file in wanted:
+        before = done
+
+        def count(n: int, before: int = before) -> None:
+            if progress:
+                progress(before + n, max(total, before + n))
+
+        paths.append(_fetch_file(repo, file, str(info.sha), count))
+        done += sizes[file]
+    reference = _cache(repo) / "refs" / "main"  # which version is here: what offline use goes by
+    reference.parent.mkdir(parents=True, exist_ok=True)
+    reference.write_text(str(info.sha))
+    return paths[0].parent if files else paths[0]
+
+
+def _folder_files(files: Sequence[str]) -> tuple[str, ...]:
+    """What `load` reads of a repository of safetensors, the weights last; nothing if it isn't one."""
+    some = sorted((f for f in files if FOLDER.fullmatch(f)), key=lambda f: (f.endswith(".safetensors"), f))
+    return tuple(some) if "config.json" in some and some[-1].endswith(".safetensors") else ()
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def _cache(repo: str) -> Path:
+    """The repository's folder in the cache that huggingface_hub keeps: blobs/, snapshots/ and refs/ in it."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+
+
+def _cached(repo: str, quant: str) -> Path | None:
+    """What the cache has, whole, of the version downloaded last."""
+    try:
+        snapshot = _cache(repo) / "snapshots" / (_cache(repo) / "refs" / "main").read_text().strip()
+        files = [p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*") if p.is_file()]
+        if not quant and not choices(files):
+            return snapshot if _whole(snapshot, files) else None
+        return snapshot / choose(repo, files, quant).files[0]
+    except (OSError, ValueError, InputError):
+        return None
+
+
+def _whole(snapshot: Path, files: Sequence[str]) -> bool:
+    """Whether a folder of safetensors has all that its index, if it has one, names."""
+    index = "model.safetensors.index.json"
+    if index not in files:
+        return bool(_folder_files(files))
+    return set(json.loads((snapshot / index).read_text())["weight_map"].values()) <= set(files)
+
+
+def _fetch_file(repo: str, file: str, commit: str, count: Callable[[int], None]) -> Path:
+    """One file of a repository, in the cache."""
+    from huggingface_hub import (
+        get_hf_file_metadata,
+        get_token,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
+
+    here = try_to_load_from_cache(repo, file, revision=commit)
+    if not isinstance(here, str):
+        url = hf_hub_url(repo, file, revision=commit)
+        about = get_hf_file_metadata(url, timeout=TIMEOUT)
+        if about.etag and about.size is not None:
+            blob = _cache(repo) / "blobs" / about.etag
+            if not blob.exists():
+                token = get_token()
+                headers = {"Authorization": f"Bearer {token}"} if token else {}
+                _fetch_blob(url, {**headers, "Accept-Encoding": "identity"}, blob, about.size, count)
+        here = hf_hub_download(repo, file, revision=commit, library_name=AGENT)  # finds the blob, and names it
+    count(os.stat(here).st_size)
+    return Path(here)
+
+
+# ---------------------------------------------------------------- downloading
+
+
+def _fetch_blob(url: str, headers: dict[str, str], blob: Path, size: int, count: Callable[[int], None]) -> None:
+    """Download to `blob`, whose name is the hub's hash. What an earlier try has left behind is gone on from."""
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    partial = blob.with_name(blob.name + ".part")
+    with partial.open("a+b") as out:
+        try:
+            fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{url}: another program is downloading this; wait for it") from None
+        download = _Download(out, size)
+        missing, free = size - download.done, shutil.disk_usage(blob.parent).free
+        if free < missing:
+            raise InputError(
+                f"{url}: needs {missing / 1e9:.1f} GB of disk in {blob.parent} and {free / 1e9:.1f} GB are free; "
+                "make room, or set HF_HOME to a folder with more",
+                exit_code=3,
+            )
+        if download.done:
+            log.warning("Going on from %.2f of %.2f GB", download.done / 1e9, size / 1e9)
+        elif size > LARGE:
+            log.warning("Downloading %.2f GB: %s", size / 1e9, url)
+        download.run(url, headers, count)
+        hashed = SHA256.fullmatch(blob.name) is not None
+        if download.done != size or (hashed and download.digest.hexdigest() != blob.name):
+            partial.unlink()
+            raise InputError(f"{url}: was damaged on its way; download it again")
+        os.replace(partial, blob)
+
+
+class _Download:
+    """A file that grows, and the hash of what it holds."""
+
+    def __init__(self, out: BinaryIO, size: int) -> None:
+        self.out, self.size = out, size
+        self.done, self.digest = 0, hashlib.sha256()
+        out.seek(0)
+        while chunk := out.read(CHUNK):
+            self._took(chunk)
+        if self.done > size:
+            self._restart()
+
+    def run(self, url: str, headers: dict[str, str], count: Callable[[int], None]) -> None:
+        """Fetch what is missing, over as many connections as it takes. Gives up after TRIES that bring nothing."""
+        tries = 0
+        while self.done < self.size:
+            before, reason = self.done, "it ended early"
+            try:
+                self._fetch(url, headers, count)
+            except _transport_error() as error:
+                status = getattr(getattr(error, "response", None), "status_code", None)
+                if tries == TRIES or (status and status < 500 and status != 429):
+                    raise
+                reason = " ".join(str(error).split())[:120] or type(error).__name__
+            tries = 0 if self.done > before else tries + 1
+            if tries > TRIES:
+                raise InputError(f"{url}: the server sends nothing; try again later")
+            if self.done < self.size:
+                log.info("Connection lost (%s); going on from byte %d", reason, self.done)
+                time.sleep(WAIT * 2 ** min(tries, 4))
+
+    def _fetch(self, url: str, headers: dict[str, str], count: Callable[[int], None]) -> None:
+        """One connection's worth."""
+        from huggingface_hub import get_session, hf_raise_for_status
+
+        asked = {**headers, "Range": f"bytes={self.done}-"} if self.done else headers
+        with get_session().stream("GET", url, headers=asked, timeout=TIMEOUT, follow_redirects=True) as response:
+            if response.status_code >= 400:
+                response.read()
+            hf_raise_for_status(response)
+            part = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+            if self.done and (response.status_code != 206 or not part or int(part[1]) != self.done):
+                self._restart()  # a server that knows no ranges sends all of it
+            for chunk in response.iter_bytes(CHUNK):
+                self.out.write(chunk)
+                self._took(chunk)
+                count(self.done)
+            self.out.flush()
+
+    def _took(self, chunk: bytes) -> None:
+        self.digest.update(chunk)
+        self.done += len(chunk)
+
+    def _restart(self) -> None:
+        self.out.truncate(0)
+        self.done, self.digest = 0, hashlib.sha256()
+
+
+# ---------------------------------------------------------------- what can go wrong
+
+
+def _transport_error() -> type[Exception]:
+    """What huggingface_hub's client, which has changed over time, raises of a connection or of an answer."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    base: type[Exception] = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
+    return base
+
+
+@contextmanager
+def _hub_errors(repo: str) -> Iterator[None]:
+    """Turns what huggingface_hub raises into a line for people."""
+    from huggingface_hub import constants, errors
+
+    host = constants.ENDPOINT
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise InputError(
+            f"{repo}: is gated; accept its terms at {host}/{repo}, then log in with `hf auth login` or set HF_TOKEN"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(
+            f"{repo}: neither a path here nor a repository that {host} shows; check the name, or log in with "
+            "`hf auth login` if it is private"
+        ) from None
+    except errors.HFValidationError as error:
+        raise InputError(f"{repo}: no name of a repository: {error}") from None
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
+        raise InputError(f"{repo}: isn't here whole and can't be downloaded now; unset HF_HUB_OFFLINE") from None
+    except _transport_error() as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise InputError(
+                f"{repo}: {host} refuses ({status}); log in with `hf auth login` or set HF_TOKEN"
+            ) from None
+        what = f"{host} answers {status}" if status else f"{host} can't be reached: {error or type(error).__name__}"
+        raise InputError(f"{repo}: {what}; try again later, a download goes on where it stopped") from None
+    except OSError as error:
+        raise InputError(f"{repo}: can't be kept in {_cache(repo)}: {error.strerror or error}") from None

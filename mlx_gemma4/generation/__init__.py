@@ -1,0 +1,1 @@
+"""Logits to tokens: the loop, sampling, stop strings, the prefix cache."""

@@ -1,0 +1,183 @@
+"""One token from logits: penalties, bias, mask, filters, temperature; and how likely the model held it.
+
+In: logits, fp32 [vocab], and what was chosen before. Out: a token with its log-probability. All of it happens on
+the device: nothing here waits for a result, except `Choice.on_host`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import InputError
+
+REPETITION_WINDOW = 64  # tokens that the repetition penalty looks back, as llama.cpp does
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Steps apply in this order; those at their default do nothing."""
+
+    repetition_penalty: float = 1.0  # logits of recent tokens: divided where positive, multiplied where not
+    frequency_penalty: float = 0.0  # taken from a token's logit for each time that the reply has it
+    presence_penalty: float = 0.0  # taken from the logit of each token that the reply has
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()  # added to logits; held as pairs
+    top_k: int = 0  # keep the k likeliest; 0: all
+    top_p: float = 1.0  # then the fewest whose probabilities reach p
+    min_p: float = 0.0  # then those at least min_p times as likely as the likeliest
+    temperature: float = 1.0  # logits are divided by it; 0: greedy
+    seed: int | None = None  # None: another each time
+
+    def __post_init__(self) -> None:
+        for name, value, good, want in (
+            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
+            ("top-k", self.top_k, self.top_k >= 0, "0 (off) or more"),
+            ("top-p", self.top_p, 0 < self.top_p <= 1, "over 0 and at most 1"),
+            ("min-p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition-penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "over 0"),
+            ("frequency-penalty", self.frequency_penalty, math.isfinite(self.frequency_penalty), "a number"),
+            ("presence-penalty", self.presence_penalty, math.isfinite(self.presence_penalty), "a number"),
+        ):
+            if not good:
+                raise InputError(f"--{name} {value}: must be {want}")
+        bias = tuple(sorted((int(i), float(x)) for i, x in dict(self.logit_bias).items()))
+        if not all(math.isfinite(x) for _, x in bias):
+            raise InputError("logit_bias: all values must be numbers")
+        object.__setattr__(self, "logit_bias", bias)  # pairs, so that a Sampling can be hashed
+
+
+class Token(NamedTuple):
+    """A token of a reply."""
+
+    id: int
+    logprob: float | None = None  # of the model's own distribution, natural logarithm; None: not asked for
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest ids with theirs, likeliest first
+
+
+class Sample(NamedTuple):
+    """A token still on the device."""
+
+    token: mx.array  # int []
+    logprobs: tuple[mx.array, mx.array, mx.array] | None = None  # of the token []; likeliest ids [n], theirs [n]
+
+    def on_host(self) -> Token:
+        """The token, once it is computed."""
+        if self.logprobs is None:
+            return Token(int(self.token))
+        of_token, ids, of_top = self.logprobs
+        top = zip(np.array(ids).tolist(), np.array(of_top).tolist(), strict=True)
+        return Token(int(self.token), float(of_token), tuple(top))
+
+
+class Sampler:
+    """Chooses token after token for one reply."""
+
+    def __init__(self, sampling: Sampling, prompt: list[int], vocab: int, logprobs: int | None = None) -> None:
+        """
+        Args:
+            prompt: what the repetition penalty looks back on.
+            vocab: how many logits there are.
+            logprobs: give log-probabilities: the chosen token's, and those of so many likeliest ones.
+        """
+        if logprobs is not None and not 0 <= logprobs <= vocab:
+            raise InputError(f"--logprobs {logprobs}: must be from 0 to {vocab}")
+        self.sampling, self.logprobs = sampling, logprobs
+        self.recent = mx.array(prompt[-REPETITION_WINDOW:])
+        self.counts = mx.zeros(vocab) if sampling.frequency_penalty or sampling.presence_penalty else None
+        self.bias = _bias(dict(sampling.logit_bias), vocab)
+        self.key = mx.random.key(time.time_ns() & (1 << 63) - 1 if sampling.seed is None else sampling.seed)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the choice is the model's likeliest token, and no more is asked."""
+        s = self.sampling
+        altered = s.repetition_penalty != 1.0 or self.counts is not None or self.bias is not None
+        return s.temperature == 0 and not altered and self.logprobs is None
+
+    def __call__(self, logits: mx.array, allowed: np.ndarray | None = None) -> Sample:
+        """The next token, from logits [vocab].
+
+        Args:
+            allowed: uint32 words, bit i % 32 of word i // 32 set where token i may be chosen; ids beyond may not.
+                None: any token.
+        """
+        s, raw = self.sampling, logits
+        if s.repetition_penalty != 1.0:
+            logits = penalise(logits, self.recent, s.repetition_penalty)
+        if self.counts is not None:
+            logits = logits - s.frequency_penalty * self.counts - s.presence_penalty * (self.counts > 0)
+        if self.bias is not None:
+            logits = logits + self.bias
+        if allowed is not None:
+            logits = mx.where(unpack_mask(mx.array(allowed), logits.size), logits, -mx.inf)
+        if s.temperature == 0:
+            token = mx.argmax(logits)
+        else:
+            self.key, key = mx.random.split(self.key)
+            token = sample(logits, s, key)
+        if s.repetition_penalty != 1.0:
+            self.recent = mx.concatenate([self.recent, token[None]])[-REPETITION_WINDOW:]
+        if self.counts is not None:
+            self.counts = self.counts.at[token].add(1.0)
+        return Sample(token, None if self.logprobs is None else log_probabilities(raw, token, self.logprobs))
+
+
+def penalise(logits: mx.array, recent: mx.array, penalty: float) -> mx.array:
+    """Make recent tokens less likely (Keskar et al., arXiv:1909.05858). logits [vocab], recent int [n]."""
+    chosen = logits[recent]
+    return mx.put_along_axis(logits, recent, mx.where(chosen < 0, chosen * penalty, chosen / penalty), axis=0)
+
+
+def sample(logits: mx.array, s: Sampling, key: mx.array) -> mx.array:
+    """One token, int [], drawn from logits [vocab] filtered as `s` says, in llama.cpp's order."""
+    vocab = logits.shape[-1]
+    candidates = None
+    if 0 < s.top_k < vocab:
+        candidates = mx.argpartition(-logits, kth=s.top_k - 1)[: s.top_k]
+        logits = logits[candidates]
+    if s.top_p < 1:
+        order = mx.argsort(-logits)
+        candidates = order if candidates is None else candidates[order]
+        logits = logits[order]
+        p = mx.softmax(logits, precise=True)
+        before = mx.cumsum(p) - p  # probability of all likelier ones
+        logits = mx.where(before < s.top_p, logits, -mx.inf)
+    if s.min_p > 0:
+        p = mx.softmax(logits, precise=True)
+        logits = mx.where(p >= s.min_p * p.max(), logits, -mx.inf)
+    drawn = mx.random.categorical(logits / s.temperature, key=key)
+    return drawn if candidates is None else candidates[drawn]
+
+
+def log_probabilities(logits: mx.array, token: mx.array, n: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Logarithms of softmax(logits [vocab]): of `token`, []; and the n likeliest ids [n] with theirs [n], sorted."""
+    all_ = logits - mx.logsumexp(logits)
+    if n == 0:
+        return all_[token], mx.zeros(0, mx.uint32), mx.zeros(0)
+    ids = mx.argpartition(-logits, kth=n - 1)[:n]
+    ids = ids[mx.argsort(-logits[ids])]
+    return all_[token], ids, all_[ids]
+
+
+def unpack_mask(words: mx.array, vocab: int) -> mx.array:
+    """bool [vocab] from uint32 words [n], the lowest bit of the first word first; False beyond them."""
+    bits = ((words[:, None] >> mx.arange(32, dtype=mx.uint32)) & 1).astype(mx.bool_).reshape(-1)
+    return bits[:vocab] if bits.size >= vocab else mx.concatenate([bits, mx.zeros(vocab - bits.size, mx.bool_)])
+
+
+def _bias(values: dict[int, float], vocab: int) -> mx.array | None:
+    """What is added to logits, [vocab]; None: nothing."""
+    if not values:
+        return None
+    bias = np.zeros(vocab, np.float32)
+    for i, value in values.items():
+        if not 0 <= i < vocab:
+            raise InputError(f"logit_bias: there is no token {i}; the model has 0 to {vocab - 1}")
+        bias[i] = value
+    return mx.array(bias)

@@ -1,0 +1,1 @@
+"""Metal text to launches on a GPU. Knows no operation and no model."""

@@ -1,0 +1,344 @@
+"""Recorded launches as one CUDA graph on an NVIDIA GPU: what it costs the host is one launch.
+
+In: the launches of a `Recording`. Out: a `Player` that makes them all at once, as often as is wanted. MLX builds a
+graph of its own for whatever it evaluates, each time anew: 10 us of the host a launch. This one is built once. Its
+memory is an MLX array; where MLX's arrays lie, a kernel tells that is handed them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_int, c_ubyte, c_uint, c_uint64, c_void_p, cast
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import cuda_compiler
+from .recording import STARTS, Launch, Region, dependencies
+from .render import Kernel, to_cuda_text
+
+ROOM = 16 << 20  # bytes that the arena has more than is asked for: more pieces of attention need more
+WIDTH = 32  # arrays that a launch of `_WHERE` takes
+_WHERE = "where_arrays_lie"
+_WHERE_TEXT = f"""extern "C" __global__ void {_WHERE}(
+  {", ".join(f"const void* a{i}" for i in range(WIDTH))}, unsigned long long* found) {{
+  {" ".join(f"found[{i}] = (unsigned long long)a{i};" for i in range(WIDTH))}
+}}
+"""
+_TAKE = "take_words"
+_TAKE_TEXT = f"""extern "C" __global__ void {_TAKE}(const unsigned* arena, unsigned* out, int first, int n) {{
+  const int i = blockIdx.x * 256 + threadIdx.x;
+  if (i < n) out[i] = arena[first + i];
+}}
+"""
+TEXTS = {_WHERE: _WHERE_TEXT, _TAKE: _TAKE_TEXT}
+
+
+@cache  # `read` is asked after each step of a sampled reply: not to hash a text and look for a file there
+def module(name: str) -> bytes:
+    """What MLX takes as one of these kernels."""
+    return cuda_compiler.module(TEXTS[name], name)
+
+
+class _Edge(ctypes.Structure):
+    """CUgraphEdgeData of cuda.h. Zeros: one waits for the other's end."""
+
+    _fields_ = (
+        ("from_port", c_ubyte),  # 1: CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC
+        ("to_port", c_ubyte),
+        ("type", c_ubyte),  # 1: CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC
+        ("reserved", c_ubyte * 5),
+    )
+
+
+class _Node(ctypes.Structure):
+    """CUDA_KERNEL_NODE_PARAMS_v1 of cuda.h."""
+
+    _fields_ = (
+        ("function", c_void_p),
+        *((f"{what}_{axis}", c_uint) for what in ("grid", "block") for axis in "xyz"),
+        ("shared_bytes", c_uint),
+        ("arguments", POINTER(c_void_p)),
+        ("extra", c_void_p),
+    )
+
+
+@dataclass(frozen=True)
+class Call:
+    """A launch with all that CUDA wants to know."""
+
+    function: int
+    blocks: tuple[int, ...]
+    threads: tuple[int, ...]
+    pointers: tuple[int, ...]
+    sizes: tuple[int, ...]  # of shaped inputs, after the pointers
+
+    def node(self) -> tuple[_Node, Any]:
+        """It as a node's parameters, and what these point to."""
+        values = [*map(c_uint64, self.pointers), *map(c_int, self.sizes)]
+        places = (c_void_p * len(values))(*(cast(byref(v), c_void_p) for v in values))
+        node = _Node(self.function, *self.blocks, *self.threads, 0, cast(places, POINTER(c_void_p)), None)
+        return node, (values, places)
+
+
+class Player:
+    """One graph on a stream of its own, and the memory that it works in. Under the execution lock.
+
+    Raises:
+        RuntimeError: whatever CUDA refuses.
+    """
+
+    def __init__(self) -> None:
+        self._stream, self._numbers, self._tokens = c_void_p(), c_void_p(), c_void_p()
+        _enter()
+        _do("cuStreamCreate", byref(self._stream), 1)  # one that waits for no other
+        _do("cuMemHostAlloc", byref(self._tokens), c_uint64(4 * STARTS), 0)
+        self._through = [c_void_p() for _ in range(STARTS)]  # events
+        for event in self._through:
+            _do("cuEventCreate", byref(event), 2)  # no timing
+        self._early = _compute_capability() >= 9  # launches may begin before what they wait for ends
+        self._starts = 0
+        self._best = 0  # where the likeliest token lies
+        self._arena = mx.zeros(0, mx.uint8)
+        self._begins = 0  # where the arena lies
+        self._graph, self._executable = c_void_p(), c_void_p()
+        self._nodes: list[c_void_p] = []
+        self._calls: list[Call] = []
+        self._waits: list[list[int]] = []
+        self._arrays: list[mx.array] = []  # that the launches read
+        self._room = 0
+
+    def load(self, launches: Sequence[Launch], nbytes: int, numbers: int, best: Region) -> None:
+        """Make a graph of launches, or change the one there is into it.
+
+        Until `forget`, the host must not read what they read: MLX would move it.
+
+        Args:
+            nbytes: of the arena.
+            numbers: int32 that each `start` writes to the arena's beginning.
+            best: where the launches leave a token, int32.
+        """
+        _enter()
+        self.wait()
+        if nbytes > self._arena.nbytes:
+            self._arena = mx.zeros(nbytes + ROOM, mx.uint8)
+            self._begins = self._find([self._arena])[0]
+        if numbers > self._room:
+            if self._room:
+                _do("cuMemFreeHost", self._numbers)
+            _do("cuMemHostAlloc", byref(self._numbers), c_uint64(4 * numbers * STARTS), 0)
+            self._room = numbers
+        self._best = self._begins + best.start
+        arrays = {id(a): a for launch in launches for a in launch.inputs if isinstance(a, mx.array)}
+        self._arrays = list(arrays.values())
+        lie = dict(zip(arrays, self._find(self._arrays), strict=True))
+        calls, waits = [self._call(launch, lie) for launch in launches], dependencies(launches)
+        if not (waits == self._waits and self._change(calls)):
+            self._build(calls, waits)
+        self._calls, self._waits = calls, waits
+
+    def forget(self) -> None:
+        """Let go of what the launches read. They must not start any more."""
+        self.wait()
+        self._arrays = []
+
+    def write(self, spots: Sequence[Region], arrays: Sequence[mx.array]) -> None:
+        """Copy arrays into the arena, before what follows."""
+        _enter()
+        for spot, at in zip(spots, self._find(arrays), strict=True):
+            to, size = c_uint64(self._begins + spot.start), c_uint64(spot.nbytes)
+            _do("cuMemcpyDtoDAsync_v2", to, c_uint64(at), size, self._stream)
+        self.wait()
+
+    def start(self, numbers: np.ndarray, chained: bool) -> int:
+        """Make all launches, after those of the start before; returns at once, with what `best` wants to know.
+
+        Args:
+            numbers: int32 [n], which come to the arena's beginning first; if `chained`, the first of them is the token
+                that the start before leaves.
+        """
+        _enter()
+        turn, skip = self._starts % STARTS, 4 if chained else 0
+        self._starts += 1
+        _do("cuEventSynchronize", self._through[turn])
+        at = self._numbers.value + 4 * self._room * turn  # type: ignore[operator]
+        ctypes.memmove(at, numbers.ctypes.data, numbers.nbytes)
+        if chained:
+            _do("cuMemcpyDtoDAsync_v2", c_uint64(self._begins), c_uint64(self._best), c_uint64(4), self._stream)
+        size = c_uint64(numbers.nbytes - skip)
+        _do("cuMemcpyHtoDAsync_v2", c_uint64(self._begins + skip), c_void_p(at + skip), size, self._stream)
+        _do("cuGraphLaunch", self._executable, self._stream)
+        token = c_void_p(self._tokens.value + 4 * turn)  # type: ignore[operator]
+        _do("cuMemcpyDtoHAsync_v2", token, c_uint64(self._best), c_uint64(4), self._stream)
+        _do("cuEventRecord", self._through[turn], self._stream)
+        return turn
+
+    def best(self, start: int) -> int:
+        """The token that one of the latest `STARTS` starts left, once it is through."""
+        _enter()
+        _do("cuEventSynchronize", self._through[start])
+        return ctypes.c_int32.from_address(self._tokens.value + 4 * start).value  # type: ignore[operator]
+
+    def wait(self) -> None:
+        """Until all that was started is done."""
+        _enter()
+        _do("cuStreamSynchronize", self._stream)
+
+    def read(self, spot: Region) -> mx.array:
+        """A copy of what lies in the arena, yet to be evaluated."""
+        words = spot.nbytes // 4
+        (out,) = mx.fast.precompiled_cuda_kernel(
+            name=_TAKE,
+            compiled_source=module(_TAKE),
+            inputs=[self._arena],
+            output_shapes=[spot.shape],
+            output_dtypes=[spot.dtype],
+            scalars=[spot.start // 4, words],
+            grid=(256 * -(-words // 256), 1, 1),
+            threadgroup=(256, 1, 1),
+        )
+        return out
+
+    def __del__(self) -> None:
+        if self._stream:  # a half-made one has none
+            _enter()
+            _driver().cuStreamSynchronize(self._stream)
+            _driver().cuGraphExecDestroy(self._executable)
+            _driver().cuMemFreeHost(self._numbers)
+            _driver().cuMemFreeHost(self._tokens)
+            for event in self._through:
+                _driver().cuEventDestroy_v2(event)
+            _driver().cuStreamDestroy_v2(self._stream)
+
+    def _call(self, launch: Launch, lie: dict[int, int]) -> Call:
+        """`lie`: where arrays lie, by identity."""
+        pointers = [lie[id(a)] if isinstance(a, mx.array) else self._begins + a.start for a in launch.inputs]
+        pointers += [self._begins + spot.start for spot in launch.outputs]
+        function = _function(*text_arguments(launch))
+        shaped = cuda_compiler.shaped_inputs(launch.kernel.inputs, launch.kernel.source)
+        sizes = tuple(n for i in shaped for n in launch.inputs[i].shape)
+        blocks = tuple(-(-g // t) for g, t in zip(launch.grid, launch.threadgroup, strict=True))
+        threads = tuple(map(min, launch.threadgroup, launch.grid))
+        return Call(function, blocks, threads, tuple(pointers), sizes)
+
+    def _change(self, calls: list[Call]) -> bool:
+        """Tell the graph what differs in some of its launches; whether that could be done."""
+        for node, before, call in zip(self._nodes, self._calls, calls, strict=True):
+            if call != before:
+                parameters, _keep = call.node()
+                if _driver().cuGraphExecKernelNodeSetParams(self._executable, node, byref(parameters)):
+                    return False
+        return True
+
+    def _build(self, calls: list[Call], waits: list[list[int]]) -> None:
+        """A new graph. Its launches begin early and wait within (cuda.h), where the driver and the GPU can do that."""
+        if self._executable:
+            _do("cuGraphExecDestroy", self._executable)
+            _do("cuGraphDestroy", self._graph)
+        self._graph, self._executable, self._nodes = c_void_p(), c_void_p(), []
+        _do("cuGraphCreate", byref(self._graph), 0)
+        for call in calls:
+            node, (parameters, _keep) = c_void_p(), call.node()
+            _do("cuGraphAddKernelNode", byref(node), self._graph, None, c_uint64(0), byref(parameters))
+            self._nodes.append(node)
+        pairs = [(i, at) for at, before in enumerate(waits) for i in before]
+        first, then = ((c_void_p * len(pairs))(*(self._nodes[p[end]] for p in pairs)) for end in (0, 1))
+        edges = (_Edge * len(pairs))(*(_Edge(1, 0, 1) for _ in pairs if self._early))
+        _do("cuGraphAddDependencies_v2", self._graph, first, then, edges, c_uint64(len(pairs)))
+        if _driver().cuGraphInstantiateWithFlags(byref(self._executable), self._graph, c_uint64(0)):
+            if not self._early:
+                raise RuntimeError("CUDA's driver takes no graph of a decode step")
+            self._early = False
+            self._build(calls, waits)
+
+    def _find(self, arrays: Sequence[mx.array]) -> list[int]:
+        """Where arrays lie on the GPU; they are evaluated, and contiguous, or it is a RuntimeError."""
+        found: list[tuple[mx.array, mx.array]] = []
+        for at in range(0, len(arrays), WIDTH):
+            some = [*arrays[at : at + WIDTH]]
+            some += some[:1] * (WIDTH - len(some))
+            found.append((_where(some, False), _where(some, True)))
+        mx.eval(found)
+        as_they_are, contiguous = ([int(at) for f in found for at in np.array(f[i])] for i in (0, 1))
+        if as_they_are != contiguous:
+            raise RuntimeError("an array of a decode step is not contiguous")
+        return as_they_are[: len(arrays)]
+
+
+def _where(arrays: list[mx.array], contiguous: bool) -> mx.array:
+    """uint64 [WIDTH]: where arrays lie; with `contiguous` those that are not, are copied first, and lie elsewhere."""
+    (out,) = mx.fast.precompiled_cuda_kernel(
+        name=_WHERE,
+        compiled_source=module(_WHERE),
+        inputs=arrays,
+        output_shapes=[(WIDTH,)],
+        output_dtypes=[mx.uint64],
+        scalars=[],
+        grid=(1, 1, 1),
+        threadgroup=(1, 1, 1),
+        ensure_row_contiguous=contiguous,
+    )
+    return out
+
+
+def text_arguments(launch: Launch) -> tuple[Kernel, tuple[mx.Dtype, ...], tuple[int, ...]]:
+    """What the text of a launch depends on."""
+    shaped = cuda_compiler.shaped_inputs(launch.kernel.inputs, launch.kernel.source)
+    types = tuple(a.dtype for a in (*launch.inputs, *launch.outputs))
+    return launch.kernel, types, tuple(len(launch.inputs[i].shape) for i in shaped)
+
+
+def text(kernel: Kernel, types: tuple[mx.Dtype, ...], ranks: tuple[int, ...]) -> str:
+    """A kernel as a whole CUDA text, for arrays of these types, the shaped inputs of these ranks."""
+    source, header = to_cuda_text(kernel.source, kernel.header)
+    return cuda_compiler.text(kernel.name, kernel.inputs, kernel.outputs, source, header, types, ranks)
+
+
+@cache
+def _function(kernel: Kernel, types: tuple[mx.Dtype, ...], ranks: tuple[int, ...]) -> int:
+    """The CUfunction of a kernel, of which there is one object each (`recording.launcher` is asked once)."""
+    module, function = c_void_p(), c_void_p()
+    _do("cuModuleLoadData", byref(module), cuda_compiler.machine_code(text(kernel, types, ranks), kernel.name))
+    _do("cuModuleGetFunction", byref(function), module, kernel.name.encode())
+    assert function.value
+    return function.value
+
+
+def _do(name: str, *arguments: Any) -> None:
+    """A call of CUDA's driver."""
+    status = _driver()[name](*arguments)
+    if status:
+        raise RuntimeError(f"CUDA's driver refuses {name} (status {status})")
+
+
+@cache
+def _driver() -> Any:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise RuntimeError("libcuda.so.1, NVIDIA's driver, is missing") from error
+
+
+@cache
+def _context() -> c_void_p:
+    """The one that MLX works in, through CUDA's runtime."""
+    context = c_void_p()
+    _do("cuInit", 0)
+    _do("cuDevicePrimaryCtxRetain", byref(context), 0)
+    return context
+
+
+def _compute_capability() -> int:
+    """The GPU's, major."""
+    found = c_int()
+    _do("cuDeviceGetAttribute", byref(found), 75, 0)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+    return found.value
+
+
+def _enter() -> None:
+    """Make this thread's calls go to that context."""
+    _do("cuCtxSetCurrent", _context())

@@ -1,0 +1,1 @@
+"""Constraints on replies: JSON Schema, regular expressions, grammars, tool calls."""

@@ -1,0 +1,326 @@
+"""Replies that keep to a form: JSON Schema, regular expression, Lark grammar, tool calls. By the library llguidance.
+
+In: a tokenizer and a description of the form. Out: a `Grammar`, which says before each token of one reply which ones
+may come next (`generation.Constraint`). Thinking may come first, in the channel that the model has for it.
+
+Text is told apart from control tokens byte by byte: what a form says about text never matches a control token, and
+the other way round. Strangers' grammars are compiled within bounds of size and on a stack of their own, for the
+library recurses over them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
+from typing import Any, NamedTuple, TypeVar
+
+import llguidance
+import numpy as np
+
+from ..errors import InputError
+from ..tokens.tokenizer import Tokenizer
+from .tool_calls import CALL, tool_call_lark
+
+MAX_SOURCE = 1 << 16  # characters of a schema
+MAX_LARK = 1 << 14  # characters of a Lark grammar: terminals that double each other take the square of it
+MAX_REGEX = 4000  # characters of a regular expression: compiling takes the square of it
+_MAX_MULTIPLE = 100_000  # of all under multipleOf
+_STACK = 256 << 20  # bytes of address space while a grammar is compiled
+# Between JSON's parts: a space, or a new line with its indentation. With more, a model at a loss goes on for ever.
+_BLANKS = {"whitespace_pattern": r" |\n[ \t]{0,32}"}
+_THINK = "<|channel>", "<channel|>"
+
+T = TypeVar("T")
+
+
+class Grammar:
+    """What one reply must look like. Keeps track of the reply: it serves one only, from one thread at a time."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, source: str, *, think: bool = False, lazy: bool = False, say: str = "grammar"
+    ) -> None:
+        """
+        Args:
+            source: a grammar as llguidance has it.
+            think: let thought channels come first.
+            lazy: any text may stand before, between and after what the grammar describes, which begins with
+                the token `<|tool_call>`.
+            say: what errors call the grammar.
+        """
+        self._vocabulary = vocabulary(tokenizer)
+        self._opens, self._closes = (tokenizer.token_id(text) for text in _THINK)
+        self._may_think = (think or lazy) and None not in (self._opens, self._closes)
+        self._trigger = tokenizer.token_id(CALL) if lazy else None
+        self._source, self._say = source, say
+        self._thinking = False
+        self._matcher = self._start()
+        self._inside = not lazy  # whether the matcher has the next token
+        self._begun = False  # whether it has had one
+        self._stop_ids = tokenizer.stop_ids
+
+    def mask(self) -> np.ndarray:
+        """Which tokens may come next: uint32 words, bit i % 32 of word i // 32 for token i."""
+        words = self._vocabulary.text.copy()
+        if self._thinking:
+            return _allow(words, self._closes)
+        if not self._inside:
+            return _allow(words, self._trigger, self._opens if self._may_think else None, *self._stop_ids)
+        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        self._check(self._matcher.is_error())
+        return _allow(words, self._opens) if self._may_think and not self._begun else words
+
+    def accept(self, token: int) -> None:
+        """Take note of the token that was chosen."""
+        if self._thinking:
+            self._thinking = token != self._closes
+        elif self._may_think and token == self._opens and not (self._begun and self._inside):
+            self._thinking = True
+        elif self._inside or token == self._trigger:
+            if not self._inside:
+                self._matcher, self._inside = self._start(), True
+            self._begun = True
+            self._check(not self._matcher.consume_token(token))
+            if self._trigger is not None and self._matcher.is_stopped():
+                self._inside = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the reply is complete and nothing may follow."""
+        return self._trigger is None and not self._thinking and self._begun and bool(self._matcher.is_stopped())
+
+    @property
+    def complete(self) -> bool:
+        """Whether the reply may end here."""
+        return not self._thinking and (not self._inside or bool(self._matcher.is_accepting()))
+
+    def _start(self) -> Any:
+        engine = self._vocabulary.engine
+        matcher = _on_large_stack(lambda: llguidance.LLMatcher(engine, self._source, log_level=0), self._say)
+        if matcher.is_error():
+            raise InputError(f"{self._say}: {_one_line(matcher.get_error())}")
+        return matcher
+
+    def _check(self, failed: bool) -> None:
+        if failed:
+            raise InputError(f"{self._say}: {_one_line(self._matcher.get_error())}; make it simpler")
+
+
+def json_schema(tokenizer: Tokenizer, schema: Mapping[str, Any] | bool | str, *, think: bool = False) -> Grammar:
+    """Replies that are JSON and obey a schema, draft 2020-12 as far as llguidance knows it (str: its JSON text).
+
+    Raises InputError, with the place in the schema.
+    """
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"schema: is not JSON ({error})") from error
+    schema = {} if schema is True else schema
+    if not isinstance(schema, Mapping):
+        raise InputError("schema: must be a JSON object")
+    _check_schema(schema, "schema")
+    source = _schema_source(schema)
+    try:
+        return Grammar(tokenizer, source, think=think, say="schema")
+    except InputError as error:
+        place = _place(vocabulary(tokenizer).engine, schema, "")
+        raise InputError(str(error).replace("schema:", f"schema at {place}:", 1) if place else str(error)) from error
+
+
+def regex(tokenizer: Tokenizer, pattern: str, *, think: bool = False) -> Grammar:
+    """Replies that a regular expression (in Rust's syntax) matches as a whole. Raises InputError."""
+    if len(pattern) > MAX_REGEX:
+        raise InputError(f"regex: has {len(pattern)} characters; at most {MAX_REGEX} are allowed")
+    return Grammar(tokenizer, llguidance.LLMatcher.grammar_from_regex(pattern), think=think, say="regex")
+
+
+def lark(tokenizer: Tokenizer, grammar: str, *, think: bool = False) -> Grammar:
+    """Replies that a context-free grammar in llguidance's variant of Lark describes. Raises InputError."""
+    longest = max(map(len, grammar.splitlines()), default=0)
+    if len(grammar) > MAX_LARK or longest > MAX_REGEX:
+        raise InputError(f"grammar: over {MAX_LARK} characters, or over {MAX_REGEX} in a line; make it shorter")
+    _check_multiples(re.findall(r'"multipleOf"\s*:\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)', grammar), "grammar")
+    return Grammar(tokenizer, llguidance.LLMatcher.grammar_from_lark(grammar), think=think)
+
+
+def tool_calls(
+    tokenizer: Tokenizer,
+    tools: Sequence[Mapping[str, Any]],
+    choice: str = "auto",
+    *,
+    think: bool = False,
+    parallel: bool = True,
+) -> Grammar:
+    """Replies whose tool calls name a tool and obey its schema, as far as Gemma 4's format for them can express it.
+
+    Args:
+        tools: functions with "name" and "parameters" (a JSON schema), bare or under "function" as OpenAI has them.
+        choice: "auto": text, and calls where the model makes one; "required": a call or several and nothing else;
+            a function's name: a call of it.
+        parallel: allow several calls where they are required.
+
+    Raises:
+        InputError: a tool or `choice` can't be used, or the model's vocabulary has no tool calls.
+    """
+    missing = [text for text in (CALL, "<tool_call|>", '<|"|>') if tokenizer.token_id(text) is None]
+    if missing:
+        raise InputError(f"tools: this model can't call any: its vocabulary has no {' and no '.join(missing)}")
+    for tool in tools:
+        if isinstance(tool, Mapping):
+            _check_schema(tool, "tools")
+    source = tool_call_lark(tokenizer, tools, choice, parallel)
+    if len(source) > 4 * MAX_SOURCE:
+        raise InputError(f"tools: their schemas make a grammar of {len(source)} characters; make them simpler")
+    source = llguidance.LLMatcher.grammar_from_lark(source)
+    return Grammar(tokenizer, source, think=think, lazy=choice == "auto", say="tools")
+
+
+class Vocabulary(NamedTuple):
+    """A tokenizer as llguidance has it."""
+
+    engine: Any  # llguidance.LLTokenizer
+    text: np.ndarray  # mask of the tokens that text is made of
+
+
+_vocabularies: weakref.WeakKeyDictionary[Tokenizer, Vocabulary] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+    """The tokenizer's vocabulary for grammars, made once: a second for 262,144 tokens."""
+    with _lock:
+        made = _vocabularies.get(tokenizer)
+        if made is None:
+            wrapper: Any = _Wrapper(tokenizer)
+            bits = np.zeros(-(-tokenizer.vocab_size // 32) * 32, bool)
+            bits[: tokenizer.vocab_size] = True
+            bits[wrapper.special_token_ids] = False
+            engine = llguidance.LLTokenizer(wrapper, tokenizer.vocab_size, sorted(tokenizer.stop_ids))
+            made = Vocabulary(engine, np.packbits(bits, bitorder="little").view(np.uint32))
+            _vocabularies[tokenizer] = made
+        return made
+
+
+class _Wrapper:
+    """What llguidance asks of a tokenizer. Holds it weakly, lest both stay for ever."""
+
+    is_tokenizer_wrapper = True
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.eos_token_id = min(tokenizer.stop_ids, default=tokenizer.bos_id)
+        self.bos_token_id = tokenizer.bos_id
+        self.tokens = [tokenizer.piece(i, skip_special=False) for i in range(tokenizer.vocab_size)]
+        unused = (i for i, piece in enumerate(self.tokens) if piece.startswith(b"<unused"))
+        self.special_token_ids = sorted({*tokenizer.control_ids, *unused})  # no text is made of these
+        self._encode = weakref.WeakMethod(tokenizer.encode)
+
+    def __call__(self, text: str) -> list[int]:
+        """Ids of a text; wanted where a grammar leaves only one text, to write it in the model's usual tokens."""
+        encode = self._encode()
+        return encode(text, add_bos=False) if encode else []
+
+
+def _allow(words: np.ndarray, *tokens: int | None) -> np.ndarray:
+    for token in tokens:
+        if token is not None:
+            words[token // 32] |= np.uint32(1 << token % 32)
+    return words
+
+
+def _on_large_stack(work: Callable[[], T], say: str) -> T:
+    """Run `work` in a thread whose stack holds deep recursion: an overflow would end the process. `say`: for errors."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # the library's panics are no Exceptions
+            errors.append(error)
+
+    with _lock:
+        before = threading.stack_size(_STACK)
+        try:
+            thread = threading.Thread(target=run)
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    if errors:
+        raise InputError(f"{say}: can't be used ({errors[0]})") from errors[0]
+    return results[0]
+
+
+def _one_line(message: str) -> str:
+    """What a person needs of the library's message."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    told = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), None)
+    return (told or (lines or ["can't be used"])[0])[:300]
+
+
+def _schema_source(schema: Mapping[str, Any]) -> str:
+    try:
+        return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_BLANKS)  # type: ignore[arg-type]
+    except ValueError as error:  # the library reads it again, and knows no half characters and no deep nesting
+        raise InputError(f"schema: can't be read ({error})") from error
+
+
+def _check_schema(schema: Mapping[str, Any], say: str) -> None:
+    """Refuse what can't be written as JSON, and what would take the library long."""
+    try:
+        text = json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{say}: can't be written as JSON ({error})") from error
+    if len(text) > MAX_SOURCE:
+        raise InputError(f"{say}: has {len(text)} characters as JSON; at most {MAX_SOURCE} are allowed")
+    multiples: list[str] = []
+    left: list[Any] = [schema]
+    while left:
+        part = left.pop()
+        left += part.values() if isinstance(part, Mapping) else part if isinstance(part, list) else []
+        if not isinstance(part, Mapping):
+            continue
+        patterns = [part.get("pattern"), *(p if isinstance(p := part.get("patternProperties"), Mapping) else [])]
+        if any(isinstance(p, str) and len(p) > MAX_REGEX for p in patterns):
+            raise InputError(f"{say}: a pattern has over {MAX_REGEX} characters")
+        multiples += [str(x) for x in [part.get("multipleOf")] if type(x) in (int, float)]
+    _check_multiples(multiples, say)
+
+
+def _check_multiples(multiples: Sequence[str], say: str) -> None:
+    """Refuse numbers under `multipleOf` whose common multiple is large, powers of ten aside: each part is a state."""
+    digits = ["".join(map(str, Decimal(x).normalize().as_tuple().digits)) for x in multiples]
+    if any(len(x) > 6 for x in digits) or math.lcm(*(int(x) or 1 for x in digits)) > _MAX_MULTIPLE:
+        raise InputError(f"{say}: multipleOf {', '.join(multiples)[:60]} have too large a common multiple")
+
+
+def _place(engine: Any, schema: Any, at: str) -> str:
+    """The pointer to the smallest part of a schema that fails by itself."""
+    shared = {key: schema[key] for key in ("$defs", "definitions") if isinstance(schema, Mapping) and key in schema}
+    return _find(engine, schema, at, shared)
+
+
+def _find(engine: Any, schema: Any, at: str, shared: Mapping[str, Any]) -> str:
+    for key, part in _parts(schema):
+        source = _schema_source({**shared, **part})
+        if _on_large_stack(lambda s=source: llguidance.LLMatcher.validate_grammar(s, engine), "schema"):  # type: ignore[misc]
+            return _find(engine, part, f"{at}/{key}", shared)
+    return at
+
+
+def _parts(schema: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The schemas directly in a schema, with where they are."""
+    for key, value in schema.items() if isinstance(schema, Mapping) else ():
+        inner: Any = ()
+        if key in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, Mapping):
+            inner = value.items()
+        elif key in ("anyOf", "oneOf", "allOf", "prefixItems") and isinstance(value, list):
+            inner = enumerate(value)
+        elif key in ("items", "additionalProperties") and isinstance(value, Mapping):
+            yield key, value
+        yield from ((f"{key}/{name}", part) for name, part in inner if isinstance(part, Mapping))

@@ -1,0 +1,174 @@
+"""A KV state on disk: one safetensors file, written when asked and never else.
+
+In: a state, or a path, and the fingerprint of a model. Out: a file, or a state that goes on where the saved one
+stopped. The file ends with a SHA-256 of all before it: one flipped bit anywhere is found before anything is believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import InputError
+from ..execution import execution
+from ..paths import whole_file
+from .segments import LayerKV, Segment, SegmentLayout
+from .state import KVState
+
+FORMAT, VERSION = "mlx-gemma4 KV state", "2"
+_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
+_ARRAYS = (("keys", "values"), ("codes", "scales"))  # of a segment, plain or in codes
+_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+_DIGEST = hashlib.sha256().digest_size
+_STEP = 1 << 24  # bytes hashed at a time
+
+
+def save_state(state: KVState, path: str | Path, fingerprint: str) -> None:
+    """Write a state, without its marks, for `load_state`: to a temporary name first, then moved.
+
+    Args:
+        fingerprint: of the model; `Model.save_state` gives it.
+
+    Raises:
+        InputError: the file can't be written; what was at `path` is still there.
+    """
+    path = Path(path)
+    state.check_room(0)
+    tokens = state.tokens
+    with execution():
+        mx.eval(state.arrays)
+    try:
+        with whole_file(path) as file:
+            digest = hashlib.sha256()
+            for block in _contents(state, tokens, fingerprint):
+                digest.update(block)
+                file.write(block)
+            file.write(digest.digest())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise InputError(
+            f"{path}: the KV state can't be saved ({error.strerror or error}); choose another place"
+        ) from error
+
+
+def _contents(state: KVState, tokens: list[int], fingerprint: str) -> Iterator[Any]:
+    """The file's bytes but for the checksum: length of the header, header, tensors."""
+    arrays: dict[str, mx.array] = {}
+    for i, kv in state.layers.items():
+        for s in kv.segments:
+            first, second = _ARRAYS[s.quantized]
+            arrays[f"layer.{i}.{first}.{s.start}"], arrays[f"layer.{i}.{second}.{s.start}"] = s.keys, s.values
+        if kv.quantizer:
+            arrays[f"layer.{i}.rotation"] = kv.quantizer.rotation
+        arrays[f"layer.{i}.tail.keys"], arrays[f"layer.{i}.tail.values"] = kv.tail_keys, kv.tail_values
+    ids = np.array(tokens, np.int32)
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": fingerprint,
+            "layout": json.dumps([state.layout.tail, state.layout.fan, state.layout.tops]),
+            "kv": state.kv,
+            "counts": json.dumps({i: [kv.count, kv.skip] for i, kv in state.layers.items()}),
+        }
+    }
+    at = 0
+    sizes = [("tokens", "I32", ids.shape, ids.nbytes)]
+    sizes += [(name, _NAMES[a.dtype], a.shape, a.nbytes) for name, a in arrays.items()]
+    for name, dtype, shape, nbytes in (*sizes, ("sha256", "U8", (_DIGEST,), _DIGEST)):
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
+        at += nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    yield ids.tobytes()
+    for a in arrays.values():
+        with execution():
+            # A copy: on NVIDIA what the host reads moves, and a replayed step may know where it lies (cuda_graph.py).
+            raw = mx.contiguous(a).view(mx.uint8) | mx.array(0, mx.uint8)
+            mx.eval(raw)
+        yield np.asarray(raw).data.cast("B")
+
+
+def load_state(path: str | Path, fingerprint: str, empty: Callable[[str, mx.Dtype, SegmentLayout], KVState]) -> KVState:
+    """Read a state that `save_state` wrote.
+
+    Args:
+        fingerprint: of the model; `Model.load_state` gives it.
+        empty: makes an empty state of the model: (kind of KV, dtype, layout).
+
+    Raises:
+        InputError: no such file, one of another model or format, cut short, or damaged in any bit.
+    """
+    path = Path(path)
+    data = _checked(path)
+    try:
+        (size,) = struct.unpack("<Q", data[:8].tobytes())
+        header = json.loads(data[8 : 8 + size].tobytes())
+        about = header.pop("__metadata__")
+    except (ValueError, KeyError, struct.error) as error:
+        raise InputError(f"{path}: is not a saved KV state; give a file that --state or save() wrote") from error
+    if about.get("format") != FORMAT or about.get("version") != VERSION:
+        raise InputError(
+            f"{path}: is a {about.get('format')} of version {about.get('version')}, this program reads version "
+            f"{VERSION} of {FORMAT}; delete it and start anew"
+        )
+    if about["model"] != fingerprint:
+        raise InputError(f"{path}: was saved with another model; load that one, or delete the file and start anew")
+
+    def raw(name: str) -> np.ndarray[Any, Any]:
+        begin, end = header[name]["data_offsets"]
+        return data[8 + size + begin : 8 + size + end]
+
+    def array(name: str) -> mx.array:
+        entry = header[name]
+        dtype = _TYPES[entry["dtype"]]
+        *rows, last = entry["shape"]
+        return mx.array(raw(name).reshape(*rows, last * dtype.size)).view(dtype)
+
+    tokens = np.frombuffer(raw("tokens").tobytes(), np.int32).tolist()
+    layout, counts = SegmentLayout(*json.loads(about["layout"])), json.loads(about["counts"])
+    with execution():
+        dtype = next(_TYPES[entry["dtype"]] for name, entry in header.items() if name.endswith(".tail.keys"))
+        state, layers = empty(about["kv"], dtype, layout), {}
+        for i, kv in state.layers.items():
+            names, quantizer = _ARRAYS[kv.quantizer is not None], kv.quantizer
+            if quantizer:  # another device's may differ in its last bits
+                quantizer = replace(quantizer, rotation=array(f"layer.{i}.rotation"))
+            starts = sorted(int(n.rsplit(".", 1)[1]) for n in header if n.startswith(f"layer.{i}.{names[0]}."))
+            segments = []
+            for start in starts:
+                keys, values = (array(f"layer.{i}.{which}.{start}") for which in names)
+                segments.append(Segment(start, start + keys.shape[2], keys, values))
+            tail = array(f"layer.{i}.tail.keys"), array(f"layer.{i}.tail.values")
+            count, skip = counts[str(i)]
+            layers[i] = LayerKV(tuple(segments), *tail, count, len(tokens), quantizer, skip)
+        state.restore(layers, tokens)
+        mx.eval(state.arrays)
+    return state
+
+
+def _checked(path: Path) -> np.ndarray[Any, Any]:
+    """The file's bytes, mapped, once their checksum is found right."""
+    try:
+        data = np.memmap(path, np.uint8, mode="r")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; a KV state is made by saving one") from error
+    except (OSError, ValueError) as error:  # an empty file can't be mapped
+        raise InputError(f"{path}: can't be read as a KV state ({error}); give another file") from error
+    digest = hashlib.sha256()
+    for start in range(0, data.size - _DIGEST, _STEP):
+        digest.update(data[start : min(start + _STEP, data.size - _DIGEST)].data)
+    if data.size <= _DIGEST or digest.digest() != data[-_DIGEST:].tobytes():
+        raise InputError(f"{path}: is not a KV state or is damaged (its checksum is wrong); give another file")
+    return data

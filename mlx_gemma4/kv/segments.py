@@ -1,0 +1,304 @@
+"""Keys and values of one layer in parts: immutable segments and a small tail.
+
+In: keys and values of new tokens. Out: a new `LayerKV`; the old one stays as it is, and both share what they can.
+Where segments begin and end follows from the number of tokens alone, so what attention computes does not depend on
+how a state came to be. A layer may keep its segments in codes (kv/quantization.py): each token is encoded once, when it
+is sealed, and its codes are never made anew. Nothing here knows tokens, marks or layers' order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from . import quantization
+
+
+@dataclass(frozen=True)
+class SegmentLayout:
+    """How a sequence is cut. The attention kernel takes 8 parts: `tops` + 3 segments and the tail."""
+
+    tail: int = 64  # tokens of the tail, and of a block, the unit of every segment
+    fan: int = 8  # each level's segment is at most this many times as long as the next level's
+    tops: int = 4  # segments of the largest size; beyond, that size doubles
+
+    def ends(self, length: int) -> list[int]:
+        """Where the segments of a global layer end once `length` tokens are sealed; the rest is the tail's.
+
+        Up to `tops` segments of the largest size, then one a level, each a multiple of its level's size. With the
+        defaults a token is copied 11 times as its sequence grows to 128K, and there are never over 7.
+        """
+        blocks = length // self.tail
+        unit = self.fan
+        while blocks // unit > self.tops:
+            unit *= 2
+        ends = list(range(unit, blocks + 1, unit))
+        for step in (unit // self.fan, unit // self.fan**2, 1):
+            end = blocks // max(step, 1) * max(step, 1)
+            if end > (ends[-1] if ends else 0):
+                ends.append(end)
+        return [end * self.tail for end in ends]
+
+    def sliding_unit(self, window: int) -> int:
+        """Tokens of a sliding layer's segments: a quarter of the window, in whole blocks."""
+        return self.tail * max(1, -(-window // (4 * self.tail)))
+
+    def sliding_ends(self, length: int, window: int) -> list[int]:
+        """As `ends`, for a sliding layer, from position 0 on: equal segments and what is sealed beyond them."""
+        unit, sealed = self.sliding_unit(window), length // self.tail * self.tail
+        ends = list(range(unit, sealed + 1, unit))
+        return ends if sealed % unit == 0 else [*ends, sealed]
+
+
+_serials = itertools.count()
+
+# What became of consecutive segments when some state joined them: another that joins the same ones takes the same
+# result, so that forks which grow side by side go on sharing. Read and written under the execution lock.
+_joined: weakref.WeakValueDictionary[tuple[int, ...], Segment] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Keys and values of the tokens start..stop of one layer; never changes."""
+
+    start: int
+    stop: int
+    keys: (
+        mx.array
+    )  # [1, kv_heads, at least stop - start, D]; in codes: those of keys and values (`kv.quantization.Coded`)
+    values: mx.array  # as keys; in codes: the scales of both
+    serial: int = field(default_factory=lambda: next(_serials))
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it holds codes and scales."""
+        return bool(self.keys.dtype == mx.uint32)
+
+
+@dataclass(frozen=True, eq=False)
+class KVQuantizer:
+    """How a layer's segments are encoded."""
+
+    kind: str  # of kv.quantization.KINDS, not "full"
+    rotation: mx.array  # `kv.quantization.rotations` of the layer
+    quantize: Callable[..., quantization.QuantizedKV] = quantization.quantize  # (keys, values, rotation, kind)
+
+    def quantized(self, s: Segment) -> Segment:
+        """A segment in codes; itself if it is."""
+        if s.quantized:
+            return s
+        n = s.stop - s.start
+        codes, scales = self.quantize(s.keys[:, :, :n], s.values[:, :, :n], self.rotation, self.kind)
+        return replace(s, keys=codes, values=scales)
+
+
+class KVView(NamedTuple):
+    """What attention sees of a segment or tail."""
+
+    start: int  # position of its first token
+    keys: mx.array  # [1, kv_heads, n, D], or codes
+    values: mx.array  # or scales
+    rotation: mx.array | None = None  # of codes: `kv.quantization.rotations` of the layer
+
+
+def cut(sources: Sequence[Segment], start: int, stop: int, quantizer: KVQuantizer | None = None) -> Segment:
+    """Tokens start..stop as one segment: an existing one where it fits exactly, else copied from several.
+
+    Sources may overlap (then they agree); together they must hold all of start..stop. With a quantizer, the result is
+    in
+    codes: those that sources have, and new ones of what is plain.
+    """
+    used: list[Segment] = []
+    at = start
+    while at < stop:
+        source = max(
+            (s for s in sources if s.start <= at < s.stop),
+            key=lambda s: (s.start == start and s.stop == stop, s.stop),
+        )
+        used.append(source)
+        at = source.stop
+    only = used[0]
+    fits = (only.start, only.stop) == (start, stop) and only.keys.shape[2] == stop - start
+    if fits and (quantizer is None or only.quantized):
+        return only
+    serials = (start, stop, *(s.serial for s in used))
+    known = _joined.get(serials)
+    if known is None:
+        if quantizer is not None:
+            used = [quantizer.quantized(_between(s, start, stop)) for s in used]
+        keys, values = (_rows(used, start, stop, which) for which in ("keys", "values"))
+        known = _joined[serials] = Segment(start, stop, keys, values)
+    return known
+
+
+def _between(s: Segment, start: int, stop: int) -> Segment:
+    """What a segment holds of the tokens start..stop."""
+    first, last = max(s.start, start), min(s.stop, stop)
+    rows = slice(first - s.start, last - s.start)
+    return Segment(first, last, s.keys[:, :, rows], s.values[:, :, rows], s.serial)
+
+
+def _rows(used: Sequence[Segment], start: int, stop: int, which: str) -> mx.array:
+    """Tokens start..stop out of consecutive segments' keys or values, contiguous."""
+    pieces, at = [], start
+    for s in used:
+        end = min(stop, s.stop)
+        array: mx.array = getattr(s, which)
+        pieces.append(array[:, :, at - s.start : end - s.start])
+        at = end
+    return mx.contiguous(pieces[0]) if len(pieces) == 1 else mx.concatenate(pieces, axis=2)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerKV:
+    """All that one layer keeps: segments in order, then a tail of which `count` rows are taken.
+
+    A tail is never written in place: it is replaced. A full one is sealed when the next token comes.
+    """
+
+    segments: tuple[Segment, ...]
+    tail_keys: mx.array  # [1, kv_heads, Layout.tail, D]
+    tail_values: mx.array
+    count: int
+    stop: int  # tokens read so far; the tail begins at stop - count
+    quantizer: KVQuantizer | None = None  # of the segments; None: they are plain
+    skip: int = 0  # first rows of the tail whose tokens the last segment has, in codes
+
+    @property
+    def start(self) -> int:
+        """Position of the first token that is kept."""
+        return self.segments[0].start if self.segments else self.stop - self.count
+
+    @property
+    def pieces(self) -> tuple[Segment, ...]:
+        """Segments and filled tail, as sources for `cut`."""
+        if self.count == self.skip:
+            return self.segments
+        start, rows = self.stop - self.count + self.skip, slice(self.skip, None)
+        keys, values = (a[:, :, rows] if self.skip else a for a in (self.tail_keys, self.tail_values))
+        return (*self.segments, Segment(start, self.stop, keys, values))
+
+    def parts(self, first: int) -> list[KVView]:
+        """What holds the tokens from position `first` on."""
+        found = []
+        for s in self.pieces:
+            if s.stop > first:
+                skip, n = max(0, first - s.start), s.stop - s.start
+                whole = skip == 0 and s.keys.shape[2] == n
+                keys, values = (s.keys, s.values) if whole else (s.keys[:, :, skip:n], s.values[:, :, skip:n])
+                rotation = self.quantizer.rotation if self.quantizer and s.quantized else None
+                found.append(KVView(s.start + skip, keys, values, rotation))
+        return found
+
+
+def empty(
+    kv_heads: int, head_dim: int, layout: SegmentLayout, dtype: mx.Dtype, quantizer: KVQuantizer | None = None
+) -> LayerKV:
+    """A layer that has read nothing."""
+    tail = mx.zeros((1, kv_heads, layout.tail, head_dim), dtype)
+    return LayerKV((), tail, tail, 0, 0, quantizer)
+
+
+def appended(kv: LayerKV, keys: mx.array, values: mx.array, layout: SegmentLayout, window: int | None) -> LayerKV:
+    """A layer with the keys and values of the next tokens, [1, kv_heads, T, D].
+
+    A sliding layer lets go of segments that those tokens' windows, and `layout.tail` tokens of slack, don't reach.
+    """
+    n = keys.shape[2]
+    if kv.count + n <= layout.tail:  # a decode step: the tail alone changes
+        at = mx.array([kv.count])
+        tail_keys = mx.slice_update(kv.tail_keys, keys, at, axes=(2,))
+        tail_values = mx.slice_update(kv.tail_values, values, at, axes=(2,))
+        return replace(kv, tail_keys=tail_keys, tail_values=tail_values, count=kv.count + n, stop=kv.stop + n)
+    if kv.count == layout.tail:  # seal it first, so that segments follow from lengths alone
+        kv = sealed(kv, layout, window)
+        if n <= layout.tail:
+            return appended(kv, keys, values, layout, window)
+    sources = (*kv.pieces, Segment(kv.stop, kv.stop + n, keys, values))
+    return arranged(sources, kv.stop + n, kv, layout, window, kv.stop)
+
+
+def reading(kv: LayerKV, keys: mx.array, values: mx.array, layout: SegmentLayout) -> list[KVView]:
+    """What many new tokens see of a layer in codes: codes of what was sealed before them, all else as it is."""
+    if kv.count == layout.tail:
+        kv = sealed(kv, layout, None)
+    parts, plain = kv.parts(0), KVView(kv.stop, keys, values)
+    if kv.count > kv.skip:
+        tail = parts.pop()
+        pairs = ([tail.keys, keys], [tail.values, values])
+        plain = KVView(tail.start, *(mx.concatenate(pair, axis=2) for pair in pairs))
+    return [*parts, plain]
+
+
+def sealed(kv: LayerKV, layout: SegmentLayout, window: int | None) -> LayerKV:
+    """A layer whose tail is full with that in a segment and an empty tail."""
+    return arranged(kv.pieces, kv.stop, kv, layout, window, kv.stop)
+
+
+def grown(
+    kv: LayerKV, keys: mx.array, values: mx.array, stop: int, layout: SegmentLayout, window: int | None
+) -> LayerKV:
+    """A layer of `stop` tokens whose tail has grown, perhaps past its end, to keys and values [1, kv_heads, .., D]."""
+    count, n = kv.count + stop - kv.stop, layout.tail
+    if count <= n:
+        tail_keys, tail_values = (mx.contiguous(a[:, :, :n]) for a in (keys, values))
+        return replace(kv, tail_keys=tail_keys, tail_values=tail_values, count=count, stop=stop)
+    rows = slice(kv.skip, count)
+    new = Segment(stop - count + kv.skip, stop, keys[:, :, rows], values[:, :, rows])
+    return arranged((*kv.segments, new), stop, kv, layout, window, stop)
+
+
+def arranged(
+    sources: Sequence[Segment], stop: int, like: LayerKV, layout: SegmentLayout, window: int | None, oldest_query: int
+) -> LayerKV:
+    """A layer of `stop` tokens, cut as the layout says, out of whatever pieces hold them.
+
+    Args:
+        sources: pieces, which may overlap.
+        like: the layer before, for its tail's shape and dtype and its quantizer.
+        window: of a sliding layer; such a layer keeps what a query at position `oldest_query` needs, and
+            `layout.tail` tokens more where the sources have them.
+    """
+    whole = stop // layout.tail * layout.tail  # tokens in full blocks
+    # Of the open block, what there is in codes only stays in codes, and in the last segment.
+    skip = min(stop, max((s.stop for s in sources if s.quantized), default=0)) - whole
+    skip = max(0, skip)
+    if window is None:
+        start, ends = 0, layout.ends(stop)
+        if skip:
+            ends = [*ends[:-1], whole + skip]
+    else:
+        unit = layout.sliding_unit(window)
+        start = max(0, oldest_query - window + 1 - layout.tail) // unit * unit
+        start = max(start, covered_from(sources, stop))
+        ends = [end for end in layout.sliding_ends(stop, window) if end > start]
+    segments = []
+    for end in ends:
+        segments.append(cut(sources, start, end, like.quantizer))
+        start = end
+    if stop == whole + skip:
+        tail_keys = tail_values = mx.zeros_like(like.tail_keys)
+    else:
+        tail_keys, tail_values = _padded(cut(sources, whole + skip, stop), skip, layout.tail)
+    return LayerKV(tuple(segments), tail_keys, tail_values, stop - whole, stop, like.quantizer, skip)
+
+
+def covered_from(sources: Iterable[Segment], stop: int) -> int:
+    """The first position from which on `sources` hold everything up to `stop`."""
+    at = stop
+    for s in sorted(sources, key=lambda s: s.stop, reverse=True):
+        if s.start < at <= s.stop:
+            at = s.start
+    return at
+
+
+def _padded(segment: Segment, skip: int, size: int) -> tuple[mx.array, mx.array]:
+    """Its keys and values in the rows from `skip` on of a tail of `size`, the others zeros."""
+    n = segment.stop - segment.start
+    pad = [(0, 0), (0, 0), (skip, size - skip - n), (0, 0)]
+    return mx.pad(segment.keys[:, :, :n], pad), mx.pad(segment.values[:, :, :n], pad)

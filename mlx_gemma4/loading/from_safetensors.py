@@ -1,0 +1,151 @@
+"""The tensors of a folder of safetensors, as Hugging Face and mlx-lm write them, under their GGUF names.
+
+In: a folder. Out: a `Source` for the loader. Weights are bf16, fp16 or fp32, or quantized by mlx-lm.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..config import Config
+from ..errors import InputError
+from ..memory import Holding, on_cpu
+from ..ops.stock import Affine, Weight
+from .tensors import Entry, Source, Spec
+
+_TOP = {
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
+    "embed_tokens_per_layer": "per_layer_token_embd",
+    "per_layer_model_projection": "per_layer_model_proj",
+    "per_layer_projection_norm": "per_layer_proj_norm",
+}
+_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "layer_scalar": "layer_output_scale",
+    "per_layer_input_gate": "inp_gate",
+    "per_layer_projection": "proj",
+    "post_per_layer_input_norm": "post_norm",
+    "router.proj": "ffn_gate_inp",
+    "router.scale": "ffn_gate_inp.scale",
+    "router.per_expert_scale": "ffn_down_exps.scale",
+    "experts.gate_up_proj": "ffn_gate_up_exps",
+    "experts.down_proj": "ffn_down_exps",
+    "experts.switch_glu.gate_proj": "ffn_gate_exps",
+    "experts.switch_glu.up_proj": "ffn_up_exps",
+    "experts.switch_glu.down_proj": "ffn_down_exps",
+    "pre_feedforward_layernorm_2": "pre_ffw_norm_2",
+    "post_feedforward_layernorm_1": "post_ffw_norm_1",
+    "post_feedforward_layernorm_2": "post_ffw_norm_2",
+}
+
+
+def folder_source(path: Path, config: Config, quantization: Mapping[str, Any]) -> Source:
+    """Open a folder's safetensors, without reading their tensors yet.
+
+    Args:
+        path: the folder.
+        config: its model's configuration.
+        quantization: the `quantization` part of its config.json, as mlx-lm writes it; empty if there is none.
+
+    Raises:
+        InputError: there are none, or one can't be read.
+    """
+    shards = sorted(path.glob("*.safetensors"))
+    if not shards:
+        raise InputError(f"{path}: this folder has no .safetensors files; download the model again")
+    arrays: dict[str, mx.array] = {}
+    for shard in shards:
+        try:
+            loaded = mx.load(str(shard))
+            assert isinstance(loaded, dict)
+            arrays.update(loaded)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"{shard}: can't be read ({error}); download it again") from error
+    # GGUF name -> the array alone, or codes, scales and biases
+    found: dict[str, tuple[mx.array, ...]] = {}
+    groups: dict[str, int] = {}  # GGUF name -> weights that share a scale
+    for name, array in arrays.items():
+        if name.endswith((".scales", ".biases")):
+            continue
+        stem = name.removesuffix(".weight")
+        if f"{stem}.scales" in arrays:
+            if f"{stem}.biases" not in arrays:
+                raise InputError(f"{path}: {stem} is quantized without biases; only mlx-lm's affine kind can be read")
+            found[gguf_name(name)] = (array, arrays[f"{stem}.scales"], arrays[f"{stem}.biases"])
+            groups[gguf_name(name)] = _group_size(quantization, stem)
+        else:
+            found[gguf_name(name)] = (array,)
+    entries = {name: _entry(name, value, groups) for name, value in found.items()}
+
+    def read(names: list[str], spec: Spec, holding: Holding, _: object) -> Weight:
+        parts = [found.pop(name) for name in names]  # so that what is joined or expanded can go
+        arrays = [mx.concatenate(list(a), axis=-2) if len(a) > 1 else a[0] for a in zip(*parts, strict=True)]
+        if len(arrays) == 3:
+            codes, scales, biases = arrays
+            k = entries[names[0]].shape[-1]
+            weight = Affine(codes, scales, biases, k // scales.shape[-1], codes.shape[-1] * 32 // k)
+            if holding == "packed" or spec.role == "table":
+                mx.eval(codes, scales, biases)
+                return weight
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+            dense = mx.dequantize(codes, scales, biases, group_size=weight.group, bits=weight.bits)
+        else:
+            dense = arrays[0]
+            if spec.role == "vector" or (spec.role == "matrix" and (holding == "dense" or on_cpu())):
+                dense = dense.astype(mx.float32)
+            if config.architecture == "gemma3" and names[0].endswith("norm.weight"):
+                dense = 1 + dense  # Hugging Face stores Gemma 3's norms as what they differ from 1
+        mx.eval(dense)
+        return dense
+
+    def packed_bytes(name: str, spec: Spec) -> int:
+        widened = name not in groups and spec.role == "matrix" and on_cpu()
+        return 4 * prod(spec.shape) if widened else entries[name].n_bytes
+
+    return Source(str(path), entries, read, packed_bytes)
+
+
+def gguf_name(name: str) -> str:
+    """`model.language_model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`; unknown names stay."""
+    core = re.sub(r"^(model\.|language_model\.)+", "", name)
+    layer = re.fullmatch(r"layers\.(\d+)\.(.+)", core)
+    table, prefix, core = (_LAYER, f"blk.{layer[1]}.", layer[2]) if layer else (_TOP, "", core)
+    stem = table.get(core.removesuffix(".weight"))
+    if stem is None:
+        return name
+    return prefix + (stem if stem.endswith(".scale") else f"{stem}.weight")
+
+
+def _entry(name: str, arrays: tuple[mx.array, ...], groups: dict[str, int]) -> Entry:
+    n_bytes = sum(a.nbytes for a in arrays)
+    if len(arrays) == 1:
+        return Entry(tuple(arrays[0].shape), str(arrays[0].dtype), n_bytes)
+    codes, scales, _ = arrays
+    k = scales.shape[-1] * groups[name]
+    return Entry((*codes.shape[:-1], k), f"affine {codes.shape[-1] * 32 // k} bits by {groups[name]}", n_bytes)
+
+
+def _group_size(quantization: Mapping[str, Any], module: str) -> int:
+    """How many weights share a scale in a module: its own entry in config.json, or the one for all."""
+    own = quantization.get(module)
+    return int((own if isinstance(own, Mapping) else quantization).get("group_size", 64))

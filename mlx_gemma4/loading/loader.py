@@ -1,0 +1,173 @@
+"""From a file to a model: account for every tensor, fuse gate and up, pack, and let the file go.
+
+In: a GGUF, or a folder of safetensors. Out: a `Model` whose weights are MLX arrays. This is the one way in.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from math import prod
+from typing import Any, Literal
+
+from ..config import Config
+from ..errors import InputError
+from ..memory import MemoryPlan, make_plan
+from ..model.model import Model
+from ..model.weights import Layer, Weights
+from ..ops import pack
+from ..ops.dispatch import Kernels
+from ..ops.stock import Weight
+from .tensors import Source, Spec, tensor_specs
+
+log = logging.getLogger("mlx_gemma4")
+
+Progress = Callable[[int, int], None]  # bytes read, bytes in all
+
+
+def load_model(
+    config: Config,
+    source: Source,
+    holding: Literal["auto", "packed", "dense"] = "auto",
+    fuse: bool = True,
+    progress: Progress | None = None,
+    kernels: Kernels | None = None,
+) -> tuple[Model, MemoryPlan]:
+    """Read every tensor that the configuration calls for and build the model.
+
+    Args:
+        config: what the file's metadata says.
+        source: the file's tensors.
+        holding: "packed" keeps quantized blocks as they are, "dense" expands them to fp32; "auto" decides
+            by device and memory.
+        fuse: join gate and up, and q, k and v, where their types allow it (tests compare).
+        progress: called as bytes are read.
+        kernels: pack weights and run the model; None: stock operations run everything.
+
+    Raises:
+        InputError: a tensor is missing, has another shape or a type that can't be read; too little memory.
+    """
+    specs = tensor_specs(config)
+    present = _account(source, specs)
+    packed, dense = _sizes(source, present)
+    plan = make_plan(packed, dense, holding, source.name, _kv_bytes_per_token(config))
+    log.info("Memory plan: %s", plan.describe())
+    joined = _fusions(source, present, len(config.layers)) if fuse else {}
+
+    total, done = sum(source.entries[name].n_bytes for name in present), 0
+    weights: dict[str, Weight] = {}
+    parts_of = {part: target for target, parts in joined.items() for part in parts}
+    for name, spec in present.items():
+        target = parts_of.get(name, name)
+        if target in weights:
+            continue  # went in with its other half
+        parts = joined.get(target, [name])
+        weights[target] = source.read(parts, spec, plan.holding, kernels)
+        done += sum(source.entries[part].n_bytes for part in parts)
+        if progress:
+            progress(done, total)
+    pack.done()
+    return Model(config, _assemble(config, weights), kernels), plan
+
+
+def _account(source: Source, specs: dict[str, Spec]) -> dict[str, Spec]:
+    """Match the file's tensors with what is called for; name those that nothing uses.
+
+    Returns:
+        the specs that the file has, the embedding as a table where another tensor is the head.
+    """
+    needed = dict(specs)
+    for name in specs:
+        # Experts' gate and up: whichever form the file has must be whole.
+        if name.endswith("ffn_gate_up_exps.weight") and name not in source.entries:
+            for half in ("gate", "up"):
+                apart = name.replace("gate_up", half)
+                needed[apart] = Spec(specs[apart].shape, specs[apart].role)
+        elif name.endswith("ffn_gate_up_exps.weight"):
+            for half in ("gate", "up"):
+                del needed[name.replace("gate_up", half)]
+    missing = [name for name, spec in needed.items() if not spec.optional and name not in source.entries]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise InputError(
+            f"{source.name}: {'tensors' if missing[1:] else 'tensor'} {', '.join(missing[:3])}{more} missing; "
+            "the file is incomplete, download it again"
+        )
+    present = {name: spec for name, spec in needed.items() if name in source.entries}
+    for name, spec in present.items():
+        shape = source.entries[name].shape
+        if shape != spec.shape and not (spec.shape == (1,) and shape == ()):
+            raise InputError(
+                f"{source.name}: tensor {name} is {_by(shape)}, but the configuration calls for {_by(spec.shape)}; "
+                "the file is damaged or was converted wrongly"
+            )
+    unused = [name for name in source.entries if name not in present]
+    if unused:
+        log.info("Unused tensors (%d): %s", len(unused), ", ".join(unused))
+    if "output.weight" in present:
+        present["token_embd.weight"] = Spec(present["token_embd.weight"].shape, "table")
+    return present
+
+
+def _sizes(source: Source, present: dict[str, Spec]) -> tuple[int, int]:
+    """Bytes of all weights held packed, and held dense."""
+    packed = dense = 0
+    for name, spec in present.items():
+        kept = source.packed_bytes(name, spec)
+        packed += kept
+        dense += kept if spec.role == "table" else 4 * prod(spec.shape)
+    return packed, dense
+
+
+def _kv_bytes_per_token(config: Config) -> int:
+    """Bytes of fp32 keys and values that a token adds to the layers that keep all of them."""
+    own = [layer for i, layer in enumerate(config.layers) if layer.kv_layer == i and not layer.sliding]
+    return sum(2 * 4 * layer.kv_heads * layer.head_dim for layer in own)
+
+
+def _fusions(source: Source, present: dict[str, Spec], layers: int) -> dict[str, list[str]]:
+    """Which tensors are joined, in the order of their rows: target name -> [gate, up] or [q, k] or [q, k, v].
+
+    Rows of different types can't share an array, so those joined agree in type and in the length of a row.
+    """
+    joined: dict[str, list[str]] = {}
+
+    def alike(*names: str) -> bool:
+        return len({(source.entries[name].type, source.entries[name].shape[-1]) for name in names}) == 1
+
+    for suffix, what in ((".weight", "MLP layers"), ("_exps.weight", "expert layers")):
+        fused = apart = 0
+        for i in range(layers):
+            gate, up = (f"blk.{i}.ffn_{half}{suffix}" for half in ("gate", "up"))
+            if gate not in present or up not in present:
+                continue
+            if alike(gate, up) and present[gate].shape == present[up].shape:
+                joined[f"blk.{i}.ffn_gate_up{suffix}"] = [gate, up]
+                fused += 1
+            else:
+                apart += 1
+        if fused or apart:
+            log.info("Fused gate+up on %d %s (%d left unfused)", fused, what, apart)
+    for i in range(layers):
+        q, k, v = (f"blk.{i}.attn_{x}.weight" for x in "qkv")
+        if k in present and alike(q, k):
+            joined[f"blk.{i}.attn_qk.weight"] = [q, k, v] if v in present and alike(k, v) else [q, k]
+    return joined
+
+
+def _assemble(config: Config, weights: dict[str, Weight]) -> Weights:
+    """Sort weights by GGUF name into the model's fields, which carry the same names."""
+    top: dict[str, Any] = {}
+    per_layer: list[dict[str, Any]] = [{} for _ in config.layers]
+    for name, weight in weights.items():
+        if name.startswith("blk."):
+            _, i, field = name.split(".", 2)
+            per_layer[int(i)][field.removesuffix(".weight").replace(".", "_")] = weight
+        else:
+            top[name.removesuffix(".weight")] = weight
+    top.setdefault("output", top["token_embd"])
+    return Weights(layers=tuple(Layer(**fields) for fields in per_layer), **top)
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(str(n) for n in shape) or "a single number"

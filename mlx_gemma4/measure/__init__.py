@@ -1,0 +1,1 @@
+"""Speed and memory: `bench` and `inspect`."""

@@ -1,0 +1,385 @@
+"""Measures a model on this machine: prompts, decoding at several depths, and what bounds them.
+
+In: a loaded model and a `Plan`. Out: `Cell`s, and the object that `mlx-gemma4 bench --json` writes. A depth's keys and
+values are random numbers put straight into the state: how long attention takes depends on shapes alone. Prompts are
+read for real. The other program of a comparison is run by `llama_bench`.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .. import __version__
+from ..config import config_from_gguf
+from ..doctor.verdict import MLX, device_name, recall, usable_kernels
+from ..errors import InputError
+from ..execution import execution
+from ..files.gguf import open_gguf
+from ..generation.loop import PREFILL_CHUNK, Sampling, Statistics, generate_tokens, prefill_chunk
+from ..kv.state import KVState
+from ..loading.from_gguf import gguf_source
+from ..loading.loader import Progress, load_model
+from ..memory import available_memory
+from ..model.model import Model
+from ..ops.dispatch import Kernels
+from .inspection import kv_per_token
+
+DEPTHS = (0, 512, 2048, 8192)
+GREEDY = Sampling(temperature=0)
+WARM_UP = 8  # tokens decoded before a depth is measured
+COPIED = 1 << 29  # bytes that the measure of the copy bandwidth reads, at most
+SIZE_LABEL = re.compile(r"(?<![A-Za-z0-9.])(E?\d+(?:\.\d+)?[BM](?:-A\d+(?:\.\d+)?B)?)(?![A-Za-z0-9])", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """What to measure. Lengths in tokens."""
+
+    prompts: tuple[int, ...] = (512,)
+    depths: tuple[int, ...] = DEPTHS
+    reply: int = 64  # decoded a measurement
+    repetitions: int = 5
+    kv: str = "full"  # how the state holds keys and values
+
+    def check(self, context: int) -> None:
+        """Refuse what doesn't fit the model's context."""
+        for flag, values, room in (("--prompt-sizes", self.prompts, 1), ("--depths", self.depths, self.reply + 2)):
+            for n in values:
+                if n + room > context:
+                    raise InputError(f"{flag} {n}: with {room} tokens more, past the model's context of {context}")
+
+
+@dataclass
+class Cell:
+    """One measurement: a prompt of `context` tokens, or decoding behind so many. Rates in tokens a second."""
+
+    kind: str  # "prefill" or "decode"
+    context: int
+    samples: list[float] = field(default_factory=list)
+    llama_samples: list[float] = field(default_factory=list)
+    n_bytes: int | None = None  # that a decoded token must move
+    launches: int | None = None  # of our kernels, a decoded token; None: stock operations run
+    host_time: float | None = None  # seconds to build and schedule a step
+    peak_memory: int = 0  # bytes, MLX's arrays
+    kv_memory: int | None = None  # bytes of keys and values at that depth
+    llama_kv_memory: int | None = None  # bytes that llama.cpp sets aside for them, the reply's included
+
+    @property
+    def rate(self) -> float:
+        return median(self.samples)
+
+    @property
+    def llama_rate(self) -> float | None:
+        return median(self.llama_samples) if self.llama_samples else None
+
+    @property
+    def ratio(self) -> float | None:
+        return self.rate / self.llama_rate if self.llama_rate else None
+
+    @property
+    def title(self) -> str:
+        return f"prompt of {self.context}" if self.kind == "prefill" else f"reply at {self.context}"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is measured, and what is said of it."""
+
+    path: Path
+    name: str  # "31B", or the file's name where it says no size
+    model: Model
+    holding: str
+    load_time: float  # seconds
+
+
+def load_subject(path: Path, progress: Progress | None = None) -> Subject:
+    """The model alone: speed needs no tokenizer, and a synthetic file has none."""
+    start = time.perf_counter()
+    if path.is_dir():
+        from ..conversation.language_model import load
+
+        lm = load(path, progress=progress)
+        model, plan, label = lm.model, lm.plan, ""
+    else:
+        with open_gguf(path) as file:
+            config = config_from_gguf(file.metadata, str(path))
+            model, plan = load_model(config, gguf_source(file), "auto", True, progress, usable_kernels())
+            label = str(file.metadata.get("general.name", ""))
+    seconds = time.perf_counter() - start
+    return Subject(path, size_label(label, path.stem), model, plan.holding, seconds)
+
+
+def size_label(*names: str) -> str:
+    """The size that the first of several names tells, as in "E2B" or "26B-A4B"; else the last name."""
+    found = (SIZE_LABEL.search(name.replace("_", "-")) for name in names)
+    return next((m[1].upper() for m in found if m), names[-1])
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def cells_of(plan: BenchPlan) -> list[Cell]:
+    """What is to be measured, in order: prompts, then depths from the shortest."""
+    prompts = [Cell("prefill", n) for n in sorted(set(plan.prompts))]
+    return prompts + [Cell("decode", n) for n in sorted(set(plan.depths))]
+
+
+def measure(model: Model, plan: BenchPlan, cells: list[Cell], repetitions: int) -> Iterator[Cell]:
+    """Add so many samples to each cell, handing out each when it has them. Each is warmed up first.
+
+    The depths share one state that grows; each repetition decodes on a fork of it.
+    """
+    base = model.new_state(kv=plan.kv)
+    for cell in cells:
+        if cell.kind == "prefill":
+            _prompt_rate(model, plan, min(cell.context, 2 * prefill_chunk(model)))  # a warm-up
+            for _ in range(repetitions):
+                rate, cell.peak_memory = _prompt_rate(model, plan, cell.context)
+                cell.samples.append(rate)
+        else:
+            fill(base, cell.context)
+            _warm_up(model, base, plan.reply)
+            cell.kv_memory = base.nbytes
+            cell.n_bytes = weight_bytes(model) + kv_per_token(model.config, plan.kv, base.length, base.dtype)
+            if model.kernels:  # stock operations on a CPU compute while they are being scheduled
+                cell.launches, cell.host_time = launches(model, base), host_time(model, base)
+            for _ in range(repetitions):
+                rate, cell.peak_memory = _reply_rate(model, base, plan.reply)
+                cell.samples.append(rate)
+        mx.clear_cache()
+        yield cell
+    base.close()
+
+
+def random_ids(model: Model, n: int) -> list[int]:
+    """Token ids that any vocabulary has."""
+    return [int(i) for i in np.random.default_rng(n).integers(model.config.vocab // 10, model.config.vocab, n)]
+
+
+def _prompt_rate(model: Model, plan: BenchPlan, n: int) -> tuple[float, int]:
+    """Tokens a second of a prompt of n tokens, the choice of the first token included; peak memory in bytes."""
+    s = Statistics()
+    for _ in generate_tokens(model, model.new_state(kv=plan.kv), random_ids(model, n), GREEDY, 1, statistics=s):
+        pass
+    return s.prompt_rate, s.peak_memory
+
+
+def _warm_up(model: Model, base: KVState, n: int) -> None:
+    """Decode as a reply of n tokens will, and where a tail fills up: what a GPU compiles for that is compiled."""
+    state, tail = base.fork(), base.layout.tail
+    ahead = (base.length // tail + 1) * tail - WARM_UP // 2
+    if n < tail and base.length < ahead < model.config.context - WARM_UP - 2:
+        fill(state, ahead)
+    _reply_rate(model, state, n if n >= tail else WARM_UP)
+
+
+def _reply_rate(model: Model, base: KVState, n: int) -> tuple[float, int]:
+    """Tokens a second of n steps of decoding behind `base`, as `generate` does them; peak memory in bytes.
+
+    A model of its own, of the same weights, remembers no traces of steps: a conversation, which grows, comes to new
+    ones as well.
+    """
+    s, model = Statistics(), Model(model.config, model.weights, model.kernels)
+    for _ in generate_tokens(model, base.fork(), random_ids(model, 1), GREEDY, n + 1, statistics=s):
+        pass
+    return s.reply_rate, s.peak_memory
+
+
+def fill(state: KVState, length: int) -> None:
+    """Let a state grow to `length` tokens of random keys and values, as a prompt's chunks would."""
+    while state.length < length:
+        n = min(PREFILL_CHUNK - state.length % PREFILL_CHUNK, length - state.length)
+        with execution():
+            for i, shape in enumerate(state.config.layers):
+                if shape.kv_layer == i:
+                    # Each layer its own numbers: shared ones would stay in a GPU's cache, where real ones don't fit.
+                    size = (1, shape.kv_heads, n, shape.head_dim)
+                    state.append(i, mx.random.normal(size, state.dtype), mx.random.normal(size, state.dtype))
+            state.advance(mx.zeros(n, mx.int32))
+            mx.eval(state.arrays)
+    mx.clear_cache()
+
+
+def weight_bytes(model: Model) -> int:
+    """Bytes of weights that a decoded token reads: all of them, but of embeddings a row and of experts those used."""
+    c, w = model.config, model.weights
+    total: float = w.output.nbytes + w.output_norm.nbytes + w.token_embd.nbytes / c.vocab
+    for extra in (w.per_layer_model_proj, w.per_layer_proj_norm):
+        total += extra.nbytes if extra is not None else 0
+    if w.per_layer_token_embd is not None:
+        total += w.per_layer_token_embd.nbytes / c.vocab
+    for layer in w.layers:
+        for each in fields(layer):
+            weight = getattr(layer, each.name)
+            if weight is not None:
+                total += weight.nbytes * (c.experts_used / c.experts if "_exps" in each.name else 1)
+    return round(total)
+
+
+def launches(model: Model, state: KVState) -> int | None:
+    """Kernels that a decoded token launches through `decode`; None where stock operations run."""
+    if model.kernels is None:
+        return None
+    made, inner = 0, model.kernels.launcher
+
+    def counting(**declared: Any) -> Any:
+        kernel = inner(**declared)
+
+        def call(**arguments: Any) -> Any:
+            nonlocal made
+            made += 1
+            return kernel(**arguments)
+
+        return call
+
+    counted = Model(model.config, model.weights, Kernels(counting, model.kernels.off))
+    mx.eval(counted.forward(mx.array([1]), state.fork()))
+    return made
+
+
+def host_time(model: Model, state: KVState, steps: int = 9) -> float:
+    """Seconds in which one step is built and scheduled, nothing waited for: the median of several."""
+    state, token, times = state.fork(), mx.array([1]), []
+    if model.replays:
+        step = model.begin(1, state)
+        for _ in range(steps):
+            start = time.perf_counter()
+            step = model.begin(step, state)
+            times.append(time.perf_counter() - start)
+            step.best()
+        return median(times)
+    for _ in range(steps):
+        start = time.perf_counter()
+        with execution():
+            token = mx.argmax(model.forward(token, state))[None]
+            mx.async_eval(token)
+        times.append(time.perf_counter() - start)
+        mx.eval(token)
+    return median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of this device going through a large array."""
+    rounds, chain = 6, 8
+    a = mx.zeros(min(COPIED, available_memory() // 8) // 4, mx.uint32)
+    rates = []
+    with execution():
+        mx.eval(a)
+        for _ in range(rounds):
+            start, b = time.perf_counter(), a
+            for _ in range(chain):
+                b = b + 1
+            mx.eval(b)
+            rates.append(2 * chain * a.nbytes / (time.perf_counter() - start))
+    del a, b
+    mx.clear_cache()
+    return median(rates[1:])  # the first one warms up
+
+
+# ---------------------------------------------------------------- saying it
+
+
+def result(
+    subject: Subject, plan: BenchPlan, cells: list[Cell], copy: float, llama: str | None, command: str
+) -> dict[str, Any]:
+    """The object that `--json` writes: rates in tokens a second, times in seconds, sizes in bytes."""
+    return {
+        "program": "mlx-gemma4 bench",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "chip": device_name(),
+        "versions": {"mlx-gemma4": __version__, "mlx": MLX, "python": platform.python_version(), "llama.cpp": llama},
+        "file": subject.path.name,
+        "holding": subject.holding,
+        "load_time": round(subject.load_time, 2),
+        "weight_bytes_per_token": weight_bytes(subject.model),
+        "copy_bandwidth": round(copy),
+        "reply": plan.reply,
+        "kernels_off": sorted(subject.model.kernels.off) if subject.model.kernels else None,
+        "cells": [_cell(subject.name, plan, c, copy) for c in cells if c.samples],
+    }
+
+
+def _cell(name: str, plan: BenchPlan, c: Cell, copy: float) -> dict[str, Any]:
+    cell = {
+        "model": name,
+        "kind": c.kind,
+        "context": c.context,
+        "kv": plan.kv,
+        "ours": round(c.rate, 3),
+        "llama_cpp": None if c.llama_rate is None else round(c.llama_rate, 3),
+        "ratio": None if c.ratio is None else round(c.ratio, 4),
+        "samples": [round(s, 3) for s in c.samples],
+        "llama_cpp_samples": [round(s, 3) for s in c.llama_samples],
+        "peak_memory": c.peak_memory,
+    }
+    if c.n_bytes is not None:
+        cell |= {"bytes_per_token": c.n_bytes, "share_of_copy": round(c.n_bytes * c.rate / copy, 4)}
+        cell |= {"launches": c.launches, "host_time": c.host_time and round(c.host_time, 6)}
+        cell |= {"kv_memory": c.kv_memory, "llama_cpp_kv_memory": c.llama_kv_memory}
+    return cell
+
+
+def table(result: dict[str, Any]) -> Iterator[str]:
+    """A result for people, line by line."""
+    v, cells = result["versions"], result["cells"]
+    other = f", llama.cpp {v['llama.cpp']}" if v["llama.cpp"] else ""
+    yield f"{result['chip']}, MLX {v['mlx']}, mlx-gemma4 {v['mlx-gemma4']}{other}"
+    yield (
+        f"{result['file']}: {result['weight_bytes_per_token'] / 1e9:.3f} GB of weights a token; "
+        f"large copies run at {result['copy_bandwidth'] / 1e9:.0f} GB/s"
+    )
+    columns = ["", "tokens/s", "lowest", "highest", "MB/token", "of copy", "launches", "host ms", "KV MB", "peak GB"]
+    columns += ["llama.cpp", "ratio", "its KV MB"] if v["llama.cpp"] else []
+    yield "".join(f"{title:<18}" if i == 0 else f"{title:>10}" for i, title in enumerate(columns))
+    for c in cells:
+        shown = [f"{c['ours']:.1f}", f"{min(c['samples']):.1f}", f"{max(c['samples']):.1f}"]
+        shown.append(_shown(c.get("bytes_per_token"), 1e-6, ".1f"))
+        shown.append(_shown(c.get("share_of_copy"), 100, ".1f", "%"))
+        shown += [_shown(c.get("launches"), 1, "d"), _shown(c.get("host_time"), 1e3, ".2f")]
+        shown += [_shown(c.get("kv_memory"), 1e-6, ".1f"), f"{c['peak_memory'] / 1e9:.2f}"]
+        if v["llama.cpp"]:
+            shown += [_shown(c["llama_cpp"], 1, ".1f"), _shown(c["ratio"], 1, ".3f")]
+            shown.append(_shown(c.get("llama_cpp_kv_memory"), 1e-6, ".1f"))
+        title = f"{'prompt of' if c['kind'] == 'prefill' else 'reply at'} {c['context']}"
+        yield f"{title:<18}" + "".join(f"{s:>10}" for s in shown)
+
+
+def _shown(value: float | None, times: int | float, form: str, suffix: str = "") -> str:
+    return "" if value is None else f"{value * times:{form}}{suffix}"
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on and nothing that tells whose machine it is."""
+    info = mx.device_info()
+    keys = ("device_name", "architecture", "memory_size", "total_memory", "max_recommended_working_set_size")
+    found: dict[str, Any] = {key: info[key] for key in keys if key in info}
+    verdict = recall()
+    found |= {"system": f"{platform.system()} {platform.mac_ver()[0] or platform.release()} {platform.machine()}"}
+    found |= {"kernels_checked": len(verdict.checked), "kernels_failed": verdict.failed}
+    if sys.platform == "darwin":
+        for name in ("hw.model", "machdep.cpu.brand_string", "hw.perflevel0.physicalcpu", "hw.perflevel1.physicalcpu"):
+            found[name] = _output("sysctl", "-n", name)
+        cores = re.search(r'"gpu-core-count" = (\d+)', _output("ioreg", "-rc", "AGXAccelerator", "-d", "1"))
+        found["gpu_cores"] = int(cores[1]) if cores else None
+    return found
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,292 @@
+"""What a model file is and what it will take, from its header alone: nothing is loaded.
+
+In: the path of a GGUF or of a folder of safetensors. Out: a `Report`, and the lines that `mlx-gemma4 inspect` prints.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+import mlx.core as mx
+
+from ..config import Config, config_from_gguf, config_from_json
+from ..errors import InputError
+from ..files.gguf import TENSOR_TYPES, open_gguf
+from ..generation.loop import PREFILL_CHUNK
+from ..kv.quantization import KINDS, check_kind, vector_bytes
+from ..kv.state import kv_bytes
+from ..loading.from_gguf import gguf_source
+from ..loading.from_safetensors import folder_source
+from ..loading.tensors import Entry, Spec, tensor_specs
+from ..memory import HEADROOM, available_memory, on_cpu
+from ..quant.formats import SUPPORTED
+
+# Peak memory bandwidths in GB/s, as Apple's announcements and technical specifications (support.apple.com) of the Macs
+# with these chips give them. Where the GPU's size makes a difference, each has its row.
+BANDWIDTHS = {
+    "M1": 68,
+    "M1 Pro": 200,
+    "M1 Max": 400,
+    "M1 Ultra": 800,
+    "M2": 100,
+    "M2 Pro": 200,
+    "M2 Max": 400,
+    "M2 Ultra": 800,
+    "M3": 100,
+    "M3 Pro": 150,
+    "M3 Max (30-core GPU)": 300,
+    "M3 Max (40-core GPU)": 400,
+    "M3 Ultra": 819,
+    "M4": 120,
+    "M4 Pro": 273,
+    "M4 Max (32-core GPU)": 410,
+    "M4 Max (40-core GPU)": 546,
+    "M5": 153,
+    "M5 Pro": 307,
+    "M5 Max (32-core GPU)": 460,
+    "M5 Max (40-core GPU)": 614,
+}
+# What llama.cpp and mlx-lm make of it, from figures that others have published (decode at 512 tokens).
+REACHED = "Others' runs on an M5 Max reach 69 to 81% of it with 31B, 46 to 59% with E2B, E4B and 26B-A4B."
+DEFAULT_CONTEXT = 8192
+TENSOR_NAMES = {t.name for t in TENSOR_TYPES.values()}
+
+
+@dataclass(frozen=True)
+class TypeRow:
+    """The tensors of one type."""
+
+    type: str
+    tensors: int
+    weights: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a state of the context's length takes with one `--kv`. Sizes in bytes."""
+
+    kv: str
+    state: int
+    with_weights: int  # and what else a run takes beside both
+    fits: bool  # into `Report.available`
+    longest: int  # context in tokens that fits; 0: not even the weights do
+    read_per_token: int  # weights and KV that a token decoded there reads, KV in fp16
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that `inspect` tells. Sizes in bytes."""
+
+    path: str
+    n_bytes: int  # of the tensors
+    name: str
+    config: Config
+    types: list[TypeRow]
+    unused: list[str]  # tensors that the model has no use for
+    problems: list[str]  # why it can't be loaded, if it can't
+    context: int  # in tokens, what `memory` is for
+    available: int  # memory here
+    weights_per_token: int
+    memory: list[Memory]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, and the projection for each chip in tokens a second, as plain values."""
+        found = asdict(self)
+        per_token = {m.kv: m.read_per_token for m in self.memory}
+        found["projection"] = {
+            "what": "no measurement: published bandwidth over the bytes that a token reads, the most there can be",
+            "chips": {
+                chip: {"bandwidth": gbs * 10**9, **{kv: round(gbs * 1e9 / n, 2) for kv, n in per_token.items()}}
+                for chip, gbs in BANDWIDTHS.items()
+            },
+        }
+        return found
+
+
+def inspect(path: Path, context: int | None = None) -> Report:
+    """Read a file's header.
+
+    Args:
+        path: a GGUF file, any part of a split one, or a folder of safetensors.
+        context: tokens to plan memory for; None: DEFAULT_CONTEXT, or as many as the model takes.
+
+    Raises:
+        InputError: the file can't be read, or the context is longer than the model's.
+    """
+    config, entries, name = _header(path)
+    if context is None:
+        context = min(DEFAULT_CONTEXT, config.context)
+    if context > config.context:
+        raise InputError(f"--context {context}: the model's own is {config.context}; take no more")
+    rows: dict[str, TypeRow] = {}
+    for entry in entries.values():
+        row = rows.get(entry.type, TypeRow(entry.type, 0, 0, 0))
+        total = row.weights + prod(entry.shape), row.n_bytes + entry.n_bytes
+        rows[entry.type] = TypeRow(entry.type, row.tensors + 1, *total)
+    wanted = tensor_specs(config)
+    used = {name: entry for name, entry in entries.items() if name in wanted}
+    weights, available = sum(e.n_bytes for e in used.values()), available_memory()
+    per_token = weights_per_token(config, used)
+    return Report(
+        str(path),
+        sum(e.n_bytes for e in entries.values()),
+        name,
+        config,
+        sorted(rows.values(), key=lambda r: -r.n_bytes),
+        [name for name in entries if name not in wanted],
+        _problems(entries, wanted),
+        context,
+        available,
+        per_token,
+        [_memory(config, kv, context, weights, available, per_token) for kv in _kinds(config)],
+    )
+
+
+def _problems(entries: Mapping[str, Entry], wanted: Mapping[str, Spec]) -> list[str]:
+    missing = [name for name, spec in wanted.items() if not spec.optional and name not in entries]
+    found = [f"tensors missing: {', '.join(missing[:3])}{f' and {len(missing) - 3} more' if missing[3:] else ''}"]
+    known = {e.type for e in entries.values()} & TENSOR_NAMES
+    return found * bool(missing) + [f"type {name} can't be loaded yet" for name in sorted(known - SUPPORTED)]
+
+
+def _header(path: Path) -> tuple[Config, Mapping[str, Entry], str]:
+    """Configuration, tensors by GGUF name, and the model's name ("" in a folder)."""
+    if not path.is_dir():
+        with open_gguf(path) as file:
+            name = str(file.metadata.get("general.name", ""))
+            return config_from_gguf(file.metadata, str(path)), gguf_source(file).entries, name
+    try:
+        contents = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path / 'config.json'}: can't be read as JSON ({error}); is this a model's folder?"
+        ) from None
+    config = config_from_json(contents, str(path / "config.json"))
+    return config, folder_source(path, config, contents.get("quantization") or {}).entries, ""
+
+
+def weights_per_token(config: Config, entries: Mapping[str, Entry]) -> int:
+    """Bytes of weights that a decoded token reads: all of them, but of embeddings a row and of experts those used."""
+    total = 0.0
+    for name, entry in entries.items():
+        row = entry.n_bytes / config.vocab
+        if name == "token_embd.weight" and "output.weight" not in entries:
+            total += row  # beside its use as the head
+        elif name in ("token_embd.weight", "per_layer_token_embd.weight"):
+            total += row - entry.n_bytes
+        elif "_exps" in name:
+            total -= entry.n_bytes * (1 - config.experts_used / config.experts)
+        total += entry.n_bytes
+    return round(total)
+
+
+def kv_per_token(config: Config, kv: str, context: int, dtype: mx.Dtype) -> int:
+    """Bytes of keys and values that a token reads behind `context` others; only global layers hold codes."""
+    total = 0
+    for shape in config.layers:
+        rows, kind = (min(context, config.window), "full") if shape.sliding else (context, kv)
+        total += 2 * shape.kv_heads * vector_bytes(kind, shape.head_dim, dtype) * rows
+    return total
+
+
+def _kinds(config: Config) -> list[str]:
+    """The kinds of --kv that heads of this model's sizes can have."""
+    possible, dims = [], {shape.head_dim for shape in config.layers if not shape.sliding}
+    for kv in KINDS:
+        with suppress(InputError):
+            check_kind(kv, dims)
+            possible.append(kv)
+    return possible
+
+
+def _memory(config: Config, kv: str, context: int, weights: int, available: int, per_token: int) -> Memory:
+    dtype = mx.float32 if on_cpu() else mx.float16
+
+    def state(tokens: int) -> int:
+        return kv_bytes(config, dtype, tokens, PREFILL_CHUNK, kv=kv)
+
+    def fits(tokens: int) -> bool:
+        return weights + HEADROOM + state(tokens) <= available
+
+    low, high = 0, config.context + 1  # low fits (or is 0), high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    read = per_token + kv_per_token(config, kv, context, mx.float16)
+    return Memory(kv, state(context), weights + HEADROOM + state(context), fits(context), low, read)
+
+
+# ---------------------------------------------------------------- for people
+
+
+def lines(r: Report, chip: str) -> Iterator[str]:
+    """The report as text; `chip` is this machine's, as MLX names it."""
+    c = r.config
+    yield f"{r.path}: {r.name or 'no name'}, {r.n_bytes / 1e9:.2f} GB of tensors"
+    yield from wrap(f"{c.architecture}: {', '.join(_shape(c))}", 110)
+    yield ""
+    yield _row("type", "tensors", "weights", "size", "bits/weight")
+    total = TypeRow("all", *(sum(getattr(t, key) for t in r.types) for key in ("tensors", "weights", "n_bytes")))
+    for t in (*r.types, total):
+        bits = f"{8 * t.n_bytes / max(t.weights, 1):.2f}"
+        yield _row(t.type.removeprefix("mlx.core."), str(t.tensors), f"{t.weights / 1e6:,.1f} M", _gb(t.n_bytes), bits)
+    for problem in r.problems:
+        yield f"CAN'T BE LOADED: {problem}"
+    if r.unused:
+        yield f"Of no use to the model: {', '.join(r.unused[:5])}{' ...' if r.unused[5:] else ''}"
+    yield ""
+    yield f"Memory for {r.context:,} tokens of context; {_gb(r.available)} are free here ({chip})"
+    yield _row("--kv", "state", "in all", "fits", "longest context")
+    for m in r.memory:
+        yield _row(m.kv, _gb(m.state), _gb(m.with_weights), "yes" if m.fits else "no", f"{m.longest:,}")
+    yield ""
+    reads = ", ".join(f"{_gb(m.read_per_token)} with --kv {m.kv}" for m in r.memory)
+    yield f"A token decoded behind them reads {_gb(r.weights_per_token)} of weights; keys and values included,"
+    yield f"{reads}."
+    yield "PROJECTION, not measured: at most, a chip's published bandwidth over those bytes."
+    yield REACHED
+    yield _row("chip", "GB/s", *(f"--kv {m.kv}" for m in r.memory))
+    own = {name: gbs for name, gbs in BANDWIDTHS.items() if name.split(" (")[0] == chip.removeprefix("Apple ")}
+    for name, gbs in (own or BANDWIDTHS).items():
+        yield _row(name, str(gbs), *(f"{gbs * 1e9 / m.read_per_token:.1f} tok/s" for m in r.memory))
+
+
+def _shape(c: Config) -> Iterator[str]:
+    sliding = [layer for layer in c.layers if layer.sliding]
+    shared = len(c.layers) - c.own_kv_layers
+    yield f"{len(c.layers)} layers" + (f" ({len(sliding)} with a window of {c.window})" if sliding else "")
+    if shared:
+        yield f"{shared} share keys and values"
+    yield f"hidden {c.hidden}"
+    yield f"MLP {_range(layer.ffn for layer in c.layers)}"
+    if c.experts:
+        yield f"{c.experts} experts of {c.expert_ffn}, {c.experts_used} used"
+    if c.ple:
+        yield f"per-layer embeddings of {c.ple}"
+    for kind, some in (("sliding", sliding), ("global", [layer for layer in c.layers if not layer.sliding])):
+        if some:
+            heads, kv = _range(s.heads for s in some), _range(s.kv_heads for s in some)
+            yield f"{kind} heads {heads}, {kv} of keys, {_range(s.head_dim for s in some)} wide"
+    yield f"vocabulary {c.vocab:,}"
+    yield f"context {c.context:,}"
+
+
+def _range(values: Iterator[int]) -> str:
+    some = sorted(set(values))
+    return str(some[0]) if len(some) == 1 else f"{some[0]} to {some[-1]}"
+
+
+def _gb(n: float) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.2f} MB"
+
+
+def _row(first: str, *others: str) -> str:
+    return f"{first:<22}" + "".join(f"{cell:>16}" for cell in others)

@@ -1,0 +1,1 @@
+"""The forward pass: weights, stock operations, the traced step, the replayed step."""

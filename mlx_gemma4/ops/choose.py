@@ -1,0 +1,76 @@
+"""The choice of experts and of the likeliest token: choose.metal, each kernel beside its reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from ..gpu.render import Launcher, build, render
+
+# ---------------------------------------------------------------- choices
+
+
+def top_k(scores: mx.array, used: int, launcher: Launcher, *, scale: mx.array | None = None) -> tuple[Any, Any]:
+    """The experts of each token.
+
+    Args:
+        scores: fp32 [T, E].
+        used: how many to choose, up to 32.
+        scale: fp32 [E]: multiplies the shares.
+
+    Returns:
+        int32 [T, used], best first; their softmax among themselves, fp32 [T, used].
+    """
+    tokens, n = scores.shape
+    defines: dict[str, object] = {"E": n, "USED": used, "SCALED": scale is not None}
+    kernel = render("top_k", "choose.metal", mx.float32, defines, [] if scale is not None else ["scale"])
+    done = build(launcher, kernel)(
+        inputs=[scores] if scale is None else [scores, scale],
+        grid=(32, tokens, 1),
+        threadgroup=(32, 1, 1),
+        output_shapes=[(tokens, used)] * 2,
+        output_dtypes=[mx.int32, mx.float32],
+    )
+    return done[0], done[1]
+
+
+def top_k_reference(scores: mx.array, used: int, *, scale: mx.array | None = None) -> tuple[mx.array, mx.array]:
+    """`top_k` in stock MLX."""
+    ids = mx.argsort(-scores, axis=-1)[:, :used].astype(mx.int32)
+    share = mx.softmax(mx.take_along_axis(scores, ids, axis=-1), axis=-1, precise=True)
+    return ids, share if scale is None else share * scale[ids]
+
+
+def argmax(logits: mx.array, launcher: Launcher) -> Any:
+    """The largest of each row, the lowest of equals. The softcap never changes the order, so it is not needed.
+
+    Args:
+        logits: [T, V].
+
+    Returns:
+        int32 [T]
+    """
+    tokens, n = logits.shape
+    pieces = max(1, min(128, n // 1024))
+    first = render("argmax_pieces", "choose.metal", logits.dtype, {"SG": 8})
+    best, at = build(launcher, first)(
+        inputs=[logits],
+        grid=(256 * pieces, tokens, 1),
+        threadgroup=(256, 1, 1),
+        output_shapes=[(tokens, pieces)] * 2,
+        output_dtypes=[mx.float32, mx.int32],
+    )
+    second = render("argmax_merge", "choose.metal", logits.dtype, {})
+    return build(launcher, second)(
+        inputs=[best, at],
+        grid=(32, tokens, 1),
+        threadgroup=(32, 1, 1),
+        output_shapes=[(tokens,)],
+        output_dtypes=[mx.int32],
+    )[0]
+
+
+def argmax_reference(logits: mx.array) -> mx.array:
+    """`argmax` in stock MLX."""
+    return mx.argmax(logits, axis=-1).astype(mx.int32)

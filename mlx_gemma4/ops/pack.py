@@ -1,0 +1,245 @@
+"""`quant.pack` on a GPU: a tensor's blocks go over as the file has them, and a kernel rearranges them there.
+
+In: raw blocks in host memory, mapped files mostly. Out: `Packed`, bit for bit what `quant.pack`, the reference, gives.
+The host copies each byte twice (from the file's pages to a buffer, on all cores, and from there to MLX) and computes
+nothing. A large tensor goes in pieces, so that little is held beside the result: a few times PIECE.
+
+A wrong kernel here would spoil a model without a trace. So each type's kernel first packs a few random blocks in every
+process, and where it differs from the reference or fails, that type is packed by the reference.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from math import prod
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+
+from ..gpu.render import Kernel, Launcher, build, render
+from ..quant import formats
+from ..quant.formats import FORMATS, Packed, Shape
+from ..quant.repack import Bytes, SubWriter, in_threads, iq4_xs, plain, q3_k, q4_k
+from .dispatch import Kernels
+
+log = logging.getLogger("mlx_gemma4")
+
+PIECE = 1 << 25  # bytes of blocks that go over at once
+COPY = 1 << 21  # bytes that a thread of the host copies at once
+TRIAL = 333  # blocks
+
+SUBS: dict[SubWriter, str] = {plain: "SUB_PLAIN", q4_k: "SUB_Q4_K", q3_k: "SUB_Q3_K", iq4_xs: "SUB_IQ4_XS"}
+Planes = dict[str, mx.array]  # by the names that `Packed` has for them
+
+_local = threading.local()
+
+
+def pack_on_gpu(
+    parts: Sequence[np.ndarray],
+    type: str,
+    shape: Shape,
+    run: Kernels | None = None,
+    on_read: Callable[[int, int], object] | None = None,
+) -> Packed:
+    """One packed weight from the blocks of one tensor, or of several whose rows are joined.
+
+    Args:
+        parts: uint8 [.., N, row_bytes] each; N may differ. Of experts [E, N, row_bytes], rows are joined one expert
+            after the other.
+        type: a name in FORMATS.
+        shape: of the result: [N, K] or [E, N, K], or [K].
+        run: kernels to use; one that fails is added to its `off`. None: the reference.
+        on_read: as for `quant.pack`, where there is one part.
+    """
+    names = ("pack", f"pack {type}")
+    if run is not None and run.off.isdisjoint(names):
+        try:
+            if reason := _wrong(type, run.launcher):
+                raise RuntimeError(reason)
+            return _by_kernel(parts, type, shape, run.launcher, on_read)
+        except Exception as error:  # whatever a backend's compiler or launch raises
+            run.off |= {names[-1]}
+            reason = " ".join(str(error).split())[:200]
+            log.warning("Kernel %s fails here and is off, the CPU does its work instead: %s", names[-1], reason)
+    raw = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-2)
+    return formats.pack_on_cpu(raw, type, shape, on_read)
+
+
+def done() -> None:
+    """Nothing more is to be packed for now: give back what was kept to pack with."""
+    _local.__dict__.clear()
+    mx.clear_cache()
+
+
+def pack_kernel(type: str) -> Kernel:
+    """pack.metal for a type."""
+    layout = FORMATS[type].layout
+    bits, parts = 0, []
+    for plane in layout.codes:
+        parts.append(f"take(block, c, {plane.at}, {plane.bits}, {plane.run}) << {bits}")
+        bits += plane.bits
+    code = f"({' | '.join(parts)})"
+    defines: dict[str, object] = {
+        "SIZE": layout.size,
+        "N_BYTES": layout.n_bytes,
+        "BITS": bits,
+        "CODE(block, c)": f"({code} ^ 128)" if bits == 8 else code,  # signed in the file
+        "SUPERS": len(layout.super),
+        "SUB_BYTES": layout.sub_bytes,
+    }
+    defines |= {f"SUPER_{i}": (*layout.super, 0)[i] for i in range(2) if layout.super}
+    if layout.sub:
+        defines |= {SUBS[layout.sub[0]]: 1, "SUB_AT": layout.sub[1]}
+    assert max(layout.sub_bytes, len(layout.super)) <= layout.size * bits // 32, "a thread for each"
+    absent = [name for name, there in (("sub", layout.sub), ("super", layout.super)) if not there]
+    return render("pack", "pack.metal", mx.float32, defines, absent)
+
+
+def launch(raw: mx.array, type: str, launcher: Launcher) -> Planes:
+    """The planes of some blocks, each flat.
+
+    Args:
+        raw: uint8 [bytes], whole blocks.
+    """
+    names, run = _packer(type, launcher)
+    blocks = raw.size // FORMATS[type].layout.n_bytes
+    sizes = {name: blocks * n for name, n in _per_block(type).items()}
+    made = run(
+        inputs=[raw],
+        grid=(256 * -(-sizes["codes"] // 256), 1, 1),
+        threadgroup=(256, 1, 1),
+        output_shapes=[(sizes[name],) for name in names],
+        output_dtypes=[_DTYPES[name] for name in names],
+    )
+    return dict(zip(names, made, strict=True))
+
+
+_DTYPES = {"codes": mx.uint32, "sub": mx.uint8, "super": mx.float16}
+
+
+@cache
+def _per_block(type: str) -> dict[str, int]:
+    """How many elements of each plane a block makes."""
+    layout = FORMATS[type].layout
+    return {"codes": layout.size * layout.bits // 32, "sub": layout.sub_bytes, "super": len(layout.super)}
+
+
+@cache
+def _packer(type: str, launcher: Launcher) -> tuple[tuple[str, ...], Callable[..., Sequence[Any]]]:
+    kernel = pack_kernel(type)
+    return kernel.outputs, build(launcher, kernel)
+
+
+@cache
+def _wrong(type: str, launcher: Launcher) -> str:
+    """What is wrong with a type's kernel on some random blocks, "" if it equals the reference to the bit."""
+    layout = FORMATS[type].layout
+    raw = np.random.default_rng(len(type)).integers(0, 256, (TRIAL, layout.n_bytes), np.uint8)
+    want = formats.pack_on_cpu(raw, type, (TRIAL, layout.size))
+    try:
+        made = launch(mx.array(raw.reshape(-1)), type, launcher)
+        same = all(np.array_equal(_bits(made[name]), _bits(getattr(want, name))) for name in made)
+    except Exception as error:  # whatever a backend's compiler or launch raises
+        return str(error) or error.__class__.__name__
+    return "" if same else "gives wrong bits"
+
+
+def _bits(a: mx.array) -> np.ndarray:
+    """Its bytes, flat."""
+    return np.array(a).reshape(-1).view(np.uint8)
+
+
+def _by_kernel(
+    parts: Sequence[np.ndarray],
+    type: str,
+    shape: Shape,
+    launcher: Launcher,
+    on_read: Callable[[int, int], object] | None,
+) -> Packed:
+    form, layout, slabs = FORMATS[type], FORMATS[type].layout, _slabs(parts)
+    total = sum(slab.size for slab in slabs)
+    if shape[-1] % layout.size or total != prod(shape) // layout.size * layout.n_bytes:
+        raise ValueError(f"{total} bytes of {type} are no tensor of shape {shape}")
+    step = PIECE // layout.n_bytes * layout.n_bytes
+    whole = _empty(total, type) if total > step else {}
+    made: Planes = {}
+    for start in range(0, total, step):
+        stop = min(start + step, total)
+        piece = _copied(slabs, start, stop)  # while the GPU is at the one before
+        if on_read is not None and len(parts) == 1:
+            on_read(start, stop)
+        if made:
+            _place(made, whole, start - step, type)
+        made = launch(piece, type, launcher)
+        mx.async_eval(made)
+        del piece
+    if whole:
+        _place(made, whole, start, type)
+    else:
+        whole = made
+    rows, per_row = shape[:-1], shape[-1] // layout.size
+    shapes = {"super": (*rows, per_row, len(layout.super))}
+    planes = {name: a.reshape(shapes.get(name, (*rows, -1))) for name, a in whole.items()}
+    mx.eval(planes)
+    del made, whole
+    # On NVIDIA, MLX's cache has the blocks' memory, which is the host's too; a later result must not lie in it.
+    mx.clear_cache()
+    return Packed(form, shape, planes["codes"], planes.get("sub"), planes.get("super"))
+
+
+def _empty(total: int, type: str) -> Planes:
+    """Planes for `total` bytes of blocks, there before any blocks are, for the reason at the end of `_by_kernel`."""
+    blocks = total // FORMATS[type].layout.n_bytes
+    whole = {name: mx.zeros((blocks * n,), _DTYPES[name]) for name, n in _per_block(type).items() if n}
+    mx.eval(whole)
+    return whole
+
+
+def _place(made: Planes, whole: Planes, start: int, type: str) -> None:
+    """Put the planes of a piece where they belong; its first byte in the file is `start`.
+
+    The update of a slice takes over its array's memory, if the array has been evaluated and nothing else holds it.
+    """
+    for name, a in made.items():
+        at = start // FORMATS[type].layout.n_bytes * _per_block(type)[name]
+        whole[name][at : at + a.size] = a
+    mx.eval(whole)
+
+
+def _slabs(parts: Sequence[np.ndarray]) -> list[Bytes]:
+    """The parts' bytes in the order of the result's rows, as flat stretches."""
+    if len(parts) > 1 and parts[0].ndim > 2:
+        return [part[i].reshape(-1) for i in range(len(parts[0])) for part in parts]
+    return [np.ascontiguousarray(part).reshape(-1) for part in parts]
+
+
+def _copied(slabs: list[Bytes], start: int, stop: int) -> mx.array:
+    """Bytes [start, stop) of all slabs one after the other.
+
+    By way of a buffer that all cores fill: a file's pages come in slowly, and MLX copies on one.
+    """
+    if "stage" not in _local.__dict__:
+        _local.stage = np.empty(PIECE, np.uint8)
+    stage = cast(Bytes, _local.stage)
+    copies = list(_stretches(slabs, start, stop))
+
+    def copy(i: int) -> None:
+        stretch, at = copies[i]
+        np.copyto(stage[at : at + stretch.size], stretch)
+
+    in_threads(copy, range(len(copies)))
+    return mx.array(stage[: stop - start])
+
+
+def _stretches(slabs: list[Bytes], start: int, stop: int) -> Iterator[tuple[Bytes, int]]:
+    """What of each slab lies in [start, stop), in stretches of at most COPY, and its place from `start` on."""
+    first = 0  # byte of the slab
+    for slab in slabs:
+        end = min(stop, first + slab.size)
+        for a in range(max(start, first), end, COPY):
+            yield slab[a - first : min(a + COPY, end) - first], a - start
+        first += slab.size

@@ -1,0 +1,155 @@
+"""RoPE, the norms of q, k and v, and the write to the KV tail: qkv.metal, each kernel beside its reference.
+
+In and out: MLX arrays for one token, or a handful (T up to 8). Knows no model and no KV state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from ..gpu.render import METAL_TYPES, Launcher, build, float_literal, render
+from . import stock
+from .parts import KVPart
+
+# ---------------------------------------------------------------- queries, keys and values
+
+
+def rotations(position: mx.array, wavelengths: mx.array, launcher: Launcher, *, tokens: int) -> Any:
+    """What RoPE turns a step's tokens by in all layers of a kind.
+
+    Args:
+        position: int32 [1], of the first token.
+        wavelengths: fp32 [D / 2], tokens per radian of each pair of dimensions; inf: does not turn.
+
+    Returns:
+        cosines and sines, fp32 [tokens, 2, D / 2].
+    """
+    half = wavelengths.size
+    return build(launcher, render("rotations", "qkv.metal", mx.float32, {"HALF": half}))(
+        inputs=[position, wavelengths],
+        grid=(32 * -(-half // 32), tokens, 1),
+        threadgroup=(32, 1, 1),
+        output_shapes=[(tokens, 2, half)],
+        output_dtypes=[mx.float32],
+    )[0]
+
+
+def rotations_reference(position: mx.array, wavelengths: mx.array, *, tokens: int) -> mx.array:
+    """`rotations` in stock MLX."""
+    positions = (position + mx.arange(tokens)).astype(mx.float32)
+    angles = positions[:, None] * (1 / wavelengths)
+    return mx.stack([mx.cos(angles), mx.sin(angles)], axis=1)
+
+
+def qkv_post(
+    q: mx.array,
+    k: mx.array | None,
+    v: mx.array | None,
+    q_norm: mx.array,
+    k_norm: mx.array | None,
+    rope: mx.array,
+    tail: KVPart | None,
+    count: mx.array | None,
+    launcher: Launcher,
+    *,
+    heads: int,
+    kv_heads: int,
+    eps: float,
+    dtype: mx.Dtype,
+    value_norm: bool = True,
+    v_is_k: bool = False,
+) -> tuple[Any, Any, Any]:
+    """Norms and RoPE on the raw products of q, k and v, and the new keys and values behind those of the tail.
+
+    Args:
+        q: [T, H D], or with `k` (and `v`) None and a tail: those stand behind it in its rows, [T, (H + G) D] or
+            [T, (H + 2 G) D].
+        k, v: [T, G D] or None.
+        q_norm, k_norm: fp32 [D].
+        rope: fp32 [T, 2, D / 2], what `rotations` gives.
+        tail: keys and values [G, TAIL, D] or [1, G, TAIL, D] in `dtype`; None: the layer has none of its own and
+            makes q alone.
+        count: int32 [1], tokens in the tail; count + T is at most TAIL.
+        dtype: of the results.
+        value_norm: values go through RMSNorm (without a weight).
+        v_is_k: there is no v: values are the raw keys.
+
+    Returns:
+        q [T, H, D], and the new tail's keys and values (None without a tail), of which only the first count + T tokens
+        are defined.
+    """
+    tokens, dim = q.shape[0], q_norm.size
+    has_kv = tail is not None
+    width = 2 if dtype != mx.float32 else 4
+    flags = {"KV": has_kv, "VALUE_NORM": value_norm, "V_IS_K": v_is_k and has_kv}
+    flags |= {"JOINED_K": has_kv and k is None, "JOINED_V": has_kv and v is None and not v_is_k}
+    tail_shape = tail[0].shape if tail is not None else (0, 0, 0)
+    capacity = tail_shape[-2]
+    defines = {"C": METAL_TYPES[dtype], "C_BYTES": width, "H": heads, "G": kv_heads, "D": dim, "TAIL": capacity}
+    arrays = {"q": q, "k": k, "v": v, "q_norm": q_norm, "k_norm": k_norm, "rope": rope}
+    arrays |= {"tail_k": tail and tail[0], "tail_v": tail and tail[1], "count": count}
+    kernel = render(
+        "qkv_post",
+        "qkv.metal",
+        q.dtype,
+        defines | flags | {"EPS": float_literal(eps)},
+        [name for name, a in arrays.items() if a is None] + ([] if has_kv else ["new_k", "new_v"]),
+    )
+    groups = -(-tokens * (heads + 2 * kv_heads * has_kv) // 4)
+    if tail is not None and isinstance(tail[0], mx.array):  # else a recorded step's, which is written where it lies
+        groups += -(-kv_heads * capacity * dim * width // 16 // 128)
+    out = build(launcher, kernel)(
+        inputs=[arrays[name] for name in kernel.inputs],
+        grid=(128 * groups, 1, 1),
+        threadgroup=(128, 1, 1),
+        output_shapes=[(tokens, heads, dim)] + [tail_shape] * 2 * has_kv,
+        output_dtypes=[dtype] * (1 + 2 * has_kv),
+    )
+    return (out[0], out[1], out[2]) if has_kv else (out[0], None, None)
+
+
+def qkv_post_reference(
+    q: mx.array,
+    k: mx.array | None,
+    v: mx.array | None,
+    q_norm: mx.array,
+    k_norm: mx.array | None,
+    rope: mx.array,
+    tail: KVPart | None,
+    count: mx.array | None,
+    *,
+    heads: int,
+    kv_heads: int,
+    eps: float,
+    dtype: mx.Dtype,
+    value_norm: bool = True,
+    v_is_k: bool = False,
+) -> tuple[mx.array, mx.array | None, mx.array | None]:
+    """`qkv_post` in stock MLX."""
+    tokens, dim = q.shape[0], q_norm.size
+
+    def apart(x: mx.array, n: int) -> mx.array:  # fp32 [1, n, T, D]
+        return x.astype(mx.float32).reshape(1, tokens, n, dim).swapaxes(1, 2)
+
+    def turned(x: mx.array) -> mx.array:
+        (a, b), (c, s) = mx.split(x, 2, axis=-1), (rope[:, 0], rope[:, 1])
+        return mx.concatenate([a * c - b * s, b * c + a * s], axis=-1)
+
+    if tail is None or k_norm is None or count is None:
+        made = turned(stock.rms_norm(apart(q, heads), q_norm, eps))
+        return made[0].swapaxes(0, 1).astype(dtype), None, None
+    ends = [heads * dim, (heads + (k is None) * kv_heads) * dim]
+    q, joined_k, joined_v = mx.split(q, ends, axis=1)
+    k = apart(joined_k if k is None else k, kv_heads)
+    v = k if v_is_k else apart(joined_v if v is None else v, kv_heads)
+    if value_norm:
+        v = stock.rms_norm(v, None, eps)
+    made = turned(stock.rms_norm(apart(q, heads), q_norm, eps))
+    rows = mx.broadcast_to((count + mx.arange(tokens))[:, None], k.shape)
+    new = [
+        mx.put_along_axis(old.reshape(1, *old.shape[-3:]), rows, x.astype(dtype), axis=2).reshape(old.shape)
+        for old, x in zip(tail, (turned(stock.rms_norm(k, k_norm, eps)), v), strict=True)
+    ]
+    return made[0].swapaxes(0, 1).astype(dtype), new[0], new[1]

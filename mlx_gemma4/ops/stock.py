@@ -1,0 +1,310 @@
+"""The operations a model is made of, in stock MLX: the plain references that every kernel is held to.
+
+In: activations and weights, a weight being a dense `mx.array` [.., N, K], a `Packed` one straight from
+a GGUF's blocks, or an `Affine` one from an MLX safetensors folder. Out: activations in the dtype they
+came in. Nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..kv import quantization
+from ..kv.segments import KVView
+from ..memory import on_cpu
+from ..quant.formats import Packed, affine_parts, dequantize
+
+# Rows of a look-up-table type are expanded this many weights at a time, to bound the memory it takes.
+_EXPAND = 1 << 26
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A weight [.., N, K] quantized by MLX: scales * code + biases, one pair per `group` weights of a row."""
+
+    codes: mx.array  # uint32 [.., N, K * bits / 32]
+    scales: mx.array  # [.., N, K / group]
+    biases: mx.array
+    group: int
+    bits: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.codes.shape[:-1], self.codes.shape[-1] * 32 // self.bits)
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes + self.biases.nbytes
+
+
+Weight = mx.array | Packed | Affine
+
+
+def within(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """x in another float type; what fp16 can't hold becomes the largest number that it can."""
+    return (mx.clip(x, -65504, 65504) if dtype == mx.float16 else x).astype(dtype)
+
+
+def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
+    """x / sqrt(mean(x²) + eps) * weight over the last axis, summed in fp32."""
+    return mx.fast.rms_norm(x, weight, eps)
+
+
+def gelu(x: mx.array) -> mx.array:
+    """GELU in its tanh form (Hendrycks and Gimpel, arXiv:1606.08415), as Gemma was trained with."""
+    return 0.5 * x * (1 + mx.tanh(0.7978845608028654 * x * (1 + 0.044715 * x * x)))
+
+
+def geglu(gate: mx.array, up: mx.array) -> mx.array:
+    """gelu(gate) * up."""
+    return gelu(gate) * up
+
+
+def softcap(logits: mx.array, cap: float) -> mx.array:
+    """cap * tanh(logits / cap): bends logits into (-cap, cap). 0 leaves them."""
+    return cap * mx.tanh(logits / cap) if cap else logits
+
+
+def linear(x: mx.array, w: Weight) -> mx.array:
+    """x @ wᵀ.
+
+    Args:
+        x: [.., K].
+        w: [N, K].
+
+    Returns:
+        [.., N] in x's dtype.
+    """
+    if isinstance(w, mx.array):
+        return _dense_matmul(x, w)
+    if isinstance(w, Affine):
+        return _affine_matmul(x, w).astype(x.dtype)
+    if w.format.lut is None or w.format.name == "MXFP4":
+        return _packed_matmul(x, w, None)
+    return _in_pieces(lambda xi, wi: _packed_matmul(xi, wi, None), x, w)
+
+
+def expert_linear(x: mx.array, w: Weight, chosen: mx.array) -> mx.array:
+    """Each token through each of its experts.
+
+    Args:
+        x: [T, 1, K] (the same input for all its experts) or [T, E', K] (one each).
+        w: [E, N, K].
+        chosen: int [T, E'], the experts of each token.
+
+    Returns:
+        [T, E', N] in x's dtype.
+    """
+    rows = mx.broadcast_to(x, (*chosen.shape, x.shape[-1]))[..., None, :]  # [T, E', 1, K]
+    if isinstance(w, mx.array):
+        out = mx.gather_mm(rows.astype(w.dtype), w.swapaxes(-1, -2), rhs_indices=chosen)
+    elif isinstance(w, Affine):
+        out = _affine_matmul(rows, w, chosen)
+    else:
+        if chosen.size < w.shape[0]:  # few tokens: expand the scales of the chosen experts only
+            w, chosen = w[chosen.reshape(-1)], mx.arange(chosen.size).reshape(chosen.shape)
+        out = _packed_matmul(rows, w, chosen)
+    return out.squeeze(-2).astype(x.dtype)
+
+
+def embed(ids: mx.array, table: Weight) -> mx.array:
+    """Rows of a table.
+
+    Args:
+        ids: int [T].
+        table: [V, K].
+
+    Returns:
+        fp32 [T, K].
+    """
+    if isinstance(table, mx.array):
+        return table[ids].astype(mx.float32)
+    if isinstance(table, Affine):
+        scales, biases = (a[ids].astype(mx.float32) for a in (table.scales, table.biases))
+        return mx.dequantize(table.codes[ids], scales, biases, group_size=table.group, bits=table.bits)
+    return dequantize(table, rows=ids)
+
+
+def attention(q: mx.array, parts: Sequence[KVView], scale: float, position: int, window: int | None) -> mx.array:
+    """softmax(scale * q kᵀ) v over keys and values in parts, each KV head serving heads / kv_heads query heads.
+
+    Each part's scores and products are taken where they lie and summed under one maximum: the parts are never
+    joined, except for many queries on a GPU, whose fused attention wants them whole.
+
+    Args:
+        q: [1, heads, T, D], in the parts' dtype.
+        parts: consecutive keys and values, [1, kv_heads, n, D], at least one; seen by no query where they follow
+            it or lie `window` or more before it. With some in codes all is done in their space, in which they are
+            expanded for the length of this call.
+        position: of the first query.
+        window: None: a query sees all before it.
+
+    Returns:
+        [1, heads, T, D].
+    """
+    rotation = next((part.rotation for part in parts if part.rotation is not None), None)
+    if rotation is not None:
+        q, parts = _in_codes_space(q, parts, rotation)
+        out = attention(q, parts, scale, position, window)
+        return quantization.unrotate(out, rotation[1]).astype(q.dtype)
+    if q.dtype == mx.float32 and _numpy_multiplies(q.shape[2]):
+        return _numpy_attention(q, parts, scale, position, window)
+    if len(parts) > 1 and q.shape[2] > 1 and not on_cpu():
+        keys = mx.concatenate([part.keys for part in parts], axis=2)
+        values = mx.concatenate([part.values for part in parts], axis=2)
+        parts = [KVView(parts[0].start, keys, values)]
+    masks = [_mask(q.shape[2], part, position, window) for part in parts]
+    if len(parts) == 1:
+        return mx.fast.scaled_dot_product_attention(q, parts[0].keys, parts[0].values, scale=scale, mask=masks[0])
+    _, heads, t, d = q.shape
+    groups = parts[0].keys.shape[1]
+    rows = (q * scale).reshape(1, groups, heads // groups * t, d)
+    scores = []
+    for part, mask in zip(parts, masks, strict=True):
+        s = (rows @ part.keys.swapaxes(-1, -2)).astype(mx.float32)  # [1, groups, heads / groups * T, n]
+        if mask is not None:
+            s = mx.where(mask, s.reshape(1, groups, -1, t, s.shape[-1]), -mx.inf).reshape(s.shape)
+        scores.append(s)
+    top = reduce(mx.maximum, (s.max(axis=-1, keepdims=True) for s in scores))
+    weights = [mx.exp(s - top) for s in scores]
+    total = reduce(mx.add, (w.sum(axis=-1, keepdims=True) for w in weights))
+    out = reduce(mx.add, (w.astype(q.dtype) @ part.values for w, part in zip(weights, parts, strict=True)))
+    return (out / total).astype(q.dtype).reshape(q.shape)
+
+
+def _in_codes_space(q: mx.array, parts: Sequence[KVView], rotation: mx.array) -> tuple[mx.array, list[KVView]]:
+    """Queries and parts where scores between them and codes are what they are: rotated, or decoded, in q's dtype."""
+    made = []
+    for part in parts:
+        if part.rotation is None:
+            pair = quantization.rotate_pair(part.keys, part.values, rotation)
+        else:
+            pair = quantization.dequantize((part.keys, part.values), rotation, q.dtype)
+        made.append(KVView(part.start, *(a.astype(q.dtype) for a in pair)))
+    return quantization.rotate(q, rotation[0]).astype(q.dtype), made
+
+
+def _numpy_attention(q: mx.array, parts: Sequence[KVView], scale: float, position: int, window: int | None) -> mx.array:
+    """`attention` where numpy multiplies; scores are worked on in place."""
+    _, heads, t, d = q.shape
+    groups = parts[0].keys.shape[1]
+    rows = np.asarray(q).reshape(groups, heads // groups * t, d) * np.float32(scale)
+    scores = []
+    for part in parts:
+        s = rows @ np.asarray(part.keys)[0].swapaxes(-1, -2)  # [groups, heads / groups * T, n]
+        mask = _mask(t, part, position, window)
+        if mask is not None:
+            by_query = s.reshape(groups, -1, t, s.shape[-1])
+            by_query += np.where(np.asarray(mask), np.float32(0), np.float32(-np.inf))
+        scores.append(s)
+    top = reduce(np.maximum, (s.max(axis=-1, keepdims=True) for s in scores))
+    for s in scores:
+        np.exp(np.subtract(s, top, out=s), out=s)
+    total = sum(s.sum(axis=-1, keepdims=True) for s in scores)
+    out = sum(s @ np.asarray(part.values)[0] for s, part in zip(scores, parts, strict=True))
+    return mx.array(out / total).reshape(q.shape)
+
+
+def _mask(queries: int, part: KVView, position: int, window: int | None) -> mx.array | None:
+    """Which keys of a part the queries from `position` on see: bool [T, n], or None where they see all."""
+    start, stop = part.start, part.start + part.keys.shape[2]
+    if stop <= position + 1 and (window is None or start > position + queries - 1 - window):
+        return None
+    q = mx.arange(position, position + queries)[:, None]
+    k = mx.arange(start, stop)[None]
+    seen = k <= q
+    return seen if window is None else seen & (k > q - window)
+
+
+def _dense_matmul(x: mx.array, w: mx.array) -> mx.array:
+    """x @ wᵀ for a dense [N, K]; a 16-bit weight is widened, some rows at a time, for x is not to lose bits to it."""
+    if w.dtype == mx.float32 and _numpy_multiplies(x.size // x.shape[-1], w.size):
+        rows = np.asarray(x.astype(mx.float32).reshape(-1, x.shape[-1]))
+        return mx.array(rows @ np.asarray(w).T).reshape(*x.shape[:-1], -1).astype(x.dtype)
+    if w.dtype == x.dtype:
+        return x @ w.T
+    return _in_pieces(lambda xi, wi: (xi.astype(mx.float32) @ wi.astype(mx.float32).T).astype(x.dtype), x, w)
+
+
+def _in_pieces(product: Callable[[mx.array, Any], mx.array], x: mx.array, w: mx.array | Packed) -> mx.array:
+    """A product that widens what it takes of a weight [N, K], piece by piece.
+
+    Each piece waits for the one before (`depends`), so that only one is ever wide.
+    """
+    rows = max(1, _EXPAND // w.shape[-1])
+    pieces: list[mx.array] = []
+    for start in range(0, w.shape[0], rows):
+        xi = mx.depends([x], pieces[-1:])[0] if pieces else x
+        pieces.append(product(xi, w[start : start + rows]))
+    return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=-1)
+
+
+def _numpy_multiplies(rows: int, weights: int = 0) -> bool:
+    """Whether numpy is to multiply so many rows by so many weights: MLX's Linux wheels carry the reference BLAS.
+
+    numpy's is 40 times as fast on a prompt and twice on the head, on two cores; for a few rows of less, handing
+    arrays over and back costs more than it gains (docs/log.md). macOS has Accelerate in MLX.
+    """
+    return (rows >= 4 or weights >= 1 << 24) and sys.platform == "linux" and on_cpu()
+
+
+def _affine_matmul(x: mx.array, w: Affine, chosen: mx.array | None = None) -> mx.array:
+    """In fp32, as `_packed_matmul` and for its reason."""
+    x, scales, biases = (a.astype(mx.float32) for a in (x, w.scales, w.biases))
+    return _quantized_matmul(x, w.codes, scales, biases, chosen, w.bits, group=w.group)
+
+
+def _packed_matmul(x: mx.array, w: Packed, chosen: mx.array | None) -> mx.array:
+    """x @ wᵀ for a packed weight, in fp32 (fp16 scales would cost accuracy): [N, K], or gathered experts."""
+    out_dtype, x = x.dtype, x.astype(mx.float32)
+    if w.format.name == "MXFP4":
+        assert w.sub is not None
+        out = _quantized_matmul(x, w.codes, w.sub, None, chosen, w.format.bits, mode="mxfp4")
+    elif w.format.lut is not None:
+        dense = dequantize(w)
+        out = x @ dense.T if chosen is None else mx.gather_mm(x, dense.swapaxes(-1, -2), rhs_indices=chosen)
+    else:
+        scales, biases = affine_parts(w)
+        if w.format.group == 32:
+            out = _quantized_matmul(x, w.codes, scales, biases, chosen, w.format.bits)
+        else:
+            # MLX has no groups of 16. The product over groups of 32 is taken twice, with the other
+            # half of each group set to zero in x and with this half's scales: exact, nothing expanded.
+            halves = x.reshape(*x.shape[:-1], -1, 2, 16)
+            keep = mx.eye(2)[:, :, None]  # [half, half, 1]
+            out = mx.zeros((), mx.float32)
+            for half in range(2):
+                out = out + _quantized_matmul(
+                    (halves * keep[half]).reshape(x.shape),
+                    w.codes,
+                    mx.contiguous(scales[..., half::2]),
+                    mx.contiguous(biases[..., half::2]),
+                    chosen,
+                    w.format.bits,
+                )
+    return out.astype(out_dtype)
+
+
+def _quantized_matmul(
+    x: mx.array,
+    codes: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    chosen: mx.array | None,
+    bits: int,
+    group: int = 32,
+    mode: str = "affine",
+) -> mx.array:
+    """MLX's own product, plain or gathered by expert."""
+    if chosen is None:
+        return mx.quantized_matmul(x, codes, scales, biases, transpose=True, group_size=group, bits=bits, mode=mode)
+    return mx.gather_qmm(
+        x, codes, scales, biases, rhs_indices=chosen, transpose=True, group_size=group, bits=bits, mode=mode
+    )

@@ -1,0 +1,1 @@
+"""Quantized blocks: the table of formats, and their repacking into planar arrays."""

@@ -1,0 +1,290 @@
+"""Quantized weights: from the blocks of a GGUF to planar MLX arrays, and from those to numbers.
+
+In: a tensor's raw bytes (`gguf_file`) and its type. Out: `Packed`, exactly the file's bits per weight, or a dense
+`mx.array`. It knows nothing of models and multiplies nothing (`ops` does). `FORMATS` below is the whole list of what
+can be read: to add a quantization, add its row (and its size in `gguf_file.TENSOR_TYPES`); where its numbers follow
+one of the formulas in `scales_and_biases`, nothing else is needed.
+
+All values equal those of llama.cpp's gguf-py in fp32, bit for bit, which fixes the order of operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import InputError
+from ..files.gguf import TENSOR_TYPES, TensorInfo
+from ..memory import on_cpu
+from .repack import BlockLayout, Plane, SubWriter, iq4_xs, plain, q3_k, q4_k, rearrange
+
+Shape = tuple[int, ...]
+Sub = Literal["", "scale-min", "scale-32", "int8", "e8m0"]
+BLOCKS = {t.name: t for t in TENSOR_TYPES.values()}
+
+
+@dataclass(frozen=True)
+class Format:
+    """What the planar arrays of one quantization mean, and where a block of the file keeps them.
+
+    With q the unsigned code and d, m of `super`:
+        sub_kind ""           w = d * (q - offset), or d * q + m with has_min
+        sub_kind "scale-min"  w = (d * scale) * q - (m * min); of the sub bits the lower half is scale, the upper min
+        sub_kind "scale-32"   w = (d * (scale - 32)) * (q - offset)
+        sub_kind "int8"       w = (d * scale) * (q - offset)
+        sub_kind "e8m0"       w = 2**(scale - 128) * lut[q]
+    and lut[q] in place of q - offset for formats that have a lut.
+    """
+
+    name: str
+    bits: int  # of a code
+    group: int  # weights that share a scale
+    sub_bits: int  # bits per group in `sub`
+    offset: int  # taken off the code
+    has_min: bool
+    super_block: int  # weights per fp16 d (and m), 0 if there is none
+    lut: tuple[int, ...] | None
+    sub_kind: Sub
+    codes_at: tuple[Plane, ...]  # from the lowest bits of a code up
+    super_at: tuple[int, ...]  # the bytes of a block where d (and m) are
+    sub_at: tuple[SubWriter, int] | None  # what reads the group scales, and from which byte on
+
+    @property
+    def layout(self) -> BlockLayout:
+        """For `quant_pack`."""
+        block = BLOCKS[self.name]
+        sub_bytes = block.block_size // self.group * self.sub_bits // 8
+        return BlockLayout(block.block_size, block.block_bytes, self.codes_at, self.super_at, self.sub_at, sub_bytes)
+
+
+# The 16 values of ggml's non-linear 4-bit types, and of FP4 (E2M1), doubled to be whole numbers.
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+# Byte positions are those of the block structs in ggml-common.h; P(at, bits, run) is explained at `Plane`.
+P = Plane
+# fmt: off
+FORMATS: dict[str, Format] = {f.name: f for f in (
+    # bits, group, sub_bits, offset, has_min, super_block,
+    #                                         lut,  sub_kind     codes_at                       super_at  sub_at
+    Format("Q4_0",   4, 32, 0, 8,   False, 32,  None, "",          (P(2, 4, 16),),               (0,),     None),
+    Format("Q4_1",   4, 32, 0, 0,   True,  32,  None, "",          (P(4, 4, 16),),               (0, 2),   None),
+    Format("Q5_0",   5, 32, 0, 16,  False, 32,  None, "",          (P(6, 4, 16), P(2, 1, 1)),    (0,),     None),
+    Format("Q5_1",   5, 32, 0, 0,   True,  32,  None, "",          (P(8, 4, 16), P(4, 1, 1)),    (0, 2),   None),
+    Format("Q8_0",   8, 32, 0, 128, False, 32,  None, "",          (P(2, 8, 32),),               (0,),     None),
+    Format("Q2_K",   2, 16, 8, 0,   True,  256, None, "scale-min", (P(16, 2, 32),),              (80, 82), (plain, 0)),
+    Format("Q3_K",   3, 16, 6, 4,   False, 256, None, "scale-32",  (P(32, 2, 32), P(0, 1, 32)),  (108,),   (q3_k, 96)),
+    Format("Q4_K",   4, 32, 12, 0,  True,  256, None, "scale-min", (P(16, 4, 32),),              (0, 2),   (q4_k, 4)),
+    Format("Q5_K",   5, 32, 12, 0,  True,  256, None, "scale-min", (P(48, 4, 32), P(16, 1, 32)), (0, 2),   (q4_k, 4)),
+    Format("Q6_K",   6, 16, 8, 32,  False, 256, None, "int8",      (P(0, 4, 64), P(128, 2, 32)), (208,),  (plain, 192)),
+    Format("IQ4_NL", 4, 32, 0, 0,   False, 32,  IQ4,  "",          (P(2, 4, 16),),               (0,),     None),
+    Format("IQ4_XS", 4, 32, 6, 0,   False, 256, IQ4,  "scale-32",  (P(8, 4, 16),),               (0,),     (iq4_xs, 2)),
+    Format("MXFP4",  4, 32, 8, 0,   False, 0,   FP4,  "e8m0",      (P(1, 4, 16),),               (),       (plain, 0)),
+)}
+# fmt: on
+
+FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+SUPPORTED = frozenset(FORMATS) | frozenset(FLOATS)
+
+
+def check_supported(info: TensorInfo, path: str | Path) -> None:
+    """InputError if this tensor's type can't be loaded."""
+    if info.type not in SUPPORTED:
+        raise InputError(
+            f"{path}: tensor {info.name!r} is {info.type}, which can't be loaded yet; "
+            f"take a file in one of {', '.join(sorted(SUPPORTED))}"
+        )
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantized weight [N, K] or [E, N, K], with the file's bits per weight.
+
+    codes: uint32 [.., N, K * bits / 32], a little-endian stream of unsigned codes, as mx.quantized_matmul reads them.
+    sub: uint8 [.., N, K / group * sub_bits / 8], a little-endian stream of group scales, or None.
+    super: float16 [.., N, K / super_block, 1 or 2], d and m, or None.
+    """
+
+    format: Format
+    shape: Shape
+    codes: mx.array
+    sub: mx.array | None
+    super: mx.array | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in (self.codes, self.sub, self.super) if a is not None)
+
+    def __getitem__(self, index: mx.array | slice) -> Packed:
+        """Some of its rows (of [E, N, K]: experts), in the order of the index; the others are not touched."""
+        codes, sub, super_ = (None if a is None else a[index] for a in (self.codes, self.sub, self.super))
+        assert codes is not None
+        return Packed(self.format, (*codes.shape[:-1], self.shape[-1]), codes, sub, super_)
+
+
+def pack_on_cpu(
+    raw: np.ndarray, type: str, shape: Shape, on_read: Callable[[int, int], object] | None = None
+) -> Packed:
+    """Rearrange a tensor's blocks, on all cores, straight into MLX's memory.
+
+    Args:
+        raw: uint8 [rows, row_bytes], as `GGUFFile.raw` gives it.
+        type: a name in FORMATS.
+        shape: [N, K] or [E, N, K], or [K]; the product of all but K is rows.
+        on_read: called, from any thread, with ranges [start, stop) of bytes of raw that are done with. With
+            `GGUFFile.release` here a load holds little more than its result.
+    """
+    form = FORMATS[type]
+    layout = form.layout
+    n_blocks = prod(shape) // layout.size
+    flat = np.ascontiguousarray(raw).reshape(-1)
+    if shape[-1] % layout.size or flat.size != n_blocks * layout.n_bytes:
+        raise ValueError(f"{flat.size} bytes of {type} are no tensor of shape {shape}")
+    rows, per_row = shape[:-1], shape[-1] // layout.size
+    codes = _Target((*rows, shape[-1] * form.bits // 32), mx.uint32)
+    sub = _Target((*rows, per_row * layout.sub_bytes), mx.uint8) if layout.sub else None
+    super_ = _Target((*rows, per_row, len(layout.super)), mx.float16) if layout.super else None
+
+    def blocks(target: _Target | None) -> np.ndarray | None:
+        return None if target is None else target.bytes.reshape(n_blocks, -1)
+
+    rearrange(layout, flat, codes.bytes.reshape(n_blocks, -1), blocks(sub), blocks(super_), on_read)
+    return Packed(form, shape, codes.array(), sub.array() if sub else None, super_.array() if super_ else None)
+
+
+class _Target:
+    """Memory of a new MLX array, open for writing as `bytes` until `array` is called."""
+
+    def __init__(self, shape: Shape, dtype: mx.Dtype) -> None:
+        self._array: mx.array | None = None
+        if _writes_show():
+            self._array = mx.zeros(shape, dtype)
+            mx.eval(self._array)
+            self._view = np.asarray(self._array)
+        else:
+            self._view = np.empty(shape, _NUMPY[dtype])
+        self.bytes = self._view.reshape(-1).view(np.uint8)
+
+    def array(self) -> mx.array:
+        return mx.array(self._view) if self._array is None else self._array
+
+
+_NUMPY = {mx.uint32: np.uint32, mx.uint8: np.uint8, mx.float16: np.float16}
+
+
+@cache
+def _writes_show() -> bool:
+    """Whether what is written to the numpy view of an MLX array, as MLX documents it, is seen by its operations.
+
+    On NVIDIA it would be, but there the host writes to an array's memory through page faults, which is slow.
+    """
+    if not (on_cpu() or mx.metal.is_available()):
+        return False
+    a = mx.zeros((64,), mx.uint32)
+    mx.eval(a)
+    view = np.asarray(a)
+    if not view.flags.writeable:
+        return False
+    view[:] = 3
+    return bool(mx.all(a == 3).item())
+
+
+def dense(raw: np.ndarray, type: str, shape: Shape, dtype: Any = np.float32) -> mx.array:
+    """A tensor's numbers, exact in fp32.
+
+    Args:
+        raw, shape: as for `pack`.
+        type: any in SUPPORTED.
+        dtype: of the result, MLX's or numpy's; None keeps F16 and BF16 as they are, all else is fp32.
+    """
+    if type in FLOATS:
+        bits = np.dtype("<u4" if type == "F32" else "<u2")
+        whole = mx.array(np.require(np.ascontiguousarray(raw).reshape(-1).view(bits), requirements="A"))
+        out = whole.view(FLOATS[type]).reshape(shape)
+    else:
+        out = dequantize(pack_on_cpu(raw, type, shape))
+    if dtype is None:
+        return out
+    return out.astype(dtype if isinstance(dtype, mx.Dtype) else getattr(mx, np.dtype(dtype).name))
+
+
+def dequantize(w: Packed, dtype: mx.Dtype = mx.float32, rows: mx.array | None = None) -> mx.array:
+    """The numbers of a packed weight, by stock MLX operations: [.., N, K], or [*rows.shape, K] if rows are given.
+
+    Computed in fp32, one rounding per operation, then cast. Must not be compiled: a fused multiply-add rounds once.
+
+    Args:
+        rows: int, which rows of an [N, K] weight to take (an embedding lookup); the others are not touched.
+    """
+    if rows is not None:
+        w = w[rows]
+    form = w.format
+    q = unpack_codes(w)
+    q = q - form.offset if form.lut is None else mx.array(form.lut, mx.float32)[q.astype(mx.uint32)]
+    scales, biases = scales_and_biases(w)
+    out = scales[..., None] * q.reshape(*scales.shape, form.group)
+    if biases is not None:
+        out = out + biases[..., None]
+    return out.reshape(w.shape).astype(dtype)
+
+
+def unpack_codes(w: Packed) -> mx.array:
+    """The codes as fp32 [.., N, K]: MLX's own unpacking, with scales of one."""
+    k = w.shape[-1]
+    groups = (w.codes.size // w.codes.shape[-1], k // 32)
+    codes = w.codes.reshape(groups[0], -1)
+    q: mx.array = mx.dequantize(codes, mx.ones(groups), mx.zeros(groups), group_size=32, bits=w.format.bits)
+    return q.reshape(w.shape)
+
+
+def scales_and_biases(w: Packed) -> tuple[mx.array, mx.array | None]:
+    """fp32 [.., N, K / group]: w = scales * (code - offset, or lut[code]) + biases; None means no biases."""
+    form = w.format
+    groups = (*w.shape[:-1], w.shape[-1] // form.group)
+    if form.sub_kind == "e8m0":
+        assert w.sub is not None
+        e = w.sub.astype(mx.uint32)  # 2**(e - 128), with the two smallest as subnormals
+        bits = mx.where(e < 2, mx.array(0x00200000, mx.uint32) << e, (e - 1) << 23)
+        return bits.view(mx.float32), None
+    assert w.super is not None
+    d = w.super[..., 0].astype(mx.float32)
+    m = w.super[..., 1].astype(mx.float32) if form.has_min else None
+    if not form.sub_kind:
+        return d, m
+    assert w.sub is not None
+    per_super = (*d.shape, form.super_block // form.group)
+    if form.sub_kind == "int8":
+        scale = w.sub.view(mx.int8)
+    elif form.sub_kind == "scale-32":
+        scale = _six_bit_numbers(w.sub).astype(mx.float32) - 32
+    elif form.sub_bits == 8:
+        scale, low = w.sub & 15, w.sub >> 4
+    else:
+        pairs = _six_bit_numbers(w.sub).reshape(*groups, 2)
+        scale, low = pairs[..., 0], pairs[..., 1]
+    scales = (d[..., None] * scale.reshape(per_super).astype(mx.float32)).reshape(groups)
+    if m is None:
+        return scales, None
+    return scales, -(m[..., None] * low.reshape(per_super).astype(mx.float32)).reshape(groups)
+
+
+def _six_bit_numbers(stream: mx.array) -> mx.array:
+    """uint8 [.., 3 n] to uint32 [.., 4 n]: a little-endian stream of 6-bit numbers."""
+    b = stream.reshape(*stream.shape[:-1], -1, 3).astype(mx.uint32)
+    word = b[..., 0] | b[..., 1] << 8 | b[..., 2] << 16
+    return ((word[..., None] >> mx.array([0, 6, 12, 18], mx.uint32)) & 63).reshape(*stream.shape[:-1], -1)
+
+
+def affine_parts(w: Packed) -> tuple[mx.array, mx.array]:
+    """(scales, biases), fp32 [.., N, K / group], such that w = scales * code + biases. Not for formats with a lut."""
+    if w.format.lut is not None:
+        raise ValueError(f"{w.format.name} is a table of values, not affine")
+    scales, biases = scales_and_biases(w)
+    return scales, -w.format.offset * scales if biases is None else biases

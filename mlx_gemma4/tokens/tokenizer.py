@@ -1,0 +1,370 @@
+"""Text to token ids and back, from the vocabulary that a model file carries.
+
+In: the metadata of a GGUF (`Tokenizer.from_gguf`) or a Hugging Face folder (`Tokenizer.from_folder`).
+Out: a `Tokenizer` (text -> ids, ids -> text) and a `StreamDecoder` (one id at a time -> text).
+
+Two kinds of GGUF vocabulary are read, both with the results of llama.cpp (src/llama-vocab.cpp):
+
+`gemma4`  BPE with a list of merges. A space becomes U+2581, the text is cut into runs of newlines and the
+          rest, and what isn't in the vocabulary becomes byte tokens <0xXX>.
+`llama`   (gemma3 and older) SentencePiece BPE: no merges, but a score for each token. The neighbours whose
+          concatenation has the best score join first, the leftmost of equals before the others.
+
+The Rust library `tokenizers` does the work for both. `bpe.PlainBPE` is its reference, and takes its place for
+vocabularies that the library can't express.
+
+Three things differ from llama.cpp on purpose. Tokens of the shape <|name>, <name|> or <|name|> are control
+tokens even where the file calls them user-defined, so that nobody can type one. No merge ever makes a control or
+byte token. And </s> is the HTML tag that it is in Gemma 3's vocabulary, not an end of text.
+This module knows nothing about chat: see prompts.py.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
+
+from ..errors import InputError
+from .plain_bpe import SPACE, PlainBPE, Splitter, splits
+
+# Values of tokenizer.ggml.token_type.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+# <|turn>, <turn|>, <|"|>: in Gemma 4's vocabulary just the tokens of its chat and tool grammar look so.
+_MARKER = re.compile(r"<\|[^<>\s]+>|<[^<>\s]+\|>")
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+# Tokens that end a reply, beside those the file names: ids 1, 106 and 50 in Gemma 4, 1 and 106 in Gemma 3.
+# They go by text, since 50 is an unused token in Gemma 3 and a trimmed vocabulary has them elsewhere.
+_ENDS = ("<eos>", "<turn|>", "<|tool_response>", "<end_of_turn>")
+
+
+Encoder = Callable[[str], "list[int]"]
+
+
+class Tokenizer:
+    """Text <-> ids of one vocabulary. Immutable, and safe to use from several threads.
+
+    bos_id       goes before every text
+    stop_ids     ids that end a reply
+    control_ids  ids that are never text: nothing a user types becomes one, and `decode` leaves them out
+    control_starts  the characters that control tokens begin with ("<")
+    chat_template  the file's Jinja source, or None
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[str],
+        types: Sequence[int],
+        encode: Encoder,
+        control: Iterable[int],
+        *,
+        bos_id: int | None = None,
+        stop_ids: Iterable[int] = (),
+        chat_template: str | None = None,
+    ) -> None:
+        self.vocab_size = len(tokens)
+        self.chat_template = chat_template
+        self._tokens = tokens
+        self._types = types
+        self._encode = encode
+        self._pieces: dict[int, bytes] = {}  # filled as ids are met
+        self._control = {tokens[i]: i for i in control}
+        self._splitter = Splitter(self._control)
+        self.control_ids = frozenset(self._control.values())
+        self.control_starts = frozenset(text[0] for text in self._control)
+        if bos_id is None or not 0 <= bos_id < len(tokens):
+            if "<bos>" not in self._control:
+                raise InputError("the tokenizer names no BOS token: convert the model again")
+            bos_id = self._control["<bos>"]
+        self.bos_id = bos_id
+        ends = [self._control[text] for text in _ENDS if text in self._control]
+        self.stop_ids = frozenset([*ends, *(i for i in stop_ids if 0 <= i < len(tokens))])
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], source: str = "the file") -> Tokenizer:
+        """The tokenizer that a GGUF's metadata describes (keys tokenizer.ggml.* and tokenizer.chat_template).
+
+        Strings are str, arrays are numpy arrays or sequences. `source` names the file in an InputError.
+        """
+        try:
+            return _from_metadata(metadata)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> Tokenizer:
+        """The tokenizer of a Hugging Face folder.
+
+        Read are tokenizer.json and, where they exist, tokenizer_config.json, chat_template.jinja and
+        generation_config.json. Raises InputError.
+        """
+        return _from_folder(Path(path))
+
+    def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
+        """Ids of `text`. Control tokens in it stay text unless `parse_special`. BOS is never doubled."""
+        ids: list[int] = []
+        for part in self.split_special(text) if parse_special else [text]:
+            ids.extend([part] if isinstance(part, int) else self._encode(_valid(part)))
+        if add_bos and ids[:1] != [self.bos_id]:
+            ids.insert(0, self.bos_id)
+        return ids
+
+    def split_special(self, text: str) -> list[str | int]:
+        """`text` cut at its control tokens: the text between them as it is, each of them as its id."""
+        return self._splitter.split(text)
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of `ids`. Bytes that form no character become U+FFFD; unknown ids are left out."""
+        return b"".join(self.piece(i, skip_special=skip_special) for i in ids).decode("utf-8", "replace")
+
+    def piece(self, token: int, *, skip_special: bool = True) -> bytes:
+        """UTF-8 bytes of one id: perhaps a part of a character only."""
+        if skip_special and token in self.control_ids:
+            return b""
+        cached = self._pieces.get(token)
+        if cached is None:
+            cached = self._pieces[token] = self._make_piece(token)
+        return cached
+
+    def _make_piece(self, token: int) -> bytes:
+        if not 0 <= token < self.vocab_size:
+            return b""
+        text, kind = self._tokens[token], self._types[token]
+        if kind == BYTE:
+            return bytes([int(text[3:5], 16)])
+        if kind != USER_DEFINED and token not in self.control_ids:
+            text = text.replace(SPACE, " ")
+        return text.encode("utf-8", "surrogateescape")
+
+    def token_id(self, text: str) -> int | None:
+        """Id of a control token such as "<|turn>", or None where this vocabulary has no such token."""
+        return self._control.get(text)
+
+
+class StreamDecoder:
+    """Text of ids that come one at a time. All that `push` and `finish` return, joined, is `decode` of all."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The characters that `token` completes; a character still in progress is held back."""
+        return self._utf8.decode(self._tokenizer.piece(token, skip_special=self._skip_special))
+
+    def finish(self) -> str:
+        """What was held back: "", or U+FFFD where the ids ended inside a character."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
+    model = metadata.get("tokenizer.ggml.model")
+    if model not in ("gemma4", "llama"):
+        raise InputError(f"tokenizer {model!r} isn't supported: only Gemma's kinds, gemma4 and llama, are")
+    tokens = [text or f"[EMPTY_{i}]" for i, text in enumerate(_array(metadata, "tokens"))]
+    types = [
+        CONTROL if kind == NORMAL and text in _ENDS else kind
+        for kind, text in zip(_array(metadata, "token_type", len(tokens)), tokens, strict=True)
+    ]
+    vocab = _Vocab(tokens, types)
+    if model == "gemma4":
+        encode = _gemma4_encoder(vocab, _array(metadata, "merges"))
+    else:
+        prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+        encode = _llama_encoder(vocab, _array(metadata, "scores", len(tokens)), prefix)
+    named = {x: metadata.get(f"tokenizer.ggml.{x}_token_id") for x in ("bos", "eos", "eot", "eom")}
+    template = metadata.get("tokenizer.chat_template")
+    return Tokenizer(
+        tokens,
+        types,
+        encode,
+        vocab.control,
+        bos_id=named["bos"] if isinstance(named["bos"], int) else None,
+        stop_ids=[i for i in (named["eos"], named["eot"], named["eom"]) if isinstance(i, int)],
+        chat_template=template if isinstance(template, str) else None,
+    )
+
+
+class _Vocab:
+    """The token lists of a GGUF, checked, and the sets that both encoders need."""
+
+    def __init__(self, tokens: list[str], types: list[int]) -> None:
+        self.ids = {text: i for i, text in enumerate(tokens)}
+        if len(self.ids) != len(tokens):
+            twice = len(tokens) - len(self.ids)
+            raise InputError(f"the tokenizer lists {twice} tokens twice: convert the model again")
+        bytes_ = [text for text, kind in zip(tokens, types, strict=True) if kind == BYTE]
+        for text in bytes_:
+            if not _BYTE.fullmatch(text):
+                raise InputError(f"the tokenizer has a byte token {text!r}, not <0xXX>: convert the model again")
+        self.all_bytes = len(bytes_) == 256
+        self.control = _control_ids(tokens, types)
+        self.never = {*bytes_, *(tokens[i] for i in self.control)}  # no merge makes these
+        user = (i for i, kind in enumerate(types) if kind == USER_DEFINED)
+        self.user = {tokens[i]: i for i in user if tokens[i] not in self.never}
+
+
+def _array(metadata: Mapping[str, Any], name: str, length: int | None = None) -> list[Any]:
+    """The list tokenizer.ggml.`name`; InputError where it is missing, empty or of another length."""
+    value = metadata.get(f"tokenizer.ggml.{name}")
+    if value is None or isinstance(value, str | bytes) or not hasattr(value, "__len__"):
+        raise InputError(f"the file has no list tokenizer.ggml.{name}: convert the model again")
+    if length is not None and len(value) != length:
+        raise InputError(f"tokenizer.ggml.{name} has {len(value)} entries for {length} tokens: convert the model again")
+    result = value.tolist() if hasattr(value, "tolist") else list(value)
+    wanted: type | tuple[type, ...] = str if name in ("tokens", "merges") else (int, float)
+    if not result or not isinstance(result[0], wanted):
+        raise InputError(f"tokenizer.ggml.{name} is empty or of the wrong type: convert the model again")
+    return result
+
+
+def _control_ids(tokens: Sequence[str], types: Sequence[int]) -> list[int]:
+    """Ids that users must not be able to type: control tokens, and markers of chat and tool grammar."""
+    return [
+        i
+        for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (CONTROL, UNKNOWN) or (text[0] == "<" and kind != BYTE and _MARKER.fullmatch(text))
+    ]
+
+
+def _gemma4_encoder(vocab: _Vocab, merges: list[str]) -> Encoder:
+    # The first of equal merges counts, as in llama.cpp.
+    kept = dict.fromkeys(merges)
+    for text in vocab.never:
+        for i in range(1, len(text)):
+            kept.pop(f"{text[:i]} {text[i:]}", None)
+    pairs = [tuple(merge.split(" ", 1)) for merge in kept]
+    # The rest of a line merges apart from newlines, and without further cutting into words.
+    lines = pre_tokenizers.Split(tokenizers.Regex(r"\n+"), "isolated")
+    fast = _rust_encoder(vocab, pairs, prefix=False, pre_tokenizer=lines)
+    if fast is not None and all(fast(run) == [vocab.ids[run]] for run in _newline_runs(vocab.ids)):
+        return fast
+    ranks = {pair: rank for rank, pair in enumerate(pairs)}
+    return PlainBPE(vocab.ids, lambda a, b: ranks.get((a, b)), vocab.user, prefix=False, split_lines=True)
+
+
+def _newline_runs(vocab: Mapping[str, int]) -> list[str]:
+    """Tokens of newlines only. llama.cpp takes such a run for its token even where no merges lead to it."""
+    return [run for run in ("\n" * i for i in range(1, 65)) if run in vocab]
+
+
+def _llama_encoder(vocab: _Vocab, scores: list[float], prefix: bool) -> Encoder:
+    """SentencePiece BPE by scores.
+
+    Why a list of ranked pairs gives the same. Let a token t be made at some place of a text. No merge before has
+    crossed the ends of that place, so inside it all went as if t's text stood alone: of the ways to cut t in
+    two, only one is ever used. So a queue of pairs, ranked by the score of what they make and leftmost first,
+    pops what a queue of scores pops; pairs that are never used do no harm. Only equal scores of different
+    tokens could make a difference, and they are left to the plain reference.
+    """
+    ids = vocab.ids
+    # Text that is a user-defined token doesn't get as far as merging, unless the token has spaces as U+2581.
+    barred = vocab.never.union(text for text in vocab.user if SPACE not in text)
+    mergeable = [
+        (-score, text) for text, score in zip(ids, scores, strict=True) if len(text) > 1 and text not in barred
+    ]
+    mergeable.sort()
+    ranks = {text: rank for rank, text in mergeable}
+    if len(set(ranks.values())) == len(ranks) and ids.keys() >= set("".join(ranks)):
+        pairs = splits(list(ranks), ids)
+        fast = _rust_encoder(vocab, pairs, prefix=prefix)
+        if fast is not None:
+            return fast
+    return PlainBPE(ids, lambda a, b: ranks.get(a + b), vocab.user, prefix=prefix, split_lines=False)
+
+
+def _rust_encoder(vocab: _Vocab, pairs: list[Any], *, prefix: bool, pre_tokenizer: Any | None = None) -> Encoder | None:
+    """The `tokenizers` pipeline with these merges, or None where it wouldn't give llama.cpp's results."""
+    if not vocab.all_bytes:
+        return None  # it would drop characters without a word
+    try:
+        engine = tokenizers.Tokenizer(models.BPE(vocab.ids, pairs, byte_fallback=True))
+    except Exception:  # the library raises plain Exception: a merge of strings that are no tokens
+        return None
+    steps: list[Any] = [normalizers.Prepend(" ")] if prefix else []
+    engine.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    if pre_tokenizer is not None:
+        engine.pre_tokenizer = pre_tokenizer
+    # Found in the text as typed, before spaces become U+2581; each stretch between them is encoded by itself.
+    engine.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in vocab.user])
+    return _encoder(engine)
+
+
+def _encoder(engine: tokenizers.Tokenizer) -> Encoder:
+    def encode(text: str) -> list[int]:
+        ids: list[int] = engine.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return encode
+
+
+def _valid(text: str) -> str:
+    """`text` with surrogates (from undecodable input) joined where they pair and U+FFFD where they don't."""
+    if text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _from_folder(folder: Path) -> Tokenizer:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise InputError(f"{folder} has no tokenizer.json: give a folder with the whole model")
+    try:
+        engine = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise InputError(f"{file} can't be read: {error}") from error
+    found = engine.get_vocab(with_added_tokens=True)
+    if not isinstance(engine.model, models.BPE) or "<0x00>" not in found or SPACE not in found:
+        raise InputError(f"{file} isn't a Gemma tokenizer: BPE with U+2581 for spaces and byte tokens")
+    added = engine.get_added_tokens_decoder()
+    tokens, types = [""] * (max(found.values()) + 1), [UNUSED] * (max(found.values()) + 1)
+    for text, i in found.items():
+        tokens[i], types[i] = text, BYTE if _BYTE.fullmatch(text) else NORMAL
+    for i, token in added.items():
+        types[i] = CONTROL if token.special or _MARKER.fullmatch(token.content) else USER_DEFINED
+    # Markers that the file doesn't call special become so, and then none of them is found in text any more.
+    engine.add_special_tokens([tokenizers.AddedToken(tokens[i], special=True) for i in added if types[i] == CONTROL])
+    engine.encode_special_tokens = True
+    return _folder_tokenizer(folder, tokens, types, engine)
+
+
+def _folder_tokenizer(folder: Path, tokens: list[str], types: list[int], engine: tokenizers.Tokenizer) -> Tokenizer:
+    config, generation = _json(folder / "tokenizer_config.json"), _json(folder / "generation_config.json")
+    bos = config.get("bos_token")
+    bos = bos.get("content") if isinstance(bos, dict) else bos
+    eos = generation.get("eos_token_id")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = next((x.get("template") for x in template if x.get("name") == "default"), None)
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    return Tokenizer(
+        tokens,
+        types,
+        _encoder(engine),
+        _control_ids(tokens, types),
+        bos_id=engine.token_to_id(bos) if isinstance(bos, str) else None,
+        stop_ids=[i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)],
+        chat_template=template,
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} isn't JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return value

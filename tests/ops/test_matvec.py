@@ -1,0 +1,320 @@
+"""The packed mat-vec, run thread by thread on the Metal simulator, against plain numpy in double precision.
+
+Where there is a GPU (`pytest -k device` on a Mac, or with MLX's CUDA backend), the same tests run on it too.
+
+Outputs start as NaN (the simulator poisons them). The reference is rounded to the output's dtype, so that what is
+measured is the kernel's own error: ||got - want|| / ||want|| at most 1e-3 for 16-bit types, 1e-5 for fp32.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import metal_sim
+import ml_dtypes
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from mlx_gemma4.gpu import cuda_compiler, render
+from mlx_gemma4.ops import matvec
+from mlx_gemma4.quant.formats import FORMATS, Packed, pack_on_cpu
+
+LIMITS = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 1e-3}
+DTYPES = list(LIMITS)
+NUMPY = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: ml_dtypes.bfloat16}
+CUTS = [  # by turns, so that every kind of cut meets several formats
+    matvec.Tiling(lanes=8, rows=2, split=4, simdgroups=4, prefetch=False),
+    matvec.Tiling(lanes=16, rows=4, split=1, simdgroups=2, prefetch=True),
+    matvec.Tiling(lanes=4, rows=2, split=2, simdgroups=4, chunk=64, prefetch=False),
+    matvec.Tiling(lanes=32, rows=2, split=1, simdgroups=1, prefetch=True),
+    matvec.Tiling(lanes=8, rows=4, split=2, simdgroups=2, chunk=64, prefetch=True),
+]
+
+
+LAUNCHERS = {"simulator": metal_sim.kernel, "device": render.default_launcher()}
+
+
+@pytest.fixture(params=[name for name, made in LAUNCHERS.items() if made])
+def launcher(request: pytest.FixtureRequest) -> Iterator[render.Launcher]:
+    """What runs the kernels."""
+    device = mx.default_device()
+    if request.param == "device":
+        mx.set_default_device(mx.gpu)
+    yield LAUNCHERS[request.param]
+    mx.set_default_device(device)
+
+
+def random(seed: int, *shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).astype(dtype)
+
+
+def exact(x: Any) -> np.ndarray:
+    """In double precision."""
+    return np.array(x.astype(mx.float32) if isinstance(x, mx.array) else x).astype(np.float64)
+
+
+def weight(name: str, *shape: int) -> tuple[Packed, np.ndarray]:
+    """A random weight of a type, packed, and its values."""
+    size, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    rng = np.random.default_rng(sum(shape))
+    *rows, k = shape
+    blocks = rng.integers(0, 256, (int(np.prod(rows)), k // size, n_bytes), dtype=np.uint8)
+    for at in FORMATS[name].super_at:
+        scale = rng.uniform(0.001, 0.02, blocks.shape[:2]).astype("<f2")
+        blocks[..., at : at + 2] = scale[..., None].view(np.uint8)
+    if name == "MXFP4":
+        blocks[..., 0] = rng.integers(118, 130, blocks.shape[:2])
+    raw = blocks.reshape(blocks.shape[0], -1)
+    values = dequantize(raw, GGMLQuantizationType[name]).reshape(shape)
+    return pack_on_cpu(raw, name, shape), values.astype(np.float64)
+
+
+def close(got: Any, want: np.ndarray, dtype: mx.Dtype) -> None:
+    want = want.astype(NUMPY[dtype]).astype(np.float64)
+    assert got.dtype == (dtype if isinstance(got, mx.array) else NUMPY[dtype])
+    error = np.linalg.norm(exact(got) - want) / np.linalg.norm(want)
+    assert error <= LIMITS[dtype], f"relative error {error:.1e}"
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(0.7978845608028654 * (x + 0.044715 * x**3)))
+
+
+def rms(x: np.ndarray, weight: np.ndarray | float = 1.0, eps: float = 1e-6) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
+
+
+# ---------------------------------------------------------------- mat-vec
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_matvec(name: str, dtype: mx.Dtype, launcher: render.Launcher) -> None:
+    """Rows that fill no threadgroup, lengths that fill no step: 704 is the expert width of 26B-A4B."""
+    cut = CUTS[(list(FORMATS).index(name) + DTYPES.index(dtype)) % len(CUTS)]
+    lengths = (256, 1280) if GGML_QUANT_SIZES[GGMLQuantizationType[name]][0] == 256 else (64, 704)
+    for n, k in zip((9, 45), lengths, strict=True):
+        w, values = weight(name, n, k)
+        x = random(1, 1, k, dtype=dtype)
+        close(matvec.matvec(x, w, launcher, cut=cut), exact(x) @ values.T, dtype)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut.lanes}x{cut.rows}x{cut.split}")
+def test_cuts(cut: matvec.Tiling, launcher: render.Launcher) -> None:
+    """A type with pairs and mins under every cut, several tokens at once."""
+    w, values = weight("Q4_K", 45, 1280)
+    x = random(2, 3, 1280, dtype=mx.float16)
+    close(matvec.matvec(x, w, launcher, cut=cut), exact(x) @ values.T, mx.float16)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "IQ4_XS"])
+def test_short_rows_narrow_the_loads(name: str, launcher: render.Launcher) -> None:
+    """An odd number of 32s: chunks of 64 do not fit, nor 16-byte loads."""
+    k = 96 if name == "Q4_0" else 256
+    w, values = weight(name, 33, k)
+    x = random(3, 1, k)
+    close(matvec.matvec(x, w, launcher, cut=CUTS[2]), exact(x) @ values.T, mx.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0"])
+def test_gate_up(name: str, dtype: mx.Dtype, launcher: render.Launcher) -> None:
+    """RMSNorm, gate and up, GEGLU, a factor, in one, for two tokens."""
+    w, values = weight(name, 2 * 35, 512)
+    x, norm = random(4, 2, 512, dtype=dtype), mx.abs(random(5, 512)) + 0.5
+    gate, up = np.split(rms(exact(x), exact(norm)) @ values.T, 2, axis=-1)
+    got = matvec.matvec(x, w, launcher, norm=norm, glu=True, factor=1 / 16, cut=CUTS[0])
+    close(got, gelu(gate) * up / 16, dtype)
+
+
+def test_gelu_times(launcher: render.Launcher) -> None:
+    """The gate of per-layer embeddings: GELU, times the token's own embedding."""
+    w, values = weight("Q5_K", 40, 512)
+    x, times = random(9, 2, 512, dtype=mx.float16), random(10, 2, 40, dtype=mx.float16)
+    got = matvec.matvec(x, w, launcher, times=times, cut=CUTS[0])
+    close(got, gelu(exact(x) @ values.T) * exact(times), mx.float16)
+
+
+def test_experts_whose_gate_and_up_are_apart(launcher: render.Launcher) -> None:
+    """Up's rows of each chosen expert, then gate's: GELU, times those."""
+    w, values = weight("Q4_K", 3, 24, 256)
+    x, times, ids = random(9, 1, 256), random(10, 2, 24), mx.array([2, 0], mx.int32)
+    got = matvec.matvec(x, w, launcher, times=times, factor=1 / 16, ids=ids)
+    want = values[[2, 0]] @ exact(x)[0]
+    close(got, gelu(want) * exact(times) / 16, mx.float32)
+
+
+def test_gate_up_far_from_zero(launcher: render.Launcher) -> None:
+    """GELU neither overflows nor loses its sign at gates in the thousands."""
+    w, values = weight("Q8_0", 2 * 8, 64)
+    x = random(6, 1, 64) * 1000
+    gate, up = np.split(exact(x) @ values.T, 2, axis=-1)
+    assert np.abs(gate).max() > 1e3
+    close(matvec.matvec(x, w, launcher, glu=True, cut=CUTS[0]), gelu(gate) * up, mx.float32)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_1", "IQ4_NL"])
+def test_experts(name: str, launcher: render.Launcher) -> None:
+    """Rows of the chosen experts only, for one shared input and for one each."""
+    k = 256 if name == "Q4_K" else 704
+    w, values = weight(name, 5, 2 * 18, k)
+    ids = mx.array([3, 0, 4], mx.int32)
+    for rows in (1, 3):
+        x = random(7, rows, k, dtype=mx.float16)
+        products = np.einsum("enk,ek->en", values[[3, 0, 4]], np.broadcast_to(exact(x), (3, k)))
+        got = matvec.matvec(x, w, launcher, ids=ids, cut=CUTS[0])
+        close(got, products, mx.float16)
+        gate, up = np.split(products, 2, axis=-1)
+        got = matvec.matvec(x, w, launcher, ids=ids, glu=True, cut=CUTS[1])
+        close(got, gelu(gate) * up, mx.float16)
+
+
+def test_own_tiling(launcher: render.Launcher) -> None:
+    """The cut that is chosen for a shape, many rows and few."""
+    for n, k in ((8200, 64), (50, 2880)):
+        w, values = weight("Q8_0", n, k)
+        x = random(11, 1, k, dtype=mx.float16)
+        close(matvec.matvec(x, w, launcher), exact(x) @ values.T, mx.float16)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ4_XS"])
+def test_staged_x_has_no_race(name: str) -> None:
+    """x under a norm goes through threadgroup memory, two steps by turns; 45 rows leave lanes without work."""
+
+    def racing(**declared: Any) -> Any:
+        kernel = metal_sim.kernel(**declared)
+        return lambda **arguments: kernel(seed=3, sanitize="thread", **arguments)
+
+    w, values = weight(name, 45, 1280)
+    x, norm = random(12, 1, 1280), mx.abs(random(13, 1280)) + 0.5
+    cut = matvec.Tiling(lanes=8, rows=4, split=3, simdgroups=6)
+    want = rms(exact(x), exact(norm)) @ values.T
+    close(matvec.matvec(x, w, racing, norm=norm, cut=cut), want, mx.float32)
+
+
+def test_cuda_text_keeps_threadgroup_memory_shared() -> None:
+    """Each threadgroup variable of every kernel becomes __shared__, and no word of Metal's address spaces is left."""
+    for file in (
+        "matvec.metal",
+        "attention.metal",
+        "long_attention.metal",
+        "norms.metal",
+        "choose.metal",
+        "qkv.metal",
+        "embed.metal",
+    ):
+        metal = re.sub(r"(?m)//.*$", "", render._text(file))
+        cuda = render.to_cuda(metal)
+        declared = re.findall(r"(?m)^\s*threadgroup \w+ (\w+)(?:\[.*\])*;", metal)
+        assert declared == re.findall(r"(?m)^\s*__shared__ \w+ (\w+)(?:\[.*\])*;", cuda)
+        assert not re.search(r"\b(threadgroup|device|constant|thread)\s", cuda)
+    assert "__shared__ float4 staged" in render.to_cuda(render._text("matvec.metal"))
+
+
+KERNEL_FILES = sorted((Path(__file__).parents[2] / "kernels").glob("*.metal"))
+# What no launch of a step writes, so that a kernel may read it before its inputs are there: weights, how a layer turns
+# its vectors, and keys and values in codes, which are sealed between steps.
+UNWRITTEN = {"codes", "sub", "super", "norm", "post", "next", "norm1", "norm2", "scale"}
+UNWRITTEN |= {"rotation", *(f"{what}{i}" for what in "cs" for i in range(7))}
+
+
+@pytest.mark.parametrize("file", KERNEL_FILES, ids=lambda f: f.stem)
+def test_kernels_wait_for_their_inputs(file: Path) -> None:
+    """On CUDA each waits first of all, or where its text says; until then it reads what is UNWRITTEN alone."""
+    for entry in re.findall(r"(?m)^// kernel: (\w+)\(", file.read_text()):
+        body = next(
+            k for k in re.split(r"(?m)^(?=// kernel: )", file.read_text()) if k.startswith(f"// kernel: {entry}(")
+        )
+        declared = re.match(r"// kernel: \w+\((.*?)\)", body)
+        assert declared
+        inputs = {n.strip().rstrip("?") for n in declared[1].split(",")}
+        arrays = [n for n in sorted(inputs) if n]
+        types, ranks = [mx.float32] * (len(arrays) + 1), [1] * len(cuda_compiler.shaped_inputs(tuple(arrays), body))
+        text = cuda_compiler.text("k", arrays, ["out"], render.to_cuda(body), render._text("cuda.h"), types, ranks)
+        code = text[text.index('extern "C"') :]
+        assert code.index("LAUNCH_NEXT()") < code.index("INPUTS_READY()")
+        plain = re.sub(r"#if EXPERTS\n.*?#endif", "", re.sub(r"(?m)//.*$", "", body), flags=re.DOTALL)
+        before = plain.rpartition("INPUTS_READY()")[0]
+        read = set(re.findall(r"load\w*\((\w+)|(\w+)\[", before))
+        assert not {n for pair in read for n in pair} & (inputs - UNWRITTEN)
+
+
+# What cuda.h has as instructions of NVIDIA's, for the simulator.
+EMULATED = """
+#define CUDA 1
+METAL_FUNC uint bytes_or_signs(uint a, uint b, uint selector) {
+  uint four = 0;
+  for (int i = 0; i < 4; i++) {
+    const uint at = selector >> (4 * i), byte = ((at & 4u ? b : a) >> (8 * (at & 3u))) & 0xFFu;
+    four |= (at & 8u ? (byte & 0x80u ? 0xFFu : 0u) : byte) << (8 * i);
+  }
+  return four;
+}
+METAL_FUNC float max_or_nan(float a, float b) { return a != a || a > b ? a : b; }
+METAL_FUNC int dot4(uint x0, uint x1, uint w, int sum) {
+  const uint x[2] = {x0, x1};
+  for (int i = 0; i < 4; i++) sum += (int(x[i / 2] << (16 - i % 2 * 16)) >> 16) * (int(w << (24 - i * 8)) >> 24);
+  return sum;
+}
+"""
+
+
+def as_cuda(name: str, input_names: Any, output_names: Any, source: str, header: str) -> Any:
+    """A launcher: the simulator, with the text that is CUDA's."""
+    return metal_sim.kernel(name, input_names, output_names, source, header=EMULATED + header)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["IQ4_NL", "IQ4_XS", "MXFP4"])
+def test_tables_by_bytes(name: str, dtype: mx.Dtype) -> None:
+    """Look-up types as on CUDA: values by permuted bytes, x as whole numbers, without outliers and with."""
+    w, values = weight(name, 45, 1280)
+    for factor, limit in ((1, 2e-5), (1000, 1e-4)):
+        x = np.array(random(14, 1, 1280))
+        x[0, 7::64] *= factor
+        x[0, 64:96] = 0
+        few = mx.array(x).astype(dtype)
+        for cut in (CUTS[0], CUTS[2], matvec.Tiling(lanes=16, rows=8, split=3, simdgroups=3)):
+            (got,) = np.array(matvec.matvec(few, w, as_cuda, cut=cut, out=mx.float32))
+            (want,) = exact(few) @ values.T
+            assert np.linalg.norm(got - want) / np.linalg.norm(want) <= limit
+    for odd in (np.nan, np.inf):
+        x[0, 40] = odd
+        (got,) = np.array(matvec.matvec(mx.array(x).astype(dtype), w, as_cuda, cut=CUTS[0], out=mx.float32))
+        assert not np.isfinite(got).any()
+
+
+@pytest.mark.parametrize("name", ["IQ4_NL", "MXFP4"])
+def test_every_pair_of_codes_by_bytes(name: str) -> None:
+    """All 256 bytes of codes, at each of the 4 places of a word, against each of its 8 numbers alone: exact."""
+    codes = np.zeros((256, 32), np.uint32)
+    patterns = np.arange(256, dtype=np.uint32)
+    for i in range(32):  # a word holds one pattern four times, then three others
+        codes[:, i] = patterns * 0x01010101 if i % 2 else patterns | patterns[::-1] << 8 | (patterns ^ 85) << 16
+    w = Packed(
+        FORMATS[name],
+        (256, 256),
+        mx.array(codes),
+        mx.full((256, 8), 128, mx.uint8) if name == "MXFP4" else None,
+        None if name == "MXFP4" else mx.ones((256, 8, 1), mx.float16),
+    )
+    lut = np.array(FORMATS[name].lut)
+    for j in range(8):
+        x = np.zeros((1, 256), np.float32)
+        x[0, 8 + j] = 3
+        x[0, 16 + j] = 5
+        got = matvec.matvec(mx.array(x).astype(mx.float16), w, as_cuda, cut=CUTS[0], out=mx.float32)
+        value = [lut[(codes[:, word] >> (4 * j)) & 15] for word in (1, 2)]
+        assert np.array_equal(np.array(got)[0], 3 * value[0] + 5 * value[1])
+
+
+def test_logits_in_fp32(launcher: render.Launcher) -> None:
+    w, values = weight("Q6_K", 40, 512)
+    x = random(8, 1, 512, dtype=mx.bfloat16)
+    close(matvec.matvec(x, w, launcher, out=mx.float32, cut=CUTS[0]), exact(x) @ values.T, mx.float32)

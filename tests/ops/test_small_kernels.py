@@ -1,0 +1,484 @@
+"""The kernels beside the mat-vecs, run by the Metal simulator, against their references in stock MLX.
+
+Outputs start as NaN (or 0xCD bytes): what a kernel leaves unwritten fails. Errors are relative to the largest value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import ml_dtypes
+import mlx.core as mx
+import numpy as np
+import pytest
+from metal_sim import kernel as simulator
+
+from mlx_gemma4.files.gguf import TENSOR_TYPES
+from mlx_gemma4.ops import attention, choose, dense, embed, norms, qkv
+from mlx_gemma4.quant import formats
+
+DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+LIMIT = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 1e-3}
+EPS = 1e-6
+
+
+def metal(**declared: Any) -> Any:
+    """The simulator as a launcher whose kernels give MLX arrays; threads run in scrambled order."""
+    kernel = simulator(**declared)
+
+    def call(**arguments: Any) -> list[mx.array]:
+        return [to_mlx(a) for a in kernel(seed=2, **arguments)]
+
+    return call
+
+
+def racing(**declared: Any) -> Any:
+    """`metal` that also fails on races and on accesses out of bounds."""
+    kernel = simulator(**declared)
+
+    def call(**arguments: Any) -> list[mx.array]:
+        return [to_mlx(a) for a in kernel(seed=3, sanitize="thread", **arguments)]
+
+    return call
+
+
+def eager(header: str, base: Any = metal, **declared: Any) -> Any:
+    """A launcher for the texts as an NVIDIA GPU has them where they ask for more at once."""
+    return base(header="#define EAGER 1\n" + header, **declared)
+
+
+def to_mlx(a: np.ndarray[Any, Any]) -> mx.array:
+    if a.dtype == ml_dtypes.bfloat16:
+        return mx.array(a.view(np.uint16)).view(mx.bfloat16)
+    return mx.array(a)
+
+
+def normal(*shape: int, dtype: mx.Dtype = mx.float32, seed: int = 0) -> mx.array:
+    """Random numbers, rounded to dtype."""
+    values = np.random.default_rng([seed, *shape]).standard_normal(shape, np.float32)
+    return mx.array(values).astype(dtype)
+
+
+def check(got: mx.array, want: mx.array, dtype: mx.Dtype, factor: float = 1.0) -> None:
+    """Same shape and dtype, and near: 1e-3 for 16-bit results (bf16's own rounding apart), 1e-5 for fp32."""
+    assert got.shape == want.shape and got.dtype == want.dtype
+    a, b = (np.array(x.astype(mx.float32)) for x in (got, want))
+    assert np.isfinite(b).all()
+    scale = np.abs(b).max()
+    # Two values on either side of a rounding boundary are one unit in the last place apart.
+    unit = {mx.float32: 0.0, mx.float16: 2**-10, mx.bfloat16: 2**-7}[got.dtype]
+    error = np.maximum(np.abs(a - b) - unit * np.abs(b), 0).max() / scale
+    assert error <= LIMIT[dtype] * factor, f"relative error {error:.1e}"
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attend(
+    dtype: mx.Dtype,
+    heads: tuple[int, int],
+    dim: int,
+    parts: Sequence[tuple[int, int, int]],
+    tokens: int = 1,
+    window: int = 0,
+    launcher: Any = metal,
+    out: mx.Dtype | None = None,
+    cut: attention.LaunchConfig | None = None,
+) -> None:
+    """Attention over parts (capacity, start, end); what lies outside of start and end is NaN."""
+    h, g = heads
+    q = normal(tokens, h, dim, dtype=dtype)
+    made = []
+    for i, (capacity, start, end) in enumerate(parts):
+        used = (mx.arange(capacity) >= start) & (mx.arange(capacity) < end)
+        kv = (normal(g, capacity, dim, dtype=dtype, seed=2 * i + n) for n in (1, 2))
+        k, v = (mx.where(used[:, None], a, mx.array(float("nan"), dtype)) for a in kv)
+        made.append((k, v))
+    spans = mx.array([p[1:] for p in parts], mx.int32)
+    kwargs: dict[str, Any] = {"scale": 1.3 * dim**-0.5, "window": window, "out": out}
+    got = attention.attention(q, made, spans, launcher, cut=cut, **kwargs)
+    check(got, attention.attention_reference(q, made, spans, **kwargs), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gqa", [1, 2, 3, 4, 8, 16])
+def test_attention_shares_keys_among_heads(gqa: int, dtype: mx.Dtype) -> None:
+    attend(dtype, (2 * gqa, 2), 64, [(80, 3, 78)])
+
+
+@pytest.mark.parametrize("dim", [32, 96, 256, 512])
+@pytest.mark.parametrize("length", [200, 700], ids=["one launch", "pieces"])
+def test_attention_head_sizes(dim: int, length: int) -> None:
+    attend(mx.float16, (4, 2), dim, [(length, 0, length - 7)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_in_pieces(dtype: mx.Dtype) -> None:
+    attend(dtype, (8, 1), 512, [(1100, 0, 1090), (64, 0, 5)])
+
+
+@pytest.mark.parametrize(("heads", "dim"), [((8, 1), 256), ((32, 2), 64), ((6, 2), 96)])
+def test_attention_model_heads_in_pieces(heads: tuple[int, int], dim: int) -> None:
+    attend(mx.float16, heads, dim, [(640, 0, 640), (64, 0, 64)])
+
+
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 255, 256, 257, 511, 512])
+def test_attention_lengths_at_the_edges(count: int) -> None:
+    attend(mx.float32, (2, 1), 32, [(512, 0, count)])
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 127, 128, 129, 640, 1023, 1024])
+def test_attention_pieces_at_the_edges(count: int) -> None:
+    attend(mx.float32, (2, 1), 32, [(1024, 0, count)])
+
+
+def test_attention_over_eight_parts() -> None:
+    parts = [(64, 0, 64), (96, 40, 96), (64, 0, 0), (128, 0, 128), (70, 1, 70), (64, 63, 64), (300, 0, 300), (64, 0, 9)]
+    attend(mx.float16, (4, 1), 64, parts)
+    attend(mx.float16, (4, 1), 64, parts, tokens=3, window=100)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("window", [0, 20])
+def test_attention_few_tokens_under_a_window(tokens: int, window: int) -> None:
+    attend(mx.float32, (6, 2), 32, [(96, 2, 96), (64, 0, 8)], tokens, window)
+    attend(mx.float32, (6, 2), 32, [(600, 300, 600), (64, 0, 8)], tokens, window)
+
+
+def test_attention_takes_arrays_with_a_batch_of_one() -> None:
+    q, k, v, spans = normal(1, 2, 32), normal(1, 1, 70, 32), normal(1, 1, 70, 32, seed=1), mx.array([[0, 70]], mx.int32)
+    got = attention.attention(q, [(k, v)], spans, metal, scale=1.0)
+    assert mx.array_equal(got, attention.attention(q, [(k[0], v[0])], spans, metal, scale=1.0))
+
+
+@pytest.mark.parametrize("window", [1, 90])
+def test_attention_windows(window: int) -> None:
+    attend(mx.float16, (2, 1), 32, [(96, 2, 96), (64, 0, 8)], 2, window)
+    attend(mx.float16, (2, 1), 32, [(600, 300, 600), (64, 0, 8)], 2, window)
+
+
+CUTS = [
+    attention.LaunchConfig(2, 1, 2, 40),
+    attention.LaunchConfig(4, 8, 3, 999),
+    attention.LaunchConfig(3, 2, 1),
+    attention.LaunchConfig(8, 4, 2, 1),
+    attention.LaunchConfig(5, 2, 2, 9),
+]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_attention_cuts(cut: attention.LaunchConfig) -> None:
+    attend(mx.float16, (8, 2), 64, [(300, 5, 300), (64, 0, 33)], 2, cut=cut)
+    attend(mx.float32, (4, 1), 96, [(70, 66, 70), (130, 129, 129), (64, 0, 20)], 2, window=15, cut=cut)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (2, 4), (4, 2), (8, 2)])
+@pytest.mark.parametrize("dim", [32, 96, 256, 512])
+def test_attention_that_loads_all_at_once(dim: int, rows: int, keys: int, dtype: mx.Dtype) -> None:
+    cut = attention.LaunchConfig(rows, 4, keys, 50)
+    attend(dtype, (4, 1), dim, [(90, 80, 90), (64, 0, 64), (64, 0, 9)], 2, window=70, launcher=eager, cut=cut)
+
+
+@pytest.mark.parametrize("threadgroups", [1, 12, 40, 200, 10_000])
+def test_attention_pieces_with_nothing_in_use(threadgroups: int) -> None:
+    """Pieces of a part whose span begins late, ends early or is empty, and of one that the window does not reach."""
+    cut = attention.LaunchConfig(2, 1, 1, threadgroups)
+    parts = [(90, 80, 90), (64, 0, 3), (64, 64, 64), (200, 0, 200), (64, 0, 7)]
+    for tokens, window in ((1, 0), (1, 10), (4, 0), (4, 100), (7, 1)):
+        attend(mx.float16, (2, 1), 32, parts, tokens, window, cut=cut)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("heads", [(4, 2), (8, 1)], ids=str)
+def test_attention_of_a_sliding_layer(heads: tuple[int, int], tokens: int) -> None:
+    """As decode.py has them: the first part begins inside, where the first query's window does."""
+    used, window = 5 + tokens, 512
+    first = 5 * 128 + 64 + used - tokens - window + 1
+    parts = [(128, first - 128, 128), *[(128, 0, 128)] * 3, (64, 0, 64), (64, 0, used)]
+    attend(mx.float16, heads, 256, parts, tokens, window)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1], [64], [65], [1024, 64], [8192] * 3 + [7168, 896, 64, 64], [131072] * 4 + [64]]
+)
+@pytest.mark.parametrize("across", [1, 4, 16, 64])
+def test_attention_pieces_are_about_as_many_as_asked_for(lengths: list[int], across: int) -> None:
+    cut = attention.LaunchConfig(8, keys=2, threadgroups=384)
+    pieces = cut.pieces(lengths, across)
+    assert len(lengths) <= pieces <= max(384 // across, 2 * len(lengths))
+    assert pieces == cut.blocks(lengths) or 2 * pieces >= 384 // across
+
+
+def test_attention_gives_another_dtype() -> None:
+    attend(mx.float16, (2, 1), 32, [(90, 0, 90)], out=mx.float32)
+    attend(mx.float16, (2, 1), 32, [(990, 0, 990)], out=mx.bfloat16)
+
+
+def test_attention_of_a_key_far_above_the_rest() -> None:
+    """Scores in the hundreds: the running maximum must carry them."""
+    q = normal(1, 2, 64) * 40
+    k, v = normal(1, 300, 64, seed=1) * 10, normal(1, 300, 64, seed=2)
+    spans = mx.array([[0, 300]], mx.int32)
+    check(
+        attention.attention(q, [(k, v)], spans, metal, scale=1.0),
+        attention.attention_reference(q, [(k, v)], spans, scale=1.0),
+        mx.float32,
+    )
+
+
+# ---------------------------------------------------------------- q, k and v
+
+
+def wavelengths(dim: int) -> mx.array:
+    return mx.array([10000 ** (2 * i / dim) if i % 3 else np.inf for i in range(dim // 2)], mx.float32)
+
+
+def check_qkv(
+    dtype: mx.Dtype,
+    kind: str,
+    heads: tuple[int, int],
+    dim: int,
+    tokens: int = 1,
+    count: int = 5,
+    kv_dtype: mx.Dtype = mx.float32,
+    launcher: Any = metal,
+) -> None:
+    """kind: apart, joined, joined k (v apart), k=v, k=v joined, q alone; gemma3 leaves values as they are."""
+    h, g = heads
+    widths = {"joined": h + 2 * g, "joined k": h + g, "k=v joined": h + g}
+    q = normal(tokens, widths.get(kind, h) * dim, dtype=dtype)
+    k = normal(tokens, g * dim, dtype=dtype, seed=1) if kind in ("apart", "k=v", "gemma3") else None
+    v = normal(tokens, g * dim, dtype=dtype, seed=2) if kind in ("apart", "joined k", "gemma3") else None
+    rope = qkv.rotations_reference(mx.array([1000], mx.int32), wavelengths(dim), tokens=tokens)
+    used = mx.arange(attention.TAIL)[:, None] < count
+    old = (normal(g, attention.TAIL, dim, dtype=kv_dtype, seed=s) for s in (3, 4))
+    tail = tuple(mx.where(used, a, mx.array(float("nan"), kv_dtype)) for a in old)
+    alone = kind == "q alone"
+    arguments = (
+        *(q, k, v, 1 + normal(dim, seed=5), None if alone else 1 + normal(dim, seed=6), rope),
+        *(None if alone else tail, None if alone else mx.array([count], mx.int32)),
+    )
+    options = {"heads": h, "kv_heads": g, "eps": EPS, "dtype": kv_dtype}
+    options |= {"value_norm": kind != "gemma3", "v_is_k": kind.startswith("k=v")}
+    got = qkv.qkv_post(*arguments, launcher, **options)
+    want = qkv.qkv_post_reference(*arguments, **options)
+    limit = kv_dtype if dtype == mx.float32 else dtype
+    check(got[0], want[0], limit)
+    assert (got[1] is None) == alone == (want[1] is None)
+    if not alone:
+        for a, b in zip(got[1:], want[1:], strict=True):
+            check(a[:, : count + tokens], b[:, : count + tokens], limit)
+            assert mx.array_equal(a[:, :count], b[:, :count])
+
+
+@pytest.mark.parametrize("kind", ["apart", "joined", "joined k", "k=v", "k=v joined", "q alone", "gemma3"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_qkv_post_kinds(kind: str, dtype: mx.Dtype) -> None:
+    check_qkv(dtype, kind, (6, 2), 64)
+    check_qkv(dtype, kind, (6, 2), 64, tokens=3, count=61)
+
+
+@pytest.mark.parametrize("kv_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "dim"), [((32, 4), 512), ((8, 1), 256), ((3, 1), 96), ((4, 4), 32)])
+def test_qkv_post_shapes(heads: tuple[int, int], dim: int, kv_dtype: mx.Dtype) -> None:
+    check_qkv(mx.float32, "joined", heads, dim, kv_dtype=kv_dtype)
+
+
+@pytest.mark.parametrize("count", [0, 1, 62, 63])
+def test_qkv_post_tail_at_the_edges(count: int) -> None:
+    check_qkv(mx.float16, "apart", (2, 1), 32, count=count, kv_dtype=mx.float16)
+
+
+@pytest.mark.parametrize("position", [0, 1, 511, 131_071, 1_000_000])
+@pytest.mark.parametrize(("dim", "tokens"), [(32, 1), (96, 3), (512, 4)])
+def test_rotations(dim: int, tokens: int, position: int) -> None:
+    """Of angles rounded to fp32, as stock RoPE has them; then to fp32's last bits, far from 0 too."""
+    far = mx.array([position], mx.int32)
+    got = qkv.rotations(far, wavelengths(dim), metal, tokens=tokens)
+    a = np.arange(position, position + tokens, dtype=np.float32)[:, None] * (np.float32(1) / np.array(wavelengths(dim)))
+    want = np.stack([np.cos(a.astype(np.float64)), np.sin(a.astype(np.float64))], axis=1)
+    np.testing.assert_allclose(np.array(got), want, rtol=0, atol=2e-7)
+    check(got, qkv.rotations_reference(far, wavelengths(dim), tokens=tokens), mx.float32)
+
+
+def test_rotations_turn_as_stock_rope() -> None:
+    x, norm, position = normal(3, 2 * 64), mx.ones(64), mx.array([777], mx.int32)
+    rope = qkv.rotations_reference(position, wavelengths(64), tokens=3)
+    got, *_ = qkv.qkv_post_reference(
+        x, None, None, norm, None, rope, None, None, heads=2, kv_heads=1, eps=EPS, dtype=mx.float32
+    )
+    heads = mx.fast.rms_norm(x.reshape(1, 3, 2, 64), norm, EPS).swapaxes(1, 2)
+    options: dict[str, Any] = {"traditional": False, "base": None, "scale": 1.0, "offset": 777}
+    want = mx.fast.rope(heads, 64, freqs=wavelengths(64), **options)
+    check(got, want[0].swapaxes(0, 1), mx.float32)
+
+
+# ---------------------------------------------------------------- norms
+
+
+def add_norm(
+    dtypes: tuple[mx.Dtype, mx.Dtype], k: int, tokens: int, options: Sequence[str], launcher: Any = metal
+) -> None:
+    """dtypes: of the residual and of the rest."""
+    x, h = normal(tokens, k, dtype=dtypes[0]) * 30, normal(tokens, k, dtype=dtypes[1], seed=1)
+    post, next_norm, norm1, norm2 = (1 + normal(k, seed=s) for s in (2, 3, 4, 5))
+    share = mx.softmax(normal(tokens, 3, seed=6), axis=-1)
+    kwargs: dict[str, Any] = {
+        "next": {"next_norm": next_norm},
+        "scale": {"scale": mx.array([0.37])},
+        "experts": {"experts": (normal(tokens, 3, k, dtype=dtypes[1], seed=7), share, norm1, norm2)},
+    }
+    chosen = {"eps": EPS, **{name: a for option in options for name, a in kwargs[option].items()}}
+    got, want = norms.add_norm(x, h, post, launcher, **chosen), norms.add_norm_reference(x, h, post, **chosen)
+    check(got[0], want[0], dtypes[0])
+    assert (got[1] is None) == ("next" not in options)
+    if got[1] is not None and want[1] is not None:
+        check(got[1], want[1], dtypes[1])
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("next",), ("scale",), ("next", "scale"), ("experts", "next", "scale")], ids="+".join
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_add_norm_variants(options: Sequence[str], dtype: mx.Dtype) -> None:
+    add_norm((mx.float32, dtype), 264, 2, options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_add_norm_residual_in_each_dtype(dtype: mx.Dtype) -> None:
+    add_norm((dtype, dtype), 96, 1, ("next",))
+
+
+@pytest.mark.parametrize("k", [8, 256, 640, 1152, 1536, 2560, 2816, 3840, 5376, 8200, 12288])
+def test_add_norm_widths(k: int) -> None:
+    add_norm((mx.float32, mx.float16), k, 1, ("next", "experts"))
+
+
+# ---------------------------------------------------------------- unpacked weights
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("w_dtype", DTYPES, ids=str)
+def test_dense(dtype: mx.Dtype, w_dtype: mx.Dtype) -> None:
+    for tokens, n, k in ((1, 128, 2816), (3, 5, 40), (2, 601, 264), (1, 4097, 72)):
+        x, w = normal(tokens, k, dtype=dtype) * 5, normal(n, k, dtype=w_dtype, seed=1) * k**-0.5
+        check(dense.dense(x, w, metal), dense.dense_reference(x, w), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dense_with_norm_and_times(dtype: mx.Dtype) -> None:
+    """The router's product, and the gate of the per-layer embedding."""
+    x, w = normal(2, 264, dtype=dtype) * 5, normal(33, 264, seed=1) * 0.1
+    router: dict[str, Any] = {"norm": 1 + normal(264, seed=2), "eps": EPS, "factor": 264**-0.5, "out": mx.float32}
+    check(dense.dense(x, w, metal, **router), dense.dense_reference(x, w, **router), mx.float32)
+    gate: dict[str, Any] = {"times": normal(2, 33, dtype=dtype, seed=3), "factor": 1 / 16}
+    check(dense.dense(x, w, metal, **gate), dense.dense_reference(x, w, **gate), dtype)
+
+
+# ---------------------------------------------------------------- choices
+
+
+@pytest.mark.parametrize(("experts", "used"), [(128, 8), (8, 2), (60, 32), (33, 1), (256, 5)])
+def test_top_k(experts: int, used: int) -> None:
+    scores = normal(4, experts) * 3
+    scale = 1 + normal(experts, seed=1) if used != 2 else None
+    ids, share = choose.top_k(scores, used, metal, scale=scale)
+    want_ids, want_share = choose.top_k_reference(scores, used, scale=scale)
+    assert mx.array_equal(ids, want_ids)
+    check(share, want_share, mx.float32)
+
+
+def test_top_k_takes_the_lower_of_equals() -> None:
+    scores = mx.zeros((1, 64))
+    scores[0, 40] = 1.0
+    assert choose.top_k(scores, 4, metal)[0].tolist() == [[40, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_argmax(dtype: mx.Dtype) -> None:
+    for tokens, n in ((1, 1), (2, 1023), (3, 5000), (1, 40000)):
+        logits = normal(tokens, n, dtype=dtype) * 8  # 16-bit logits are full of ties
+        assert mx.array_equal(choose.argmax(logits, metal), choose.argmax_reference(logits))
+
+
+def test_argmax_takes_the_lowest_of_equals() -> None:
+    for n in (700, 9000):
+        assert choose.argmax(mx.full((1, n), -3.5), metal).tolist() == [0]
+        logits = mx.zeros((1, n))
+        logits[0, [n - 1, n // 2, n // 3]] = 2.0
+        assert choose.argmax(logits, metal).tolist() == [n // 3]
+
+
+# ---------------------------------------------------------------- embeddings
+
+
+def table(name: str, rows: int, k: int) -> mx.array | formats.Packed:
+    """A random table [rows, k]; packed ones from random blocks whose fp16 scales are small."""
+    if name in formats.FLOATS:
+        return normal(rows, k, dtype=formats.FLOATS[name])
+    fmt = formats.FORMATS[name]
+    kind = next(t for t in TENSOR_TYPES.values() if t.name == name)
+    raw = np.random.default_rng(len(name)).integers(0, 256, (rows * k // kind.block_size, kind.block_bytes), np.uint8)
+    for at in fmt.layout.super:
+        raw[:, at : at + 2].view(np.float16)[:] = np.random.default_rng(at).uniform(-0.02, 0.02, (len(raw), 1))
+    if name == "MXFP4":
+        raw[:, 0] = np.random.default_rng(1).integers(118, 128, len(raw))
+    return formats.pack_on_cpu(raw.reshape(rows, -1), name, (rows, k))
+
+
+@pytest.mark.parametrize("name", [*formats.FORMATS, *formats.FLOATS])
+def test_embed(name: str) -> None:
+    ids = mx.array([3, 0, 4], mx.int32)
+    weights = table(name, 5, 512)
+    check(embed.embed(ids, weights, 7.5, metal), embed.embed_reference(ids, weights, 7.5), mx.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["Q6_K", "Q5_K", "F16"])
+def test_ple_inputs(name: str, dtype: mx.Dtype) -> None:
+    ids, weights, norm = mx.array([1, 4], mx.int32), table(name, 5, 5 * 256), 1 + normal(256, seed=1)
+    proj = normal(2, 5 * 256, dtype=dtype) * 3
+    got = embed.ple_inputs(ids, proj, norm, weights, 0.03, metal, eps=EPS)
+    check(got, embed.ple_inputs_reference(ids, proj, norm, weights, 0.03, eps=EPS), dtype)
+
+
+def test_ple_inputs_of_an_odd_width() -> None:
+    ids, weights, norm = mx.array([2], mx.int32), table("Q8_0", 3, 3 * 96), 1 + normal(96, seed=1)
+    proj = normal(1, 3 * 96)
+    got = embed.ple_inputs(ids, proj, norm, weights, 0.03, metal, eps=EPS)
+    check(got, embed.ple_inputs_reference(ids, proj, norm, weights, 0.03, eps=EPS), mx.float32)
+
+
+# ---------------------------------------------------------------- races and bounds
+
+
+@pytest.mark.sanitize
+def test_no_races_and_no_access_out_of_bounds() -> None:
+    attend(mx.float16, (8, 1), 256, [(200, 3, 200), (64, 0, 7)], tokens=2, launcher=racing)
+    attend(mx.float16, (8, 1), 256, [(900, 3, 900), (64, 0, 7)], window=500, launcher=racing)
+    attend(mx.float32, (6, 2), 96, [(900, 3, 899)], launcher=racing)
+    attend(mx.float16, (2, 1), 256, [(90, 3, 90), (64, 0, 7)], launcher=partial(eager, base=racing))
+    attend(
+        mx.float16,
+        (2, 1),
+        32,
+        [(90, 70, 90), (64, 9, 9), (64, 0, 7)],
+        2,
+        launcher=racing,
+        cut=attention.LaunchConfig(2, 8, 1),
+    )
+    attend(mx.float16, (4, 1), 64, [(90, 70, 90), (64, 9, 9), (64, 0, 7)], 2, launcher=racing, cut=CUTS[0])
+    for kind in ("apart", "joined", "q alone"):
+        check_qkv(mx.float16, kind, (6, 2), 64, tokens=2, kv_dtype=mx.float16, launcher=racing)
+    qkv.rotations(mx.array([5]), wavelengths(96), racing, tokens=2)
+    add_norm((mx.float32, mx.float16), 2816, 1, ("next", "experts", "scale"), launcher=racing)
+    add_norm((mx.float32, mx.float16), 96, 2, ("next",), launcher=racing)
+    ids, weights = mx.array([3, 0, 4], mx.int32), table("Q6_K", 5, 512)
+    embed.embed(ids, weights, 7.5, racing)
+    embed.ple_inputs(ids, normal(3, 512), normal(256), weights, 1.0, racing, eps=EPS)
+    dense.dense(normal(2, 40), normal(5, 40), racing, norm=normal(40), times=normal(2, 5))
+    choose.top_k(normal(4, 60), 8, racing)
+    choose.argmax(normal(2, 5000), racing)

@@ -1,0 +1,330 @@
+"""The page in a real browser, before the real server with the built-in model: pytest -m browser.
+
+Needs a Chromium or Chrome on this machine (Debian: apt install chromium; macOS: Chrome as it is), or the path of one in
+MLX_GEMMA4_CHROMIUM. With MLX_GEMMA4_SCREENSHOTS=docs/images the pictures of docs/server.md are taken again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from serving import Serving, serving, settled
+
+from mlx_gemma4.conversation.language_model import LanguageModel, load
+from mlx_gemma4.server.app import Settings
+
+pytestmark = pytest.mark.browser
+
+PLACES = [
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    named = os.environ.get("MLX_GEMMA4_CHROMIUM")
+    found = next(filter(None, map(shutil.which, [named] if named else PLACES)), None)
+    assert found, "no Chromium here: install one, or name it in MLX_GEMMA4_CHROMIUM"
+    with sync_playwright() as playwright:
+        # Root, as in CI's container, can't have Chromium's sandbox.
+        running = playwright.chromium.launch(executable_path=found, chromium_sandbox=os.getuid() != 0)
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return load()
+
+
+@pytest.fixture(scope="module")
+def server(lm: LanguageModel) -> Iterator[Serving]:
+    with serving(lm, Settings(model_name="gemma4-demo")) as running:
+        yield running
+
+
+@pytest.fixture
+def page(browser: Browser, server: Serving) -> Iterator[Page]:
+    """The page in a window of its own; what it logs as an error, a blocked script say, fails the test."""
+    yield from opened(browser, server.url)
+
+
+def opened(browser: Browser, url: str, **context: Any) -> Iterator[Page]:
+    window = browser.new_context(**({"viewport": {"width": 900, "height": 640}} | context))
+    page = window.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("request", lambda request: request.url.startswith(url) or errors.append(request.url))
+    page.goto(url)
+    expect(page.locator("#model")).to_have_text("gemma4-demo")
+    page.evaluate("input.focus()")
+    yield page
+    window.close()
+    assert [error for error in errors if "status of 4" not in error] == []
+
+
+def settle_sampling(page: Page, **numbers: float) -> None:
+    page.click("#settings")
+    for name, value in numbers.items():
+        page.fill(f"#panel [name={name}]", str(value))
+    page.keyboard.press("Escape")
+
+
+def send(page: Page, text: str) -> None:
+    page.fill("#input", text)
+    page.press("#input", "Enter")
+
+
+def done(page: Page) -> None:
+    expect(page.locator("#send")).to_have_text("Send", timeout=60_000)
+
+
+def shot(page: Page, name: str) -> None:
+    """A picture for the docs, where they are asked for."""
+    if folder := os.environ.get("MLX_GEMMA4_SCREENSHOTS"):
+        Path(folder).mkdir(exist_ok=True)
+        page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+def events(*deltas: dict[str, str], finish: str = "stop") -> str:
+    """What the server would stream."""
+    choices = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
+    choices.append({"index": 0, "delta": {}, "finish_reason": finish})
+    lines = [json.dumps({"choices": [choice]}) for choice in choices]
+    return "".join(f"data: {line}\n\n" for line in [*lines, "[DONE]"])
+
+
+def answer(page: Page, *deltas: dict[str, str], **more: Any) -> None:
+    """Let the next replies be these, whatever is asked."""
+
+    def fulfil(route: Route) -> None:
+        route.fulfill(**({"status": 200, "content_type": "text/event-stream", "body": events(*deltas)} | more))
+
+    page.route("**/v1/chat/completions", fulfil)
+
+
+def replies(page: Page) -> Any:
+    return page.locator("article.assistant")
+
+
+def test_send_and_go_on(page: Page) -> None:
+    settle_sampling(page, max_tokens=95, seed=4)
+    send(page, "Who are you?")
+    expect(page.locator("article.user .text")).to_have_text("Who are you?")
+    done(page)
+    assert len(replies(page).locator(".text").inner_text().split()) > 5
+    expect(replies(page).locator(".stats")).to_contain_text("of 2,048 tokens of context")
+    send(page, "Tell me a story about a king.")
+    done(page)
+    expect(replies(page)).to_have_count(2)
+    expect(replies(page).last.locator(".stats")).to_contain_text("not read again")
+    shot(page, "page")
+
+
+def test_stop_keeps_what_came_and_frees_the_server(page: Page, server: Serving) -> None:
+    send(page, "Tell me a long story about the sea.")
+    expect(replies(page).locator(".text")).not_to_be_empty(timeout=30_000)
+    page.keyboard.press("Escape")
+    expect(replies(page).locator(".below")).to_contain_text("Stopped.")
+    assert settled(server.engine, 5)
+    text = replies(page).locator(".text").inner_text()
+    page.wait_for_timeout(300)
+    assert text and replies(page).locator(".text").inner_text() == text
+
+
+def test_retry_asks_again(page: Page) -> None:
+    settle_sampling(page, max_tokens=20, temperature=2)
+    send(page, "Tell me a story.")
+    done(page)
+    first = replies(page).locator(".text").inner_text()
+    replies(page).get_by_role("button", name="Retry").click()
+    done(page)
+    expect(replies(page)).to_have_count(1)
+    assert replies(page).locator(".text").inner_text() != first
+    page.keyboard.press("Alt+r")
+    expect(page.locator("#send")).to_have_text("Stop")
+    done(page)
+
+
+def test_reload_keeps_the_conversation(page: Page) -> None:
+    page.click("#settings")
+    page.fill("[name=system]", "Speak of foxes.")
+    page.keyboard.press("Escape")
+    settle_sampling(page, max_tokens=10)
+    send(page, "Hello\n<b>there</b>")
+    done(page)
+    before = page.locator("#log").inner_text()
+    page.reload()
+    expect(page.locator("#model")).to_have_text("gemma4-demo")
+    assert page.locator("#log").inner_text() == before and "<b>there</b>" in before
+    assert page.input_value("[name=system]") == "Speak of foxes." and page.input_value("[name=max_tokens]") == "10"
+
+
+@pytest.mark.parametrize("kept", ["{", "null", "[]", '{"messages": [null]}', '{"messages": [{"role": "user"}]}'])
+def test_what_cannot_be_a_conversation_is_left(page: Page, kept: str) -> None:
+    page.evaluate("kept => { save = () => {}; localStorage.setItem(SAVED, kept) }", kept)
+    page.reload()
+    expect(page.locator("#model")).to_have_text("gemma4-demo")
+    expect(page.locator("#empty")).to_be_visible()
+
+
+def test_reload_in_the_middle_of_a_reply(page: Page, server: Serving) -> None:
+    send(page, "Tell me a long story about a mill.")
+    expect(replies(page).locator(".text")).not_to_be_empty(timeout=30_000)
+    page.reload()
+    expect(replies(page).locator(".below")).to_contain_text("Stopped.")
+    expect(replies(page).locator(".text")).not_to_be_empty()
+    assert settled(server.engine, 5)
+
+
+def test_thinking_folds(page: Page) -> None:
+    answer(
+        page, {"reasoning_content": "The user asks\n"}, {"reasoning_content": "for **tea**."}, {"content": "Tea it is."}
+    )
+    send(page, "Tea or coffee?")
+    done(page)
+    thinking = replies(page).locator("details")
+    expect(thinking).not_to_have_attribute("open", "")
+    expect(replies(page).locator(".text")).to_have_text("Tea it is.")
+    thinking.locator("summary").click()
+    expect(thinking.locator("div")).to_have_text("The user asks\nfor **tea**.", use_inner_text=True)
+
+
+def test_the_model_thinks_when_asked_to(page: Page) -> None:
+    page.click("#settings")
+    page.check("[name=think]")
+    page.keyboard.press("Escape")
+    settle_sampling(page, max_tokens=150, temperature=0)
+    send(page, "Tell me a story about a king.")
+    done(page)
+    expect(replies(page).locator("details")).to_be_visible()
+    assert replies(page).locator("details div").text_content()
+    expect(replies(page).locator(".text")).not_to_be_empty()
+
+
+def test_edit_last(page: Page) -> None:
+    answer(page, {"content": "Yes."})
+    for text in ("One", "Two"):
+        send(page, text)
+        done(page)
+    page.press("#input", "ArrowUp")
+    assert page.input_value("#input") == "Two" and page.locator("article").count() == 2
+    page.keyboard.press("Escape")
+    expect(page.locator("article")).to_have_count(4)
+    page.get_by_role("button", name="Edit").click()
+    send(page, "Three")
+    done(page)
+    expect(page.locator("article.user .text")).to_have_text(["One", "Three"])
+
+
+def test_new_chat_can_be_undone(page: Page) -> None:
+    answer(page, {"content": "Yes."})
+    send(page, "One")
+    done(page)
+    page.keyboard.press("Control+Shift+O")
+    expect(page.locator("article")).to_have_count(0)
+    page.get_by_role("button", name="Bring").click()
+    expect(page.locator("article")).to_have_count(2)
+
+
+def test_a_new_chat_between_a_reply_and_the_frame_that_draws_it(page: Page) -> None:
+    page.evaluate("() => { window.held = []; window.requestAnimationFrame = draw => held.push(draw); }")
+    answer(page, {"content": "Yes."})
+    send(page, "One")
+    done(page)
+    page.keyboard.press("Control+Shift+O")
+    expect(page.locator("article")).to_have_count(0)
+    assert page.evaluate("held.map(draw => draw(0)).length") == 1
+    expect(page.locator("article")).to_have_count(0)
+
+
+def test_what_a_model_writes_never_becomes_markup(page: Page) -> None:
+    evil = "<img src=x onerror='document.title=1'> <script>document.title=1</script> [x](javascript:document.title=1)"
+    answer(page, {"content": f"{evil}\n\n```html\n{evil}\n```\n\n| {evil} |\n|---|\n| {evil} |"})
+    send(page, evil)
+    done(page)
+    assert page.locator("#log img, #log script, #log a").count() == 0
+    assert page.title() == "gemma4-demo" and evil in page.locator("article.user .text").inner_text()
+
+
+TEA = """## Tea for two
+1. Boil *half a litre* of water
+2. Wait **three minutes**
+   - not five
+
+| leaf | degrees |
+| --- | --- |
+| green | 75 |
+| black | 95 |
+
+```python
+for cup in cups:
+    pour(tea, into=cup)
+```
+"""
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 900), ("dark", 360)])
+def test_both_themes_and_widths(browser: Browser, server: Serving, scheme: Any, width: int) -> None:
+    for page in opened(browser, server.url, viewport={"width": width, "height": 640}, color_scheme=scheme):
+        answer(page, {"reasoning_content": "Two cups."}, {"content": TEA})
+        send(page, "How do I make tea?")
+        done(page)
+        if scheme == "dark":
+            shot(page, "page-dark-360")
+        wide = "|" + "leaf|" * 40 + "\n" + "|-" * 40 + "|\n\n```\n" + "water, " * 40 + "\n```\n" + "y" * 300
+        answer(page, {"content": wide})
+        send(page, "z" * 300)
+        done(page)
+        page.click("#settings")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.keyboard.press("Escape")
+
+
+def test_errors_are_said_and_can_be_retried(page: Page) -> None:
+    answer(page, status=429, headers={"retry-after": "7"}, json={"error": {"message": "Too many."}}, body=None)
+    send(page, "Hello")
+    expect(page.get_by_role("alert")).to_have_text("Too many. Try again in 7 s.")
+    page.unroute_all()
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=200, body=events({"content": "a"})[:60]))
+    page.keyboard.press("Alt+r")
+    expect(page.get_by_role("alert")).to_contain_text("broke off")
+    page.unroute_all()
+    settle_sampling(page, max_tokens=3)
+    page.keyboard.press("Alt+r")
+    done(page)
+    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(page.locator("article")).to_have_count(2)
+
+
+def test_the_key_is_asked_for(browser: Browser, lm: LanguageModel) -> None:
+    with serving(lm, Settings(model_name="gemma4-demo", api_key="sesame")) as locked:
+        window = browser.new_context()
+        page = window.new_page()
+        page.goto(locked.url)
+        expect(page.locator("#key")).to_be_focused()
+        page.fill("#key", "wrong")
+        page.press("#key", "Enter")
+        expect(page.locator("#unlock")).to_be_visible()
+        page.fill("#key", "sesame")
+        page.press("#key", "Enter")
+        expect(page.locator("#unlock")).to_be_hidden()
+        settle_sampling(page, max_tokens=3)
+        send(page, "Hello")
+        done(page)
+        assert replies(page).locator(".error").count() == 0
+        assert "sesame" not in page.evaluate("JSON.stringify(localStorage)")
+        window.close()
