@@ -59,14 +59,14 @@ def random_weight(name: str, n: int, k: int) -> Packed:
     """Random codes and scales; the values of fp16 scales and exponents are tame."""
     form = FORMATS[name]
     codes = random_words(n, k * form.bits // 32)
-    sub = top = None
-    if form.sub_bits:
-        low, high = (118, 130) if form.sub_kind == "e8m0" else (0, 256)
-        sub = mx.random.randint(low, high, (n, k // form.group * form.sub_bits // 8)).astype(mx.uint8)
-    if form.super_block:
-        top = mx.random.uniform(0.001, 0.02, (n, k // form.super_block, 1 + form.has_min)).astype(mx.float16)
-    mx.eval(codes, [a for a in (sub, top) if a is not None])
-    return Packed(form, (n, k), codes, sub, top)
+    group_scales = top = None
+    if form.group_scale_bits:
+        low, high = (118, 130) if form.group_scale_kind == "e8m0" else (0, 256)
+        group_scales = mx.random.randint(low, high, (n, k // form.group * form.group_scale_bits // 8)).astype(mx.uint8)
+    if form.scale_block:
+        top = mx.random.uniform(0.001, 0.02, (n, k // form.scale_block, 1 + form.has_min)).astype(mx.float16)
+    mx.eval(codes, [a for a in (group_scales, top) if a is not None])
+    return Packed(form, (n, k), codes, group_scales, top)
 
 
 def error(y: mx.array, x: mx.array, w: Packed) -> float:

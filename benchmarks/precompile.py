@@ -51,9 +51,9 @@ def zeros(type: str, shape: tuple[int, ...]) -> Any:
     if type not in formats.FORMATS:
         return mx.zeros(shape, {"F32": mx.float32, "BF16": mx.bfloat16}[type])
     f, (*rows, k) = formats.FORMATS[type], shape
-    sub = mx.zeros((*rows, k // f.group * f.sub_bits // 8), mx.uint8) if f.sub_bits else None
-    top = mx.zeros((*rows, k // f.super_block, 1 + f.has_min), mx.float16) if f.super_block else None
-    return formats.Packed(f, shape, mx.zeros((*rows, k * f.bits // 32), mx.uint32), sub, top)
+    group_scales = mx.zeros((*rows, k // f.group * f.group_scale_bits // 8), mx.uint8) if f.group_scale_bits else None
+    top = mx.zeros((*rows, k // f.scale_block, 1 + f.has_min), mx.float16) if f.scale_block else None
+    return formats.Packed(f, shape, mx.zeros((*rows, k * f.bits // 32), mx.uint32), group_scales, top)
 
 
 def lazy_model(kind: str, run: Kernels, packed: bool = True) -> Model:

@@ -1,33 +1,33 @@
 // A packed weight, or a stretch of its rows, as numbers: for products of many rows, which MLX's own matmul does.
 //
 // Rendered before: T (dtype of out), K (row length, a multiple of 32), a packed format as for matvec.metal (BITS, GROUP,
-// SUB_BITS, SUPER, OFFSET, HAS_MIN, HAS_LUT, LUT, SUB_*).
+// GROUP_SCALE_BITS, SCALE_BLOCK, OFFSET, HAS_MIN, HAS_LUT, LUT, GROUP_SCALE_*).
 //
 // kernel expand: threads, one for eight neighbouring weights (they share a scale: groups are 16 or 32), threadgroup of
 // 256, grid (256 ceil(rows K / 2048), 1, 1). Memory: every byte of the planes once, out once, 8 numbers a store.
 
 // Weight = a value + b for all of group g of a row.
 METAL_FUNC void scale_and_bias(
-    const device uchar* sub, const device half* super, int g, thread float& a, thread float& b) {
+    const device uchar* group_scales, const device half* block_scales, int g, thread float& a, thread float& b) {
   uint field = 0;
   b = 0;
-#if SUB_BITS
-  const int at = g * SUB_BITS;
-  field = uint(sub[at / 8]);
-  if (at % 8 + SUB_BITS > 8) field |= uint(sub[at / 8 + 1]) << 8;
-  field = (field >> (at % 8)) & ((1u << SUB_BITS) - 1);
+#if GROUP_SCALE_BITS
+  const int at = g * GROUP_SCALE_BITS;
+  field = uint(group_scales[at / 8]);
+  if (at % 8 + GROUP_SCALE_BITS > 8) field |= uint(group_scales[at / 8 + 1]) << 8;
+  field = (field >> (at % 8)) & ((1u << GROUP_SCALE_BITS) - 1);
 #endif
-#if SUB_E8M0
+#if GROUP_SCALE_E8M0
   a = as_type<float>(field < 2 ? 0x00200000u << field : (field - 1) << 23);
 #else
-  const device half* top = super + g * GROUP / SUPER * (1 + HAS_MIN);
+  const device half* top = block_scales + g * GROUP / SCALE_BLOCK * (1 + HAS_MIN);
   a = float(top[0]);
-#if SUB_SCALE_MIN
-  a *= float(field & ((1u << (SUB_BITS / 2)) - 1));
-  b = -(float(top[1]) * float(field >> (SUB_BITS / 2)));
-#elif SUB_SCALE_32
+#if GROUP_SCALE_SCALE_MIN
+  a *= float(field & ((1u << (GROUP_SCALE_BITS / 2)) - 1));
+  b = -(float(top[1]) * float(field >> (GROUP_SCALE_BITS / 2)));
+#elif GROUP_SCALE_SCALE_32
   a *= float(int(field) - 32);
-#elif SUB_INT8
+#elif GROUP_SCALE_INT8
   a *= float(int(field << 24) >> 24);
 #elif HAS_MIN
   b = float(top[1]);
@@ -35,7 +35,7 @@ METAL_FUNC void scale_and_bias(
 #endif
 }
 
-// kernel: expand(codes, sub?, super?) -> (out)
+// kernel: expand(codes, group_scales?, block_scales?) -> (out)
 // codes uint32 [rows, K BITS / 32] -> out [rows, K].
 const uint i = uint(threadgroup_position_in_grid.x) * 256 + uint(thread_index_in_threadgroup);
 const uint row = i / (K / 8), c = i % (K / 8);
@@ -49,17 +49,17 @@ if (row < uint(codes_shape[0])) {
   const uint low = words[0], high = shift + 8 * BITS > 32 ? words[1] : 0;
 
   float a, b;
-#if SUB_BITS
-  const device uchar* sub_row = sub + ulong(row) * (K / GROUP * SUB_BITS / 8);
+#if GROUP_SCALE_BITS
+  const device uchar* group_scales_row = group_scales + ulong(row) * (K / GROUP * GROUP_SCALE_BITS / 8);
 #else
-  const device uchar* sub_row = nullptr;
+  const device uchar* group_scales_row = nullptr;
 #endif
-#if SUPER
-  const device half* super_row = super + ulong(row) * (K / SUPER * (1 + HAS_MIN));
+#if SCALE_BLOCK
+  const device half* block_scales_row = block_scales + ulong(row) * (K / SCALE_BLOCK * (1 + HAS_MIN));
 #else
-  const device half* super_row = nullptr;
+  const device half* block_scales_row = nullptr;
 #endif
-  scale_and_bias(sub_row, super_row, int(c * 8 / GROUP), a, b);
+  scale_and_bias(group_scales_row, block_scales_row, int(c * 8 / GROUP), a, b);
 
   float v[8];
   UNROLL

@@ -64,7 +64,7 @@ METAL_FUNC float raised_code(const thread uint* w, int i) {
 }
 #endif
 
-// kernel: grouped(x, scale, order, tiles, codes, sub?, super?) -> (y)
+// kernel: grouped(x, scale, order, tiles, codes, group_scales?, block_scales?) -> (y)
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int thread_index = int(thread_index_in_threadgroup);
 const int lane_g = LANE_G, lane_t = LANE_T;
@@ -101,23 +101,23 @@ if (first < last) {
   UNROLL for (int j = 0; j < 4; j++) load_plain(row_codes + (step) * 32 + j * 8, plain + 4 * j);
 #else
   const device uint* row_codes = codes + row * ulong(K / 32 * BITS);
-#if SUB_BITS
-  const device uchar* row_sub = sub + row * ulong(K / GROUP * SUB_BITS / 8);
-#define BRING_SUB(step) chunk.sub = load_sub(row_sub, step);
+#if GROUP_SCALE_BITS
+  const device uchar* row_group_scales = group_scales + row * ulong(K / GROUP * GROUP_SCALE_BITS / 8);
+#define BRING_GROUP_SCALES(step) chunk.group_scales = load_group_scales(row_group_scales, step);
 #else
-#define BRING_SUB(step) chunk.sub = 0;
+#define BRING_GROUP_SCALES(step) chunk.group_scales = 0;
 #endif
-#if SUPER
-  const device half* row_super = super + row * ulong(K / SUPER * (1 + HAS_MIN));
-#define BRING_SUPER(step) chunk.super[0] = load_super(row_super, (step) * 32 / SUPER);
+#if SCALE_BLOCK
+  const device half* row_block_scales = block_scales + row * ulong(K / SCALE_BLOCK * (1 + HAS_MIN));
+#define BRING_BLOCK_SCALES(step) chunk.block_scales[0] = load_block_scales(row_block_scales, (step) * 32 / SCALE_BLOCK);
 #else
-#define BRING_SUPER(step) chunk.super[0] = 0;
+#define BRING_BLOCK_SCALES(step) chunk.block_scales[0] = 0;
 #endif
   Chunk chunk;
 #define BRING_WEIGHTS(step)                                                                \
   load_codes(row_codes + (step) * BITS, chunk.codes);                                      \
-  BRING_SUB(step)                                                                          \
-  BRING_SUPER(step)
+  BRING_GROUP_SCALES(step)                                                                          \
+  BRING_BLOCK_SCALES(step)
 #endif
   uint brought[BRING][4];
 #define BRING_STEP(step)                                                                   \
@@ -143,7 +143,7 @@ if (first < last) {
       u.w = plain[4 * j + 3];
 #else
       float a, b, v[8];
-      scales(chunk.sub, chunk.super[0], j * 8 / GROUP, a, b);
+      scales(chunk.group_scales, chunk.block_scales[0], j * 8 / GROUP, a, b);
       UNROLL
       for (int i = 0; i < 8; i++) {
 #if HAS_LUT

@@ -19,7 +19,7 @@
 // With STAGE, the threadgroup brings each step's x to threadgroup memory as fp32 (and under norm), one step
 // ahead: for fp32 x and for NORM, whose loads straight from memory by lanes a chunk apart were the limit.
 //
-// Memory. Every byte of codes, sub and super once, in whole lines. x (and norm) once for each
+// Memory. Every byte of codes, group_scales and block_scales once, in whole lines. x (and norm) once for each
 // simdgroup's ROWS * 32 / LANES rows, from the cache. y once.
 //
 // A code becomes a float without conversion: its bits are shifted to the top of a mantissa under the
@@ -83,7 +83,7 @@ METAL_FUNC int table_dot(uint word, const thread uint* table, const thread uint*
 }
 #endif
 
-// kernel: matvec(x, norm?, codes, sub?, super?, ids?, times?) -> (y)
+// kernel: matvec(x, norm?, codes, group_scales?, block_scales?, ids?, times?) -> (y)
 #if EXPERTS
 INPUTS_READY();  // which experts
 #endif
@@ -134,20 +134,20 @@ Chunk now[ROWS], next[ROWS];
 #define LOAD(into, c)                                                                      \
   UNROLL for (int r = 0; r < ROWS; r++) {                                                  \
     load_codes(codes + row[r] * uint(words) + uint((c) * WORDS), into[r].codes);           \
-    LOAD_SUB(into, c)                                                                      \
-    LOAD_SUPER(into, c)                                                                    \
+    LOAD_GROUP_SCALES(into, c)                                                                      \
+    LOAD_BLOCK_SCALES(into, c)                                                                    \
   }
-#if SUB_BITS
-#define LOAD_SUB(into, c) into[r].sub = load_sub(sub + row[r] * uint(K / GROUP * SUB_BITS / 8), c);
+#if GROUP_SCALE_BITS
+#define LOAD_GROUP_SCALES(into, c) into[r].group_scales = load_group_scales(group_scales + row[r] * uint(K / GROUP * GROUP_SCALE_BITS / 8), c);
 #else
-#define LOAD_SUB(into, c) into[r].sub = 0;
+#define LOAD_GROUP_SCALES(into, c) into[r].group_scales = 0;
 #endif
-#if SUPER
-#define LOAD_SUPER(into, c)                                                                \
-  UNROLL for (int i = 0; i < SUPERS; i++) into[r].super[i] =                               \
-      load_super(super + row[r] * uint(K / SUPER * (1 + HAS_MIN)), (c) * CHUNK / SUPER + i);
+#if SCALE_BLOCK
+#define LOAD_BLOCK_SCALES(into, c)                                                                \
+  UNROLL for (int i = 0; i < BLOCK_SCALES; i++) into[r].block_scales[i] =                               \
+      load_block_scales(block_scales + row[r] * uint(K / SCALE_BLOCK * (1 + HAS_MIN)), (c) * CHUNK / SCALE_BLOCK + i);
 #else
-#define LOAD_SUPER(into, c) into[r].super[0] = 0;
+#define LOAD_BLOCK_SCALES(into, c) into[r].block_scales[0] = 0;
 #endif
 
 #if STAGE
@@ -222,7 +222,7 @@ for (int step = 0; step < steps; step++) {
       UNROLL
       for (int r = 0; r < ROWS; r++) {
         float a, b;
-        scales(now[r].sub, now[r].super[g * SUPERS / SPANS], g, a, b);
+        scales(now[r].group_scales, now[r].block_scales[g * BLOCK_SCALES / SPANS], g, a, b);
         int dot = 0;
         UNROLL
         for (int i = 0; i < 4; i++) dot = table_dot(now[r].codes[g * 4 + i], table, pairs + 4 * i, dot);
@@ -288,7 +288,7 @@ for (int step = 0; step < steps; step++) {
       UNROLL
       for (int r = 0; r < ROWS; r++) {
         float a, b;
-        scales(now[r].sub, now[r].super[g * SUPERS / SPANS], g, a, b);
+        scales(now[r].group_scales, now[r].block_scales[g * BLOCK_SCALES / SPANS], g, a, b);
         UNROLL
         for (int t = 0; t < TOKENS; t++) {
 #if HAS_LUT

@@ -1,9 +1,9 @@
 // Blocks of a quantized tensor, as a GGUF has them, to the planes that the other kernels read.
 //
 // Rendered before: SIZE (weights of a block), N_BYTES (bytes of a block), BITS (of a code), CODE(block, c) (code c of a
-// block, put together by `take`), SUPERS (0, 1 or 2 fp16 numbers of a block, at its bytes SUPER_0 and SUPER_1), SUB_BYTES
-// (of a block's group scales, 0 if it has none), SUB_AT (the byte where the file has them) and which of SUB_PLAIN,
-// SUB_Q4_K, SUB_Q3_K, SUB_IQ4_XS says how.
+// block, put together by `take`), BLOCK_SCALES (0, 1 or 2 fp16 numbers of a block, at its bytes BLOCK_SCALE_0 and BLOCK_SCALE_1), GROUP_SCALE_BYTES
+// (of a block's group scales, 0 if it has none), GROUP_SCALE_AT (the byte where the file has them) and which of GROUP_SCALE_PLAIN,
+// GROUP_SCALE_Q4_K, GROUP_SCALE_Q3_K, GROUP_SCALE_IQ4_XS says how.
 //
 // kernel pack: threads, one for each word of codes; the first of a block's also make a byte of its group scales and an
 // fp16 number each. Threadgroup of 256, grid (256 ceil(blocks WORDS / 256), 1, 1). Memory: every block once (a word's
@@ -21,22 +21,22 @@ METAL_FUNC uint take(const device uchar* block, uint c, uint at, uint bits, uint
 
 // Number n of a block's stream of group scales, for formats whose stream has six bits a number.
 METAL_FUNC uint six_bits(const device uchar* from, uint n) {
-#if SUB_Q4_K
+#if GROUP_SCALE_Q4_K
   // 8 pairs of scale and min. The file: d (scales) and m (mins), then x, 4 bytes each. Groups 0-3 are the lower 6 bits
   // of d and m; groups 4-7 have their lower 4 bits in x (scale low, min high), their upper 2 in the top of d and m.
   const uint group = n / 2, min = n % 2;
   const uint top = uint(from[group % 4 + 4 * min]);
   return group < 4 ? top & 63 : ((uint(from[group + 4]) >> (4 * min)) & 15) | (top >> 6) << 4;
-#elif SUB_Q3_K
+#elif GROUP_SCALE_Q3_K
   // 16 scales: lower halves in 8 bytes (n, n + 8), then the upper 2 bits in 4 bytes (n, n + 4, n + 8, n + 12).
   return ((uint(from[n % 8]) >> (n / 8 * 4)) & 15) | ((uint(from[8 + n % 4]) >> (n / 4 * 2)) & 3) << 4;
-#else  // SUB_IQ4_XS: 8 scales: the upper 2 bits in 2 bytes, then the lower 4 in 4, in order.
+#else  // GROUP_SCALE_IQ4_XS: 8 scales: the upper 2 bits in 2 bytes, then the lower 4 in 4, in order.
   return ((uint(from[2 + n / 2]) >> (n % 2 * 4)) & 15) | ((uint(from[n / 4]) >> (n % 4 * 2)) & 3) << 4;
 #endif
 }
 
-// kernel: pack(raw) -> (codes, sub?, super?)
-// raw uint8 [blocks N_BYTES] -> codes uint32 [blocks WORDS], sub uint8 [blocks SUB_BYTES], super half [blocks SUPERS].
+// kernel: pack(raw) -> (codes, group_scales?, block_scales?)
+// raw uint8 [blocks N_BYTES] -> codes uint32 [blocks WORDS], group_scales uint8 [blocks GROUP_SCALE_BYTES], block_scales half [blocks BLOCK_SCALES].
 const uint i = uint(threadgroup_position_in_grid.x) * 256 + uint(thread_index_in_threadgroup);
 const uint b = i / WORDS, j = i % WORDS;
 if (b < uint(raw_shape[0]) / N_BYTES) {
@@ -55,23 +55,23 @@ if (b < uint(raw_shape[0]) / N_BYTES) {
   }
   codes[i] = word;
 
-#if SUB_BYTES
-  if (j < SUB_BYTES) {
-    const device uchar* from = block + SUB_AT;
-#if SUB_PLAIN
-    sub[b * SUB_BYTES + j] = from[j];
+#if GROUP_SCALE_BYTES
+  if (j < GROUP_SCALE_BYTES) {
+    const device uchar* from = block + GROUP_SCALE_AT;
+#if GROUP_SCALE_PLAIN
+    group_scales[b * GROUP_SCALE_BYTES + j] = from[j];
 #else
     // Eight bits, of two numbers.
     const uint n = j * 8 / 6, shift = j * 8 % 6;
-    sub[b * SUB_BYTES + j] = uchar((six_bits(from, n) >> shift | six_bits(from, n + 1) << (6 - shift)) & 255);
+    group_scales[b * GROUP_SCALE_BYTES + j] = uchar((six_bits(from, n) >> shift | six_bits(from, n + 1) << (6 - shift)) & 255);
 #endif
   }
 #endif
 
-#if SUPERS
-  if (j < SUPERS) {
-    const device uchar* from = block + (j == 0 ? SUPER_0 : SUPER_1);
-    super[b * SUPERS + j] = as_type<half>(ushort(uint(from[0]) | uint(from[1]) << 8));
+#if BLOCK_SCALES
+  if (j < BLOCK_SCALES) {
+    const device uchar* from = block + (j == 0 ? BLOCK_SCALE_0 : BLOCK_SCALE_1);
+    block_scales[b * BLOCK_SCALES + j] = as_type<half>(ushort(uint(from[0]) | uint(from[1]) << 8));
   }
 #endif
 }

@@ -1,19 +1,19 @@
 // A stretch of a packed row as it stands in memory, and what scales it: for kernels that read weights a stretch at a time.
 //
 // Rendered before: CHUNK (weights of a stretch: 32 or a multiple, or part of a group), VEC (words of a load), a packed format:
-// BITS, GROUP, SUB_BITS, SUPER, OFFSET, HAS_MIN, HAS_LUT, SUB_*; without BITS, nothing is left of this.
+// BITS, GROUP, GROUP_SCALE_BITS, SCALE_BLOCK, OFFSET, HAS_MIN, HAS_LUT, GROUP_SCALE_*; without BITS, nothing is left of this.
 
 #ifdef BITS
 #define WORDS (CHUNK * BITS / 32)                      // of codes, a lane, a row and a step
 #define SPAN (CHUNK < GROUP ? CHUNK : GROUP)           // weights that share a scale
 #define SPANS (CHUNK / SPAN)                           // of them in a chunk
-#define SUPERS (SUPER == 32 && CHUNK > 32 ? CHUNK / 32 : 1)  // fp16 scales (or pairs) in a chunk
+#define BLOCK_SCALES (SCALE_BLOCK == 32 && CHUNK > 32 ? CHUNK / 32 : 1)  // fp16 scales (or pairs) in a chunk
 
 // What a lane reads of one row in one step, as it stands in memory.
 struct Chunk {
   uint codes[WORDS];
-  uint sub;
-  uint super[SUPERS];
+  uint group_scales;
+  uint block_scales[BLOCK_SCALES];
 };
 
 // Codes of one chunk, in loads of VEC words.
@@ -36,10 +36,10 @@ METAL_FUNC void load_codes(const device uint* p, thread uint* w) {
   }
 }
 
-#if SUB_BITS
+#if GROUP_SCALE_BITS
 // The per-group fields of chunk c of a row, first group in the lowest bits.
-METAL_FUNC uint load_sub(const device uchar* p, int c) {
-#define FIELD (SPANS * SUB_BITS)
+METAL_FUNC uint load_group_scales(const device uchar* p, int c) {
+#define FIELD (SPANS * GROUP_SCALE_BITS)
 #if CHUNK < GROUP
   c /= GROUP / CHUNK;
 #endif
@@ -59,9 +59,9 @@ METAL_FUNC uint load_sub(const device uchar* p, int c) {
 }
 #endif
 
-#if SUPER
-// fp16 scale, or scale and min, of super block i of a row.
-METAL_FUNC uint load_super(const device half* p, int i) {
+#if SCALE_BLOCK
+// fp16 scale, or scale and min, of block_scales block i of a row.
+METAL_FUNC uint load_block_scales(const device half* p, int i) {
 #if HAS_MIN
   return ((const device uint*)p)[i];
 #else
@@ -71,22 +71,22 @@ METAL_FUNC uint load_super(const device half* p, int i) {
 #endif
 
 // Weight = a code + b for group g of a chunk (a look-up type: a value(code)), but for the offset.
-METAL_FUNC void scales(uint sub, uint super, int g, thread float& a, thread float& b) {
+METAL_FUNC void scales(uint group_scales, uint block_scales, int g, thread float& a, thread float& b) {
   b = 0;
-#if SUB_E8M0  // a power of two, halved as the table is doubled
-  const uint e = (sub >> (8 * g)) & 0xFFu;
+#if GROUP_SCALE_E8M0  // a power of two, halved as the table is doubled
+  const uint e = (group_scales >> (8 * g)) & 0xFFu;
   a = as_type<float>(e < 2 ? 0x00200000u << e : (e - 1) << 23);
-#elif SUB_SCALE_MIN
-  const uint field = sub >> (SUB_BITS * g), mask = (1u << (SUB_BITS / 2)) - 1;
-  a = low_half(super) * float(field & mask);
-  b = -high_half(super) * float((field >> (SUB_BITS / 2)) & mask);
-#elif SUB_INT8
-  a = low_half(super) * float(int(sub << (24 - 8 * g)) >> 24);
-#elif SUB_SCALE_32
-  a = low_half(super) * float(int((sub >> (6 * g)) & 63u) - 32);
+#elif GROUP_SCALE_SCALE_MIN
+  const uint field = group_scales >> (GROUP_SCALE_BITS * g), mask = (1u << (GROUP_SCALE_BITS / 2)) - 1;
+  a = low_half(block_scales) * float(field & mask);
+  b = -high_half(block_scales) * float((field >> (GROUP_SCALE_BITS / 2)) & mask);
+#elif GROUP_SCALE_INT8
+  a = low_half(block_scales) * float(int(group_scales << (24 - 8 * g)) >> 24);
+#elif GROUP_SCALE_SCALE_32
+  a = low_half(block_scales) * float(int((group_scales >> (6 * g)) & 63u) - 32);
 #else
-  a = low_half(super);
-  if (HAS_MIN) b = high_half(super);
+  a = low_half(block_scales);
+  if (HAS_MIN) b = high_half(block_scales);
 #endif
 }
 #endif

@@ -131,19 +131,29 @@ def weight(type: str, shape: tuple[int, ...]) -> mx.array | Packed:
         return dense.astype(FLOATS[type])
     fmt, (*rows, k) = FORMATS[type], shape
     codes = _random(4 * prod(shape) * fmt.bits // 32).view(mx.uint32).reshape(*rows, -1)
-    sub = _random(prod(shape) // fmt.group * fmt.sub_bits // 8).reshape(*rows, -1) if fmt.sub_bits else None
-    if sub is not None and fmt.sub_kind == "e8m0":
-        sub = 116 + sub % 8
-    if not fmt.super_block:
-        return Packed(fmt, shape, codes, sub, None)
-    scales = mx.random.uniform(1, 2, (*rows, k // fmt.super_block, 1 + fmt.has_min))
+    group_scales = (
+        _random(prod(shape) // fmt.group * fmt.group_scale_bits // 8).reshape(*rows, -1)
+        if fmt.group_scale_bits
+        else None
+    )
+    if group_scales is not None and fmt.group_scale_kind == "e8m0":
+        group_scales = 116 + group_scales % 8
+    if not fmt.scale_block:
+        return Packed(fmt, shape, codes, group_scales, None)
+    scales = mx.random.uniform(1, 2, (*rows, k // fmt.scale_block, 1 + fmt.has_min))
 
     def first(a: mx.array, dims: int = 1) -> mx.array:
         return a.reshape(-1, *a.shape[-dims:])[:1]
 
-    row = Packed(fmt, (1, k), first(codes), None if sub is None else first(sub), first(scales, 2).astype(mx.float16))
+    row = Packed(
+        fmt,
+        (1, k),
+        first(codes),
+        None if group_scales is None else first(group_scales),
+        first(scales, 2).astype(mx.float16),
+    )
     size = mx.sqrt((formats.dequantize(row) ** 2).sum())
-    return Packed(fmt, shape, codes, sub, (scales / size).astype(mx.float16))
+    return Packed(fmt, shape, codes, group_scales, (scales / size).astype(mx.float16))
 
 
 def _random(n_bytes: int) -> mx.array:
@@ -250,7 +260,7 @@ def _pack(type: str) -> Check:
 
         def reference() -> list[mx.array]:
             w = formats.pack_on_cpu(np.array(raw), type, (blocks, layout.size))
-            return [a.reshape(-1) for a in (w.codes, w.sub, w.super) if a is not None]
+            return [a.reshape(-1) for a in (w.codes, w.group_scales, w.block_scales) if a is not None]
 
         return Case(
             lambda launcher: tuple(pack.launch(raw, type, launcher).values()),

@@ -18,8 +18,8 @@ from .packed import format_defines
 def _table(table: mx.array | Packed) -> tuple[dict[str, object], list[Any], list[str]]:
     """A table for embed.metal: constants, arrays, absent inputs."""
     if isinstance(table, mx.array):
-        return {"PACKED": 0, "K": table.shape[-1]}, [table], ["sub", "super"]
-    planes = {"codes": table.codes, "sub": table.sub, "super": table.super}
+        return {"PACKED": 0, "K": table.shape[-1]}, [table], ["group_scales", "block_scales"]
+    planes = {"codes": table.codes, "group_scales": table.group_scales, "block_scales": table.block_scales}
     defines = {"PACKED": 1, **format_defines(table.format, 32, table.shape[-1]), "K": table.shape[-1]}
     arrays = [a for a in planes.values() if a is not None]
     return defines, arrays, [name for name, a in planes.items() if a is None]

@@ -41,8 +41,8 @@ GROUPED_ROWS_FROM = 4
 
 def expand(w: Packed, launcher: Launcher, dtype: mx.Dtype = mx.float16) -> Any:
     """The numbers of a packed weight, of its shape, in any float type; computed in fp32."""
-    # The planes' leading axes are rows, one after the other. `super` has blocks and numbers in a row.
-    planes = {"codes": (w.codes, 1), "sub": (w.sub, 1), "super": (w.super, 2)}
+    # The planes' leading axes are rows, one after the other. `block_scales` has blocks and numbers in a row.
+    planes = {"codes": (w.codes, 1), "group_scales": (w.group_scales, 1), "block_scales": (w.block_scales, 2)}
     flat = {name: a.reshape(-1, *a.shape[-kept:]) for name, (a, kept) in planes.items() if a is not None}
     inputs, run = _expander(w.format.name, w.shape[-1], dtype, launcher)
     return run(
@@ -60,7 +60,11 @@ def _expander(
 ) -> tuple[tuple[str, ...], Callable[..., Sequence[Any]]]:
     """The inputs of the kernel for a format and a row length, and what launches it."""
     form = FORMATS[name]
-    absent = [plane for plane, there in (("sub", form.sub_bits), ("super", form.super_block)) if not there]
+    absent = [
+        plane
+        for plane, there in (("group_scales", form.group_scale_bits), ("block_scales", form.scale_block))
+        if not there
+    ]
     kernel = render("expand", "expand.metal", dtype, {**format_defines(form, 32, k), "K": k}, absent)
     return kernel.inputs, build(launcher, kernel)
 
@@ -143,7 +147,11 @@ def expert_linear(x: mx.array, w: Packed | mx.array, routing: Routing, launcher:
     name = w.format.name if isinstance(w, Packed) else ""
     dtypes = (mx.float16 if isinstance(w, Packed) else w.dtype, x.dtype)
     inputs, run = _grouped(name, k, dtypes, shared, glu, launcher)
-    planes = {"codes": w.codes, "sub": w.sub, "super": w.super} if isinstance(w, Packed) else {"codes": w}
+    planes = (
+        {"codes": w.codes, "group_scales": w.group_scales, "block_scales": w.block_scales}
+        if isinstance(w, Packed)
+        else {"codes": w}
+    )
     arrays = {"x": h, "scale": scale, "order": routing.order, "tiles": routing.tiles, **planes}
     outs = n // 2 if glu else n
     return run(
@@ -161,11 +169,15 @@ def _grouped(
 ) -> tuple[tuple[str, ...], Callable[..., Sequence[Any]]]:
     """The inputs of the kernel for a format ("": none, but a dtype), and what launches it."""
     defines: dict[str, object] = {"TOKENS": TOKENS, "USED": shared, "GLU": glu, **result_defines(dtypes[1])}
-    absent = ["sub", "super"]
+    absent = ["group_scales", "block_scales"]
     if name:
         form = FORMATS[name]
         defines |= {"PLAIN": False, "CHUNK": 32, **format_defines(form, 32, k)}
-        absent = [plane for plane, there in (("sub", form.sub_bits), ("super", form.super_block)) if not there]
+        absent = [
+            plane
+            for plane, there in (("group_scales", form.group_scale_bits), ("block_scales", form.scale_block))
+            if not there
+        ]
     else:
         defines |= {"PLAIN": True, "W_TYPE": METAL_TYPES[dtypes[0]]}
     kernel = render("grouped", "grouped.metal", mx.float16, defines, absent)
@@ -201,7 +213,7 @@ def supports(w: Weight) -> bool:
         return w.dtype != mx.float32  # which is multiplied as it is
     if not isinstance(w, Packed):
         return False
-    arrays = [a for a in (w.codes, w.sub, w.super) if a is not None]
+    arrays = [a for a in (w.codes, w.group_scales, w.block_scales) if a is not None]
     return w.shape[-1] % 32 == 0 and all(a.size >= DEVICE_ELEMENTS for a in arrays)
 
 

@@ -121,14 +121,14 @@ def matvec_kernel(
         **result_defines(out or dtype),
         **flags,
     }
-    present: dict[str, object] = {"sub": fmt.sub_bits, "super": fmt.super_block, "norm": norm}
+    present: dict[str, object] = {"group_scales": fmt.group_scale_bits, "block_scales": fmt.scale_block, "norm": norm}
     present |= {"ids": experts, "times": times}
     return render("matvec", "matvec.metal", dtype, defines, [n for n, there in present.items() if not there])
 
 
 def supports(w: Packed, tokens: int) -> bool:
     """Whether `matvec` can do it: rows of whole 32s, few tokens, arrays that MLX hands over as device memory."""
-    arrays = [a for a in (w.codes, w.sub, w.super) if a is not None]
+    arrays = [a for a in (w.codes, w.group_scales, w.block_scales) if a is not None]
     return tokens <= MAX_TOKENS and w.shape[-1] % 32 == 0 and all(a.size >= DEVICE_ELEMENTS for a in arrays)
 
 
@@ -178,7 +178,15 @@ def matvec(
         times is not None,
         ids is not None and x.shape[0] > 1,
     )
-    arrays = {"x": x, "norm": norm, "codes": w.codes, "sub": w.sub, "super": w.super, "ids": ids, "times": times}
+    arrays = {
+        "x": x,
+        "norm": norm,
+        "codes": w.codes,
+        "group_scales": w.group_scales,
+        "block_scales": w.block_scales,
+        "ids": ids,
+        "times": times,
+    }
     return run(inputs=[arrays[name] for name in kernel.inputs], **launch)[0]
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from ..gpu.render import Kernel, Launcher, build, render
 from ..quant import formats
 from ..quant.formats import FORMATS, Packed, Shape
-from ..quant.repack import Bytes, SubWriter, in_threads, iq4_xs, plain, q3_k, q4_k
+from ..quant.repack import Bytes, GroupScalesWriter, in_threads, iq4_xs, plain, q3_k, q4_k
 from .dispatch import Kernels
 
 log = logging.getLogger("mlx_gemma4")
@@ -32,7 +32,12 @@ PIECE = 1 << 25  # bytes of blocks that go over at once
 COPY = 1 << 21  # bytes that a thread of the host copies at once
 TRIAL = 333  # blocks
 
-SUBS: dict[SubWriter, str] = {plain: "SUB_PLAIN", q4_k: "SUB_Q4_K", q3_k: "SUB_Q3_K", iq4_xs: "SUB_IQ4_XS"}
+WRITERS: dict[GroupScalesWriter, str] = {
+    plain: "GROUP_SCALE_PLAIN",
+    q4_k: "GROUP_SCALE_Q4_K",
+    q3_k: "GROUP_SCALE_Q3_K",
+    iq4_xs: "GROUP_SCALE_IQ4_XS",
+}
 Planes = dict[str, mx.array]  # by the names that `Packed` has for them
 
 _local = threading.local()
@@ -88,14 +93,18 @@ def pack_kernel(type: str) -> Kernel:
         "N_BYTES": layout.n_bytes,
         "BITS": bits,
         "CODE(block, c)": f"({code} ^ 128)" if bits == 8 else code,  # signed in the file
-        "SUPERS": len(layout.super),
-        "SUB_BYTES": layout.sub_bytes,
+        "BLOCK_SCALES": len(layout.block_scales),
+        "GROUP_SCALE_BYTES": layout.group_scale_bytes,
     }
-    defines |= {f"SUPER_{i}": (*layout.super, 0)[i] for i in range(2) if layout.super}
-    if layout.sub:
-        defines |= {SUBS[layout.sub[0]]: 1, "SUB_AT": layout.sub[1]}
-    assert max(layout.sub_bytes, len(layout.super)) <= layout.size * bits // 32, "a thread for each"
-    absent = [name for name, there in (("sub", layout.sub), ("super", layout.super)) if not there]
+    defines |= {f"BLOCK_SCALE_{i}": (*layout.block_scales, 0)[i] for i in range(2) if layout.block_scales}
+    if layout.group_scales:
+        defines |= {WRITERS[layout.group_scales[0]]: 1, "GROUP_SCALE_AT": layout.group_scales[1]}
+    assert max(layout.group_scale_bytes, len(layout.block_scales)) <= layout.size * bits // 32, "a thread for each"
+    absent = [
+        name
+        for name, there in (("group_scales", layout.group_scales), ("block_scales", layout.block_scales))
+        if not there
+    ]
     return render("pack", "pack.metal", mx.float32, defines, absent)
 
 
@@ -118,14 +127,18 @@ def launch(raw: mx.array, type: str, launcher: Launcher) -> Planes:
     return dict(zip(names, made, strict=True))
 
 
-_DTYPES = {"codes": mx.uint32, "sub": mx.uint8, "super": mx.float16}
+_DTYPES = {"codes": mx.uint32, "group_scales": mx.uint8, "block_scales": mx.float16}
 
 
 @cache
 def _per_block(type: str) -> dict[str, int]:
     """How many elements of each plane a block makes."""
     layout = FORMATS[type].layout
-    return {"codes": layout.size * layout.bits // 32, "sub": layout.sub_bytes, "super": len(layout.super)}
+    return {
+        "codes": layout.size * layout.bits // 32,
+        "group_scales": layout.group_scale_bytes,
+        "block_scales": len(layout.block_scales),
+    }
 
 
 @cache
@@ -182,13 +195,13 @@ def _by_kernel(
     else:
         whole = made
     rows, per_row = shape[:-1], shape[-1] // layout.size
-    shapes = {"super": (*rows, per_row, len(layout.super))}
+    shapes = {"block_scales": (*rows, per_row, len(layout.block_scales))}
     planes = {name: a.reshape(shapes.get(name, (*rows, -1))) for name, a in whole.items()}
     mx.eval(planes)
     del made, whole
     # On NVIDIA, MLX's cache has the blocks' memory, which is the host's too; a later result must not lie in it.
     mx.clear_cache()
-    return Packed(form, shape, planes["codes"], planes.get("sub"), planes.get("super"))
+    return Packed(form, shape, planes["codes"], planes.get("group_scales"), planes.get("block_scales"))
 
 
 def _empty(total: int, type: str) -> Planes:

@@ -15,14 +15,14 @@ def format_defines(fmt: Format, chunk: int, k: int) -> dict[str, object]:
     return {
         "BITS": fmt.bits,
         "GROUP": fmt.group,
-        "SUB_BITS": fmt.sub_bits,
-        "SUPER": fmt.super_block,
+        "GROUP_SCALE_BITS": fmt.group_scale_bits,
+        "SCALE_BLOCK": fmt.scale_block,
         "OFFSET": fmt.offset,
         "HAS_MIN": fmt.has_min,
         "HAS_LUT": fmt.lut is not None,
         "LUT": f"{{{lut}}}",
         **(_table_words(fmt.lut) if fmt.lut is not None else {}),
-        f"SUB_{fmt.sub_kind.upper().replace('-', '_') or 'NONE'}": 1,
+        f"GROUP_SCALE_{fmt.group_scale_kind.upper().replace('-', '_') or 'NONE'}": 1,
         "VEC": next(v for v in (4, 2, 1) if words % v == 0 and row % v == 0),
     }
 

@@ -265,8 +265,8 @@ def _packed_matmul(x: mx.array, w: Packed, chosen: mx.array | None) -> mx.array:
     """x @ wᵀ for a packed weight, in fp32 (fp16 scales would cost accuracy): [N, K], or gathered experts."""
     out_dtype, x = x.dtype, x.astype(mx.float32)
     if w.format.name == "MXFP4":
-        assert w.sub is not None
-        out = _quantized_matmul(x, w.codes, w.sub, None, chosen, w.format.bits, mode="mxfp4")
+        assert w.group_scales is not None
+        out = _quantized_matmul(x, w.codes, w.group_scales, None, chosen, w.format.bits, mode="mxfp4")
     elif w.format.lut is not None:
         dense = dequantize(w)
         out = x @ dense.T if chosen is None else mx.gather_mm(x, dense.swapaxes(-1, -2), rhs_indices=chosen)

@@ -23,10 +23,10 @@ import numpy as np
 from ..errors import InputError
 from ..files.gguf import TENSOR_TYPES, TensorInfo
 from ..memory import on_cpu
-from .repack import BlockLayout, Plane, SubWriter, iq4_xs, plain, q3_k, q4_k, rearrange
+from .repack import BlockLayout, GroupScalesWriter, Plane, iq4_xs, plain, q3_k, q4_k, rearrange
 
 Shape = tuple[int, ...]
-Sub = Literal["", "scale-min", "scale-32", "int8", "e8m0"]
+GroupScaleKind = Literal["", "scale-min", "scale-32", "int8", "e8m0"]
 BLOCKS = {t.name: t for t in TENSOR_TYPES.values()}
 
 
@@ -34,34 +34,40 @@ BLOCKS = {t.name: t for t in TENSOR_TYPES.values()}
 class Format:
     """What the planar arrays of one quantization mean, and where a block of the file keeps them.
 
-    With q the unsigned code and d, m of `super`:
-        sub_kind ""           w = d * (q - offset), or d * q + m with has_min
-        sub_kind "scale-min"  w = (d * scale) * q - (m * min); of the sub bits the lower half is scale, the upper min
-        sub_kind "scale-32"   w = (d * (scale - 32)) * (q - offset)
-        sub_kind "int8"       w = (d * scale) * (q - offset)
-        sub_kind "e8m0"       w = 2**(scale - 128) * lut[q]
+    With q the unsigned code and d, m of `block_scales`:
+        group_scale_kind ""           w = d * (q - offset), or d * q + m with has_min
+        group_scale_kind "scale-min"  w = (d * scale) * q - (m * min); of the group_scales bits the lower half is scale,
+        the upper min group_scale_kind "scale-32"   w = (d * (scale - 32)) * (q - offset) group_scale_kind "int8"
+        w = (d * scale) * (q - offset) group_scale_kind "e8m0"       w = 2**(scale - 128) * lut[q]
     and lut[q] in place of q - offset for formats that have a lut.
     """
 
     name: str
     bits: int  # of a code
     group: int  # weights that share a scale
-    sub_bits: int  # bits per group in `sub`
+    group_scale_bits: int  # bits per group in `group_scales`
     offset: int  # taken off the code
     has_min: bool
-    super_block: int  # weights per fp16 d (and m), 0 if there is none
+    scale_block: int  # weights per fp16 d (and m), 0 if there is none
     lut: tuple[int, ...] | None
-    sub_kind: Sub
+    group_scale_kind: GroupScaleKind
     codes_at: tuple[Plane, ...]  # from the lowest bits of a code up
-    super_at: tuple[int, ...]  # the bytes of a block where d (and m) are
-    sub_at: tuple[SubWriter, int] | None  # what reads the group scales, and from which byte on
+    block_scales_at: tuple[int, ...]  # the bytes of a block where d (and m) are
+    group_scales_at: tuple[GroupScalesWriter, int] | None  # what reads the group scales, and from which byte on
 
     @property
     def layout(self) -> BlockLayout:
         """For `quant_pack`."""
         block = BLOCKS[self.name]
-        sub_bytes = block.block_size // self.group * self.sub_bits // 8
-        return BlockLayout(block.block_size, block.block_bytes, self.codes_at, self.super_at, self.sub_at, sub_bytes)
+        group_scale_bytes = block.block_size // self.group * self.group_scale_bits // 8
+        return BlockLayout(
+            block.block_size,
+            block.block_bytes,
+            self.codes_at,
+            self.block_scales_at,
+            self.group_scales_at,
+            group_scale_bytes,
+        )
 
 
 # The 16 values of ggml's non-linear 4-bit types, and of FP4 (E2M1), doubled to be whole numbers.
@@ -72,8 +78,9 @@ FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 P = Plane
 # fmt: off
 FORMATS: dict[str, Format] = {f.name: f for f in (
-    # bits, group, sub_bits, offset, has_min, super_block,
-    #                                         lut,  sub_kind     codes_at                       super_at  sub_at
+    # bits, group, group_scale_bits, offset, has_min, scale_block,
+    #                                         lut,  group_scale_kind     codes_at                       block_scales_at
+    # group_scales_at
     Format("Q4_0",   4, 32, 0, 8,   False, 32,  None, "",          (P(2, 4, 16),),               (0,),     None),
     Format("Q4_1",   4, 32, 0, 0,   True,  32,  None, "",          (P(4, 4, 16),),               (0, 2),   None),
     Format("Q5_0",   5, 32, 0, 16,  False, 32,  None, "",          (P(6, 4, 16), P(2, 1, 1)),    (0,),     None),
@@ -108,25 +115,27 @@ class Packed:
     """A quantized weight [N, K] or [E, N, K], with the file's bits per weight.
 
     codes: uint32 [.., N, K * bits / 32], a little-endian stream of unsigned codes, as mx.quantized_matmul reads them.
-    sub: uint8 [.., N, K / group * sub_bits / 8], a little-endian stream of group scales, or None.
-    super: float16 [.., N, K / super_block, 1 or 2], d and m, or None.
+    group_scales: uint8 [.., N, K / group * group_scale_bits / 8], a little-endian stream of group scales, or None.
+    block_scales: float16 [.., N, K / scale_block, 1 or 2], d and m, or None.
     """
 
     format: Format
     shape: Shape
     codes: mx.array
-    sub: mx.array | None
-    super: mx.array | None
+    group_scales: mx.array | None
+    block_scales: mx.array | None
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in (self.codes, self.sub, self.super) if a is not None)
+        return sum(a.nbytes for a in (self.codes, self.group_scales, self.block_scales) if a is not None)
 
     def __getitem__(self, index: mx.array | slice) -> Packed:
         """Some of its rows (of [E, N, K]: experts), in the order of the index; the others are not touched."""
-        codes, sub, super_ = (None if a is None else a[index] for a in (self.codes, self.sub, self.super))
+        codes, group_scales, block_scales = (
+            None if a is None else a[index] for a in (self.codes, self.group_scales, self.block_scales)
+        )
         assert codes is not None
-        return Packed(self.format, (*codes.shape[:-1], self.shape[-1]), codes, sub, super_)
+        return Packed(self.format, (*codes.shape[:-1], self.shape[-1]), codes, group_scales, block_scales)
 
 
 def pack_on_cpu(
@@ -149,14 +158,20 @@ def pack_on_cpu(
         raise ValueError(f"{flat.size} bytes of {type} are no tensor of shape {shape}")
     rows, per_row = shape[:-1], shape[-1] // layout.size
     codes = _Target((*rows, shape[-1] * form.bits // 32), mx.uint32)
-    sub = _Target((*rows, per_row * layout.sub_bytes), mx.uint8) if layout.sub else None
-    super_ = _Target((*rows, per_row, len(layout.super)), mx.float16) if layout.super else None
+    group_scales = _Target((*rows, per_row * layout.group_scale_bytes), mx.uint8) if layout.group_scales else None
+    block_scales = _Target((*rows, per_row, len(layout.block_scales)), mx.float16) if layout.block_scales else None
 
     def blocks(target: _Target | None) -> np.ndarray | None:
         return None if target is None else target.bytes.reshape(n_blocks, -1)
 
-    rearrange(layout, flat, codes.bytes.reshape(n_blocks, -1), blocks(sub), blocks(super_), on_read)
-    return Packed(form, shape, codes.array(), sub.array() if sub else None, super_.array() if super_ else None)
+    rearrange(layout, flat, codes.bytes.reshape(n_blocks, -1), blocks(group_scales), blocks(block_scales), on_read)
+    return Packed(
+        form,
+        shape,
+        codes.array(),
+        group_scales.array() if group_scales else None,
+        block_scales.array() if block_scales else None,
+    )
 
 
 class _Target:
@@ -248,31 +263,31 @@ def scales_and_biases(w: Packed) -> tuple[mx.array, mx.array | None]:
     """fp32 [.., N, K / group]: w = scales * (code - offset, or lut[code]) + biases; None means no biases."""
     form = w.format
     groups = (*w.shape[:-1], w.shape[-1] // form.group)
-    if form.sub_kind == "e8m0":
-        assert w.sub is not None
-        e = w.sub.astype(mx.uint32)  # 2**(e - 128), with the two smallest as subnormals
+    if form.group_scale_kind == "e8m0":
+        assert w.group_scales is not None
+        e = w.group_scales.astype(mx.uint32)  # 2**(e - 128), with the two smallest as subnormals
         bits = mx.where(e < 2, mx.array(0x00200000, mx.uint32) << e, (e - 1) << 23)
         return bits.view(mx.float32), None
-    assert w.super is not None
-    d = w.super[..., 0].astype(mx.float32)
-    m = w.super[..., 1].astype(mx.float32) if form.has_min else None
-    if not form.sub_kind:
+    assert w.block_scales is not None
+    d = w.block_scales[..., 0].astype(mx.float32)
+    m = w.block_scales[..., 1].astype(mx.float32) if form.has_min else None
+    if not form.group_scale_kind:
         return d, m
-    assert w.sub is not None
-    per_super = (*d.shape, form.super_block // form.group)
-    if form.sub_kind == "int8":
-        scale = w.sub.view(mx.int8)
-    elif form.sub_kind == "scale-32":
-        scale = _six_bit_numbers(w.sub).astype(mx.float32) - 32
-    elif form.sub_bits == 8:
-        scale, low = w.sub & 15, w.sub >> 4
+    assert w.group_scales is not None
+    per_block = (*d.shape, form.scale_block // form.group)
+    if form.group_scale_kind == "int8":
+        scale = w.group_scales.view(mx.int8)
+    elif form.group_scale_kind == "scale-32":
+        scale = _six_bit_numbers(w.group_scales).astype(mx.float32) - 32
+    elif form.group_scale_bits == 8:
+        scale, low = w.group_scales & 15, w.group_scales >> 4
     else:
-        pairs = _six_bit_numbers(w.sub).reshape(*groups, 2)
+        pairs = _six_bit_numbers(w.group_scales).reshape(*groups, 2)
         scale, low = pairs[..., 0], pairs[..., 1]
-    scales = (d[..., None] * scale.reshape(per_super).astype(mx.float32)).reshape(groups)
+    scales = (d[..., None] * scale.reshape(per_block).astype(mx.float32)).reshape(groups)
     if m is None:
         return scales, None
-    return scales, -(m[..., None] * low.reshape(per_super).astype(mx.float32)).reshape(groups)
+    return scales, -(m[..., None] * low.reshape(per_block).astype(mx.float32)).reshape(groups)
 
 
 def _six_bit_numbers(stream: mx.array) -> mx.array:

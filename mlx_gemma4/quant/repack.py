@@ -46,16 +46,16 @@ class Plane:
 class BlockLayout:
     """What is where in a block of `size` values and `n_bytes` bytes.
 
-    codes: planes from the lowest bits of a code up. super: the bytes where d (and dmin or m) are. sub: what writes
-    the group scales as a bit stream of `sub_bytes` a block, and the byte where they begin.
+    codes: planes from the lowest bits of a code up. block_scales: the bytes where d (and dmin or m) are. group_scales:
+    what writes the group scales as a bit stream of `group_scale_bytes` a block, and the byte where they begin.
     """
 
     size: int
     n_bytes: int
     codes: tuple[Plane, ...]
-    super: tuple[int, ...] = ()
-    sub: tuple[SubWriter, int] | None = None
-    sub_bytes: int = 0
+    block_scales: tuple[int, ...] = ()
+    group_scales: tuple[GroupScalesWriter, int] | None = None
+    group_scale_bytes: int = 0
 
     @property
     def bits(self) -> int:
@@ -93,7 +93,7 @@ class Blocks:
         return self.field(at, dtype).astype(np.uint64)
 
 
-SubWriter = Callable[[Blocks, Bytes, int], None]  # blocks, out [blocks, bytes], byte of the block
+GroupScalesWriter = Callable[[Blocks, Bytes, int], None]  # blocks, out [blocks, bytes], byte of the block
 
 
 @cache
@@ -229,7 +229,7 @@ def _join(lanes: np.ndarray, used: int, out: Bytes, at: int, stride: int) -> Non
         np.copyto(np.ndarray((count,), f"<u{n}", out, at + start // 8, (stride,)), part)
 
 
-# ---- group scales: each of these writes the `sub` stream of some blocks to out [blocks, bytes] ----
+# ---- group scales: each of these writes the `group_scales` stream of some blocks to out [blocks, bytes] ----
 
 
 def plain(blocks: Blocks, out: Bytes, at: int) -> None:
@@ -299,8 +299,8 @@ def rearrange(
     layout: BlockLayout,
     raw: Bytes,
     codes: Bytes,
-    sub: Bytes | None,
-    super_: Bytes | None,
+    group_scales: Bytes | None,
+    block_scales: Bytes | None,
     on_read: Callable[[int, int], object] | None = None,
 ) -> None:
     """Write the planar arrays of a tensor.
@@ -308,8 +308,8 @@ def rearrange(
     Args:
         raw: uint8, flat, B blocks.
         codes: uint8 [B, size * bits / 8], written.
-        sub: uint8 [B, layout.sub_bytes] or None, written.
-        super_: uint8 [B, 2 * len(layout.super)] or None, written.
+        group_scales: uint8 [B, layout.group_scale_bytes] or None, written.
+        block_scales: uint8 [B, 2 * len(layout.block_scales)] or None, written.
         on_read: called with a range of bytes of `raw` that will not be read again.
     """
     n_blocks = raw.size // layout.n_bytes
@@ -317,12 +317,12 @@ def rearrange(
     def stripe(start: int) -> None:
         stop = min(start + STRIPE // layout.size, n_blocks)
         blocks = Blocks(raw[start * layout.n_bytes : stop * layout.n_bytes], layout.n_bytes)
-        if sub is not None and layout.sub is not None:
-            write, at = layout.sub
-            write(blocks, sub[start:stop], at)
-        if super_ is not None:
-            halves = super_[start:stop].view("<u2")
-            for i, at in enumerate(layout.super):
+        if group_scales is not None and layout.group_scales is not None:
+            write, at = layout.group_scales
+            write(blocks, group_scales[start:stop], at)
+        if block_scales is not None:
+            halves = block_scales[start:stop].view("<u2")
+            for i, at in enumerate(layout.block_scales):
                 np.copyto(halves[:, i], blocks.field(at, "<u2"))
         # Several planes take more and shorter operations, whose fixed cost wants longer arrays.
         step = SPAN // (layout.size * layout.bits // 8) if len(layout.codes) == 1 else 2 * SPAN // layout.segment

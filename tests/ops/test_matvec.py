@@ -65,7 +65,7 @@ def weight(name: str, *shape: int) -> tuple[Packed, np.ndarray]:
     rng = np.random.default_rng(sum(shape))
     *rows, k = shape
     blocks = rng.integers(0, 256, (int(np.prod(rows)), k // size, n_bytes), dtype=np.uint8)
-    for at in FORMATS[name].super_at:
+    for at in FORMATS[name].block_scales_at:
         scale = rng.uniform(0.001, 0.02, blocks.shape[:2]).astype("<f2")
         blocks[..., at : at + 2] = scale[..., None].view(np.uint8)
     if name == "MXFP4":
@@ -220,7 +220,7 @@ def test_cuda_text_keeps_threadgroup_memory_shared() -> None:
 KERNEL_FILES = sorted((Path(__file__).parents[2] / "kernels").glob("*.metal"))
 # What no launch of a step writes, so that a kernel may read it before its inputs are there: weights, how a layer turns
 # its vectors, and keys and values in codes, which are sealed between steps.
-UNWRITTEN = {"codes", "sub", "super", "norm", "post", "next", "norm1", "norm2", "scale"}
+UNWRITTEN = {"codes", "group_scales", "block_scales", "norm", "post", "next", "norm1", "norm2", "scale"}
 UNWRITTEN |= {"rotation", *(f"{what}{i}" for what in "cs" for i in range(7))}
 
 

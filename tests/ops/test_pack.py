@@ -49,7 +49,7 @@ def raw_bits(a: mx.array | None) -> tuple[tuple[int, ...], bytes] | None:
 
 def same(got: Packed, want: Packed) -> None:
     assert (got.format, got.shape) == (want.format, want.shape)
-    for plane in ("codes", "sub", "super"):
+    for plane in ("codes", "group_scales", "block_scales"):
         a, b = getattr(got, plane), getattr(want, plane)
         assert raw_bits(a) == raw_bits(b), plane
         assert a is None or a.dtype == b.dtype
@@ -133,7 +133,7 @@ def ill(how: str) -> Any:
             if how == "raises":
                 raise RuntimeError("no such function")
             made = kernel(**arguments)
-            plane = ["codes", "sub", "super"].index(how)
+            plane = ["codes", "group_scales", "block_scales"].index(how)
             bits = made[plane].view(mx.uint8)
             bits[-1] = bits[-1] ^ 1
             made[plane] = bits.view(made[plane].dtype)
@@ -148,8 +148,8 @@ def ill(how: str) -> Any:
     ("how", "why"),
     [
         ("codes", "gives wrong bits"),
-        ("sub", "gives wrong bits"),
-        ("super", "gives wrong bits"),
+        ("group_scales", "gives wrong bits"),
+        ("block_scales", "gives wrong bits"),
         ("raises", "no such function"),
         ("does not compile", "error: use of undeclared identifier in line 3"),
     ],

@@ -422,7 +422,7 @@ def table(name: str, rows: int, k: int) -> mx.array | formats.Packed:
     fmt = formats.FORMATS[name]
     kind = next(t for t in TENSOR_TYPES.values() if t.name == name)
     raw = np.random.default_rng(len(name)).integers(0, 256, (rows * k // kind.block_size, kind.block_bytes), np.uint8)
-    for at in fmt.layout.super:
+    for at in fmt.layout.block_scales:
         raw[:, at : at + 2].view(np.float16)[:] = np.random.default_rng(at).uniform(-0.02, 0.02, (len(raw), 1))
     if name == "MXFP4":
         raw[:, 0] = np.random.default_rng(1).integers(118, 128, len(raw))

@@ -25,7 +25,7 @@ def random_rows(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     layout = FORMATS[name].layout
     n_rows, blocks = int(np.prod(shape[:-1])), shape[-1] // layout.size
     raw = rng.integers(0, 256, (n_rows * blocks, layout.n_bytes), dtype=np.uint8)
-    for at in layout.super:
+    for at in layout.block_scales:
         d = rng.standard_normal(len(raw)).astype(np.float16) * np.float16(0.1)
         d[rng.random(len(raw)) < 0.1] = 0.0
         d[rng.random(len(raw)) < 0.1] *= -0.0
@@ -54,21 +54,23 @@ def formula(w: Packed, row: int) -> np.ndarray:
     """Row `row` of a packed [N, K] by the formulas of `Format`'s docstring, one weight after the other, in fp32."""
     f = w.format
     codes = stream(np.array(w.codes)[row].tobytes(), f.bits)
-    sub = stream(np.array(w.sub)[row].tobytes(), f.sub_bits) if w.sub is not None else []
-    halves = np.array(w.super)[row].astype(np.float32) if w.super is not None else None
+    group_scales = (
+        stream(np.array(w.group_scales)[row].tobytes(), f.group_scale_bits) if w.group_scales is not None else []
+    )
+    halves = np.array(w.block_scales)[row].astype(np.float32) if w.block_scales is not None else None
     out = []
     for k, q in enumerate(codes):
         value = np.float32(f.lut[q] if f.lut else q - f.offset)
-        d, m = (halves[k // f.super_block][i] if halves is not None and i <= f.has_min else None for i in (0, 1))
-        s = sub[k // f.group] if sub else 0
-        if f.sub_kind == "e8m0":
+        d, m = (halves[k // f.scale_block][i] if halves is not None and i <= f.has_min else None for i in (0, 1))
+        s = group_scales[k // f.group] if group_scales else 0
+        if f.group_scale_kind == "e8m0":
             value *= np.float32(2.0 ** (s - 128))
-        elif f.sub_kind == "scale-min":
-            half = f.sub_bits // 2
+        elif f.group_scale_kind == "scale-min":
+            half = f.group_scale_bits // 2
             value = d * np.float32(s & ((1 << half) - 1)) * value - m * np.float32(s >> half)
-        elif f.sub_kind == "scale-32":
+        elif f.group_scale_kind == "scale-32":
             value *= d * np.float32(s - 32)
-        elif f.sub_kind == "int8":
+        elif f.group_scale_kind == "int8":
             value *= d * np.float32(s - 256 * (s > 127))
         else:
             value = value * d + m if f.has_min else value * d
@@ -109,11 +111,13 @@ def test_layout_is_the_documented_one(name: str) -> None:
     w = pack_on_cpu(raw, name, shape)
     f = FORMATS[name]
     assert w.codes.dtype == mx.uint32 and w.codes.shape == (3, shape[1] * f.bits // 32)
-    assert w.sub is None or (w.sub.dtype == mx.uint8 and w.sub.shape == (3, shape[1] // f.group * f.sub_bits // 8))
-    assert w.super is None or (
-        w.super.dtype == mx.float16 and w.super.shape == (3, shape[1] // f.super_block, 1 + f.has_min)
+    assert w.group_scales is None or (
+        w.group_scales.dtype == mx.uint8 and w.group_scales.shape == (3, shape[1] // f.group * f.group_scale_bits // 8)
     )
-    assert (w.sub is None) == (f.sub_bits == 0) and (w.super is None) == (f.super_block == 0)
+    assert w.block_scales is None or (
+        w.block_scales.dtype == mx.float16 and w.block_scales.shape == (3, shape[1] // f.scale_block, 1 + f.has_min)
+    )
+    assert (w.group_scales is None) == (f.group_scale_bits == 0) and (w.block_scales is None) == (f.scale_block == 0)
     want = reference(raw, name, shape)
     for row in range(3):
         np.testing.assert_array_equal(formula(w, row), want[row])
@@ -179,7 +183,7 @@ def test_stock_mxfp4_reads_codes_and_scales() -> None:
     raw = random_rows("MXFP4", shape, seed=5)
     raw.reshape(-1, 17)[:, 0] = np.random.default_rng(0).integers(100, 140, raw.size // 17)
     w = pack_on_cpu(raw, "MXFP4", shape)
-    got = mx.dequantize(w.codes, w.sub, group_size=32, bits=4, mode="mxfp4", dtype=mx.float32)
+    got = mx.dequantize(w.codes, w.group_scales, group_size=32, bits=4, mode="mxfp4", dtype=mx.float32)
     np.testing.assert_array_equal(np.array(got), reference(raw, "MXFP4", shape))
 
 
@@ -232,7 +236,7 @@ def test_table_agrees_with_gguf_py() -> None:
     for name, form in FORMATS.items():
         size, n_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
         assert (form.layout.size, form.layout.n_bytes) == (size, n_bytes)
-        per_block = size * form.bits // 8 + form.layout.sub_bytes + 2 * len(form.super_at)
+        per_block = size * form.bits // 8 + form.layout.group_scale_bytes + 2 * len(form.block_scales_at)
         assert per_block == n_bytes, "every byte of a block has its place"
     for number, kind in TENSOR_TYPES.items():
         if number in list(gguf.GGMLQuantizationType):
