@@ -1,15 +1,13 @@
-"""Makes the fixtures' helper modules (tests/fixtures/*.py) importable, and keeps tests on the CPU."""
+"""What all tests share: MLX on the CPU, and the built-in demo model, loaded once a process."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
+from mlx_gemma4 import LanguageModel, load
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,3 +17,9 @@ def on_the_cpu() -> Iterator[None]:
     mx.set_default_device(mx.cpu)
     yield
     mx.set_default_device(device)
+
+
+@pytest.fixture(scope="session")
+def lm(on_the_cpu: None) -> LanguageModel:
+    """The demo. Tests may not change it: other files' tests get the same object."""
+    return load()

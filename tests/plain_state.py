@@ -20,6 +20,14 @@ from mlx_gemma4.kv.segments import KVQuantizer, KVView, SegmentLayout
 from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.model.model import Model
 
+# Segments merge and double within 100 tokens.
+LAYOUTS = (SegmentLayout(4, 2, 2), SegmentLayout(2, 3, 1), SegmentLayout(8, 2, 4))
+
+
+def some_tokens(n: int, seed: int = 0) -> list[int]:
+    """BOS and n - 1 random ids."""
+    return [2, *np.random.default_rng(seed).integers(3, 317, n - 1).tolist()]
+
 
 class SmallModel(Model):
     """A fixture with another window, whose states are cut into small pieces."""

@@ -19,11 +19,6 @@ TALE = [{"role": "user", "content": "Tell me a tale about a goose & a <turn|>."}
 
 
 @pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return mlx_gemma4.load()
-
-
-@pytest.fixture(scope="module")
 def pair(lm: LanguageModel) -> Any:
     return for_mlx_lm(lm)
 

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import numpy as np
 import pytest
+from host_player import HostPlayer
+from kernel_cases import metal
 from recorded import HERE, prompts
-from test_replay import HostPlayer
-from test_small_kernels import metal
 
 from mlx_gemma4 import load
 from mlx_gemma4.doctor import table, verdict

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from test_gguf import ARRAY, GOOD_DATA, GOOD_KEYS, GOOD_TENSORS, STRING, array, build, key, text
+from gguf_builder import ARRAY, GOOD_DATA, GOOD_KEYS, GOOD_TENSORS, STRING, array, build, key, text
 
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.files.gguf import open_gguf
@@ -84,9 +84,12 @@ def test_damaged_headers(tmp_path: Path) -> None:
         (tmp_path / "m.gguf").write_bytes(content)
         with open_gguf(tmp_path / "m.gguf") as g:
             assert len(g.tensors) == 2
-    out = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
-    )
+    script = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path[:] = {sys.path}; import test_fuzz_gguf; test_fuzz_gguf.main()",
+    ]
+    out = subprocess.run([*script, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
     assert out.returncode == 0, out.stderr[-2000:]
     read, refused, slowest, grown = out.stdout.split()
     assert int(read) + int(refused) == CASES
@@ -103,6 +106,6 @@ def peak_kb() -> int:
     return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("VmHWM"))
 
 
-if __name__ == "__main__":
+def main() -> None:
     before = peak_kb()
     print(*run(Path(sys.argv[1])), peak_kb() - before)

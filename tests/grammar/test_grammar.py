@@ -29,11 +29,6 @@ BRIEF = {
 
 
 @pytest.fixture(scope="module")
-def lm():
-    return load()
-
-
-@pytest.fixture(scope="module")
 def tokenizer(lm) -> Tokenizer:
     return lm.tokenizer
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from sampled import CHECKER, JUNK_SCHEMAS, accepts, allowed, write
 from schemas import SCHEMAS
 
-from mlx_gemma4 import InputError, ReplyOptions, Sampling, chat, load
+from mlx_gemma4 import InputError, ReplyOptions, Sampling, chat
 from mlx_gemma4.chat_format.replies import ReplyParser, ToolCall
 from mlx_gemma4.grammar.grammar import regex, tool_calls
 from mlx_gemma4.tokens.tokenizer import CONTROL, NORMAL, Tokenizer
@@ -30,11 +30,6 @@ WEATHER = {
     },
 }
 NOW = {"name": "now"}
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return load()
 
 
 @pytest.fixture(scope="module")

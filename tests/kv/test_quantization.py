@@ -8,9 +8,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from kernel_cases import DTYPES, check, metal, normal, racing
+from kernel_models import both
 from recorded import kl, prompts
-from test_decode import both
-from test_small_kernels import DTYPES, check, metal, normal, racing
 
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.kv import quantization

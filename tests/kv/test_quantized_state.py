@@ -10,8 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from plain_state import SmallModel, read, small_model
-from test_state import LAYOUTS, some_tokens
+from plain_state import LAYOUTS, SmallModel, read, small_model, some_tokens
 
 from mlx_gemma4.cli.main import main
 from mlx_gemma4.errors import InputError

@@ -14,8 +14,8 @@ from typing import Any
 import click.testing
 import mlx.core as mx
 import pytest
+from kernel_models import BUDGET, UNIFORM, both
 from recorded import HERE, path
-from test_decode import BUDGET, UNIFORM, both
 
 from mlx_gemma4.cli.main import main
 from mlx_gemma4.conversation.language_model import load

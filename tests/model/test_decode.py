@@ -9,26 +9,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from recorded import kl, path, prompts
-from test_small_kernels import metal
+from kernel_cases import metal
+from kernel_models import BUDGET, UNIFORM, both
+from recorded import kl, prompts
 
-from mlx_gemma4 import load
 from mlx_gemma4.model.decode import can_step
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.ops.dispatch import Kernels
 
 STEPS = 3
-# Files whose q, k and v, and whose gate and up, share a type: what the launch budget is stated for.
-UNIFORM = {"12b": "q8_0", "31b": "q8_0", "gemma3": "q8_0", "e2b": "q8_0", "e4b": "q8_0", "26b-a4b": "q8_0"}
-BUDGET = {"12b": 9, "31b": 9, "gemma3": 9, "e2b": 12, "e4b": 12, "26b-a4b": 14}
-
-
-def both(
-    kind: str, tag: str, folder: Path, launcher: Any = metal, off: frozenset[str] = frozenset(["expand"])
-) -> tuple[Model, Model]:
-    """A model with stock operations, and the same weights with kernels; tiles of a prompt, which round to fp16, off."""
-    plain = load(path(kind, tag, folder), weights="packed").model
-    return plain, Model(plain.config, plain.weights, Kernels(launcher, off))
 
 
 @pytest.mark.parametrize(

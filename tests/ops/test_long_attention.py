@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from test_small_kernels import check, metal, normal, racing
+from kernel_cases import check, metal, normal, racing
 
 from mlx_gemma4.gpu import render
 from mlx_gemma4.kv.segments import SegmentLayout

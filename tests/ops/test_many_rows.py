@@ -11,9 +11,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from kernel_cases import DTYPES, check, exact, metal, racing, random, weight
 from recorded import KINDS, kl, path, prompts
-from test_matvec import DTYPES, exact, random, weight
-from test_small_kernels import check, metal, racing
 
 from mlx_gemma4 import load
 from mlx_gemma4.model.model import Model

@@ -19,11 +19,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
+from kernel_cases import exact, random, weight
 
 from mlx_gemma4.gpu import cuda_compiler, render
 from mlx_gemma4.ops import matvec
-from mlx_gemma4.quant.formats import FORMATS, Packed, pack_on_cpu
+from mlx_gemma4.quant.formats import FORMATS, Packed
 
 LIMITS = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 1e-3}
 DTYPES = list(LIMITS)
@@ -48,31 +48,6 @@ def launcher(request: pytest.FixtureRequest) -> Iterator[render.Launcher]:
         mx.set_default_device(mx.gpu)
     yield LAUNCHERS[request.param]
     mx.set_default_device(device)
-
-
-def random(seed: int, *shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
-    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).astype(dtype)
-
-
-def exact(x: Any) -> np.ndarray:
-    """In double precision."""
-    return np.array(x.astype(mx.float32) if isinstance(x, mx.array) else x).astype(np.float64)
-
-
-def weight(name: str, *shape: int) -> tuple[Packed, np.ndarray]:
-    """A random weight of a type, packed, and its values."""
-    size, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
-    rng = np.random.default_rng(sum(shape))
-    *rows, k = shape
-    blocks = rng.integers(0, 256, (int(np.prod(rows)), k // size, n_bytes), dtype=np.uint8)
-    for at in FORMATS[name].block_scales_at:
-        scale = rng.uniform(0.001, 0.02, blocks.shape[:2]).astype("<f2")
-        blocks[..., at : at + 2] = scale[..., None].view(np.uint8)
-    if name == "MXFP4":
-        blocks[..., 0] = rng.integers(118, 130, blocks.shape[:2])
-    raw = blocks.reshape(blocks.shape[0], -1)
-    values = dequantize(raw, GGMLQuantizationType[name]).reshape(shape)
-    return pack_on_cpu(raw, name, shape), values.astype(np.float64)
 
 
 def close(got: Any, want: np.ndarray, dtype: mx.Dtype) -> None:

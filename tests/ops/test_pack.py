@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from kernel_cases import metal, racing
 from recorded import HERE
-from test_small_kernels import metal, racing
 
 from mlx_gemma4.config import config_from_gguf
 from mlx_gemma4.files.gguf import open_gguf

@@ -9,68 +9,16 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import ml_dtypes
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal_sim import kernel as simulator
+from kernel_cases import DTYPES, check, eager, metal, normal, racing
 
 from mlx_gemma4.files.gguf import TENSOR_TYPES
 from mlx_gemma4.ops import attention, choose, dense, embed, norms, qkv
 from mlx_gemma4.quant import formats
 
-DTYPES = (mx.float32, mx.float16, mx.bfloat16)
-LIMIT = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 1e-3}
 EPS = 1e-6
-
-
-def metal(**declared: Any) -> Any:
-    """The simulator as a launcher whose kernels give MLX arrays; threads run in scrambled order."""
-    kernel = simulator(**declared)
-
-    def call(**arguments: Any) -> list[mx.array]:
-        return [to_mlx(a) for a in kernel(seed=2, **arguments)]
-
-    return call
-
-
-def racing(**declared: Any) -> Any:
-    """`metal` that also fails on races and on accesses out of bounds."""
-    kernel = simulator(**declared)
-
-    def call(**arguments: Any) -> list[mx.array]:
-        return [to_mlx(a) for a in kernel(seed=3, sanitize="thread", **arguments)]
-
-    return call
-
-
-def eager(header: str, base: Any = metal, **declared: Any) -> Any:
-    """A launcher for the texts as an NVIDIA GPU has them where they ask for more at once."""
-    return base(header="#define EAGER 1\n" + header, **declared)
-
-
-def to_mlx(a: np.ndarray[Any, Any]) -> mx.array:
-    if a.dtype == ml_dtypes.bfloat16:
-        return mx.array(a.view(np.uint16)).view(mx.bfloat16)
-    return mx.array(a)
-
-
-def normal(*shape: int, dtype: mx.Dtype = mx.float32, seed: int = 0) -> mx.array:
-    """Random numbers, rounded to dtype."""
-    values = np.random.default_rng([seed, *shape]).standard_normal(shape, np.float32)
-    return mx.array(values).astype(dtype)
-
-
-def check(got: mx.array, want: mx.array, dtype: mx.Dtype, factor: float = 1.0) -> None:
-    """Same shape and dtype, and near: 1e-3 for 16-bit results (bf16's own rounding apart), 1e-5 for fp32."""
-    assert got.shape == want.shape and got.dtype == want.dtype
-    a, b = (np.array(x.astype(mx.float32)) for x in (got, want))
-    assert np.isfinite(b).all()
-    scale = np.abs(b).max()
-    # Two values on either side of a rounding boundary are one unit in the last place apart.
-    unit = {mx.float32: 0.0, mx.float16: 2**-10, mx.bfloat16: 2**-7}[got.dtype]
-    error = np.maximum(np.abs(a - b) - unit * np.abs(b), 0).max() / scale
-    assert error <= LIMIT[dtype] * factor, f"relative error {error:.1e}"
 
 
 # ---------------------------------------------------------------- attention

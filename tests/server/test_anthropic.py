@@ -13,7 +13,7 @@ import httpx
 import pytest
 from serving import Serving, serving, settled
 
-from mlx_gemma4.conversation.language_model import LanguageModel, load
+from mlx_gemma4.conversation.language_model import LanguageModel
 from mlx_gemma4.conversation.reply import prompt_ids
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.server.anthropic import read_messages, read_wanted
@@ -33,11 +33,6 @@ WEATHER = {
     },
 }
 CLOCK = {"name": "clock", "input_schema": {"type": "object", "properties": {}, "additionalProperties": False}}
-
-
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return load()
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
-import pytest
 from serving import endless, started, until
 
-from mlx_gemma4.conversation.language_model import LanguageModel, load
-
-
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return load()
+from mlx_gemma4.conversation.language_model import LanguageModel
 
 
 @contextmanager

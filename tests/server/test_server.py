@@ -13,7 +13,7 @@ from openai import OpenAI
 from openai.types.chat import ChatCompletion
 from serving import Serving, serving, settled
 
-from mlx_gemma4.conversation.language_model import LanguageModel, load
+from mlx_gemma4.conversation.language_model import LanguageModel
 from mlx_gemma4.server.app import Settings
 
 ASK = [{"role": "user", "content": "Tell me a story about a king."}]
@@ -39,11 +39,6 @@ SCHEMA = {
     "required": ["name", "old"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return load()
 
 
 @pytest.fixture(scope="module")

@@ -16,18 +16,13 @@ import pytest
 from openai import OpenAI
 from serving import Serving, endless, serving, settled, started, until
 
-from mlx_gemma4.conversation.language_model import LanguageModel, load
+from mlx_gemma4.conversation.language_model import LanguageModel
 from mlx_gemma4.conversation.reply import stream_reply
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.server.app import Settings
 
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 3}
 CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return load()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import pytest
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from serving import Serving, serving, settled
 
-from mlx_gemma4.conversation.language_model import LanguageModel, load
+from mlx_gemma4.conversation.language_model import LanguageModel
 from mlx_gemma4.server.app import Settings
 
 pytestmark = pytest.mark.browser
@@ -42,11 +42,6 @@ def browser() -> Iterator[Browser]:
         running = playwright.chromium.launch(executable_path=found, chromium_sandbox=os.getuid() != 0)
         yield running
         running.close()
-
-
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return load()
 
 
 @pytest.fixture(scope="module")

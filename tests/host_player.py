@@ -1,0 +1,76 @@
+"""A player of recorded steps without a GPU: launches run on the Metal simulator, in an arena of host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import numpy as np
+from kernel_cases import metal
+
+from mlx_gemma4.gpu.recording import IN_PLACE, Launch, Region
+from mlx_gemma4.gpu.render import build
+from mlx_gemma4.model.replay import STARTS
+
+
+class HostPlayer:
+    """Makes recorded launches in host memory, in the order they came in."""
+
+    made: ClassVar[list[HostPlayer]] = []
+
+    def __init__(self) -> None:
+        self.arena = np.zeros(0, np.uint8)
+        self.launches: Sequence[Launch] = []
+        self.tokens: list[int] = []
+        self.loads = self.chained = 0
+        self.loaded = False
+        HostPlayer.made.append(self)
+
+    def load(self, launches: Sequence[Launch], nbytes: int, numbers: int, best: Region) -> None:
+        self.arena = np.full(nbytes, 0xCD, np.uint8)  # what nobody wrote is no number
+        self.launches, self.spot, self.loads, self.loaded = list(launches), best, self.loads + 1, True
+
+    def forget(self) -> None:
+        self.loaded = False
+
+    def write(self, spots: Sequence[Region], arrays: Sequence[mx.array]) -> None:
+        for spot, a in zip(spots, arrays, strict=True):
+            self._at(spot)[...] = np.array(a)
+
+    def start(self, numbers: np.ndarray, chained: bool) -> int:
+        assert self.loaded and numbers.dtype == np.int32
+        if chained:
+            numbers = np.concatenate([self._at(self.spot), numbers[1:]])
+        self.chained += chained
+        self.arena[: numbers.nbytes] = numbers.view(np.uint8)
+        for launch in self.launches:
+            done = build(metal, launch.kernel)(
+                inputs=[a if isinstance(a, mx.array) else mx.array(self._at(a)) for a in launch.inputs],
+                grid=launch.grid,
+                threadgroup=launch.threadgroup,
+                output_shapes=[spot.shape for spot in launch.outputs],
+                output_dtypes=[spot.dtype for spot in launch.outputs],
+            )
+            for spot, name, a in zip(launch.outputs, launch.kernel.outputs, done, strict=True):
+                if name in IN_PLACE:  # rows that the kernel leaves alone stay
+                    count = int(self._at(launch.inputs[launch.kernel.inputs.index("count")])[0])
+                    self._at(spot)[..., count, :] = np.array(a)[..., count, :]
+                else:
+                    self._at(spot)[...] = np.array(a)
+        self.tokens.append(int(self._at(self.spot)[0]))
+        return len(self.tokens) - 1
+
+    def best(self, start: int) -> int:
+        assert len(self.tokens) - start <= STARTS
+        return self.tokens[start]
+
+    def wait(self) -> None: ...
+
+    def read(self, spot: Region) -> mx.array:
+        return mx.array(self._at(spot).copy())
+
+    def _at(self, spot: Any) -> np.ndarray:
+        names = {mx.float32: np.float32, mx.float16: np.float16, mx.int32: np.int32, mx.uint32: np.uint32}
+        piece = self.arena[spot.start : spot.start + spot.nbytes]
+        return piece.view(names[spot.dtype]).reshape(spot.shape)

@@ -1,0 +1,94 @@
+"""Shared by tests of kernels: the simulator as a launcher, random inputs and weights, and the comparison of results.
+
+Outputs start as NaN (or 0xCD bytes): what a kernel leaves unwritten fails. Errors are relative to the largest value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import mlx.core as mx
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+from metal_sim import kernel as simulator
+
+from mlx_gemma4.quant.formats import FORMATS, Packed, pack_on_cpu
+
+DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+LIMIT = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 1e-3}
+
+
+def metal(**declared: Any) -> Any:
+    """The simulator as a launcher whose kernels give MLX arrays; threads run in scrambled order."""
+    kernel = simulator(**declared)
+
+    def call(**arguments: Any) -> list[mx.array]:
+        return [to_mlx(a) for a in kernel(seed=2, **arguments)]
+
+    return call
+
+
+def racing(**declared: Any) -> Any:
+    """`metal` that also fails on races and on accesses out of bounds."""
+    kernel = simulator(**declared)
+
+    def call(**arguments: Any) -> list[mx.array]:
+        return [to_mlx(a) for a in kernel(seed=3, sanitize="thread", **arguments)]
+
+    return call
+
+
+def eager(header: str, base: Any = metal, **declared: Any) -> Any:
+    """A launcher for the texts as an NVIDIA GPU has them where they ask for more at once."""
+    return base(header="#define EAGER 1\n" + header, **declared)
+
+
+def to_mlx(a: np.ndarray[Any, Any]) -> mx.array:
+    if a.dtype == ml_dtypes.bfloat16:
+        return mx.array(a.view(np.uint16)).view(mx.bfloat16)
+    return mx.array(a)
+
+
+def normal(*shape: int, dtype: mx.Dtype = mx.float32, seed: int = 0) -> mx.array:
+    """Random numbers, rounded to dtype."""
+    values = np.random.default_rng([seed, *shape]).standard_normal(shape, np.float32)
+    return mx.array(values).astype(dtype)
+
+
+def check(got: mx.array, want: mx.array, dtype: mx.Dtype, factor: float = 1.0) -> None:
+    """Same shape and dtype, and near: 1e-3 for 16-bit results (bf16's own rounding apart), 1e-5 for fp32."""
+    assert got.shape == want.shape and got.dtype == want.dtype
+    a, b = (np.array(x.astype(mx.float32)) for x in (got, want))
+    assert np.isfinite(b).all()
+    scale = np.abs(b).max()
+    # Two values on either side of a rounding boundary are one unit in the last place apart.
+    unit = {mx.float32: 0.0, mx.float16: 2**-10, mx.bfloat16: 2**-7}[got.dtype]
+    error = np.maximum(np.abs(a - b) - unit * np.abs(b), 0).max() / scale
+    assert error <= LIMIT[dtype] * factor, f"relative error {error:.1e}"
+
+
+def random(seed: int, *shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).astype(dtype)
+
+
+def exact(x: Any) -> np.ndarray:
+    """In double precision."""
+    return np.array(x.astype(mx.float32) if isinstance(x, mx.array) else x).astype(np.float64)
+
+
+def weight(name: str, *shape: int) -> tuple[Packed, np.ndarray]:
+    """A random weight of a type, packed, and its values."""
+    size, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    rng = np.random.default_rng(sum(shape))
+    *rows, k = shape
+    blocks = rng.integers(0, 256, (int(np.prod(rows)), k // size, n_bytes), dtype=np.uint8)
+    for at in FORMATS[name].block_scales_at:
+        scale = rng.uniform(0.001, 0.02, blocks.shape[:2]).astype("<f2")
+        blocks[..., at : at + 2] = scale[..., None].view(np.uint8)
+    if name == "MXFP4":
+        blocks[..., 0] = rng.integers(118, 130, blocks.shape[:2])
+    raw = blocks.reshape(blocks.shape[0], -1)
+    values = dequantize(raw, GGMLQuantizationType[name]).reshape(shape)
+    return pack_on_cpu(raw, name, shape), values.astype(np.float64)
