@@ -33,6 +33,7 @@ from mlx_gemma4.doctor.verdict import MLX, kernels_of
 from mlx_gemma4.generation.loop import Sampling, generate_tokens
 from mlx_gemma4.gpu.render import default_launcher
 from mlx_gemma4.kv.state import KVState
+from mlx_gemma4.model import forward
 from mlx_gemma4.model.model import Model
 
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
@@ -67,35 +68,35 @@ class Routes:
         self.chosen: deque[mx.array] = deque()  # not taken yet
         self.gaps: list[float] = []  # by how much each other choice was preferred: see NEAR
 
-    def recorded(self, model: Model) -> AbstractContextManager[object]:
-        """Within this, the model's choices are written down."""
-        choose = model._choose
+    def recorded(self) -> AbstractContextManager[object]:
+        """Within this, the choices of the model that runs are written down."""
+        choose = forward.choose_experts
 
-        def keep(scores: mx.array) -> mx.array:
-            self.chosen.append(choose(scores))
+        def keep(scores: mx.array, used: int) -> mx.array:
+            self.chosen.append(choose(scores, used))
             return self.chosen[-1]
 
-        return patch.object(model, "_choose", keep)
+        return patch.object(forward, "choose_experts", keep)
 
-    def taken(self, model: Model) -> AbstractContextManager[object]:
-        """Within this, the model takes them, in the same order."""
-        choose = model._choose
+    def taken(self) -> AbstractContextManager[object]:
+        """Within this, the model that runs takes them, in the same order."""
+        choose = forward.choose_experts
 
-        def take(scores: mx.array) -> mx.array:
+        def take(scores: mx.array, used: int) -> mx.array:
             all_scores, wanted = np.array(scores), self.chosen.popleft()
-            for row, own, other in zip(all_scores, np.array(choose(scores)), np.array(wanted), strict=True):
+            for row, own, other in zip(all_scores, np.array(choose(scores, used)), np.array(wanted), strict=True):
                 if set(own) != set(other):
                     gap = row[np.setdiff1d(own, other)].max() - row[np.setdiff1d(other, own)].min()
                     self.gaps.append(float(gap / all_scores.std()))
             return wanted
 
-        return patch.object(model, "_choose", take)
+        return patch.object(forward, "choose_experts", take)
 
 
 def logits(plain: Model, kernels: Model, ids: list[int], states: list[KVState], routes: Routes) -> list[mx.array]:
     """Of a prompt's tokens by both models, each into its state; the second takes the first's experts."""
     found = []
-    under = (routes.recorded(plain), routes.taken(kernels))
+    under = (routes.recorded(), routes.taken())
     for model, state, experts in zip((plain, kernels), states, under, strict=True):
         with experts:
             found.append(model.forward(mx.array(ids), state, all_logits=True))

@@ -34,6 +34,7 @@ from mlx_gemma4.loading.tensors import Entry, Source
 from mlx_gemma4.memory import MemoryPlan
 from mlx_gemma4.model import decode
 from mlx_gemma4.model.model import Model
+from mlx_gemma4.model.replay import Replayer
 from mlx_gemma4.ops import many_rows
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.quant import formats
@@ -113,9 +114,9 @@ class Compiler(Idle):
 
 
 def add_rotations(model: Model) -> None:
-    """Give a lazy model what it would find out by reading tokens: how keys and values are add_rotations for codes."""
+    """Give a lazy model the rotations of keys and values, which it would estimate by reading tokens."""
     shapes = {i: s for i, s in enumerate(model.config.layers) if s.kv_layer == i and not s.sliding}
-    model.__dict__["rotations"] = {i: mx.zeros((2 + s.kv_heads, s.head_dim)) for i, s in shapes.items()}
+    model.rotations = {i: mx.zeros((2 + s.kv_heads, s.head_dim)) for i, s in shapes.items()}
 
 
 def launch_all(model: Model, run: Kernels) -> None:
@@ -125,8 +126,8 @@ def launch_all(model: Model, run: Kernels) -> None:
     weights = [w for layer in model.weights.layers for w in vars(layer).values()]
     for w in {(w.format.name, w.shape[-1]): w for w in weights if isinstance(w, formats.Packed)}.values():
         many_rows.expand(w, run.launcher)
-    step, replay = decode.make_step(model.loaded, run, model._rope_of)
-    assert replay is not None
+    step, stepper = decode.make_step(model.loaded, run), model.stepper
+    assert isinstance(stepper, Replayer)
     add_rotations(model)
     with execution():
         for kv, depth in [*(("full", n) for n in DEPTHS), *itertools.product(("q8", "tq4"), CODED_DEPTHS)]:
@@ -134,7 +135,7 @@ def launch_all(model: Model, run: Kernels) -> None:
             for state in states:
                 lazy_fill(state, depth)
             step(mx.array([1]), states[0])
-            replay.take_on(states[1])
+            stepper.take_on(states[1])
 
 
 def main() -> int:

@@ -220,9 +220,9 @@ def _replay_trouble(model: Model) -> str:
         for i in ids[1:]:  # one at a time: for several, other kernels would have to be compiled
             apart.forward(mx.array([i]), state)
         fork = state.fork()
-        first = model.begin(ids[0], state)
-        second = model.begin(first, state)
-        token, got = first.best(), second.logits()
+        first = model.step(ids[0], state)
+        second = model.step(first, state)
+        token, got = first.token(), second.logits()
         apart.forward(mx.array(ids[:1]), fork)
         want = apart.forward(mx.array([token]), fork)
         with execution():

@@ -1,7 +1,7 @@
 """From a prompt to tokens: prefill in chunks, pipelined decode, constraints, statistics.
 
-In: a model, a KV state, token ids. Out: tokens, one at a time. Knows nothing of text or files. How a token is chosen
-from logits is in sampling.py.
+In: a model, a KV state, token ids. Out: tokens, one at a time. Knows nothing of text or files. Tokens are chosen from
+logits by sampling.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..execution import execution
 from ..gpu.render import cuda_launcher
 from ..kv.state import KVState
 from ..model.model import Model
-from ..model.replay import Done, Pending
+from ..model.step import LazyStep, Step, ids_of
 from .sampling import REPETITION_WINDOW, Sample, Sampler, Sampling, Token
 
 __all__ = [
@@ -38,22 +38,22 @@ CHUNK_ROWS = 32 * PREFILL_CHUNK  # query heads x tokens of a chunk, at most, whe
 
 
 class Constraint(Protocol):
-    """What one reply must look like, told token by token. `grammar.Grammar` is one; none serves two replies."""
+    """Restricts one reply, token by token. `grammar.Grammar` is one; none serves two replies."""
 
     def mask(self) -> np.ndarray:
-        """The tokens that may come next: uint32 words, the lowest bit of the first one for token 0."""
+        """Return the tokens that may come next: uint32 words, the lowest bit of the first one for token 0."""
 
     def accept(self, token: int) -> None:
         """Take note of the token that was chosen."""
 
     @property
     def finished(self) -> bool:
-        """Whether the reply is complete and nothing may follow."""
+        """True if the reply is complete and nothing may follow."""
 
 
 @dataclass
 class Statistics:
-    """What a generation did. Times in seconds."""
+    """Figures of one generation. Times in seconds."""
 
     prompt_tokens: int = 0  # those that were read
     reused_tokens: int = 0  # the prompt's others, which the state held before
@@ -82,7 +82,7 @@ def check_length(prompt: int, context: int) -> None:
 
 
 def prefill_chunk(model: Model) -> int:
-    """Tokens of a prompt that are read at a time: on NVIDIA GPUs more for models of few heads.
+    """Return how many tokens of a prompt are read at a time: on NVIDIA GPUs more for models of few heads.
 
     There a launch costs the host about 10 us, which bounds the prompts of small models. The scores of a chunk, which
     bound its memory, stay those of 31B's 32 heads.
@@ -109,10 +109,8 @@ def generate_tokens(
 ) -> Iterator[Token]:
     """Read a prompt and yield the tokens of the reply.
 
-    While a token is handed out, the next is already being computed: under a constraint, once it is known what may
-    follow the token, which is found out on the host while the device runs the forward pass. However it ends,
-    `state` then holds the prompt, the tokens handed out, and the stop token where one ended the reply: nothing that
-    nobody has seen.
+    While a token is handed out, the next is already being computed. However it ends, `state` then holds the prompt, the
+    tokens handed out, and the stop token where one ended the reply, but no token that the caller has not received.
 
     Args:
         model, state: the model, and what came before; `state` takes prompt and reply.
@@ -122,9 +120,9 @@ def generate_tokens(
         stop_ids: the reply ends before any of these.
         statistics: filled in as it goes, right also when the caller stops early.
         on_prompt: called with (tokens read, tokens in all) as the prompt is read.
-        turn_ends: tokens that end a turn. Given (perhaps empty), marks are left in `state` where a next prompt
+        turn_ends: tokens that end a chat turn. Given (perhaps empty), marks are left in `state` where a next prompt
             may part from this one: after the last turns, and at the prompt's end.
-        constraint: what the reply must look like; serves this reply alone.
+        constraint: what the reply must keep to; serves this reply alone.
         logprobs: tokens come with their log-probability, and with so many likeliest ones: log-softmax of the
             model's logits as they are, before penalties, bias, mask, filters and temperature.
 
@@ -142,102 +140,106 @@ def generate_tokens(
     start = time.perf_counter()
     recent = [*state.tokens[-REPETITION_WINDOW:], *prompt]  # the same however much of a prompt was read before
     with execution():
-        choose = Sampler(sampling, recent, model.config.vocab, logprobs)
-    logits = _prefill(model, state, prompt, on_prompt, _marks_wanted(state, prompt, turn_ends))
-    choice: Sample | Likeliest = _choose(choose, lambda: logits, constraint)
-    # A step is scheduled before its token is known, where that can be.
-    ahead = constraint is None and (choose.greedy or not model.replays)
-    mark, known = start, state.length
+        sampler = Sampler(sampling, recent, model.config.vocab, logprobs)
+    prompt_step = _prefill(model, state, prompt, on_prompt, _marks_wanted(state, prompt, turn_ends))
+    reply = _Reply(model, state, sampler, constraint, max_tokens, statistics, start, state.length)
+    # A step starts before its token is known to the host, where that can be.
+    pipelined = constraint is None and (sampler.greedy or not model.replays)
     try:
-        for produced in range(1, max_tokens + 1):
-            following = _next(model, state, choose, choice, produced < max_tokens) if ahead else None
-            token = choice.on_host()
-            known += 1
-            now = time.perf_counter()
-            if produced == 1:
-                statistics.prompt_time, mark = now - start, now
-            statistics.reply_tokens, statistics.reply_time = produced, now - mark
-            statistics.peak_memory = mx.get_peak_memory()
-            stop = token.id in stop_ids
-            if not ahead:
-                if constraint is not None and not stop:
-                    constraint.accept(token.id)
-                finished = constraint is not None and constraint.finished
-                more = not stop and not finished and produced < max_tokens
-                following = _next(model, state, choose, choice, more, constraint)
-            if stop:
-                statistics.stop_reason = "stop"
-                return
-            yield token
-            if constraint is not None and constraint.finished:
-                statistics.stop_reason = "stop"
-                return
-            choice = following() if following else choice
+        yield from (_pipelined if pipelined else _one_by_one)(reply, reply.sample(prompt_step), stop_ids)
     finally:
-        if state.length > known:  # interrupted while a token was on its way
-            state.rewind(known)
+        if state.length > reply.received:  # interrupted while a token was on its way
+            state.rewind(reply.received)
 
 
-@dataclass(frozen=True)
-class Likeliest:
-    """The choice of a greedy reply whose step is still under way: a `Choice` that needs no logits."""
+@dataclass
+class _Reply:
+    """A reply under way."""
 
-    step: Pending | Done
+    model: Model
+    state: KVState
+    sampler: Sampler
+    constraint: Constraint | None
+    max_tokens: int
+    statistics: Statistics
+    start: float  # when the prompt began to be read
+    received: int  # length of the state with the tokens that the host has received
+    produced: int = 0  # tokens received
+    first: float = 0.0  # when the first was there
 
-    def on_host(self) -> Token:
-        return Token(self.step.best())
-
-    @property
-    def token(self) -> mx.array:
-        return mx.array(self.step.best())
-
-
-def _next(
-    model: Model,
-    state: KVState,
-    choose: Sampler,
-    choice: Sample | Likeliest,
-    more: bool,
-    constraint: Constraint | None = None,
-) -> Callable[[], Sample | Likeliest] | None:
-    """Read a chosen token into the state; the choice that follows it, if there is to be one (`more`).
-
-    The forward pass is scheduled. So is the choice; or else, where steps are replayed, it is when it is asked for.
-    """
-    following: Sample | Likeliest
-    with execution():
-        if model.replays:
-            step = model.begin(choice.step if isinstance(choice, Likeliest) else int(choice.token), state)
-            if not more:  # a step costs less than a prefill, and nobody waits for it
+    def read(self, chosen: Sample | Step, *, last: bool) -> Step | None:
+        """Start the step that reads a chosen token; None after the last, whose logits nobody wants."""
+        token = chosen.token if isinstance(chosen, Sample) else chosen
+        with execution():
+            if last and not self.model.replays:  # a lazy graph: it costs nothing unless the state is used again
+                self.model.prefill(ids_of(token), self.state)
                 return None
-            if constraint is None and choose.greedy:
-                following = Likeliest(step)
-                return lambda: following
-            return lambda: _choose(choose, step.logits, constraint)
-        if not more:  # a lazy graph: on a GPU it costs nothing unless the state is used again
-            model.prefill(choice.token[None], state)
-            return None
-        logits = model.forward(choice.token[None], state)
-        if constraint is not None:
-            mx.async_eval(logits)
-    following = _choose(choose, lambda: logits, constraint)
-    return lambda: following
+            step = self.model.step(token, self.state)  # replayed, it costs less than a prefill
+            return None if last else step
+
+    def sample(self, step: Step) -> Sample:
+        """Choose the token after a step, scheduled. The device may still be at the step while the mask is made."""
+        allowed = None if self.constraint is None else self.constraint.mask()
+        with execution():
+            sample = self.sampler(step.logits(), allowed)
+            mx.async_eval(sample)
+        return sample
+
+    def receive(self, chosen: Sample | Step) -> Token:
+        """Wait for a chosen token."""
+        token = chosen.on_host() if isinstance(chosen, Sample) else Token(chosen.token())
+        self.received, self.produced, now = self.received + 1, self.produced + 1, time.perf_counter()
+        s = self.statistics
+        if self.produced == 1:
+            s.prompt_time, self.first = now - self.start, now
+        s.reply_tokens, s.reply_time, s.peak_memory = self.produced, now - self.first, mx.get_peak_memory()
+        return token
 
 
-def _choose(choose: Sampler, logits: Callable[[], mx.array], constraint: Constraint | None) -> Sample:
-    """The next token, scheduled. The device may still be at the logits while the mask is made."""
-    allowed = None if constraint is None else constraint.mask()
-    with execution():
-        choice = choose(logits(), allowed)
-        mx.async_eval(choice)
-    return choice
+def _pipelined(reply: _Reply, sample: Sample, stop_ids: frozenset[int]) -> Iterator[Token]:
+    """Start each step before the host knows the token that it reads."""
+    chosen: Sample | Step | None = sample
+    while chosen is not None:
+        step = reply.read(chosen, last=reply.produced + 1 == reply.max_tokens)
+        following = step if step is None or reply.model.replays else reply.sample(step)
+        token = reply.receive(chosen)
+        if token.id in stop_ids:
+            reply.statistics.stop_reason = "stop"
+            return
+        yield token
+        chosen = following
+
+
+def _one_by_one(reply: _Reply, sample: Sample, stop_ids: frozenset[int]) -> Iterator[Token]:
+    """Start each step when its token is known: a constraint is to see it, or a replayed step's logits are sampled.
+
+    The caller has the token while the device runs the step; then, under a constraint, the mask is made.
+    """
+    constraint = reply.constraint
+    while True:
+        token = reply.receive(sample)
+        stop = token.id in stop_ids
+        if constraint is not None and not stop:
+            constraint.accept(token.id)
+        complete = constraint is not None and constraint.finished
+        step = reply.read(sample, last=stop or complete or reply.produced == reply.max_tokens)
+        if step is not None and not reply.model.replays:
+            with execution():
+                mx.async_eval(step.logits())
+        if not stop:
+            yield token
+        if stop or complete:
+            reply.statistics.stop_reason = "stop"
+        if step is None:
+            return
+        sample = reply.sample(step)
 
 
 _TURNS_MARKED = 4  # of one prompt, the last ones
 
 
 def _marks_wanted(state: KVState, prompt: list[int], turn_ends: frozenset[int] | None) -> list[int]:
-    """Positions to mark while a prompt is read."""
+    """Return the positions to mark while a prompt is read."""
     if turn_ends is None:
         return []
     ends = [state.length + i + 1 for i, token in enumerate(prompt) if token in turn_ends]
@@ -250,8 +252,8 @@ def _prefill(
     prompt: list[int],
     on_prompt: Callable[[int, int], None] | None,
     marks: list[int],
-) -> mx.array:
-    """Read the prompt chunk by chunk, leaving marks; the logits after its last token, [vocab].
+) -> LazyStep:
+    """Read the prompt chunk by chunk, leaving marks; return the step of its last token.
 
     Chunks end at multiples of `prefill_chunk` tokens, whatever the state held before: a prompt whose beginning
     was there already is cut as one that is read whole.
@@ -275,4 +277,4 @@ def _prefill(
                     state.mark(position)
         if on_prompt:
             on_prompt(done, len(prompt))
-    return logits
+    return LazyStep(logits)

@@ -7,58 +7,34 @@ and values keeps nothing here. The design in pictures: docs/kv-state.md.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import mlx.core as mx
 
 from ..config import Config
 from ..errors import InputError
 from ..execution import execution
-from . import quantization
-from .segments import (
-    KVQuantizer,
-    KVView,
-    LayerKV,
-    Segment,
-    SegmentLayout,
-    appended,
-    arranged,
-    covered_from,
-    empty,
-    grown,
-    reading,
-)
+from . import marks, quantization
+from .marks import Mark, Past
+from .segments import KVQuantizer, KVView, LayerKV, SegmentLayout, appended, arranged, empty, grown, reading
 
 
-class Ids(Protocol):
-    """Token ids, perhaps still being computed: an array, or a step that is under way."""
+class PendingToken(Protocol):
+    """A token that is still being computed."""
 
-    @property
-    def size(self) -> int: ...
-    def tolist(self) -> Any: ...
+    def token(self) -> int: ...
 
 
 class Borrower(Protocol):
-    """Who has a state's tails checked out: steps go on in its copies of them."""
+    """Has checked out a state's tails: steps go on in its copies of them (model/replay.py)."""
 
     def settle(self) -> None:
         """Check the tails in, as the steps since have left them."""
 
     def forget(self) -> None:
-        """Let go of the state without giving its tails back."""
-
-
-@dataclass(frozen=True, eq=False)
-class Mark:
-    """A position that a state can rewind to: holds what the sliding layers' windows were there.
-
-    Global layers keep all tokens, so a mark holds nothing of them.
-    """
-
-    position: int
-    windows: dict[int, tuple[Segment, ...]] = field(repr=False)  # layer -> what its window holds there
+        """Let go of the state without checking its tails in."""
 
 
 class KVState:
@@ -97,68 +73,64 @@ class KVState:
         self.closed = False
         self.wanted_marks: set[int] = set()  # positions that the next reading is asked to mark
         self._tokens: list[int] = []
-        self._unread: list[Ids] = []  # ids that follow _tokens, perhaps still being computed
+        self._unread: list[int | mx.array | PendingToken] = []  # what follows _tokens, perhaps still being computed
         self._length = 0
         self._marks: dict[int, Mark] = {}
         self._staged: dict[int, LayerKV] = {}  # of a forward pass that is not through yet
-        self._reading: dict[int, list[KVView]] = {}  # what that pass sees of layers in codes, if it has many tokens
-        self.borrower: Borrower | None = None  # who has the tails checked out
+        self._reading: dict[int, list[KVView]] = {}  # what that pass sees of quantized layers, if it has many tokens
+        self.borrower: Borrower | None = None  # who has the tails checked out; then those in _layers are out of date
         with execution():
-            self._held = {
+            self._layers = {
                 i: empty(shape.kv_heads, shape.head_dim, self.layout, dtype, (quantizers or {}).get(i))
                 for i, shape in enumerate(config.layers)
                 if shape.kv_layer == i
             }
 
-    # Where its layers are
-
-    @property
-    def _layers(self) -> dict[int, LayerKV]:
-        """All it keeps, of each layer that keeps any. What a replayed step has of it comes back first."""
-        if self.borrower is not None:
-            self.borrower.settle()
-        return self._held
-
-    @_layers.setter
-    def _layers(self, layers: dict[int, LayerKV]) -> None:
-        if self.borrower is not None:
-            self.borrower.forget()
-        self._held, self.borrower = layers, None
+    # Tails that steps go on in elsewhere
 
     def checkout(self, layers: dict[int, LayerKV], borrower: Borrower) -> None:
-        """Let steps go on in copies of these tails, until anything asks for the layers."""
-        self._held, self.borrower = dict(layers), borrower
+        """Let steps go on in the borrower's copies of these tails, until anything asks for the layers."""
+        self._layers, self.borrower = dict(layers), borrower
+        self._staged, self._reading = {}, {}
 
     def checkin(self, tails: dict[int, tuple[mx.array, mx.array]]) -> None:
-        """Keys and values of the lent tails, [1, kv_heads, .., D], as the steps since have left them."""
+        """Take keys and values of the tails, [1, kv_heads, .., D], as the steps since have left them."""
         self._layers = {
-            i: grown(kv, *tails[i], self._length, self.layout, self._window(i)) for i, kv in self._held.items()
+            i: grown(kv, *tails[i], self._length, self.layout, self._window(i)) for i, kv in self._layers.items()
         }
+        self.borrower = None
+
+    def settle(self) -> None:
+        """Have the tails checked in, if they are checked out."""
+        if self.borrower is not None:
+            self.borrower.settle()
 
     # What a model's forward pass uses
 
     def append(self, layer: int, k: mx.array, v: mx.array) -> None:
         """Add keys and values of the next tokens, [1, kv_heads, T, D], to a layer. They count from `advance` on."""
+        self.settle()
         k, v, kv = k.astype(self.dtype), v.astype(self.dtype), self._layers[layer]
         self._staged[layer] = appended(kv, k, v, self.layout, self._window(layer))
         if kv.quantizer and kv.count % self.layout.tail + k.shape[2] > self.layout.tail:
             self._reading[layer] = reading(kv, k, v, self.layout)
 
     def view(self, layer: int, queries: int) -> list[KVView]:
-        """What the last `queries` tokens may see of a layer, in at most 8 parts."""
+        """Return what the last `queries` tokens may see of a layer, in at most 8 parts."""
+        self.settle()
         if layer in self._reading:
             return self._reading[layer]
         kv = self._staged.get(layer) or self._layers[layer]
         window = self._window(layer)
         return kv.parts(0 if window is None else max(0, kv.stop - queries - window + 1))
 
-    def advance(self, ids: Ids) -> None:
-        """Count the tokens ids, int [T], whose keys and values every layer has been given."""
-        if self._staged:  # a replayed step writes where it was lent to
+    def advance(self, ids: int | mx.array | PendingToken) -> None:
+        """Count a token, or the tokens ids, int [T], whose keys and values every layer has been given."""
+        if self._staged:
             self._layers = self._layers | self._staged
         self._staged, self._reading = {}, {}
         self._unread.append(ids)
-        self._length += ids.size
+        self._length += ids.size if isinstance(ids, mx.array) else 1
 
     def check_room(self, tokens: int) -> None:
         """Refuse `tokens` more where `max_tokens` forbids them, or where the state is closed."""
@@ -170,11 +142,12 @@ class KVState:
                 "fit; make one with a larger max_tokens"
             )
 
-    # What a kernel uses that writes a decode step's keys and values itself, and the saved form
+    # What a decode step uses, whose kernels write keys and values themselves; and the saved form
 
     @property
     def layers(self) -> dict[int, LayerKV]:
         """Segments and tail of each layer that keeps any, as of the last `advance`."""
+        self.settle()
         return dict(self._layers)
 
     def stage(self, layer: int, kv: LayerKV) -> None:
@@ -182,14 +155,14 @@ class KVState:
         self._staged[layer] = kv
 
     def fits_tail(self, tokens: int) -> bool:
-        """Whether the tails, once full ones are sealed, have room for so many tokens."""
+        """Return True if the tails, once full ones are sealed, have room for so many tokens."""
         return self._length % self.layout.tail + tokens <= self.layout.tail
 
     def restore(self, layers: dict[int, LayerKV], tokens: list[int]) -> None:
         """Give an empty state all of its contents at once."""
         self._layers, self._tokens, self._length = dict(layers), list(tokens), len(tokens)
 
-    # What people use
+    # Public API
 
     @property
     def length(self) -> int:
@@ -202,7 +175,10 @@ class KVState:
         if self._unread:
             with execution():
                 for ids in self._unread:
-                    self._tokens += [int(i) for i in ids.tolist()]
+                    if isinstance(ids, mx.array):
+                        self._tokens += cast("list[int]", ids.tolist())
+                    else:
+                        self._tokens.append(ids if isinstance(ids, int) else ids.token())
                 self._unread = []
         return list(self._tokens)
 
@@ -214,6 +190,7 @@ class KVState:
     @property
     def arrays(self) -> list[mx.array]:
         """All keys and values, each array once, to evaluate or to measure them."""
+        self.settle()
         found: dict[int, mx.array] = {}
         for kv in self._layers.values():
             for a in (kv.tail_keys, kv.tail_values):
@@ -230,13 +207,13 @@ class KVState:
         return total_nbytes([self])
 
     def fork(self) -> KVState:
-        """Another state with the same past and marks. Copies no keys or values."""
+        """Return another state with the same past and marks. Copies no keys or values."""
         self.check_room(0)
-        layers, other = self._layers, KVState.__new__(KVState)
-        other.__dict__.update(self.__dict__)
+        self.settle()
+        other = copy.copy(self)
         other.wanted_marks, other._marks = set(self.wanted_marks), dict(self._marks)
         other._tokens, other._unread = list(self._tokens), list(self._unread)
-        other._layers, other._staged, other._reading = dict(layers), {}, {}
+        other._layers, other._staged, other._reading = dict(self._layers), {}, {}
         return other
 
     def mark(self, position: int | None = None) -> Mark:
@@ -246,20 +223,10 @@ class KVState:
             InputError: the sliding windows at that position are gone already.
         """
         self.check_room(0)
-        position = self._length if position is None else position
-        self._require(position, "mark")
+        position, past = self._length if position is None else position, self._past
+        marks.require(past, position, "mark")
         if position not in self._marks:
-            windows = {}
-            for i in self._sliding:
-                # Where there is slack, the mark takes it along: it covers the tokens just before it too.
-                low, pieces = self._needed(position) - self.layout.tail, self._pieces(i)
-                used: list[Segment] = []
-                for s in sorted(pieces, key=lambda s: (s.start, -s.stop)):
-                    stop = min(s.stop, position)  # what follows may be rewound and read anew
-                    if s.start < stop and stop > low and (not used or stop > used[-1].stop):
-                        used.append(s if stop == s.stop else Segment(s.start, stop, s.keys, s.values))
-                windows[i] = tuple(used)
-            self._marks[position] = Mark(position, windows)
+            self._marks[position] = marks.marked(past, position)
         return self._marks[position]
 
     def unmark(self, mark: Mark) -> None:
@@ -269,25 +236,18 @@ class KVState:
 
     def adopt(self, other: KVState) -> None:
         """Take over the marks of a state whose tokens are the beginning of this one's, and a mark at its end."""
-        if other._layers and other.tokens == self.tokens[: other.length]:
+        if not other.closed and other.tokens == self.tokens[: other.length]:
             end = other.mark()
             self._marks = {**other._marks, end.position: end, **self._marks}
 
     def reach(self, limit: int) -> int:
-        """The last position, at most `limit`, that `rewind` can go to."""
-        limit = min(limit, self._length)
-        if limit == self._length or not self._sliding:
-            return limit
-        if self._covered(limit):
-            return limit
-        # Below a mark nothing is held but its own slack; what was read first may still be whole.
-        marked = [p for p in self._marks if p < limit]
-        return max([*marked, min(limit, self._held_from_start())])
+        """Return the last position, at most `limit`, that `rewind` can go to."""
+        return marks.reach(self._past, limit)
 
     def rewind(self, to: Mark | int) -> None:
         """Go back to a mark, or to a length that a mark or the present windows cover, as if nothing had followed.
 
-        With compressed keys and values, tokens that were sealed stay in codes: up to 63 before a position that is no
+        With quantized keys and values, tokens that were sealed stay quantized: up to 63 before a position that is no
         multiple of 64, where a state that had never read on would have them in full precision.
 
         Raises:
@@ -297,14 +257,14 @@ class KVState:
         if isinstance(to, Mark) and self._marks.get(to.position) is not to:
             raise InputError(f"the mark at {to.position} is not one of this state's, or was rewound past")
         position = to.position if isinstance(to, Mark) else to
-        self._require(position, "rewind")
+        marks.require(self._past, position, "rewind")
         if position == self._length:
             return
         with execution():
             layers = {}
             for i, kv in self._layers.items():
-                window = self._window(i)
-                layers[i] = arranged(self._pieces(i), position, kv, self.layout, window, position)
+                pieces = marks.pieces(kv, i, self._marks)
+                layers[i] = arranged(pieces, position, kv, self.layout, self._window(i), position)
             tokens = self.tokens[:position]
             self._layers, self._staged, self._reading = layers, {}, {}
             self._tokens, self._unread, self._length = tokens, [], position
@@ -313,67 +273,33 @@ class KVState:
 
     def close(self) -> None:
         """Let go of everything. Forks and marks of others keep what they share."""
-        self.closed = True
+        if self.borrower is not None:
+            self.borrower.forget()
+        self.closed, self.borrower = True, None
         self._layers, self._staged, self._reading, self._marks = {}, {}, {}, {}
         self._tokens, self._unread, self._length = [], [], 0
 
-    # Below
-
-    @property
-    def _sliding(self) -> list[int]:
-        return [i for i in self._layers if self.config.layers[i].sliding]
+    # Internals
 
     def _window(self, layer: int) -> int | None:
         return self.config.window if self.config.layers[layer].sliding else None
 
-    def _pieces(self, layer: int) -> tuple[Segment, ...]:
-        """All that is held of a layer's past, the marks' windows included. May overlap."""
-        marked = (m.windows.get(layer, ()) for m in self._marks.values())
-        return (*self._layers[layer].pieces, *(s for window in marked for s in window))
-
-    def _needed(self, position: int) -> int:
-        """What a sliding layer must hold from, to go on at a position: its window, and whole what its tail was."""
-        return min(max(0, position - self.config.window + 1), position // self.layout.tail * self.layout.tail)
-
-    def _covered(self, position: int) -> bool:
-        sliding = self._sliding
-        if position == self._length or not sliding:
-            return True
-        return covered_from(self._pieces(sliding[0]), position) <= self._needed(position)
-
-    def _held_from_start(self) -> int:
-        """Up to where sliding layers hold everything from position 0 on."""
-        end = 0
-        for s in sorted(self._pieces(self._sliding[0]), key=lambda s: s.start):
-            end = max(end, s.stop) if s.start <= end else end
-        return end
-
-    def _require(self, position: int, verb: str) -> None:
-        """Refuse a position that lies ahead or that nothing covers."""
-        if not 0 <= position <= self._length:
-            raise InputError(f"can't {verb} position {position}: the state holds {self._length} tokens")
-        if self._covered(position):
-            return
-        marks = ", ".join(str(m.position) for m in self.marks) or "none"
-        low = self._length
-        while low > 0 and self._covered(low - 1):
-            low -= 1
-        raise InputError(
-            f"can't {verb} position {position} of {self._length}: the sliding windows of {self.config.window} tokens "
-            f"there are gone and no mark covers it; it can go back to {low}, and before that to "
-            f"{self.reach(position)} (marks: {marks})"
-        )
+    @property
+    def _past(self) -> Past:
+        self.settle()
+        sliding = {i: kv for i, kv in self._layers.items() if self.config.layers[i].sliding}
+        return Past(sliding, self._marks, self.layout, self.config.window, self._length)
 
 
 def total_nbytes(states: Iterable[KVState]) -> int:
-    """Bytes that several states hold together; what they share counts once."""
+    """Return the bytes that several states hold together; what they share counts once."""
     return sum({id(a): a.nbytes for state in states for a in state.arrays}.values())
 
 
 def kv_bytes(
     config: Config, dtype: mx.Dtype, tokens: int, chunk: int = 0, layout: SegmentLayout | None = None, kv: str = "full"
 ) -> int:
-    """The most bytes that a state of so many tokens holds without marks.
+    """Return the most bytes that a state of so many tokens holds without marks.
 
     Args:
         chunk: tokens that are read at once; sliding layers keep them until the next are read.
@@ -392,7 +318,7 @@ def kv_bytes(
 
 
 def window_bytes(config: Config, dtype: mx.Dtype, layout: SegmentLayout | None = None) -> int:
-    """The most bytes that a mark holds beside its state: a window of each sliding layer, in whole segments."""
+    """Return the most bytes that a mark holds beside its state: a window of each sliding layer, in whole segments."""
     layout = layout or SegmentLayout()
     rows = config.window + 2 * layout.tail + 2 * layout.sliding_unit(config.window)
     own = [s for i, s in enumerate(config.layers) if s.kv_layer == i and s.sliding]

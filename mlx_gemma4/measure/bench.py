@@ -254,12 +254,12 @@ def host_time(model: Model, state: KVState, steps: int = 9) -> float:
     """Seconds in which one step is built and scheduled, nothing waited for: the median of several."""
     state, token, times = state.fork(), mx.array([1]), []
     if model.replays:
-        step = model.begin(1, state)
+        step = model.step(1, state)
         for _ in range(steps):
             start = time.perf_counter()
-            step = model.begin(step, state)
+            step = model.step(step, state)
             times.append(time.perf_counter() - start)
-            step.best()
+            step.token()
         return median(times)
     for _ in range(steps):
         start = time.perf_counter()

@@ -1,56 +1,55 @@
-"""The models: Gemma 4 (dense, mixture of experts, per-layer embeddings) and Gemma 3, in the order of a forward pass.
+"""The model: weights and the three ways a forward pass runs.
 
-In: token ids and a `KVState`. Out: logits. A `Model` never changes once it is loaded and may serve any
-number of states. Shapes beside the lines: T tokens, H query heads, G key/value heads, D head size.
+In: token ids and a `KVState`. Out: logits. Prompts are read in stock operations (forward.py), a token or a few in fused
+kernels where there are any (decode.py), one token by a replayed step where there is one (step.py, replay.py). A `Model`
+never changes once it is loaded and may serve any number of states, which it makes, saves and loads.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable
+import logging
+import time
 from functools import cached_property, partial
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from ..config import Config, LayerConfig
+from ..config import Config
 from ..execution import execution
 from ..kv import quantization
 from ..kv.file import load_state, save_state
 from ..kv.segments import KVQuantizer, SegmentLayout
 from ..kv.state import KVState
 from ..memory import on_cpu
-from ..ops import many_rows, stock
+from ..ops import stock
 from ..ops.dispatch import Kernels
-from ..ops.routing import Routing
-from ..ops.stock import Weight
 from .decode import can_step, make_step
-from .replay import Done, Pending, Replay
-from .weights import Layer, Loaded, Weights
+from .forward import head, rope_wavelengths, run_layers
+from .replay import make_stepper
+from .step import LazyStepper, NextToken, Step
+from .weights import Loaded, Weights
+
+log = logging.getLogger("mlx_gemma4")
 
 
 class Model:
-    """Weights with the procedure that turns tokens into logits. Immutable."""
+    """Weights with the procedure that turns tokens into logits."""
 
     def __init__(self, config: Config, weights: Weights, kernels: Kernels | None = None) -> None:
         """`kernels` run decode steps; None: stock operations run everything."""
         self.config = config
         self.weights = weights
         self.kernels = kernels
-        self.loaded = Loaded(config, weights, self.kv_dtype)
-        self._linear = kernels.linear if kernels else stock.linear
-        self._geglu = many_rows.geglu if kernels else stock.geglu
-        self._wavelengths = {
-            (layer.sliding, layer.head_dim): _rope_wavelengths(config, layer, weights.rope_freqs)
-            for layer in config.layers
-        }
-        mx.eval(list(self._wavelengths.values()))
-        self._step: Callable[[mx.array, KVState], mx.array] | None = None
-        self._replay: Replay | None = None
-        if kernels:
-            self._step, self._replay = make_step(self.loaded, kernels, self._rope_of)
+        kinds = {layer.sliding: layer for layer in config.layers}
+        waves = {k: rope_wavelengths(config, kinds[k], weights.rope_freqs) for k in (True, False) if k in kinds}
+        mx.eval(list(waves.values()))
+        self.loaded = Loaded(config, weights, self.kv_dtype, waves, kernels)
+        self.rotations: dict[int, mx.array] = {}  # of keys and values to be quantized; made for the first such state
+        self._step = make_step(self.loaded, kernels) if kernels else None
+        lazy = LazyStepper(lambda ids, state: self._read(ids, state, 1))
+        self.stepper = make_stepper(self.loaded, kernels, lazy) if kernels else lazy
 
     def new_state(
         self,
@@ -65,15 +64,21 @@ class Model:
         Args:
             max_tokens: how many it may hold; None: any number.
             kv: how global layers' keys and values are held: "full", or quantized: "q8" (8 bits), "tq4" (4 bits).
+                The first quantized state of a model takes a prefill of 64 tokens (`estimate_key_means`).
             layout: where segments end.
             dtype: of keys and values in full precision; None: fp32 on a CPU, fp16 on a GPU.
+
+        Raises:
+            InputError: there is no such `kv`, or not for heads of this model's size.
         """
         return KVState(self.config, dtype or self.kv_dtype, max_tokens, layout, kv, self.quantizers(kv))
 
     def quantizers(self, kv: str) -> dict[int, KVQuantizer]:
-        """What quantizes the segments of each global layer with keys and values of its own; {} for "full"."""
+        """Return what quantizes each global layer with keys and values of its own; {} for "full"."""
         if kv not in quantization.BITS:
             return {}
+        with execution():
+            self.rotations = self.rotations or rotations_of(self)
         quantize = partial(self.kernels, "quantize_kv") if self.kernels else quantization.quantize
         return {i: KVQuantizer(kv, rotation, quantize) for i, rotation in self.rotations.items()}
 
@@ -89,7 +94,7 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells models apart that would make different keys and values: shape, norms, and some rows of the weights.
+        """Hash of what tells models apart that make different keys and values: shape, norms, some rows of the weights.
 
         The same however the weights are held. Hex, 64 digits.
         """
@@ -110,28 +115,9 @@ class Model:
             digest.update(np.array(row).tobytes())
         return digest.hexdigest()
 
-    @cached_property
-    def rotations(self) -> dict[int, mx.array]:
-        """For keys and values in codes: `kv.quantization.rotations` of each global layer that has any.
-
-        What keys have in common is found by reading a few tokens of no meaning: it is the layer's, not the text's.
-        """
-        with execution():
-            state = self.new_state()
-            ids = np.random.PCG64(0).random_raw(state.layout.tail) % self.config.vocab
-            self.prefill(mx.array(ids.astype(np.int32)), state)
-            made = {}
-            for i, kv in state.layers.items():
-                shape, layer = self.config.layers[i], self.weights.layers[i]
-                if not shape.sliding:
-                    center = kv.tail_keys[0].astype(mx.float32).mean(axis=1)
-                    made[i] = quantization.rotations(shape.head_dim, layer.attn_q_norm, layer.attn_k_norm, center)
-            mx.eval(list(made.values()))
-        return made
-
     @property
     def kv_dtype(self) -> mx.Dtype:
-        """Of keys and values on this device."""
+        """Dtype of keys and values in full precision on this device."""
         return mx.float32 if on_cpu() else mx.float16
 
     def forward(self, ids: mx.array, state: KVState, *, all_logits: bool = False) -> mx.array:
@@ -148,10 +134,8 @@ class Model:
         """
         with execution() as outermost:
             state.check_room(ids.size)
-            replay = self._replaying if ids.size == 1 else None
-            replayed = None if replay is None else replay.begin(int(ids), state)
-            if replayed is not None:
-                logits = replayed.logits()[None]
+            if ids.size == 1 and self.replays:
+                logits = self.stepper.step(int(ids), state).logits()[None]
             else:
                 logits = self._read(ids, state, ids.size if all_logits else 1)
             logits = logits if all_logits else logits[-1]
@@ -161,221 +145,60 @@ class Model:
 
     @property
     def replays(self) -> bool:
-        """Whether `begin` starts a step that nobody waits for."""
-        return self._replaying is not None
+        """True if `step` takes the step before it, still under way, for its token (see `Stepper.replays`)."""
+        return self.stepper.replays
 
-    @property
-    def _replaying(self) -> Replay | None:
-        """What replays steps; None: it can't here, or `doctor` has switched it off."""
-        if self._replay is None or self._replay.broken or self.kernels is None or "replay" in self.kernels.off:
-            return None
-        return self._replay
-
-    def begin(self, token: int | Pending | Done, state: KVState) -> Pending | Done:
-        """`forward` of one token, whose logits or likeliest token are asked for later.
-
-        Where steps are replayed, the next may begin with the token of the one that is still under way: then that one's
-        logits can't be asked for any more.
-        """
+    def step(self, token: NextToken, state: KVState) -> Step:
+        """Start `forward` of one token, whose logits or likeliest token are asked for later."""
         with execution():
             state.check_room(1)
-            replay = self._replaying
-            replayed = None if replay is None else replay.begin(token, state)
-            if replayed is not None:
-                return replayed
-            ids = mx.array([token if isinstance(token, int) else token.best()])
-            return Done(self._read(ids, state, 1)[-1])
+            return self.stepper.step(token, state)
+
+    def prefill(self, ids: mx.array, state: KVState) -> None:
+        """Read tokens, int [T], into the state without their logits: only keys and values are made."""
+        with execution() as outermost:
+            state.check_room(ids.size)
+            if self._stepped(ids, state) is None:  # a step's logits are never computed here
+                run_layers(self.loaded, ids, state, 0)
+            if outermost:
+                mx.async_eval(state.arrays)
 
     def _read(self, ids: mx.array, state: KVState, wanted: int) -> mx.array:
-        """Logits of the last `wanted` tokens, or of all: a step that is not replayed, or all layers as in a prompt."""
+        """Return logits of the last `wanted` tokens, or of all: from a step, or all layers as in a prompt."""
         logits = self._stepped(ids, state)
-        return self._head(self._layers(ids, state, wanted)) if logits is None else logits
+        return head(self.loaded, run_layers(self.loaded, ids, state, wanted)) if logits is None else logits
 
     def _stepped(self, ids: mx.array, state: KVState) -> mx.array | None:
-        """Logits of all tokens, read in one step; None: no step takes them."""
+        """Return logits of all tokens, read in one step; None: no step takes them."""
         if self._step and can_step(self.config, ids.size) and state.fits_tail(ids.size):
             return self._step(ids, state)
         return None
 
-    def prefill(self, ids: mx.array, state: KVState) -> None:
-        """Read tokens, int [T], into the state and want no logits: only keys and values are made."""
-        with execution() as outermost:
-            state.check_room(ids.size)
-            if self._stepped(ids, state) is None:  # a step's logits are never computed here
-                self._layers(ids, state, 0)
-            if outermost:
-                mx.async_eval(state.arrays)
 
-    def _layers(self, ids: mx.array, state: KVState, wanted: int) -> mx.array:
-        """All layers; gives the last `wanted` tokens' hidden state, [wanted, hidden], before the last norm.
+def estimate_key_means(model: Model) -> dict[int, mx.array]:
+    """Return the mean key of each global layer with keys of its own, fp32 [G, D], by KV head.
 
-        Nothing after the last keys and values depends on any but the wanted tokens, so from there on
-        only those are computed (and with none wanted, the pass ends).
-        """
-        x = stock.embed(ids, self.weights.token_embd) * math.sqrt(self.config.hidden)  # [T, hidden]
-        before = x
-        per_layer = self._per_layer_inputs(ids, x)
-        last_kv = self.config.own_kv_layers - 1
-        for i, layer in enumerate(self.weights.layers):
-            shape = self.config.layers[i]
-            h = stock.rms_norm(x, layer.attn_norm, self.config.eps)
-            q, k, v = self._qkv(layer, shape, h)
-            if k is not None and v is not None:
-                self._write_kv(i, layer, shape, k, v, state)
-            if i == last_kv:
-                if wanted == 0:
-                    break
-                q, x = q[-wanted:], x[-wanted:]
-                per_layer = None if per_layer is None else per_layer[-wanted:]
-            h = self._attention(layer, shape, q, state, ids.size)
-            x = x + stock.rms_norm(h, layer.post_attention_norm, self.config.eps)
-            h = self._mlp(layer, x) if layer.ffn_gate_inp is None else self._mlp_and_experts(layer, x)
-            x = x + stock.rms_norm(h, layer.post_ffw_norm, self.config.eps)
-            if per_layer is not None:
-                x = x + self._per_layer_step(layer, x, per_layer[:, i])
-            if layer.layer_output_scale is not None:
-                x = x * layer.layer_output_scale
-            if self.kernels:  # what a GPU has not got to yet holds memory: at most a layer ahead
-                mx.async_eval(x)
-                mx.eval(before)
-                before = x
-        state.advance(ids)
-        return x
-
-    def _per_layer_inputs(self, ids: mx.array, x: mx.array) -> mx.array | None:
-        """What each layer adds of the token itself: [T, layers, P], from the token and its embedding x."""
-        w, c = self.weights, self.config
-        if w.per_layer_token_embd is None or w.per_layer_model_proj is None:
-            return None
-        shape = (ids.size, len(c.layers), c.ple)
-        own = stock.embed(ids, w.per_layer_token_embd).reshape(shape) * math.sqrt(c.ple)
-        projected = self._linear(x, w.per_layer_model_proj).reshape(shape) * c.hidden**-0.5
-        return (stock.rms_norm(projected, w.per_layer_proj_norm, c.eps) + own) * 2**-0.5
-
-    def _qkv(self, layer: Layer, shape: LayerConfig, h: mx.array) -> tuple[mx.array, mx.array | None, mx.array | None]:
-        """The raw queries [T, H * D], keys and values [T, G * D] of h [T, hidden]; no keys: another layer's serve."""
-        q_rows, kv_rows = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        if layer.attn_qk is not None:
-            q, k, v = mx.split(self._linear(h, layer.attn_qk), [q_rows, q_rows + kv_rows], axis=-1)
-            if v.size:
-                return q, k, v
-        else:
-            assert layer.attn_q is not None
-            q = self._linear(h, layer.attn_q)
-            if layer.attn_k is None:
-                return q, None, None
-            k = self._linear(h, layer.attn_k)
-        return q, k, k if layer.attn_v is None else self._linear(h, layer.attn_v)
-
-    def _write_kv(self, i: int, layer: Layer, shape: LayerConfig, k: mx.array, v: mx.array, state: KVState) -> None:
-        """Raw keys and values, [T, G * D], of new tokens into the state."""
-        k, v = _heads(k, shape.kv_heads), _heads(v, shape.kv_heads)  # [1, G, T, D]
-        if self.config.value_norm:
-            v = stock.rms_norm(v, None, self.config.eps)
-        k = self._rope(stock.rms_norm(k, layer.attn_k_norm, self.config.eps), shape, state.length)
-        state.append(i, k, v)
-
-    def _attention(self, layer: Layer, shape: LayerConfig, q: mx.array, state: KVState, new: int) -> mx.array:
-        """The raw queries q [Tq, H * D] of the last tokens of `new` ones attend to all they may see."""
-        queries = q.shape[0]
-        first = state.length + new - queries  # position of the first query
-        q = stock.rms_norm(_heads(q, shape.heads), layer.attn_q_norm, self.config.eps)
-        q = self._rope(q, shape, first)  # [1, H, Tq, D]
-        parts = state.view(shape.kv_layer, queries)
-        window = self.config.window if shape.sliding else None
-        out = stock.attention(q.astype(state.dtype), parts, self.config.attention_scale, first, window)
-        out = out.swapaxes(1, 2).reshape(queries, -1)  # [Tq, H * D]
-        return self._linear(out.astype(mx.float32), layer.attn_output)
-
-    def _rope(self, x: mx.array, shape: LayerConfig, position: int) -> mx.array:
-        """Turn heads [1, heads, T, D] by their positions, dimension i with i + D/2."""
-        return mx.fast.rope(
-            x, shape.head_dim, traditional=False, base=None, scale=1.0, offset=position, freqs=self._rope_of(shape)
-        )
-
-    def _rope_of(self, shape: LayerConfig) -> mx.array:
-        return self._wavelengths[shape.sliding, shape.head_dim]
-
-    def _mlp(self, layer: Layer, x: mx.array) -> mx.array:
-        """down(gelu(gate(x)) * up(x)), on x [T, hidden] before its norm."""
-        h = stock.rms_norm(x, layer.ffn_norm, self.config.eps)
-        if layer.ffn_gate_up is not None:
-            gate, up = mx.split(self._linear(h, layer.ffn_gate_up), 2, axis=-1)
-        else:
-            assert layer.ffn_gate is not None and layer.ffn_up is not None
-            gate, up = self._linear(h, layer.ffn_gate), self._linear(h, layer.ffn_up)
-        return self._linear(self._geglu(gate, up), layer.ffn_down)
-
-    def _mlp_and_experts(self, layer: Layer, x: mx.array) -> mx.array:
-        """The dense MLP and the chosen experts, each under its own norm, summed: [T, hidden]."""
-        eps = self.config.eps
-        dense = stock.rms_norm(self._mlp(layer, x), layer.post_ffw_norm_1, eps)
-        chosen, share = self._route(layer, x)
-        routing = Routing(chosen, self.config.experts)
-        h = stock.rms_norm(x, layer.pre_ffw_norm_2, eps)[:, None]  # [T, 1, hidden]
-        if layer.ffn_gate_up_exps is not None:
-            h = self._expert_linear(h, layer.ffn_gate_up_exps, routing, glu=True)
-        else:
-            assert layer.ffn_gate_exps is not None and layer.ffn_up_exps is not None
-            h = self._geglu(*(self._expert_linear(h, w, routing) for w in (layer.ffn_gate_exps, layer.ffn_up_exps)))
-        assert layer.ffn_down_exps is not None
-        out = self._expert_linear(h, layer.ffn_down_exps, routing)  # [T, used, hidden]
-        experts = (out * share[..., None]).sum(axis=1)
-        return dense + stock.rms_norm(experts, layer.post_ffw_norm_2, eps)
-
-    def _route(self, layer: Layer, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Choose experts for x [T, hidden]: their numbers and shares, both [T, used]."""
-        c = self.config
-        assert layer.ffn_gate_inp is not None and layer.ffn_gate_inp_scale is not None
-        h = stock.rms_norm(x, None, c.eps) * (c.hidden**-0.5) * layer.ffn_gate_inp_scale
-        scores = self._linear(h, layer.ffn_gate_inp)  # [T, E]
-        chosen = self._choose(scores)
-        share = mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1, precise=True)
-        if layer.ffn_down_exps_scale is not None:
-            share = share * layer.ffn_down_exps_scale[chosen]
-        return chosen, share
-
-    def _choose(self, scores: mx.array) -> mx.array:
-        """The experts of the highest scores [T, E], in any order: [T, used]."""
-        used = self.config.experts_used
-        return mx.argpartition(-scores, kth=used - 1, axis=-1)[:, :used]
-
-    def _expert_linear(self, x: mx.array, w: Weight, routing: Routing, glu: bool = False) -> mx.array:
-        """`ops.expert_linear`, in kernels where there are any; with glu, of gate and up."""
-        if self.kernels:
-            return self.kernels.expert_linear(x, w, routing, glu)
-        y = stock.expert_linear(x, w, routing.chosen)
-        return self._geglu(*mx.split(y, 2, axis=-1)) if glu else y
-
-    def _per_layer_step(self, layer: Layer, x: mx.array, p: mx.array) -> mx.array:
-        """What the per-layer embedding p [T, P] adds to x [T, hidden]."""
-        assert layer.inp_gate is not None and layer.proj is not None
-        h = stock.gelu(self._linear(x, layer.inp_gate)) * p
-        return stock.rms_norm(self._linear(h, layer.proj), layer.post_norm, self.config.eps)
-
-    def _head(self, x: mx.array) -> mx.array:
-        """Logits, fp32 [T, vocab], of hidden states [T, hidden]."""
-        h = stock.rms_norm(x, self.weights.output_norm, self.config.eps)
-        return stock.softcap(self._linear(h, self.weights.output).astype(mx.float32), self.config.softcap)
-
-
-def _heads(x: mx.array, heads: int) -> mx.array:
-    """[T, heads * D] -> [1, heads, T, D]."""
-    return x.reshape(1, x.shape[0], heads, -1).swapaxes(1, 2)
-
-
-def _rope_wavelengths(config: Config, layer: LayerConfig, rope_freqs: mx.array | None) -> mx.array:
-    """Radians per token, inverted, of each pair of dimensions of a head: fp32 [D / 2].
-
-    theta^(2i/D) (Su et al., arXiv:2104.09864). Global layers divide positions by `rope_scale`; Gemma 4
-    turns only the first frequencies of its global heads: its `rope_freqs` are 1e30 elsewhere.
+    They are estimated by reading 64 random tokens: what keys have in common depends on the layer, not on the text.
     """
-    half = layer.head_dim // 2
-    theta = config.rope_theta_sliding if layer.sliding else config.rope_theta
-    wavelengths = mx.array([theta ** (2 * i / layer.head_dim) for i in range(half)], mx.float32)
-    if layer.sliding:
-        return wavelengths
-    if rope_freqs is not None:
-        return wavelengths * rope_freqs.astype(mx.float32)
-    turning = round(half * (1.0 if config.rope_rotated is None else config.rope_rotated))
-    return mx.where(mx.arange(half) < turning, wavelengths * config.rope_scale, mx.inf)
+    start = time.perf_counter()
+    with execution():
+        state = model.new_state()
+        ids = np.random.PCG64(0).random_raw(state.layout.tail) % model.config.vocab
+        model.prefill(mx.array(ids.astype(np.int32)), state)
+        kept = {i: kv.tail_keys[0] for i, kv in state.layers.items() if not model.config.layers[i].sliding}
+        means = {i: keys.astype(mx.float32).mean(axis=1) for i, keys in kept.items()}
+        mx.eval(list(means.values()))
+    log.debug("Key means of %d layers estimated in %.2f s", len(means), time.perf_counter() - start)
+    return means
+
+
+def rotations_of(model: Model) -> dict[int, mx.array]:
+    """Return `quantization.rotations` of each global layer with keys and values of its own, evaluated."""
+    with execution():
+        made = {}
+        for i, mean in estimate_key_means(model).items():
+            layer = model.weights.layers[i]
+            dim = model.config.layers[i].head_dim
+            made[i] = quantization.rotations(dim, layer.attn_q_norm, layer.attn_k_norm, mean)
+        mx.eval(list(made.values()))
+    return made

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from ..config import Config
+from ..ops.dispatch import Kernels
 from ..ops.stock import Weight
 
 
@@ -63,8 +65,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a step reads of a model."""
+    """A model as its forward passes read it."""
 
     config: Config
     weights: Weights
     kv_dtype: mx.Dtype  # of keys and values, and of activations between kernels
+    wavelengths: Mapping[bool, mx.array]  # of RoPE, fp32 [D / 2]; True: of sliding layers, False: of global ones
+    kernels: Kernels | None = None  # None: stock operations run everything

@@ -57,7 +57,7 @@ def test_growing_never_encodes_a_token_twice(kv: str, monkeypatch: pytest.Monkey
         encoded.append(keys.shape[2])
         return encode(keys, *rest)
 
-    for layer in state._layers.values():
+    for layer in state.layers.values():
         if layer.quantizer:
             object.__setattr__(layer.quantizer, "quantize", counting)
     for size in (1, 1, 1, 30, 1, 7, 4, 1, 1, 50, 1):

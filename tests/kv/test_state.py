@@ -19,6 +19,7 @@ from mlx_gemma4.generation.loop import Sampling, generate_tokens
 from mlx_gemma4.kv.quantization import KINDS
 from mlx_gemma4.kv.segments import SegmentLayout
 from mlx_gemma4.kv.state import KVState, kv_bytes, window_bytes
+from mlx_gemma4.model import forward
 
 GREEDY = Sampling(temperature=0)
 
@@ -200,7 +201,7 @@ def test_a_failed_pass_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for s in (state, other):
         read(model, s, some_tokens(30))
     with monkeypatch.context() as patch:
-        patch.setattr(model, "_mlp", lambda *_: 1 / 0)  # the first layer's keys and values are there by then
+        patch.setattr(forward, "mlp", lambda *_: 1 / 0)  # the first layer's keys and values are there by then
         with pytest.raises(ZeroDivisionError):
             read(model, state, [7, 8, 9])
     assert state.tokens == other.tokens

@@ -17,7 +17,7 @@ from precompile import Idle, add_rotations, lazy_fill, lazy_model
 
 from mlx_gemma4.execution import execution
 from mlx_gemma4.gpu import recording
-from mlx_gemma4.model import decode, replay
+from mlx_gemma4.model import decode, forward, replay
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.ops import attention, dispatch, norms, quantized_attention
 from mlx_gemma4.ops.dispatch import Kernels
@@ -56,7 +56,7 @@ def test_a_step_of_a_real_size_runs_in_kernels(
     state = model.new_state()
     with execution():
         lazy_fill(state, depth)
-        logits = decode.make_step(model.loaded, run, model._rope_of)[0](mx.array([1]), state)
+        logits = decode.make_step(model.loaded, run)(mx.array([1]), state)
     assert logits.shape == (1, model.config.vocab)
     layers, apart = model.config.layers, sum(layer.attn_v is not None for layer in model.weights.layers)
     apart += 0 if packed else len(layers)  # of an unpacked weight, gate and up
@@ -80,8 +80,8 @@ def test_a_step_of_a_real_size_can_be_recorded(kind: str, kv: str, depth: int, m
         for _ in range(2):
             state = model.new_state(kv=kv)
             lazy_fill(state, depth)
-            assert model._replay is not None
-            assert model._replay.begin(1, state)
+            assert isinstance(model.stepper, replay.Replayer)
+            assert model.stepper.start(1, state)
             found.append([(x.kernel.name, x.grid, x.outputs) for x in Sink.launches])
     assert found[0] == found[1]
     rows = sum(s.kv_heads * s.head_dim for i, s in enumerate(model.config.layers) if s.kv_layer == i)
@@ -94,7 +94,7 @@ def test_a_step_of_a_real_size_can_be_recorded(kind: str, kv: str, depth: int, m
 @pytest.mark.parametrize("packed", [True, False])
 def test_experts_of_a_prompt_are_two_launches(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """2,048 tokens of 26B-A4B: gate and up, then down. Nothing is evaluated, so nothing waits for the GPU."""
-    monkeypatch.setattr(Model, "_mlp", lambda *_: mx.zeros((2048, 2816)))
+    monkeypatch.setattr(forward, "mlp", lambda *_: mx.zeros((2048, 2816)))
     made: Counter[str] = Counter()
 
     def launcher(**declared: Any) -> Any:
@@ -107,7 +107,7 @@ def test_experts_of_a_prompt_are_two_launches(packed: bool, monkeypatch: pytest.
     model = lazy_model("26b-a4b", Kernels(launcher, strict=True), packed)
     mx.eval(mx.zeros(1))
     before = mx.get_active_memory()
-    y = model._mlp_and_experts(model.weights.layers[0], mx.zeros((2048, 2816)))
+    y = forward.mlp_and_experts(model.loaded, model.weights.layers[0], mx.zeros((2048, 2816)))
     assert y.shape == (2048, 2816)
     assert made == {"halve": 2, "grouped": 2}
     assert mx.get_active_memory() - before < 2048 * 2816

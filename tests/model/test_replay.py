@@ -103,9 +103,9 @@ def test_a_step_under_way_when_another_begins(tmp_path: Path) -> None:
     state = replayed.new_state()
     replayed.prefill(mx.array([3, 4]), state)
     fork = state.fork()
-    first, second = replayed.begin(5, state), replayed.begin(6, state)
+    first, second = replayed.step(5, state), replayed.step(6, state)
     late = np.array(first.logits()), np.array(second.logits())
-    assert [first.best(), second.best()] == [int(logits.argmax()) for logits in late]
+    assert [first.token(), second.token()] == [int(logits.argmax()) for logits in late]
     for i, logits in zip((5, 6), late, strict=True):
         np.testing.assert_array_equal(np.array(replayed.forward(mx.array([i]), fork)), logits)
 

@@ -1,0 +1,212 @@
+"""The forward pass in stock operations, in its order: Gemma 4 (dense, experts, per-layer embeddings) and Gemma 3.
+
+In: token ids and a `KVState`, which takes the new keys and values. Out: hidden states, then logits. It reads prompts on
+every device, with products in kernels where there are any; decode.py is the same pass in fused kernels, for a token or
+a few. Shapes beside the lines: T tokens, H query heads, G key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+
+from ..config import Config, LayerConfig
+from ..kv.state import KVState
+from ..ops import many_rows, stock
+from ..ops.routing import Routing
+from ..ops.stock import Weight
+from .weights import Layer, Loaded
+
+
+def run_layers(m: Loaded, ids: mx.array, state: KVState, wanted: int) -> mx.array:
+    """Run all layers; return the last `wanted` tokens' hidden states, [wanted, hidden], before the last norm.
+
+    Nothing after the last keys and values depends on any but the wanted tokens, so from there on
+    only those are computed (and with none wanted, the pass ends).
+    """
+    x = stock.embed(ids, m.weights.token_embd) * math.sqrt(m.config.hidden)  # [T, hidden]
+    before = x
+    per_layer = per_layer_inputs(m, ids, x)
+    last_kv = m.config.own_kv_layers - 1
+    for i, layer in enumerate(m.weights.layers):
+        shape = m.config.layers[i]
+        h = stock.rms_norm(x, layer.attn_norm, m.config.eps)
+        q, k, v = qkv(m, layer, shape, h)
+        if k is not None and v is not None:
+            write_kv(m, i, layer, shape, k, v, state)
+        if i == last_kv:
+            if wanted == 0:
+                break
+            q, x = q[-wanted:], x[-wanted:]
+            per_layer = None if per_layer is None else per_layer[-wanted:]
+        h = attention(m, layer, shape, q, state, ids.size)
+        x = x + stock.rms_norm(h, layer.post_attention_norm, m.config.eps)
+        h = mlp(m, layer, x) if layer.ffn_gate_inp is None else mlp_and_experts(m, layer, x)
+        x = x + stock.rms_norm(h, layer.post_ffw_norm, m.config.eps)
+        if per_layer is not None:
+            x = x + per_layer_step(m, layer, x, per_layer[:, i])
+        if layer.layer_output_scale is not None:
+            x = x * layer.layer_output_scale
+        if m.kernels:  # what a GPU has not got to yet holds memory: at most a layer ahead
+            mx.async_eval(x)
+            mx.eval(before)
+            before = x
+    state.advance(ids)
+    return x
+
+
+def per_layer_inputs(m: Loaded, ids: mx.array, x: mx.array) -> mx.array | None:
+    """Return the per-layer embeddings, [T, layers, P], of tokens and their embeddings x."""
+    w, c = m.weights, m.config
+    if w.per_layer_token_embd is None or w.per_layer_model_proj is None:
+        return None
+    shape = (ids.size, len(c.layers), c.ple)
+    own = stock.embed(ids, w.per_layer_token_embd).reshape(shape) * math.sqrt(c.ple)
+    projected = linear(m, x, w.per_layer_model_proj).reshape(shape) * c.hidden**-0.5
+    return (stock.rms_norm(projected, w.per_layer_proj_norm, c.eps) + own) * 2**-0.5
+
+
+def qkv(m: Loaded, layer: Layer, shape: LayerConfig, h: mx.array) -> tuple[mx.array, mx.array | None, mx.array | None]:
+    """Return raw queries [T, H * D], keys and values [T, G * D] of h [T, hidden]; no keys: another layer's serve."""
+    q_rows, kv_rows = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    if layer.attn_qk is not None:
+        q, k, v = mx.split(linear(m, h, layer.attn_qk), [q_rows, q_rows + kv_rows], axis=-1)
+        if v.size:
+            return q, k, v
+    else:
+        assert layer.attn_q is not None
+        q = linear(m, h, layer.attn_q)
+        if layer.attn_k is None:
+            return q, None, None
+        k = linear(m, h, layer.attn_k)
+    return q, k, k if layer.attn_v is None else linear(m, h, layer.attn_v)
+
+
+def write_kv(m: Loaded, i: int, layer: Layer, shape: LayerConfig, k: mx.array, v: mx.array, state: KVState) -> None:
+    """Give the state the raw keys and values, [T, G * D], of new tokens."""
+    k, v = split_heads(k, shape.kv_heads), split_heads(v, shape.kv_heads)  # [1, G, T, D]
+    if m.config.value_norm:
+        v = stock.rms_norm(v, None, m.config.eps)
+    k = rope(m, stock.rms_norm(k, layer.attn_k_norm, m.config.eps), shape, state.length)
+    state.append(i, k, v)
+
+
+def attention(m: Loaded, layer: Layer, shape: LayerConfig, q: mx.array, state: KVState, new: int) -> mx.array:
+    """Let raw queries q [Tq, H * D], of the last of `new` tokens, attend to all they may see: [Tq, hidden]."""
+    queries = q.shape[0]
+    first = state.length + new - queries  # position of the first query
+    q = stock.rms_norm(split_heads(q, shape.heads), layer.attn_q_norm, m.config.eps)
+    q = rope(m, q, shape, first)  # [1, H, Tq, D]
+    parts = state.view(shape.kv_layer, queries)
+    window = m.config.window if shape.sliding else None
+    out = stock.attention(q.astype(state.dtype), parts, m.config.attention_scale, first, window)
+    out = out.swapaxes(1, 2).reshape(queries, -1)  # [Tq, H * D]
+    return linear(m, out.astype(mx.float32), layer.attn_output)
+
+
+def mlp(m: Loaded, layer: Layer, x: mx.array) -> mx.array:
+    """Return down(gelu(gate(h)) * up(h)), [T, hidden], h being x after its norm."""
+    h = stock.rms_norm(x, layer.ffn_norm, m.config.eps)
+    if layer.ffn_gate_up is not None:
+        gate, up = mx.split(linear(m, h, layer.ffn_gate_up), 2, axis=-1)
+    else:
+        assert layer.ffn_gate is not None and layer.ffn_up is not None
+        gate, up = linear(m, h, layer.ffn_gate), linear(m, h, layer.ffn_up)
+    return linear(m, geglu(m, gate, up), layer.ffn_down)
+
+
+def mlp_and_experts(m: Loaded, layer: Layer, x: mx.array) -> mx.array:
+    """Return the dense MLP and the chosen experts, each under its own norm, summed: [T, hidden]."""
+    eps = m.config.eps
+    dense = stock.rms_norm(mlp(m, layer, x), layer.post_ffw_norm_1, eps)
+    chosen, share = route(m, layer, x)
+    routing = Routing(chosen, m.config.experts)
+    h = stock.rms_norm(x, layer.pre_ffw_norm_2, eps)[:, None]  # [T, 1, hidden]
+    if layer.ffn_gate_up_exps is not None:
+        h = expert_linear(m, h, layer.ffn_gate_up_exps, routing, glu=True)
+    else:
+        assert layer.ffn_gate_exps is not None and layer.ffn_up_exps is not None
+        h = geglu(m, *(expert_linear(m, h, w, routing) for w in (layer.ffn_gate_exps, layer.ffn_up_exps)))
+    assert layer.ffn_down_exps is not None
+    out = expert_linear(m, h, layer.ffn_down_exps, routing)  # [T, used, hidden]
+    experts = (out * share[..., None]).sum(axis=1)
+    return dense + stock.rms_norm(experts, layer.post_ffw_norm_2, eps)
+
+
+def route(m: Loaded, layer: Layer, x: mx.array) -> tuple[mx.array, mx.array]:
+    """Choose experts for x [T, hidden]; return their numbers and shares, both [T, used]."""
+    c = m.config
+    assert layer.ffn_gate_inp is not None and layer.ffn_gate_inp_scale is not None
+    h = stock.rms_norm(x, None, c.eps) * (c.hidden**-0.5) * layer.ffn_gate_inp_scale
+    scores = linear(m, h, layer.ffn_gate_inp)  # [T, E]
+    chosen = choose_experts(scores, c.experts_used)
+    share = mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1, precise=True)
+    if layer.ffn_down_exps_scale is not None:
+        share = share * layer.ffn_down_exps_scale[chosen]
+    return chosen, share
+
+
+def choose_experts(scores: mx.array, used: int) -> mx.array:
+    """Return the experts of the highest scores [T, E], in any order: [T, used]."""
+    return mx.argpartition(-scores, kth=used - 1, axis=-1)[:, :used]
+
+
+def per_layer_step(m: Loaded, layer: Layer, x: mx.array, p: mx.array) -> mx.array:
+    """Return what the per-layer embedding p [T, P] adds to x [T, hidden]."""
+    assert layer.inp_gate is not None and layer.proj is not None
+    h = stock.gelu(linear(m, x, layer.inp_gate)) * p
+    return stock.rms_norm(linear(m, h, layer.proj), layer.post_norm, m.config.eps)
+
+
+def head(m: Loaded, x: mx.array) -> mx.array:
+    """Return logits, fp32 [T, vocab], of hidden states [T, hidden]."""
+    h = stock.rms_norm(x, m.weights.output_norm, m.config.eps)
+    return stock.softcap(linear(m, h, m.weights.output).astype(mx.float32), m.config.softcap)
+
+
+def linear(m: Loaded, x: mx.array, w: Weight) -> mx.array:
+    """Return `stock.linear`'s result, by kernels where there are any."""
+    return m.kernels.linear(x, w) if m.kernels else stock.linear(x, w)
+
+
+def geglu(m: Loaded, gate: mx.array, up: mx.array) -> mx.array:
+    """Return gelu(gate) * up."""
+    return many_rows.geglu(gate, up) if m.kernels else stock.geglu(gate, up)
+
+
+def expert_linear(m: Loaded, x: mx.array, w: Weight, routing: Routing, glu: bool = False) -> mx.array:
+    """Return `stock.expert_linear`'s result, by kernels where there are any; with glu, geglu of its halves."""
+    if m.kernels:
+        return m.kernels.expert_linear(x, w, routing, glu)
+    y = stock.expert_linear(x, w, routing.chosen)
+    return geglu(m, *mx.split(y, 2, axis=-1)) if glu else y
+
+
+def rope(m: Loaded, x: mx.array, shape: LayerConfig, position: int) -> mx.array:
+    """Apply RoPE to heads [1, heads, T, D], the first at `position`; dimension i goes with i + D / 2."""
+    return mx.fast.rope(
+        x, shape.head_dim, traditional=False, base=None, scale=1.0, offset=position, freqs=m.wavelengths[shape.sliding]
+    )
+
+
+def split_heads(x: mx.array, heads: int) -> mx.array:
+    """Return x [T, heads * D] as [1, heads, T, D]."""
+    return x.reshape(1, x.shape[0], heads, -1).swapaxes(1, 2)
+
+
+def rope_wavelengths(config: Config, layer: LayerConfig, rope_freqs: mx.array | None) -> mx.array:
+    """Return tokens per radian of each pair of dimensions of a head: fp32 [D / 2].
+
+    theta^(2i/D) (Su et al., arXiv:2104.09864). Global layers divide positions by `rope_scale`; Gemma 4
+    rotates only the first pairs of its global heads: its `rope_freqs` are 1e30 elsewhere.
+    """
+    half = layer.head_dim // 2
+    theta = config.rope_theta_sliding if layer.sliding else config.rope_theta
+    wavelengths = mx.array([theta ** (2 * i / layer.head_dim) for i in range(half)], mx.float32)
+    if layer.sliding:
+        return wavelengths
+    if rope_freqs is not None:
+        return wavelengths * rope_freqs.astype(mx.float32)
+    rotated = round(half * (1.0 if config.rope_rotated is None else config.rope_rotated))
+    return mx.where(mx.arange(half) < rotated, wavelengths * config.rope_scale, mx.inf)
