@@ -247,11 +247,7 @@ def _marks_wanted(state: KVState, prompt: list[int], turn_ends: frozenset[int] |
 
 
 def _prefill(
-    model: Model,
-    state: KVState,
-    prompt: list[int],
-    on_prompt: Callable[[int, int], None] | None,
-    marks: list[int],
+    model: Model, state: KVState, prompt: list[int], on_prompt: Callable[[int, int], None] | None, marks: list[int]
 ) -> LazyStep:
     """Read the prompt chunk by chunk, leaving marks; return the step of its last token.
 

@@ -117,8 +117,7 @@ def cut(sources: Sequence[Segment], start: int, stop: int, quantizer: KVQuantize
     at = start
     while at < stop:
         source = max(
-            (s for s in sources if s.start <= at < s.stop),
-            key=lambda s: (s.start == start and s.stop == stop, s.stop),
+            (s for s in sources if s.start <= at < s.stop), key=lambda s: (s.start == start and s.stop == stop, s.stop)
         )
         used.append(source)
         at = source.stop

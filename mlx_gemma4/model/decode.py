@@ -20,10 +20,11 @@ from ..kv.segments import LayerKV, sealed
 from ..kv.state import KVState
 from ..ops import matvec, parts, stock
 from ..ops.dispatch import SHRINK, Kernels
-from .spans import CACHED, Places, Spans, arrays_of, in_sight, numbers_at, placed, spans_of
+from .spans import Places, Spans, in_sight, numbers_at, placed, spans_of
 from .weights import Layer, Loaded
 
 MAX_TOKENS = matvec.MAX_TOKENS
+TRACES = 8  # kept of a model's steps: a conversation needs one at a time
 
 
 def can_step(c: Config, tokens: int) -> bool:
@@ -35,9 +36,11 @@ def can_step(c: Config, tokens: int) -> bool:
 class Inputs(TypedDict):
     """What a step reads of a KV state. A dict, which `mx.compile` takes.
 
-    All of it is the same, but for the tails, as long as the state's segments are: a trace serves until a tail is full.
+    All but position and tails stays as it is as long as the state's segments do: a trace serves until a tail is full.
     """
 
+    position: mx.array  # int32 [1], tokens before the step
+    spans: tuple[mx.array, mx.array]  # `Spans.arrays`
     lengths: dict[bool, int]  # `Spans.lengths`
     segments: dict[int, list[parts.KVPart]]  # by layer with keys and values of its own: those in sight before the tail
     tails: dict[int, parts.KVPart]  # by such a layer
@@ -69,24 +72,21 @@ def make_step(model: Loaded, run: Kernels) -> Callable[[mx.array, KVState], mx.a
     constants = Constants.of(model)
     kinds = {layer.sliding: i for i, layer in reversed(list(enumerate(model.config.layers)))}  # the first of each
 
-    def traceable(
-        ids: mx.array, position: mx.array, slopes: mx.array, floors: mx.array, inputs: Inputs
-    ) -> tuple[mx.array, list[parts.KVPart]]:
-        places = placed(numbers_at(position, slopes, floors), inputs["lengths"])
-        logits, tails = forward(model, run, constants, ids, inputs, places)
+    def traceable(ids: mx.array, inputs: Inputs) -> tuple[mx.array, list[parts.KVPart]]:
+        numbers = numbers_at(inputs["position"], *inputs["spans"])
+        logits, tails = forward(model, run, constants, ids, inputs, placed(numbers, inputs["lengths"]))
         return stock.softcap(logits, model.config.softcap), tails
 
-    @lru_cache(CACHED)
+    @lru_cache(TRACES)
     def traced(_: Any) -> Callable[..., Any]:
         return mx.compile(traceable)
 
     def step(ids: mx.array, state: KVState) -> mx.array:
         tokens, layers = ids.size, with_room(model, state)
-        inputs, spans = inputs_of(model, layers, tokens)
+        inputs, _ = inputs_of(model, layers, tokens)
         shapes = (tuple(k.shape for k, _ in inputs["segments"][i]) for i in kinds.values())
         run_it = traced((run.off, tokens, *shapes)) if run.traced else traceable
-        position = mx.array([state.length], mx.int32)
-        logits, tails = run_it(ids.astype(mx.int32), position, *arrays_of(spans), inputs)
+        logits, tails = run_it(ids.astype(mx.int32), inputs)
         for (i, kv), (keys, values) in zip(layers.items(), tails, strict=True):
             count, stop = kv.count + tokens, kv.stop + tokens
             state.stage(i, replace(kv, tail_keys=keys, tail_values=values, count=count, stop=stop))
@@ -250,6 +250,8 @@ def inputs_of(model: Loaded, layers: dict[int, LayerKV], tokens: int) -> tuple[I
     c, spans = model.config, spans_of(model.config, layers, tokens)
     seen = {i: in_sight(kv, c.window if c.layers[i].sliding else None) for i, kv in layers.items()}
     inputs: Inputs = {
+        "position": mx.array([next(iter(layers.values())).stop], mx.int32),
+        "spans": spans.arrays,
         "lengths": spans.lengths,
         "segments": {i: [(s.keys, s.values) for s in segments] for i, segments in seen.items()},
         "tails": {i: (kv.tail_keys, kv.tail_values) for i, kv in layers.items()},

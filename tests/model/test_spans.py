@@ -1,0 +1,45 @@
+"""A step's numbers: the examples of spans.py, and rows of all parts against the window's definition."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from plain_state import read, small_model
+from test_state import LAYOUTS, some_tokens
+
+from mlx_gemma4.model.decode import with_room
+from mlx_gemma4.model.spans import FIXED, Linear, Span, in_sight, spans_of
+
+
+def test_the_examples() -> None:
+    end, tail = Linear(FIXED, 64), Linear(-63, 0)
+    assert Linear(-64, 0).at(70) == 6
+    assert Span(Linear(FIXED, 0), end).at(70) == (0, 64)
+    assert Span(Linear(FIXED, 0), tail).at(70) == (0, 7)
+    assert [Span(Linear(-15, 0), end).at(n) for n in (70, 80)] == [(55, 64), (64, 64)]
+    assert [Span(Linear(-79, 0), tail).at(n) for n in (70, 80)] == [(0, 7), (1, 17)]
+
+
+@pytest.mark.parametrize("window", [5, 13, 64])
+def test_a_step_sees_its_window(window: int) -> None:
+    """At every position until the tail is full, each token in sight is in one part, and no other is."""
+    model = small_model("12b", window, LAYOUTS[2])
+    for length in (1, 7, 8, 30, 61):
+        state = model.new_state()
+        read(model, state, some_tokens(length))
+        layers = with_room(replace(model.loaded, config=model.config), state)
+        spans = spans_of(model.config, layers, 1)
+        count = next(iter(layers.values())).count
+        for position in range(length, length + LAYOUTS[2].tail - count):
+            numbers = spans.at(position).tolist()
+            assert numbers[:2] == [position, count + position - length]
+            at = 2
+            for sliding, n in spans.lengths.items():
+                kv = next(kv for i, kv in layers.items() if model.config.layers[i].sliding == sliding)
+                starts = [s.start for s in in_sight(kv, window if sliding else None)] + [kv.stop - kv.count]
+                rows = [numbers[at + 2 * i : at + 2 * i + 2] for i in range(n)]
+                seen = [s + row for s, (a, b) in zip(starts, rows, strict=True) for row in range(a, b)]
+                assert seen == list(range(max(0, position - window + 1) if sliding else 0, position + 1))
+                at += 2 * n
+            assert at == len(numbers) == spans.size
