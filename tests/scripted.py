@@ -14,6 +14,7 @@ import mlx_gemma4
 from mlx_gemma4 import LanguageModel, Reply, ReplyOptions, Sampling, Text
 from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.model.model import Model
+from mlx_gemma4.model.step import LazyStep, NextToken, Step
 
 GREEDY = Sampling(temperature=0)
 SHORT = ReplyOptions(max_tokens=6, sampling=GREEDY)
@@ -36,7 +37,12 @@ class Scripted(Model):
     asked: int  # forward passes that gave logits, since `say`
 
     def forward(self, ids: mx.array, state: KVState, *, all_logits: bool = False) -> mx.array:
-        logits = super().forward(ids, state)
+        return self._scripted(super().forward(ids, state))
+
+    def step(self, token: NextToken, state: KVState) -> Step:
+        return LazyStep(self._scripted(super().step(token, state).logits()))
+
+    def _scripted(self, logits: mx.array) -> mx.array:
         token = self.script[min(self.asked, len(self.script) - 1)]
         self.asked += 1
         return mx.where(mx.arange(self.config.vocab) == token, 100.0, logits)  # over the softcap of 30

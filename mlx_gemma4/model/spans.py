@@ -3,8 +3,8 @@
 In: a state's layers. Out: `Spans`, which gives those numbers for the next step and all that follow it until a tail is
 full and segments change. Each number is a `Linear`, max(position + slope, floor).
 
-An example: 70 tokens are read and segments end at 64, so the tail holds the tokens 64 .. 69. The next token, at position
-70, goes into row 6 of the tail: Linear(-64, 0).at(70) == 6. It sees
+An example: 70 tokens are read and segments end at 64, so the tail holds the tokens 64 .. 69. The next token, at
+position 70, goes into row 6 of the tail: Linear(-64, 0).at(70) == 6. It sees
 
     in a global layer         all of the segment     Span(Linear(FIXED, 0), Linear(FIXED, 64)).at(70) == (0, 64)
                               the tail with itself   Span(Linear(FIXED, 0), Linear(-63, 0)).at(70) == (0, 7)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
-from plain_state import read, small_model
-from test_state import LAYOUTS, some_tokens
+from plain_state import LAYOUTS, read, small_model, some_tokens
 
 from mlx_gemma4.model.decode import with_room
 from mlx_gemma4.model.spans import FIXED, Linear, Span, in_sight, spans_of
@@ -28,7 +25,7 @@ def test_a_step_sees_its_window(window: int) -> None:
     for length in (1, 7, 8, 30, 61):
         state = model.new_state()
         read(model, state, some_tokens(length))
-        layers = with_room(replace(model.loaded, config=model.config), state)
+        layers = with_room(model.loaded, state)
         spans = spans_of(model.config, layers, 1)
         count = next(iter(layers.values())).count
         for position in range(length, length + LAYOUTS[2].tail - count):
