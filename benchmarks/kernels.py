@@ -113,7 +113,7 @@ def _recorded(call: Callable[[mx.array, int, Launcher | None], Any], x: mx.array
     with recorded(recording):
         for i in range(launches):
             call(x, i, recording_maker)
-    _player().load(recording.launches, recording.arena.nbytes, 1, number.spot)
+    _player().load(recording.launches, recording.arena.nbytes, 1, number.region)
 
     def run() -> None:
         _player().start(np.zeros(1, np.int32), False)

@@ -103,8 +103,8 @@ class Idle:
     def wait(self) -> None: ...
     def forget(self) -> None: ...
 
-    def read(self, spot: Region) -> mx.array:
-        return mx.zeros(spot.shape, spot.dtype)
+    def read(self, region: Region) -> mx.array:
+        return mx.zeros(region.shape, region.dtype)
 
 
 class Compiler(Idle):

@@ -29,19 +29,19 @@ class HostPlayer:
 
     def load(self, launches: Sequence[Launch], nbytes: int, numbers: int, best: Region) -> None:
         self.arena = np.full(nbytes, 0xCD, np.uint8)  # what nobody wrote is no number
-        self.launches, self.spot, self.loads, self.loaded = list(launches), best, self.loads + 1, True
+        self.launches, self.best_region, self.loads, self.loaded = list(launches), best, self.loads + 1, True
 
     def forget(self) -> None:
         self.loaded = False
 
-    def write(self, spots: Sequence[Region], arrays: Sequence[mx.array]) -> None:
-        for spot, a in zip(spots, arrays, strict=True):
-            self._at(spot)[...] = np.array(a)
+    def write(self, regions: Sequence[Region], arrays: Sequence[mx.array]) -> None:
+        for region, a in zip(regions, arrays, strict=True):
+            self._at(region)[...] = np.array(a)
 
     def start(self, numbers: np.ndarray, chained: bool) -> int:
         assert self.loaded and numbers.dtype == np.int32
         if chained:
-            numbers = np.concatenate([self._at(self.spot), numbers[1:]])
+            numbers = np.concatenate([self._at(self.best_region), numbers[1:]])
         self.chained += chained
         self.arena[: numbers.nbytes] = numbers.view(np.uint8)
         for launch in self.launches:
@@ -49,16 +49,16 @@ class HostPlayer:
                 inputs=[a if isinstance(a, mx.array) else mx.array(self._at(a)) for a in launch.inputs],
                 grid=launch.grid,
                 threadgroup=launch.threadgroup,
-                output_shapes=[spot.shape for spot in launch.outputs],
-                output_dtypes=[spot.dtype for spot in launch.outputs],
+                output_shapes=[region.shape for region in launch.outputs],
+                output_dtypes=[region.dtype for region in launch.outputs],
             )
-            for spot, name, a in zip(launch.outputs, launch.kernel.outputs, done, strict=True):
+            for region, name, a in zip(launch.outputs, launch.kernel.outputs, done, strict=True):
                 if name in IN_PLACE:  # rows that the kernel leaves alone stay
                     count = int(self._at(launch.inputs[launch.kernel.inputs.index("count")])[0])
-                    self._at(spot)[..., count, :] = np.array(a)[..., count, :]
+                    self._at(region)[..., count, :] = np.array(a)[..., count, :]
                 else:
-                    self._at(spot)[...] = np.array(a)
-        self.tokens.append(int(self._at(self.spot)[0]))
+                    self._at(region)[...] = np.array(a)
+        self.tokens.append(int(self._at(self.best_region)[0]))
         return len(self.tokens) - 1
 
     def best(self, start: int) -> int:
@@ -67,10 +67,10 @@ class HostPlayer:
 
     def wait(self) -> None: ...
 
-    def read(self, spot: Region) -> mx.array:
-        return mx.array(self._at(spot).copy())
+    def read(self, region: Region) -> mx.array:
+        return mx.array(self._at(region).copy())
 
-    def _at(self, spot: Any) -> np.ndarray:
+    def _at(self, region: Any) -> np.ndarray:
         names = {mx.float32: np.float32, mx.float16: np.float16, mx.int32: np.int32, mx.uint32: np.uint32}
-        piece = self.arena[spot.start : spot.start + spot.nbytes]
-        return piece.view(names[spot.dtype]).reshape(spot.shape)
+        piece = self.arena[region.start : region.start + region.nbytes]
+        return piece.view(names[region.dtype]).reshape(region.shape)

@@ -1,8 +1,8 @@
-"""What many prompts have in common is read once: states kept for the prompts that will begin as others did.
+"""A prefix cache: states are kept for prompts that will begin as earlier ones did.
 
-In: a prompt's tokens. Out: a state that holds the longest beginning of them that is kept, and how much that is. Kept
-states share segments with each other and with those in use, so a common beginning is in memory once: the kept states
-are the branches of a tree whose trunk are shared segments.
+In: a prompt's tokens. Out: a state that holds the longest kept prefix of them, and its length. Kept states share
+segments with each other and with those in use, so a common prefix is in memory once: the kept states are the branches
+of a tree whose trunk is shared segments.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from ..kv.state import KVState, kv_bytes, total_nbytes, window_bytes
 from ..model.model import Model
 from .loop import Constraint, Sampling, Statistics, Token, generate_tokens, prefill_chunk
 
-# Turn ends of one conversation whose windows are kept. Beyond, the mark goes whose neighbours are closest.
+# Marks of one conversation that are kept, at ends of its turns. Beyond, the mark goes whose neighbours are closest.
 MAX_MARKS = 8
 
 
 @dataclass
 class _Kept:
-    """A state that waits for a prompt which begins as its tokens do."""
+    """A state kept for a prompt that begins with its tokens."""
 
     state: KVState
     tokens: np.ndarray  # int32 [n], those of the state
-    used: int  # when it last served, in turns of the store's clock
+    used: int  # when it last served, by the cache's clock
     pinned: bool
 
 
 class PrefixCache:
-    """Keeps states, within a budget, and finds the longest beginning of a prompt among them. Thread-safe."""
+    """Keeps states, within a budget, and finds the longest prefix of a prompt among them. Thread-safe."""
 
     def __init__(self, model: Model, max_kv_bytes: int | None = None, kv: str = "full") -> None:
         """
@@ -59,7 +59,7 @@ class PrefixCache:
             return total_nbytes(self._all())
 
     def take(self, tokens: list[int], max_tokens: int = 0) -> tuple[KVState, int]:
-        """A state that holds the longest kept beginning of a prompt; close it, or `put` it back, when done.
+        """Return a state that holds the longest kept prefix of a prompt; close it, or `put` it back, when done.
 
         At least the last token is left to read, for its logits.
 
@@ -83,7 +83,7 @@ class PrefixCache:
                 kept.used = next(self._clock)
                 state = kept.state.fork()
                 if 0 < reach < common:
-                    # Others may part here too: next time, this is a place to come back to.
+                    # Other prompts may part here too: next time, this position can be gone back to.
                     state.wanted_marks.add(common)
                 state.rewind(reach)
             state.max_tokens = len(tokens) + max_tokens
@@ -92,10 +92,10 @@ class PrefixCache:
             return state, reach
 
     def put(self, state: KVState, *, pinned: bool = False) -> None:
-        """Keep a state's present contents for later prompts, in place of what it grew out of.
+        """Keep a state's present contents for later prompts, in place of the kept states that it continues.
 
         Args:
-            state: any state of the model and of the store's kind. It stays usable; `close` it when no longer in use.
+            state: any state of the model and of the cache's kind. It stays usable; `close` it when no longer in use.
             pinned: keep it whatever the budget says, until `unpin`.
         """
         with self._lock:
@@ -127,7 +127,7 @@ class PrefixCache:
             self._make_room()
 
     def _best(self, tokens: list[int]) -> tuple[_Kept | None, int, int]:
-        """The kept state that serves a prompt best: it, the position to rewind to, and all they have in common."""
+        """Return the kept state that serves a prompt best, the position to rewind it to, and their common length."""
         ids, best = np.array(tokens, np.int32), (None, 0, 0)
         for kept in self._kept:
             common = common_length(ids[:-1], kept.tokens)
@@ -137,13 +137,13 @@ class PrefixCache:
         return best
 
     def most_bytes(self, tokens: int) -> int:
-        """The most bytes that a state of so many tokens, with the marks of one prompt, may hold."""
+        """Return the most bytes that a state of so many tokens, with the marks of one prompt, may hold."""
         config, dtype = self.model.config, self.model.kv_dtype
         most = kv_bytes(config, dtype, tokens, prefill_chunk(self.model), kv=self.kv)
         return most + (MAX_MARKS + 1) * window_bytes(config, dtype)
 
     def _admit(self, worst: int, tokens: int) -> None:
-        """Refuse a request that can't fit even with nothing kept but what is pinned."""
+        """Refuse a request that can't fit even if only pinned states are kept."""
         if self.max_kv_bytes is None:
             return
         taken = sum(self._reserved().values()) + total_nbytes([k.state for k in self._kept if k.pinned])
@@ -177,7 +177,7 @@ class PrefixCache:
 
 
 def reply(
-    store: PrefixCache,
+    cache: PrefixCache,
     prompt: list[int],
     sampling: Sampling,
     max_tokens: int,
@@ -188,19 +188,18 @@ def reply(
     constraint: Constraint | None = None,
     logprobs: int | None = None,
 ) -> Iterator[Token]:
-    """As `generate_tokens`, for a whole prompt of which the store may hold a beginning; keeps prompt and reply.
+    """Generate tokens as `generate_tokens` does, from the longest prefix in the cache; keep prompt and reply in it.
 
     `statistics.prompt_tokens` counts the tokens that had to be read, `reused_tokens` the others.
     """
-    state, reused = store.take(prompt, max_tokens)
+    state, reused = cache.take(prompt, max_tokens)
     statistics = statistics or Statistics()
     statistics.reused_tokens = reused
-    rest = prompt[reused:]
     try:
         yield from generate_tokens(
-            store.model,
+            cache.model,
             state,
-            rest,
+            prompt[reused:],
             sampling,
             max_tokens,
             stop_ids,
@@ -211,19 +210,19 @@ def reply(
             logprobs=logprobs,
         )
     finally:
-        store.put(state)
+        cache.put(state)
         state.close()
 
 
 def common_length(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two sequences begin with in common."""
+    """Return how many tokens two sequences begin with in common."""
     n = min(a.size, b.size)
     differ = np.flatnonzero(a[:n] != b[:n])
     return int(differ[0]) if differ.size else n
 
 
 def thin(state: KVState, most: int = MAX_MARKS) -> None:
-    """Keep so many marks at most: the last two, and others that are far apart."""
+    """Let go of marks until there are `most`: keep the last two, and others that are far apart."""
     while len(marks := state.marks) > most:
         places = [0, *(m.position for m in marks)]
         gaps = [places[i + 2] - places[i] for i in range(len(marks) - 2)]

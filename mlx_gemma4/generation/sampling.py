@@ -1,7 +1,7 @@
-"""One token from logits: penalties, bias, mask, filters, temperature; and how likely the model held it.
+"""One token from logits: penalties, bias, mask, filters, temperature; and its log-probability.
 
-In: logits, fp32 [vocab], and what was chosen before. Out: a token with its log-probability. All of it happens on
-the device: nothing here waits for a result, except `Choice.on_host`.
+In: logits, fp32 [vocab], and the tokens chosen before. Out: a token with its log-probability. All of it happens on
+the device: nothing here waits for a result, except `Sample.on_host`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ REPETITION_WINDOW = 64  # tokens that the repetition penalty looks back, as llam
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Steps apply in this order; those at their default do nothing."""
+    """Settings of how the next token is chosen. They apply in this order; those at their default do nothing."""
 
     repetition_penalty: float = 1.0  # logits of recent tokens: divided where positive, multiplied where not
-    frequency_penalty: float = 0.0  # taken from a token's logit for each time that the reply has it
-    presence_penalty: float = 0.0  # taken from the logit of each token that the reply has
+    frequency_penalty: float = 0.0  # subtracted from a token's logit for each time that the reply has it
+    presence_penalty: float = 0.0  # subtracted from the logit of each token that the reply has
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()  # added to logits; held as pairs
     top_k: int = 0  # keep the k likeliest; 0: all
     top_p: float = 1.0  # then the fewest whose probabilities reach p
     min_p: float = 0.0  # then those at least min_p times as likely as the likeliest
     temperature: float = 1.0  # logits are divided by it; 0: greedy
-    seed: int | None = None  # None: another each time
+    seed: int | None = None  # None: a different one each time
 
     def __post_init__(self) -> None:
         for name, value, good, want in (
@@ -67,7 +67,7 @@ class Sample(NamedTuple):
     logprobs: tuple[mx.array, mx.array, mx.array] | None = None  # of the token []; likeliest ids [n], theirs [n]
 
     def on_host(self) -> Token:
-        """The token, once it is computed."""
+        """Return the token, once it is computed."""
         if self.logprobs is None:
             return Token(int(self.token))
         of_token, ids, of_top = self.logprobs
@@ -81,8 +81,8 @@ class Sampler:
     def __init__(self, sampling: Sampling, prompt: list[int], vocab: int, logprobs: int | None = None) -> None:
         """
         Args:
-            prompt: what the repetition penalty looks back on.
-            vocab: how many logits there are.
+            prompt: tokens that the repetition penalty looks back on.
+            vocab: number of logits.
             logprobs: give log-probabilities: the chosen token's, and those of so many likeliest ones.
         """
         if logprobs is not None and not 0 <= logprobs <= vocab:
@@ -95,13 +95,13 @@ class Sampler:
 
     @property
     def greedy(self) -> bool:
-        """Whether the choice is the model's likeliest token, and no more is asked."""
+        """True if the choice is the model's likeliest token, and no log-probabilities are wanted."""
         s = self.sampling
         altered = s.repetition_penalty != 1.0 or self.counts is not None or self.bias is not None
         return s.temperature == 0 and not altered and self.logprobs is None
 
     def __call__(self, logits: mx.array, allowed: np.ndarray | None = None) -> Sample:
-        """The next token, from logits [vocab].
+        """Choose the next token, from logits [vocab].
 
         Args:
             allowed: uint32 words, bit i % 32 of word i // 32 set where token i may be chosen; ids beyond may not.
@@ -135,7 +135,7 @@ def penalise(logits: mx.array, recent: mx.array, penalty: float) -> mx.array:
 
 
 def sample(logits: mx.array, s: Sampling, key: mx.array) -> mx.array:
-    """One token, int [], drawn from logits [vocab] filtered as `s` says, in llama.cpp's order."""
+    """Draw one token, int [], from logits [vocab] filtered as `s` says, in llama.cpp's order."""
     vocab = logits.shape[-1]
     candidates = None
     if 0 < s.top_k < vocab:
@@ -156,7 +156,7 @@ def sample(logits: mx.array, s: Sampling, key: mx.array) -> mx.array:
 
 
 def log_probabilities(logits: mx.array, token: mx.array, n: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Logarithms of softmax(logits [vocab]): of `token`, []; and the n likeliest ids [n] with theirs [n], sorted."""
+    """Return log softmax(logits [vocab]): of `token`, []; and the n likeliest ids [n] with theirs [n], sorted."""
     all_ = logits - mx.logsumexp(logits)
     if n == 0:
         return all_[token], mx.zeros(0, mx.uint32), mx.zeros(0)
@@ -166,13 +166,13 @@ def log_probabilities(logits: mx.array, token: mx.array, n: int) -> tuple[mx.arr
 
 
 def unpack_mask(words: mx.array, vocab: int) -> mx.array:
-    """bool [vocab] from uint32 words [n], the lowest bit of the first word first; False beyond them."""
+    """Return bool [vocab] of uint32 words [n], the lowest bit of the first word first; False beyond them."""
     bits = ((words[:, None] >> mx.arange(32, dtype=mx.uint32)) & 1).astype(mx.bool_).reshape(-1)
     return bits[:vocab] if bits.size >= vocab else mx.concatenate([bits, mx.zeros(vocab - bits.size, mx.bool_)])
 
 
 def _bias(values: dict[int, float], vocab: int) -> mx.array | None:
-    """What is added to logits, [vocab]; None: nothing."""
+    """Return what is added to logits, [vocab]; None: nothing."""
     if not values:
         return None
     bias = np.zeros(vocab, np.float32)

@@ -1,7 +1,7 @@
-"""Stop strings in text that comes piece by piece.
+"""Stop strings in text that arrives piece by piece.
 
-In: a reply's text, cut anywhere. Out: the text before the first stop string; what may be the beginning of one is held
-back until it is known. Knows nothing of tokens.
+In: a reply's text, split anywhere. Out: the text before the first stop string; what may be the beginning of one is held
+back until that is known. Knows nothing of tokens.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from ..errors import InputError
 class StopStrings:
     """Looks for several strings at once. All that `push` and `finish` return, joined, is the text before the first.
 
-    However the text is cut, the result is the same: what ends first counts, and of several that end in one place the
-    longest, which began first.
+    However the text is split, the result is the same: the string that ends first counts, and of several that end in one
+    place the longest, which began first.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -28,7 +28,7 @@ class StopStrings:
         self.found: str | None = None  # the one that came
 
     def push(self, text: str) -> tuple[str, bool]:
-        """The text that can be shown now, and whether a stop string has come: then nothing follows."""
+        """Return the text that can be shown now, and True if a stop string has come: then nothing follows."""
         if self.stopped:
             return "", True
         text = self._held + text
@@ -43,11 +43,11 @@ class StopStrings:
         return text[: len(text) - longest], False
 
     def finish(self) -> str:
-        """What was held back, once no more text comes."""
+        """Return the text that was held back, once no more comes."""
         text, self._held = self._held, ""
         return text
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` begins with, short of the whole."""
+    """Return the length of the longest end of `text` that `stop` begins with, short of the whole."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,9 +1,10 @@
-"""Kernels on an NVIDIA GPU, through MLX's CUDA backend: CUDA text in, launches out.
+"""Kernels on an NVIDIA GPU, through MLX's CUDA backend.
 
-NVRTC compiles the text (the library is there: MLX itself loads it), `mx.fast.precompiled_cuda_kernel` launches it.
-`mx.fast.cuda_kernel` would do both, but it puts MLX's own headers before each kernel, which take NVRTC 1.9 s where
-ours take 0.05 to 0.5, and compiles anew in every process: 40 s before a model's first token. What is compiled here is
-kept on disk, under a name that follows from its text, the GPU's architecture and NVRTC's version.
+In: CUDA text. Out: kernels to launch, or machine code. NVRTC compiles the text (MLX loads that library anyway),
+`mx.fast.precompiled_cuda_kernel` launches it. `mx.fast.cuda_kernel` would do both, but it puts MLX's own headers before
+each kernel, which take NVRTC 1.9 s where ours take 0.05 to 0.5, and compiles anew in every process: 40 s before a
+model's first token. Here machine code is kept on disk, under a name that follows from the text, the GPU's architecture
+and NVRTC's version.
 
 MLX hashes a kernel's code, 17 KB on average, each time it launches it: half of what a launch costs the host. It looks
 for the code under that hash in its folder of compiled modules first. So kernels are put there, and a short key that
@@ -26,8 +27,8 @@ import mlx.core as mx
 
 from ..paths import cache_folder, whole_file
 
-# MLX's folder of compiled modules, which it reads once: one that stays, where MLX's own choice is a temporary one.
-with suppress(RuntimeError):  # there is no home
+# MLX's folder of compiled modules, which MLX reads once. Its own choice would be a temporary folder.
+with suppress(RuntimeError):  # there is no home folder
     os.environ.setdefault("MLX_PTX_CACHE_DIR", str(cache_folder() / "cuda"))
 
 TRIAL = "mlx_gemma4_trial"
@@ -44,10 +45,10 @@ _TYPES = {
 def kernel(
     name: str, input_names: Sequence[str], output_names: Sequence[str], source: str, header: str
 ) -> Callable[..., Sequence[mx.array]]:
-    """A kernel, compiled when it is first called; for a call's arguments see `mx.fast.metal_kernel`.
+    """Return a kernel, compiled when it is first called; for a call's arguments see `mx.fast.metal_kernel`.
 
-    `X_shape` in the source is the shape of input X, as it is there. A header may define LAUNCH_BOUNDS, from which the
-    compiler knows how many registers a thread may have.
+    `X_shape` in the source is the shape of input X, as in Metal texts. A header may define LAUNCH_BOUNDS, from which
+    the compiler knows how many registers a thread may have.
     """
     shaped = shaped_inputs(tuple(input_names), source)
 
@@ -81,7 +82,7 @@ def kernel(
 
 @cache
 def shaped_inputs(input_names: tuple[str, ...], source: str) -> list[int]:
-    """Which inputs' shapes a kernel asks for: it takes their sizes after its arrays."""
+    """Return the inputs whose shapes a kernel asks for: it takes their sizes after its arrays."""
     return [i for i, n in enumerate(input_names) if f"{n}_shape" in source]
 
 
@@ -94,7 +95,7 @@ def text(
     types: Sequence[mx.Dtype],
     ranks: Sequence[int],
 ) -> str:
-    """A kernel as a whole CUDA text: for inputs and outputs of these types, the shaped inputs of these ranks."""
+    """Return a kernel as a whole CUDA text, for arrays of these types and shaped inputs of these ranks."""
     bounds = "LAUNCH_BOUNDS " if "#define LAUNCH_BOUNDS " in header else ""
     pointers = [
         f"{'const ' if i < len(input_names) else ''}{_TYPES[t]}* {n}"
@@ -111,13 +112,13 @@ def text(
 
 
 def machine_code(text: str, name: str) -> bytes:
-    """A whole CUDA text as this GPU's machine code: kept on disk, or compiled now."""
+    """Return a whole CUDA text's machine code for this GPU, from disk or compiled now."""
     kept = _kept(text, name)
     return kept if isinstance(kept, bytes) else kept[1].read_bytes()
 
 
 def module(text: str, name: str) -> bytes:
-    """What MLX takes as the compiled text: a key under which it finds it, or the machine code itself."""
+    """Return what MLX takes as the compiled text: a key under which it finds it, or the machine code itself."""
     kept = _kept(text, name)
     if isinstance(kept, bytes):
         return kept
@@ -126,7 +127,7 @@ def module(text: str, name: str) -> bytes:
 
 
 def _kept(text: str, name: str) -> tuple[bytes, Path] | bytes:
-    """The key of a compiled text and the file that has the machine code; that itself where the disk takes none."""
+    """Return a compiled text's key and the file of its machine code; if the disk takes none, the machine code."""
     architecture = str(mx.device_info()["architecture"])
     key = hashlib.sha256(f"{_version()} {architecture}\n{text}".encode()).hexdigest()[:32].encode()
     folder = Path(os.environ.get("MLX_PTX_CACHE_DIR", os.devnull))
@@ -145,7 +146,7 @@ def _kept(text: str, name: str) -> tuple[bytes, Path] | bytes:
 
 
 def _hash(key: bytes) -> int:
-    """C++'s std::hash of a string, as libstdc++ has it."""
+    """Return libstdc++'s std::hash of a string."""
     hash_bytes = ctypes.CDLL("libstdc++.so.6")["_ZSt11_Hash_bytesPKvmm"]
     hash_bytes.restype, hash_bytes.argtypes = ctypes.c_size_t, [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t]
     return int(hash_bytes(key, len(key), 0xC70F6907))
@@ -153,7 +154,7 @@ def _hash(key: bytes) -> int:
 
 @cache
 def keys_work() -> bool:
-    """Whether this MLX finds a compiled kernel by its key."""
+    """Return True if this MLX finds a compiled kernel by its key."""
     add = kernel(TRIAL, ["x"], ["y"], "y[threadIdx.x] = x[threadIdx.x] + 1;", "")
     x = mx.arange(8, dtype=mx.int32)
     try:
@@ -164,7 +165,7 @@ def keys_work() -> bool:
 
 
 def compile_text(text: str, name: str, architecture: str) -> bytes:
-    """CUDA text as machine code for an architecture such as "sm_90", by NVRTC; needs no GPU.
+    """Compile CUDA text for an architecture such as "sm_90", by NVRTC, which needs no GPU; return the machine code.
 
     Raises:
         RuntimeError: NVRTC or CUDA's headers are missing, or the text is wrong.
@@ -178,7 +179,7 @@ def compile_text(text: str, name: str, architecture: str) -> bytes:
 
     check(library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), f"{name}.cu".encode(), 0, None, None))
     try:
-        options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-I{folder}" for folder in _headers())]
+        options = [f"--gpu-architecture={architecture}", "--std=c++17", _headers()]
         listed = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
         check(library.nvrtcCompileProgram(program, len(options), listed))
         size = ctypes.c_size_t()
@@ -217,15 +218,15 @@ def _version() -> str:
 
 
 @cache
-def _headers() -> tuple[str, ...]:
-    """The folders of CUDA's headers: those of its Python packages, then those of a toolkit."""
+def _headers() -> str:
+    """Return the compiler's argument for CUDA's headers, of its Python packages or else of a toolkit."""
     spec = find_spec("nvidia")
     packages = [Path(p) / d / "include" for p in (spec and spec.submodule_search_locations) or () for d in _PACKAGES]
     toolkits = [Path(os.environ[v]) / "include" for v in ("CUDA_HOME", "CUDA_PATH") if v in os.environ]
     there = [d for d in (*packages, *toolkits, Path("/usr/local/cuda/include")) if (d / "cuda_fp16.h").is_file()]
     if not there:
         raise RuntimeError("CUDA's headers (cuda_fp16.h) are missing; install mlx[cuda13], or set CUDA_HOME")
-    return (str(there[0]),)
+    return f"-I{there[0]}"
 
 
 _PACKAGES = ("cu13", "cuda_runtime")  # where CUDA 13's and 12's have them

@@ -1,8 +1,8 @@
-"""Recorded launches as one CUDA graph on an NVIDIA GPU: what it costs the host is one launch.
+"""Recorded launches as one CUDA graph on an NVIDIA GPU, which costs the host one launch.
 
-In: the launches of a `Recording`. Out: a `Player` that makes them all at once, as often as is wanted. MLX builds a
-graph of its own for whatever it evaluates, each time anew: 10 us of the host a launch. This one is built once. Its
-memory is an MLX array; where MLX's arrays lie, a kernel tells that is handed them.
+In: the launches of a `Recording`. Out: a `Player` that replays them all at once, any number of times. MLX builds a
+graph of its own for whatever it evaluates, each time anew: 10 us of the host's time a launch. This one is built once.
+Its memory is an MLX array; the address of an MLX array comes from a kernel that gets it as an argument.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from . import cuda_compiler
 from .recording import STARTS, Launch, Region, dependencies
 from .render import Kernel, to_cuda_text
 
-ROOM = 16 << 20  # bytes that the arena has more than is asked for: more pieces of attention need more
+ROOM = 16 << 20  # bytes that the arena has to spare: attention in more pieces needs more
 WIDTH = 32  # arrays that a launch of `_WHERE` takes
 _WHERE = "where_arrays_lie"
 _WHERE_TEXT = f"""extern "C" __global__ void {_WHERE}(
@@ -38,14 +38,14 @@ _TAKE_TEXT = f"""extern "C" __global__ void {_TAKE}(const unsigned* arena, unsig
 TEXTS = {_WHERE: _WHERE_TEXT, _TAKE: _TAKE_TEXT}
 
 
-@cache  # `read` is asked after each step of a sampled reply: not to hash a text and look for a file there
+@cache  # `read` is called after each step of a sampled reply, and is not to hash a text and look for a file there
 def module(name: str) -> bytes:
-    """What MLX takes as one of these kernels."""
+    """Return what MLX takes as one of these kernels."""
     return cuda_compiler.module(TEXTS[name], name)
 
 
 class _Edge(ctypes.Structure):
-    """CUgraphEdgeData of cuda.h. Zeros: one waits for the other's end."""
+    """CUgraphEdgeData of cuda.h. All zeros: a node waits for the end of another."""
 
     _fields_ = (
         ("from_port", c_ubyte),  # 1: CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC
@@ -69,7 +69,7 @@ class _Node(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Call:
-    """A launch with all that CUDA wants to know."""
+    """A launch as CUDA takes it."""
 
     function: int
     blocks: tuple[int, ...]
@@ -78,126 +78,126 @@ class Call:
     sizes: tuple[int, ...]  # of shaped inputs, after the pointers
 
     def node(self) -> tuple[_Node, Any]:
-        """It as a node's parameters, and what these point to."""
+        """Return a node's parameters, and what these point to, to be kept alive."""
         values = [*map(c_uint64, self.pointers), *map(c_int, self.sizes)]
-        places = (c_void_p * len(values))(*(cast(byref(v), c_void_p) for v in values))
-        node = _Node(self.function, *self.blocks, *self.threads, 0, cast(places, POINTER(c_void_p)), None)
-        return node, (values, places)
+        pointers = (c_void_p * len(values))(*(cast(byref(v), c_void_p) for v in values))
+        node = _Node(self.function, *self.blocks, *self.threads, 0, cast(pointers, POINTER(c_void_p)), None)
+        return node, (values, pointers)
 
 
 class Player:
-    """One graph on a stream of its own, and the memory that it works in. Under the execution lock.
+    """One graph on a stream of its own, and the memory that it works in. To be called under the execution lock.
 
     Raises:
-        RuntimeError: whatever CUDA refuses.
+        RuntimeError: for whatever CUDA refuses.
     """
 
     def __init__(self) -> None:
         self._stream, self._numbers, self._tokens = c_void_p(), c_void_p(), c_void_p()
         _enter()
-        _do("cuStreamCreate", byref(self._stream), 1)  # one that waits for no other
+        _do("cuStreamCreate", byref(self._stream), 1)  # waits for no other stream
         _do("cuMemHostAlloc", byref(self._tokens), c_uint64(4 * STARTS), 0)
-        self._through = [c_void_p() for _ in range(STARTS)]  # events
-        for event in self._through:
+        self._done = [c_void_p() for _ in range(STARTS)]  # events
+        for event in self._done:
             _do("cuEventCreate", byref(event), 2)  # no timing
         self._early = _compute_capability() >= 9  # launches may begin before what they wait for ends
         self._starts = 0
-        self._best = 0  # where the likeliest token lies
+        self._best = 0  # address of the likeliest token
         self._arena = mx.zeros(0, mx.uint8)
-        self._begins = 0  # where the arena lies
+        self._base = 0  # address of the arena
         self._graph, self._executable = c_void_p(), c_void_p()
         self._nodes: list[c_void_p] = []
         self._calls: list[Call] = []
         self._waits: list[list[int]] = []
-        self._arrays: list[mx.array] = []  # that the launches read
-        self._room = 0
+        self._arrays: list[mx.array] = []  # read by the launches
+        self._room = 0  # of _numbers, for one start
 
     def load(self, launches: Sequence[Launch], nbytes: int, numbers: int, best: Region) -> None:
-        """Make a graph of launches, or change the one there is into it.
+        """Make a graph of launches, or change the present one into it.
 
-        Until `forget`, the host must not read what they read: MLX would move it.
+        Until `forget`, the host must not read the arrays that they read: MLX would move them.
 
         Args:
             nbytes: of the arena.
-            numbers: int32 that each `start` writes to the arena's beginning.
+            numbers: count of int32 numbers that each `start` writes to the arena's beginning.
             best: where the launches leave a token, int32.
         """
         _enter()
         self.wait()
         if nbytes > self._arena.nbytes:
             self._arena = mx.zeros(nbytes + ROOM, mx.uint8)
-            self._begins = self._find([self._arena])[0]
+            self._base = self._find([self._arena])[0]
         if numbers > self._room:
             if self._room:
                 _do("cuMemFreeHost", self._numbers)
             _do("cuMemHostAlloc", byref(self._numbers), c_uint64(4 * numbers * STARTS), 0)
             self._room = numbers
-        self._best = self._begins + best.start
+        self._best = self._base + best.start
         arrays = {id(a): a for launch in launches for a in launch.inputs if isinstance(a, mx.array)}
         self._arrays = list(arrays.values())
-        lie = dict(zip(arrays, self._find(self._arrays), strict=True))
-        calls, waits = [self._call(launch, lie) for launch in launches], dependencies(launches)
+        addresses = dict(zip(arrays, self._find(self._arrays), strict=True))
+        calls, waits = [self._call(launch, addresses) for launch in launches], dependencies(launches)
         if not (waits == self._waits and self._change(calls)):
             self._build(calls, waits)
         self._calls, self._waits = calls, waits
 
     def forget(self) -> None:
-        """Let go of what the launches read. They must not start any more."""
+        """Let go of the arrays that the launches read, which must not start any more."""
         self.wait()
         self._arrays = []
 
-    def write(self, spots: Sequence[Region], arrays: Sequence[mx.array]) -> None:
-        """Copy arrays into the arena, before what follows."""
+    def write(self, regions: Sequence[Region], arrays: Sequence[mx.array]) -> None:
+        """Copy arrays into the arena; waits until they are there."""
         _enter()
-        for spot, at in zip(spots, self._find(arrays), strict=True):
-            to, size = c_uint64(self._begins + spot.start), c_uint64(spot.nbytes)
+        for region, at in zip(regions, self._find(arrays), strict=True):
+            to, size = c_uint64(self._base + region.start), c_uint64(region.nbytes)
             _do("cuMemcpyDtoDAsync_v2", to, c_uint64(at), size, self._stream)
         self.wait()
 
     def start(self, numbers: np.ndarray, chained: bool) -> int:
-        """Make all launches, after those of the start before; returns at once, with what `best` wants to know.
+        """Make all launches, after those of the start before; return at once, with the argument for `best`.
 
         Args:
-            numbers: int32 [n], which come to the arena's beginning first; if `chained`, the first of them is the token
-                that the start before leaves.
+            numbers: int32 [n], which are copied to the arena's beginning first.
+            chained: take the token that the start before leaves in place of the first of them.
         """
         _enter()
-        turn, skip = self._starts % STARTS, 4 if chained else 0
+        slot, skip = self._starts % STARTS, 4 if chained else 0
         self._starts += 1
-        _do("cuEventSynchronize", self._through[turn])
-        at = self._numbers.value + 4 * self._room * turn  # type: ignore[operator]
+        _do("cuEventSynchronize", self._done[slot])
+        at = self._numbers.value + 4 * self._room * slot  # type: ignore[operator]
         ctypes.memmove(at, numbers.ctypes.data, numbers.nbytes)
         if chained:
-            _do("cuMemcpyDtoDAsync_v2", c_uint64(self._begins), c_uint64(self._best), c_uint64(4), self._stream)
+            _do("cuMemcpyDtoDAsync_v2", c_uint64(self._base), c_uint64(self._best), c_uint64(4), self._stream)
         size = c_uint64(numbers.nbytes - skip)
-        _do("cuMemcpyHtoDAsync_v2", c_uint64(self._begins + skip), c_void_p(at + skip), size, self._stream)
+        _do("cuMemcpyHtoDAsync_v2", c_uint64(self._base + skip), c_void_p(at + skip), size, self._stream)
         _do("cuGraphLaunch", self._executable, self._stream)
-        token = c_void_p(self._tokens.value + 4 * turn)  # type: ignore[operator]
+        token = c_void_p(self._tokens.value + 4 * slot)  # type: ignore[operator]
         _do("cuMemcpyDtoHAsync_v2", token, c_uint64(self._best), c_uint64(4), self._stream)
-        _do("cuEventRecord", self._through[turn], self._stream)
-        return turn
+        _do("cuEventRecord", self._done[slot], self._stream)
+        return slot
 
     def best(self, start: int) -> int:
-        """The token that one of the latest `STARTS` starts left, once it is through."""
+        """Wait for one of the latest `STARTS` starts, and return the token that it left."""
         _enter()
-        _do("cuEventSynchronize", self._through[start])
+        _do("cuEventSynchronize", self._done[start])
         return ctypes.c_int32.from_address(self._tokens.value + 4 * start).value  # type: ignore[operator]
 
     def wait(self) -> None:
-        """Until all that was started is done."""
+        """Wait until all that was started is done."""
         _enter()
         _do("cuStreamSynchronize", self._stream)
 
-    def read(self, spot: Region) -> mx.array:
-        """A copy of what lies in the arena, yet to be evaluated."""
-        words = spot.nbytes // 4
+    def read(self, region: Region) -> mx.array:
+        """Return a copy of a region of the arena, yet to be evaluated."""
+        words = region.nbytes // 4
         (out,) = mx.fast.precompiled_cuda_kernel(
             name=_TAKE,
             compiled_source=module(_TAKE),
             inputs=[self._arena],
-            output_shapes=[spot.shape],
-            output_dtypes=[spot.dtype],
-            scalars=[spot.start // 4, words],
+            output_shapes=[region.shape],
+            output_dtypes=[region.dtype],
+            scalars=[region.start // 4, words],
             grid=(256 * -(-words // 256), 1, 1),
             threadgroup=(256, 1, 1),
         )
@@ -210,14 +210,14 @@ class Player:
             _driver().cuGraphExecDestroy(self._executable)
             _driver().cuMemFreeHost(self._numbers)
             _driver().cuMemFreeHost(self._tokens)
-            for event in self._through:
+            for event in self._done:
                 _driver().cuEventDestroy_v2(event)
             _driver().cuStreamDestroy_v2(self._stream)
 
-    def _call(self, launch: Launch, lie: dict[int, int]) -> Call:
-        """`lie`: where arrays lie, by identity."""
-        pointers = [lie[id(a)] if isinstance(a, mx.array) else self._begins + a.start for a in launch.inputs]
-        pointers += [self._begins + spot.start for spot in launch.outputs]
+    def _call(self, launch: Launch, addresses: dict[int, int]) -> Call:
+        """Return a launch as CUDA takes it. `addresses`: of arrays, by id()."""
+        pointers = [addresses[id(a)] if isinstance(a, mx.array) else self._base + a.start for a in launch.inputs]
+        pointers += [self._base + region.start for region in launch.outputs]
         function = _function(*text_arguments(launch))
         shaped = cuda_compiler.shaped_inputs(launch.kernel.inputs, launch.kernel.source)
         sizes = tuple(n for i in shaped for n in launch.inputs[i].shape)
@@ -226,7 +226,7 @@ class Player:
         return Call(function, blocks, threads, tuple(pointers), sizes)
 
     def _change(self, calls: list[Call]) -> bool:
-        """Tell the graph what differs in some of its launches; whether that could be done."""
+        """Change those launches of the graph that differ; return False if CUDA refuses."""
         for node, before, call in zip(self._nodes, self._calls, calls, strict=True):
             if call != before:
                 parameters, _keep = call.node()
@@ -235,7 +235,7 @@ class Player:
         return True
 
     def _build(self, calls: list[Call], waits: list[list[int]]) -> None:
-        """A new graph. Its launches begin early and wait within (cuda.h), where the driver and the GPU can do that."""
+        """Build a new graph. Where driver and GPU can, launches begin early and wait inside (kernels/cuda.h)."""
         if self._executable:
             _do("cuGraphExecDestroy", self._executable)
             _do("cuGraphDestroy", self._graph)
@@ -256,7 +256,7 @@ class Player:
             self._build(calls, waits)
 
     def _find(self, arrays: Sequence[mx.array]) -> list[int]:
-        """Where arrays lie on the GPU; they are evaluated, and contiguous, or it is a RuntimeError."""
+        """Evaluate arrays, and return their addresses on the GPU. Raises RuntimeError if one is not contiguous."""
         found: list[tuple[mx.array, mx.array]] = []
         for at in range(0, len(arrays), WIDTH):
             some = [*arrays[at : at + WIDTH]]
@@ -270,7 +270,7 @@ class Player:
 
 
 def _where(arrays: list[mx.array], contiguous: bool) -> mx.array:
-    """uint64 [WIDTH]: where arrays lie; with `contiguous` those that are not, are copied first, and lie elsewhere."""
+    """Return the arrays' addresses, uint64 [WIDTH]; with `contiguous`, those that are not are copied first."""
     (out,) = mx.fast.precompiled_cuda_kernel(
         name=_WHERE,
         compiled_source=module(_WHERE),
@@ -286,21 +286,21 @@ def _where(arrays: list[mx.array], contiguous: bool) -> mx.array:
 
 
 def text_arguments(launch: Launch) -> tuple[Kernel, tuple[mx.Dtype, ...], tuple[int, ...]]:
-    """What the text of a launch depends on."""
+    """Return the arguments of `text` for a launch."""
     shaped = cuda_compiler.shaped_inputs(launch.kernel.inputs, launch.kernel.source)
     types = tuple(a.dtype for a in (*launch.inputs, *launch.outputs))
     return launch.kernel, types, tuple(len(launch.inputs[i].shape) for i in shaped)
 
 
 def text(kernel: Kernel, types: tuple[mx.Dtype, ...], ranks: tuple[int, ...]) -> str:
-    """A kernel as a whole CUDA text, for arrays of these types, the shaped inputs of these ranks."""
+    """Return a kernel as a whole CUDA text, for arrays of these types and shaped inputs of these ranks."""
     source, header = to_cuda_text(kernel.source, kernel.header)
     return cuda_compiler.text(kernel.name, kernel.inputs, kernel.outputs, source, header, types, ranks)
 
 
 @cache
 def _function(kernel: Kernel, types: tuple[mx.Dtype, ...], ranks: tuple[int, ...]) -> int:
-    """The CUfunction of a kernel, of which there is one object each (`recording.launcher` is asked once)."""
+    """Return a kernel's CUfunction."""
     module, function = c_void_p(), c_void_p()
     _do("cuModuleLoadData", byref(module), cuda_compiler.machine_code(text(kernel, types, ranks), kernel.name))
     _do("cuModuleGetFunction", byref(function), module, kernel.name.encode())
@@ -309,7 +309,7 @@ def _function(kernel: Kernel, types: tuple[mx.Dtype, ...], ranks: tuple[int, ...
 
 
 def _do(name: str, *arguments: Any) -> None:
-    """A call of CUDA's driver."""
+    """Call CUDA's driver. Raises RuntimeError if it refuses."""
     status = _driver()[name](*arguments)
     if status:
         raise RuntimeError(f"CUDA's driver refuses {name} (status {status})")
@@ -325,7 +325,7 @@ def _driver() -> Any:
 
 @cache
 def _context() -> c_void_p:
-    """The one that MLX works in, through CUDA's runtime."""
+    """Return the context that MLX works in, through CUDA's runtime."""
     context = c_void_p()
     _do("cuInit", 0)
     _do("cuDevicePrimaryCtxRetain", byref(context), 0)
@@ -333,12 +333,12 @@ def _context() -> c_void_p:
 
 
 def _compute_capability() -> int:
-    """The GPU's, major."""
+    """Return the GPU's compute capability, major."""
     found = c_int()
     _do("cuDeviceGetAttribute", byref(found), 75, 0)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
     return found.value
 
 
 def _enter() -> None:
-    """Make this thread's calls go to that context."""
+    """Make this thread's calls go to MLX's context."""
     _do("cuCtxSetCurrent", _context())

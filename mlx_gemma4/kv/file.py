@@ -1,7 +1,8 @@
-"""A KV state on disk: one safetensors file, written when asked and never else.
+"""A KV state on disk: one safetensors file, written only when asked.
 
 In: a state, or a path, and the fingerprint of a model. Out: a file, or a state that goes on where the saved one
 stopped. The file ends with a SHA-256 of all before it: one flipped bit anywhere is found before anything is believed.
+`mx.save_safetensors` can't write it: it puts tensors in an order of its own, so that no checksum comes last.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .state import KVState
 
 FORMAT, VERSION = "mlx-gemma4 KV state", "2"
 _TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
-_ARRAYS = (("keys", "values"), ("codes", "scales"))  # of a segment, plain or in codes
+_ARRAYS = (("keys", "values"), ("codes", "scales"))  # of a segment, plain or quantized
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _DIGEST = hashlib.sha256().digest_size
 _STEP = 1 << 24  # bytes hashed at a time
@@ -62,7 +63,7 @@ def save_state(state: KVState, path: str | Path, fingerprint: str) -> None:
 
 
 def _contents(state: KVState, tokens: list[int], fingerprint: str) -> Iterator[Any]:
-    """The file's bytes but for the checksum: length of the header, header, tensors."""
+    """Yield the file's bytes but for the checksum: length of the header, header, tensors."""
     arrays: dict[str, mx.array] = {}
     for i, kv in state.layers.items():
         for s in kv.segments:
@@ -159,7 +160,7 @@ def load_state(path: str | Path, fingerprint: str, empty: Callable[[str, mx.Dtyp
 
 
 def _checked(path: Path) -> np.ndarray[Any, Any]:
-    """The file's bytes, mapped, once their checksum is found right."""
+    """Return the file's bytes, mapped, once their checksum is found right."""
     try:
         data = np.memmap(path, np.uint8, mode="r")
     except FileNotFoundError as error:

@@ -1,13 +1,13 @@
-"""Keys and values in 8 or 4 bits: TurboQuant (Zandieh et al., arXiv:2504.19874) with one scale a vector.
+"""Keys and values in 8 or 4 bits: TurboQuant (Zandieh et al., arXiv:2504.19874) with one scale per vector.
 
-In: keys and values, [1, kv_heads, n, D]. Out: codes and scales of both, and back. A vector x is turned by a fixed
-random rotation, y = H (signs * x), H the Walsh-Hadamard matrix: whatever x is, the D numbers of y are nearly Gaussian,
-with |x| for their standard deviation. So one code book serves all of them, and one scale is kept a vector:
+In: keys and values, [1, kv_heads, n, D]. Out: codes and scales of both, and back. A vector x is rotated by a fixed
+random rotation, y = H (signs * x), H being the Walsh-Hadamard matrix: whatever x is, the D numbers of y are nearly
+Gaussian, with |x| for their standard deviation. So one code book serves all of them, with one scale per vector:
 
     tq4   y ~ scale * LEVELS[code]      16 levels (Lloyd-Max), 4 bits * 512 / 8 + 2 = 258 bytes for D = 512
     q8    y ~ scale * (code - 128)      equal steps, 514 bytes
 
-Attention works on y as it is: turning q and the result costs little, and nobody rotations the cache back.
+Attention works on y: rotating q and the result costs little, and the cache is never rotated back.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LEVELS = (
     2.068359375,
     2.732421875,
 )
-_LEAST = 1e-3  # of the largest weight of a norm: smaller ones count as that in `rotations`
+_LEAST = 1e-3  # of the largest weight of a norm: in `rotations`, smaller ones are taken for this
 BOUNDS = tuple((a + b) / 2 for a, b in itertools.pairwise(LEVELS))
 
 # Codes uint32 [1, G, n, 2, D * bits / 32] and scales fp16 [1, G, n, 2] of n tokens' keys and values.
@@ -47,7 +47,7 @@ QuantizedKV = tuple[mx.array, mx.array]
 
 
 def check_kind(kind: str, head_dims: set[int]) -> None:
-    """Raises InputError for an unknown kind, or one that heads of these sizes can't have."""
+    """Raise InputError for an unknown kind, or one that heads of these sizes can't have."""
     if kind not in KINDS:
         raise InputError(f"kv {kind!r} is none of {', '.join(KINDS)}; choose one of these")
     odd = sorted(d for d in head_dims if d < 32 or d & (d - 1))
@@ -56,13 +56,13 @@ def check_kind(kind: str, head_dims: set[int]) -> None:
 
 
 def vector_bytes(kind: str, dim: int, dtype: mx.Dtype) -> int:
-    """Bytes that one key, or one value, takes."""
+    """Return the bytes that one key, or one value, takes."""
     return dim * dtype.size if kind == "full" else dim * BITS[kind] // 8 + 2
 
 
 @cache
 def signs(dim: int) -> np.ndarray:
-    """The rotation's signs: fp32 [D] of 1 and -1."""
+    """Return the rotation's signs: fp32 [D] of 1 and -1."""
     words = np.random.PCG64(_SEED).random_raw(dim // 32).astype("<u8")
     bits = np.unpackbits(words.view(np.uint8)[: dim // 8], bitorder="little")
     made: np.ndarray = np.where(bits, np.float32(-1), np.float32(1))
@@ -70,7 +70,7 @@ def signs(dim: int) -> np.ndarray:
 
 
 def hadamard(x: mx.array) -> mx.array:
-    """H x over the last axis, D a power of two; H has entries 1 and -1 (Sylvester's order)."""
+    """Return H x over the last axis, D a power of two; H has entries 1 and -1 (Sylvester's order)."""
     shape, half = x.shape, 1
     while half < shape[-1]:
         x = x.reshape(*shape[:-1], -1, 2, half)
@@ -83,15 +83,15 @@ def hadamard(x: mx.array) -> mx.array:
 def rotations(
     dim: int, q_norm: mx.array | None = None, k_norm: mx.array | None = None, center: mx.array | None = None
 ) -> mx.array:
-    """How a layer's queries, keys and values get into the space of the codes, fp32 [2 or 2 + G, D].
+    """Return a layer's rotation, fp32 [2 or 2 + G, D], which takes queries, keys and values to the space of the codes.
 
-    Row 0 are signs and factors of queries; keys take 1 / that. Row 1 are the signs of values. The others, if any, are
-    what is taken from the keys of each KV head before they are encoded.
+    Row 0 holds signs and factors of queries; keys take 1 / that. Row 1 holds the signs of values. The others, if any,
+    are subtracted from the keys of each KV head before they are quantized.
 
-    Two things make less of what the codes cost, and change no score. The error of a score goes with |q| |k|: moving a
-    factor from one to the other, the same for both dimensions that RoPE rotations together, makes that least where both
-    have equal shapes, as the weights of their norms tell. And keys have much in common: of what is left without that,
-    the error is smaller. On Gemma 3 270M, the first divides KL by 3 to 6, the second q8's by 3 more.
+    Two things reduce the error of quantized keys and change no score. The error of a score is proportional to |q| |k|:
+    moving a factor from one to the other, the same for both dimensions that RoPE rotates together, makes it least where
+    both have equal shapes, which follow from the weights of their norms. And keys have much in common: without that,
+    they are smaller, and so is their error. On Gemma 3 270M, the first divides KL by 3 to 6, the second q8's by 3 more.
 
     Args:
         q_norm, k_norm: weights of the norms, [D].
@@ -109,26 +109,24 @@ def rotations(
 
 
 def rotate(x: mx.array, rotation: mx.array) -> mx.array:
-    """x into the space of the codes: fp32 [.., D]. Of the same length where rotation is but signs."""
+    """Return x in the space of the codes, fp32 [.., D]; `rotation` [D] is a row of `rotations`, or 1 / that."""
     made: mx.array = hadamard(x.astype(mx.float32) * rotation) * x.shape[-1] ** -0.5
     return made
 
 
 def rotate_pair(keys: mx.array, values: mx.array, rotation: mx.array) -> tuple[mx.array, mx.array]:
-    """Keys and values [.., D] into the space of the codes, by `rotations`: scores with a `rotated` q stay what they
-    are.
-    """
+    """Return keys and values [.., D] in the space of the codes; their scores with a rotated q are the same."""
     return rotate(keys, 1 / rotation[0]), rotate(values, rotation[1])
 
 
 def unrotate(x: mx.array, rotation: mx.array) -> mx.array:
-    """What `rotated` made x of, rotation being signs."""
+    """Undo `rotate`, the rotation being signs."""
     made: mx.array = hadamard(x.astype(mx.float32)) * (rotation * x.shape[-1] ** -0.5)
     return made
 
 
 def quantize(keys: mx.array, values: mx.array, rotation: mx.array, kind: str) -> QuantizedKV:
-    """Codes and scales of keys and values [1, G, n, D]."""
+    """Return codes and scales of keys and values [1, G, n, D]; `rotation` is a layer's `rotations`."""
     dim = keys.shape[-1]
     if rotation.shape[0] > 2:
         keys = keys.astype(mx.float32) - rotation[2:, None]
@@ -143,33 +141,32 @@ def quantize(keys: mx.array, values: mx.array, rotation: mx.array, kind: str) ->
         codes = mx.zeros(y.shape, mx.uint32)
         for bound in BOUNDS:
             codes = codes + (unit > bound)
-        # Such that the decoded vector's part along y has y's length: scores come out neither too large nor too small.
+        # So that the dequantized vector is as long along y as y: scores come out neither too large nor too small.
         along = (size * mx.array(LEVELS)[codes]).sum(axis=-1, keepdims=True)
         scale = ((y * y).sum(axis=-1, keepdims=True) / _divisor(along)).astype(mx.float16)
         codes = codes | ((y < 0).astype(mx.uint32) << 3)
     bits = BITS[kind]
-    places = mx.arange(32 // bits, dtype=mx.uint32) * bits
-    words = (codes.reshape(*codes.shape[:-1], -1, 32 // bits) << places).sum(axis=-1)
+    shifts = mx.arange(32 // bits, dtype=mx.uint32) * bits
+    words = (codes.reshape(*codes.shape[:-1], -1, 32 // bits) << shifts).sum(axis=-1)
     return words.astype(mx.uint32), scale.squeeze(-1)
 
 
 def _divisor(x: mx.array) -> mx.array:
-    """x, fp32, and 1 for 0."""
+    """Return x in fp32, with 1 for 0."""
     return mx.where(x > 0, x, 1).astype(mx.float32)
 
 
 def bits_of(quantized: QuantizedKV, dim: int) -> int:
-    """Bits of a code, D being the size of a head."""
+    """Return the bits of a code, `dim` being the size of a head."""
     return quantized[0].shape[-1] * 32 // dim
 
 
 def dequantize(quantized: QuantizedKV, rotation: mx.array, dtype: mx.Dtype = mx.float32) -> tuple[mx.array, mx.array]:
-    """Keys and values in the space of the codes: [1, G, n, D]."""
+    """Return keys and values in the space of the codes: [1, G, n, D]."""
     (codes, scales), dim = quantized, rotation.shape[-1]
     bits = bits_of(quantized, dim)
-    places = mx.arange(32 // bits, dtype=mx.uint32) * bits
-    meant = _values(bits, dim, dtype)
-    y = meant(codes[..., None], places, scales[..., None, None]).reshape(*codes.shape[:-1], dim)
+    shifts = mx.arange(32 // bits, dtype=mx.uint32) * bits
+    y = _decoder(bits, dim, dtype)(codes[..., None], shifts, scales[..., None, None]).reshape(*codes.shape[:-1], dim)
     keys, values = y[..., 0, :], y[..., 1, :]
     if rotation.shape[0] > 2:
         keys = keys + rotate(rotation[2:], 1 / rotation[0])[:, None].astype(dtype)
@@ -177,11 +174,11 @@ def dequantize(quantized: QuantizedKV, rotation: mx.array, dtype: mx.Dtype = mx.
 
 
 @cache
-def _values(bits: int, dim: int, dtype: mx.Dtype) -> Callable[..., mx.array]:
-    """What codes stand for: (words [.., 1], places of a word's codes [32 / bits], scales) -> dtype [.., 32 / bits]."""
+def _decoder(bits: int, dim: int, dtype: mx.Dtype) -> Callable[..., mx.array]:
+    """Return the function (words [.., 1], shifts of a word's codes [32 / bits], scales) -> dtype [.., 32 / bits]."""
 
-    def values(words: mx.array, places: mx.array, scales: mx.array) -> mx.array:
-        code = (words >> places) & ((1 << bits) - 1)
+    def values(words: mx.array, shifts: mx.array, scales: mx.array) -> mx.array:
+        code = (words >> shifts) & ((1 << bits) - 1)
         if bits == 8:
             level = code.astype(mx.float32) - 128
         else:
@@ -192,5 +189,5 @@ def _values(bits: int, dim: int, dtype: mx.Dtype) -> Callable[..., mx.array]:
         made: mx.array = (level * (scales.astype(mx.float32) * dim**-0.5)).astype(dtype)
         return made
 
-    # On a GPU one pass without anything in between. On a CPU that would take a C++ compiler.
+    # Compiled, a GPU does it in one pass. On a CPU that would take a C++ compiler.
     return values if on_cpu() else mx.compile(values, shapeless=True)

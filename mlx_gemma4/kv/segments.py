@@ -2,8 +2,8 @@
 
 In: keys and values of new tokens. Out: a new `LayerKV`; the old one stays as it is, and both share what they can.
 Where segments begin and end follows from the number of tokens alone, so what attention computes does not depend on
-how a state came to be. A layer may keep its segments in codes (kv/quantization.py): each token is encoded once, when it
-is sealed, and its codes are never made anew. Nothing here knows tokens, marks or layers' order.
+how a state came to be. A layer may keep its segments quantized (kv/quantization.py): each token is quantized once, when
+it is sealed. Nothing here knows token ids, marks or the order of layers.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from . import quantization
 
 @dataclass(frozen=True)
 class SegmentLayout:
-    """How a sequence is cut. The attention kernel takes 8 parts: `tops` + 3 segments and the tail."""
+    """Where a sequence's segments end. The attention kernel takes 8 parts: `tops` + 3 segments and the tail."""
 
     tail: int = 64  # tokens of the tail, and of a block, the unit of every segment
     fan: int = 8  # each level's segment is at most this many times as long as the next level's
     tops: int = 4  # segments of the largest size; beyond, that size doubles
 
     def ends(self, length: int) -> list[int]:
-        """Where the segments of a global layer end once `length` tokens are sealed; the rest is the tail's.
+        """Return where the segments of a global layer end that has `length` tokens; the rest is the tail's.
 
         Up to `tops` segments of the largest size, then one a level, each a multiple of its level's size. With the
         defaults a token is copied 11 times as its sequence grows to 128K, and there are never over 7.
@@ -45,11 +45,11 @@ class SegmentLayout:
         return [end * self.tail for end in ends]
 
     def sliding_unit(self, window: int) -> int:
-        """Tokens of a sliding layer's segments: a quarter of the window, in whole blocks."""
+        """Return the tokens of a sliding layer's segment: a quarter of the window, in whole blocks."""
         return self.tail * max(1, -(-window // (4 * self.tail)))
 
     def sliding_ends(self, length: int, window: int) -> list[int]:
-        """As `ends`, for a sliding layer, from position 0 on: equal segments and what is sealed beyond them."""
+        """Return what `ends` does, for a sliding layer: equal segments from position 0 on, and a shorter last one."""
         unit, sealed = self.sliding_unit(window), length // self.tail * self.tail
         ends = list(range(unit, sealed + 1, unit))
         return ends if sealed % unit == 0 else [*ends, sealed]
@@ -57,7 +57,7 @@ class SegmentLayout:
 
 _serials = itertools.count()
 
-# What became of consecutive segments when some state joined them: another that joins the same ones takes the same
+# Results of joining consecutive segments, by their serials: another state that joins the same ones takes the same
 # result, so that forks which grow side by side go on sharing. Read and written under the execution lock.
 _joined: weakref.WeakValueDictionary[tuple[int, ...], Segment] = weakref.WeakValueDictionary()
 
@@ -68,28 +68,26 @@ class Segment:
 
     start: int
     stop: int
-    keys: (
-        mx.array
-    )  # [1, kv_heads, at least stop - start, D]; in codes: those of keys and values (`kv.quantization.Coded`)
-    values: mx.array  # as keys; in codes: the scales of both
+    keys: mx.array  # [1, kv_heads, at least stop - start, D]; quantized: codes of both (`quantization.QuantizedKV`)
+    values: mx.array  # as keys; quantized: scales of both
     serial: int = field(default_factory=lambda: next(_serials))
 
     @property
     def quantized(self) -> bool:
-        """Whether it holds codes and scales."""
+        """True if it holds codes and scales."""
         return bool(self.keys.dtype == mx.uint32)
 
 
 @dataclass(frozen=True, eq=False)
 class KVQuantizer:
-    """How a layer's segments are encoded."""
+    """Quantizes a layer's segments."""
 
     kind: str  # of kv.quantization.KINDS, not "full"
     rotation: mx.array  # `kv.quantization.rotations` of the layer
     quantize: Callable[..., quantization.QuantizedKV] = quantization.quantize  # (keys, values, rotation, kind)
 
     def quantized(self, s: Segment) -> Segment:
-        """A segment in codes; itself if it is."""
+        """Return a segment quantized; the segment itself if it is."""
         if s.quantized:
             return s
         n = s.stop - s.start
@@ -98,7 +96,7 @@ class KVQuantizer:
 
 
 class KVView(NamedTuple):
-    """What attention sees of a segment or tail."""
+    """The part of a segment or tail that attention sees."""
 
     start: int  # position of its first token
     keys: mx.array  # [1, kv_heads, n, D], or codes
@@ -107,11 +105,10 @@ class KVView(NamedTuple):
 
 
 def cut(sources: Sequence[Segment], start: int, stop: int, quantizer: KVQuantizer | None = None) -> Segment:
-    """Tokens start..stop as one segment: an existing one where it fits exactly, else copied from several.
+    """Return tokens start..stop as one segment: an existing one where it fits exactly, else copied from several.
 
     Sources may overlap (then they agree); together they must hold all of start..stop. With a quantizer, the result is
-    in
-    codes: those that sources have, and new ones of what is plain.
+    quantized: sources that are quantized keep their codes.
     """
     used: list[Segment] = []
     at = start
@@ -136,14 +133,14 @@ def cut(sources: Sequence[Segment], start: int, stop: int, quantizer: KVQuantize
 
 
 def _between(s: Segment, start: int, stop: int) -> Segment:
-    """What a segment holds of the tokens start..stop."""
+    """Return what a segment holds of the tokens start..stop."""
     first, last = max(s.start, start), min(s.stop, stop)
     rows = slice(first - s.start, last - s.start)
     return Segment(first, last, s.keys[:, :, rows], s.values[:, :, rows], s.serial)
 
 
 def _rows(used: Sequence[Segment], start: int, stop: int, which: str) -> mx.array:
-    """Tokens start..stop out of consecutive segments' keys or values, contiguous."""
+    """Return tokens start..stop of consecutive segments' keys or values, contiguous."""
     pieces, at = [], start
     for s in used:
         end = min(stop, s.stop)
@@ -155,27 +152,22 @@ def _rows(used: Sequence[Segment], start: int, stop: int, which: str) -> mx.arra
 
 @dataclass(frozen=True, eq=False)
 class LayerKV:
-    """All that one layer keeps: segments in order, then a tail of which `count` rows are taken.
+    """All that one layer keeps: segments in order, then a tail of which `count` rows are in use.
 
     A tail is never written in place: it is replaced. A full one is sealed when the next token comes.
     """
 
     segments: tuple[Segment, ...]
-    tail_keys: mx.array  # [1, kv_heads, Layout.tail, D]
+    tail_keys: mx.array  # [1, kv_heads, SegmentLayout.tail, D]
     tail_values: mx.array
     count: int
     stop: int  # tokens read so far; the tail begins at stop - count
     quantizer: KVQuantizer | None = None  # of the segments; None: they are plain
-    skip: int = 0  # first rows of the tail whose tokens the last segment has, in codes
-
-    @property
-    def start(self) -> int:
-        """Position of the first token that is kept."""
-        return self.segments[0].start if self.segments else self.stop - self.count
+    skip: int = 0  # first rows of the tail not in use: the last segment has their tokens, quantized
 
     @property
     def pieces(self) -> tuple[Segment, ...]:
-        """Segments and filled tail, as sources for `cut`."""
+        """Segments and the tail's rows in use, as sources for `cut`."""
         if self.count == self.skip:
             return self.segments
         start, rows = self.stop - self.count + self.skip, slice(self.skip, None)
@@ -183,7 +175,7 @@ class LayerKV:
         return (*self.segments, Segment(start, self.stop, keys, values))
 
     def parts(self, first: int) -> list[KVView]:
-        """What holds the tokens from position `first` on."""
+        """Return what holds the tokens from position `first` on."""
         found = []
         for s in self.pieces:
             if s.stop > first:
@@ -198,13 +190,13 @@ class LayerKV:
 def empty(
     kv_heads: int, head_dim: int, layout: SegmentLayout, dtype: mx.Dtype, quantizer: KVQuantizer | None = None
 ) -> LayerKV:
-    """A layer that has read nothing."""
+    """Return a layer that has read nothing."""
     tail = mx.zeros((1, kv_heads, layout.tail, head_dim), dtype)
     return LayerKV((), tail, tail, 0, 0, quantizer)
 
 
 def appended(kv: LayerKV, keys: mx.array, values: mx.array, layout: SegmentLayout, window: int | None) -> LayerKV:
-    """A layer with the keys and values of the next tokens, [1, kv_heads, T, D].
+    """Return a layer with the keys and values of the next tokens, [1, kv_heads, T, D], added.
 
     A sliding layer lets go of segments that those tokens' windows, and `layout.tail` tokens of slack, don't reach.
     """
@@ -223,7 +215,7 @@ def appended(kv: LayerKV, keys: mx.array, values: mx.array, layout: SegmentLayou
 
 
 def reading(kv: LayerKV, keys: mx.array, values: mx.array, layout: SegmentLayout) -> list[KVView]:
-    """What many new tokens see of a layer in codes: codes of what was sealed before them, all else as it is."""
+    """Return what many new tokens see of a quantized layer: codes of what was sealed before them, all else plain."""
     if kv.count == layout.tail:
         kv = sealed(kv, layout, None)
     parts, plain = kv.parts(0), KVView(kv.stop, keys, values)
@@ -235,14 +227,14 @@ def reading(kv: LayerKV, keys: mx.array, values: mx.array, layout: SegmentLayout
 
 
 def sealed(kv: LayerKV, layout: SegmentLayout, window: int | None) -> LayerKV:
-    """A layer whose tail is full with that in a segment and an empty tail."""
+    """Return a layer whose tail is full with its tail in a segment and an empty one in its place."""
     return arranged(kv.pieces, kv.stop, kv, layout, window, kv.stop)
 
 
 def grown(
     kv: LayerKV, keys: mx.array, values: mx.array, stop: int, layout: SegmentLayout, window: int | None
 ) -> LayerKV:
-    """A layer of `stop` tokens whose tail has grown, perhaps past its end, to keys and values [1, kv_heads, .., D]."""
+    """Return a layer of `stop` tokens, its tail grown to keys and values [1, kv_heads, .., D], perhaps past its end."""
     count, n = kv.count + stop - kv.stop, layout.tail
     if count <= n:
         tail_keys, tail_values = (mx.contiguous(a[:, :, :n]) for a in (keys, values))
@@ -255,7 +247,7 @@ def grown(
 def arranged(
     sources: Sequence[Segment], stop: int, like: LayerKV, layout: SegmentLayout, window: int | None, oldest_query: int
 ) -> LayerKV:
-    """A layer of `stop` tokens, cut as the layout says, out of whatever pieces hold them.
+    """Return a layer of `stop` tokens, cut as the layout says, out of whatever pieces hold them.
 
     Args:
         sources: pieces, which may overlap.
@@ -264,7 +256,7 @@ def arranged(
             `layout.tail` tokens more where the sources have them.
     """
     whole = stop // layout.tail * layout.tail  # tokens in full blocks
-    # Of the open block, what there is in codes only stays in codes, and in the last segment.
+    # Tokens of the open block of which there are only codes stay quantized, in the last segment.
     skip = min(stop, max((s.stop for s in sources if s.quantized), default=0)) - whole
     skip = max(0, skip)
     if window is None:
@@ -288,7 +280,7 @@ def arranged(
 
 
 def covered_from(sources: Iterable[Segment], stop: int) -> int:
-    """The first position from which on `sources` hold everything up to `stop`."""
+    """Return the first position from which on `sources` hold everything up to `stop`."""
     at = stop
     for s in sorted(sources, key=lambda s: s.stop, reverse=True):
         if s.start < at <= s.stop:
@@ -297,7 +289,7 @@ def covered_from(sources: Iterable[Segment], stop: int) -> int:
 
 
 def _padded(segment: Segment, skip: int, size: int) -> tuple[mx.array, mx.array]:
-    """Its keys and values in the rows from `skip` on of a tail of `size`, the others zeros."""
+    """Return a segment's keys and values in the rows from `skip` on of a tail of `size`, the others zeros."""
     n = segment.stop - segment.start
     pad = [(0, 0), (0, 0), (skip, size - skip - n), (0, 0)]
     return mx.pad(segment.keys[:, :, :n], pad), mx.pad(segment.values[:, :, :n], pad)

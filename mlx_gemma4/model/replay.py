@@ -173,13 +173,13 @@ class Replayer:
             places = placed(numbers[1:], spans.lengths)
             logits: Any = forward(self._model, run, self._constants, numbers[:1], buffers, places)[0]
             best = run("argmax", logits)  # the softcap leaves the order as it is
-        self._logits, self._tails = logits.spot, {i: (k.spot, v.spot) for i, (k, v) in tails.items()}
-        player.load(recording.launches, self._arena.nbytes, numbers.size, best.spot)
+        self._logits, self._tails = logits.region, {i: (k.region, v.region) for i, (k, v) in tails.items()}
+        player.load(recording.launches, self._arena.nbytes, numbers.size, best.region)
         count = next(iter(layers.values())).count  # of all
         if count:
             pad = [(0, 0), (0, 0), (0, room - state.layout.tail), (0, 0)]
             arrays = [mx.pad(a, pad) for kv in layers.values() for a in (kv.tail_keys, kv.tail_values)]
-            player.write([spot for pair in self._tails.values() for spot in pair], arrays)
+            player.write([region for pair in self._tails.values() for region in pair], arrays)
         self._until = state.length + room - count
         self._owner, self._spans = weakref.ref(state, self.forget), spans
         state.checkout(layers, self)

@@ -250,18 +250,18 @@ def test_dependencies() -> None:
     assert dependencies(r.launches) == [[], [0], [0], [1], [2, 3]]
 
 
-def test_a_place_that_is_used_again_waits_for_its_readers() -> None:
+def test_memory_that_is_used_again_waits_for_its_readers() -> None:
     r = Recording(Arena())
     (a,) = take(r, "a", [mx.zeros(4)], (4,))
     (b,) = take(r, "b", [a], (8,))
     del a
     (c,) = take(r, "c", [mx.zeros(4)], (4,))
-    assert c.spot.place == r.launches[0].outputs[0].place
+    assert c.region.allocation == r.launches[0].outputs[0].allocation
     assert dependencies(r.launches)[2] == [1]
-    assert b.spot.place != c.spot.place
+    assert b.region.allocation != c.region.allocation
 
 
-def test_the_same_demands_get_the_same_places() -> None:
+def test_the_same_demands_get_the_same_memory() -> None:
     arena, found = Arena(), []
     for _ in range(2):
         arena.reset()
@@ -270,12 +270,12 @@ def test_the_same_demands_get_the_same_places() -> None:
         b, c = take(r, "b", [a], (4,), (400,))
         del a
         take(r, "c", [b, c], (400,))
-        found.append([spot for launch in r.launches for spot in launch.outputs])
+        found.append([region for launch in r.launches for region in launch.outputs])
         del b, c
     assert found[0] == found[1]
 
 
-def test_views_keep_their_place() -> None:
+def test_views_keep_their_memory() -> None:
     arena = Arena()
     r = Recording(arena)
     whole = r.buffer((4, 6), mx.float16)
@@ -283,8 +283,8 @@ def test_views_keep_their_place() -> None:
     assert (row.shape, row.start - whole.start) == ((6,), 12)
     assert (rows.shape, rows.ndim, rows.size) == ((2, 6), 2, 12)
     assert wide.shape == (1, 4, 6) and whole.reshape(-1, 2).shape == (12, 2)
-    place = whole.place.start
+    place = whole.allocation.start
     del whole, rows, wide
-    assert r.buffer((4, 6), mx.float16).place.start != place
+    assert r.buffer((4, 6), mx.float16).allocation.start != place
     del row
-    assert place in [p.start for p in (arena.place(48), arena.place(48))]
+    assert place in [p.start for p in (arena.allocate(48), arena.allocate(48))]
