@@ -178,7 +178,7 @@ def _attention(
     parts = [*inputs["segments"][shape.kv_layer], tails[shape.kv_layer]]
     window = c.window if shape.sliding else 0
     spans = places.spans[shape.sliding]
-    if parts[0][0].dtype == mx.uint32:  # codes; only a global layer has them
+    if parts[0][0].dtype == mx.uint32:  # quantized: a global layer
         *quantized, tail = parts
         rotation = inputs["rotations"][shape.kv_layer]
         out = run("quantized_attention", q, quantized, rotation, tail, spans, scale=c.attention_scale)

@@ -35,7 +35,7 @@ log = logging.getLogger("mlx_gemma4")
 
 
 class Model:
-    """Weights with the procedure that turns tokens into logits."""
+    """Weights, and the forward pass from tokens to logits."""
 
     def __init__(self, config: Config, weights: Weights, kernels: Kernels | None = None) -> None:
         """`kernels` run decode steps; None: stock operations run everything."""
@@ -78,7 +78,13 @@ class Model:
         if kv not in quantization.BITS:
             return {}
         with execution():
-            self.rotations = self.rotations or rotations_of(self)
+            if not self.rotations:
+                made = {}
+                for i, mean in estimate_key_means(self).items():
+                    dim, layer = self.config.layers[i].head_dim, self.weights.layers[i]
+                    made[i] = quantization.rotations(dim, layer.attn_q_norm, layer.attn_k_norm, mean)
+                mx.eval(list(made.values()))
+                self.rotations = made
         quantize = partial(self.kernels, "quantize_kv") if self.kernels else quantization.quantize
         return {i: KVQuantizer(kv, rotation, quantize) for i, rotation in self.rotations.items()}
 
@@ -178,27 +184,15 @@ class Model:
 def estimate_key_means(model: Model) -> dict[int, mx.array]:
     """Return the mean key of each global layer with keys of its own, fp32 [G, D], by KV head.
 
-    They are estimated by reading 64 random tokens: what keys have in common depends on the layer, not on the text.
+    They are estimated by reading a tail of random tokens: what keys have in common is the layer's, not the text's.
     """
     start = time.perf_counter()
     with execution():
         state = model.new_state()
         ids = np.random.PCG64(0).random_raw(state.layout.tail) % model.config.vocab
         model.prefill(mx.array(ids.astype(np.int32)), state)
-        kept = {i: kv.tail_keys[0] for i, kv in state.layers.items() if not model.config.layers[i].sliding}
-        means = {i: keys.astype(mx.float32).mean(axis=1) for i, keys in kept.items()}
+        tails = {i: kv.tail_keys[0] for i, kv in state.layers.items() if not model.config.layers[i].sliding}
+        means = {i: keys.astype(mx.float32).mean(axis=1) for i, keys in tails.items()}  # of keys [G, tail, D]
         mx.eval(list(means.values()))
     log.debug("Key means of %d layers estimated in %.2f s", len(means), time.perf_counter() - start)
     return means
-
-
-def rotations_of(model: Model) -> dict[int, mx.array]:
-    """Return `quantization.rotations` of each global layer with keys and values of its own, evaluated."""
-    with execution():
-        made = {}
-        for i, mean in estimate_key_means(model).items():
-            layer = model.weights.layers[i]
-            dim = model.config.layers[i].head_dim
-            made[i] = quantization.rotations(dim, layer.attn_q_norm, layer.attn_k_norm, mean)
-        mx.eval(list(made.values()))
-    return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mlx_gemma4.generation.prefix import PrefixCache
 from mlx_gemma4.kv import file, quantization
 from mlx_gemma4.kv.segments import SegmentLayout
 from mlx_gemma4.kv.state import KVState, kv_bytes, total_nbytes
+from mlx_gemma4.model.model import estimate_key_means
 
 KINDS = tuple(quantization.BITS)
 LAYOUT = LAYOUTS[0]  # blocks of 4
@@ -47,6 +49,20 @@ def test_sealed_segments_of_global_layers_are_in_codes(kv: str) -> None:
     shape = state.config.layers[GLOBAL]
     held = sum(s.keys.nbytes + s.values.nbytes for s in state.layers[GLOBAL].segments)
     assert held == 48 * shape.kv_heads * 2 * quantization.vector_bytes(kv, shape.head_dim, mx.float32)
+
+
+def test_key_means_are_estimated_once(caplog: pytest.LogCaptureFixture) -> None:
+    """By the first quantized state of a model, and by no other."""
+    base = model()
+    fresh = SmallModel(base.config, base.weights)
+    fresh.layout = SegmentLayout()
+    with caplog.at_level(logging.DEBUG, "mlx_gemma4"):
+        fresh.new_state()
+        assert not caplog.records
+        fresh.new_state(kv="tq4")
+        fresh.new_state(kv="q8")
+    assert [r.getMessage().split(" of ")[0] for r in caplog.records] == ["Key means"]
+    assert mx.array_equal(fresh.rotations[GLOBAL][2:], estimate_key_means(fresh)[GLOBAL])
 
 
 @pytest.mark.parametrize("kv", KINDS)
