@@ -1,4 +1,4 @@
-"""What a KV state of a 31B-shaped model takes in memory: computed, and measured by filling one with random numbers.
+"""Memory of a KV state of a 31B-shaped model: computed, and measured by filling one with random numbers.
 
     python benchmarks/kv_memory.py [--length 131072] [--measure]
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from mlx_gemma4.config import LayerConfig
 from mlx_gemma4.execution import execution
 from mlx_gemma4.gpu.render import default_launcher
 from mlx_gemma4.kv import quantization
+from mlx_gemma4.kv.segments import KVQuantizer
 from mlx_gemma4.kv.state import KVState, kv_bytes
 from mlx_gemma4.memory import on_cpu
 from mlx_gemma4.ops.dispatch import Kernels
@@ -31,7 +33,7 @@ CHUNK = 512  # tokens read at once
 
 
 def stand_in() -> Any:
-    """Of a model, all that a state asks for."""
+    """Return the parts of a model that a state takes."""
     layers = []
     for i in range(LAYERS):
         kv_heads, dim = GLOBAL if i % EVERY == EVERY - 1 else SLIDING
@@ -43,8 +45,10 @@ def stand_in() -> Any:
 
 
 def filled(model: Any, length: int, kind: str) -> tuple[KVState, float, int]:
-    """A state that has read `length` tokens, the seconds it took, and the most memory while the last chunk came."""
-    state = KVState(model, mx.float16, kv=kind)
+    """Return a state that has read `length` tokens, the seconds it took, and the most memory during the last chunk."""
+    quantize = partial(model.kernels, "quantize_kv") if model.kernels else quantization.quantize
+    quantizers = {i: KVQuantizer(kind, rotation, quantize) for i, rotation in model.rotations.items()}
+    state = KVState(model.config, mx.float16, None, None, kind, quantizers if kind != "full" else None)
     random = {shape: mx.random.normal((1, shape[0], CHUNK, shape[1])).astype(mx.float16) for shape in (SLIDING, GLOBAL)}
     ids, start = mx.zeros(CHUNK, mx.int32), time.perf_counter()
     for at in range(0, length, CHUNK):
