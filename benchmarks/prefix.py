@@ -20,7 +20,7 @@ from mlx_gemma4 import load
 from mlx_gemma4.doctor.verdict import MLX
 from mlx_gemma4.execution import execution
 from mlx_gemma4.generation.loop import Sampling, generate_tokens
-from mlx_gemma4.generation.prefix import PrefixCache, reply
+from mlx_gemma4.generation.prefix import PrefixCache
 from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.model.model import Model
 
@@ -45,8 +45,9 @@ def prefix(model: Model, tokens: int, changed: int, rounds: int) -> None:
     """The first token, cold and from what the store holds. The kept state has a reply of 100 tokens at its end."""
     prompt = random_tokens(model, tokens, 0)
     store = PrefixCache(model)
-    for _ in reply(store, prompt, GREEDY, 100):
-        pass
+    with store.lease(prompt, 100) as (state, _):
+        for _ in generate_tokens(model, state, prompt, GREEDY, 100, turn_ends=frozenset()):
+            pass
     cold, reused = [], []
     for seed in range(1, rounds + 1):
         other = prompt[:-changed] + random_tokens(model, changed, seed)

@@ -143,7 +143,7 @@ def same_contents(state: KVState, plain: PlainState) -> bool:
     same = []
     for i, kv in state.layers.items() if state.length else ():
         first = max(0, state.length - state.config.window + 1) if state.config.layers[i].sliding else 0
-        parts = kv.parts(first)
+        parts = kv.views(first)
         quantized = [part for part in parts if part.rotation is not None]
         if quantizer := plain.quantizers[i]:
             first = plain.quantized

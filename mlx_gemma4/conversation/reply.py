@@ -8,7 +8,7 @@ that goes on is a `session.Session`; this module remembers nothing.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
-from contextlib import aclosing, closing
+from contextlib import ExitStack, aclosing, closing
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +21,6 @@ from ..chat_format.template import Message, encode_chat
 from ..errors import InputError
 from ..generation.loop import Constraint, Statistics, generate_tokens
 from ..generation.prefix import PrefixCache, common_length
-from ..generation.prefix import reply as reply_from_store
 from ..generation.sampling import Sampling, Token
 from ..generation.stops import StopStrings
 from ..kv.state import KVState
@@ -304,35 +303,27 @@ def _tokens(
         room = max(1, min(room, state.max_tokens - len(ids)))
     max_tokens = min(options.max_tokens or room, room)
     constraint = _constraint(lm, options)
-    if store is not None:
-        yield from reply_from_store(
-            store,
-            ids,
+    with ExitStack() as stack:
+        if store is not None:
+            state, held = stack.enter_context(store.lease(ids, max_tokens))
+        else:
+            state = lm.model.new_state() if state is None else state
+            ids = as_held(lm.tokenizer, ids, state.tokens)
+            held = go_back(state, ids[:-1])
+        statistics.reused_tokens = held
+        yield from generate_tokens(
+            lm.model,
+            state,
+            ids[held:],
             sampling,
             max_tokens,
             stop_ids,
             statistics,
             on_prompt,
+            stop_ids if marks or store is not None else None,
             constraint=constraint,
             logprobs=options.logprobs,
         )
-        return
-    state = lm.model.new_state() if state is None else state
-    ids = as_held(lm.tokenizer, ids, state.tokens)
-    statistics.reused_tokens = go_back(state, ids[:-1])
-    yield from generate_tokens(
-        lm.model,
-        state,
-        ids[statistics.reused_tokens :],
-        sampling,
-        max_tokens,
-        stop_ids,
-        statistics,
-        on_prompt,
-        stop_ids if marks else None,
-        constraint=constraint,
-        logprobs=options.logprobs,
-    )
 
 
 def as_held(tokenizer: Tokenizer, ids: list[int], held: list[int]) -> list[int]:

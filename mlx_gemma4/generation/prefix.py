@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -20,7 +21,7 @@ from ..errors import NoRoom
 from ..execution import execution
 from ..kv.state import KVState, kv_bytes, total_nbytes, window_bytes
 from ..model.model import Model
-from .loop import Constraint, Sampling, Statistics, Token, generate_tokens, prefill_chunk
+from .loop import prefill_chunk
 
 # Marks of one conversation that are kept, at ends of its turns. Beyond, the mark goes whose neighbours are closest.
 MAX_MARKS = 8
@@ -119,6 +120,16 @@ class PrefixCache:
             self._kept.append(_Kept(kept, tokens, next(self._clock), pinned))
             self._make_room()
 
+    @contextmanager
+    def lease(self, prompt: list[int], max_tokens: int = 0) -> Iterator[tuple[KVState, int]]:
+        """Within this, have what `take` returns; at its end the state is kept and closed. Raises NoRoom as `take`."""
+        state, held = self.take(prompt, max_tokens)
+        try:
+            yield state, held
+        finally:
+            self.put(state)
+            state.close()
+
     def unpin(self) -> None:
         """Let the budget drop any kept state again."""
         with self._lock:
@@ -174,44 +185,6 @@ class PrefixCache:
 
     def _all(self) -> list[KVState]:
         return [k.state for k in self._kept] + list(self._reserved())
-
-
-def reply(
-    cache: PrefixCache,
-    prompt: list[int],
-    sampling: Sampling,
-    max_tokens: int,
-    stop_ids: frozenset[int] = frozenset(),
-    statistics: Statistics | None = None,
-    on_prompt: Callable[[int, int], None] | None = None,
-    *,
-    constraint: Constraint | None = None,
-    logprobs: int | None = None,
-) -> Iterator[Token]:
-    """Generate tokens as `generate_tokens` does, from the longest prefix in the cache; keep prompt and reply in it.
-
-    `statistics.prompt_tokens` counts the tokens that had to be read, `reused_tokens` the others.
-    """
-    state, reused = cache.take(prompt, max_tokens)
-    statistics = statistics or Statistics()
-    statistics.reused_tokens = reused
-    try:
-        yield from generate_tokens(
-            cache.model,
-            state,
-            prompt[reused:],
-            sampling,
-            max_tokens,
-            stop_ids,
-            statistics,
-            on_prompt,
-            stop_ids,
-            constraint=constraint,
-            logprobs=logprobs,
-        )
-    finally:
-        cache.put(state)
-        state.close()
 
 
 def common_length(a: np.ndarray, b: np.ndarray) -> int:

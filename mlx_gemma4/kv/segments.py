@@ -104,7 +104,7 @@ class KVView(NamedTuple):
     rotation: mx.array | None = None  # of codes: `kv.quantization.rotations` of the layer
 
 
-def cut(sources: Sequence[Segment], start: int, stop: int, quantizer: KVQuantizer | None = None) -> Segment:
+def gather(sources: Sequence[Segment], start: int, stop: int, quantizer: KVQuantizer | None = None) -> Segment:
     """Return tokens start..stop as one segment: an existing one where it fits exactly, else copied from several.
 
     Sources may overlap (then they agree); together they must hold all of start..stop. With a quantizer, the result is
@@ -167,14 +167,14 @@ class LayerKV:
 
     @property
     def pieces(self) -> tuple[Segment, ...]:
-        """Segments and the tail's rows in use, as sources for `cut`."""
+        """Segments and the tail's rows in use, as sources for `gather`."""
         if self.count == self.skip:
             return self.segments
         start, rows = self.stop - self.count + self.skip, slice(self.skip, None)
         keys, values = (a[:, :, rows] if self.skip else a for a in (self.tail_keys, self.tail_values))
         return (*self.segments, Segment(start, self.stop, keys, values))
 
-    def parts(self, first: int) -> list[KVView]:
+    def views(self, first: int) -> list[KVView]:
         """Return what holds the tokens from position `first` on."""
         found = []
         for s in self.pieces:
@@ -218,12 +218,12 @@ def reading(kv: LayerKV, keys: mx.array, values: mx.array, layout: SegmentLayout
     """Return what many new tokens see of a quantized layer: codes of what was sealed before them, all else plain."""
     if kv.count == layout.tail:
         kv = sealed(kv, layout, None)
-    parts, plain = kv.parts(0), KVView(kv.stop, keys, values)
+    views, plain = kv.views(0), KVView(kv.stop, keys, values)
     if kv.count > kv.skip:
-        tail = parts.pop()
+        tail = views.pop()
         pairs = ([tail.keys, keys], [tail.values, values])
         plain = KVView(tail.start, *(mx.concatenate(pair, axis=2) for pair in pairs))
-    return [*parts, plain]
+    return [*views, plain]
 
 
 def sealed(kv: LayerKV, layout: SegmentLayout, window: int | None) -> LayerKV:
@@ -270,12 +270,12 @@ def arranged(
         ends = [end for end in layout.sliding_ends(stop, window) if end > start]
     segments = []
     for end in ends:
-        segments.append(cut(sources, start, end, like.quantizer))
+        segments.append(gather(sources, start, end, like.quantizer))
         start = end
     if stop == whole + skip:
         tail_keys = tail_values = mx.zeros_like(like.tail_keys)
     else:
-        tail_keys, tail_values = _padded(cut(sources, whole + skip, stop), skip, layout.tail)
+        tail_keys, tail_values = _padded(gather(sources, whole + skip, stop), skip, layout.tail)
     return LayerKV(tuple(segments), tail_keys, tail_values, stop - whole, stop, like.quantizer, skip)
 
 

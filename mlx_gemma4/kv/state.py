@@ -122,7 +122,7 @@ class KVState:
             return self._reading[layer]
         kv = self._staged.get(layer) or self._layers[layer]
         window = self._window(layer)
-        return kv.parts(0 if window is None else max(0, kv.stop - queries - window + 1))
+        return kv.views(0 if window is None else max(0, kv.stop - queries - window + 1))
 
     def advance(self, ids: int | mx.array | PendingToken) -> None:
         """Count a token, or the tokens ids, int [T], whose keys and values every layer has been given."""

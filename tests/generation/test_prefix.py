@@ -18,7 +18,7 @@ from mlx_gemma4.chat_format.template import encode_chat
 from mlx_gemma4.cli.main import main
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.generation.loop import PREFILL_CHUNK, Sampling, Statistics, generate_tokens
-from mlx_gemma4.generation.prefix import MAX_MARKS, PrefixCache, reply
+from mlx_gemma4.generation.prefix import MAX_MARKS, PrefixCache
 from mlx_gemma4.kv.segments import SegmentLayout
 from mlx_gemma4.kv.state import kv_bytes, total_nbytes, window_bytes
 
@@ -40,8 +40,10 @@ def some_tokens(n: int, seed: int = 0) -> list[int]:
 def ask(store: PrefixCache, prompt: list[int], n: int = 4) -> tuple[list[int], int]:
     """The reply, and how many tokens of the prompt had to be read for it."""
     statistics = Statistics()
-    tokens = [token.id for token in reply(store, prompt, GREEDY, n, STOP, statistics)]
-    assert statistics.prompt_tokens + statistics.reused_tokens == len(prompt)
+    with store.lease(prompt, n) as (state, held):
+        reply = generate_tokens(store.model, state, prompt[held:], GREEDY, n, STOP, statistics, turn_ends=STOP)
+        tokens = [token.id for token in reply]
+    assert statistics.prompt_tokens + held == len(prompt)
     return tokens, statistics.prompt_tokens
 
 
