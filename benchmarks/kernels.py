@@ -31,7 +31,7 @@ from mlx_gemma4.gpu import cuda_graph
 from mlx_gemma4.gpu.recording import Arena, Recording, recorded
 from mlx_gemma4.gpu.recording import recorder as recording_maker
 from mlx_gemma4.gpu.render import Launcher, cuda_launcher, default_launcher
-from mlx_gemma4.ops.dispatch import SHRINK
+from mlx_gemma4.ops.epilogue import SHRINK
 from mlx_gemma4.ops.matvec import Tiling, matvec, tiling
 from mlx_gemma4.quant.formats import FORMATS, Packed, dequantize
 
@@ -149,12 +149,12 @@ def measure(name: str, n: int, k: int, tokens: int, launcher: Launcher, tune: bo
     launches = max(10, min(200, int(20e9 / first.nbytes / 10)))
     results = []
     for cut in cuts(n, k) if tune else [tiling(FORMATS[name], n, k, tokens)]:
-        y = matvec(x, first, launcher, cut=cut, **options)
+        y = matvec(launcher, x, first, cut=cut, **options)
         wrong = 0.0 if "glu" in options else error(y, x, first)  # tests hold GEGLU to its reference
 
         def launch(v: mx.array, i: int, launcher: Launcher | None, c: Tiling = cut) -> Any:
             assert launcher is not None
-            return matvec(v, copies[i % len(copies)], launcher, cut=c, **options)
+            return matvec(launcher, v, copies[i % len(copies)], cut=c, **options)
 
         t = seconds(launch, x, launches, launcher)
         results.append((t, wrong, cut))

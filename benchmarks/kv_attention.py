@@ -82,14 +82,14 @@ def call(layer: Layer, kind: str, rotation: mx.array, scale: float, cut: Any = N
     spans, all_spans = mx.array([[0, IN_TAIL]], mx.int32), mx.array([*ends, [0, IN_TAIL]], mx.int32)
     if isinstance(cut, attention.LaunchConfig):
         return lambda q: attention.attention(
-            q, [*parts, tail], all_spans, launcher, scale=scale, out=mx.float32, cut=cut
+            launcher, q, [*parts, tail], all_spans, scale=scale, out=mx.float32, cut=cut
         )
     if kind == "full":
         return lambda q: long_attention.long_attention(
-            q, [*parts, tail], all_spans, launcher, scale=scale, out=mx.float32, cut=cut
+            launcher, q, [*parts, tail], all_spans, scale=scale, out=mx.float32, cut=cut
         )
     return lambda q: quantized_attention.quantized_attention(
-        q, parts, rotation, tail, spans, launcher, scale=scale, out=mx.float32, cut=cut
+        launcher, q, parts, rotation, tail, spans, scale=scale, out=mx.float32, cut=cut
     )
 
 

@@ -124,7 +124,7 @@ def launch_all(model: Model, run: Kernels) -> None:
         check.make().kernel(run.launcher)
     weights = [w for layer in model.weights.layers for w in vars(layer).values()]
     for w in {(w.format.name, w.shape[-1]): w for w in weights if isinstance(w, formats.Packed)}.values():
-        many_rows.expand(w, run.launcher)
+        many_rows.expand(run.launcher, w)
     step, replay = decode.make_step(model.loaded, run, model._rope_of)
     assert replay is not None
     add_rotations(model)
@@ -162,7 +162,9 @@ def main() -> int:
     for kind in options.models:
         run = Kernels(render.cuda_launcher, player=Compiler)
         launch_all(lazy_model(kind, run), run)
-        print(f"{kind}: {len(list(options.folder.glob('*.ptx')))} kernels so far", *sorted(run.off), flush=True)
+        print(
+            f"{kind}: {len(list(options.folder.glob('*.ptx')))} kernels so far", *sorted(map(str, run.off)), flush=True
+        )
         failed += len(run.off)
     return int(failed > 0)
 

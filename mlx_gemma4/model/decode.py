@@ -22,7 +22,13 @@ from ..gpu import recording
 from ..kv.segments import LayerKV, sealed
 from ..kv.state import KVState
 from ..ops import matvec, parts, stock
-from ..ops.dispatch import SHRINK, Kernels
+from ..ops.choose import ARGMAX, TOP_K
+from ..ops.dispatch import Kernels
+from ..ops.embed import EMBED, PLE_INPUTS
+from ..ops.epilogue import SHRINK
+from ..ops.norms import ADD_NORM
+from ..ops.qkv import QKV_POST, ROTATIONS
+from ..ops.quantized_attention import QUANTIZED_ATTENTION
 from .replay import Replay, Step
 from .weights import Layer, Loaded
 
@@ -117,7 +123,7 @@ def make_step(
         def record(ids: Any, rows: Any, tails: Any) -> Any:
             here = inputs | _placed(rows, inputs["parts"]) | {"tails": tails}
             logits, _ = _forward(model, recorder, constants, ids, here)
-            return logits, recorder("argmax", logits)  # the softcap leaves the order as it is
+            return logits, recorder(ARGMAX, logits)  # the softcap leaves the order as it is
 
         return Step(opened, np.array(slopes), np.array(least), record)
 
@@ -135,31 +141,32 @@ def _forward(
     """
     c, w = model.config, model.weights
     kinds = {c.layers[i].sliding: constants.wavelengths(c.layers[i]) for i in _first_of_kinds(model)}
-    rope = {kind: run("rotations", inputs["position"], w, tokens=ids.size) for kind, w in kinds.items()}
-    x = run("embed", ids, w.token_embd, math.sqrt(c.hidden))  # [T, hidden]
+    rope = {kind: run(ROTATIONS, inputs["position"], w, tokens=ids.size) for kind, w in kinds.items()}
+    x = run(EMBED, ids, w.token_embd, math.sqrt(c.hidden))  # [T, hidden]
     per_layer: list[mx.array] = []
     if w.per_layer_token_embd is not None and w.per_layer_model_proj is not None:
+        assert w.per_layer_proj_norm is not None
         projected = run.product(x, w.per_layer_model_proj)
         made = run(
-            "ple_inputs", ids, projected, w.per_layer_proj_norm, w.per_layer_token_embd, c.hidden**-0.5, eps=c.eps
+            PLE_INPUTS, ids, projected, w.per_layer_proj_norm, w.per_layer_token_embd, c.hidden**-0.5, eps=c.eps
         )  # [layers, T, P]
         per_layer = [made[i : i + 1].reshape(*made.shape[1:]) for i in range(len(w.layers))]  # made[i] would gather
     # x + rms(x) 0, which is x, and the first norm of it
-    x, h = run("add_norm", x, x, constants.nothing, next_norm=w.layers[0].attn_norm, eps=c.eps, out=model.kv_dtype)
+    x, h = run(ADD_NORM, x, x, constants.nothing, next_norm=w.layers[0].attn_norm, eps=c.eps, out=model.kv_dtype)
     tails: dict[int, parts.KVPart] = {}
     for i, layer in enumerate(w.layers):
         norm: dict[str, Any] = {"eps": c.eps, "out": model.kv_dtype}
         shape, scale = c.layers[i], constants.scales[i]
         following = w.layers[i + 1].attn_norm if i + 1 < len(w.layers) else w.output_norm
         a = _attention(run, model, i, h, inputs, tails, rope[shape.sliding])
-        x, h = run("add_norm", x, a, layer.post_attention_norm, next_norm=layer.ffn_norm, **norm)
+        x, h = run(ADD_NORM, x, a, layer.post_attention_norm, next_norm=layer.ffn_norm, **norm)
         experts = None if layer.ffn_gate_inp is None else _experts(run, model, layer, x)
         end: dict[str, Any] = {"next_norm": following, "scale": scale, **norm}  # of the layer
         m = _mlp(run, layer, h)
         if per_layer:
             x, h = _per_layer(run, layer, x, m, per_layer[i], **end)
         else:
-            x, h = run("add_norm", x, m, layer.post_ffw_norm, experts=experts, shrunk=SHRINK, **end)
+            x, h = run(ADD_NORM, x, m, layer.post_ffw_norm, experts=experts, shrunk=SHRINK, **end)
     logits = run.product(h, w.output, out=mx.float32)
     return logits, list(tails.values())
 
@@ -199,7 +206,7 @@ def _attention(
         k = None if layer.attn_k is None else run.product(h, layer.attn_k, out=mx.float32)
         v = None if layer.attn_v is None else run.product(h, layer.attn_v, out=mx.float32)
     q, tail_keys, tail_values = run(
-        "qkv_post",
+        QKV_POST,
         q,
         k,
         v,
@@ -215,7 +222,7 @@ def _attention(
         value_norm=c.value_norm,
         v_is_k=own and v is None and not joined_v,
     )
-    if own:
+    if tail_keys is not None and tail_values is not None:
         tails[i] = tail_keys, tail_values
     parts = [*inputs["segments"][shape.kv_layer], tails[shape.kv_layer]]
     window = c.window if shape.sliding else 0
@@ -223,9 +230,9 @@ def _attention(
     if parts[0][0].dtype == mx.uint32:  # codes; only a global layer has them
         *quantized, tail = parts
         rotation = inputs["rotations"][shape.kv_layer]
-        out = run("quantized_attention", q, quantized, rotation, tail, spans, scale=c.attention_scale)
+        out = run(QUANTIZED_ATTENTION, q, quantized, rotation, tail, spans, scale=c.attention_scale)
     else:
-        out = run("attention", q, parts, spans, scale=c.attention_scale, window=window)
+        out = run.attention(q, parts, spans, scale=c.attention_scale, window=window)
     return run.product(out, layer.attn_output, out=mx.float32)
 
 
@@ -249,15 +256,13 @@ def _per_layer(
 
     p [T, P] is the layer's embedding of the tokens; end: what the last add_norm is told.
     """
-    assert layer.inp_gate is not None and layer.proj is not None
-    x, _ = run("add_norm", x, m, layer.post_ffw_norm, eps=end["eps"], shrunk=SHRINK)
+    assert layer.inp_gate is not None and layer.proj is not None and layer.post_norm is not None
+    x, _ = run(ADD_NORM, x, m, layer.post_ffw_norm, eps=end["eps"], shrunk=SHRINK)
     z = run.product(run.product(x, layer.inp_gate, times=p), layer.proj)
-    return cast("tuple[mx.array, mx.array]", run("add_norm", x, z, layer.post_norm, **end))
+    return run(ADD_NORM, x, z, layer.post_norm, **end)
 
 
-def _experts(
-    run: Kernels, model: Loaded, layer: Layer, x: mx.array
-) -> tuple[mx.array, mx.array, mx.array | None, mx.array | None]:
+def _experts(run: Kernels, model: Loaded, layer: Layer, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """The chosen experts' outputs times SHRINK for one token, their shares, the norms of both branches: for add_norm.
 
     x [1, hidden] is the residual: router and experts have norms of their own, folded into their products.
@@ -265,7 +270,7 @@ def _experts(
     c = model.config
     assert layer.ffn_gate_inp is not None and layer.ffn_down_exps is not None
     scores = run.product(x, layer.ffn_gate_inp, norm=layer.ffn_gate_inp_scale, eps=c.eps, factor=c.hidden**-0.5)
-    chosen, share = run("top_k", scores, c.experts_used, scale=layer.ffn_down_exps_scale)
+    chosen, share = run(TOP_K, scores, c.experts_used, scale=layer.ffn_down_exps_scale)
     ids = chosen.reshape(-1)  # of the one token
     norm: dict[str, Any] = {"norm": layer.pre_ffw_norm_2, "eps": c.eps, "ids": ids}
     if layer.ffn_gate_up_exps is not None:
@@ -275,6 +280,7 @@ def _experts(
         up = run.product(x, layer.ffn_up_exps, **norm)
         h = run.product(x, layer.ffn_gate_exps, times=up, factor=SHRINK, out=model.kv_dtype, **norm)
     out = run.product(h, layer.ffn_down_exps, ids=ids, out=mx.float32)  # [used, hidden]
+    assert layer.post_ffw_norm_1 is not None and layer.post_ffw_norm_2 is not None
     return out[None], share, layer.post_ffw_norm_1, layer.post_ffw_norm_2
 
 

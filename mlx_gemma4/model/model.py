@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -23,7 +23,8 @@ from ..kv.segments import KVQuantizer, SegmentLayout
 from ..kv.state import KVState
 from ..memory import on_cpu
 from ..ops import many_rows, stock
-from ..ops.dispatch import Kernels
+from ..ops.dispatch import REPLAY, Kernels
+from ..ops.quantized_attention import QUANTIZE_KV
 from ..ops.routing import Routing
 from ..ops.stock import Weight
 from .decode import can_step, make_step
@@ -74,7 +75,8 @@ class Model:
         """What quantizes the segments of each global layer with keys and values of its own; {} for "full"."""
         if kv not in quantization.BITS:
             return {}
-        quantize = partial(self.kernels, "quantize_kv") if self.kernels else quantization.quantize
+        kernels = self.kernels
+        quantize = quantization.quantize if kernels is None else lambda *args: kernels(QUANTIZE_KV, *args)
         return {i: KVQuantizer(kv, rotation, quantize) for i, rotation in self.rotations.items()}
 
     def save_state(self, state: KVState, path: str | Path) -> None:
@@ -167,7 +169,7 @@ class Model:
     @property
     def _replaying(self) -> Replay | None:
         """What replays steps; None: it can't here, or `doctor` has switched it off."""
-        if self._replay is None or self._replay.broken or self.kernels is None or "replay" in self.kernels.off:
+        if self._replay is None or self._replay.broken or self.kernels is None or REPLAY in self.kernels.off:
             return None
         return self._replay
 

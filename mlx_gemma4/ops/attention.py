@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from ..gpu.render import METAL_TYPES, Launcher, build, float_literal, render
 from . import long_attention, parts
+from .op import Op
 from .parts import KVPart, Launch
 from .tuning import CORES
 
@@ -83,10 +84,10 @@ def launch_config(lengths: Sequence[int], rows: int, kv_heads: int, threadgroups
 
 
 def attention(
+    launcher: Launcher,
     q: mx.array,
     parts: Sequence[KVPart],
     spans: mx.array,
-    launcher: Launcher,
     *,
     scale: float,
     window: int = 0,
@@ -94,8 +95,6 @@ def attention(
     cut: LaunchConfig | None = None,
 ) -> Any:
     """A few new tokens attend to all that came before and to themselves.
-
-    Many fp16 keys and values go to `long_attention`, unless a cut says how this kernel is to be cut.
 
     Args:
         q: [T, H, D], T up to 8, D a multiple of 32.
@@ -110,13 +109,11 @@ def attention(
     Returns:
         [T, H D]
     """
-    if cut is None and long_attention.supports(q, parts, window):
-        return long_attention.long_attention(q, parts, spans, launcher, scale=scale, out=out)
     done, merge = _launched(q, parts, spans, launcher, scale, window, out, cut, False)
     return done[0] if merge is None else merge[0](inputs=list(done), **merge[1])[0]
 
 
-def attention_sums(q: mx.array, parts: Sequence[KVPart], spans: mx.array, launcher: Launcher, *, scale: float) -> Any:
+def attention_sums(launcher: Launcher, q: mx.array, parts: Sequence[KVPart], spans: mx.array, *, scale: float) -> Any:
     """`attention` whose pieces are not yet added up, nor divided: for those who have more to add.
 
     Returns:
@@ -186,7 +183,7 @@ def _prepared_attention(
     }
     if undivided or not split:
         return build(launcher, kernel), launch, None
-    return build(launcher, kernel), launch, parts.merge(shape, dtype, out, 8, launcher)
+    return build(launcher, kernel), launch, parts.merge(launcher, shape, dtype, out, 8)
 
 
 def attention_reference(
@@ -212,3 +209,7 @@ def attention_reference(
     queries = q.astype(mx.float32).swapaxes(0, 1)[None]
     x = mx.fast.scaled_dot_product_attention(queries, k, v, scale=scale, mask=seen)
     return x[0].swapaxes(0, 1).reshape(tokens, heads * dim).astype(out or q.dtype)
+
+
+ATTENTION = Op("attention", attention, attention_reference)
+LONG_ATTENTION = Op("attention", long_attention.long_attention, attention_reference, variant="long")

@@ -7,11 +7,12 @@ from typing import Any
 import mlx.core as mx
 
 from ..gpu.render import Launcher, build, render
+from .op import Op
 
 # ---------------------------------------------------------------- choices
 
 
-def top_k(scores: mx.array, used: int, launcher: Launcher, *, scale: mx.array | None = None) -> tuple[Any, Any]:
+def top_k(launcher: Launcher, scores: mx.array, used: int, *, scale: mx.array | None = None) -> tuple[Any, Any]:
     """The experts of each token.
 
     Args:
@@ -42,7 +43,10 @@ def top_k_reference(scores: mx.array, used: int, *, scale: mx.array | None = Non
     return ids, share if scale is None else share * scale[ids]
 
 
-def argmax(logits: mx.array, launcher: Launcher) -> Any:
+TOP_K = Op("top_k", top_k, top_k_reference)
+
+
+def argmax(launcher: Launcher, logits: mx.array) -> Any:
     """The largest of each row, the lowest of equals. The softcap never changes the order, so it is not needed.
 
     Args:
@@ -74,3 +78,6 @@ def argmax(logits: mx.array, launcher: Launcher) -> Any:
 def argmax_reference(logits: mx.array) -> mx.array:
     """`argmax` in stock MLX."""
     return mx.argmax(logits, axis=-1).astype(mx.int32)
+
+
+ARGMAX = Op("argmax", argmax, argmax_reference)

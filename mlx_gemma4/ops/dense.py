@@ -7,7 +7,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..gpu.render import METAL_TYPES, Launcher, build, float_literal, render, result_defines
-from . import stock
+from .epilogue import product_reference
+from .op import Op
 
 FOUR_ROWS_FROM = 4096  # from which on a simdgroup takes four, and reads x once for them
 FEW_ROWS = 512  # of an unpacked weight, for which all simdgroups of a threadgroup share a row
@@ -17,9 +18,9 @@ FEW_ROWS = 512  # of an unpacked weight, for which all simdgroups of a threadgro
 
 
 def dense(
+    launcher: Launcher,
     x: mx.array,
     w: mx.array,
-    launcher: Launcher,
     *,
     norm: mx.array | None = None,
     eps: float = 1e-6,
@@ -61,21 +62,4 @@ def dense(
     )[0]
 
 
-def dense_reference(
-    x: mx.array,
-    w: mx.array,
-    *,
-    norm: mx.array | None = None,
-    eps: float = 1e-6,
-    factor: float = 1.0,
-    times: mx.array | None = None,
-    out: mx.Dtype | None = None,
-) -> mx.array:
-    """`dense` in stock MLX."""
-    h = x.astype(mx.float32)
-    if norm is not None:
-        h = stock.rms_norm(h, norm, eps)
-    y = h @ w.astype(mx.float32).T
-    if times is not None:
-        y = stock.gelu(y) * times.astype(mx.float32)
-    return stock.within(y * factor, out or x.dtype)
+DENSE = Op("dense", dense, product_reference)

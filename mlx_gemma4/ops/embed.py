@@ -10,7 +10,9 @@ import mlx.core as mx
 from ..gpu.render import METAL_TYPES, Launcher, build, float_literal, render
 from ..quant.formats import Packed
 from . import stock
+from .op import Op
 from .packed import format_defines
+from .stock import Affine, Weight
 
 # ---------------------------------------------------------------- embeddings
 
@@ -25,9 +27,7 @@ def _table(table: mx.array | Packed) -> tuple[dict[str, object], list[Any], list
     return defines, arrays, [name for name, a in planes.items() if a is None]
 
 
-def embed(
-    ids: mx.array, table: mx.array | Packed, factor: float, launcher: Launcher, *, out: mx.Dtype = mx.float32
-) -> Any:
+def embed(launcher: Launcher, ids: mx.array, table: Weight, factor: float, *, out: mx.Dtype = mx.float32) -> Any:
     """Rows of a table, times a factor.
 
     Args:
@@ -37,6 +37,8 @@ def embed(
     Returns:
         [T, K] in `out`.
     """
+    if isinstance(table, Affine):
+        return embed_reference(ids, table, factor, out=out)
     k = table.shape[-1]
     defines, arrays, absent = _table(table)
     defines |= {"U": METAL_TYPES[out], "FACTOR": float_literal(factor)}
@@ -50,18 +52,21 @@ def embed(
     )[0]
 
 
-def embed_reference(ids: mx.array, table: mx.array | Packed, factor: float, *, out: mx.Dtype = mx.float32) -> mx.array:
+def embed_reference(ids: mx.array, table: Weight, factor: float, *, out: mx.Dtype = mx.float32) -> mx.array:
     """`embed` in stock MLX."""
     return (stock.embed(ids, table) * factor).astype(out)
 
 
+EMBED = Op("embed", embed, embed_reference)
+
+
 def ple_inputs(
+    launcher: Launcher,
     ids: mx.array,
     proj: mx.array,
     norm: mx.array,
-    table: mx.array | Packed,
+    table: Weight,
     factor: float,
-    launcher: Launcher,
     *,
     eps: float,
 ) -> Any:
@@ -77,6 +82,8 @@ def ple_inputs(
     Returns:
         [layers, T, P] in proj's dtype.
     """
+    if isinstance(table, Affine):
+        return ple_inputs_reference(ids, proj, norm, table, factor, eps=eps)
     tokens, width, p = ids.size, table.shape[-1], norm.size
     defines, arrays, absent = _table(table)
     defines |= {
@@ -97,10 +104,13 @@ def ple_inputs(
 
 
 def ple_inputs_reference(
-    ids: mx.array, proj: mx.array, norm: mx.array, table: mx.array | Packed, factor: float, *, eps: float
+    ids: mx.array, proj: mx.array, norm: mx.array, table: Weight, factor: float, *, eps: float
 ) -> mx.array:
     """`ple_inputs` in stock MLX."""
     shape = (ids.size, -1, norm.size)
     projected = stock.rms_norm(proj.astype(mx.float32).reshape(shape) * factor, norm, eps)
     p = (projected + stock.embed(ids, table).reshape(shape) * math.sqrt(norm.size)) * 2**-0.5
     return p.swapaxes(0, 1).astype(proj.dtype)
+
+
+PLE_INPUTS = Op("ple_inputs", ple_inputs, ple_inputs_reference)

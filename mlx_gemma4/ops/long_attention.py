@@ -82,10 +82,10 @@ def supports(q: mx.array, parts: Sequence[KVPart], window: int) -> bool:
 
 
 def long_attention(
+    launcher: Launcher,
     q: mx.array,
     parts: Sequence[KVPart],
     spans: mx.array,
-    launcher: Launcher,
     *,
     scale: float,
     out: mx.Dtype | None = None,
@@ -144,4 +144,4 @@ def _prepared(
         "output_shapes": [(total, pieces, dim), (total, pieces, 2)],
         "output_dtypes": [mx.float32] * 2,
     }
-    return build(launcher, kernel), launch, merge(shape, mx.float16, out, cut.merging, launcher)
+    return build(launcher, kernel), launch, merge(launcher, shape, mx.float16, out, cut.merging)

@@ -39,7 +39,7 @@ TILED_ROWS_FROM = 17
 GROUPED_ROWS_FROM = 4
 
 
-def expand(w: Packed, launcher: Launcher, dtype: mx.Dtype = mx.float16) -> Any:
+def expand(launcher: Launcher, w: Packed, dtype: mx.Dtype = mx.float16) -> Any:
     """The numbers of a packed weight, of its shape, in any float type; computed in fp32."""
     # The planes' leading axes are rows, one after the other. `block_scales` has blocks and numbers in a row.
     planes = {"codes": (w.codes, 1), "group_scales": (w.group_scales, 1), "block_scales": (w.block_scales, 2)}
@@ -74,7 +74,7 @@ def expand_reference(w: Packed, dtype: mx.Dtype = mx.float16) -> mx.array:
     return formats.dequantize(w, dtype)
 
 
-def halve(x: mx.array, launcher: Launcher) -> tuple[Any, Any]:
+def halve(launcher: Launcher, x: mx.array) -> tuple[Any, Any]:
     """Rows as fp16, and what undoes it.
 
     Args:
@@ -110,7 +110,7 @@ def halve_reference(x: mx.array) -> tuple[mx.array, mx.array]:
     return h
 
 
-def linear(x: mx.array, w: Packed | mx.array, launcher: Launcher) -> mx.array:
+def linear(launcher: Launcher, x: mx.array, w: Packed | mx.array) -> mx.array:
     """x @ wᵀ.
 
     Args:
@@ -121,7 +121,7 @@ def linear(x: mx.array, w: Packed | mx.array, launcher: Launcher) -> mx.array:
         [.., N] in x's dtype.
     """
     n, k = w.shape
-    h, scale = halve(x.reshape(-1, k), launcher)
+    h, scale = halve(launcher, x.reshape(-1, k))
     done: list[mx.array] = []
     for start, stop in _tiles(n, k, 256):
         tile = _tile(w, start, stop, [h, *done[-1:]], launcher)
@@ -130,7 +130,7 @@ def linear(x: mx.array, w: Packed | mx.array, launcher: Launcher) -> mx.array:
     return _from_half(y, scale).astype(x.dtype).reshape(*x.shape[:-1], n)
 
 
-def expert_linear(x: mx.array, w: Packed | mx.array, routing: Routing, launcher: Launcher, glu: bool = False) -> Any:
+def expert_linear(launcher: Launcher, x: mx.array, w: Packed | mx.array, routing: Routing, glu: bool = False) -> Any:
     """Each token through each of its experts, in one launch.
 
     Args:
@@ -142,7 +142,7 @@ def expert_linear(x: mx.array, w: Packed | mx.array, routing: Routing, launcher:
         [T, E', N], or [T, E', N / 2] with glu, in x's dtype.
     """
     (tokens, used), (_, n, k) = routing.chosen.shape, w.shape
-    h, scale = halve(x.reshape(-1, k), launcher)
+    h, scale = halve(launcher, x.reshape(-1, k))
     shared = used if x.shape[1] == 1 else 1  # rows of the result that one of x is for
     name = w.format.name if isinstance(w, Packed) else ""
     dtypes = (mx.float16 if isinstance(w, Packed) else w.dtype, x.dtype)
@@ -184,20 +184,20 @@ def _grouped(
     return kernel.inputs, build(launcher, kernel)
 
 
-def few_rows(x: mx.array, w: Packed, launcher: Launcher) -> mx.array:
+def few_rows(launcher: Launcher, x: mx.array, w: Packed) -> mx.array:
     """x @ wᵀ for x [T, K] by the mat-vec, `kernels.MAX_TOKENS` rows at a time, in fp16 too."""
-    h, scale = halve(x, launcher)
+    h, scale = halve(launcher, x)
     step = matvec.MAX_TOKENS
-    done = [matvec.matvec(h[i : i + step], w, launcher, out=mx.float32) for i in range(0, x.shape[0], step)]
+    done = [matvec.matvec(launcher, h[i : i + step], w, out=mx.float32) for i in range(0, x.shape[0], step)]
     y = done[0] if len(done) == 1 else mx.concatenate(done)
     return _from_half(y, scale).astype(x.dtype)
 
 
-def few_expert_rows(x: mx.array, w: Packed, chosen: mx.array, launcher: Launcher) -> mx.array:
+def few_expert_rows(launcher: Launcher, x: mx.array, w: Packed, chosen: mx.array) -> mx.array:
     """`expert_linear` by the mat-vec, a row for each chosen [T, E'] expert of each token."""
     rows = mx.contiguous(mx.broadcast_to(x, (*chosen.shape, x.shape[-1])).reshape(chosen.size, -1))
-    h, scale = halve(rows, launcher)
-    y = matvec.matvec(h, w, launcher, ids=chosen.reshape(-1).astype(mx.int32), out=mx.float32)
+    h, scale = halve(launcher, rows)
+    y = matvec.matvec(launcher, h, w, ids=chosen.reshape(-1).astype(mx.int32), out=mx.float32)
     return _from_half(y, scale).astype(x.dtype).reshape(*chosen.shape, -1)
 
 
@@ -233,7 +233,7 @@ def _tile(w: Packed | mx.array, start: int, stop: int, after: list[mx.array], la
         return rows.astype(mx.float16)
     part = w[start:stop]
     part = replace(part, codes=mx.depends([part.codes], after)[0])
-    tile: mx.array = expand(part, launcher)
+    tile: mx.array = expand(launcher, part)
     return tile
 
 

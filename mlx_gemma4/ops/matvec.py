@@ -16,6 +16,8 @@ import mlx.core as mx
 
 from ..gpu.render import DEVICE_ELEMENTS, Kernel, Launcher, build, float_literal, render, result_defines
 from ..quant.formats import FORMATS, Format, Packed
+from .epilogue import product_reference
+from .op import Op
 from .packed import format_defines
 from .tuning import CORES
 
@@ -133,9 +135,9 @@ def supports(w: Packed, tokens: int) -> bool:
 
 
 def matvec(
+    launcher: Launcher,
     x: mx.array,
     w: Packed,
-    launcher: Launcher,
     *,
     norm: mx.array | None = None,
     eps: float = 1e-6,
@@ -230,3 +232,6 @@ def _prepared(
         "output_dtypes": [out],
     }
     return kernel, build(launcher, kernel), launch
+
+
+MATVEC = Op("matvec", matvec, product_reference)

@@ -25,15 +25,16 @@ import mlx.core as mx
 
 from ..gpu.render import METAL_TYPES, Launcher, build, float_literal, render, result_defines
 from . import stock
+from .op import Op
 
 # ---------------------------------------------------------------- residual and norms
 
 
 def add_norm(
+    launcher: Launcher,
     x: mx.array,
     h: mx.array,
     post: mx.array,
-    launcher: Launcher,
     *,
     eps: float,
     next_norm: mx.array | None = None,
@@ -55,7 +56,7 @@ def add_norm(
         out: dtype of the second result, h's by default. What fp16 can't hold becomes the largest number that it can.
 
     Returns:
-        the new residual [T, K] in x's dtype; rms of it times next_norm (None without next_norm).
+        the new residual [T, K] in x's dtype; rms of it times next_norm, without next_norm the residual again.
     """
     tokens, k = x.shape
     simdgroups = min(32, -(-k // 256))
@@ -85,7 +86,7 @@ def add_norm(
         output_shapes=[(tokens, k)] * len(kernel.outputs),
         output_dtypes=[x.dtype, out or h.dtype][: len(kernel.outputs)],
     )
-    return done[0], done[1] if next_norm is not None else None
+    return done[0], done[-1]
 
 
 def add_norm_reference(
@@ -99,7 +100,7 @@ def add_norm_reference(
     experts: tuple[mx.array, mx.array, mx.array, mx.array] | None = None,
     shrunk: float = 1.0,
     out: mx.Dtype | None = None,
-) -> tuple[mx.array, mx.array | None]:
+) -> tuple[mx.array, mx.array]:
     """`add_norm` in stock MLX."""
     c = h.astype(mx.float32)
     if experts is not None:
@@ -109,5 +110,8 @@ def add_norm_reference(
     y = x.astype(mx.float32) + stock.rms_norm(c, post, eps if experts is not None else eps * shrunk**2)
     if scale is not None:
         y = y * scale[:1]
-    normed = None if next_norm is None else stock.within(stock.rms_norm(y, next_norm, eps), out or h.dtype)
-    return y.astype(x.dtype), normed
+    new = y.astype(x.dtype)
+    return new, new if next_norm is None else stock.within(stock.rms_norm(y, next_norm, eps), out or h.dtype)
+
+
+ADD_NORM = Op("add_norm", add_norm, add_norm_reference)

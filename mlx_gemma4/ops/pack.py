@@ -10,7 +10,6 @@ process, and where it differs from the reference or fails, that type is packed b
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -25,8 +24,7 @@ from ..quant import formats
 from ..quant.formats import FORMATS, Packed, Shape
 from ..quant.repack import Bytes, GroupScalesWriter, in_threads, iq4_xs, plain, q3_k, q4_k
 from .dispatch import Kernels
-
-log = logging.getLogger("mlx_gemma4")
+from .op import OpKey
 
 PIECE = 1 << 25  # bytes of blocks that go over at once
 COPY = 1 << 21  # bytes that a thread of the host copies at once
@@ -60,18 +58,20 @@ def pack_on_gpu(
         run: kernels to use; one that fails is added to its `off`. None: the reference.
         on_read: as for `quant.pack`, where there is one part.
     """
-    names = ("pack", f"pack {type}")
-    if run is not None and run.off.isdisjoint(names):
-        try:
-            if reason := _wrong(type, run.launcher):
-                raise RuntimeError(reason)
-            return _by_kernel(parts, type, shape, run.launcher, on_read)
-        except Exception as error:  # whatever a backend's compiler or launch raises
-            run.off |= {names[-1]}
-            reason = " ".join(str(error).split())[:200]
-            log.warning("Kernel %s fails here and is off, the CPU does its work instead: %s", names[-1], reason)
-    raw = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-2)
-    return formats.pack_on_cpu(raw, type, shape, on_read)
+
+    def kernel(launcher: Launcher) -> Packed:
+        if reason := _wrong(type, launcher):
+            raise RuntimeError(reason)
+        return _by_kernel(parts, type, shape, launcher, on_read)
+
+    def reference() -> Packed:
+        raw = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-2)
+        return formats.pack_on_cpu(raw, type, shape, on_read)
+
+    if run is None:
+        return reference()
+    key = OpKey("pack", type)
+    return run.attempt(lambda: kernel(run.launcher), reference, key, instead="the CPU does its work instead")
 
 
 def done() -> None:
@@ -108,7 +108,7 @@ def pack_kernel(type: str) -> Kernel:
     return render("pack", "pack.metal", mx.float32, defines, absent)
 
 
-def launch(raw: mx.array, type: str, launcher: Launcher) -> Planes:
+def launch(launcher: Launcher, raw: mx.array, type: str) -> Planes:
     """The planes of some blocks, each flat.
 
     Args:
@@ -154,7 +154,7 @@ def _wrong(type: str, launcher: Launcher) -> str:
     raw = np.random.default_rng(len(type)).integers(0, 256, (TRIAL, layout.n_bytes), np.uint8)
     want = formats.pack_on_cpu(raw, type, (TRIAL, layout.size))
     try:
-        made = launch(mx.array(raw.reshape(-1)), type, launcher)
+        made = launch(launcher, mx.array(raw.reshape(-1)), type)
         same = all(np.array_equal(_bits(made[name]), _bits(getattr(want, name))) for name in made)
     except Exception as error:  # whatever a backend's compiler or launch raises
         return str(error) or error.__class__.__name__
@@ -187,7 +187,7 @@ def _by_kernel(
             on_read(start, stop)
         if made:
             _place(made, whole, start - step, type)
-        made = launch(piece, type, launcher)
+        made = launch(launcher, piece, type)
         mx.async_eval(made)
         del piece
     if whole:

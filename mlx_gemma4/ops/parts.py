@@ -21,7 +21,7 @@ def describe_parts(dims: tuple[int, ...]) -> tuple[dict[str, object], list[str]]
     return defines, [f"{kv}{i}" for i in range(len(dims), MAX_PARTS) for kv in "kv"]
 
 
-def merge(shape: tuple[int, int, int], dtype: mx.Dtype, out: mx.Dtype, simdgroups: int, launcher: Launcher) -> Launch:
+def merge(launcher: Launcher, shape: tuple[int, int, int], dtype: mx.Dtype, out: mx.Dtype, simdgroups: int) -> Launch:
     """What adds up the pieces of queries [T, H, D], by so many simdgroups a threadgroup: attention.metal's `merge`."""
     tokens, heads, dim = shape
     kernel = render("merge", "attention.metal", dtype, {"U": METAL_TYPES[out], "D": dim, "SG": simdgroups})

@@ -11,12 +11,13 @@ import mlx.core as mx
 
 from ..gpu.render import METAL_TYPES, Launcher, build, float_literal, render
 from . import stock
+from .op import Op
 from .parts import KVPart
 
 # ---------------------------------------------------------------- queries, keys and values
 
 
-def rotations(position: mx.array, wavelengths: mx.array, launcher: Launcher, *, tokens: int) -> Any:
+def rotations(launcher: Launcher, position: mx.array, wavelengths: mx.array, *, tokens: int) -> Any:
     """What RoPE turns a step's tokens by in all layers of a kind.
 
     Args:
@@ -43,7 +44,11 @@ def rotations_reference(position: mx.array, wavelengths: mx.array, *, tokens: in
     return mx.stack([mx.cos(angles), mx.sin(angles)], axis=1)
 
 
+ROTATIONS = Op("rotations", rotations, rotations_reference)
+
+
 def qkv_post(
+    launcher: Launcher,
     q: mx.array,
     k: mx.array | None,
     v: mx.array | None,
@@ -52,7 +57,6 @@ def qkv_post(
     rope: mx.array,
     tail: KVPart | None,
     count: mx.array | None,
-    launcher: Launcher,
     *,
     heads: int,
     kv_heads: int,
@@ -153,3 +157,6 @@ def qkv_post_reference(
         for old, x in zip(tail, (turned(stock.rms_norm(k, k_norm, eps)), v), strict=True)
     ]
     return made[0].swapaxes(0, 1).astype(dtype), new[0], new[1]
+
+
+QKV_POST = Op("qkv_post", qkv_post, qkv_post_reference)

@@ -20,6 +20,7 @@ from ..gpu.render import DEVICE_ELEMENTS, METAL_TYPES, Launcher, build, float_li
 from ..kv import quantization
 from ..kv.quantization import LEVELS, QuantizedKV
 from .attention import attention_reference, attention_sums
+from .op import Op
 from .parts import KVPart, Launch
 
 MAX_QUANTIZED = 7  # parts
@@ -55,12 +56,12 @@ def quantized_launch_config(
 
 
 def quantized_attention(
+    launcher: Launcher,
     q: mx.array,
     quantized: Sequence[QuantizedKV],
     rotation: mx.array,
     tail: KVPart,
     spans: mx.array,
-    launcher: Launcher,
     *,
     scale: float,
     out: mx.Dtype | None = None,
@@ -90,7 +91,7 @@ def quantized_attention(
     run, launch, merge = _prepared(*cached)
     arrays = [a for codes, scales in quantized for a in (_rows(codes, kv_heads), scales.reshape(kv_heads, -1, 2))]
     sums, stats = run(inputs=[q, rotation, *arrays], **launch)
-    tail_sums, tail_stats = attention_sums(q, [tail], spans, launcher, scale=scale)
+    tail_sums, tail_stats = attention_sums(launcher, q, [tail], spans, scale=scale)
     return merge[0](inputs=[sums, stats, tail_sums, tail_stats, rotation], **merge[1])[0]
 
 
@@ -145,7 +146,7 @@ def _prepared(
     return build(launcher, kernel), launch, (build(launcher, merge), merge_launch)
 
 
-def quantize_kv(keys: mx.array, values: mx.array, rotation: mx.array, kind: str, launcher: Launcher) -> Any:
+def quantize_kv(launcher: Launcher, keys: mx.array, values: mx.array, rotation: mx.array, kind: str) -> Any:
     """Codes and scales of keys and values [1, G, n, D]: `kv.quantization.encode` in one launch."""
     _, heads, n, dim = keys.shape
     kernel, bits = _quantizer(kind, dim, keys.dtype, rotation.shape[0] > 2, launcher), quantization.BITS[kind]
@@ -160,6 +161,9 @@ def quantize_kv(keys: mx.array, values: mx.array, rotation: mx.array, kind: str,
 
 
 quantize_kv_reference = quantization.quantize
+
+
+QUANTIZE_KV = Op("quantize_kv", quantize_kv, quantize_kv_reference)
 
 
 @lru_cache
@@ -202,3 +206,6 @@ def quantized_attention_reference(
     x = attention_reference(quantization.rotate(q, rotation[0]), parts, spans, scale=scale, out=mx.float32)
     x = quantization.unrotate(x.reshape(tokens, heads, dim), rotation[1])
     return x.reshape(tokens, heads * dim).astype(out or q.dtype)
+
+
+QUANTIZED_ATTENTION = Op("quantized_attention", quantized_attention, quantized_attention_reference)

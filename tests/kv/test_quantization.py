@@ -15,6 +15,7 @@ from recorded import kl, prompts
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.kv import quantization
 from mlx_gemma4.ops import quantized_attention
+from mlx_gemma4.ops.op import OpKey
 from mlx_gemma4.ops.quantized_attention import QuantizedLaunchConfig
 
 KINDS = tuple(quantization.BITS)
@@ -188,7 +189,7 @@ def attend(
     k, v = (mx.where(used, normal(1, g, room, dim, dtype=dtype, seed=s), nan) for s in (30, 31))
     rest = (rotation, (k, v), mx.array([tail], mx.int32))
     kwargs: dict[str, Any] = {"scale": 1.3 * dim**-0.5 * factor, "out": out}
-    got = quantized_attention.quantized_attention(q, quantized, *rest, launcher, cut=cut, **kwargs)
+    got = quantized_attention.quantized_attention(launcher, q, quantized, *rest, cut=cut, **kwargs)
     # Queries and weights are halves in the products: as good as fp16, whatever q is.
     check(got, quantized_attention.quantized_attention_reference(q, quantized, *rest, **kwargs), mx.float16, factor)
 
@@ -280,7 +281,7 @@ def test_encoding_in_a_kernel(kind: str, dim: int, dtype: mx.Dtype, centered: bo
         dim, 1 + 0.3 * normal(dim), mx.ones(dim), normal(2, dim, seed=9) if centered else None
     )
     k, v = (mx.concatenate([normal(1, 2, 9, dim, seed=s), mx.zeros((1, 2, 1, dim))], axis=2) for s in (1, 2))
-    got = quantized_attention.quantize_kv(k.astype(dtype), v.astype(dtype), rotation, kind, metal)
+    got = quantized_attention.quantize_kv(metal, k.astype(dtype), v.astype(dtype), rotation, kind)
     want = quantization.quantize(k.astype(dtype), v.astype(dtype), rotation, kind)
     check(got[1], want[1], mx.float16)
     assert (np.array(got[0]) == np.array(want[0])).mean() > 0.99
@@ -295,7 +296,7 @@ def test_no_races_and_no_access_out_of_bounds() -> None:
     attend("q8", (4, 1), 128, [70], launcher=racing, tail=(70, 300), room=512)
     for kind in KINDS:
         quantized_attention.quantize_kv(
-            normal(1, 1, 3, 64), normal(1, 1, 3, 64), quantization.rotations(64), kind, racing
+            racing, normal(1, 1, 3, 64), normal(1, 1, 3, 64), quantization.rotations(64), kind
         )
 
 
@@ -313,4 +314,4 @@ def test_a_decode_step_in_kernels(kind: str, tmp_path: Path) -> None:
         assert np.abs(stock - kernel).max() <= 2e-3
         assert kl(stock, kernel) <= 1e-7
         assert kl(full, stock) <= {"q8": 1e-4, "tq4": 2e-2}[kind]
-    assert fused.kernels is not None and "quantized_attention" not in fused.kernels.off
+    assert fused.kernels is not None and OpKey("quantized_attention") not in fused.kernels.off

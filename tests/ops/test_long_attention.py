@@ -17,6 +17,7 @@ from kernel_cases import check, metal, normal, racing
 from mlx_gemma4.gpu import render
 from mlx_gemma4.kv.segments import SegmentLayout
 from mlx_gemma4.ops import attention, long_attention
+from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.long_attention import CORES, LongLaunchConfig, long_launch_config
 
 # Where PTX's manual has them: a's element (i, k) with lane i % 8 * 4 + k % 8 / 2, in its word k / 8 * 2 + i / 8; b's
@@ -71,7 +72,7 @@ def attend(
         made.append((k, v))
     spans = mx.array([p[1:] for p in parts], mx.int32)
     options = {"scale": 1.3 * dim**-0.5, "out": mx.float32, **options}
-    got = long_attention.long_attention(q, made, spans, launcher, cut=cut, **options)
+    got = long_attention.long_attention(launcher, q, made, spans, cut=cut, **options)
     check(got, attention.attention_reference(q, made, spans, **options), mx.float16)
 
 
@@ -137,7 +138,7 @@ def test_another_dtype_and_arrays_without_a_batch() -> None:
     attend((2, 1), 64, [(90, 0, 90)], out=mx.bfloat16)
     q, k, v = (normal(*s, dtype=mx.float16) for s in ((1, 2, 64), (1, 1, 70, 64), (1, 1, 70, 64)))
     spans = mx.array([[0, 70]], mx.int32)
-    got = [long_attention.long_attention(q, [part], spans, metal, scale=1.0) for part in ((k, v), (k[0], v[0]))]
+    got = [long_attention.long_attention(metal, q, [part], spans, scale=1.0) for part in ((k, v), (k[0], v[0]))]
     assert mx.array_equal(*got)
 
 
@@ -155,25 +156,38 @@ def test_one_wave(heads: tuple[int, int], length: int) -> None:
         assert cut.share * cut.pieces(parts) * heads[1] / (2 * CORES) > 0.9 * cut.share * (length != 40000)
 
 
-def test_attention_takes_it_for_long_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["works", "fails", "is off"])
+def test_attention_takes_it_for_long_contexts(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it fails or is off, the kernel for fewer tokens does its work, not the reference."""
     launched = []
 
     def counting(**declared: Any) -> Any:
         launched.append(declared["name"].rsplit("_", 1)[0])
+        if how == "fails" and launched[-1] == "long_attention":
+            raise RuntimeError("no such function")
         return metal(**declared)
 
     monkeypatch.setattr(long_attention, "LONG", 150)
     q, spans = normal(1, 4, 64, dtype=mx.float16), mx.array([[0, 100], [0, 20]], mx.int32)
     parts = [(normal(1, n, 64, dtype=mx.float16, seed=n), normal(1, n, 64, dtype=mx.float16)) for n in (100, 64)]
-    got = attention.attention(q, parts, spans, counting, scale=0.1)
-    assert launched == ["long_attention", "merge"]
+    key = attention.LONG_ATTENTION.key
+    run = Kernels(counting, frozenset([key] if how == "is off" else []))
+    got = run.attention(q, parts, spans, scale=0.1, window=0)
+    assert (
+        launched
+        == {
+            "works": ["long_attention", "merge"],
+            "fails": ["long_attention", "attention", "merge"],
+            "is off": ["attention", "merge"],
+        }[how]
+    )
+    assert run.off == (set() if how == "works" else {key}) and str(key) == "attention long"
     check(got, attention.attention_reference(q, parts, spans, scale=0.1), mx.float16)
     launched.clear()
-    attention.attention(q, parts, spans, counting, scale=0.1, window=50)
-    attention.attention(q, parts[:1], spans[:1], counting, scale=0.1)
-    attention.attention(q, parts, spans, counting, scale=0.1, cut=attention.LaunchConfig(2))
-    fp32 = [tuple(a.astype(mx.float32) for a in part) for part in parts]
-    attention.attention(q.astype(mx.float32), fp32, spans, counting, scale=0.1)  # type: ignore[arg-type]
+    run.attention(q, parts, spans, scale=0.1, window=50)
+    run.attention(q, parts[:1], spans[:1], scale=0.1, window=0)
+    fp32 = [(k.astype(mx.float32), v.astype(mx.float32)) for k, v in parts]
+    run.attention(q.astype(mx.float32), fp32, spans, scale=0.1, window=0)
     assert "long_attention" not in launched
 
 
