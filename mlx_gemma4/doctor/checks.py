@@ -24,16 +24,19 @@ from ..ops import (
     choose,
     dense,
     embed,
+    expand,
+    grouped,
+    halve,
     long_attention,
-    many_rows,
     matvec,
     norms,
     pack,
     qkv,
+    quantize_kv,
     quantized_attention,
     stock,
 )
-from ..ops.epilogue import SHRINK, product_reference
+from ..ops.epilogue import SHRINK, Epilogue, product_reference
 from ..ops.routing import Routing
 from ..quant import formats
 from ..quant.formats import FLOATS, FORMATS, Packed
@@ -174,11 +177,9 @@ def _product(p: Product, most: int | None) -> Check:
     def make() -> Case:
         dtype, out = (state_dtype() if narrow else mx.float32 for narrow in (p.narrow, p.narrow_out))
         w, x = weight(p.type, made), normal(p.used if p.own_x else p.tokens, k, dtype=dtype)
-        options: dict[str, Any] = {"out": out, "factor": p.factor}
+        options: dict[str, Any] = {"epilogue": Epilogue(p.glu, p.factor, out, EPS)}
         if p.norm:
-            options |= {"norm": 1 + normal(k) * 0.1, "eps": EPS}
-        if p.glu:
-            options["glu"] = True
+            options["norm"] = 1 + normal(k) * 0.1
         if p.times:
             options["times"] = normal(p.used or p.tokens, made[-2], dtype=dtype)
         if p.used:
@@ -190,7 +191,7 @@ def _product(p: Product, most: int | None) -> Check:
                 lambda: product_reference(x, w, **options),
                 n_bytes,
             )
-        cut = matvec.tiling(w.format, n * (p.used or 1), k, p.tokens)
+        config = matvec.tiling(w.format, n * (p.used or 1), k, p.tokens)
 
         def reference() -> mx.array:
             if p.tokens == 1:
@@ -198,7 +199,7 @@ def _product(p: Product, most: int | None) -> Check:
             # For several rows MLX has a kernel of its own, which NVIDIA's compiler takes very long for.
             return mx.concatenate([product_reference(x[i : i + 1], w, **options) for i in range(p.tokens)])
 
-        return Case(lambda launcher: matvec.matvec(launcher, x, w, cut=cut, **options), reference, n_bytes)
+        return Case(lambda launcher: matvec.matvec(launcher, x, w, config=config, **options), reference, n_bytes)
 
     return Check("dense", f"{p.type} {shape}", make) if p.type in FLOATS else Check(f"matvec {p.type}", shape, make)
 
@@ -208,7 +209,7 @@ def _expand(type: str, k: int, rows: int) -> Check:
         w = weight(type, (rows, k))
         assert isinstance(w, Packed)
         n_bytes = w.nbytes + 2 * rows * k
-        return Case(lambda launcher: many_rows.expand(launcher, w), lambda: many_rows.expand_reference(w), n_bytes)
+        return Case(lambda launcher: expand.expand(launcher, w), lambda: expand.expand_reference(w), n_bytes)
 
     return Check(f"expand {type}", f"{rows}x{k}", make)
 
@@ -216,7 +217,7 @@ def _expand(type: str, k: int, rows: int) -> Check:
 def _halve(k: int) -> Check:
     def make() -> Case:
         x = normal(HALVED, k) * mx.exp(3 * normal(HALVED, 1))
-        return Case(lambda launcher: many_rows.halve(launcher, x), lambda: many_rows.halve_reference(x), 6 * HALVED * k)
+        return Case(lambda launcher: halve.halve(launcher, x), lambda: halve.halve_reference(x), 6 * HALVED * k)
 
     return Check("halve", f"{HALVED}x{k}", make)
 
@@ -243,9 +244,7 @@ def _grouped(p: Product, most: int | None) -> Check:
             y = mx.array(found.reshape(*chosen.shape, -1))
             return stock.geglu(*mx.split(y, 2, axis=-1)) if p.glu else y
 
-        return Case(
-            lambda launcher: many_rows.expert_linear(launcher, x, w, routing, p.glu), reference, w.nbytes + x.nbytes
-        )
+        return Case(lambda launcher: grouped.grouped(launcher, x, w, routing, p.glu), reference, w.nbytes + x.nbytes)
 
     name = f"grouped {p.type}" if p.type in FORMATS else "grouped"
     return Check(name, f"{n}x{k}, {chosen.size} rows" + " glu" * p.glu, make)
@@ -263,7 +262,7 @@ def _pack(type: str) -> Check:
             return [a.reshape(-1) for a in (w.codes, w.group_scales, w.block_scales) if a is not None]
 
         return Case(
-            lambda launcher: tuple(pack.launch(launcher, raw, type).values()),
+            lambda launcher: tuple(pack.pack_blocks(launcher, raw, type).values()),
             lambda: tuple(reference()),
             2 * raw.nbytes,
             lambda made: [a.view(mx.uint16) if a.dtype == mx.float16 else a for a in made],  # to the bit
@@ -354,10 +353,10 @@ def _long_attention(h: Heads) -> Check:
         parts = [(normal(*shape, dtype=mx.float16), normal(*shape, dtype=mx.float16)) for shape in shapes]
         spans = mx.array([(3 * (i == 0), end) for i, end in enumerate(ends)], mx.int32)
         q = normal(1, h.heads, h.dim, dtype=mx.float16) * (1.5 * h.dim**-0.5)
-        cut = long_attention.long_launch_config([32768, attention.TAIL], h.heads // h.kv_heads, h.kv_heads, h.dim)
+        config = long_attention.long_launch_config([32768, attention.TAIL], h.heads // h.kv_heads, h.kv_heads, h.dim)
         return Case(
             lambda launcher: long_attention.long_attention(
-                launcher, q, parts, spans, scale=1.0, cut=replace(cut, share=2)
+                launcher, q, parts, spans, scale=1.0, config=replace(config, share=2)
             ),
             lambda: attention.attention_reference(q, parts, spans, scale=1.0),
             sum(ends) * h.kv_heads * h.dim * 2 * mx.float16.size,
@@ -406,8 +405,8 @@ def _encode(h: Heads, kind: str) -> Check:
             return [(a * b).sum(axis=-1) / (b * b).sum(axis=-1) for a, b in pairs]
 
         return Case(
-            lambda launcher: quantized_attention.quantize_kv(launcher, k, v, rotation, kind),
-            lambda: quantized_attention.quantize_kv_reference(k, v, rotation, kind),
+            lambda launcher: quantize_kv.quantize_kv(launcher, k, v, rotation, kind),
+            lambda: quantization.quantize(k, v, rotation, kind),
             k.nbytes + v.nbytes,
             lengths,
         )

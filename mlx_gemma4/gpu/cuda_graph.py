@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import cuda_compiler
-from .recording import STARTS, Launch, Region, dependencies
+from .recording import STARTS, RecordedLaunch, Region, dependencies
 from .render import Kernel, to_cuda_text
 
 ROOM = 16 << 20  # bytes that the arena has more than is asked for: more pieces of attention need more
@@ -112,7 +112,7 @@ class Player:
         self._arrays: list[mx.array] = []  # that the launches read
         self._room = 0
 
-    def load(self, launches: Sequence[Launch], nbytes: int, numbers: int, best: Region) -> None:
+    def load(self, launches: Sequence[RecordedLaunch], nbytes: int, numbers: int, best: Region) -> None:
         """Make a graph of launches, or change the one there is into it.
 
         Until `forget`, the host must not read what they read: MLX would move it.
@@ -214,7 +214,7 @@ class Player:
                 _driver().cuEventDestroy_v2(event)
             _driver().cuStreamDestroy_v2(self._stream)
 
-    def _call(self, launch: Launch, lie: dict[int, int]) -> Call:
+    def _call(self, launch: RecordedLaunch, lie: dict[int, int]) -> Call:
         """`lie`: where arrays lie, by identity."""
         pointers = [lie[id(a)] if isinstance(a, mx.array) else self._begins + a.start for a in launch.inputs]
         pointers += [self._begins + spot.start for spot in launch.outputs]
@@ -285,7 +285,7 @@ def _where(arrays: list[mx.array], contiguous: bool) -> mx.array:
     return out
 
 
-def text_arguments(launch: Launch) -> tuple[Kernel, tuple[mx.Dtype, ...], tuple[int, ...]]:
+def text_arguments(launch: RecordedLaunch) -> tuple[Kernel, tuple[mx.Dtype, ...], tuple[int, ...]]:
     """What the text of a launch depends on."""
     shaped = cuda_compiler.shaped_inputs(launch.kernel.inputs, launch.kernel.source)
     types = tuple(a.dtype for a in (*launch.inputs, *launch.outputs))

@@ -112,7 +112,7 @@ class Buffer:
 
 
 @dataclass(frozen=True, eq=False)
-class Launch:
+class RecordedLaunch:
     """One launch, as a `Launcher`'s kernel is told of it."""
 
     kernel: Kernel
@@ -125,7 +125,7 @@ class Launch:
 class Player(Protocol):
     """What makes recorded launches; `cuda_graph.Player` says what its methods do."""
 
-    def load(self, launches: Sequence[Launch], nbytes: int, numbers: int, best: Region) -> None: ...
+    def load(self, launches: Sequence[RecordedLaunch], nbytes: int, numbers: int, best: Region) -> None: ...
     def write(self, spots: Sequence[Region], arrays: Sequence[mx.array]) -> None: ...
     def start(self, numbers: np.ndarray, chained: bool) -> int: ...
     def best(self, start: int) -> int: ...
@@ -139,7 +139,7 @@ class Recording:
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
-        self.launches: list[Launch] = []
+        self.launches: list[RecordedLaunch] = []
 
     def buffer(self, shape: tuple[int, ...], dtype: mx.Dtype) -> Buffer:
         """A new array; its place is nobody else's while anything refers to it or its views."""
@@ -147,7 +147,7 @@ class Recording:
         return Buffer(place, tuple(shape), dtype, place.start)
 
 
-def dependencies(launches: Sequence[Launch]) -> list[list[int]]:
+def dependencies(launches: Sequence[RecordedLaunch]) -> list[list[int]]:
     """For each launch, the earlier ones that it must wait for, but not those that these wait for anyway.
 
     A launch waits for whoever wrote what it reads, and for whoever read or wrote what it overwrites.
@@ -208,7 +208,7 @@ def recorder(
             outputs.append(at if isinstance(at, Buffer) else recording.buffer(shape, dtype))
         read = tuple(a.spot if isinstance(a, Buffer) else a for a in inputs)
         written = tuple(b.spot for b in outputs)
-        recording.launches.append(Launch(kernel, read, written, grid, threadgroup))
+        recording.launches.append(RecordedLaunch(kernel, read, written, grid, threadgroup))
         return outputs
 
     return call

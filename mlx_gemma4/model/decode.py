@@ -25,7 +25,7 @@ from ..ops import matvec, parts, stock
 from ..ops.choose import ARGMAX, TOP_K
 from ..ops.dispatch import Kernels
 from ..ops.embed import EMBED, PLE_INPUTS
-from ..ops.epilogue import SHRINK
+from ..ops.epilogue import FP32, SHRINK, Epilogue
 from ..ops.norms import ADD_NORM
 from ..ops.qkv import QKV_POST, ROTATIONS
 from ..ops.quantized_attention import QUANTIZED_ATTENTION
@@ -167,7 +167,7 @@ def _forward(
             x, h = _per_layer(run, layer, x, m, per_layer[i], **end)
         else:
             x, h = run(ADD_NORM, x, m, layer.post_ffw_norm, experts=experts, shrunk=SHRINK, **end)
-    logits = run.product(h, w.output, out=mx.float32)
+    logits = run.product(h, w.output, FP32)
     return logits, list(tails.values())
 
 
@@ -198,13 +198,13 @@ def _attention(
     c, layer, shape = model.config, model.weights.layers[i], model.config.layers[i]
     q_weight = layer.attn_q if layer.attn_qk is None else layer.attn_qk
     assert q_weight is not None
-    q = run.product(h, q_weight, out=mx.float32)
+    q = run.product(h, q_weight, FP32)
     k = v = None
     own = shape.kv_layer == i
     joined_v = layer.attn_qk is not None and q.shape[1] > (shape.heads + shape.kv_heads) * shape.head_dim
     if own:
-        k = None if layer.attn_k is None else run.product(h, layer.attn_k, out=mx.float32)
-        v = None if layer.attn_v is None else run.product(h, layer.attn_v, out=mx.float32)
+        k = None if layer.attn_k is None else run.product(h, layer.attn_k, FP32)
+        v = None if layer.attn_v is None else run.product(h, layer.attn_v, FP32)
     q, tail_keys, tail_values = run(
         QKV_POST,
         q,
@@ -233,7 +233,7 @@ def _attention(
         out = run(QUANTIZED_ATTENTION, q, quantized, rotation, tail, spans, scale=c.attention_scale)
     else:
         out = run.attention(q, parts, spans, scale=c.attention_scale, window=window)
-    return run.product(out, layer.attn_output, out=mx.float32)
+    return run.product(out, layer.attn_output, FP32)
 
 
 def _mlp(run: Kernels, layer: Layer, h: mx.array) -> mx.array:
@@ -242,11 +242,11 @@ def _mlp(run: Kernels, layer: Layer, h: mx.array) -> mx.array:
     if isinstance(joined, mx.array):  # `dense` takes one after the other
         gate, up = mx.split(joined, 2)
     if gate is not None and up is not None:
-        product = run.product(h, gate, times=run.product(h, up), factor=SHRINK)
+        product = run.product(h, gate, Epilogue(factor=SHRINK), times=run.product(h, up))
     else:
         assert joined is not None
-        product = run.product(h, joined, glu=True, factor=SHRINK)
-    return run.product(product, layer.ffn_down, out=mx.float32)
+        product = run.product(h, joined, Epilogue(glu=True, factor=SHRINK))
+    return run.product(product, layer.ffn_down, FP32)
 
 
 def _per_layer(
@@ -269,17 +269,18 @@ def _experts(run: Kernels, model: Loaded, layer: Layer, x: mx.array) -> tuple[mx
     """
     c = model.config
     assert layer.ffn_gate_inp is not None and layer.ffn_down_exps is not None
-    scores = run.product(x, layer.ffn_gate_inp, norm=layer.ffn_gate_inp_scale, eps=c.eps, factor=c.hidden**-0.5)
+    router = Epilogue(factor=c.hidden**-0.5, eps=c.eps)
+    scores = run.product(x, layer.ffn_gate_inp, router, norm=layer.ffn_gate_inp_scale)
     chosen, share = run(TOP_K, scores, c.experts_used, scale=layer.ffn_down_exps_scale)
     ids = chosen.reshape(-1)  # of the one token
-    norm: dict[str, Any] = {"norm": layer.pre_ffw_norm_2, "eps": c.eps, "ids": ids}
+    norm, small = layer.pre_ffw_norm_2, Epilogue(factor=SHRINK, out=model.kv_dtype, eps=c.eps)
     if layer.ffn_gate_up_exps is not None:
-        h = run.product(x, layer.ffn_gate_up_exps, glu=True, factor=SHRINK, out=model.kv_dtype, **norm)  # [used, F]
+        h = run.product(x, layer.ffn_gate_up_exps, small._replace(glu=True), norm=norm, ids=ids)  # [used, F]
     else:
         assert layer.ffn_gate_exps is not None and layer.ffn_up_exps is not None
-        up = run.product(x, layer.ffn_up_exps, **norm)
-        h = run.product(x, layer.ffn_gate_exps, times=up, factor=SHRINK, out=model.kv_dtype, **norm)
-    out = run.product(h, layer.ffn_down_exps, ids=ids, out=mx.float32)  # [used, hidden]
+        up = run.product(x, layer.ffn_up_exps, Epilogue(eps=c.eps), norm=norm, ids=ids)
+        h = run.product(x, layer.ffn_gate_exps, small, norm=norm, times=up, ids=ids)
+    out = run.product(h, layer.ffn_down_exps, FP32, ids=ids)  # [used, hidden]
     assert layer.post_ffw_norm_1 is not None and layer.post_ffw_norm_2 is not None
     return out[None], share, layer.post_ffw_norm_1, layer.post_ffw_norm_2
 

@@ -22,9 +22,9 @@ from ..kv.file import load_state, save_state
 from ..kv.segments import KVQuantizer, SegmentLayout
 from ..kv.state import KVState
 from ..memory import on_cpu
-from ..ops import many_rows, stock
+from ..ops import stock
 from ..ops.dispatch import REPLAY, Kernels
-from ..ops.quantized_attention import QUANTIZE_KV
+from ..ops.quantize_kv import QUANTIZE_KV
 from ..ops.routing import Routing
 from ..ops.stock import Weight
 from .decode import can_step, make_step
@@ -42,7 +42,7 @@ class Model:
         self.kernels = kernels
         self.loaded = Loaded(config, weights, self.kv_dtype)
         self._linear = kernels.linear if kernels else stock.linear
-        self._geglu = many_rows.geglu if kernels else stock.geglu
+        self._geglu = stock.fused_geglu if kernels else stock.geglu
         self._wavelengths = {
             (layer.sliding, layer.head_dim): _rope_wavelengths(config, layer, weights.rope_freqs)
             for layer in config.layers

@@ -19,8 +19,11 @@ from ..gpu.recording import Player
 from ..quant.formats import Packed
 from . import long_attention, many_rows, matvec, stock
 from .attention import ATTENTION, LONG_ATTENTION
-from .dense import DENSE
-from .epilogue import product_reference
+from .dense import DENSE, dense
+from .epilogue import PLAIN, Epilogue, product_reference
+from .expand import EXPAND
+from .grouped import GROUPED, grouped, grouped_reference
+from .halve import HALVE
 from .matvec import MATVEC
 from .op import Op, OpKey, P, R
 from .parts import KVPart
@@ -30,7 +33,6 @@ from .stock import Weight
 log = logging.getLogger("mlx_gemma4")
 
 REPLAY = OpKey("replay")  # recorded decode steps, as a whole
-HALVE, EXPAND, GROUPED = OpKey("halve"), OpKey("expand"), OpKey("grouped")
 
 
 @dataclass
@@ -84,55 +86,56 @@ class Kernels:
 
         if not long_attention.supports(q, parts, window):
             return plain()
-        long = partial(LONG_ATTENTION.kernel, self.launcher, q, parts, spans, scale=scale)
+        long = partial(long_attention.long_attention, self.launcher, q, parts, spans, scale=scale)
         return self.attempt(long, plain, LONG_ATTENTION.key)
 
-    def product(self, x: mx.array, w: Weight, **options: Any) -> mx.array:
-        """A product of few rows with whatever is folded into it: options are those of `matvec.matvec`."""
-        reference = partial(product_reference, x, w, **options)
-        if isinstance(w, mx.array) and w.ndim == 2 and w.shape[-1] % 8 == 0 and not options.get("glu"):
-            return self.attempt(partial(DENSE.kernel, self.launcher, x, w, **options), reference, DENSE.key)
-        if isinstance(w, Packed) and matvec.supports(w, 1 if "ids" in options else x.shape[0]):
-            kernel = partial(MATVEC.kernel, self.launcher, x, w, **options)
-            return self.attempt(kernel, reference, OpKey("matvec", w.format.name))
+    def product(
+        self,
+        x: mx.array,
+        w: Weight,
+        epilogue: Epilogue = PLAIN,
+        *,
+        norm: mx.array | None = None,
+        times: mx.array | None = None,
+        ids: mx.array | None = None,
+    ) -> mx.array:
+        """`matvec.matvec` for any weight: a few rows, and whatever is folded into their product."""
+
+        def reference() -> mx.array:
+            return product_reference(x, w, epilogue, norm=norm, times=times, ids=ids)
+
+        if isinstance(w, Packed) and matvec.supports(w, x.shape[0] if ids is None else 1):
+            kernel = partial(matvec.matvec, self.launcher, x, w, epilogue, norm=norm, times=times, ids=ids)
+            return self.attempt(kernel, reference, _key(MATVEC, w))
+        if isinstance(w, mx.array) and w.ndim == 2 and w.shape[-1] % 8 == 0 and not epilogue.glu:
+            kernel = partial(dense, self.launcher, x, w, epilogue, norm=norm, times=times)
+            return self.attempt(kernel, reference, DENSE.key)
         return reference()
 
     def linear(self, x: mx.array, w: Weight) -> mx.array:
         """`stock.linear` for x [T, K] of any T: a few rows by mat-vecs, many by tiles."""
         reference = partial(stock.linear, x, w)
-        if not many_rows.supports(w):
+        if isinstance(w, stock.Affine) or not many_rows.supports(w):
             return reference()
-        assert not isinstance(w, stock.Affine)
-        if isinstance(w, Packed) and x.shape[0] < many_rows.TILED_ROWS_FROM and matvec.supports(w, 1):
-            kernel = partial(many_rows.few_rows, self.launcher, x, w)
-            return self.attempt(kernel, reference, HALVE, OpKey("matvec", w.format.name))
-        key = OpKey("expand", w.format.name) if isinstance(w, Packed) else EXPAND
-        return self.attempt(partial(many_rows.linear, self.launcher, x, w), reference, HALVE, key)
+        if isinstance(w, Packed) and x.shape[0] < many_rows.TILED_ROWS_FROM:
+            few = partial(many_rows.few_rows, self.launcher, x, w)
+            return self.attempt(few, reference, HALVE.key, _key(MATVEC, w))
+        kernel = partial(many_rows.linear, self.launcher, x, w)
+        return self.attempt(kernel, reference, HALVE.key, _key(EXPAND, w))
 
     def expert_linear(self, x: mx.array, w: Weight, routing: Routing, glu: bool = False) -> mx.array:
         """`stock.expert_linear`, likewise; with glu, of gate and up. Products of the same experts share a `routing`."""
-        chosen = routing.chosen
-
-        def reference() -> mx.array:
-            return _glu(stock.expert_linear(x, w, chosen), glu)
-
+        reference = partial(grouped_reference, x, w, routing, glu)
         if not many_rows.supports(w):
             return reference()
-        assert not isinstance(w, stock.Affine)
-        few = chosen.size < many_rows.GROUPED_ROWS_FROM * w.shape[0]
-        if isinstance(w, Packed) and few and matvec.supports(w, 1):
-            packed = w
-            return self.attempt(
-                lambda: _glu(many_rows.few_expert_rows(self.launcher, x, packed, chosen), glu),
-                reference,
-                HALVE,
-                OpKey("matvec", w.format.name),
-            )
-        key = OpKey("grouped", w.format.name) if isinstance(w, Packed) else GROUPED
-        kernel = partial(many_rows.expert_linear, self.launcher, x, w, routing, glu)
-        return self.attempt(kernel, reference, HALVE, key)
+        if isinstance(w, Packed) and routing.chosen.size < many_rows.GROUPED_ROWS_FROM * w.shape[0]:
+            few = partial(many_rows.few_expert_rows, self.launcher, x, w, routing.chosen)
+            y = self.attempt(few, partial(stock.expert_linear, x, w, routing.chosen), HALVE.key, _key(MATVEC, w))
+            return stock.fused_geglu(*mx.split(y, 2, axis=-1)) if glu else y
+        kernel = partial(grouped, self.launcher, x, w, routing, glu)
+        return self.attempt(kernel, reference, HALVE.key, _key(GROUPED, w))
 
 
-def _glu(y: mx.array, glu: bool) -> mx.array:
-    """gelu(gate) * up of what holds both, if asked for."""
-    return many_rows.geglu(*mx.split(y, 2, axis=-1)) if glu else y
+def _key(op: Op[..., Any], w: Weight) -> OpKey:
+    """The variant of an operation for a weight's format."""
+    return OpKey(op.name, w.format.name) if isinstance(w, Packed) else op.key

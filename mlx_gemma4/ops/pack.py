@@ -19,12 +19,13 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from ..gpu.render import Kernel, Launcher, build, render
+from ..gpu.render import Kernel, Launcher, prepare, render
 from ..quant import formats
 from ..quant.formats import FORMATS, Packed, Shape
 from ..quant.repack import Bytes, GroupScalesWriter, in_threads, iq4_xs, plain, q3_k, q4_k
 from .dispatch import Kernels
 from .op import OpKey
+from .packed import absent_planes
 
 PIECE = 1 << 25  # bytes of blocks that go over at once
 COPY = 1 << 21  # bytes that a thread of the host copies at once
@@ -80,6 +81,7 @@ def done() -> None:
     mx.clear_cache()
 
 
+@cache
 def pack_kernel(type: str) -> Kernel:
     """pack.metal for a type."""
     layout = FORMATS[type].layout
@@ -88,7 +90,7 @@ def pack_kernel(type: str) -> Kernel:
         parts.append(f"take(block, c, {plane.at}, {plane.bits}, {plane.run}) << {bits}")
         bits += plane.bits
     code = f"({' | '.join(parts)})"
-    defines: dict[str, object] = {
+    defines: dict[str, Any] = {
         "SIZE": layout.size,
         "N_BYTES": layout.n_bytes,
         "BITS": bits,
@@ -100,31 +102,21 @@ def pack_kernel(type: str) -> Kernel:
     if layout.group_scales:
         defines |= {WRITERS[layout.group_scales[0]]: 1, "GROUP_SCALE_AT": layout.group_scales[1]}
     assert max(layout.group_scale_bytes, len(layout.block_scales)) <= layout.size * bits // 32, "a thread for each"
-    absent = [
-        name
-        for name, there in (("group_scales", layout.group_scales), ("block_scales", layout.block_scales))
-        if not there
-    ]
-    return render("pack", "pack.metal", mx.float32, defines, absent)
+    return render("pack", "pack.metal", mx.float32, defines, absent_planes(FORMATS[type]))
 
 
-def launch(launcher: Launcher, raw: mx.array, type: str) -> Planes:
+def pack_blocks(launcher: Launcher, raw: mx.array, type: str) -> Planes:
     """The planes of some blocks, each flat.
 
     Args:
         raw: uint8 [bytes], whole blocks.
     """
-    names, run = _packer(type, launcher)
+    kernel = pack_kernel(type)
     blocks = raw.size // FORMATS[type].layout.n_bytes
     sizes = {name: blocks * n for name, n in _per_block(type).items()}
-    made = run(
-        inputs=[raw],
-        grid=(256 * -(-sizes["codes"] // 256), 1, 1),
-        threadgroup=(256, 1, 1),
-        output_shapes=[(sizes[name],) for name in names],
-        output_dtypes=[_DTYPES[name] for name in names],
-    )
-    return dict(zip(names, made, strict=True))
+    results = [((sizes[name],), _DTYPES[name]) for name in kernel.outputs]
+    made = prepare(launcher, kernel, (-(-sizes["codes"] // 256), 1, 1), 256, *results)(raw)
+    return dict(zip(kernel.outputs, made, strict=True))
 
 
 _DTYPES = {"codes": mx.uint32, "group_scales": mx.uint8, "block_scales": mx.float16}
@@ -142,19 +134,13 @@ def _per_block(type: str) -> dict[str, int]:
 
 
 @cache
-def _packer(type: str, launcher: Launcher) -> tuple[tuple[str, ...], Callable[..., Sequence[Any]]]:
-    kernel = pack_kernel(type)
-    return kernel.outputs, build(launcher, kernel)
-
-
-@cache
 def _wrong(type: str, launcher: Launcher) -> str:
     """What is wrong with a type's kernel on some random blocks, "" if it equals the reference to the bit."""
     layout = FORMATS[type].layout
     raw = np.random.default_rng(len(type)).integers(0, 256, (TRIAL, layout.n_bytes), np.uint8)
     want = formats.pack_on_cpu(raw, type, (TRIAL, layout.size))
     try:
-        made = launch(launcher, mx.array(raw.reshape(-1)), type)
+        made = pack_blocks(launcher, mx.array(raw.reshape(-1)), type)
         same = all(np.array_equal(_bits(made[name]), _bits(getattr(want, name))) for name in made)
     except Exception as error:  # whatever a backend's compiler or launch raises
         return str(error) or error.__class__.__name__
@@ -187,7 +173,7 @@ def _by_kernel(
             on_read(start, stop)
         if made:
             _place(made, whole, start - step, type)
-        made = launch(launcher, piece, type)
+        made = pack_blocks(launcher, piece, type)
         mx.async_eval(made)
         del piece
     if whole:

@@ -100,7 +100,7 @@ def test_joined_rows(experts: tuple[int, ...], piece: int, monkeypatch: pytest.M
 def test_races_and_bounds(name: str) -> None:
     size = FORMATS[name].layout.size
     raw = random_rows(name, 5, 3 * size)
-    made = pack.launch(racing, mx.array(raw.reshape(-1)), name)
+    made = pack.pack_blocks(racing, mx.array(raw.reshape(-1)), name)
     want = formats.pack_on_cpu(raw, name, (5, 3 * size))
     for plane, a in made.items():
         assert np.array(a).tobytes() == np.array(getattr(want, plane)).tobytes()

@@ -16,7 +16,7 @@ from kernel_cases import DTYPES, check, eager, metal, normal, racing
 
 from mlx_gemma4.files.gguf import TENSOR_TYPES
 from mlx_gemma4.ops import attention, choose, dense, embed, norms, qkv
-from mlx_gemma4.ops.epilogue import product_reference
+from mlx_gemma4.ops.epilogue import Epilogue, product_reference
 from mlx_gemma4.quant import formats
 
 EPS = 1e-6
@@ -34,7 +34,7 @@ def attend(
     window: int = 0,
     launcher: Any = metal,
     out: mx.Dtype | None = None,
-    cut: attention.LaunchConfig | None = None,
+    config: attention.LaunchConfig | None = None,
 ) -> None:
     """Attention over parts (capacity, start, end); what lies outside of start and end is NaN."""
     h, g = heads
@@ -47,7 +47,7 @@ def attend(
         made.append((k, v))
     spans = mx.array([p[1:] for p in parts], mx.int32)
     kwargs: dict[str, Any] = {"scale": 1.3 * dim**-0.5, "window": window, "out": out}
-    got = attention.attention(launcher, q, made, spans, cut=cut, **kwargs)
+    got = attention.attention(launcher, q, made, spans, config=config, **kwargs)
     check(got, attention.attention_reference(q, made, spans, **kwargs), dtype)
 
 
@@ -108,7 +108,7 @@ def test_attention_windows(window: int) -> None:
     attend(mx.float16, (2, 1), 32, [(600, 300, 600), (64, 0, 8)], 2, window)
 
 
-CUTS = [
+CONFIGS = [
     attention.LaunchConfig(2, 1, 2, 40),
     attention.LaunchConfig(4, 8, 3, 999),
     attention.LaunchConfig(3, 2, 1),
@@ -117,27 +117,27 @@ CUTS = [
 ]
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=str)
-def test_attention_cuts(cut: attention.LaunchConfig) -> None:
-    attend(mx.float16, (8, 2), 64, [(300, 5, 300), (64, 0, 33)], 2, cut=cut)
-    attend(mx.float32, (4, 1), 96, [(70, 66, 70), (130, 129, 129), (64, 0, 20)], 2, window=15, cut=cut)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_attention_configurations(config: attention.LaunchConfig) -> None:
+    attend(mx.float16, (8, 2), 64, [(300, 5, 300), (64, 0, 33)], 2, config=config)
+    attend(mx.float32, (4, 1), 96, [(70, 66, 70), (130, 129, 129), (64, 0, 20)], 2, window=15, config=config)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "keys"), [(1, 1), (2, 4), (4, 2), (8, 2)])
 @pytest.mark.parametrize("dim", [32, 96, 256, 512])
 def test_attention_that_loads_all_at_once(dim: int, rows: int, keys: int, dtype: mx.Dtype) -> None:
-    cut = attention.LaunchConfig(rows, 4, keys, 50)
-    attend(dtype, (4, 1), dim, [(90, 80, 90), (64, 0, 64), (64, 0, 9)], 2, window=70, launcher=eager, cut=cut)
+    config = attention.LaunchConfig(rows, 4, keys, 50)
+    attend(dtype, (4, 1), dim, [(90, 80, 90), (64, 0, 64), (64, 0, 9)], 2, window=70, launcher=eager, config=config)
 
 
 @pytest.mark.parametrize("threadgroups", [1, 12, 40, 200, 10_000])
 def test_attention_pieces_with_nothing_in_use(threadgroups: int) -> None:
     """Pieces of a part whose span begins late, ends early or is empty, and of one that the window does not reach."""
-    cut = attention.LaunchConfig(2, 1, 1, threadgroups)
+    config = attention.LaunchConfig(2, 1, 1, threadgroups)
     parts = [(90, 80, 90), (64, 0, 3), (64, 64, 64), (200, 0, 200), (64, 0, 7)]
     for tokens, window in ((1, 0), (1, 10), (4, 0), (4, 100), (7, 1)):
-        attend(mx.float16, (2, 1), 32, parts, tokens, window, cut=cut)
+        attend(mx.float16, (2, 1), 32, parts, tokens, window, config=config)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8])
@@ -155,10 +155,10 @@ def test_attention_of_a_sliding_layer(heads: tuple[int, int], tokens: int) -> No
 )
 @pytest.mark.parametrize("across", [1, 4, 16, 64])
 def test_attention_pieces_are_about_as_many_as_asked_for(lengths: list[int], across: int) -> None:
-    cut = attention.LaunchConfig(8, keys=2, threadgroups=384)
-    pieces = cut.pieces(lengths, across)
+    config = attention.LaunchConfig(8, keys=2, threadgroups=384)
+    pieces = config.pieces(lengths, across)
     assert len(lengths) <= pieces <= max(384 // across, 2 * len(lengths))
-    assert pieces == cut.blocks(lengths) or 2 * pieces >= 384 // across
+    assert pieces == config.blocks(lengths) or 2 * pieces >= 384 // across
 
 
 def test_attention_gives_another_dtype() -> None:
@@ -322,9 +322,10 @@ def test_dense(dtype: mx.Dtype, w_dtype: mx.Dtype) -> None:
 def test_dense_with_norm_and_times(dtype: mx.Dtype) -> None:
     """The router's product, and the gate of the per-layer embedding."""
     x, w = normal(2, 264, dtype=dtype) * 5, normal(33, 264, seed=1) * 0.1
-    router: dict[str, Any] = {"norm": 1 + normal(264, seed=2), "eps": EPS, "factor": 264**-0.5, "out": mx.float32}
+    epilogue = Epilogue(factor=264**-0.5, out=mx.float32, eps=EPS)
+    router: dict[str, Any] = {"epilogue": epilogue, "norm": 1 + normal(264, seed=2)}
     check(dense.dense(metal, x, w, **router), product_reference(x, w, **router), mx.float32)
-    gate: dict[str, Any] = {"times": normal(2, 33, dtype=dtype, seed=3), "factor": 1 / 16}
+    gate: dict[str, Any] = {"times": normal(2, 33, dtype=dtype, seed=3), "epilogue": Epilogue(factor=1 / 16)}
     check(dense.dense(metal, x, w, **gate), product_reference(x, w, **gate), dtype)
 
 
@@ -418,9 +419,9 @@ def test_no_races_and_no_access_out_of_bounds() -> None:
         [(90, 70, 90), (64, 9, 9), (64, 0, 7)],
         2,
         launcher=racing,
-        cut=attention.LaunchConfig(2, 8, 1),
+        config=attention.LaunchConfig(2, 8, 1),
     )
-    attend(mx.float16, (4, 1), 64, [(90, 70, 90), (64, 9, 9), (64, 0, 7)], 2, launcher=racing, cut=CUTS[0])
+    attend(mx.float16, (4, 1), 64, [(90, 70, 90), (64, 9, 9), (64, 0, 7)], 2, launcher=racing, config=CONFIGS[0])
     for kind in ("apart", "joined", "q alone"):
         check_qkv(mx.float16, kind, (6, 2), 64, tokens=2, kv_dtype=mx.float16, launcher=racing)
     qkv.rotations(racing, mx.array([5]), wavelengths(96), tokens=2)
