@@ -6,7 +6,7 @@ In: nothing; random keys, values and queries are made here, cut into segments as
 of one layer's attention for one token, TB/s of keys and values as they are held, the kernel's error against double
 precision. Full precision has two kernels: `old`, attention.metal's, and the one on matrix units,
 long_attention.metal's, both timed whatever the length. Each call waits for the one before, and copies of the keys and
-values take rotations, so that no cache holds them; what is unused of the tail is NaN. `--tune` tries other configurations.
+values take rotations, so that no cache holds them; what is unused of the tail is NaN. `--tune` tries other ones.
 """
 
 from __future__ import annotations

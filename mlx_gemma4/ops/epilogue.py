@@ -9,7 +9,7 @@ import mlx.core as mx
 from . import stock
 from .stock import Weight
 
-# GEGLU's results are stored as so many times their value, for fp16's sake; the norm after the down projection undoes it.
+# GEGLU's results are stored times this, for fp16's range; the norm after the down projection undoes it.
 SHRINK = 1 / 16
 
 
