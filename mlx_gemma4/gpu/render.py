@@ -63,7 +63,7 @@ class Launch:
 
     def by_name(self, arrays: Mapping[str, Any]) -> Sequence[Any]:
         """Launch with inputs by their names; `arrays` may hold others beside them."""
-        return self(*(arrays[name] for name in self.kernel.inputs))
+        return self(*[arrays[name] for name in self.kernel.inputs])
 
 
 @lru_cache(maxsize=4096)

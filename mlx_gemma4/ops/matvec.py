@@ -117,7 +117,8 @@ def matvec(
     """
     slots, folded = 0 if ids is None else ids.size, (norm is not None, times is not None)
     launch = _prepared(launcher, w.format.name, w.shape[-2:], x.dtype, x.shape[0], slots, folded, epilogue, config)
-    return launch.by_name({"x": x, "norm": norm, "ids": ids, "times": times, **planes(w)})[0]
+    arrays = {"x": x, "norm": norm, "codes": w.codes, "group_scales": w.group_scales, "block_scales": w.block_scales}
+    return launch.by_name({**arrays, "ids": ids, "times": times})[0]
 
 
 @lru_cache(maxsize=4096)  # a decode step launches hundreds of mat-vecs, and the GPU must not wait for the host

@@ -25,8 +25,10 @@ def absent_planes(fmt: Format) -> list[str]:
 
 def is_readable(w: Packed) -> bool:
     """Returns True if kernels can read a weight: rows of whole 32s, planes that MLX passes as device memory."""
-    arrays = [a for a in planes(w).values() if a is not None]
-    return w.shape[-1] % 32 == 0 and all(a.size >= DEVICE_ELEMENTS for a in arrays)
+    if w.shape[-1] % 32 or w.codes.size < DEVICE_ELEMENTS:
+        return False
+    scales, blocks = w.group_scales, w.block_scales
+    return (scales is None or scales.size >= DEVICE_ELEMENTS) and (blocks is None or blocks.size >= DEVICE_ELEMENTS)
 
 
 def format_defines(fmt: Format, chunk: int, k: int) -> dict[str, str | int]:
