@@ -17,7 +17,7 @@ from ..gpu.render import Launch, Launcher, prepare, render, result_defines
 from ..quant.formats import FORMATS, Format, Packed
 from .epilogue import PLAIN, Epilogue, product_reference
 from .op import Op
-from .packed import absent_planes, format_defines, is_readable, planes
+from .packed import absent_planes, format_defines, is_readable
 from .tuning import Tuning, this_gpu
 
 MAX_TOKENS = 4  # of a mat-vec
