@@ -24,7 +24,8 @@ Launcher = Callable[..., Callable[..., Sequence[Any]]]
 Defines = Mapping[str, str | int | float | mx.Dtype]
 Output = tuple[tuple[int, ...], mx.Dtype]  # shape and dtype of a result
 
-_FOLDERS = (Path(__file__).parents[1] / "metal", Path(__file__).parents[2] / "kernels")  # in a wheel, in the tree
+_IN_WHEEL, _IN_TREE = Path(__file__).parents[1] / "metal", Path(__file__).parents[2] / "kernels"
+FOLDER = _IN_WHEEL if _IN_WHEEL.is_dir() else _IN_TREE
 DEVICE_ELEMENTS = 8  # elements from which on MLX passes an input in Metal's device address space, not constant
 METAL_TYPES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat"}
 
@@ -86,16 +87,12 @@ def float_literal(x: float) -> str:
 
 def metal_files() -> list[Path]:
     """All kernel sources, Metal and CUDA headers included."""
-    folder = next(f for f in _FOLDERS if f.is_dir())
-    return sorted(f for f in folder.iterdir() if f.suffix in (".metal", ".h"))
+    return sorted(f for f in FOLDER.iterdir() if f.suffix in (".metal", ".h"))
 
 
 @cache
 def _text(file: str) -> str:
-    for folder in _FOLDERS:
-        if (folder / file).exists():
-            return (folder / file).read_text()
-    raise FileNotFoundError(f"kernel source {file} is missing from the installation")
+    return (FOLDER / file).read_text()
 
 
 def render(entry: str, file: str, dtype: mx.Dtype, defines: Defines, absent: Sequence[str] = ()) -> Kernel:

@@ -154,13 +154,7 @@ def _prepared(
 
 
 def attention_reference(
-    q: mx.array,
-    parts: Sequence[KVPart],
-    spans: mx.array,
-    *,
-    scale: float,
-    window: int = 0,
-    out: mx.Dtype | None = None,
+    q: mx.array, parts: Sequence[KVPart], spans: mx.array, *, scale: float, window: int = 0, out: mx.Dtype | None = None
 ) -> mx.array:
     """`attention` in stock MLX, over whole capacities under a mask."""
     tokens, heads, dim = q.shape

@@ -40,14 +40,7 @@ TOP_K = Op("top_k", top_k, top_k_reference)
 
 
 def argmax(launcher: Launcher, logits: mx.array) -> Any:
-    """The largest of each row, the lowest of equals. The softcap never changes the order, so it is not needed.
-
-    Args:
-        logits: [T, V].
-
-    Returns:
-        int32 [T]
-    """
+    """The largest of each row of logits [T, V], the lowest of equals: int32 [T]. A softcap never changes the order."""
     tokens, n = logits.shape
     pieces = max(1, min(128, n // 1024))
     first = render("argmax_pieces", "choose.metal", logits.dtype, {"SG": 8})

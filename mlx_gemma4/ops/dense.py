@@ -23,13 +23,12 @@ def dense(
     norm: mx.array | None = None,
     times: mx.array | None = None,
 ) -> Any:
-    """A few tokens through an unpacked weight; `epilogue` without glu.
+    """`matvec.matvec` without glu for an unpacked weight.
 
     Args:
         x: [T, K], K a multiple of 8.
         w: [N, K], any float type.
-        norm: fp32 [K]: x goes through RMSNorm with this weight first.
-        times: [T, N] in x's dtype: the result is gelu(x wᵀ) * times.
+        norm, times: as there.
 
     Returns:
         [T, N]

@@ -17,15 +17,16 @@ import mlx.core as mx
 from ..gpu import render
 from ..gpu.recording import Player
 from ..quant.formats import Packed
-from . import long_attention, many_rows, matvec, stock
+from . import long_attention, many_rows, stock
 from .attention import ATTENTION, LONG_ATTENTION
 from .dense import DENSE, dense
 from .epilogue import PLAIN, Epilogue, product_reference
 from .expand import EXPAND
 from .grouped import GROUPED, grouped, grouped_reference
 from .halve import HALVE
-from .matvec import MATVEC
+from .matvec import MATVEC, MAX_TOKENS, matvec
 from .op import Op, OpKey, P, R
+from .packed import is_readable
 from .parts import KVPart
 from .routing import Routing
 from .stock import Weight
@@ -104,8 +105,8 @@ class Kernels:
         def reference() -> mx.array:
             return product_reference(x, w, epilogue, norm=norm, times=times, ids=ids)
 
-        if isinstance(w, Packed) and matvec.supports(w, x.shape[0] if ids is None else 1):
-            kernel = partial(matvec.matvec, self.launcher, x, w, epilogue, norm=norm, times=times, ids=ids)
+        if isinstance(w, Packed) and (ids is not None or x.shape[0] <= MAX_TOKENS) and is_readable(w):
+            kernel = partial(matvec, self.launcher, x, w, epilogue, norm=norm, times=times, ids=ids)
             return self.attempt(kernel, reference, _key(MATVEC, w))
         if isinstance(w, mx.array) and w.ndim == 2 and w.shape[-1] % 8 == 0 and not epilogue.glu:
             kernel = partial(dense, self.launcher, x, w, epilogue, norm=norm, times=times)

@@ -24,15 +24,7 @@ def _table(table: mx.array | Packed) -> tuple[dict[str, Any], dict[str, mx.array
 
 
 def embed(launcher: Launcher, ids: mx.array, table: Weight, factor: float, *, out: mx.Dtype = mx.float32) -> Any:
-    """Rows of a table, times a factor.
-
-    Args:
-        ids: int32 [T].
-        table: [V, K].
-
-    Returns:
-        [T, K] in `out`.
-    """
+    """Rows of a table [V, K] for ids int32 [T], times a factor: [T, K] in `out`."""
     if isinstance(table, Affine):
         return embed_reference(ids, table, factor, out=out)
     k = table.shape[-1]
@@ -51,16 +43,9 @@ EMBED = Op("embed", embed, embed_reference)
 
 
 def ple_inputs(
-    launcher: Launcher,
-    ids: mx.array,
-    proj: mx.array,
-    norm: mx.array,
-    table: Weight,
-    factor: float,
-    *,
-    eps: float,
+    launcher: Launcher, ids: mx.array, proj: mx.array, norm: mx.array, table: Weight, factor: float, *, eps: float
 ) -> Any:
-    """What each layer adds of the token itself: (rms(proj factor) norm + table[ids] sqrt(P)) / sqrt(2).
+    """Each layer's share of the token itself: (rms(proj factor) norm + table[ids] sqrt(P)) / sqrt(2).
 
     Args:
         ids: int32 [T].

@@ -30,10 +30,9 @@ def halve(launcher: Launcher, x: mx.array) -> tuple[Any, Any]:
     if k % 8 or x.size < DEVICE_ELEMENTS:  # loads are of 8 numbers, from device memory
         return halve_reference(x)
     simdgroups = min(8, -(-k // 256))
-    kernel, results = render("halve", "halve.metal", x.dtype, {"SG": simdgroups}), ((rows, k), (rows, 1))
-    launch = prepare(
-        launcher, kernel, (1, rows, 1), 32 * simdgroups, (results[0], mx.float16), (results[1], mx.float32)
-    )
+    kernel = render("halve", "halve.metal", x.dtype, {"SG": simdgroups})
+    results = ((rows, k), mx.float16), ((rows, 1), mx.float32)
+    launch = prepare(launcher, kernel, (1, rows, 1), 32 * simdgroups, *results)
     h, scale = launch(x)
     return h, scale
 

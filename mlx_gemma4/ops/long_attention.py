@@ -90,12 +90,7 @@ def long_attention(
     """A few new tokens attend to all that came before and to themselves: `attention` without a window.
 
     Args:
-        q: fp16 [T, H, D], T up to 8, D a multiple of 64.
-        parts: up to MAX_PARTS of keys and values [G, capacity, D] or [1, G, capacity, D] in fp16, in the order of the
-            tokens; the last ends with the T tokens themselves.
-        spans: int32 [parts, 2]: first and one past the last token in use, of each part.
-        scale: of the scores.
-        out: dtype of the result, q's by default.
+        q: fp16 [T, H, D], D a multiple of 64; the others as of `attention`.
         config: in place of `long_launch_config`'s.
 
     Returns:

@@ -27,24 +27,15 @@ from .stock import Weight
 
 TILE = 1 << 25  # weights of a tile, 64 MB of fp16: enough rows to fill the matrix units, little beside a model
 TILED_ROWS_FROM = 17  # rows from which on tiles pay; fewer go through the mat-vec, MAX_TOKENS at a time
-GROUPED_ROWS_FROM = 4  # rows of all experts (chosen ones of all tokens), for each expert there is, from which on one
-# launch of all experts pays
+GROUPED_ROWS_FROM = 4  # the same for experts and `grouped`, in rows (chosen experts of all tokens) for each expert
 
 
 def linear(launcher: Launcher, x: mx.array, w: Packed | mx.array) -> mx.array:
-    """x @ wᵀ.
-
-    Args:
-        x: [.., K].
-        w: [N, K].
-
-    Returns:
-        [.., N] in x's dtype.
-    """
+    """x @ wᵀ for x [.., K] and w [N, K]: [.., N] in x's dtype."""
     n, k = w.shape
     h, scale = halve(launcher, x.reshape(-1, k))
     done: list[mx.array] = []
-    for start, stop in _tiles(n, k, 256):
+    for start, stop in _tiles(n, k):
         tile = _tile(launcher, w, start, stop, [h, *done[-1:]])
         done.append(h @ tile.T)
     y = done[0] if len(done) == 1 else mx.concatenate(done, axis=-1)
@@ -74,17 +65,17 @@ def supports(w: Weight) -> bool:
     return isinstance(w, Packed) and is_readable(w)
 
 
-def _tiles(count: int, size: int, multiple: int) -> list[tuple[int, int]]:
-    """Ranges of `count` rows of `size` weights, in tiles alike, of a multiple of rows where there are several."""
+def _tiles(count: int, size: int) -> list[tuple[int, int]]:
+    """Ranges of `count` rows of `size` weights, in tiles alike, of a multiple of 256 rows where there are several."""
     tiles = -(-count * size // TILE)
     each = max(1, -(-count // tiles))
     if tiles > 1:
-        each = -(-each // multiple) * multiple
+        each = -(-each // 256) * 256
     return [(start, min(start + each, count)) for start in range(0, count, each)]
 
 
 def _tile(launcher: Launcher, w: Packed | mx.array, start: int, stop: int, after: list[mx.array]) -> mx.array:
-    """Rows of a weight as fp16, not before `after` is there."""
+    """Rows of a weight as fp16, not before `after` is computed."""
     if isinstance(w, mx.array):
         rows: mx.array = mx.depends([w[start:stop]], after)[0]
         return rows.astype(mx.float16)

@@ -17,7 +17,7 @@ from ..gpu.render import Launch, Launcher, prepare, render, result_defines
 from ..quant.formats import FORMATS, Format, Packed
 from .epilogue import PLAIN, Epilogue, product_reference
 from .op import Op
-from .packed import absent_planes, format_defines, is_readable
+from .packed import absent_planes, format_defines
 from .tuning import Tuning, this_gpu
 
 MAX_TOKENS = 4  # of a mat-vec
@@ -80,15 +80,10 @@ def _worth(gpu: Tuning, n: int, chunks: int, lanes: int, rows: int, split: int) 
     """A figure of merit for a split: even lanes, full waves of threadgroups, steps enough to pay for the first."""
     steps, waves = (
         -(-chunks // (lanes * split)),
-        n * split * lanes / (32 * rows) / (gpu.resident_simdgroups * 2 // rows),
+        n * split * lanes / (32 * rows) / (gpu.cores * gpu.simdgroups_per_core * 2 // rows),
     )
     filled: float = (waves / math.ceil(waves)) ** gpu.last_wave if waves > 1 else waves**0.5
     return _even(chunks, lanes * split) * filled * steps / (steps + gpu.step_overhead) if waves < 1.2 else 0.0
-
-
-def supports(w: Packed, tokens: int) -> bool:
-    """Returns True if `matvec` takes so many tokens of this weight."""
-    return tokens <= MAX_TOKENS and is_readable(w)
 
 
 def matvec(

@@ -89,13 +89,12 @@ def quantized_attention(
     bits, centered = quantization.bits_of(quantized[0], q.shape[-1]), rotation.shape[0] > 2
     cached = q.shape, q.dtype, kv_heads, bits, centered, lengths, scale, out or q.dtype, config
     launch, merge = _prepared(launcher, *cached)
-    arrays = [a for codes, scales in quantized for a in (_rows(codes, kv_heads), scales.reshape(kv_heads, -1, 2))]
+    arrays = [
+        a
+        for codes, scales in quantized
+        for a in (codes.reshape(kv_heads, codes.shape[-3], -1), scales.reshape(kv_heads, -1, 2))
+    ]
     return merge(*launch(q, rotation, *arrays), *attention_sums(launcher, q, [tail], spans, scale=scale), rotation)[0]
-
-
-def _rows(codes: mx.array, kv_heads: int) -> mx.array:
-    """[1, G, n, 2, words] -> [G, n, 2 words]."""
-    return codes.reshape(kv_heads, codes.shape[-3], -1)
 
 
 @lru_cache(maxsize=4096)  # several launches a token: the GPU must not wait for the host

@@ -29,10 +29,6 @@ class Tuning:
     attention_threadgroups: int = 384  # that share the keys and values of a layer
     quantized_threadgroups: int = 396  # the same over quantized keys and values: three a core
 
-    @property
-    def resident_simdgroups(self) -> int:
-        return self.cores * self.simdgroups_per_core
-
 
 @cache
 def this_gpu() -> Tuning:

@@ -248,7 +248,7 @@ def test_another_machine_is_checked_anew(change: str, monkeypatch: pytest.Monkey
 
 def test_the_text_of_the_kernels_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.metal").write_text("one")
-    monkeypatch.setattr(render, "_FOLDERS", (tmp_path / "none", tmp_path))
+    monkeypatch.setattr(render, "FOLDER", tmp_path)
     first = verdict.kernel_text.__wrapped__()
     (tmp_path / "a.metal").write_text("two")
     assert verdict.kernel_text.__wrapped__() != first
