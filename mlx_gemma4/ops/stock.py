@@ -242,7 +242,7 @@ def _in_pieces(product: Callable[[mx.array, Any], mx.array], x: mx.array, w: mx.
 
 
 def _numpy_multiplies(rows: int, weights: int = 0) -> bool:
-    """Returns True if numpy multiplies so many rows by so many weights faster than MLX, whose Linux wheels have slow BLAS.
+    """Returns True if numpy multiplies so many rows by so many weights faster: MLX on Linux has a slow BLAS.
 
     numpy's is 40 times as fast on a prompt and twice on the head, on two cores; for a few rows of less, handing
     arrays over and back costs more than it gains (docs/log.md). On macOS MLX uses Accelerate.
