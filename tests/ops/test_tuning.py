@@ -1,4 +1,4 @@
-"""Numbers that launch configurations are fitted to: an H100's everywhere, and a line in the log where that is a guess."""
+"""The numbers that launch configurations are fitted to: an H100's everywhere, which the log calls a guess elsewhere."""
 
 from __future__ import annotations
 
