@@ -133,7 +133,7 @@ def check(path: Path, tokens: int, must_agree: bool) -> dict[str, Any]:
     row["decode"] = kl(*steps)
     row["few"] = kl(*logits(plain, kernels, words[:9], [m.new_state() for m in (plain, kernels)], routes))
     row |= {"flips": len(routes.gaps), "gap": max(routes.gaps, default=0.0)} if lm.config.experts else {}
-    row |= {"replayed": kernels.replays, "off": sorted(fast.off), "seconds": time.perf_counter() - start}
+    row |= {"replayed": kernels.replays, "off": sorted(map(str, fast.off)), "seconds": time.perf_counter() - start}
     small = all(row[name] <= LIMIT for name in ("prompt", "decode", "few"))
     small &= row.get("gap", 0) <= NEAR
     row["ok"] = bool(small and not row["off"] and (agree == tokens or not must_agree))

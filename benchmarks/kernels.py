@@ -31,7 +31,7 @@ from mlx_gemma4.gpu import cuda_graph
 from mlx_gemma4.gpu.recording import Arena, Recording, recorded
 from mlx_gemma4.gpu.recording import recorder as recording_maker
 from mlx_gemma4.gpu.render import Launcher, cuda_launcher, default_launcher
-from mlx_gemma4.ops.dispatch import SHRINK
+from mlx_gemma4.ops.epilogue import FP32, PLAIN, SHRINK, Epilogue
 from mlx_gemma4.ops.matvec import Tiling, matvec, tiling
 from mlx_gemma4.quant.formats import FORMATS, Packed, dequantize
 
@@ -125,7 +125,7 @@ def _recorded(call: Callable[[mx.array, int, Launcher | None], Any], x: mx.array
 _player = cache(cuda_graph.Player)
 
 
-def cuts(n: int, k: int) -> list[Tiling]:
+def tilings(n: int, k: int) -> list[Tiling]:
     """What --tune tries."""
     every = itertools.product((8, 16, 32), (2, 4, 8), (1, 2, 3, 4, 6, 7, 8), (1, 2, 4))
     return [
@@ -143,23 +143,23 @@ def measure(name: str, n: int, k: int, tokens: int, launcher: Launcher, tune: bo
     first = random_weight(name, n, k)
     copies = [first] + [random_weight(name, n, k) for _ in range(min(64, int(ROTATE // first.nbytes)))]
     x = mx.random.normal((tokens, k)).astype(mx.float16)
-    options: dict[str, Any] = {}
+    epilogue = PLAIN
     if decoded:  # 31B's gate and up lie in 43008 rows
-        options = {"glu": True, "factor": SHRINK} if n == 43008 else {"out": mx.float32}
+        epilogue = Epilogue(glu=True, factor=SHRINK) if n == 43008 else FP32
     launches = max(10, min(200, int(20e9 / first.nbytes / 10)))
     results = []
-    for cut in cuts(n, k) if tune else [tiling(FORMATS[name], n, k, tokens)]:
-        y = matvec(x, first, launcher, cut=cut, **options)
-        wrong = 0.0 if "glu" in options else error(y, x, first)  # tests hold GEGLU to its reference
+    for config in tilings(n, k) if tune else [tiling(FORMATS[name], n, k, tokens)]:
+        y = matvec(launcher, x, first, epilogue, config=config)
+        wrong = 0.0 if epilogue.glu else error(y, x, first)  # tests hold GEGLU to its reference
 
-        def launch(v: mx.array, i: int, launcher: Launcher | None, c: Tiling = cut) -> Any:
+        def launch(v: mx.array, i: int, launcher: Launcher | None, c: Tiling = config) -> Any:
             assert launcher is not None
-            return matvec(v, copies[i % len(copies)], launcher, cut=c, **options)
+            return matvec(launcher, v, copies[i % len(copies)], epilogue, config=c)
 
         t = seconds(launch, x, launches, launcher)
-        results.append((t, wrong, cut))
-    for t, wrong, cut in sorted(results, key=lambda r: r[0])[:5]:
-        kind = f"{cut.lanes} lanes x {cut.rows} rows x {cut.split} of {cut.simdgroups}"
+        results.append((t, wrong, config))
+    for t, wrong, config in sorted(results, key=lambda r: r[0])[:5]:
+        kind = f"{config.lanes} lanes x {config.rows} rows x {config.split} of {config.simdgroups}"
         print(
             f"{name:7} {n:>6} x {k:<6} {first.nbytes / 1e6:6.0f} MB  error {wrong:.1e}  {t * 1e6:7.1f} us  "
             f"{first.nbytes / t / 1e9:6.0f} GB/s  {kind}",
@@ -190,7 +190,7 @@ def main() -> int:
     parser.add_argument("--only", help="one type")
     parser.add_argument("--rows", type=int, help="only the shape of so many rows")
     parser.add_argument("--tokens", type=int, default=1)
-    parser.add_argument("--tune", action="store_true", help="try many cuts")
+    parser.add_argument("--tune", action="store_true", help="try many tilings")
     parser.add_argument("--as-decoded", action="store_true", help="fp32 results, and GEGLU folded in")
     options = parser.parse_args()
     launcher = default_launcher()

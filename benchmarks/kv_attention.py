@@ -6,7 +6,7 @@ In: nothing; random keys, values and queries are made here, cut into segments as
 of one layer's attention for one token, TB/s of keys and values as they are held, the kernel's error against double
 precision. Full precision has two kernels: `old`, attention.metal's, and the one on matrix units,
 long_attention.metal's, both timed whatever the length. Each call waits for the one before, and copies of the keys and
-values take rotations, so that no cache holds them; what is unused of the tail is NaN. `--tune` tries other cuts.
+values take rotations, so that no cache holds them; what is unused of the tail is NaN. `--tune` tries other ones.
 """
 
 from __future__ import annotations
@@ -73,23 +73,25 @@ def nbytes(layer: Layer) -> int:
     return sealed + sum(int(a.nbytes) * IN_TAIL // TAIL for a in layer[1])
 
 
-def call(layer: Layer, kind: str, rotation: mx.array, scale: float, cut: Any = None) -> Callable[[mx.array], mx.array]:
+def call(
+    layer: Layer, kind: str, rotation: mx.array, scale: float, config: Any = None
+) -> Callable[[mx.array], mx.array]:
     """Attention of q [1, H, D] over a layer."""
     parts, tail = layer
     launcher = default_launcher()
     assert launcher is not None
     ends = [[0, part[0].shape[2]] for part in parts]
     spans, all_spans = mx.array([[0, IN_TAIL]], mx.int32), mx.array([*ends, [0, IN_TAIL]], mx.int32)
-    if isinstance(cut, attention.LaunchConfig):
+    if isinstance(config, attention.LaunchConfig):
         return lambda q: attention.attention(
-            q, [*parts, tail], all_spans, launcher, scale=scale, out=mx.float32, cut=cut
+            launcher, q, [*parts, tail], all_spans, scale=scale, out=mx.float32, config=config
         )
     if kind == "full":
         return lambda q: long_attention.long_attention(
-            q, [*parts, tail], all_spans, launcher, scale=scale, out=mx.float32, cut=cut
+            launcher, q, [*parts, tail], all_spans, scale=scale, out=mx.float32, config=config
         )
     return lambda q: quantized_attention.quantized_attention(
-        q, parts, rotation, tail, spans, launcher, scale=scale, out=mx.float32, cut=cut
+        launcher, q, parts, rotation, tail, spans, scale=scale, out=mx.float32, config=config
     )
 
 
@@ -166,7 +168,7 @@ def exact(a: mx.array) -> np.ndarray:
 # ---------------------------------------------------------------- the table
 
 
-def cuts(kind: str, heads: tuple[int, int], layer: Layer, tune: bool) -> list[Any]:
+def configs(kind: str, heads: tuple[int, int], layer: Layer, tune: bool) -> list[Any]:
     """What to time: None is the kernel's own choice."""
     rows, kv_heads = heads[0] // heads[1], heads[1]
     lengths = [part[0].shape[2] for part in layer[0]]
@@ -188,7 +190,7 @@ def cuts(kind: str, heads: tuple[int, int], layer: Layer, tune: bool) -> list[An
             options += [{"tiles": 1}, {"simdgroups": 4, "batch": 4, "resident": 3}] if rows > 8 else []
             made = [long_attention.long_launch_config(lengths, rows, kv_heads, DIM, **o) for o in options]
             own = long_attention.long_launch_config(lengths, rows, kv_heads, DIM)
-            found += [cut for cut in dict.fromkeys(made) if cut != own]
+            found += [config for config in dict.fromkeys(made) if config != own]
             found += [replace(own, merging=n) for n in (8, 16, 32) if n != own.merging]
     elif tune:
         blocks = -(-sum(lengths) // 64)
@@ -205,7 +207,7 @@ def main() -> int:
     parser.add_argument("--lengths", default="2048,8192,32768,131072", help="tokens, separated by commas")
     parser.add_argument("--kinds", default=",".join(quantization.KINDS), help="of keys and values, separated by commas")
     parser.add_argument("--heads", default="", help="only these, such as 16/1, separated by commas")
-    parser.add_argument("--tune", action="store_true", help="also try other cuts")
+    parser.add_argument("--tune", action="store_true", help="also try other launch configurations")
     options = parser.parse_args()
     if default_launcher() is None:
         print("No GPU here: nothing to time.")
@@ -224,12 +226,12 @@ def main() -> int:
                 size, group = nbytes(layer), heads // kv_heads
                 want = reference(q, layer, rotation, scale, group)
                 layers = [layer, *(another(layer, i) for i in range(1, max(2, int(-(-TOGETHER // size)))))]
-                for cut in cuts(kind, (heads, kv_heads), layer, options.tune):
-                    got = exact(call(layer, kind, rotation, scale, cut)(q)).reshape(heads, DIM)[:group]
+                for config in configs(kind, (heads, kv_heads), layer, options.tune):
+                    got = exact(call(layer, kind, rotation, scale, config)(q)).reshape(heads, DIM)[:group]
                     error = np.linalg.norm(got - want) / np.linalg.norm(want)
                     failed |= not error < 2e-3
-                    took = seconds([call(one, kind, rotation, scale, cut) for one in layers], q)
-                    tried = " old" if isinstance(cut, attention.LaunchConfig) else f" {cut}" if cut else ""
+                    took = seconds([call(one, kind, rotation, scale, config) for one in layers], q)
+                    tried = " old" if isinstance(config, attention.LaunchConfig) else f" {config}" if config else ""
                     print(
                         f"| {heads} / {kv_heads} | {length} | {kind}{tried} | {size / 1e6:.1f} | {took * 1e6:.1f} "
                         f"| {size / took / 1e12:.2f} | {error:.1e} |",

@@ -25,6 +25,7 @@ from mlx_gemma4.kv.segments import KVQuantizer
 from mlx_gemma4.kv.state import KVState, kv_bytes
 from mlx_gemma4.memory import on_cpu
 from mlx_gemma4.ops.dispatch import Kernels
+from mlx_gemma4.ops.quantize_kv import QUANTIZE_KV
 
 LAYERS, EVERY = 60, 6  # every 6th layer is global
 SLIDING, GLOBAL = (16, 256), (4, 512)  # KV heads, and their size
@@ -46,7 +47,7 @@ def stand_in() -> Any:
 
 def filled(model: Any, length: int, kind: str) -> tuple[KVState, float, int]:
     """Return a state that has read `length` tokens, the seconds it took, and the most memory during the last chunk."""
-    quantize = partial(model.kernels, "quantize_kv") if model.kernels else quantization.quantize
+    quantize = partial(model.kernels, QUANTIZE_KV) if model.kernels else quantization.quantize
     quantizers = {i: KVQuantizer(kind, rotation, quantize) for i, rotation in model.rotations.items()}
     state = KVState(model.config, mx.float16, None, None, kind, quantizers if kind != "full" else None)
     random = {shape: mx.random.normal((1, shape[0], CHUNK, shape[1])).astype(mx.float16) for shape in (SLIDING, GLOBAL)}

@@ -26,7 +26,7 @@ from mlx_gemma4.config import config_from_gguf
 from mlx_gemma4.doctor import checks, sizes, verdict
 from mlx_gemma4.execution import execution
 from mlx_gemma4.gpu import cuda_compiler, cuda_graph, render
-from mlx_gemma4.gpu.recording import Launch, Region
+from mlx_gemma4.gpu.recording import RecordedLaunch, Region
 from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.loading import loader
 from mlx_gemma4.loading.loader import load_model
@@ -35,8 +35,8 @@ from mlx_gemma4.memory import MemoryPlan
 from mlx_gemma4.model import decode
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.model.replay import Replayer
-from mlx_gemma4.ops import many_rows
 from mlx_gemma4.ops.dispatch import Kernels
+from mlx_gemma4.ops.expand import expand
 from mlx_gemma4.quant import formats
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -91,7 +91,7 @@ def lazy_fill(state: KVState, length: int) -> None:
 class Idle:
     """A player of recorded steps (replay.py) that plays nothing."""
 
-    def load(self, launches: Sequence[Launch], nbytes: int, *_: Any) -> None: ...
+    def load(self, launches: Sequence[RecordedLaunch], nbytes: int, *_: Any) -> None: ...
 
     def start(self, *_: Any) -> int:
         return 0
@@ -108,7 +108,7 @@ class Idle:
 
 
 class Compiler(Idle):
-    def load(self, launches: Sequence[Launch], nbytes: int, *_: Any) -> None:
+    def load(self, launches: Sequence[RecordedLaunch], nbytes: int, *_: Any) -> None:
         for kernel, types, ranks in dict.fromkeys(map(cuda_graph.text_arguments, launches)):
             cuda_compiler.machine_code(cuda_graph.text(kernel, types, ranks), kernel.name)
 
@@ -125,7 +125,7 @@ def launch_all(model: Model, run: Kernels) -> None:
         check.make().kernel(run.launcher)
     weights = [w for layer in model.weights.layers for w in vars(layer).values()]
     for w in {(w.format.name, w.shape[-1]): w for w in weights if isinstance(w, formats.Packed)}.values():
-        many_rows.expand(w, run.launcher)
+        expand(run.launcher, w)
     step, stepper = decode.make_step(model.loaded, run), model.stepper
     assert isinstance(stepper, Replayer)
     add_rotations(model)
@@ -163,7 +163,9 @@ def main() -> int:
     for kind in options.models:
         run = Kernels(render.cuda_launcher, player=Compiler)
         launch_all(lazy_model(kind, run), run)
-        print(f"{kind}: {len(list(options.folder.glob('*.ptx')))} kernels so far", *sorted(run.off), flush=True)
+        print(
+            f"{kind}: {len(list(options.folder.glob('*.ptx')))} kernels so far", *sorted(map(str, run.off)), flush=True
+        )
         failed += len(run.off)
     return int(failed > 0)
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 from kernel_cases import metal
 
-from mlx_gemma4.gpu.recording import IN_PLACE, Launch, Region
+from mlx_gemma4.gpu.recording import IN_PLACE, RecordedLaunch, Region
 from mlx_gemma4.gpu.render import build
 from mlx_gemma4.model.replay import STARTS
 
@@ -21,13 +21,13 @@ class HostPlayer:
 
     def __init__(self) -> None:
         self.arena = np.zeros(0, np.uint8)
-        self.launches: Sequence[Launch] = []
+        self.launches: Sequence[RecordedLaunch] = []
         self.tokens: list[int] = []
         self.loads = self.chained = 0
         self.loaded = False
         HostPlayer.made.append(self)
 
-    def load(self, launches: Sequence[Launch], nbytes: int, numbers: int, best: Region) -> None:
+    def load(self, launches: Sequence[RecordedLaunch], nbytes: int, numbers: int, best: Region) -> None:
         self.arena = np.full(nbytes, 0xCD, np.uint8)  # what nobody wrote is no number
         self.launches, self.best_region, self.loads, self.loaded = list(launches), best, self.loads + 1, True
 

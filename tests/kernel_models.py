@@ -11,6 +11,7 @@ from recorded import path
 from mlx_gemma4 import load
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.ops.dispatch import Kernels
+from mlx_gemma4.ops.op import OpKey
 
 # Files whose q, k and v, and whose gate and up, share a type: what the launch budget is stated for.
 UNIFORM = {"12b": "q8_0", "31b": "q8_0", "gemma3": "q8_0", "e2b": "q8_0", "e4b": "q8_0", "26b-a4b": "q8_0"}
@@ -18,7 +19,7 @@ BUDGET = {"12b": 9, "31b": 9, "gemma3": 9, "e2b": 12, "e4b": 12, "26b-a4b": 14}
 
 
 def both(
-    kind: str, tag: str, folder: Path, launcher: Any = metal, off: frozenset[str] = frozenset(["expand"])
+    kind: str, tag: str, folder: Path, launcher: Any = metal, off: frozenset[OpKey] = frozenset([OpKey("expand")])
 ) -> tuple[Model, Model]:
     """A model with stock operations, and the same weights with kernels; tiles of a prompt, which round to fp16, off."""
     plain = load(path(kind, tag, folder), weights="packed").model

@@ -24,16 +24,19 @@ from ..ops import (
     choose,
     dense,
     embed,
+    expand,
+    grouped,
+    halve,
     long_attention,
-    many_rows,
     matvec,
     norms,
     pack,
     qkv,
+    quantize_kv,
     quantized_attention,
     stock,
 )
-from ..ops.dispatch import SHRINK, product_reference
+from ..ops.epilogue import SHRINK, Epilogue, product_reference
 from ..ops.routing import Routing
 from ..quant import formats
 from ..quant.formats import FLOATS, FORMATS, Packed
@@ -174,11 +177,9 @@ def _product(p: Product, most: int | None) -> Check:
     def make() -> Case:
         dtype, out = (state_dtype() if narrow else mx.float32 for narrow in (p.narrow, p.narrow_out))
         w, x = weight(p.type, made), normal(p.used if p.own_x else p.tokens, k, dtype=dtype)
-        options: dict[str, Any] = {"out": out, "factor": p.factor}
+        options: dict[str, Any] = {"epilogue": Epilogue(p.glu, p.factor, out, EPS)}
         if p.norm:
-            options |= {"norm": 1 + normal(k) * 0.1, "eps": EPS}
-        if p.glu:
-            options["glu"] = True
+            options["norm"] = 1 + normal(k) * 0.1
         if p.times:
             options["times"] = normal(p.used or p.tokens, made[-2], dtype=dtype)
         if p.used:
@@ -186,11 +187,11 @@ def _product(p: Product, most: int | None) -> Check:
         n_bytes = w.nbytes * (p.used or 1) // (made[0] if p.used else 1)
         if isinstance(w, mx.array):
             return Case(
-                lambda launcher: dense.dense(x, w, launcher, **options),
+                lambda launcher: dense.dense(launcher, x, w, **options),
                 lambda: product_reference(x, w, **options),
                 n_bytes,
             )
-        cut = matvec.tiling(w.format, n * (p.used or 1), k, p.tokens)
+        config = matvec.tiling(w.format, n * (p.used or 1), k, p.tokens)
 
         def reference() -> mx.array:
             if p.tokens == 1:
@@ -198,7 +199,7 @@ def _product(p: Product, most: int | None) -> Check:
             # For several rows MLX has a kernel of its own, which NVIDIA's compiler takes very long for.
             return mx.concatenate([product_reference(x[i : i + 1], w, **options) for i in range(p.tokens)])
 
-        return Case(lambda launcher: matvec.matvec(x, w, launcher, cut=cut, **options), reference, n_bytes)
+        return Case(lambda launcher: matvec.matvec(launcher, x, w, config=config, **options), reference, n_bytes)
 
     return Check("dense", f"{p.type} {shape}", make) if p.type in FLOATS else Check(f"matvec {p.type}", shape, make)
 
@@ -208,7 +209,7 @@ def _expand(type: str, k: int, rows: int) -> Check:
         w = weight(type, (rows, k))
         assert isinstance(w, Packed)
         n_bytes = w.nbytes + 2 * rows * k
-        return Case(lambda launcher: many_rows.expand(w, launcher), lambda: many_rows.expand_reference(w), n_bytes)
+        return Case(lambda launcher: expand.expand(launcher, w), lambda: expand.expand_reference(w), n_bytes)
 
     return Check(f"expand {type}", f"{rows}x{k}", make)
 
@@ -216,7 +217,7 @@ def _expand(type: str, k: int, rows: int) -> Check:
 def _halve(k: int) -> Check:
     def make() -> Case:
         x = normal(HALVED, k) * mx.exp(3 * normal(HALVED, 1))
-        return Case(lambda launcher: many_rows.halve(x, launcher), lambda: many_rows.halve_reference(x), 6 * HALVED * k)
+        return Case(lambda launcher: halve.halve(launcher, x), lambda: halve.halve_reference(x), 6 * HALVED * k)
 
     return Check("halve", f"{HALVED}x{k}", make)
 
@@ -243,9 +244,7 @@ def _grouped(p: Product, most: int | None) -> Check:
             y = mx.array(found.reshape(*chosen.shape, -1))
             return stock.geglu(*mx.split(y, 2, axis=-1)) if p.glu else y
 
-        return Case(
-            lambda launcher: many_rows.expert_linear(x, w, routing, launcher, p.glu), reference, w.nbytes + x.nbytes
-        )
+        return Case(lambda launcher: grouped.grouped(launcher, x, w, routing, p.glu), reference, w.nbytes + x.nbytes)
 
     name = f"grouped {p.type}" if p.type in FORMATS else "grouped"
     return Check(name, f"{n}x{k}, {chosen.size} rows" + " glu" * p.glu, make)
@@ -263,7 +262,7 @@ def _pack(type: str) -> Check:
             return [a.reshape(-1) for a in (w.codes, w.group_scales, w.block_scales) if a is not None]
 
         return Case(
-            lambda launcher: tuple(pack.launch(raw, type, launcher).values()),
+            lambda launcher: tuple(pack.pack_blocks(launcher, raw, type).values()),
             lambda: tuple(reference()),
             2 * raw.nbytes,
             lambda made: [a.view(mx.uint16) if a.dtype == mx.float16 else a for a in made],  # to the bit
@@ -287,7 +286,7 @@ def _rotations(dim: int, window: int) -> Check:
     def make() -> Case:
         position, wavelengths = mx.array([POSITION], mx.int32), _wavelengths(dim, window)
         return Case(
-            lambda launcher: qkv.rotations(position, wavelengths, launcher, tokens=1),
+            lambda launcher: qkv.rotations(launcher, position, wavelengths, tokens=1),
             lambda: qkv.rotations_reference(position, wavelengths, tokens=1),
             3 * wavelengths.nbytes,
         )
@@ -311,7 +310,7 @@ def _qkv_post(h: Heads) -> Check:
         options |= {"value_norm": h.value_norm, "v_is_k": h.v_is_k}
         old = sum(a.nbytes for a in tail) // attention.TAIL if tail else 0
         return Case(
-            lambda launcher: qkv.qkv_post(*arguments, launcher, **options),  # type: ignore[call-arg,arg-type]
+            lambda launcher: qkv.qkv_post(launcher, *arguments, **options),
             lambda: qkv.qkv_post_reference(*arguments, **options),
             q.nbytes + h.heads * dim * dtype.size + old * (2 * COUNT + 1),
             lambda made: [made[0], *(a[..., : COUNT + 1, :] for a in made[1:])],
@@ -335,7 +334,7 @@ def _attention(h: Heads, length: int) -> Check:
         options: dict[str, Any] = {"scale": 1.0, "window": h.window}
         seen = min(h.window or length, length + COUNT)
         return Case(
-            lambda launcher: attention.attention(q, parts, spans, launcher, **options),
+            lambda launcher: attention.attention(launcher, q, parts, spans, **options),
             lambda: attention.attention_reference(q, parts, spans, **options),
             seen * h.kv_heads * h.dim * 2 * dtype.size,
         )
@@ -354,16 +353,16 @@ def _long_attention(h: Heads) -> Check:
         parts = [(normal(*shape, dtype=mx.float16), normal(*shape, dtype=mx.float16)) for shape in shapes]
         spans = mx.array([(3 * (i == 0), end) for i, end in enumerate(ends)], mx.int32)
         q = normal(1, h.heads, h.dim, dtype=mx.float16) * (1.5 * h.dim**-0.5)
-        cut = long_attention.long_launch_config([32768, attention.TAIL], h.heads // h.kv_heads, h.kv_heads, h.dim)
+        config = long_attention.long_launch_config([32768, attention.TAIL], h.heads // h.kv_heads, h.kv_heads, h.dim)
         return Case(
             lambda launcher: long_attention.long_attention(
-                q, parts, spans, launcher, scale=1.0, cut=replace(cut, share=2)
+                launcher, q, parts, spans, scale=1.0, config=replace(config, share=2)
             ),
             lambda: attention.attention_reference(q, parts, spans, scale=1.0),
             sum(ends) * h.kv_heads * h.dim * 2 * mx.float16.size,
         )
 
-    return Check("attention", f"{h.heads}/{h.kv_heads} heads of {h.dim}, as over many tokens", make)
+    return Check("attention long", f"{h.heads}/{h.kv_heads} heads of {h.dim}", make)
 
 
 def _coded_attention(h: Heads, length: int, kind: str, room: int) -> Check:
@@ -381,7 +380,7 @@ def _coded_attention(h: Heads, length: int, kind: str, room: int) -> Check:
         options: dict[str, Any] = {"scale": 1.0}
         return Case(
             lambda launcher: quantized_attention.quantized_attention(
-                q, quantized, rotation, tail, spans, launcher, **options
+                launcher, q, quantized, rotation, tail, spans, **options
             ),
             lambda: quantized_attention.quantized_attention_reference(q, quantized, rotation, tail, spans, **options),
             sum(a.nbytes for part in quantized for a in part) + sum(a.nbytes for a in tail) * used // room,
@@ -406,8 +405,8 @@ def _encode(h: Heads, kind: str) -> Check:
             return [(a * b).sum(axis=-1) / (b * b).sum(axis=-1) for a, b in pairs]
 
         return Case(
-            lambda launcher: quantized_attention.quantize_kv(k, v, rotation, kind, launcher),
-            lambda: quantized_attention.quantize_kv_reference(k, v, rotation, kind),
+            lambda launcher: quantize_kv.quantize_kv(launcher, k, v, rotation, kind),
+            lambda: quantization.quantize(k, v, rotation, kind),
             k.nbytes + v.nbytes,
             lengths,
         )
@@ -424,7 +423,7 @@ def _add_norm(k: int, scaled: bool, used: int) -> Check:
             options["experts"] = (normal(1, used, k), share, 1 + normal(k) * 0.1, 1 + normal(k) * 0.1)
         options |= {"next_norm": 1 + normal(k) * 0.1, "shrunk": SHRINK, "out": state_dtype()}
         return Case(
-            lambda launcher: norms.add_norm(x, h, post, launcher, **options),
+            lambda launcher: norms.add_norm(launcher, x, h, post, **options),
             lambda: norms.add_norm_reference(x, h, post, **options),
             4 * k * (5 + (used + 2 if used else 0)) + state_dtype().size * k,
         )
@@ -436,7 +435,7 @@ def _embed(type: str, k: int) -> Check:
     def make() -> Case:
         table, ids = weight(type, (100, k)), mx.array([77], mx.int32)
         return Case(
-            lambda launcher: embed.embed(ids, table, k**0.5, launcher),
+            lambda launcher: embed.embed(launcher, ids, table, k**0.5),
             lambda: embed.embed_reference(ids, table, k**0.5),
             table.nbytes // 100 + 4 * k,
         )
@@ -450,7 +449,7 @@ def _ple_inputs(s: Sizes) -> Check:
         table, ids, proj = weight(s.ple_table, (100, width)), mx.array([77], mx.int32), normal(1, width)
         norm, factor = 1 + normal(s.ple) * 0.1, s.hidden**-0.5
         return Case(
-            lambda launcher: embed.ple_inputs(ids, proj, norm, table, factor, launcher, eps=EPS),
+            lambda launcher: embed.ple_inputs(launcher, ids, proj, norm, table, factor, eps=EPS),
             lambda: embed.ple_inputs_reference(ids, proj, norm, table, factor, eps=EPS),
             table.nbytes // 100 + 8 * width,
         )
@@ -462,7 +461,7 @@ def _top_k(experts: int, used: int) -> Check:
     def make() -> Case:
         scores, scale = normal(1, experts) * 3, 1 + normal(experts) * 0.1
         return Case(
-            lambda launcher: choose.top_k(scores, used, launcher, scale=scale),
+            lambda launcher: choose.top_k(launcher, scores, used, scale=scale),
             lambda: choose.top_k_reference(scores, used, scale=scale),
             8 * experts,
         )
@@ -474,7 +473,7 @@ def _argmax(vocab: int) -> Check:
     def make() -> Case:
         logits = normal(1, vocab)
         return Case(
-            lambda launcher: choose.argmax(logits, launcher), lambda: choose.argmax_reference(logits), 4 * vocab
+            lambda launcher: choose.argmax(launcher, logits), lambda: choose.argmax_reference(logits), 4 * vocab
         )
 
     return Check("argmax", f"{vocab}", make)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ..ops import matvec
-from ..ops.dispatch import SHRINK
+from ..ops.epilogue import SHRINK
 from ..quant.formats import FLOATS, FORMATS, Packed
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from ..gpu import render
 from ..ops import matvec
-from ..ops.dispatch import SHRINK
+from ..ops.epilogue import SHRINK
 from ..quant.formats import FORMATS
 from .checks import Check, checks
 from .sizes import Heads, Product, Sizes

@@ -27,7 +27,8 @@ from ..gpu import cuda_graph, render
 from ..gpu.render import Launcher
 from ..model.model import Model
 from ..ops import attention
-from ..ops.dispatch import Kernels
+from ..ops.dispatch import REPLAY, Kernels
+from ..ops.op import OpKey
 from ..paths import cache_folder, whole_file
 from .checks import Check, checks
 from .sizes import sizes_of
@@ -54,16 +55,16 @@ class Verdict:
     """What checks found on this machine."""
 
     checked: set[str] = field(default_factory=set)  # keys of checks
-    failed: dict[str, str] = field(default_factory=dict)  # operation, as `Kernels.off` names it -> what was wrong
+    failed: dict[str, str] = field(default_factory=dict)  # operation, as an `OpKey` prints -> what was wrong
 
 
 def usable_kernels() -> Kernels | None:
     """The kernels to run a model with; None where stock operations run everything: on a CPU, or if switched off."""
     launcher = None if os.environ.get("MLX_GEMMA4_KERNELS", "").lower() == "off" else render.default_launcher()
-    return None if launcher is None else kernels_of(launcher, frozenset(recall().failed))
+    return None if launcher is None else kernels_of(launcher, frozenset(map(OpKey.parse, recall().failed)))
 
 
-def kernels_of(launcher: Launcher, off: frozenset[str] = frozenset()) -> Kernels:
+def kernels_of(launcher: Launcher, off: frozenset[OpKey] = frozenset()) -> Kernels:
     """A backend's kernels in the fastest way it has: steps traced where they can be, and replayed on NVIDIA."""
     player = cuda_graph.Player if launcher is render.cuda_launcher else None
     return Kernels(launcher, off, render.is_lazy(launcher), player)
@@ -196,11 +197,11 @@ def check_model(model: Model) -> None:
             if start and time.monotonic() - start > PATIENCE:
                 log.warning("Checking this machine's kernels (first run), which this GPU's compiler takes long for ...")
                 start = None
-        model.kernels.off |= frozenset(failed)
+        model.kernels.off |= frozenset(map(OpKey.parse, failed))
         if replays:
             if wrong := _replay_trouble(model):
                 failed["replay"] = known.failed["replay"] = wrong
-                model.kernels.off |= {"replay"}
+                model.kernels.off |= {REPLAY}
             known.checked.add(steps)
     finally:
         remember(known)  # whoever interrupts this keeps what is done

@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import cuda_compiler
-from .recording import STARTS, Launch, Region, dependencies
+from .recording import STARTS, RecordedLaunch, Region, dependencies
 from .render import Kernel, to_cuda_text
 
 ROOM = 16 << 20  # bytes that the arena has to spare: attention in more pieces needs more
@@ -112,7 +112,7 @@ class Player:
         self._arrays: list[mx.array] = []  # read by the launches
         self._room = 0  # of _numbers, for one start
 
-    def load(self, launches: Sequence[Launch], nbytes: int, numbers: int, best: Region) -> None:
+    def load(self, launches: Sequence[RecordedLaunch], nbytes: int, numbers: int, best: Region) -> None:
         """Make a graph of launches, or change the present one into it.
 
         Until `forget`, the host must not read the arrays that they read: MLX would move them.
@@ -214,7 +214,7 @@ class Player:
                 _driver().cuEventDestroy_v2(event)
             _driver().cuStreamDestroy_v2(self._stream)
 
-    def _call(self, launch: Launch, addresses: dict[int, int]) -> Call:
+    def _call(self, launch: RecordedLaunch, addresses: dict[int, int]) -> Call:
         """Return a launch as CUDA takes it. `addresses`: of arrays, by id()."""
         pointers = [addresses[id(a)] if isinstance(a, mx.array) else self._base + a.start for a in launch.inputs]
         pointers += [self._base + region.start for region in launch.outputs]
@@ -285,7 +285,7 @@ def _where(arrays: list[mx.array], contiguous: bool) -> mx.array:
     return out
 
 
-def text_arguments(launch: Launch) -> tuple[Kernel, tuple[mx.Dtype, ...], tuple[int, ...]]:
+def text_arguments(launch: RecordedLaunch) -> tuple[Kernel, tuple[mx.Dtype, ...], tuple[int, ...]]:
     """Return the arguments of `text` for a launch."""
     shaped = cuda_compiler.shaped_inputs(launch.kernel.inputs, launch.kernel.source)
     types = tuple(a.dtype for a in (*launch.inputs, *launch.outputs))

@@ -112,7 +112,7 @@ class Buffer:
 
 
 @dataclass(frozen=True, eq=False)
-class Launch:
+class RecordedLaunch:
     """One launch, as a `Launcher`'s kernel is called."""
 
     kernel: Kernel
@@ -125,7 +125,7 @@ class Launch:
 class Player(Protocol):
     """Replays recorded launches; `cuda_graph.Player` documents the methods."""
 
-    def load(self, launches: Sequence[Launch], nbytes: int, numbers: int, best: Region) -> None: ...
+    def load(self, launches: Sequence[RecordedLaunch], nbytes: int, numbers: int, best: Region) -> None: ...
     def write(self, regions: Sequence[Region], arrays: Sequence[mx.array]) -> None: ...
     def start(self, numbers: np.ndarray, chained: bool) -> int: ...
     def best(self, start: int) -> int: ...
@@ -139,7 +139,7 @@ class Recording:
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
-        self.launches: list[Launch] = []
+        self.launches: list[RecordedLaunch] = []
 
     def buffer(self, shape: tuple[int, ...], dtype: mx.Dtype) -> Buffer:
         """Return a new array; its memory is its own while anything refers to it or its views."""
@@ -147,7 +147,7 @@ class Recording:
         return Buffer(allocation, tuple(shape), dtype, allocation.start)
 
 
-def dependencies(launches: Sequence[Launch]) -> list[list[int]]:
+def dependencies(launches: Sequence[RecordedLaunch]) -> list[list[int]]:
     """Return for each launch the earlier ones that it must wait for, but not those that these wait for anyway.
 
     A launch waits for those that wrote what it reads, and for those that read or wrote what it overwrites.
@@ -208,7 +208,7 @@ def recorder(
             outputs.append(at if isinstance(at, Buffer) else recording.buffer(shape, dtype))
         read = tuple(a.region if isinstance(a, Buffer) else a for a in inputs)
         written = tuple(b.region for b in outputs)
-        recording.launches.append(Launch(kernel, read, written, grid, threadgroup))
+        recording.launches.append(RecordedLaunch(kernel, read, written, grid, threadgroup))
         return outputs
 
     return call

@@ -1,7 +1,7 @@
 """Renders a kernel from `kernels/*.metal` for a weight format, a dtype and a backend, and launches it.
 
-In: MLX arrays and packed weights. Out: MLX arrays. One Metal text serves three ways to run it, each a `Launcher` with
-the arguments of `mx.fast.metal_kernel`: that function itself, `cuda_launcher` below (MLX's CUDA backend), and the CPU
+In: constants, MLX arrays. Out: MLX arrays. One Metal text serves three ways to run it, each a `Launcher` with the
+arguments of `mx.fast.metal_kernel`: that function itself, `cuda_launcher` below (MLX's CUDA backend), and the CPU
 simulator of the tests. What differs between formats and shapes is rendered as `#define`s before the text.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,21 +21,63 @@ from ..memory import on_cpu
 from . import cuda_compiler
 
 Launcher = Callable[..., Callable[..., Sequence[Any]]]
+Defines = Mapping[str, str | int | float | mx.Dtype]
+Output = tuple[tuple[int, ...], mx.Dtype]  # shape and dtype of a result
 
-_FOLDERS = (Path(__file__).parents[1] / "metal", Path(__file__).parents[2] / "kernels")  # in a wheel, in the tree
+_IN_WHEEL, _IN_TREE = Path(__file__).parents[1] / "metal", Path(__file__).parents[2] / "kernels"
+FOLDER = _IN_WHEEL if _IN_WHEEL.is_dir() else _IN_TREE
 DEVICE_ELEMENTS = 8  # elements from which on MLX passes an input in Metal's device address space, not constant
 METAL_TYPES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat"}
 
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """One rendered kernel: what `mx.fast.metal_kernel` wants to know, in Metal. `render` makes each just once."""
+    """One rendered kernel, as `mx.fast.metal_kernel` takes it, in Metal. `render` makes each just once."""
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     header: str
     source: str
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """A kernel with all that a launch of it needs but the inputs. Called with those, it returns the outputs."""
+
+    kernel: Kernel
+    run: Callable[..., Sequence[Any]]
+    grid: tuple[int, int, int]  # in threads
+    threadgroup: tuple[int, int, int]
+    output_shapes: list[tuple[int, ...]]
+    output_dtypes: list[mx.Dtype]
+
+    def __call__(self, *inputs: Any) -> Sequence[Any]:
+        """Launch with inputs in the kernel's order."""
+        return self.run(
+            inputs=list(inputs),
+            grid=self.grid,
+            threadgroup=self.threadgroup,
+            output_shapes=self.output_shapes,
+            output_dtypes=self.output_dtypes,
+        )
+
+    def by_name(self, arrays: Mapping[str, Any]) -> Sequence[Any]:
+        """Launch with inputs by their names; `arrays` may hold others beside them."""
+        return self(*[arrays[name] for name in self.kernel.inputs])
+
+
+@lru_cache(maxsize=4096)
+def prepare(launcher: Launcher, kernel: Kernel, groups: tuple[int, int, int], threads: int, *outputs: Output) -> Launch:
+    """A launch of so many threadgroups of `threads` threads each."""
+    x, y, z = groups
+    shapes, dtypes = [shape for shape, _ in outputs], [dtype for _, dtype in outputs]
+    return Launch(kernel, build(launcher, kernel), (threads * x, y, z), (threads, 1, 1), shapes, dtypes)
+
+
+def absent(arrays: Mapping[str, Any]) -> list[str]:
+    """Names of the optional inputs that are None."""
+    return [name for name, a in arrays.items() if a is None]
 
 
 def float_literal(x: float) -> str:
@@ -45,27 +87,23 @@ def float_literal(x: float) -> str:
 
 def metal_files() -> list[Path]:
     """All kernel sources, Metal and CUDA headers included."""
-    folder = next(f for f in _FOLDERS if f.is_dir())
-    return sorted(f for f in folder.iterdir() if f.suffix in (".metal", ".h"))
+    return sorted(f for f in FOLDER.iterdir() if f.suffix in (".metal", ".h"))
 
 
 @cache
 def _text(file: str) -> str:
-    for folder in _FOLDERS:
-        if (folder / file).exists():
-            return (folder / file).read_text()
-    raise FileNotFoundError(f"kernel source {file} is missing from the installation")
+    return (FOLDER / file).read_text()
 
 
-def render(entry: str, file: str, dtype: mx.Dtype, defines: dict[str, object], absent: Sequence[str] = ()) -> Kernel:
+def render(entry: str, file: str, dtype: mx.Dtype, defines: Defines, absent: Sequence[str] = ()) -> Kernel:
     """The kernel `entry` of kernels/`file`.
 
     A file holds helpers, then kernels: a line `// kernel: NAME(INPUT, OPTIONAL?, ...) -> (OUTPUT, ...)` and its body.
     Helpers that several files share stand in files of their own: `// uses: FILE` puts one before this text.
 
     Args:
-        dtype: of the activations.
-        defines: constants that the text reads.
+        dtype: of the activations, T in the text.
+        defines: constants that the text reads: bools and integers as they are, floats as literals, dtypes as types.
         absent: optional inputs and outputs that this kernel goes without.
     """
     return _render(entry, file, dtype, tuple(defines.items()), tuple(absent))
@@ -73,7 +111,11 @@ def render(entry: str, file: str, dtype: mx.Dtype, defines: dict[str, object], a
 
 @cache
 def _render(
-    entry: str, file: str, dtype: mx.Dtype, defines: tuple[tuple[str, object], ...], absent: tuple[str, ...]
+    entry: str,
+    file: str,
+    dtype: mx.Dtype,
+    defines: tuple[tuple[str, str | int | float | mx.Dtype], ...],
+    absent: tuple[str, ...],
 ) -> Kernel:
     helpers, *kernels = re.split(r"(?m)^(?=// kernel: )", _text(file))
     body = next(k for k in kernels if k.startswith(f"// kernel: {entry}("))
@@ -81,13 +123,18 @@ def _render(
     assert declared, f"{file}: {entry} declares no inputs and outputs"
     names = ([n.strip().rstrip("?") for n in listed.split(",")] for listed in declared.groups())
     inputs, outputs = (tuple(n for n in some if n not in absent) for some in names)
-    metal = METAL_TYPES[dtype]
-    lines = {"T": metal, f"T_{metal.upper()}": 1, **dict(defines)}
-    header = "".join(f"#define {k} {int(v) if isinstance(v, bool) else v}\n" for k, v in lines.items())
+    lines = {"T": dtype, f"T_{METAL_TYPES[dtype].upper()}": 1, **dict(defines)}
+    header = "".join(f"#define {name} {_constant(value)}\n" for name, value in lines.items())
     used = re.findall(r"(?m)^// uses: (\S+)$", helpers)
     header += "".join(map(_text, ("common.metal", *used))) + helpers
     digest = hashlib.sha256((header + body).encode()).hexdigest()[:12]
     return Kernel(f"{entry}_{digest}", inputs, outputs, header, body)
+
+
+def _constant(value: str | int | float | mx.Dtype) -> str:
+    if isinstance(value, mx.Dtype):
+        return METAL_TYPES[value]
+    return float_literal(value) if isinstance(value, float) else str(int(value) if isinstance(value, bool) else value)
 
 
 def cuda_launcher(name: str, input_names: Sequence[str], output_names: Sequence[str], source: str, header: str) -> Any:
@@ -108,19 +155,20 @@ def to_cuda(text: str) -> str:
 
 
 def default_launcher() -> Launcher | None:
-    """How kernels run on this machine's default device, or None on a CPU."""
+    """The launcher for this machine's default device; None on a CPU."""
     if on_cpu():
         return None
     return cast(Launcher, mx.fast.metal_kernel if mx.metal.is_available() else cuda_launcher)
 
 
 def is_lazy(launcher: Launcher) -> bool:
-    """Whether launches by this launcher wait to be evaluated, as MLX's own do, so that they can be traced."""
+    """Returns True if launches wait to be evaluated, as MLX's own do, so that steps can be traced."""
     return launcher in (mx.fast.metal_kernel, cuda_launcher)
 
 
 @cache
 def build(launcher: Launcher, kernel: Kernel) -> Callable[..., Sequence[Any]]:
+    """Compile a kernel, or what a launcher does in its place."""
     return launcher(
         name=kernel.name,
         input_names=list(kernel.inputs),
@@ -130,6 +178,6 @@ def build(launcher: Launcher, kernel: Kernel) -> Callable[..., Sequence[Any]]:
     )
 
 
-def result_defines(dtype: mx.Dtype) -> dict[str, object]:
-    """U, the dtype of results, as constants."""
-    return {"U": METAL_TYPES[dtype], "U_HALF": dtype == mx.float16}
+def result_defines(dtype: mx.Dtype) -> dict[str, int | mx.Dtype]:
+    """Constants for a kernel whose results are of this dtype."""
+    return {"U": dtype, "U_HALF": dtype == mx.float16}

@@ -308,7 +308,7 @@ def result(
         "weight_bytes_per_token": weight_bytes(subject.model),
         "copy_bandwidth": round(copy),
         "reply": plan.reply,
-        "kernels_off": sorted(subject.model.kernels.off) if subject.model.kernels else None,
+        "kernels_off": sorted(map(str, subject.model.kernels.off)) if subject.model.kernels else None,
         "cells": [_cell(subject.name, plan, c, copy) for c in cells if c.samples],
     }
 

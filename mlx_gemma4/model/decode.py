@@ -19,7 +19,13 @@ from ..config import Config
 from ..kv.segments import LayerKV, sealed
 from ..kv.state import KVState
 from ..ops import matvec, parts, stock
-from ..ops.dispatch import SHRINK, Kernels
+from ..ops.choose import TOP_K
+from ..ops.dispatch import Kernels
+from ..ops.embed import EMBED, PLE_INPUTS
+from ..ops.epilogue import FP32, SHRINK, Epilogue
+from ..ops.norms import ADD_NORM
+from ..ops.qkv import QKV_POST, ROTATIONS
+from ..ops.quantized_attention import QUANTIZED_ATTENTION
 from .spans import Places, Spans, in_sight, numbers_at, placed, spans_of
 from .weights import Layer, Loaded
 
@@ -106,32 +112,34 @@ def forward(
     """
     c, w = model.config, model.weights
     waves = model.wavelengths.items()
-    rope = {kind: run("rotations", places.position, lengths, tokens=ids.size) for kind, lengths in waves}
-    x = run("embed", ids, w.token_embd, math.sqrt(c.hidden))  # [T, hidden]
+    rope = {kind: run(ROTATIONS, places.position, lengths, tokens=ids.size) for kind, lengths in waves}
+    x = run(EMBED, ids, w.token_embd, math.sqrt(c.hidden))  # [T, hidden]
     per_layer: list[mx.array] = []
     if w.per_layer_token_embd is not None and w.per_layer_model_proj is not None:
+        assert w.per_layer_proj_norm is not None
         projected = run.product(x, w.per_layer_model_proj)
         made = run(
-            "ple_inputs", ids, projected, w.per_layer_proj_norm, w.per_layer_token_embd, c.hidden**-0.5, eps=c.eps
+            PLE_INPUTS, ids, projected, w.per_layer_proj_norm, w.per_layer_token_embd, c.hidden**-0.5, eps=c.eps
         )  # [layers, T, P]
         per_layer = [made[i : i + 1].reshape(*made.shape[1:]) for i in range(len(w.layers))]  # made[i] would gather
     # x + rms(x) 0, which is x, and the first norm of it
-    x, h = run("add_norm", x, x, constants.nothing, next_norm=w.layers[0].attn_norm, eps=c.eps, out=model.kv_dtype)
+    x, h = run(ADD_NORM, x, x, constants.nothing, next_norm=w.layers[0].attn_norm, eps=c.eps, out=model.kv_dtype)
     tails: dict[int, parts.KVPart] = {}
+    eps, out = c.eps, model.kv_dtype
     for i, layer in enumerate(w.layers):
-        norm: dict[str, Any] = {"eps": c.eps, "out": model.kv_dtype}
-        shape, scale = c.layers[i], constants.scales[i]
-        following = w.layers[i + 1].attn_norm if i + 1 < len(w.layers) else w.output_norm
-        a = _attention(run, model, i, h, inputs, places, tails, rope[shape.sliding])
-        x, h = run("add_norm", x, a, layer.post_attention_norm, next_norm=layer.ffn_norm, **norm)
+        a = _attention(run, model, i, h, inputs, places, tails, rope[c.layers[i].sliding])
+        x, h = run(ADD_NORM, x, a, layer.post_attention_norm, next_norm=layer.ffn_norm, eps=eps, out=out)
         experts = None if layer.ffn_gate_inp is None else _experts(run, model, layer, x)
-        end: dict[str, Any] = {"next_norm": following, "scale": scale, **norm}  # of the layer
-        m = _mlp(run, layer, h)
+        m, norm, shrunk = _mlp(run, layer, h), layer.post_ffw_norm, SHRINK
         if per_layer:
-            x, h = _per_layer(run, layer, x, m, per_layer[i], **end)
-        else:
-            x, h = run("add_norm", x, m, layer.post_ffw_norm, experts=experts, shrunk=SHRINK, **end)
-    logits = run.product(h, w.output, out=mx.float32)
+            assert layer.post_norm is not None
+            x, _ = run(ADD_NORM, x, m, norm, eps=eps, shrunk=shrunk)
+            m, norm, shrunk = _per_layer(run, layer, x, per_layer[i]), layer.post_norm, 1.0
+        following, scale = w.layers[i + 1].attn_norm if i + 1 < len(w.layers) else w.output_norm, constants.scales[i]
+        x, h = run(
+            ADD_NORM, x, m, norm, next_norm=following, scale=scale, experts=experts, shrunk=shrunk, eps=eps, out=out
+        )
+    logits = run.product(h, w.output, FP32)
     return logits, list(tails.values())
 
 
@@ -145,19 +153,19 @@ def _attention(
     tails: dict[int, parts.KVPart],
     rope: mx.array,
 ) -> mx.array:
-    """Layer i's attention, fp32 [T, hidden], of h [T, hidden], after its norm; its new tail goes into `tails`."""
+    """Return layer i's attention, fp32 [T, hidden], of h [T, hidden] after its norm; put its new tail into `tails`."""
     c, layer, shape = model.config, model.weights.layers[i], model.config.layers[i]
     q_weight = layer.attn_q if layer.attn_qk is None else layer.attn_qk
     assert q_weight is not None
-    q = run.product(h, q_weight, out=mx.float32)
+    q = run.product(h, q_weight, FP32)
     k = v = None
     own = shape.kv_layer == i
     joined_v = layer.attn_qk is not None and q.shape[1] > (shape.heads + shape.kv_heads) * shape.head_dim
     if own:
-        k = None if layer.attn_k is None else run.product(h, layer.attn_k, out=mx.float32)
-        v = None if layer.attn_v is None else run.product(h, layer.attn_v, out=mx.float32)
+        k = None if layer.attn_k is None else run.product(h, layer.attn_k, FP32)
+        v = None if layer.attn_v is None else run.product(h, layer.attn_v, FP32)
     q, tail_keys, tail_values = run(
-        "qkv_post",
+        QKV_POST,
         q,
         k,
         v,
@@ -173,7 +181,7 @@ def _attention(
         value_norm=c.value_norm,
         v_is_k=own and v is None and not joined_v,
     )
-    if own:
+    if tail_keys is not None and tail_values is not None:
         tails[i] = tail_keys, tail_values
     parts = [*inputs["segments"][shape.kv_layer], tails[shape.kv_layer]]
     window = c.window if shape.sliding else 0
@@ -181,58 +189,51 @@ def _attention(
     if parts[0][0].dtype == mx.uint32:  # quantized: a global layer
         *quantized, tail = parts
         rotation = inputs["rotations"][shape.kv_layer]
-        out = run("quantized_attention", q, quantized, rotation, tail, spans, scale=c.attention_scale)
+        out = run(QUANTIZED_ATTENTION, q, quantized, rotation, tail, spans, scale=c.attention_scale)
     else:
-        out = run("attention", q, parts, spans, scale=c.attention_scale, window=window)
-    return run.product(out, layer.attn_output, out=mx.float32)
+        out = run.attention(q, parts, spans, scale=c.attention_scale, window=window)
+    return run.product(out, layer.attn_output, FP32)
 
 
 def _mlp(run: Kernels, layer: Layer, h: mx.array) -> mx.array:
-    """down(gelu(gate(h)) * up(h)) times SHRINK, fp32 [T, hidden], of h [T, hidden], after its norm."""
+    """Return down(gelu(gate(h)) * up(h)) times SHRINK, fp32 [T, hidden], of h [T, hidden] after its norm."""
     joined, gate, up = layer.ffn_gate_up, layer.ffn_gate, layer.ffn_up
     if isinstance(joined, mx.array):  # `dense` takes one after the other
         gate, up = mx.split(joined, 2)
     if gate is not None and up is not None:
-        product = run.product(h, gate, times=run.product(h, up), factor=SHRINK)
+        product = run.product(h, gate, Epilogue(factor=SHRINK), times=run.product(h, up))
     else:
         assert joined is not None
-        product = run.product(h, joined, glu=True, factor=SHRINK)
-    return run.product(product, layer.ffn_down, out=mx.float32)
+        product = run.product(h, joined, Epilogue(glu=True, factor=SHRINK))
+    return run.product(product, layer.ffn_down, FP32)
 
 
-def _per_layer(
-    run: Kernels, layer: Layer, x: mx.array, m: mx.array, p: mx.array, **end: Any
-) -> tuple[mx.array, mx.array]:
-    """The residual and the next norm's result, of the residual x and the MLP's result m.
-
-    p [T, P] is the layer's embedding of the tokens; end: what the last add_norm is told.
-    """
+def _per_layer(run: Kernels, layer: Layer, x: mx.array, p: mx.array) -> mx.array:
+    """Return what the layer's embedding of the tokens, p [T, P], adds to the residual x, before its norm."""
     assert layer.inp_gate is not None and layer.proj is not None
-    x, _ = run("add_norm", x, m, layer.post_ffw_norm, eps=end["eps"], shrunk=SHRINK)
-    z = run.product(run.product(x, layer.inp_gate, times=p), layer.proj)
-    return cast("tuple[mx.array, mx.array]", run("add_norm", x, z, layer.post_norm, **end))
+    return run.product(run.product(x, layer.inp_gate, times=p), layer.proj)
 
 
-def _experts(
-    run: Kernels, model: Loaded, layer: Layer, x: mx.array
-) -> tuple[mx.array, mx.array, mx.array | None, mx.array | None]:
-    """The chosen experts' outputs times SHRINK for one token, their shares, the norms of both branches: for add_norm.
+def _experts(run: Kernels, model: Loaded, layer: Layer, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Return what add_norm takes of experts: chosen ones' outputs times SHRINK, their shares, norms of both branches.
 
-    x [1, hidden] is the residual: router and experts have norms of their own, folded into their products.
+    x [1, hidden] is the residual of one token: router and experts have norms of their own, folded into their products.
     """
     c = model.config
     assert layer.ffn_gate_inp is not None and layer.ffn_down_exps is not None
-    scores = run.product(x, layer.ffn_gate_inp, norm=layer.ffn_gate_inp_scale, eps=c.eps, factor=c.hidden**-0.5)
-    chosen, share = run("top_k", scores, c.experts_used, scale=layer.ffn_down_exps_scale)
+    router = Epilogue(factor=c.hidden**-0.5, eps=c.eps)
+    scores = run.product(x, layer.ffn_gate_inp, router, norm=layer.ffn_gate_inp_scale)
+    chosen, share = run(TOP_K, scores, c.experts_used, scale=layer.ffn_down_exps_scale)
     ids = chosen.reshape(-1)  # of the one token
-    norm: dict[str, Any] = {"norm": layer.pre_ffw_norm_2, "eps": c.eps, "ids": ids}
+    norm, small = layer.pre_ffw_norm_2, Epilogue(factor=SHRINK, out=model.kv_dtype, eps=c.eps)
     if layer.ffn_gate_up_exps is not None:
-        h = run.product(x, layer.ffn_gate_up_exps, glu=True, factor=SHRINK, out=model.kv_dtype, **norm)  # [used, F]
+        h = run.product(x, layer.ffn_gate_up_exps, small._replace(glu=True), norm=norm, ids=ids)  # [used, F]
     else:
         assert layer.ffn_gate_exps is not None and layer.ffn_up_exps is not None
-        up = run.product(x, layer.ffn_up_exps, **norm)
-        h = run.product(x, layer.ffn_gate_exps, times=up, factor=SHRINK, out=model.kv_dtype, **norm)
-    out = run.product(h, layer.ffn_down_exps, ids=ids, out=mx.float32)  # [used, hidden]
+        up = run.product(x, layer.ffn_up_exps, Epilogue(eps=c.eps), norm=norm, ids=ids)
+        h = run.product(x, layer.ffn_gate_exps, small, norm=norm, times=up, ids=ids)
+    out = run.product(h, layer.ffn_down_exps, FP32, ids=ids)  # [used, hidden]
+    assert layer.post_ffw_norm_1 is not None and layer.post_ffw_norm_2 is not None
     return out[None], share, layer.post_ffw_norm_1, layer.post_ffw_norm_2
 
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from ..config import Config, LayerConfig
 from ..kv.state import KVState
-from ..ops import many_rows, stock
+from ..ops import stock
 from ..ops.routing import Routing
 from ..ops.stock import Weight
 from .weights import Layer, Loaded
@@ -172,7 +172,7 @@ def linear(m: Loaded, x: mx.array, w: Weight) -> mx.array:
 
 def geglu(m: Loaded, gate: mx.array, up: mx.array) -> mx.array:
     """Return gelu(gate) * up."""
-    return many_rows.geglu(gate, up) if m.kernels else stock.geglu(gate, up)
+    return stock.fused_geglu(gate, up) if m.kernels else stock.geglu(gate, up)
 
 
 def expert_linear(m: Loaded, x: mx.array, w: Weight, routing: Routing, glu: bool = False) -> mx.array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,6 +25,7 @@ from ..kv.state import KVState
 from ..memory import on_cpu
 from ..ops import stock
 from ..ops.dispatch import Kernels
+from ..ops.quantize_kv import QUANTIZE_KV
 from .decode import can_step, make_step
 from .forward import head, rope_wavelengths, run_layers
 from .replay import make_stepper
@@ -85,7 +86,8 @@ class Model:
                     made[i] = quantization.rotations(dim, layer.attn_q_norm, layer.attn_k_norm, mean)
                 mx.eval(list(made.values()))
                 self.rotations = made
-        quantize = partial(self.kernels, "quantize_kv") if self.kernels else quantization.quantize
+        kernels = self.kernels
+        quantize = quantization.quantize if kernels is None else lambda *args: kernels(QUANTIZE_KV, *args)
         return {i: KVQuantizer(kv, rotation, quantize) for i, rotation in self.rotations.items()}
 
     def save_state(self, state: KVState, path: str | Path) -> None:

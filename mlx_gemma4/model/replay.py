@@ -21,7 +21,8 @@ from ..gpu.recording import STARTS, Arena, Player, Recording, Region, recorded, 
 from ..kv.segments import LayerKV
 from ..kv.state import KVState
 from ..ops import stock
-from ..ops.dispatch import Kernels
+from ..ops.choose import ARGMAX
+from ..ops.dispatch import REPLAY, Kernels
 from .decode import Constants, can_step, forward, inputs_of, with_room
 from .spans import Spans, placed
 from .step import NextToken, Step, Stepper, known
@@ -82,7 +83,7 @@ class Replayer:
     @property
     def replays(self) -> bool:
         """False once recording has failed, or where `doctor` has switched it off."""
-        return not self._broken and "replay" not in self._run.off
+        return not self._broken and REPLAY not in self._run.off
 
     def step(self, token: NextToken, state: KVState) -> Step:
         started = self.start(token, state) if self.replays else None
@@ -172,7 +173,7 @@ class Replayer:
         with recorded(recording):
             places = placed(numbers[1:], spans.lengths)
             logits: Any = forward(self._model, run, self._constants, numbers[:1], buffers, places)[0]
-            best = run("argmax", logits)  # the softcap leaves the order as it is
+            best = run(ARGMAX, logits)  # the softcap leaves the order as it is
         self._logits, self._tails = logits.region, {i: (k.region, v.region) for i, (k, v) in tails.items()}
         player.load(recording.launches, self._arena.nbytes, numbers.size, best.region)
         count = next(iter(layers.values())).count  # of all

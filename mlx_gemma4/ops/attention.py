@@ -1,35 +1,31 @@
-"""The attention kernels: norms and RoPE of q, k and v with the write to the KV tail, and attention itself; with
-references.
+"""Attention of a few tokens over keys and values in parts: attention.metal and its reference.
 
-In and out: MLX arrays for one token, or a handful (T up to 8). `rotations` and `qkv_post` launch one kernel through a
-`Launcher` (kernels.py), `attention` one or two; the function named `.._twin` has the same arguments and result in stock
-MLX. Nothing here knows a model or a KV state.
+In and out: MLX arrays for one token, or a handful (T up to 8). One launch, or two where the length is split among
+threadgroups. Knows no model and no KV state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
 
-from ..gpu.render import METAL_TYPES, Launcher, build, float_literal, render
-from . import long_attention, parts
-from .parts import KVPart, Launch
-from .tuning import CORES
+from ..gpu.render import Launch, Launcher, prepare, render
+from .long_attention import long_attention
+from .op import Op
+from .parts import KVPart, PartShapes, prepare_merge, shapes_of
+from .tuning import Tuning, this_gpu
 
 TAIL = 64  # tokens that the mutable end of a layer's keys and values can hold
 SHORT = 64  # tokens up to which attention is one launch
 
 
-# ---------------------------------------------------------------- attention
-
-
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How attention is cut; see attention.metal."""
+    """The launch configuration of attention; see attention.metal."""
 
     rows: int  # queries that a threadgroup holds
     simdgroups: int = 4  # of a threadgroup
@@ -56,147 +52,109 @@ class LaunchConfig:
         return share
 
     def pieces(self, lengths: Sequence[int], across: int) -> int:
-        """Of the length, likewise."""
+        """Pieces of the length, for `across` threadgroups to work on each."""
         return self.blocks(lengths, self.share(lengths, across)) if self.threadgroups else 1
 
 
-def launch_config(lengths: Sequence[int], rows: int, kv_heads: int, threadgroups: int = 384) -> LaunchConfig:
-    """The cut for `rows` queries a KV head over parts of up to so many tokens.
+def launch_config(lengths: Sequence[int], rows: int, kv_heads: int, gpu: Tuning | None = None) -> LaunchConfig:
+    """The configuration for `rows` queries a KV head over parts of up to so many tokens.
 
     A threadgroup waits for memory twice a block, so as many as a large GPU holds at once share the blocks; only where
     there would be more does one take several, and where there are too few, blocks are small and queries apart. A tail
     alone is one piece: there is nothing to merge.
     """
+    gpu = gpu or this_gpu()
     if sum(lengths) <= SHORT:
         return LaunchConfig(min(rows, 2), simdgroups=16, keys=1)
-    cut = LaunchConfig(-(-rows // -(-rows // 8)), threadgroups=threadgroups)
-    if cut.rows > 4:
-        cut = replace(cut, keys=2)  # more would leave room for fewer threadgroups, by their registers
-    while cut.blocks(lengths) * -(-rows // cut.rows) * kv_heads < CORES:
-        if cut.keys > 2:
-            cut = replace(cut, keys=2)
-        elif cut.rows > 2:
-            cut = replace(cut, rows=-(-cut.rows // 2))
+    config = LaunchConfig(-(-rows // -(-rows // 8)), threadgroups=gpu.attention_threadgroups)
+    if config.rows > 4:
+        config = replace(config, keys=2)  # more would leave room for fewer threadgroups, by their registers
+    while config.blocks(lengths) * -(-rows // config.rows) * kv_heads < gpu.cores:
+        if config.keys > 2:
+            config = replace(config, keys=2)
+        elif config.rows > 2:
+            config = replace(config, rows=-(-config.rows // 2))
         else:
             break
-    return cut
+    return config
 
 
 def attention(
+    launcher: Launcher,
     q: mx.array,
     parts: Sequence[KVPart],
     spans: mx.array,
-    launcher: Launcher,
     *,
     scale: float,
     window: int = 0,
     out: mx.Dtype | None = None,
-    cut: LaunchConfig | None = None,
+    config: LaunchConfig | None = None,
 ) -> Any:
     """A few new tokens attend to all that came before and to themselves.
 
-    Many fp16 keys and values go to `long_attention`, unless a cut says how this kernel is to be cut.
-
     Args:
         q: [T, H, D], T up to 8, D a multiple of 32.
-        parts: up to `long_attention.MAX_PARTS` of keys and values in q's dtype, in the order of the tokens; the last
+        parts: up to MAX_PARTS of keys and values in q's dtype, in the order of the tokens; the last
             ends with the T tokens themselves.
         spans: int32 [parts, 2]: first and one past the last token in use, of each part.
         scale: of the scores.
         window: each token sees only the last `window` ones, itself included; 0: all. Spans may be wider.
         out: dtype of the result, q's by default.
-        cut: instead of `attention_cut`'s.
+        config: in place of `launch_config`'s.
 
     Returns:
         [T, H D]
     """
-    if cut is None and long_attention.supports(q, parts, window):
-        return long_attention.long_attention(q, parts, spans, launcher, scale=scale, out=out)
-    done, merge = _launched(q, parts, spans, launcher, scale, window, out, cut, False)
-    return done[0] if merge is None else merge[0](inputs=list(done), **merge[1])[0]
+    cached = q.shape, q.dtype, shapes_of(parts), scale, window, out or q.dtype, config, False
+    launch, merge = _prepared(launcher, *cached)
+    done = launch(q, spans, *(a for part in parts for a in part))
+    return (done if merge is None else merge(*done))[0]
 
 
-def attention_sums(q: mx.array, parts: Sequence[KVPart], spans: mx.array, launcher: Launcher, *, scale: float) -> Any:
-    """`attention` whose pieces are not yet added up, nor divided: for those who have more to add.
+def attention_sums(launcher: Launcher, q: mx.array, parts: Sequence[KVPart], spans: mx.array, *, scale: float) -> Any:
+    """`attention` whose pieces are not yet added up, nor divided: for a caller that has more to add.
 
     Returns:
         sums fp32 [T H, pieces, D] and stats fp32 [T H, pieces, 2]: maximum of the scores over ln 2, sum of
         2^(score - maximum); of a piece without tokens -1e30 and 0.
     """
-    return _launched(q, parts, spans, launcher, scale, 0, None, None, True)[0]
+    launch, _ = _prepared(launcher, q.shape, q.dtype, shapes_of(parts), scale, 0, q.dtype, None, True)
+    return launch(q, spans, *(a for part in parts for a in part))
 
 
-def _launched(
-    q: mx.array,
-    parts: Sequence[KVPart],
-    spans: mx.array,
+@lru_cache(maxsize=4096)  # hundreds of launches a token: the GPU must not wait for the host
+def _prepared(
     launcher: Launcher,
-    scale: float,
-    window: int,
-    out: mx.Dtype | None,
-    cut: LaunchConfig | None,
-    undivided: bool,
-) -> tuple[Sequence[Any], Launch | None]:
-    """What attention's own kernel gives, and the merge that is to follow."""
-    lengths = tuple(k.shape[-2] for k, _ in parts)
-    dims = tuple(k.ndim for k, _ in parts)
-    cached = (q.shape, q.dtype, parts[0][0].shape[-3], lengths, dims, launcher, scale, window, out, cut, undivided)
-    run, launch, merge = _prepared_attention(*cached)
-    return run(inputs=[q, spans, *(a for part in parts for a in part)], **launch), merge
-
-
-@lru_cache(maxsize=4096)  # hundreds of launches a token: the GPU must not wait for this to be worked out
-def _prepared_attention(
     shape: tuple[int, int, int],
     dtype: mx.Dtype,
-    kv_heads: int,
-    lengths: tuple[int, ...],
-    dims: tuple[int, ...],
-    launcher: Launcher,
+    parts: PartShapes,
     scale: float,
     window: int,
-    out: mx.Dtype | None,
-    cut: LaunchConfig | None,
+    out: mx.Dtype,
+    config: LaunchConfig | None,
     undivided: bool,
-) -> tuple[Callable[..., Sequence[Any]], dict[str, Any], Launch | None]:
-    """The kernel, its arguments but for the inputs, and the same of the merge if there is one."""
-    tokens, heads, dim = shape
+) -> tuple[Launch, Launch | None]:
+    """The launch of attention's own kernel, and of the merge if there is one."""
+    (tokens, heads, dim), (kv_heads, lengths, _) = shape, parts
     rows, total = heads // kv_heads * tokens, tokens * heads
-    cut = cut or launch_config(lengths, rows, kv_heads)
-    across = -(-rows // cut.rows)
-    pieces = cut.pieces(lengths, across * kv_heads)
-    split = undivided or cut.threadgroups > 0
-    out = out or dtype
-    defines = {"D": dim, "GQA": heads // kv_heads, "ROWS": cut.rows, "SG": cut.simdgroups, "KEYS": cut.keys}
-    defines |= {"WINDOW": window, "SPLIT": split, "WHOLE": cut.threadgroups == 0}
-    defines |= {"SHARE": cut.share(lengths, across * kv_heads) if cut.threadgroups else 1}
-    described, absent = parts.describe_parts(dims)
-    kernel = render(
-        "attention",
-        "attention.metal",
-        dtype,
-        defines | described | {"U": METAL_TYPES[out], "SCALE": float_literal(scale)},
-        absent + (["out"] if split else ["sums", "stats"]),
-    )
-    launch: dict[str, Any] = {
-        "grid": (32 * cut.simdgroups * across, pieces, kv_heads),
-        "threadgroup": (32 * cut.simdgroups, 1, 1),
-        "output_shapes": [(total, pieces, dim), (total, pieces, 2)] if split else [(tokens, heads * dim)],
-        "output_dtypes": [mx.float32] * 2 if split else [out],
-    }
-    if undivided or not split:
-        return build(launcher, kernel), launch, None
-    return build(launcher, kernel), launch, parts.merge(shape, dtype, out, 8, launcher)
+    config = config or launch_config(lengths, rows, kv_heads)
+    across = -(-rows // config.rows)
+    pieces = config.pieces(lengths, across * kv_heads)
+    split = undivided or config.threadgroups > 0
+    defines = {"D": dim, "GQA": heads // kv_heads, "ROWS": config.rows, "SG": config.simdgroups, "KEYS": config.keys}
+    defines |= {"WINDOW": window, "SPLIT": split, "WHOLE": config.threadgroups == 0}
+    defines |= {"SHARE": config.share(lengths, across * kv_heads) if config.threadgroups else 1}
+    described, absent = parts.describe()
+    defines |= described | {"U": out, "SCALE": float(scale)}
+    kernel = render("attention", "attention.metal", dtype, defines, absent + (["out"] if split else ["sums", "stats"]))
+    sums = ((total, pieces, dim), mx.float32), ((total, pieces, 2), mx.float32)
+    results = sums if split else (((tokens, heads * dim), out),)
+    launch = prepare(launcher, kernel, (across, pieces, kv_heads), 32 * config.simdgroups, *results)
+    return launch, prepare_merge(launcher, shape, dtype, out, 8) if split and not undivided else None
 
 
 def attention_reference(
-    q: mx.array,
-    parts: Sequence[KVPart],
-    spans: mx.array,
-    *,
-    scale: float,
-    window: int = 0,
-    out: mx.Dtype | None = None,
+    q: mx.array, parts: Sequence[KVPart], spans: mx.array, *, scale: float, window: int = 0, out: mx.Dtype | None = None
 ) -> mx.array:
     """`attention` in stock MLX, over whole capacities under a mask."""
     tokens, heads, dim = q.shape
@@ -212,3 +170,7 @@ def attention_reference(
     queries = q.astype(mx.float32).swapaxes(0, 1)[None]
     x = mx.fast.scaled_dot_product_attention(queries, k, v, scale=scale, mask=seen)
     return x[0].swapaxes(0, 1).reshape(tokens, heads * dim).astype(out or q.dtype)
+
+
+ATTENTION = Op("attention", attention, attention_reference)
+LONG_ATTENTION = Op("attention", long_attention, attention_reference, variant="long")

@@ -6,12 +6,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..gpu.render import Launcher, build, render
+from ..gpu.render import Launcher, prepare, render
+from .op import Op
 
-# ---------------------------------------------------------------- choices
 
-
-def top_k(scores: mx.array, used: int, launcher: Launcher, *, scale: mx.array | None = None) -> tuple[Any, Any]:
+def top_k(launcher: Launcher, scores: mx.array, used: int, *, scale: mx.array | None = None) -> tuple[Any, Any]:
     """The experts of each token.
 
     Args:
@@ -23,16 +22,11 @@ def top_k(scores: mx.array, used: int, launcher: Launcher, *, scale: mx.array | 
         int32 [T, used], best first; their softmax among themselves, fp32 [T, used].
     """
     tokens, n = scores.shape
-    defines: dict[str, object] = {"E": n, "USED": used, "SCALED": scale is not None}
+    defines = {"E": n, "USED": used, "SCALED": scale is not None}
     kernel = render("top_k", "choose.metal", mx.float32, defines, [] if scale is not None else ["scale"])
-    done = build(launcher, kernel)(
-        inputs=[scores] if scale is None else [scores, scale],
-        grid=(32, tokens, 1),
-        threadgroup=(32, 1, 1),
-        output_shapes=[(tokens, used)] * 2,
-        output_dtypes=[mx.int32, mx.float32],
-    )
-    return done[0], done[1]
+    results = ((tokens, used), mx.int32), ((tokens, used), mx.float32)
+    ids, share = prepare(launcher, kernel, (1, tokens, 1), 32, *results)(*[a for a in (scores, scale) if a is not None])
+    return ids, share
 
 
 def top_k_reference(scores: mx.array, used: int, *, scale: mx.array | None = None) -> tuple[mx.array, mx.array]:
@@ -42,35 +36,23 @@ def top_k_reference(scores: mx.array, used: int, *, scale: mx.array | None = Non
     return ids, share if scale is None else share * scale[ids]
 
 
-def argmax(logits: mx.array, launcher: Launcher) -> Any:
-    """The largest of each row, the lowest of equals. The softcap never changes the order, so it is not needed.
+TOP_K = Op("top_k", top_k, top_k_reference)
 
-    Args:
-        logits: [T, V].
 
-    Returns:
-        int32 [T]
-    """
+def argmax(launcher: Launcher, logits: mx.array) -> Any:
+    """The largest of each row of logits [T, V], the lowest of equals: int32 [T]. A softcap never changes the order."""
     tokens, n = logits.shape
     pieces = max(1, min(128, n // 1024))
     first = render("argmax_pieces", "choose.metal", logits.dtype, {"SG": 8})
-    best, at = build(launcher, first)(
-        inputs=[logits],
-        grid=(256 * pieces, tokens, 1),
-        threadgroup=(256, 1, 1),
-        output_shapes=[(tokens, pieces)] * 2,
-        output_dtypes=[mx.float32, mx.int32],
-    )
+    shape = (tokens, pieces)
+    best, at = prepare(launcher, first, (pieces, tokens, 1), 256, (shape, mx.float32), (shape, mx.int32))(logits)
     second = render("argmax_merge", "choose.metal", logits.dtype, {})
-    return build(launcher, second)(
-        inputs=[best, at],
-        grid=(32, tokens, 1),
-        threadgroup=(32, 1, 1),
-        output_shapes=[(tokens,)],
-        output_dtypes=[mx.int32],
-    )[0]
+    return prepare(launcher, second, (1, tokens, 1), 32, ((tokens,), mx.int32))(best, at)[0]
 
 
 def argmax_reference(logits: mx.array) -> mx.array:
     """`argmax` in stock MLX."""
     return mx.argmax(logits, axis=-1).astype(mx.int32)
+
+
+ARGMAX = Op("argmax", argmax, argmax_reference)

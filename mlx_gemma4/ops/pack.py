@@ -1,43 +1,36 @@
-"""`quant.pack` on a GPU: a tensor's blocks go over as the file has them, and a kernel rearranges them there.
+"""Packing on a GPU: a tensor's blocks go over as the file has them, and pack.metal rearranges them there.
 
-In: raw blocks in host memory, mapped files mostly. Out: `Packed`, bit for bit what `quant.pack`, the reference, gives.
+In: raw blocks in host memory, mapped files mostly. Out: `Packed`, to the bit as `formats.pack_on_cpu`, the reference.
 The host copies each byte twice (from the file's pages to a buffer, on all cores, and from there to MLX) and computes
 nothing. A large tensor goes in pieces, so that little is held beside the result: a few times PIECE.
 
-A wrong kernel here would spoil a model without a trace. So each type's kernel first packs a few random blocks in every
-process, and where it differs from the reference or fails, that type is packed by the reference.
+A wrong kernel here would spoil a model without a trace. So in every process each type's kernel first packs a few random
+blocks; a type whose kernel fails or differs from the reference is packed by the reference.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from math import prod
 from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 
-from ..gpu.render import Kernel, Launcher, build, render
+from ..gpu.render import Kernel, Launcher, prepare, render
 from ..quant import formats
 from ..quant.formats import FORMATS, Packed, Shape
-from ..quant.repack import Bytes, GroupScalesWriter, in_threads, iq4_xs, plain, q3_k, q4_k
+from ..quant.repack import Bytes, in_threads
 from .dispatch import Kernels
-
-log = logging.getLogger("mlx_gemma4")
+from .op import OpKey
+from .packed import absent_planes
 
 PIECE = 1 << 25  # bytes of blocks that go over at once
 COPY = 1 << 21  # bytes that a thread of the host copies at once
 TRIAL = 333  # blocks
 
-WRITERS: dict[GroupScalesWriter, str] = {
-    plain: "GROUP_SCALE_PLAIN",
-    q4_k: "GROUP_SCALE_Q4_K",
-    q3_k: "GROUP_SCALE_Q3_K",
-    iq4_xs: "GROUP_SCALE_IQ4_XS",
-}
 Planes = dict[str, mx.array]  # by the names that `Packed` has for them
 
 _local = threading.local()
@@ -58,28 +51,26 @@ def pack_on_gpu(
         type: a name in FORMATS.
         shape: of the result: [N, K] or [E, N, K], or [K].
         run: kernels to use; one that fails is added to its `off`. None: the reference.
-        on_read: as for `quant.pack`, where there is one part.
+        on_read: as for `pack_on_cpu`, where there is one part.
     """
-    names = ("pack", f"pack {type}")
-    if run is not None and run.off.isdisjoint(names):
-        try:
-            if reason := _wrong(type, run.launcher):
-                raise RuntimeError(reason)
-            return _by_kernel(parts, type, shape, run.launcher, on_read)
-        except Exception as error:  # whatever a backend's compiler or launch raises
-            run.off |= {names[-1]}
-            reason = " ".join(str(error).split())[:200]
-            log.warning("Kernel %s fails here and is off, the CPU does its work instead: %s", names[-1], reason)
-    raw = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-2)
-    return formats.pack_on_cpu(raw, type, shape, on_read)
+
+    def reference() -> Packed:
+        raw = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-2)
+        return formats.pack_on_cpu(raw, type, shape, on_read)
+
+    if run is None:
+        return reference()
+    kernel = partial(_by_kernel, parts, type, shape, run.launcher, on_read)
+    return run.attempt(kernel, reference, OpKey("pack", type), instead="the CPU does its work instead")
 
 
 def done() -> None:
-    """Nothing more is to be packed for now: give back what was kept to pack with."""
+    """Free the buffers kept for packing."""
     _local.__dict__.clear()
     mx.clear_cache()
 
 
+@cache
 def pack_kernel(type: str) -> Kernel:
     """pack.metal for a type."""
     layout = FORMATS[type].layout
@@ -88,7 +79,7 @@ def pack_kernel(type: str) -> Kernel:
         parts.append(f"take(block, c, {plane.at}, {plane.bits}, {plane.run}) << {bits}")
         bits += plane.bits
     code = f"({' | '.join(parts)})"
-    defines: dict[str, object] = {
+    defines: dict[str, Any] = {
         "SIZE": layout.size,
         "N_BYTES": layout.n_bytes,
         "BITS": bits,
@@ -98,63 +89,42 @@ def pack_kernel(type: str) -> Kernel:
     }
     defines |= {f"BLOCK_SCALE_{i}": (*layout.block_scales, 0)[i] for i in range(2) if layout.block_scales}
     if layout.group_scales:
-        defines |= {WRITERS[layout.group_scales[0]]: 1, "GROUP_SCALE_AT": layout.group_scales[1]}
+        defines |= {
+            f"GROUP_SCALE_{layout.group_scales[0].__name__.upper()}": 1,
+            "GROUP_SCALE_AT": layout.group_scales[1],
+        }
     assert max(layout.group_scale_bytes, len(layout.block_scales)) <= layout.size * bits // 32, "a thread for each"
-    absent = [
-        name
-        for name, there in (("group_scales", layout.group_scales), ("block_scales", layout.block_scales))
-        if not there
-    ]
-    return render("pack", "pack.metal", mx.float32, defines, absent)
+    return render("pack", "pack.metal", mx.float32, defines, absent_planes(FORMATS[type]))
 
 
-def launch(raw: mx.array, type: str, launcher: Launcher) -> Planes:
-    """The planes of some blocks, each flat.
-
-    Args:
-        raw: uint8 [bytes], whole blocks.
-    """
-    names, run = _packer(type, launcher)
-    blocks = raw.size // FORMATS[type].layout.n_bytes
-    sizes = {name: blocks * n for name, n in _per_block(type).items()}
-    made = run(
-        inputs=[raw],
-        grid=(256 * -(-sizes["codes"] // 256), 1, 1),
-        threadgroup=(256, 1, 1),
-        output_shapes=[(sizes[name],) for name in names],
-        output_dtypes=[_DTYPES[name] for name in names],
-    )
-    return dict(zip(names, made, strict=True))
-
-
-_DTYPES = {"codes": mx.uint32, "group_scales": mx.uint8, "block_scales": mx.float16}
+def pack_blocks(launcher: Launcher, raw: mx.array, type: str) -> Planes:
+    """The planes of some blocks, uint8 [bytes], each flat."""
+    kernel, planes, blocks = pack_kernel(type), _planes(type), raw.size // FORMATS[type].layout.n_bytes
+    results = [((blocks * n,), dtype) for n, dtype in planes.values()]
+    made = prepare(launcher, kernel, (-(-blocks * planes["codes"][0] // 256), 1, 1), 256, *results)(raw)
+    return dict(zip(kernel.outputs, made, strict=True))
 
 
 @cache
-def _per_block(type: str) -> dict[str, int]:
-    """How many elements of each plane a block makes."""
+def _planes(type: str) -> dict[str, tuple[int, mx.Dtype]]:
+    """The planes of a type: elements that a block makes, and their dtype."""
     layout = FORMATS[type].layout
-    return {
-        "codes": layout.size * layout.bits // 32,
-        "group_scales": layout.group_scale_bytes,
-        "block_scales": len(layout.block_scales),
+    codes = layout.size * layout.bits // 32
+    scales = {
+        "group_scales": (layout.group_scale_bytes, mx.uint8),
+        "block_scales": (len(layout.block_scales), mx.float16),
     }
-
-
-@cache
-def _packer(type: str, launcher: Launcher) -> tuple[tuple[str, ...], Callable[..., Sequence[Any]]]:
-    kernel = pack_kernel(type)
-    return kernel.outputs, build(launcher, kernel)
+    return {"codes": (codes, mx.uint32), **{name: plane for name, plane in scales.items() if plane[0]}}
 
 
 @cache
 def _wrong(type: str, launcher: Launcher) -> str:
-    """What is wrong with a type's kernel on some random blocks, "" if it equals the reference to the bit."""
+    """The fault of a type's kernel on some random blocks; "" if it equals the reference to the bit."""
     layout = FORMATS[type].layout
     raw = np.random.default_rng(len(type)).integers(0, 256, (TRIAL, layout.n_bytes), np.uint8)
     want = formats.pack_on_cpu(raw, type, (TRIAL, layout.size))
     try:
-        made = launch(mx.array(raw.reshape(-1)), type, launcher)
+        made = pack_blocks(launcher, mx.array(raw.reshape(-1)), type)
         same = all(np.array_equal(_bits(made[name]), _bits(getattr(want, name))) for name in made)
     except Exception as error:  # whatever a backend's compiler or launch raises
         return str(error) or error.__class__.__name__
@@ -173,6 +143,8 @@ def _by_kernel(
     launcher: Launcher,
     on_read: Callable[[int, int], object] | None,
 ) -> Packed:
+    if reason := _wrong(type, launcher):
+        raise RuntimeError(reason)
     form, layout, slabs = FORMATS[type], FORMATS[type].layout, _slabs(parts)
     total = sum(slab.size for slab in slabs)
     if shape[-1] % layout.size or total != prod(shape) // layout.size * layout.n_bytes:
@@ -187,7 +159,7 @@ def _by_kernel(
             on_read(start, stop)
         if made:
             _place(made, whole, start - step, type)
-        made = launch(piece, type, launcher)
+        made = pack_blocks(launcher, piece, type)
         mx.async_eval(made)
         del piece
     if whole:
@@ -207,7 +179,7 @@ def _by_kernel(
 def _empty(total: int, type: str) -> Planes:
     """Planes for `total` bytes of blocks, there before any blocks are, for the reason at the end of `_by_kernel`."""
     blocks = total // FORMATS[type].layout.n_bytes
-    whole = {name: mx.zeros((blocks * n,), _DTYPES[name]) for name, n in _per_block(type).items() if n}
+    whole = {name: mx.zeros((blocks * n,), dtype) for name, (n, dtype) in _planes(type).items()}
     mx.eval(whole)
     return whole
 
@@ -218,7 +190,7 @@ def _place(made: Planes, whole: Planes, start: int, type: str) -> None:
     The update of a slice takes over its array's memory, if the array has been evaluated and nothing else holds it.
     """
     for name, a in made.items():
-        at = start // FORMATS[type].layout.n_bytes * _per_block(type)[name]
+        at = start // FORMATS[type].layout.n_bytes * _planes(type)[name][0]
         whole[name][at : at + a.size] = a
     mx.eval(whole)
 
@@ -249,7 +221,7 @@ def _copied(slabs: list[Bytes], start: int, stop: int) -> mx.array:
 
 
 def _stretches(slabs: list[Bytes], start: int, stop: int) -> Iterator[tuple[Bytes, int]]:
-    """What of each slab lies in [start, stop), in stretches of at most COPY, and its place from `start` on."""
+    """The parts of slabs in [start, stop), in stretches of at most COPY, each with its place from `start` on."""
     first = 0  # byte of the slab
     for slab in slabs:
         end = min(stop, first + slab.size)

@@ -1,16 +1,44 @@
-"""A quantization format as the constants that the Metal texts read (packed.metal)."""
+"""Packed weights as kernels read them: a format as constants of the Metal texts (packed.metal), planes as inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..quant.formats import Format
+import mlx.core as mx
+
+from ..gpu.render import DEVICE_ELEMENTS
+from ..quant.formats import Format, Packed
+
+PLANES = ("codes", "group_scales", "block_scales")  # inputs of kernels and attributes of `Packed`
 
 
-def format_defines(fmt: Format, chunk: int, k: int) -> dict[str, object]:
-    """A format as constants for matvec.metal."""
-    words = chunk * fmt.bits // 32
-    row = k * fmt.bits // 32
+def planes(w: Packed) -> dict[str, mx.array | None]:
+    """A weight's arrays by the names of a kernel's inputs."""
+    return {"codes": w.codes, "group_scales": w.group_scales, "block_scales": w.block_scales}
+
+
+def absent_planes(fmt: Format) -> list[str]:
+    """Inputs that a kernel for this format goes without."""
+    there = {"group_scales": fmt.group_scale_bits, "block_scales": fmt.scale_block}
+    return [name for name, size in there.items() if not size]
+
+
+def is_readable(w: Packed) -> bool:
+    """Returns True if kernels can read a weight: rows of whole 32s, planes that MLX passes as device memory."""
+    if w.shape[-1] % 32 or w.codes.size < DEVICE_ELEMENTS:
+        return False
+    scales, blocks = w.group_scales, w.block_scales
+    return (scales is None or scales.size >= DEVICE_ELEMENTS) and (blocks is None or blocks.size >= DEVICE_ELEMENTS)
+
+
+def format_defines(fmt: Format, chunk: int, k: int) -> dict[str, str | int]:
+    """A format as constants.
+
+    Args:
+        chunk: weights that a thread takes of a row at a time.
+        k: length of a row, which decides how wide loads may be.
+    """
+    words, row = chunk * fmt.bits // 32, k * fmt.bits // 32
     lut = ", ".join(f"{v}.0f" for v in fmt.lut) if fmt.lut is not None else ""
     return {
         "BITS": fmt.bits,
@@ -27,10 +55,10 @@ def format_defines(fmt: Format, chunk: int, k: int) -> dict[str, object]:
     }
 
 
-def _table_words(values: Sequence[int]) -> dict[str, object]:
+def _table_words(values: Sequence[int]) -> dict[str, str | int]:
     """A table as whole numbers of 8 bits, four a word, for matvec.metal's table_dot.
 
-    To each value comes 1 where the other half's of the same low bits is below 0.
+    1 is added to each value where the other half's value of the same low bits is below 0.
     """
     table = bytes((v + (values[i ^ 8] < 0)) & 255 for i, v in enumerate(values))
     return {f"LUT_{i}": f"0x{int.from_bytes(table[4 * i : 4 * i + 4], 'little'):08x}u" for i in range(4)}

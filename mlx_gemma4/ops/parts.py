@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..gpu.render import METAL_TYPES, Launcher, build, render
+from ..gpu.render import Launch, Launcher, prepare, render
 
 MAX_PARTS = 8  # of keys and values; Metal takes 31 buffers a kernel, and a part needs three
 
 KVPart = tuple[mx.array, mx.array]  # keys and values, [G, capacity, D] or [1, G, capacity, D] each
-Launch = tuple[Callable[..., Sequence[Any]], dict[str, Any]]  # a kernel and its arguments but for the inputs
 
 
-def describe_parts(dims: tuple[int, ...]) -> tuple[dict[str, object], list[str]]:
-    """Parts whose keys and values have so many dimensions: constants for a kernel, and the inputs it goes without."""
-    defines: dict[str, object] = {"PARTS": len(dims), **{f"LENGTH{i}": n - 2 for i, n in enumerate(dims)}}
-    return defines, [f"{kv}{i}" for i in range(len(dims), MAX_PARTS) for kv in "kv"]
+class PartShapes(NamedTuple):
+    """Shapes of parts, as launches depend on them."""
+
+    kv_heads: int
+    lengths: tuple[int, ...]  # capacities
+    dims: tuple[int, ...]  # how many dimensions their arrays have
+
+    def describe(self) -> tuple[dict[str, Any], list[str]]:
+        """Constants for a kernel, and the inputs it goes without."""
+        defines = {"PARTS": len(self.dims), **{f"LENGTH{i}": n - 2 for i, n in enumerate(self.dims)}}
+        return defines, [f"{kv}{i}" for i in range(len(self.dims), MAX_PARTS) for kv in "kv"]
 
 
-def merge(shape: tuple[int, int, int], dtype: mx.Dtype, out: mx.Dtype, simdgroups: int, launcher: Launcher) -> Launch:
-    """What adds up the pieces of queries [T, H, D], by so many simdgroups a threadgroup: attention.metal's `merge`."""
+def shapes_of(parts: Sequence[KVPart]) -> PartShapes:
+    return PartShapes(parts[0][0].shape[-3], tuple(k.shape[-2] for k, _ in parts), tuple(k.ndim for k, _ in parts))
+
+
+def prepare_merge(
+    launcher: Launcher, shape: tuple[int, int, int], dtype: mx.Dtype, out: mx.Dtype, simdgroups: int
+) -> Launch:
+    """The launch that adds up the pieces of queries [T, H, D], by so many simdgroups a threadgroup."""
     tokens, heads, dim = shape
-    kernel = render("merge", "attention.metal", dtype, {"U": METAL_TYPES[out], "D": dim, "SG": simdgroups})
-    launch = {
-        "grid": (32 * simdgroups, -(-dim // 128), tokens * heads),
-        "threadgroup": (32 * simdgroups, 1, 1),
-        "output_shapes": [(tokens, heads * dim)],
-        "output_dtypes": [out],
-    }
-    return build(launcher, kernel), launch
+    kernel = render("merge", "attention.metal", dtype, {"U": out, "D": dim, "SG": simdgroups})
+    groups = (1, -(-dim // 128), tokens * heads)
+    return prepare(launcher, kernel, groups, 32 * simdgroups, ((tokens, heads * dim), out))

@@ -9,15 +9,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..gpu.render import METAL_TYPES, Launcher, build, float_literal, render
+from ..gpu.render import Launcher, absent, prepare, render
 from . import stock
+from .op import Op
 from .parts import KVPart
 
-# ---------------------------------------------------------------- queries, keys and values
 
-
-def rotations(position: mx.array, wavelengths: mx.array, launcher: Launcher, *, tokens: int) -> Any:
-    """What RoPE turns a step's tokens by in all layers of a kind.
+def rotations(launcher: Launcher, position: mx.array, wavelengths: mx.array, *, tokens: int) -> Any:
+    """RoPE's rotations of a step's tokens, for all layers of a kind.
 
     Args:
         position: int32 [1], of the first token.
@@ -27,13 +26,9 @@ def rotations(position: mx.array, wavelengths: mx.array, launcher: Launcher, *, 
         cosines and sines, fp32 [tokens, 2, D / 2].
     """
     half = wavelengths.size
-    return build(launcher, render("rotations", "qkv.metal", mx.float32, {"HALF": half}))(
-        inputs=[position, wavelengths],
-        grid=(32 * -(-half // 32), tokens, 1),
-        threadgroup=(32, 1, 1),
-        output_shapes=[(tokens, 2, half)],
-        output_dtypes=[mx.float32],
-    )[0]
+    kernel = render("rotations", "qkv.metal", mx.float32, {"HALF": half})
+    launch = prepare(launcher, kernel, (-(-half // 32), tokens, 1), 32, ((tokens, 2, half), mx.float32))
+    return launch(position, wavelengths)[0]
 
 
 def rotations_reference(position: mx.array, wavelengths: mx.array, *, tokens: int) -> mx.array:
@@ -43,7 +38,11 @@ def rotations_reference(position: mx.array, wavelengths: mx.array, *, tokens: in
     return mx.stack([mx.cos(angles), mx.sin(angles)], axis=1)
 
 
+ROTATIONS = Op("rotations", rotations, rotations_reference)
+
+
 def qkv_post(
+    launcher: Launcher,
     q: mx.array,
     k: mx.array | None,
     v: mx.array | None,
@@ -52,7 +51,6 @@ def qkv_post(
     rope: mx.array,
     tail: KVPart | None,
     count: mx.array | None,
-    launcher: Launcher,
     *,
     heads: int,
     kv_heads: int,
@@ -82,31 +80,20 @@ def qkv_post(
     """
     tokens, dim = q.shape[0], q_norm.size
     has_kv = tail is not None
-    width = 2 if dtype != mx.float32 else 4
     flags = {"KV": has_kv, "VALUE_NORM": value_norm, "V_IS_K": v_is_k and has_kv}
     flags |= {"JOINED_K": has_kv and k is None, "JOINED_V": has_kv and v is None and not v_is_k}
     tail_shape = tail[0].shape if tail is not None else (0, 0, 0)
     capacity = tail_shape[-2]
-    defines = {"C": METAL_TYPES[dtype], "C_BYTES": width, "H": heads, "G": kv_heads, "D": dim, "TAIL": capacity}
+    defines: dict[str, Any] = {"C": dtype, "C_BYTES": dtype.size, "H": heads, "G": kv_heads, "D": dim, "TAIL": capacity}
     arrays = {"q": q, "k": k, "v": v, "q_norm": q_norm, "k_norm": k_norm, "rope": rope}
     arrays |= {"tail_k": tail and tail[0], "tail_v": tail and tail[1], "count": count}
-    kernel = render(
-        "qkv_post",
-        "qkv.metal",
-        q.dtype,
-        defines | flags | {"EPS": float_literal(eps)},
-        [name for name, a in arrays.items() if a is None] + ([] if has_kv else ["new_k", "new_v"]),
-    )
+    missing = absent(arrays) + ([] if has_kv else ["new_k", "new_v"])
+    kernel = render("qkv_post", "qkv.metal", q.dtype, defines | flags | {"EPS": eps}, missing)
     groups = -(-tokens * (heads + 2 * kv_heads * has_kv) // 4)
-    if tail is not None and isinstance(tail[0], mx.array):  # else a recorded step's, which is written where it lies
-        groups += -(-kv_heads * capacity * dim * width // 16 // 128)
-    out = build(launcher, kernel)(
-        inputs=[arrays[name] for name in kernel.inputs],
-        grid=(128 * groups, 1, 1),
-        threadgroup=(128, 1, 1),
-        output_shapes=[(tokens, heads, dim)] + [tail_shape] * 2 * has_kv,
-        output_dtypes=[dtype] * (1 + 2 * has_kv),
-    )
+    if tail is not None and isinstance(tail[0], mx.array):  # a recorded step's tail is written where it lies
+        groups += -(-kv_heads * capacity * dim * dtype.size // 16 // 128)
+    results = ((tokens, heads, dim), dtype), (tail_shape, dtype), (tail_shape, dtype)
+    out = prepare(launcher, kernel, (groups, 1, 1), 128, *results[: len(kernel.outputs)]).by_name(arrays)
     return (out[0], out[1], out[2]) if has_kv else (out[0], None, None)
 
 
@@ -153,3 +140,6 @@ def qkv_post_reference(
         for old, x in zip(tail, (turned(stock.rms_norm(k, k_norm, eps)), v), strict=True)
     ]
     return made[0].swapaxes(0, 1).astype(dtype), new[0], new[1]
+
+
+QKV_POST = Op("qkv_post", qkv_post, qkv_post_reference)

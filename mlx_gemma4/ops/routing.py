@@ -1,8 +1,8 @@
-"""Which rows of a prompt go through which expert: sorted by expert and cut into tiles, all on the GPU.
+"""The rows of a prompt sorted by expert and cut into tiles, all on the GPU.
 
 In: the experts chosen for each token. Out: an order of rows and tiles of it, for a kernel that takes a tile at a time
-(`tiles.expert_linear`). Nothing waits for the host, which knows only how many tiles there are at most. Of weights and
-activations it knows nothing.
+(`grouped`). Nothing waits for the host, which knows only how many tiles there are at most. Knows no weights and no
+activations.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TOKENS = 64  # rows of a tile
 
 @dataclass
 class Routing:
-    """The experts of each token, for all products that take the same: they are sorted once."""
+    """The experts of each token, sorted once for all products that take the same."""
 
     chosen: mx.array  # int [T, E']
     experts: int

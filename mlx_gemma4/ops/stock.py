@@ -1,8 +1,7 @@
 """The operations a model is made of, in stock MLX: the plain references that every kernel is held to.
 
-In: activations and weights, a weight being a dense `mx.array` [.., N, K], a `Packed` one straight from
-a GGUF's blocks, or an `Affine` one from an MLX safetensors folder. Out: activations in the dtype they
-came in. Nothing here knows a model.
+In: activations and weights: a dense `mx.array` [.., N, K], a `Packed` one straight from a GGUF's blocks, or an `Affine`
+one from an MLX safetensors folder. Out: activations in the dtype they came in. Knows no model.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 
 import mlx.core as mx
@@ -67,21 +66,25 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
     return gelu(gate) * up
 
 
+@cache
+def fused(f: Callable[..., Any], gpu: bool) -> Callable[..., Any]:
+    """`f` in as few launches as MLX can; on a CPU that would call a compiler."""
+    return mx.compile(f) if gpu else f
+
+
+def fused_geglu(gate: mx.array, up: mx.array) -> mx.array:
+    """gelu(gate) * up, in one launch where MLX can."""
+    y: mx.array = fused(geglu, not on_cpu())(gate, up)
+    return y
+
+
 def softcap(logits: mx.array, cap: float) -> mx.array:
     """cap * tanh(logits / cap): bends logits into (-cap, cap). 0 leaves them."""
     return cap * mx.tanh(logits / cap) if cap else logits
 
 
 def linear(x: mx.array, w: Weight) -> mx.array:
-    """x @ wᵀ.
-
-    Args:
-        x: [.., K].
-        w: [N, K].
-
-    Returns:
-        [.., N] in x's dtype.
-    """
+    """x @ wᵀ for x [.., K] and w [N, K]: [.., N] in x's dtype."""
     if isinstance(w, mx.array):
         return _dense_matmul(x, w)
     if isinstance(w, Affine):
@@ -115,15 +118,7 @@ def expert_linear(x: mx.array, w: Weight, chosen: mx.array) -> mx.array:
 
 
 def embed(ids: mx.array, table: Weight) -> mx.array:
-    """Rows of a table.
-
-    Args:
-        ids: int [T].
-        table: [V, K].
-
-    Returns:
-        fp32 [T, K].
-    """
+    """Rows of a table [V, K], fp32 [T, K], for ids int [T]."""
     if isinstance(table, mx.array):
         return table[ids].astype(mx.float32)
     if isinstance(table, Affine):
@@ -180,7 +175,7 @@ def attention(q: mx.array, parts: Sequence[KVView], scale: float, position: int,
 
 
 def _in_codes_space(q: mx.array, parts: Sequence[KVView], rotation: mx.array) -> tuple[mx.array, list[KVView]]:
-    """Queries and parts where scores between them and codes are what they are: rotated, or decoded, in q's dtype."""
+    """Queries and parts in the space of the codes, where scores are the same: rotated or dequantized, in q's dtype."""
     made = []
     for part in parts:
         if part.rotation is None:
@@ -213,7 +208,7 @@ def _numpy_attention(q: mx.array, parts: Sequence[KVView], scale: float, positio
 
 
 def _mask(queries: int, part: KVView, position: int, window: int | None) -> mx.array | None:
-    """Which keys of a part the queries from `position` on see: bool [T, n], or None where they see all."""
+    """The keys of a part that queries from `position` on see: bool [T, n]; None: all of them."""
     start, stop = part.start, part.start + part.keys.shape[2]
     if stop <= position + 1 and (window is None or start > position + queries - 1 - window):
         return None
@@ -224,7 +219,7 @@ def _mask(queries: int, part: KVView, position: int, window: int | None) -> mx.a
 
 
 def _dense_matmul(x: mx.array, w: mx.array) -> mx.array:
-    """x @ wᵀ for a dense [N, K]; a 16-bit weight is widened, some rows at a time, for x is not to lose bits to it."""
+    """x @ wᵀ for a dense [N, K]; a 16-bit weight is widened, some rows at a time, so that x keeps its precision."""
     if w.dtype == mx.float32 and _numpy_multiplies(x.size // x.shape[-1], w.size):
         rows = np.asarray(x.astype(mx.float32).reshape(-1, x.shape[-1]))
         return mx.array(rows @ np.asarray(w).T).reshape(*x.shape[:-1], -1).astype(x.dtype)
@@ -234,7 +229,7 @@ def _dense_matmul(x: mx.array, w: mx.array) -> mx.array:
 
 
 def _in_pieces(product: Callable[[mx.array, Any], mx.array], x: mx.array, w: mx.array | Packed) -> mx.array:
-    """A product that widens what it takes of a weight [N, K], piece by piece.
+    """A product that expands a weight [N, K] piece by piece.
 
     Each piece waits for the one before (`depends`), so that only one is ever wide.
     """
@@ -247,10 +242,10 @@ def _in_pieces(product: Callable[[mx.array, Any], mx.array], x: mx.array, w: mx.
 
 
 def _numpy_multiplies(rows: int, weights: int = 0) -> bool:
-    """Whether numpy is to multiply so many rows by so many weights: MLX's Linux wheels carry the reference BLAS.
+    """Returns True if numpy multiplies so many rows by so many weights faster: MLX on Linux has a slow BLAS.
 
     numpy's is 40 times as fast on a prompt and twice on the head, on two cores; for a few rows of less, handing
-    arrays over and back costs more than it gains (docs/log.md). macOS has Accelerate in MLX.
+    arrays over and back costs more than it gains (docs/log.md). On macOS MLX uses Accelerate.
     """
     return (rows >= 4 or weights >= 1 << 24) and sys.platform == "linux" and on_cpu()
 
@@ -303,8 +298,7 @@ def _quantized_matmul(
     mode: str = "affine",
 ) -> mx.array:
     """MLX's own product, plain or gathered by expert."""
+    options: dict[str, Any] = {"transpose": True, "group_size": group, "bits": bits, "mode": mode}
     if chosen is None:
-        return mx.quantized_matmul(x, codes, scales, biases, transpose=True, group_size=group, bits=bits, mode=mode)
-    return mx.gather_qmm(
-        x, codes, scales, biases, rhs_indices=chosen, transpose=True, group_size=group, bits=bits, mode=mode
-    )
+        return mx.quantized_matmul(x, codes, scales, biases, **options)
+    return mx.gather_qmm(x, codes, scales, biases, rhs_indices=chosen, **options)

@@ -23,6 +23,7 @@ from mlx_gemma4.doctor.sizes import Product, Sizes, sizes_of
 from mlx_gemma4.gpu import render
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.ops.dispatch import Kernels
+from mlx_gemma4.ops.op import OpKey
 
 MODEL = HERE / "31b-q8_0.gguf"
 PROMPT = prompts("31b")[0]
@@ -137,13 +138,13 @@ def test_a_kernel_that_fails_is_switched_off(
     launcher = Ailing(kernel, how)
     on(monkeypatch, launcher)
     model = load(MODEL, weights="packed").model
-    assert model.kernels is not None and model.kernels.off == {op}
+    assert model.kernels is not None and model.kernels.off == {OpKey.parse(op)}
     assert len(warnings(caplog)) == 1
     assert f"switched off, stock operations run instead: {op} {why}" in warnings(caplog)[0]
     launcher.launches.clear()
     assert reply(model) == reply(plain)
     assert kernel not in launcher.launches
-    assert verdict.usable_kernels() == Kernels(launcher, frozenset({op}))
+    assert verdict.usable_kernels() == Kernels(launcher, frozenset({OpKey.parse(op)}))
 
 
 class Dazed(HostPlayer):
@@ -177,7 +178,7 @@ def test_replayed_steps_are_checked_too(
     monkeypatch.setattr(Dazed, "how", how)
     monkeypatch.setattr(verdict, "kernels_of", lambda launcher, off: Kernels(launcher, off, player=Dazed))
     model = load(MODEL, weights="packed").model
-    assert model.kernels is not None and model.kernels.off == ({"replay"} if why else set())
+    assert model.kernels is not None and model.kernels.off == ({OpKey("replay")} if why else set())
     assert len(warnings(caplog)) == 1 and (f"instead: replay {why}" if why else "ok") in warnings(caplog)[0]
     assert reply(model) == reply(plain)
     again = load(MODEL, weights="packed").model
@@ -190,7 +191,7 @@ def test_a_kernel_that_fails_while_a_model_runs(how: str, plain: Model, caplog: 
     """One warning, and the reply of the references."""
     model = Model(plain.config, plain.weights, Kernels(Ailing("add_norm", how)))
     assert reply(model) == reply(plain)
-    assert model.kernels is not None and model.kernels.off == {"add_norm"}
+    assert model.kernels is not None and model.kernels.off == {OpKey("add_norm")}
     assert len(warnings(caplog)) == 1
     assert warnings(caplog)[0].startswith("Kernel add_norm fails here and is off")
 
@@ -247,7 +248,7 @@ def test_another_machine_is_checked_anew(change: str, monkeypatch: pytest.Monkey
 
 def test_the_text_of_the_kernels_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.metal").write_text("one")
-    monkeypatch.setattr(render, "_FOLDERS", (tmp_path / "none", tmp_path))
+    monkeypatch.setattr(render, "FOLDER", tmp_path)
     first = verdict.kernel_text.__wrapped__()
     (tmp_path / "a.metal").write_text("two")
     assert verdict.kernel_text.__wrapped__() != first

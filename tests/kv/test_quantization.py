@@ -15,6 +15,8 @@ from recorded import kl, prompts
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.kv import quantization
 from mlx_gemma4.ops import quantized_attention
+from mlx_gemma4.ops.op import OpKey
+from mlx_gemma4.ops.quantize_kv import quantize_kv
 from mlx_gemma4.ops.quantized_attention import QuantizedLaunchConfig
 
 KINDS = tuple(quantization.BITS)
@@ -173,7 +175,7 @@ def attend(
     dtype: mx.Dtype = mx.float16,
     out: mx.Dtype | None = None,
     launcher: Any = metal,
-    cut: QuantizedLaunchConfig | None = None,
+    config: QuantizedLaunchConfig | None = None,
     factor: float = 1.0,
     centered: bool = True,
     room: int = 64,
@@ -188,7 +190,7 @@ def attend(
     k, v = (mx.where(used, normal(1, g, room, dim, dtype=dtype, seed=s), nan) for s in (30, 31))
     rest = (rotation, (k, v), mx.array([tail], mx.int32))
     kwargs: dict[str, Any] = {"scale": 1.3 * dim**-0.5 * factor, "out": out}
-    got = quantized_attention.quantized_attention(q, quantized, *rest, launcher, cut=cut, **kwargs)
+    got = quantized_attention.quantized_attention(launcher, q, quantized, *rest, config=config, **kwargs)
     # Queries and weights are halves in the products: as good as fp16, whatever q is.
     check(got, quantized_attention.quantized_attention_reference(q, quantized, *rest, **kwargs), mx.float16, factor)
 
@@ -229,7 +231,7 @@ def test_attention_over_seven_parts() -> None:
 
 
 @pytest.mark.parametrize(
-    "cut",
+    "config",
     [
         QuantizedLaunchConfig(1, 1, 3),
         QuantizedLaunchConfig(2, 2, 1),
@@ -239,14 +241,14 @@ def test_attention_over_seven_parts() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_attention_cuts(kind: str, cut: QuantizedLaunchConfig) -> None:
-    attend(kind, (16, 1), 256, [300, 64], cut=cut)
+def test_attention_configurations(kind: str, config: QuantizedLaunchConfig) -> None:
+    attend(kind, (16, 1), 256, [300, 64], config=config)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_of_two_tiles_not_full(kind: str) -> None:
     """As the heads of 12B are over a long context, and a draft's tokens."""
-    attend(kind, (6, 1), 512, [70], tokens=2, cut=QuantizedLaunchConfig(4, 2, 1))
+    attend(kind, (6, 1), 512, [70], tokens=2, config=QuantizedLaunchConfig(4, 2, 1))
 
 
 @pytest.mark.parametrize("tail", [(0, 3), (70, 300), (500, 512), (0, 512)], ids=str)
@@ -262,7 +264,7 @@ def test_attention_over_a_tail_in_pieces(dim: int, tail: tuple[int, int]) -> Non
 def test_attention_of_many_pieces(dim: int, pieces: int) -> None:
     """More than the merge asks for at once; most have no tokens."""
     simdgroups = min(4, dim // 64)
-    attend("tq4", (2, 1), dim, [16 * simdgroups * 70], cut=QuantizedLaunchConfig(simdgroups, 1, pieces))
+    attend("tq4", (2, 1), dim, [16 * simdgroups * 70], config=QuantizedLaunchConfig(simdgroups, 1, pieces))
 
 
 def test_attention_of_scores_far_apart() -> None:
@@ -280,7 +282,7 @@ def test_encoding_in_a_kernel(kind: str, dim: int, dtype: mx.Dtype, centered: bo
         dim, 1 + 0.3 * normal(dim), mx.ones(dim), normal(2, dim, seed=9) if centered else None
     )
     k, v = (mx.concatenate([normal(1, 2, 9, dim, seed=s), mx.zeros((1, 2, 1, dim))], axis=2) for s in (1, 2))
-    got = quantized_attention.quantize_kv(k.astype(dtype), v.astype(dtype), rotation, kind, metal)
+    got = quantize_kv(metal, k.astype(dtype), v.astype(dtype), rotation, kind)
     want = quantization.quantize(k.astype(dtype), v.astype(dtype), rotation, kind)
     check(got[1], want[1], mx.float16)
     assert (np.array(got[0]) == np.array(want[0])).mean() > 0.99
@@ -294,9 +296,7 @@ def test_no_races_and_no_access_out_of_bounds() -> None:
     attend("tq4", (8, 1), 256, [100, 64], tokens=2, launcher=racing)
     attend("q8", (4, 1), 128, [70], launcher=racing, tail=(70, 300), room=512)
     for kind in KINDS:
-        quantized_attention.quantize_kv(
-            normal(1, 1, 3, 64), normal(1, 1, 3, 64), quantization.rotations(64), kind, racing
-        )
+        quantize_kv(racing, normal(1, 1, 3, 64), normal(1, 1, 3, 64), quantization.rotations(64), kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -313,4 +313,4 @@ def test_a_decode_step_in_kernels(kind: str, tmp_path: Path) -> None:
         assert np.abs(stock - kernel).max() <= 2e-3
         assert kl(stock, kernel) <= 1e-7
         assert kl(full, stock) <= {"q8": 1e-4, "tq4": 2e-2}[kind]
-    assert fused.kernels is not None and "quantized_attention" not in fused.kernels.off
+    assert fused.kernels is not None and OpKey("quantized_attention") not in fused.kernels.off

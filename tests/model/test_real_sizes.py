@@ -114,8 +114,8 @@ def test_experts_of_a_prompt_are_two_launches(packed: bool, monkeypatch: pytest.
 
 
 class Sink(Idle):
-    launches: ClassVar[list[recording.Launch]] = []
+    launches: ClassVar[list[recording.RecordedLaunch]] = []
     nbytes = 0
 
-    def load(self, launches: Sequence[recording.Launch], nbytes: int, *_: Any) -> None:
+    def load(self, launches: Sequence[recording.RecordedLaunch], nbytes: int, *_: Any) -> None:
         Sink.launches, Sink.nbytes = list(launches), nbytes

@@ -20,8 +20,9 @@ from mlx_gemma4.gpu.recording import Arena, Recording, dependencies, recorded, r
 from mlx_gemma4.model import replay
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.ops.dispatch import Kernels
+from mlx_gemma4.ops.op import OpKey
 
-OFF = frozenset(["expand"])  # tiles of a prompt, which round to fp16
+OFF = frozenset([OpKey("expand")])  # tiles of a prompt, which round to fp16
 
 
 def both(kind: str, tag: str, folder: Path, weights: Any = "packed") -> tuple[Model, Model]:
@@ -159,7 +160,7 @@ def test_a_greedy_reply_that_stops(tmp_path: Path) -> None:
 def test_what_cannot_be_recorded_runs_as_before(tmp_path: Path) -> None:
     """An operation that is off is stock MLX, which no recording takes."""
     plain, _ = both("12b", "q8_0", tmp_path)
-    model = Model(plain.config, plain.weights, Kernels(metal, OFF | {"add_norm"}, player=HostPlayer))
+    model = Model(plain.config, plain.weights, Kernels(metal, OFF | {OpKey("add_norm")}, player=HostPlayer))
     states = [plain.new_state(), model.new_state()]
     got = [np.array(m.forward(mx.array([7]), s)) for m, s in zip((plain, model), states, strict=True)]
     np.testing.assert_allclose(*got, atol=1e-3)

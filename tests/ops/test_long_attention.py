@@ -17,7 +17,9 @@ from kernel_cases import check, metal, normal, racing
 from mlx_gemma4.gpu import render
 from mlx_gemma4.kv.segments import SegmentLayout
 from mlx_gemma4.ops import attention, long_attention
-from mlx_gemma4.ops.long_attention import CORES, LongLaunchConfig, long_launch_config
+from mlx_gemma4.ops.dispatch import Kernels
+from mlx_gemma4.ops.long_attention import LongLaunchConfig, long_launch_config
+from mlx_gemma4.ops.tuning import Tuning
 
 # Where PTX's manual has them: a's element (i, k) with lane i % 8 * 4 + k % 8 / 2, in its word k / 8 * 2 + i / 8; b's
 # (k, j) with lane j * 4 + k % 8 / 2, in its word k / 8; c's (i, j) with lane i % 8 * 4 + j / 2, its number
@@ -56,7 +58,7 @@ def attend(
     dim: int,
     parts: Sequence[tuple[int, int, int]],
     tokens: int = 1,
-    cut: LongLaunchConfig | None = None,
+    config: LongLaunchConfig | None = None,
     launcher: Any = metal,
     factor: float = 1.0,
     **options: Any,
@@ -71,7 +73,7 @@ def attend(
         made.append((k, v))
     spans = mx.array([p[1:] for p in parts], mx.int32)
     options = {"scale": 1.3 * dim**-0.5, "out": mx.float32, **options}
-    got = long_attention.long_attention(q, made, spans, launcher, cut=cut, **options)
+    got = long_attention.long_attention(launcher, q, made, spans, config=config, **options)
     check(got, attention.attention_reference(q, made, spans, **options), mx.float16)
 
 
@@ -87,7 +89,7 @@ def test_head_sizes(dim: int, launcher: Any) -> None:
 @pytest.mark.parametrize("gqa", [1, 2, 3, 4, 8, 16])
 def test_heads_share_keys(gqa: int) -> None:
     attend((2 * gqa, 2), 64, [(80, 3, 78)])
-    attend((gqa, 1), 512, [(200, 3, 178), (64, 0, 9)], cut=LongLaunchConfig(8, 1 + (gqa > 8), 1))
+    attend((gqa, 1), 512, [(200, 3, 178), (64, 0, 9)], config=LongLaunchConfig(8, 1 + (gqa > 8), 1))
 
 
 @LAUNCHERS
@@ -100,19 +102,19 @@ def test_few_tokens(tokens: int, launcher: Any) -> None:
 @pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256])
 def test_lengths_at_the_edges(count: int) -> None:
     attend((2, 1), 128, [(256, 0, count)])
-    attend((2, 1), 128, [(256, 256 - count, 256), (64, 0, 1)], cut=LongLaunchConfig(2, 1, 2))
+    attend((2, 1), 128, [(256, 256 - count, 256), (64, 0, 1)], config=LongLaunchConfig(2, 1, 2))
 
 
 def test_eight_parts_of_which_some_are_empty() -> None:
     parts = [(64, 0, 64), (96, 40, 96), (64, 0, 0), (128, 0, 128), (70, 1, 70), (64, 63, 64), (300, 0, 300), (64, 0, 9)]
     for tokens in (1, 3):
-        for cut in (None, LongLaunchConfig(1, 1, 3), LongLaunchConfig(4, 2, 2, 4)):
-            attend((4, 1), 256, parts, tokens, cut)
+        for config in (None, LongLaunchConfig(1, 1, 3), LongLaunchConfig(4, 2, 2, 4)):
+            attend((4, 1), 256, parts, tokens, config)
 
 
 @LAUNCHERS
 @pytest.mark.parametrize(
-    "cut",
+    "config",
     [
         LongLaunchConfig(8, 1, 1),
         LongLaunchConfig(8, 2, 2, 4),
@@ -122,8 +124,8 @@ def test_eight_parts_of_which_some_are_empty() -> None:
     ],
     ids=str,
 )
-def test_cuts(cut: LongLaunchConfig, launcher: Any) -> None:
-    attend((16, 1), 512, [(300, 5, 300), (64, 0, 33)], cut=cut, launcher=launcher)
+def test_configurations(config: LongLaunchConfig, launcher: Any) -> None:
+    attend((16, 1), 512, [(300, 5, 300), (64, 0, 33)], config=config, launcher=launcher)
 
 
 @LAUNCHERS
@@ -137,7 +139,7 @@ def test_another_dtype_and_arrays_without_a_batch() -> None:
     attend((2, 1), 64, [(90, 0, 90)], out=mx.bfloat16)
     q, k, v = (normal(*s, dtype=mx.float16) for s in ((1, 2, 64), (1, 1, 70, 64), (1, 1, 70, 64)))
     spans = mx.array([[0, 70]], mx.int32)
-    got = [long_attention.long_attention(q, [part], spans, metal, scale=1.0) for part in ((k, v), (k[0], v[0]))]
+    got = [long_attention.long_attention(metal, q, [part], spans, scale=1.0) for part in ((k, v), (k[0], v[0]))]
     assert mx.array_equal(*got)
 
 
@@ -146,34 +148,49 @@ def test_another_dtype_and_arrays_without_a_batch() -> None:
 def test_one_wave(heads: tuple[int, int], length: int) -> None:
     ends = [0, *SegmentLayout().ends(length - 33)]
     parts = [b - a for a, b in pairwise(ends)] + [64]
-    cut = long_launch_config(parts, heads[0] // heads[1], heads[1], 512)
-    assert cut.pieces(parts) * heads[1] <= 2 * CORES
-    if cut.share > 1:
-        step = 1 << max(0, cut.share.bit_length() - 3)
-        assert replace(cut, share=cut.share - step).pieces(parts) * heads[1] > 2 * CORES
+    config = long_launch_config(parts, heads[0] // heads[1], heads[1], 512)
+    assert config.pieces(parts) * heads[1] <= 2 * Tuning().cores
+    if config.share > 1:
+        step = 1 << max(0, config.share.bit_length() - 3)
+        assert replace(config, share=config.share - step).pieces(parts) * heads[1] > 2 * Tuning().cores
     if length > 30000 and heads[1] < 16:  # nearly all of the GPU has work, and as much
-        assert cut.share * cut.pieces(parts) * heads[1] / (2 * CORES) > 0.9 * cut.share * (length != 40000)
+        assert config.share * config.pieces(parts) * heads[1] / (2 * Tuning().cores) > 0.9 * config.share * (
+            length != 40000
+        )
 
 
-def test_attention_takes_it_for_long_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["works", "fails", "is off"])
+def test_attention_takes_it_for_long_contexts(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it fails or is off, the kernel for fewer tokens does its work, not the reference."""
     launched = []
 
     def counting(**declared: Any) -> Any:
         launched.append(declared["name"].rsplit("_", 1)[0])
+        if how == "fails" and launched[-1] == "long_attention":
+            raise RuntimeError("no such function")
         return metal(**declared)
 
     monkeypatch.setattr(long_attention, "LONG", 150)
     q, spans = normal(1, 4, 64, dtype=mx.float16), mx.array([[0, 100], [0, 20]], mx.int32)
     parts = [(normal(1, n, 64, dtype=mx.float16, seed=n), normal(1, n, 64, dtype=mx.float16)) for n in (100, 64)]
-    got = attention.attention(q, parts, spans, counting, scale=0.1)
-    assert launched == ["long_attention", "merge"]
+    key = attention.LONG_ATTENTION.key
+    run = Kernels(counting, frozenset([key] if how == "is off" else []))
+    got = run.attention(q, parts, spans, scale=0.1, window=0)
+    assert (
+        launched
+        == {
+            "works": ["long_attention", "merge"],
+            "fails": ["long_attention", "attention", "merge"],
+            "is off": ["attention", "merge"],
+        }[how]
+    )
+    assert run.off == (set() if how == "works" else {key}) and str(key) == "attention long"
     check(got, attention.attention_reference(q, parts, spans, scale=0.1), mx.float16)
     launched.clear()
-    attention.attention(q, parts, spans, counting, scale=0.1, window=50)
-    attention.attention(q, parts[:1], spans[:1], counting, scale=0.1)
-    attention.attention(q, parts, spans, counting, scale=0.1, cut=attention.LaunchConfig(2))
-    fp32 = [tuple(a.astype(mx.float32) for a in part) for part in parts]
-    attention.attention(q.astype(mx.float32), fp32, spans, counting, scale=0.1)  # type: ignore[arg-type]
+    run.attention(q, parts, spans, scale=0.1, window=50)
+    run.attention(q, parts[:1], spans[:1], scale=0.1, window=0)
+    fp32 = [(k.astype(mx.float32), v.astype(mx.float32)) for k, v in parts]
+    run.attention(q.astype(mx.float32), fp32, spans, scale=0.1, window=0)
     assert "long_attention" not in launched
 
 

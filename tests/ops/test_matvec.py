@@ -23,12 +23,13 @@ from kernel_cases import exact, random, weight
 
 from mlx_gemma4.gpu import cuda_compiler, render
 from mlx_gemma4.ops import matvec
+from mlx_gemma4.ops.epilogue import Epilogue
 from mlx_gemma4.quant.formats import FORMATS, Packed
 
 LIMITS = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 1e-3}
 DTYPES = list(LIMITS)
 NUMPY = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: ml_dtypes.bfloat16}
-CUTS = [  # by turns, so that every kind of cut meets several formats
+CONFIGS = [  # by turns, so that every kind of tiling meets several formats
     matvec.Tiling(lanes=8, rows=2, split=4, simdgroups=4, prefetch=False),
     matvec.Tiling(lanes=16, rows=4, split=1, simdgroups=2, prefetch=True),
     matvec.Tiling(lanes=4, rows=2, split=2, simdgroups=4, chunk=64, prefetch=False),
@@ -72,20 +73,20 @@ def rms(x: np.ndarray, weight: np.ndarray | float = 1.0, eps: float = 1e-6) -> n
 @pytest.mark.parametrize("name", FORMATS)
 def test_matvec(name: str, dtype: mx.Dtype, launcher: render.Launcher) -> None:
     """Rows that fill no threadgroup, lengths that fill no step: 704 is the expert width of 26B-A4B."""
-    cut = CUTS[(list(FORMATS).index(name) + DTYPES.index(dtype)) % len(CUTS)]
+    config = CONFIGS[(list(FORMATS).index(name) + DTYPES.index(dtype)) % len(CONFIGS)]
     lengths = (256, 1280) if GGML_QUANT_SIZES[GGMLQuantizationType[name]][0] == 256 else (64, 704)
     for n, k in zip((9, 45), lengths, strict=True):
         w, values = weight(name, n, k)
         x = random(1, 1, k, dtype=dtype)
-        close(matvec.matvec(x, w, launcher, cut=cut), exact(x) @ values.T, dtype)
+        close(matvec.matvec(launcher, x, w, config=config), exact(x) @ values.T, dtype)
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut.lanes}x{cut.rows}x{cut.split}")
-def test_cuts(cut: matvec.Tiling, launcher: render.Launcher) -> None:
-    """A type with pairs and mins under every cut, several tokens at once."""
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.lanes}x{config.rows}x{config.split}")
+def test_configurations(config: matvec.Tiling, launcher: render.Launcher) -> None:
+    """A type with pairs and mins under every tiling, several tokens at once."""
     w, values = weight("Q4_K", 45, 1280)
     x = random(2, 3, 1280, dtype=mx.float16)
-    close(matvec.matvec(x, w, launcher, cut=cut), exact(x) @ values.T, mx.float16)
+    close(matvec.matvec(launcher, x, w, config=config), exact(x) @ values.T, mx.float16)
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "IQ4_XS"])
@@ -94,7 +95,7 @@ def test_short_rows_narrow_the_loads(name: str, launcher: render.Launcher) -> No
     k = 96 if name == "Q4_0" else 256
     w, values = weight(name, 33, k)
     x = random(3, 1, k)
-    close(matvec.matvec(x, w, launcher, cut=CUTS[2]), exact(x) @ values.T, mx.float32)
+    close(matvec.matvec(launcher, x, w, config=CONFIGS[2]), exact(x) @ values.T, mx.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -104,7 +105,7 @@ def test_gate_up(name: str, dtype: mx.Dtype, launcher: render.Launcher) -> None:
     w, values = weight(name, 2 * 35, 512)
     x, norm = random(4, 2, 512, dtype=dtype), mx.abs(random(5, 512)) + 0.5
     gate, up = np.split(rms(exact(x), exact(norm)) @ values.T, 2, axis=-1)
-    got = matvec.matvec(x, w, launcher, norm=norm, glu=True, factor=1 / 16, cut=CUTS[0])
+    got = matvec.matvec(launcher, x, w, Epilogue(glu=True, factor=1 / 16), norm=norm, config=CONFIGS[0])
     close(got, gelu(gate) * up / 16, dtype)
 
 
@@ -112,7 +113,7 @@ def test_gelu_times(launcher: render.Launcher) -> None:
     """The gate of per-layer embeddings: GELU, times the token's own embedding."""
     w, values = weight("Q5_K", 40, 512)
     x, times = random(9, 2, 512, dtype=mx.float16), random(10, 2, 40, dtype=mx.float16)
-    got = matvec.matvec(x, w, launcher, times=times, cut=CUTS[0])
+    got = matvec.matvec(launcher, x, w, times=times, config=CONFIGS[0])
     close(got, gelu(exact(x) @ values.T) * exact(times), mx.float16)
 
 
@@ -120,7 +121,7 @@ def test_experts_whose_gate_and_up_are_apart(launcher: render.Launcher) -> None:
     """Up's rows of each chosen expert, then gate's: GELU, times those."""
     w, values = weight("Q4_K", 3, 24, 256)
     x, times, ids = random(9, 1, 256), random(10, 2, 24), mx.array([2, 0], mx.int32)
-    got = matvec.matvec(x, w, launcher, times=times, factor=1 / 16, ids=ids)
+    got = matvec.matvec(launcher, x, w, Epilogue(factor=1 / 16), times=times, ids=ids)
     want = values[[2, 0]] @ exact(x)[0]
     close(got, gelu(want) * exact(times) / 16, mx.float32)
 
@@ -131,7 +132,7 @@ def test_gate_up_far_from_zero(launcher: render.Launcher) -> None:
     x = random(6, 1, 64) * 1000
     gate, up = np.split(exact(x) @ values.T, 2, axis=-1)
     assert np.abs(gate).max() > 1e3
-    close(matvec.matvec(x, w, launcher, glu=True, cut=CUTS[0]), gelu(gate) * up, mx.float32)
+    close(matvec.matvec(launcher, x, w, Epilogue(glu=True), config=CONFIGS[0]), gelu(gate) * up, mx.float32)
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q5_1", "IQ4_NL"])
@@ -143,19 +144,19 @@ def test_experts(name: str, launcher: render.Launcher) -> None:
     for rows in (1, 3):
         x = random(7, rows, k, dtype=mx.float16)
         products = np.einsum("enk,ek->en", values[[3, 0, 4]], np.broadcast_to(exact(x), (3, k)))
-        got = matvec.matvec(x, w, launcher, ids=ids, cut=CUTS[0])
+        got = matvec.matvec(launcher, x, w, ids=ids, config=CONFIGS[0])
         close(got, products, mx.float16)
         gate, up = np.split(products, 2, axis=-1)
-        got = matvec.matvec(x, w, launcher, ids=ids, glu=True, cut=CUTS[1])
+        got = matvec.matvec(launcher, x, w, Epilogue(glu=True), ids=ids, config=CONFIGS[1])
         close(got, gelu(gate) * up, mx.float16)
 
 
 def test_own_tiling(launcher: render.Launcher) -> None:
-    """The cut that is chosen for a shape, many rows and few."""
+    """The tiling that is chosen for a shape, many rows and few."""
     for n, k in ((8200, 64), (50, 2880)):
         w, values = weight("Q8_0", n, k)
         x = random(11, 1, k, dtype=mx.float16)
-        close(matvec.matvec(x, w, launcher), exact(x) @ values.T, mx.float16)
+        close(matvec.matvec(launcher, x, w), exact(x) @ values.T, mx.float16)
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ4_XS"])
@@ -168,9 +169,9 @@ def test_staged_x_has_no_race(name: str) -> None:
 
     w, values = weight(name, 45, 1280)
     x, norm = random(12, 1, 1280), mx.abs(random(13, 1280)) + 0.5
-    cut = matvec.Tiling(lanes=8, rows=4, split=3, simdgroups=6)
+    config = matvec.Tiling(lanes=8, rows=4, split=3, simdgroups=6)
     want = rms(exact(x), exact(norm)) @ values.T
-    close(matvec.matvec(x, w, racing, norm=norm, cut=cut), want, mx.float32)
+    close(matvec.matvec(racing, x, w, norm=norm, config=config), want, mx.float32)
 
 
 def test_cuda_text_keeps_threadgroup_memory_shared() -> None:
@@ -255,13 +256,15 @@ def test_tables_by_bytes(name: str, dtype: mx.Dtype) -> None:
         x[0, 7::64] *= factor
         x[0, 64:96] = 0
         few = mx.array(x).astype(dtype)
-        for cut in (CUTS[0], CUTS[2], matvec.Tiling(lanes=16, rows=8, split=3, simdgroups=3)):
-            (got,) = np.array(matvec.matvec(few, w, as_cuda, cut=cut, out=mx.float32))
+        for config in (CONFIGS[0], CONFIGS[2], matvec.Tiling(lanes=16, rows=8, split=3, simdgroups=3)):
+            (got,) = np.array(matvec.matvec(as_cuda, few, w, Epilogue(out=mx.float32), config=config))
             (want,) = exact(few) @ values.T
             assert np.linalg.norm(got - want) / np.linalg.norm(want) <= limit
     for odd in (np.nan, np.inf):
         x[0, 40] = odd
-        (got,) = np.array(matvec.matvec(mx.array(x).astype(dtype), w, as_cuda, cut=CUTS[0], out=mx.float32))
+        (got,) = np.array(
+            matvec.matvec(as_cuda, mx.array(x).astype(dtype), w, Epilogue(out=mx.float32), config=CONFIGS[0])
+        )
         assert not np.isfinite(got).any()
 
 
@@ -284,7 +287,7 @@ def test_every_pair_of_codes_by_bytes(name: str) -> None:
         x = np.zeros((1, 256), np.float32)
         x[0, 8 + j] = 3
         x[0, 16 + j] = 5
-        got = matvec.matvec(mx.array(x).astype(mx.float16), w, as_cuda, cut=CUTS[0], out=mx.float32)
+        got = matvec.matvec(as_cuda, mx.array(x).astype(mx.float16), w, Epilogue(out=mx.float32), config=CONFIGS[0])
         value = [lut[(codes[:, word] >> (4 * j)) & 15] for word in (1, 2)]
         assert np.array_equal(np.array(got)[0], 3 * value[0] + 5 * value[1])
 
@@ -292,4 +295,4 @@ def test_every_pair_of_codes_by_bytes(name: str) -> None:
 def test_logits_in_fp32(launcher: render.Launcher) -> None:
     w, values = weight("Q6_K", 40, 512)
     x = random(8, 1, 512, dtype=mx.bfloat16)
-    close(matvec.matvec(x, w, launcher, out=mx.float32, cut=CUTS[0]), exact(x) @ values.T, mx.float32)
+    close(matvec.matvec(launcher, x, w, Epilogue(out=mx.float32), config=CONFIGS[0]), exact(x) @ values.T, mx.float32)

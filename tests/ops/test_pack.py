@@ -19,6 +19,7 @@ from mlx_gemma4.loading.from_gguf import gguf_source
 from mlx_gemma4.loading.loader import load_model
 from mlx_gemma4.ops import pack
 from mlx_gemma4.ops.dispatch import Kernels
+from mlx_gemma4.ops.op import OpKey
 from mlx_gemma4.quant import formats
 from mlx_gemma4.quant.formats import FORMATS, Packed
 
@@ -99,7 +100,7 @@ def test_joined_rows(experts: tuple[int, ...], piece: int, monkeypatch: pytest.M
 def test_races_and_bounds(name: str) -> None:
     size = FORMATS[name].layout.size
     raw = random_rows(name, 5, 3 * size)
-    made = pack.launch(mx.array(raw.reshape(-1)), name, racing)
+    made = pack.pack_blocks(racing, mx.array(raw.reshape(-1)), name)
     want = formats.pack_on_cpu(raw, name, (5, 3 * size))
     for plane, a in made.items():
         assert np.array(a).tobytes() == np.array(getattr(want, plane)).tobytes()
@@ -158,7 +159,7 @@ def test_a_wrong_kernel_is_found_before_it_is_used(how: str, why: str, caplog: p
     run, raw = Kernels(ill(how)), random_rows("Q4_K", 4, 512)
     for _ in range(2):
         same(pack.pack_on_gpu([raw], "Q4_K", (4, 512), run), formats.pack_on_cpu(raw, "Q4_K", (4, 512)))
-    assert run.off == {"pack Q4_K"}
+    assert run.off == {OpKey("pack", "Q4_K")}
     lines = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     assert lines == [f"Kernel pack Q4_K fails here and is off, the CPU does its work instead: {why}"]
 
@@ -168,7 +169,7 @@ def test_what_is_off_stays_off() -> None:
         raise AssertionError
 
     raw = random_rows("Q6_K", 2, 256)
-    for off in ("pack", "pack Q6_K"):
+    for off in (OpKey("pack"), OpKey("pack", "Q6_K")):
         run = Kernels(never, frozenset([off]))
         same(pack.pack_on_gpu([raw], "Q6_K", (2, 256), run), formats.pack_on_cpu(raw, "Q6_K", (2, 256)))
         assert run.off == {off}

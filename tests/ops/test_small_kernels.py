@@ -16,6 +16,7 @@ from kernel_cases import DTYPES, check, eager, metal, normal, racing
 
 from mlx_gemma4.files.gguf import TENSOR_TYPES
 from mlx_gemma4.ops import attention, choose, dense, embed, norms, qkv
+from mlx_gemma4.ops.epilogue import Epilogue, product_reference
 from mlx_gemma4.quant import formats
 
 EPS = 1e-6
@@ -33,7 +34,7 @@ def attend(
     window: int = 0,
     launcher: Any = metal,
     out: mx.Dtype | None = None,
-    cut: attention.LaunchConfig | None = None,
+    config: attention.LaunchConfig | None = None,
 ) -> None:
     """Attention over parts (capacity, start, end); what lies outside of start and end is NaN."""
     h, g = heads
@@ -46,7 +47,7 @@ def attend(
         made.append((k, v))
     spans = mx.array([p[1:] for p in parts], mx.int32)
     kwargs: dict[str, Any] = {"scale": 1.3 * dim**-0.5, "window": window, "out": out}
-    got = attention.attention(q, made, spans, launcher, cut=cut, **kwargs)
+    got = attention.attention(launcher, q, made, spans, config=config, **kwargs)
     check(got, attention.attention_reference(q, made, spans, **kwargs), dtype)
 
 
@@ -97,8 +98,8 @@ def test_attention_few_tokens_under_a_window(tokens: int, window: int) -> None:
 
 def test_attention_takes_arrays_with_a_batch_of_one() -> None:
     q, k, v, spans = normal(1, 2, 32), normal(1, 1, 70, 32), normal(1, 1, 70, 32, seed=1), mx.array([[0, 70]], mx.int32)
-    got = attention.attention(q, [(k, v)], spans, metal, scale=1.0)
-    assert mx.array_equal(got, attention.attention(q, [(k[0], v[0])], spans, metal, scale=1.0))
+    got = attention.attention(metal, q, [(k, v)], spans, scale=1.0)
+    assert mx.array_equal(got, attention.attention(metal, q, [(k[0], v[0])], spans, scale=1.0))
 
 
 @pytest.mark.parametrize("window", [1, 90])
@@ -107,7 +108,7 @@ def test_attention_windows(window: int) -> None:
     attend(mx.float16, (2, 1), 32, [(600, 300, 600), (64, 0, 8)], 2, window)
 
 
-CUTS = [
+CONFIGS = [
     attention.LaunchConfig(2, 1, 2, 40),
     attention.LaunchConfig(4, 8, 3, 999),
     attention.LaunchConfig(3, 2, 1),
@@ -116,27 +117,27 @@ CUTS = [
 ]
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=str)
-def test_attention_cuts(cut: attention.LaunchConfig) -> None:
-    attend(mx.float16, (8, 2), 64, [(300, 5, 300), (64, 0, 33)], 2, cut=cut)
-    attend(mx.float32, (4, 1), 96, [(70, 66, 70), (130, 129, 129), (64, 0, 20)], 2, window=15, cut=cut)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_attention_configurations(config: attention.LaunchConfig) -> None:
+    attend(mx.float16, (8, 2), 64, [(300, 5, 300), (64, 0, 33)], 2, config=config)
+    attend(mx.float32, (4, 1), 96, [(70, 66, 70), (130, 129, 129), (64, 0, 20)], 2, window=15, config=config)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "keys"), [(1, 1), (2, 4), (4, 2), (8, 2)])
 @pytest.mark.parametrize("dim", [32, 96, 256, 512])
 def test_attention_that_loads_all_at_once(dim: int, rows: int, keys: int, dtype: mx.Dtype) -> None:
-    cut = attention.LaunchConfig(rows, 4, keys, 50)
-    attend(dtype, (4, 1), dim, [(90, 80, 90), (64, 0, 64), (64, 0, 9)], 2, window=70, launcher=eager, cut=cut)
+    config = attention.LaunchConfig(rows, 4, keys, 50)
+    attend(dtype, (4, 1), dim, [(90, 80, 90), (64, 0, 64), (64, 0, 9)], 2, window=70, launcher=eager, config=config)
 
 
 @pytest.mark.parametrize("threadgroups", [1, 12, 40, 200, 10_000])
 def test_attention_pieces_with_nothing_in_use(threadgroups: int) -> None:
     """Pieces of a part whose span begins late, ends early or is empty, and of one that the window does not reach."""
-    cut = attention.LaunchConfig(2, 1, 1, threadgroups)
+    config = attention.LaunchConfig(2, 1, 1, threadgroups)
     parts = [(90, 80, 90), (64, 0, 3), (64, 64, 64), (200, 0, 200), (64, 0, 7)]
     for tokens, window in ((1, 0), (1, 10), (4, 0), (4, 100), (7, 1)):
-        attend(mx.float16, (2, 1), 32, parts, tokens, window, cut=cut)
+        attend(mx.float16, (2, 1), 32, parts, tokens, window, config=config)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8])
@@ -154,10 +155,10 @@ def test_attention_of_a_sliding_layer(heads: tuple[int, int], tokens: int) -> No
 )
 @pytest.mark.parametrize("across", [1, 4, 16, 64])
 def test_attention_pieces_are_about_as_many_as_asked_for(lengths: list[int], across: int) -> None:
-    cut = attention.LaunchConfig(8, keys=2, threadgroups=384)
-    pieces = cut.pieces(lengths, across)
+    config = attention.LaunchConfig(8, keys=2, threadgroups=384)
+    pieces = config.pieces(lengths, across)
     assert len(lengths) <= pieces <= max(384 // across, 2 * len(lengths))
-    assert pieces == cut.blocks(lengths) or 2 * pieces >= 384 // across
+    assert pieces == config.blocks(lengths) or 2 * pieces >= 384 // across
 
 
 def test_attention_gives_another_dtype() -> None:
@@ -171,7 +172,7 @@ def test_attention_of_a_key_far_above_the_rest() -> None:
     k, v = normal(1, 300, 64, seed=1) * 10, normal(1, 300, 64, seed=2)
     spans = mx.array([[0, 300]], mx.int32)
     check(
-        attention.attention(q, [(k, v)], spans, metal, scale=1.0),
+        attention.attention(metal, q, [(k, v)], spans, scale=1.0),
         attention.attention_reference(q, [(k, v)], spans, scale=1.0),
         mx.float32,
     )
@@ -211,7 +212,7 @@ def check_qkv(
     )
     options = {"heads": h, "kv_heads": g, "eps": EPS, "dtype": kv_dtype}
     options |= {"value_norm": kind != "gemma3", "v_is_k": kind.startswith("k=v")}
-    got = qkv.qkv_post(*arguments, launcher, **options)
+    got = qkv.qkv_post(launcher, *arguments, **options)
     want = qkv.qkv_post_reference(*arguments, **options)
     limit = kv_dtype if dtype == mx.float32 else dtype
     check(got[0], want[0], limit)
@@ -245,7 +246,7 @@ def test_qkv_post_tail_at_the_edges(count: int) -> None:
 def test_rotations(dim: int, tokens: int, position: int) -> None:
     """Of angles rounded to fp32, as stock RoPE has them; then to fp32's last bits, far from 0 too."""
     far = mx.array([position], mx.int32)
-    got = qkv.rotations(far, wavelengths(dim), metal, tokens=tokens)
+    got = qkv.rotations(metal, far, wavelengths(dim), tokens=tokens)
     a = np.arange(position, position + tokens, dtype=np.float32)[:, None] * (np.float32(1) / np.array(wavelengths(dim)))
     want = np.stack([np.cos(a.astype(np.float64)), np.sin(a.astype(np.float64))], axis=1)
     np.testing.assert_allclose(np.array(got), want, rtol=0, atol=2e-7)
@@ -280,11 +281,12 @@ def add_norm(
         "experts": {"experts": (normal(tokens, 3, k, dtype=dtypes[1], seed=7), share, norm1, norm2)},
     }
     chosen = {"eps": EPS, **{name: a for option in options for name, a in kwargs[option].items()}}
-    got, want = norms.add_norm(x, h, post, launcher, **chosen), norms.add_norm_reference(x, h, post, **chosen)
+    got, want = norms.add_norm(launcher, x, h, post, **chosen), norms.add_norm_reference(x, h, post, **chosen)
     check(got[0], want[0], dtypes[0])
-    assert (got[1] is None) == ("next" not in options)
-    if got[1] is not None and want[1] is not None:
+    if "next" in options:
         check(got[1], want[1], dtypes[1])
+    else:
+        assert got[1] is got[0] and want[1] is want[0]
 
 
 @pytest.mark.parametrize(
@@ -313,17 +315,18 @@ def test_add_norm_widths(k: int) -> None:
 def test_dense(dtype: mx.Dtype, w_dtype: mx.Dtype) -> None:
     for tokens, n, k in ((1, 128, 2816), (3, 5, 40), (2, 601, 264), (1, 4097, 72)):
         x, w = normal(tokens, k, dtype=dtype) * 5, normal(n, k, dtype=w_dtype, seed=1) * k**-0.5
-        check(dense.dense(x, w, metal), dense.dense_reference(x, w), dtype)
+        check(dense.dense(metal, x, w), product_reference(x, w), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dense_with_norm_and_times(dtype: mx.Dtype) -> None:
     """The router's product, and the gate of the per-layer embedding."""
     x, w = normal(2, 264, dtype=dtype) * 5, normal(33, 264, seed=1) * 0.1
-    router: dict[str, Any] = {"norm": 1 + normal(264, seed=2), "eps": EPS, "factor": 264**-0.5, "out": mx.float32}
-    check(dense.dense(x, w, metal, **router), dense.dense_reference(x, w, **router), mx.float32)
-    gate: dict[str, Any] = {"times": normal(2, 33, dtype=dtype, seed=3), "factor": 1 / 16}
-    check(dense.dense(x, w, metal, **gate), dense.dense_reference(x, w, **gate), dtype)
+    epilogue = Epilogue(factor=264**-0.5, out=mx.float32, eps=EPS)
+    router: dict[str, Any] = {"epilogue": epilogue, "norm": 1 + normal(264, seed=2)}
+    check(dense.dense(metal, x, w, **router), product_reference(x, w, **router), mx.float32)
+    gate: dict[str, Any] = {"times": normal(2, 33, dtype=dtype, seed=3), "epilogue": Epilogue(factor=1 / 16)}
+    check(dense.dense(metal, x, w, **gate), product_reference(x, w, **gate), dtype)
 
 
 # ---------------------------------------------------------------- choices
@@ -333,7 +336,7 @@ def test_dense_with_norm_and_times(dtype: mx.Dtype) -> None:
 def test_top_k(experts: int, used: int) -> None:
     scores = normal(4, experts) * 3
     scale = 1 + normal(experts, seed=1) if used != 2 else None
-    ids, share = choose.top_k(scores, used, metal, scale=scale)
+    ids, share = choose.top_k(metal, scores, used, scale=scale)
     want_ids, want_share = choose.top_k_reference(scores, used, scale=scale)
     assert mx.array_equal(ids, want_ids)
     check(share, want_share, mx.float32)
@@ -342,22 +345,22 @@ def test_top_k(experts: int, used: int) -> None:
 def test_top_k_takes_the_lower_of_equals() -> None:
     scores = mx.zeros((1, 64))
     scores[0, 40] = 1.0
-    assert choose.top_k(scores, 4, metal)[0].tolist() == [[40, 0, 1, 2]]
+    assert choose.top_k(metal, scores, 4)[0].tolist() == [[40, 0, 1, 2]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_argmax(dtype: mx.Dtype) -> None:
     for tokens, n in ((1, 1), (2, 1023), (3, 5000), (1, 40000)):
         logits = normal(tokens, n, dtype=dtype) * 8  # 16-bit logits are full of ties
-        assert mx.array_equal(choose.argmax(logits, metal), choose.argmax_reference(logits))
+        assert mx.array_equal(choose.argmax(metal, logits), choose.argmax_reference(logits))
 
 
 def test_argmax_takes_the_lowest_of_equals() -> None:
     for n in (700, 9000):
-        assert choose.argmax(mx.full((1, n), -3.5), metal).tolist() == [0]
+        assert choose.argmax(metal, mx.full((1, n), -3.5)).tolist() == [0]
         logits = mx.zeros((1, n))
         logits[0, [n - 1, n // 2, n // 3]] = 2.0
-        assert choose.argmax(logits, metal).tolist() == [n // 3]
+        assert choose.argmax(metal, logits).tolist() == [n // 3]
 
 
 # ---------------------------------------------------------------- embeddings
@@ -381,7 +384,7 @@ def table(name: str, rows: int, k: int) -> mx.array | formats.Packed:
 def test_embed(name: str) -> None:
     ids = mx.array([3, 0, 4], mx.int32)
     weights = table(name, 5, 512)
-    check(embed.embed(ids, weights, 7.5, metal), embed.embed_reference(ids, weights, 7.5), mx.float32)
+    check(embed.embed(metal, ids, weights, 7.5), embed.embed_reference(ids, weights, 7.5), mx.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -389,14 +392,14 @@ def test_embed(name: str) -> None:
 def test_ple_inputs(name: str, dtype: mx.Dtype) -> None:
     ids, weights, norm = mx.array([1, 4], mx.int32), table(name, 5, 5 * 256), 1 + normal(256, seed=1)
     proj = normal(2, 5 * 256, dtype=dtype) * 3
-    got = embed.ple_inputs(ids, proj, norm, weights, 0.03, metal, eps=EPS)
+    got = embed.ple_inputs(metal, ids, proj, norm, weights, 0.03, eps=EPS)
     check(got, embed.ple_inputs_reference(ids, proj, norm, weights, 0.03, eps=EPS), dtype)
 
 
 def test_ple_inputs_of_an_odd_width() -> None:
     ids, weights, norm = mx.array([2], mx.int32), table("Q8_0", 3, 3 * 96), 1 + normal(96, seed=1)
     proj = normal(1, 3 * 96)
-    got = embed.ple_inputs(ids, proj, norm, weights, 0.03, metal, eps=EPS)
+    got = embed.ple_inputs(metal, ids, proj, norm, weights, 0.03, eps=EPS)
     check(got, embed.ple_inputs_reference(ids, proj, norm, weights, 0.03, eps=EPS), mx.float32)
 
 
@@ -416,17 +419,17 @@ def test_no_races_and_no_access_out_of_bounds() -> None:
         [(90, 70, 90), (64, 9, 9), (64, 0, 7)],
         2,
         launcher=racing,
-        cut=attention.LaunchConfig(2, 8, 1),
+        config=attention.LaunchConfig(2, 8, 1),
     )
-    attend(mx.float16, (4, 1), 64, [(90, 70, 90), (64, 9, 9), (64, 0, 7)], 2, launcher=racing, cut=CUTS[0])
+    attend(mx.float16, (4, 1), 64, [(90, 70, 90), (64, 9, 9), (64, 0, 7)], 2, launcher=racing, config=CONFIGS[0])
     for kind in ("apart", "joined", "q alone"):
         check_qkv(mx.float16, kind, (6, 2), 64, tokens=2, kv_dtype=mx.float16, launcher=racing)
-    qkv.rotations(mx.array([5]), wavelengths(96), racing, tokens=2)
+    qkv.rotations(racing, mx.array([5]), wavelengths(96), tokens=2)
     add_norm((mx.float32, mx.float16), 2816, 1, ("next", "experts", "scale"), launcher=racing)
     add_norm((mx.float32, mx.float16), 96, 2, ("next",), launcher=racing)
     ids, weights = mx.array([3, 0, 4], mx.int32), table("Q6_K", 5, 512)
-    embed.embed(ids, weights, 7.5, racing)
-    embed.ple_inputs(ids, normal(3, 512), normal(256), weights, 1.0, racing, eps=EPS)
-    dense.dense(normal(2, 40), normal(5, 40), racing, norm=normal(40), times=normal(2, 5))
-    choose.top_k(normal(4, 60), 8, racing)
-    choose.argmax(normal(2, 5000), racing)
+    embed.embed(racing, ids, weights, 7.5)
+    embed.ple_inputs(racing, ids, normal(3, 512), normal(256), weights, 1.0, eps=EPS)
+    dense.dense(racing, normal(2, 40), normal(5, 40), norm=normal(40), times=normal(2, 5))
+    choose.top_k(racing, normal(4, 60), 8)
+    choose.argmax(racing, normal(2, 5000))

@@ -1,0 +1,51 @@
+"""What a product does beside multiplying: a norm before, GEGLU or a factor after; and its reference in stock MLX."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from . import stock
+from .stock import Weight
+
+# GEGLU's results are stored times this, for fp16's range; the norm after the down projection undoes it.
+SHRINK = 1 / 16
+
+
+class Epilogue(NamedTuple):
+    """The options of a product that are no arrays; part of the keys of caches."""
+
+    glu: bool = False  # w holds gate's rows, then up's; the result is gelu(gate x) * (up x)
+    factor: float = 1.0  # of the result
+    out: mx.Dtype | None = None  # of the result, x's by default; what fp16 can't hold becomes its largest number
+    eps: float = 1e-6  # of the norm of x, where there is one
+
+
+PLAIN = Epilogue()
+FP32 = Epilogue(out=mx.float32)
+
+
+def product_reference(
+    x: mx.array,
+    w: Weight,
+    epilogue: Epilogue = PLAIN,
+    *,
+    norm: mx.array | None = None,
+    times: mx.array | None = None,
+    ids: mx.array | None = None,
+) -> mx.array:
+    """`matvec.matvec` in stock MLX, for any weight."""
+    h = x.astype(mx.float32)
+    h = h if norm is None else stock.rms_norm(h, norm, epilogue.eps)
+    if ids is None:
+        y = stock.linear(h, w)
+    else:
+        shared = h.shape[0] == 1
+        chosen = ids[None] if shared else ids[:, None]
+        y = stock.expert_linear(h[:, None], w, chosen)[0 if shared else slice(None), slice(None) if shared else 0]
+    if epilogue.glu:
+        y = stock.geglu(*mx.split(y, 2, axis=-1))
+    if times is not None:
+        y = stock.gelu(y) * times.astype(mx.float32)
+    return stock.within(y * epilogue.factor, epilogue.out or x.dtype)
