@@ -22,14 +22,14 @@ from .parts import KVPart
 from .quantize_kv import code_book
 from .tuning import Tuning, this_gpu
 
-FILE = "coded.metal"
+FILE = "quantized_attention.metal"
 MAX_QUANTIZED = 7  # parts
 DIMS = (64, 128, 256, 512)  # of heads that the kernel takes
 
 
 @dataclass(frozen=True)
 class QuantizedLaunchConfig:
-    """The launch configuration of attention over codes; see coded.metal."""
+    """The launch configuration of attention over codes; see quantized_attention.metal."""
 
     simdgroups: int  # of a threadgroup: 1, 2 or 4
     tiles: int  # of 8 queries, a threadgroup
