@@ -21,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gemma4.config import config_from_gguf
+from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.doctor.verdict import MLX, usable_kernels
 from mlx_gemma4.files.gguf import open_gguf
 from mlx_gemma4.generation.loop import Sampling, Statistics, generate_tokens
@@ -92,7 +93,7 @@ def prompt_rate(model: Model, n: int) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", help="a GGUF, or one of " + ", ".join(make_synthetic.SHAPES))
+    parser.add_argument("model", help="a GGUF, or one of " + ", ".join(PUBLISHED))
     parser.add_argument("--contexts", type=int, nargs="*", default=[512, 2048, 8192, 32768])
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of the prompt that is timed by itself")
     parser.add_argument("--tokens", type=int, default=64, help="decoded at each context")
@@ -101,9 +102,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(options.model)
         result: dict[str, Any] = {"model": options.model, "mlx": MLX, "device": str(mx.device_info())}
-        if options.model in make_synthetic.SHAPES:
+        if options.model.upper() in PUBLISHED:
             start, path = time.perf_counter(), Path(folder) / "synthetic.gguf"
-            make_synthetic.write(options.model, path)
+            make_synthetic.write(options.model.upper(), path)
             print(f"wrote {path.stat().st_size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s", flush=True)
         start = time.perf_counter()
         model = load(path)

@@ -29,6 +29,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gemma4.conversation.language_model import demo_path, load
+from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.doctor.verdict import MLX, kernels_of
 from mlx_gemma4.generation.loop import Sampling, generate_tokens
 from mlx_gemma4.gpu.render import default_launcher
@@ -40,7 +41,7 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
 LIMIT = 1e-4
 NEAR = 0.01  # a gap between scores of experts that rounding may decide, in standard deviations of all scores
-KINDS = ("12b", "31b", "e2b", "e4b", "26b-a4b", "gemma3")
+KINDS = (*(name.lower() for name in PUBLISHED), "gemma3")
 TAGS = ("q4_k_m", "q4_0", "q6_k", "q8_0", "ud")
 EXTRA = ("31b-rare", "26b-a4b-split-mix", "12b-untied-q4_k_m")
 STEPS = 12

@@ -23,6 +23,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.gpu.render import default_launcher
 from mlx_gemma4.kv import quantization
 from mlx_gemma4.kv.segments import SegmentLayout
@@ -30,7 +31,7 @@ from mlx_gemma4.ops import attention, long_attention, quantized_attention
 
 os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "20")  # the GPU begins while the host still hands over the rest
 
-SHAPES = ((32, 4), (16, 2), (16, 1), (8, 1), (8, 2))  # query heads, KV heads: 31B, 26B-A4B, 12B, E2B, E4B
+SHAPES = sorted({(m.heads, m.kv_heads[1]) for m in PUBLISHED.values()}, reverse=True)  # query heads, KV heads
 DIM, TAIL, IN_TAIL = 512, 64, 33
 TOGETHER = 300e6  # bytes that copies of keys and values hold at least: six times an H100's cache
 CHUNK = 8192  # tokens made at once

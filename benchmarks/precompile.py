@@ -22,8 +22,8 @@ from unittest.mock import patch
 
 import mlx.core as mx
 
-from mlx_gemma4.config import config_from_gguf
 from mlx_gemma4.doctor import checks, sizes, verdict
+from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.execution import execution
 from mlx_gemma4.gpu import cuda_compiler, cuda_graph, render
 from mlx_gemma4.gpu.recording import RecordedLaunch, Region
@@ -56,10 +56,9 @@ def zeros(type: str, shape: tuple[int, ...]) -> Any:
     return formats.Packed(f, shape, mx.zeros((*rows, k * f.bits // 32), mx.uint32), group_scales, top)
 
 
-def lazy_model(kind: str, run: Kernels, packed: bool = True) -> Model:
-    """A published model in a Q4_K_M's types, loaded as a file would be, of such weights; or those all BF16."""
-    keys = make_synthetic.metadata(kind)
-    tensors = make_synthetic.tensors(kind, keys)
+def lazy_model(name: str, run: Kernels, packed: bool = True) -> Model:
+    """Load a published model of such weights as a file would be, in the types of a Q4_K_M file or all in BF16."""
+    tensors = make_synthetic.tensors(PUBLISHED[name])
     if not packed:
         tensors = {name: (shape, type if type == "F32" else "BF16") for name, (shape, type) in tensors.items()}
 
@@ -70,10 +69,10 @@ def lazy_model(kind: str, run: Kernels, packed: bool = True) -> Model:
         return zeros(type, shape)
 
     entries = {name: Entry(shape, type, prod(shape)) for name, (shape, type) in tensors.items()}
-    source = Source(kind, entries, read, lambda name, _: prod(tensors[name][0]))
+    source = Source(name, entries, read, lambda name, _: prod(tensors[name][0]))
     # No memory is taken, so none need be free.
     with patch.object(loader, "make_plan", lambda *_: MemoryPlan("packed", 0, 1 << 40)):
-        return load_model(config_from_gguf(keys, kind), source, "packed", kernels=run)[0]
+        return load_model(PUBLISHED[name].config, source, "packed", kernels=run)[0]
 
 
 def lazy_fill(state: KVState, length: int) -> None:
@@ -141,7 +140,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--architecture", default="sm_90")
-    parser.add_argument("--models", nargs="*", default=list(make_synthetic.SHAPES), choices=make_synthetic.SHAPES)
+    parser.add_argument("--models", nargs="*", type=str.upper, default=list(PUBLISHED), choices=PUBLISHED)
     options = parser.parse_args()
     os.environ["MLX_PTX_CACHE_DIR"] = str(options.folder.absolute())
 
@@ -159,11 +158,11 @@ def main() -> int:
     for name in cuda_graph.TEXTS:
         cuda_graph.module(name)
     failed = 0
-    for kind in options.models:
+    for name in options.models:
         run = Kernels(render.cuda_launcher, player=Compiler)
-        launch_all(lazy_model(kind, run), run)
+        launch_all(lazy_model(name, run), run)
         print(
-            f"{kind}: {len(list(options.folder.glob('*.ptx')))} kernels so far", *sorted(map(str, run.off)), flush=True
+            f"{name}: {len(list(options.folder.glob('*.ptx')))} kernels so far", *sorted(map(str, run.off)), flush=True
         )
         failed += len(run.off)
     return int(failed > 0)
