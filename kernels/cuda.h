@@ -34,8 +34,8 @@ METAL_FUNC V simd_shuffle_xor(V v, ushort mask) { return __shfl_xor_sync(~0u, v,
 template <class V>
 METAL_FUNC V simd_shuffle(V v, ushort lane) { return __shfl_sync(~0u, v, lane); }
 
-// In a CUDA graph with programmatic edges (gpu/cuda_graph.py) a launch begins once all threadgroups of the one before it
-// have begun; elsewhere INPUTS_READY does nothing. Earlier launches have ended before anything after INPUTS_READY runs.
+// In a CUDA graph with programmatic edges (gpu/cuda_graph.py) a launch begins once all threadgroups of the one before
+// it have; elsewhere INPUTS_READY waits for nothing. Earlier launches have ended when what follows INPUTS_READY runs.
 #if __CUDA_ARCH__ >= 900
 #define LAUNCH_NEXT() asm volatile("griddepcontrol.launch_dependents;")
 #define INPUTS_READY() asm volatile("griddepcontrol.wait;" ::: "memory")

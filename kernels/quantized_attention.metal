@@ -6,8 +6,8 @@
 // columns (a slice), done here, and one over the slices, which `merge_quantized` does while it adds up the pieces and
 // those of the tail. So no threadgroup needs all columns of a row.
 //
-// q [tokens, H, D], the H heads in groups of GQA that share a KV head. rotation fp32 [2, D]: the first row is for here,
-// the second (signs alone) by `merge_quantized`; with CENTERED, G more rows: the centers. Part i: c [G, n_i, 2, WORDS],
+// q [tokens, H, D], the H heads in groups of GQA that share a KV head. rotation fp32 [2, D]: row 0 is used here,
+// row 1 (signs alone) by `merge_quantized`; with CENTERED, G more rows: the centers. Part i: c [G, n_i, 2, WORDS],
 // the codes of each token's key, then of its value; s [G, n_i, 2], their scales. Queries see all of every part.
 //
 // Threads. A threadgroup (SG simdgroups) takes 8 TILES of the GQA * tokens queries of one KV head and one piece of the
