@@ -1,6 +1,6 @@
-"""The sizes that decide which kernels a model needs, and at what shapes.
+"""The sizes of a loaded model that decide which kernels it needs, and at which shapes.
 
-In: a loaded model. Out: `Sizes`, with as many `Product`s and `Heads` as it has kinds of them.
+In: a loaded model. Out: `Sizes`, with a `Product` and a `Heads` for each kind that the model has.
 """
 
 from __future__ import annotations

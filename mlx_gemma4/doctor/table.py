@@ -1,6 +1,6 @@
 """The command `mlx-gemma4 doctor`: every kernel at the sizes of every published model.
 
-In: a backend. Out: a table of checks, printed line by line, and the verdict to remember (verdict.py).
+In: this machine's launcher. Out: a table of checks, printed line by line, and the verdict to remember (verdict.py).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from .verdict import (
     usable_kernels,
 )
 
-# What no kernel takes, and stock operations do everywhere.
-STOCK = (
+# Inputs without a kernel, on every machine: stock operations run them.
+WITHOUT_KERNEL = (
     ("matvec, expand", "weights that MLX quantized itself (folders of safetensors)"),
     ("matvec", "rows that are no multiple of 32 long"),
     ("dense", "experts in F32, F16 or BF16"),
@@ -41,7 +41,7 @@ STOCK = (
 )
 
 
-# ---------------------------------------------------------------- the whole table
+# ---------------------------------------------------------------- sizes
 
 
 def real_sizes() -> dict[str, Sizes]:
@@ -81,7 +81,7 @@ def sizes_of_shape(m: Shape) -> Sizes:
 
 
 def _every_format() -> tuple[Product, ...]:
-    """Each format at one shape; F16; several tokens at once."""
+    """Products of each format at one shape; of F16; of several tokens at once."""
     some = [Product(name, (5376, 8192), narrow=name in FORMATS) for name in (*FORMATS, "F16")]
     return (*some, Product("Q4_K", (5376, 8192), tokens=matvec.MAX_TOKENS, narrow=True))
 
@@ -93,8 +93,11 @@ def small_sizes() -> dict[str, Sizes]:
     return {"small": sizes_of_shape(small), "any": Sizes(0, 0, (), every, "")}
 
 
+# ---------------------------------------------------------------- the table
+
+
 def all_checks(models: dict[str, Sizes], lengths: Sequence[int]) -> Iterator[tuple[str, Check]]:
-    """Each check once, with the first model that needs it."""
+    """Yield each check once, with the first model that needs it."""
     seen: set[str] = set()
     for name, sizes in models.items():
         for check in checks(sizes, lengths):
@@ -104,14 +107,15 @@ def all_checks(models: dict[str, Sizes], lengths: Sequence[int]) -> Iterator[tup
 
 
 def examine(
-    say: Callable[[str], None], as_json: bool = False, models: dict[str, Sizes] | None = None, timed: bool = True
+    echo: Callable[[str], None], as_json: bool = False, models: dict[str, Sizes] | None = None, timed: bool = True
 ) -> bool:
-    """Check everything, print a table line by line, and remember the verdict. Gives whether no kernel failed.
+    """Run every check, print a table line by line, and remember the verdict. Return True if every kernel passed.
 
     Args:
-        say: takes lines of the report.
-        as_json: report one JSON object instead.
-        models: at whose sizes; None: those of the real models, or small ones without a GPU.
+        echo: prints a line of the report.
+        as_json: print one JSON object instead.
+        models: sizes to check at; None: those of the published models, or small ones without a GPU.
+        timed: time the kernels too.
     """
     launcher = render.default_launcher()
     models = models or (real_sizes() if launcher else small_sizes())
@@ -123,33 +127,33 @@ def examine(
     else:
         note += "each kernel beside stock operations, on random numbers (NVIDIA's compiler takes minutes for them)"
     if not as_json:
-        say(note)
-        say(_line("kernel", "model", "shape", "error", "time", "GB/s", "verdict"))
+        echo(note)
+        echo(_line("kernel", "model", "shape", "error", "time", "GB/s", "verdict"))
     results = []
     for name, check in all_checks(models, LENGTHS if launcher else QUICK_LENGTHS):
         result = run_check(check, launcher, timed)
         results.append((name, result))
         mx.clear_cache()  # the next arrays have other sizes
         if not as_json:
-            say(_row(name, result))
+            echo(_row(name, result))
     failed = {r.op: r.verdict for _, r in reversed(results) if r.failed}
     if launcher:
         remember(Verdict({f"{r.op}: {r.shape}" for _, r in results}, failed))
     if as_json:
         table = [{"model": name, **asdict(result)} for name, result in results]
-        say(json.dumps({"machine": machine(), "gpu": launcher is not None, "off": failed, "checks": table}))
+        echo(json.dumps({"machine": machine(), "gpu": launcher is not None, "off": failed, "checks": table}))
     else:
-        _say_end(say, failed, launcher is not None)
+        _print_end(echo, failed, launcher is not None)
     return not failed and not (launcher is None and any(r.verdict != "runs as stock operations" for _, r in results))
 
 
-def _say_end(say: Callable[[str], None], failed: dict[str, str], gpu: bool) -> None:
-    for op, shape in STOCK if gpu else ():
-        say(_line(op, "", shape, "", "", "", "no kernel: stock operations"))
+def _print_end(echo: Callable[[str], None], failed: dict[str, str], gpu: bool) -> None:
+    for op, shape in WITHOUT_KERNEL if gpu else ():
+        echo(_line(op, "", shape, "", "", "", "no kernel: stock operations"))
     if failed:
-        say(switched_off(failed)[0].upper() + switched_off(failed)[1:])
+        echo(switched_off(failed)[0].upper() + switched_off(failed)[1:])
     elif gpu:
-        say("All kernels are right. This is remembered until MLX, the kernels or the device change.")
+        echo("All kernels are right. This is remembered until MLX, the kernels or the device change.")
 
 
 def _row(model: str, r: Result) -> str:
