@@ -26,7 +26,7 @@ def quantize_kv(launcher: Launcher, keys: mx.array, values: mx.array, rotation: 
 
 @lru_cache
 def _kernel(kind: str, dim: int, dtype: mx.Dtype, centered: bool) -> Kernel:
-    defines = {"D": dim, "BITS": quantization.BITS[kind], "CENTERED": centered, "SG": 1, **code_book()}
+    defines = {"D": dim, "BITS": quantization.BITS[kind], "CENTERED": centered, **code_book()}
     for name, numbers in (("MAGNITUDES", LEVELS), ("BOUNDS", quantization.BOUNDS)):
         defines[name] = f"{{{', '.join(map(float_literal, numbers))}}}"
     return render("quantize_kv", "quantize_kv.metal", dtype, defines)
