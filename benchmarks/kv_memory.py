@@ -23,7 +23,7 @@ from mlx_gemma4.kv import quantization
 from mlx_gemma4.kv.segments import KVQuantizer
 from mlx_gemma4.kv.state import KVState, kv_bytes
 from mlx_gemma4.memory import on_cpu
-from mlx_gemma4.ops.quantized_attention import quantize_kv
+from mlx_gemma4.ops.quantize_kv import quantize_kv
 
 MODEL = PUBLISHED["31B"]
 CONFIG = MODEL.config
@@ -35,7 +35,7 @@ def quantizers(kind: str) -> dict[int, KVQuantizer]:
     if kind not in quantization.BITS:
         return {}
     launcher = default_launcher()
-    quantize = partial(quantize_kv, launcher=launcher) if launcher else quantization.quantize
+    quantize = partial(quantize_kv, launcher) if launcher else quantization.quantize
     dims = {i: layer.head_dim for i, layer in enumerate(CONFIG.layers) if not layer.sliding}
     return {i: KVQuantizer(kind, quantization.rotations(dim), quantize) for i, dim in dims.items()}
 

@@ -34,6 +34,7 @@ from mlx_gemma4.loading.tensors import Entry, Source
 from mlx_gemma4.memory import MemoryPlan
 from mlx_gemma4.model import decode
 from mlx_gemma4.model.model import Model
+from mlx_gemma4.ops import cases
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.expand import expand
 from mlx_gemma4.quant import formats
@@ -151,7 +152,7 @@ def main() -> int:
     mx.device_info = lambda *_: {"architecture": options.architecture}
     mx.fast.precompiled_cuda_kernel = launched
     Model.kv_dtype = mx.float16  # type: ignore[assignment, method-assign]
-    checks.on_cpu = lambda: False  # type: ignore[attr-defined]
+    cases.on_cpu = lambda: False  # type: ignore[attr-defined]
     cuda_compiler.keys_work = lambda: True  # type: ignore[assignment]
     trial = cuda_compiler.kernel(cuda_compiler.TRIAL, ["x"], ["y"], "y[threadIdx.x] = x[threadIdx.x] + 1;", "")
     trial([mx.arange(8, dtype=mx.int32)], (8, 1, 1), (8, 1, 1), [(8,)], [mx.int32])

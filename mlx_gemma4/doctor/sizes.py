@@ -5,66 +5,19 @@ In: a loaded model. Out: `Sizes`, with a `Product` and a `Heads` for each kind t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from ..ops import matvec
+from ..ops.cases import Heads, Product, Sizes
 from ..ops.epilogue import SHRINK
 from ..quant.formats import FLOATS, FORMATS, Packed
 
 if TYPE_CHECKING:
     from ..model.model import Model
     from ..model.weights import Layer
-
-
-@dataclass(frozen=True)
-class Product:
-    """A weight and what is folded into its mat-vec."""
-
-    type: str  # a GGUF type
-    shape: tuple[int, ...]  # [N, K] or experts [E, N, K]
-    norm: bool = False
-    glu: bool = False
-    times: bool = False
-    factor: float = 1.0
-    used: int = 0  # experts chosen
-    own_x: bool = False  # each expert has its own input
-    tokens: int = 1
-    narrow: bool = False  # input in the dtype of KV states, else fp32
-    narrow_out: bool = False  # the result likewise
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Attention of one kind of layer."""
-
-    heads: int
-    kv_heads: int
-    dim: int
-    window: int  # 0: global
-    joined: str  # what stands behind q in its rows: "kv", "k" or ""
-    has_kv: bool = True
-    v_is_k: bool = False
-    value_norm: bool = True
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What decides a model's kernels."""
-
-    hidden: int
-    vocab: int
-    heads: tuple[Heads, ...]
-    products: tuple[Product, ...]  # of a decode step
-    table: str  # type of the embedding
-    ple_table: str = ""
-    layers: int = 0  # with per-layer embeddings
-    ple: int = 0
-    experts: int = 0
-    used: int = 0
-    prompts: tuple[Product, ...] = ()  # products that prompts alone run in kernels: experts that are not packed
 
 
 def sizes_of(model: Model) -> Sizes:

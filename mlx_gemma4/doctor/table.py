@@ -13,11 +13,11 @@ import mlx.core as mx
 
 from ..gpu import render
 from ..ops import matvec
+from ..ops.cases import Check, Heads, Product, Sizes
 from ..ops.epilogue import SHRINK
 from ..quant.formats import FORMATS
-from .checks import Check, checks
+from .checks import checks
 from .published import PUBLISHED, Shape
-from .sizes import Heads, Product, Sizes
 from .verdict import (
     LENGTHS,
     MLX,

@@ -1,8 +1,8 @@
 """Checks on this machine whether its kernels compute what their references compute, and remembers the verdict.
 
-In: checks, a launcher, perhaps a model. Out: results, and a verdict that holds for this device, version of MLX and text
-of the kernels. A kernel that failed runs as its reference from then on. `load` calls `usable_kernels` and `check_model`;
-the command `mlx-gemma4 doctor` is `table.examine`.
+In: checks, a launcher, perhaps a model. Out: results, and a verdict that holds for this device, version of MLX and
+text of the kernels. A kernel that failed runs as its reference from then on. `load` calls `usable_kernels` and
+`check_model`; the command `mlx-gemma4 doctor` is `table.examine`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from ..gpu import cuda_graph, render
 from ..gpu.render import Launcher
 from ..model.model import Model
 from ..ops import attention
+from ..ops.cases import Check
 from ..ops.dispatch import REPLAY, Kernels
 from ..ops.op import OpKey
+from ..ops.parts import TAIL
 from ..paths import cache_folder, whole_file
-from .checks import Check, checks
+from .checks import checks
 from .sizes import sizes_of
 
 log = logging.getLogger("mlx_gemma4")
@@ -41,7 +43,7 @@ MLX = str(getattr(mx, "__version__", "?"))  # its type hints know no version
 LIMIT = 5e-3
 AGREE = 0.05  # largest relative difference of the logits of two steps, as norms: rounding gives a tenth of that
 QUICK_ROWS = 256  # rows of a weight in the checks at loading
-QUICK_LENGTHS = (attention.TAIL, attention.SHORT + 64)  # attention in one launch, and in pieces
+QUICK_LENGTHS = (TAIL, attention.SHORT + 64)  # attention in one launch, and in pieces
 LENGTHS = (*QUICK_LENGTHS, 8192)
 PATIENCE = 4.0  # seconds after which the checks at loading say why they take so long
 REMEMBERED = 16  # verdicts kept, one per device, version of MLX and text of the kernels
@@ -59,8 +61,7 @@ class Verdict:
 
 
 def usable_kernels() -> Kernels | None:
-    """Return the kernels to run a model with; None if stock operations run everything: on a CPU, or by the user's wish.
-    """
+    """Return the kernels to run a model with; None if stock operations run everything: on a CPU or if switched off."""
     launcher = None if os.environ.get("MLX_GEMMA4_KERNELS", "").lower() == "off" else render.default_launcher()
     return None if launcher is None else kernels_of(launcher, frozenset(map(OpKey.parse, recall().failed)))
 
@@ -148,10 +149,10 @@ def run_check(check: Check, launcher: Launcher | None, timed: bool = False) -> R
 
 
 def _run_check(check: Check, launcher: Launcher | None, timed: bool) -> Result:
-    op, shape = check.op, check.shape
+    op, shape = str(check.op), check.shape
     try:
         case = check.make()
-        want = case.defined(_arrays(case.reference()))
+        want = case.compared(_arrays(case.reference()))
         mx.eval(want)
         if not all(mx.isfinite(a).all().item() for a in want):
             return Result(op, shape, "stock operations give NaN")
@@ -160,7 +161,7 @@ def _run_check(check: Check, launcher: Launcher | None, timed: bool) -> Result:
     if launcher is None:
         return Result(op, shape, "runs as stock operations")
     try:
-        got = case.defined(_arrays(case.kernel(launcher)))
+        got = case.compared(_arrays(case.kernel(launcher)))
         mx.eval(got)
         worst = max(_error(a, b) for a, b in zip(got, want, strict=True))
         if not worst <= LIMIT:
@@ -180,7 +181,7 @@ def check_model(model: Model) -> None:
         return
     known = recall()
     wanted = {c.key: c for c in checks(sizes_of(model), QUICK_LENGTHS, QUICK_ROWS)}
-    new = [c for c in wanted.values() if c.key not in known.checked and c.op not in known.failed]
+    new = [c for c in wanted.values() if c.key not in known.checked and str(c.op) not in known.failed]
     steps = f"replay: {len(model.config.layers)} layers of {model.config.hidden}"
     replays = model.replays and steps not in known.checked
     if not new and not replays:
@@ -189,12 +190,12 @@ def check_model(model: Model) -> None:
     start: float | None = time.monotonic()
     try:
         for check in new:
-            if check.op in failed:
+            if str(check.op) in failed:
                 continue
             result = run_check(check, model.kernels.launcher)
             known.checked.add(check.key)
             if result.failed:
-                failed[check.op] = known.failed[check.op] = result.verdict
+                failed[result.op] = known.failed[result.op] = result.verdict
             if start and time.monotonic() - start > PATIENCE:
                 log.warning("Checking this machine's kernels (first run), which this GPU's compiler takes long for ...")
                 start = None

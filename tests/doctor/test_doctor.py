@@ -19,9 +19,10 @@ from recorded import HERE, prompts
 from mlx_gemma4 import load
 from mlx_gemma4.doctor import table, verdict
 from mlx_gemma4.doctor.checks import checks
-from mlx_gemma4.doctor.sizes import Product, Sizes, sizes_of
+from mlx_gemma4.doctor.sizes import sizes_of
 from mlx_gemma4.gpu import render
 from mlx_gemma4.model.model import Model
+from mlx_gemma4.ops.cases import Check, Product, Sizes
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.op import OpKey
 
@@ -359,7 +360,7 @@ def test_a_check_that_cannot_be_made_switches_nothing_off() -> None:
     def too_large() -> Any:
         raise MemoryError("no memory")
 
-    result = verdict.run_check(verdict.Check("embed", "x", too_large), metal)
+    result = verdict.run_check(Check(OpKey("embed"), "x", too_large), metal)
     assert not result.failed
     assert result.verdict == "not checked: no memory"
 
