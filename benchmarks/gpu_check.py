@@ -1,4 +1,4 @@
-"""Holds whole models on this machine's GPU with kernels to the same models with stock operations.
+"""Compares whole models on this machine's GPU, run by kernels, with the same models run by stock operations.
 
     python benchmarks/gpu_check.py [--model GEMMA3.gguf ...] [--json OUT.json]
 
@@ -62,7 +62,7 @@ def kl(reference: mx.array, other: mx.array) -> float:
 
 
 class Routes:
-    """The experts that one model chooses, which another is made to take after it."""
+    """The experts that one model chooses, for another model to take after it."""
 
     def __init__(self) -> None:
         self.chosen: deque[mx.array] = deque()  # not taken yet
@@ -94,7 +94,7 @@ class Routes:
 
 
 def logits(plain: Model, kernels: Model, ids: list[int], states: list[KVState], routes: Routes) -> list[mx.array]:
-    """Of a prompt's tokens by both models, each into its state; the second takes the first's experts."""
+    """Logits of a prompt's tokens by both models, each with its state; the second takes the first's experts."""
     found = []
     under = (routes.recorded(plain), routes.taken(kernels))
     for model, state, experts in zip((plain, kernels), states, under, strict=True):
@@ -109,7 +109,7 @@ def greedy(model: Model, ids: list[int], tokens: int) -> list[int]:
 
 
 def check(path: Path, tokens: int, must_agree: bool) -> dict[str, Any]:
-    """One line of the table."""
+    """Return one line of the table."""
     start = time.perf_counter()
     lm = load(path, weights="packed")
     launcher = default_launcher()

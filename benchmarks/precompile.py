@@ -1,4 +1,4 @@
-"""Compiles for an NVIDIA GPU, without one, what the published models launch there.
+"""Compiles the kernels that the published models launch on an NVIDIA GPU, on a machine without one.
 
     python benchmarks/precompile.py FOLDER [--architecture sm_90] [--models e2b 31b]
 
@@ -43,12 +43,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import make_synthetic
 
 DEPTHS = (0, 1, 530, 2100, 8200, 32800, 130100)  # tokens before a step: as many arrangements of a state's parts
-CODED_DEPTHS = (8200, 32800, 130100)  # where keys and values are in codes
+QUANTIZED_DEPTHS = (8200, 32800, 130100)  # likewise with quantized KV
 CHUNK = 1024
 
 
 def zeros(type: str, shape: tuple[int, ...]) -> Any:
-    """A weight of a GGUF type that takes no memory while nothing evaluates it."""
+    """Return a lazy weight of a GGUF type: it takes no memory unless it is evaluated."""
     if type not in formats.FORMATS:
         return mx.zeros(shape, {"F32": mx.float32, "BF16": mx.bfloat16}[type])
     f, (*rows, k) = formats.FORMATS[type], shape
@@ -77,7 +77,7 @@ def lazy_model(name: str, run: Kernels, packed: bool = True) -> Model:
 
 
 def lazy_fill(state: KVState, length: int) -> None:
-    """Let a state grow to so many tokens, all zeros, in chunks as a prompt does."""
+    """Grow a state to `length` tokens of zeros, in the chunks of a prompt."""
     while state.length < length:
         n = min(CHUNK - state.length % CHUNK, length - state.length)
         for i, shape in enumerate(state.config.layers):
@@ -113,13 +113,13 @@ class Compiler(Idle):
 
 
 def add_rotations(model: Model) -> None:
-    """Give a lazy model what it would find out by reading tokens: how keys and values are add_rotations for codes."""
+    """Give a lazy model the rotations of its quantized KV, which it would otherwise find by reading tokens."""
     shapes = {i: s for i, s in enumerate(model.config.layers) if s.kv_layer == i and not s.sliding}
     model.__dict__["rotations"] = {i: mx.zeros((2 + s.kv_heads, s.head_dim)) for i, s in shapes.items()}
 
 
 def launch_all(model: Model, run: Kernels) -> None:
-    """Ask for each kernel that loading, prompts and decode steps take."""
+    """Launch each kernel that loading, prompts and decode steps need."""
     for check in checks.checks(sizes.sizes_of(model), verdict.QUICK_LENGTHS, verdict.QUICK_ROWS):
         check.make().kernel(run.launcher)
     weights = [w for layer in model.weights.layers for w in vars(layer).values()]
@@ -129,7 +129,7 @@ def launch_all(model: Model, run: Kernels) -> None:
     assert replay is not None
     add_rotations(model)
     with execution():
-        for kv, depth in [*(("full", n) for n in DEPTHS), *itertools.product(("q8", "tq4"), CODED_DEPTHS)]:
+        for kv, depth in [*(("full", n) for n in DEPTHS), *itertools.product(("q8", "tq4"), QUANTIZED_DEPTHS)]:
             states = [model.new_state(kv=kv) for _ in range(2)]
             for state in states:
                 lazy_fill(state, depth)

@@ -151,7 +151,7 @@ def _load(run: dict[str, Any]) -> list[str]:
 
 
 def _projection(cells: list[dict[str, Any]]) -> Iterator[str]:
-    """What Macs would make of the bytes and launches that were counted."""
+    """Yield the projection for Macs from the counted bytes and launches."""
     some = {c["model"]: c for c in cells if (c["kv"], c["context"]) == ("full", PROJECTED_AT) and c.get("launches")}
     if not some:
         return

@@ -382,7 +382,7 @@ def test_real_sizes_are_those_of_the_models() -> None:
 
 
 @pytest.mark.parametrize("file", ["26b-a4b-ud", "e2b-ud", "gemma3-q4_0", "12b-f32"])
-def test_checks_of_a_model_run_as_twins(file: str) -> None:
+def test_checks_of_a_model_run_as_references(file: str) -> None:
     """Each kind of model yields checks that can be made."""
     model = load(HERE / f"{file}.gguf", weights="packed").model
     made = list(checks(sizes_of(model), verdict.QUICK_LENGTHS, verdict.QUICK_ROWS))
