@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def sizes_of(model: Model) -> Sizes:
-    """The sizes of a loaded model."""
+    """Return the sizes of a loaded model."""
     c, w = model.config, model.weights
     heads = []
     products = [Product(_type(w.output), w.output.shape, narrow=True)]
@@ -49,7 +49,7 @@ def sizes_of(model: Model) -> Sizes:
 
 
 def _layer_products(layer: Layer, used: int, hidden: int) -> list[Product]:
-    """As the decode step takes them."""
+    """Return the products of a layer as the decode step computes them."""
     folded: dict[str, dict[str, Any]] = {
         **{name: {"narrow": True} for name in ("attn_qk", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_down")},
         "ffn_gate_up": {"glu": True, "factor": SHRINK, "narrow": True, "narrow_out": True},
@@ -69,7 +69,7 @@ def _layer_products(layer: Layer, used: int, hidden: int) -> list[Product]:
 
 
 def _as_launched(p: Product) -> list[Product]:
-    """A product as kernels do it: an unpacked weight's gate and up one after the other, its experts not at all."""
+    """Split a product into those that kernels run: gate and up of an unpacked weight apart, its experts not at all."""
     if p.type in FORMATS:
         return [p]
     if p.type not in FLOATS or len(p.shape) > 2:
@@ -81,7 +81,7 @@ def _as_launched(p: Product) -> list[Product]:
 
 
 def _type(w: Any) -> str:
-    """A weight's GGUF type; "" for MLX's own quantization."""
+    """Return a weight's GGUF type; "" for MLX's own quantization."""
     if isinstance(w, Packed):
         return w.format.name
     return next((str(name) for name, dtype in FLOATS.items() if isinstance(w, mx.array) and w.dtype == dtype), "")
