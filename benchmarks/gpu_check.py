@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
 import mlx.core as mx
 import numpy as np
 
@@ -36,7 +38,6 @@ from mlx_gemma4.gpu.render import default_launcher
 from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.model.model import Model
 
-os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
 LIMIT = 1e-4

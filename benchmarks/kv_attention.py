@@ -20,6 +20,8 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
+os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "20")  # the GPU begins while the host still hands over the rest
+
 import mlx.core as mx
 import numpy as np
 
@@ -29,7 +31,6 @@ from mlx_gemma4.kv import quantization
 from mlx_gemma4.kv.segments import SegmentLayout
 from mlx_gemma4.ops import attention, long_attention, quantized_attention
 
-os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "20")  # the GPU begins while the host still hands over the rest
 
 SHAPES = sorted({(m.heads, m.kv_heads[1]) for m in PUBLISHED.values()}, reverse=True)  # query heads, KV heads
 DIM, TAIL, IN_TAIL = 512, 64, 33

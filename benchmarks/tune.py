@@ -21,6 +21,8 @@ from functools import cache
 from statistics import median
 from typing import Any
 
+os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "20")  # the GPU begins while the host still hands over the rest
+
 import mlx.core as mx
 import numpy as np
 
@@ -33,7 +35,6 @@ from mlx_gemma4.ops.cases import Product, product_inputs, weight
 from mlx_gemma4.ops.matvec import Tiling, matvec, tiling
 from mlx_gemma4.quant.formats import Packed
 
-os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "20")  # the GPU begins while the host still hands over the rest
 
 LIMIT = 1e-3  # of the difference of two tilings' results, as norms
 COPIES = 300e6  # bytes of copies, several times the largest cache
