@@ -38,7 +38,6 @@ from mlx_gemma4.gpu.render import default_launcher
 from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.model.model import Model
 
-
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
 LIMIT = 1e-4
 NEAR = 0.01  # a gap between scores of experts that rounding may decide, in standard deviations of all scores

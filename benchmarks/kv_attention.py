@@ -31,7 +31,6 @@ from mlx_gemma4.kv import quantization
 from mlx_gemma4.kv.segments import SegmentLayout
 from mlx_gemma4.ops import attention, long_attention, quantized_attention
 
-
 SHAPES = sorted({(m.heads, m.kv_heads[1]) for m in PUBLISHED.values()}, reverse=True)  # query heads, KV heads
 DIM, TAIL, IN_TAIL = 512, 64, 33
 TOGETHER = 300e6  # bytes that copies of keys and values hold at least: six times an H100's cache

@@ -35,7 +35,6 @@ from mlx_gemma4.ops.cases import Product, product_inputs, weight
 from mlx_gemma4.ops.matvec import Tiling, matvec, tiling
 from mlx_gemma4.quant.formats import Packed
 
-
 LIMIT = 1e-3  # of the difference of two tilings' results, as norms
 COPIES = 300e6  # bytes of copies, several times the largest cache
 SHOWN = 5
