@@ -1,4 +1,4 @@
-"""Load, first token, prefill and decode of a model, beside llama.cpp on the same file and machine.
+"""Measures load, first token, prefill and decode of a model, beside llama.cpp on the same file and machine.
 
     python benchmarks/cpu.py [MODEL.gguf ...] [--llama-bench PATH]
 

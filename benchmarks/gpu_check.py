@@ -1,4 +1,4 @@
-"""Holds whole models on this machine's GPU with kernels to the same models with stock operations.
+"""Compares whole models on this machine's GPU, run by kernels, with the same models run by stock operations.
 
     python benchmarks/gpu_check.py [--model GEMMA3.gguf ...] [--json OUT.json]
 
@@ -25,10 +25,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
 import mlx.core as mx
 import numpy as np
 
 from mlx_gemma4.conversation.language_model import demo_path, load
+from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.doctor.verdict import MLX, kernels_of
 from mlx_gemma4.generation.loop import Sampling, generate_tokens
 from mlx_gemma4.gpu.render import default_launcher
@@ -36,12 +39,10 @@ from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.model import forward
 from mlx_gemma4.model.model import Model
 
-os.environ.setdefault("MLX_ENABLE_TF32", "0")
-
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
 LIMIT = 1e-4
 NEAR = 0.01  # a gap between scores of experts that rounding may decide, in standard deviations of all scores
-KINDS = ("12b", "31b", "e2b", "e4b", "26b-a4b", "gemma3")
+KINDS = (*(name.lower() for name in PUBLISHED), "gemma3")
 TAGS = ("q4_k_m", "q4_0", "q6_k", "q8_0", "ud")
 EXTRA = ("31b-rare", "26b-a4b-split-mix", "12b-untied-q4_k_m")
 STEPS = 12
@@ -62,7 +63,7 @@ def kl(reference: mx.array, other: mx.array) -> float:
 
 
 class Routes:
-    """The experts that one model chooses, which another is made to take after it."""
+    """The experts that one model chooses, for another model to take after it."""
 
     def __init__(self) -> None:
         self.chosen: deque[mx.array] = deque()  # not taken yet
@@ -94,7 +95,7 @@ class Routes:
 
 
 def logits(plain: Model, kernels: Model, ids: list[int], states: list[KVState], routes: Routes) -> list[mx.array]:
-    """Of a prompt's tokens by both models, each into its state; the second takes the first's experts."""
+    """Logits of a prompt's tokens by both models, each with its state; the second takes the first's experts."""
     found = []
     under = (routes.recorded(), routes.taken())
     for model, state, experts in zip((plain, kernels), states, under, strict=True):
@@ -109,7 +110,7 @@ def greedy(model: Model, ids: list[int], tokens: int) -> list[int]:
 
 
 def check(path: Path, tokens: int, must_agree: bool) -> dict[str, Any]:
-    """One line of the table."""
+    """Return one line of the table."""
     start = time.perf_counter()
     lm = load(path, weights="packed")
     launcher = default_launcher()

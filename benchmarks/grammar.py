@@ -1,4 +1,4 @@
-"""What it costs to hold a reply to a form: the mask of allowed tokens, for each token, on the host.
+"""Measures the cost of constrained replies: the mask of allowed tokens, for each token, on the host.
 
     python benchmarks/grammar.py VOCABULARY.gguf
 
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def forms(tokenizer: Tokenizer) -> Iterator[tuple[str, Callable[[], Grammar], str]]:
-    """Name, what makes the grammar, and a reply that it lets through."""
+    """Yield a name, a function that makes the grammar, and a reply that it allows."""
 
     def compact(value: object) -> str:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

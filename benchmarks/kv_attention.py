@@ -1,12 +1,12 @@
-"""Times attention alone over a long context, in full precision and in codes, on this machine's GPU.
+"""Times attention alone over a long context, over full-precision and quantized KV, on this machine's GPU.
 
     python benchmarks/kv_attention.py [--lengths 2048,8192,32768,131072] [--kinds full] [--tune]
 
-In: nothing; random keys, values and queries are made here, cut into segments as a state cuts them. Out: a table: time
-of one layer's attention for one token, TB/s of keys and values as they are held, the kernel's error against double
-precision. Full precision has two kernels: `old`, attention.metal's, and the one on matrix units,
-long_attention.metal's, both timed whatever the length. Each call waits for the one before, and copies of the keys and
-values take rotations, so that no cache holds them; what is unused of the tail is NaN. `--tune` tries other ones.
+In: nothing; random keys, values and queries are made here, in the segments of a state. Out: a table: time of one
+layer's attention for one token, TB/s of keys and values as they are held, the kernel's error against double precision.
+Full precision has two kernels, both timed at every length: `old`, attention.metal's, and long_attention.metal's, on
+matrix units. Each call waits for the one before, and copies of the keys and values take turns, so that no cache holds
+them; unused tokens of the tail are NaN. `--tune` tries other launch configs.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
+os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "20")  # the GPU begins while the host still hands over the rest
+
 import mlx.core as mx
 import numpy as np
 
+from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.gpu.render import default_launcher
 from mlx_gemma4.kv import quantization
 from mlx_gemma4.kv.segments import SegmentLayout
 from mlx_gemma4.ops import attention, long_attention, quantized_attention
 
-os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "20")  # the GPU begins while the host still hands over the rest
-
-SHAPES = ((32, 4), (16, 2), (16, 1), (8, 1), (8, 2))  # query heads, KV heads: 31B, 26B-A4B, 12B, E2B, E4B
+SHAPES = sorted({(m.heads, m.kv_heads[1]) for m in PUBLISHED.values()}, reverse=True)  # query heads, KV heads
 DIM, TAIL, IN_TAIL = 512, 64, 33
 TOGETHER = 300e6  # bytes that copies of keys and values hold at least: six times an H100's cache
 CHUNK = 8192  # tokens made at once
@@ -62,7 +63,7 @@ def normal(heads: int, n: int) -> mx.array:
 
 
 def another(layer: Layer, i: int) -> Layer:
-    """A copy with other contents."""
+    """Return a copy with other contents."""
     parts = [tuple(a ^ i if a.dtype == mx.uint32 else a * (-1) ** i for a in part) for part in layer[0]]
     mx.eval(parts)
     return parts, layer[1]
@@ -76,7 +77,7 @@ def nbytes(layer: Layer) -> int:
 def call(
     layer: Layer, kind: str, rotation: mx.array, scale: float, config: Any = None
 ) -> Callable[[mx.array], mx.array]:
-    """Attention of q [1, H, D] over a layer."""
+    """Return the attention of q [1, H, D] over a layer, as a function of q."""
     parts, tail = layer
     launcher = default_launcher()
     assert launcher is not None
@@ -96,7 +97,7 @@ def call(
 
 
 def seconds(calls: list[Callable[[mx.array], mx.array]], q: mx.array) -> float:
-    """Time of one call among many, each of which waits for the one before."""
+    """Time one call among many, each of which waits for the one before."""
 
     @mx.compile  # traced, as a decode step is: else building each launch takes the host longer than the kernel runs
     def chain(q: mx.array) -> mx.array:
@@ -120,12 +121,12 @@ def seconds(calls: list[Callable[[mx.array], mx.array]], q: mx.array) -> float:
 def reference(q: mx.array, layer: Layer, rotation: mx.array, scale: float, heads: int) -> np.ndarray:
     """Attention of the queries of the first KV head, fp64 [heads, D], over what the layer holds."""
     q64, (signs, back) = exact(q)[0, :heads], exact(rotation)
-    turned = hadamard(q64 * signs) / DIM
+    rotated = hadamard(q64 * signs) / DIM
     scores, values = [], []
     for a, b in layer[0]:
         if a.dtype == mx.uint32:
-            y = decoded(a[0, 0], b[0, 0])
-            scores.append(turned @ y[:, 0].T)
+            y = dequantized(a[0, 0], b[0, 0])
+            scores.append(rotated @ y[:, 0].T)
             values.append((y[:, 1], True))
         else:
             scores.append(q64 @ exact(a[0, 0]).T)
@@ -142,10 +143,8 @@ def reference(q: mx.array, layer: Layer, rotation: mx.array, scale: float, heads
     return result
 
 
-def decoded(codes: mx.array, scales: mx.array) -> np.ndarray:
-    """fp64 [n, 2, D], from codes [n, 2, words] and scales [n, 2]; read as kv/quantization.py says, not with its
-    functions.
-    """
+def dequantized(codes: mx.array, scales: mx.array) -> np.ndarray:
+    """Return fp64 [n, 2, D] from codes [n, 2, words] and scales [n, 2], without kv/quantization.py's functions."""
     words = np.array(codes)
     bits = words.shape[-1] * 32 // DIM
     each = (words[..., None] >> (np.arange(32 // bits, dtype=np.uint32) * bits)) & ((1 << bits) - 1)
@@ -169,7 +168,7 @@ def exact(a: mx.array) -> np.ndarray:
 
 
 def configs(kind: str, heads: tuple[int, int], layer: Layer, tune: bool) -> list[Any]:
-    """What to time: None is the kernel's own choice."""
+    """Return the launch configs to time; None is the kernel's own."""
     rows, kv_heads = heads[0] // heads[1], heads[1]
     lengths = [part[0].shape[2] for part in layer[0]]
     found: list[Any] = [None]

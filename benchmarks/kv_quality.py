@@ -4,8 +4,8 @@
 
 In: a model, by default the built-in one; its text is this repository's documents, or what the built-in model wrote
 itself. Out: a table: for each context, over the tokens that follow it, the mean and the largest KL divergence in nats,
-and how often the likeliest token is the same. The context is read in chunks of 512, so codes were in sight while it was
-read; then 256 tokens are read in one pass, which sees all of the context in codes but for its last, open block.
+and how often the likeliest token is the same. The context is read in chunks of 512, which see earlier chunks
+quantized; then 256 tokens are read in one pass, which sees all of the context quantized but for its last, open block.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From the start of a process to a model's first token: ours and llama.cpp's, with the file cached and not.
+"""Times a process from its start to a model's first token, ours and llama.cpp's, with the file cached and not.
 
     python benchmarks/loading.py FILE.gguf [--vs LLAMA-BENCH] [--repetitions 3] [--json OUT]
 
@@ -43,7 +43,7 @@ THEIRS = ["-p", "1", "-n", "0", "-r", "1", "--no-warmup", "-ngl", "99", "-fa", "
 
 
 def let_go(file: Path) -> None:
-    """Ask the system to drop a file's pages."""
+    """Ask the system to drop a file's pages from its cache."""
     with open(file, "rb") as f:
         os.fsync(f.fileno())  # only what is on the disk is dropped
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

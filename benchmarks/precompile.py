@@ -1,4 +1,4 @@
-"""Compiles for an NVIDIA GPU, without one, what the published models launch there.
+"""Compiles the kernels that the published models launch on an NVIDIA GPU, on a machine without one.
 
     python benchmarks/precompile.py FOLDER [--architecture sm_90] [--models e2b 31b]
 
@@ -22,8 +22,8 @@ from unittest.mock import patch
 
 import mlx.core as mx
 
-from mlx_gemma4.config import config_from_gguf
 from mlx_gemma4.doctor import checks, sizes, verdict
+from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.execution import execution
 from mlx_gemma4.gpu import cuda_compiler, cuda_graph, render
 from mlx_gemma4.gpu.recording import RecordedLaunch, Region
@@ -35,6 +35,7 @@ from mlx_gemma4.memory import MemoryPlan
 from mlx_gemma4.model import decode
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.model.replay import Replayer
+from mlx_gemma4.ops import cases
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.expand import expand
 from mlx_gemma4.quant import formats
@@ -43,12 +44,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import make_synthetic
 
 DEPTHS = (0, 1, 530, 2100, 8200, 32800, 130100)  # tokens before a step: as many arrangements of a state's parts
-CODED_DEPTHS = (8200, 32800, 130100)  # where keys and values are in codes
+QUANTIZED_DEPTHS = (8200, 32800, 130100)  # likewise with quantized KV
 CHUNK = 1024
 
 
 def zeros(type: str, shape: tuple[int, ...]) -> Any:
-    """A weight of a GGUF type that takes no memory while nothing evaluates it."""
+    """Return a lazy weight of a GGUF type: it takes no memory unless it is evaluated."""
     if type not in formats.FORMATS:
         return mx.zeros(shape, {"F32": mx.float32, "BF16": mx.bfloat16}[type])
     f, (*rows, k) = formats.FORMATS[type], shape
@@ -57,10 +58,9 @@ def zeros(type: str, shape: tuple[int, ...]) -> Any:
     return formats.Packed(f, shape, mx.zeros((*rows, k * f.bits // 32), mx.uint32), group_scales, top)
 
 
-def lazy_model(kind: str, run: Kernels, packed: bool = True) -> Model:
-    """A published model in a Q4_K_M's types, loaded as a file would be, of such weights; or those all BF16."""
-    keys = make_synthetic.metadata(kind)
-    tensors = make_synthetic.tensors(kind, keys)
+def lazy_model(name: str, run: Kernels, packed: bool = True) -> Model:
+    """Load a published model of such weights as a file would be, in the types of a Q4_K_M file or all in BF16."""
+    tensors = make_synthetic.tensors(PUBLISHED[name])
     if not packed:
         tensors = {name: (shape, type if type == "F32" else "BF16") for name, (shape, type) in tensors.items()}
 
@@ -71,14 +71,14 @@ def lazy_model(kind: str, run: Kernels, packed: bool = True) -> Model:
         return zeros(type, shape)
 
     entries = {name: Entry(shape, type, prod(shape)) for name, (shape, type) in tensors.items()}
-    source = Source(kind, entries, read, lambda name, _: prod(tensors[name][0]))
+    source = Source(name, entries, read, lambda name, _: prod(tensors[name][0]))
     # No memory is taken, so none need be free.
     with patch.object(loader, "make_plan", lambda *_: MemoryPlan("packed", 0, 1 << 40)):
-        return load_model(config_from_gguf(keys, kind), source, "packed", kernels=run)[0]
+        return load_model(PUBLISHED[name].config, source, "packed", kernels=run)[0]
 
 
 def lazy_fill(state: KVState, length: int) -> None:
-    """Let a state grow to so many tokens, all zeros, in chunks as a prompt does."""
+    """Grow a state to `length` tokens of zeros, in the chunks of a prompt."""
     while state.length < length:
         n = min(CHUNK - state.length % CHUNK, length - state.length)
         for i, shape in enumerate(state.config.layers):
@@ -114,13 +114,13 @@ class Compiler(Idle):
 
 
 def add_rotations(model: Model) -> None:
-    """Give a lazy model the rotations of keys and values, which it would estimate by reading tokens."""
+    """Give a lazy model the rotations of its quantized KV, which it would otherwise find by reading tokens."""
     shapes = {i: s for i, s in enumerate(model.config.layers) if s.kv_layer == i and not s.sliding}
     model.rotations = {i: mx.zeros((2 + s.kv_heads, s.head_dim)) for i, s in shapes.items()}
 
 
 def launch_all(model: Model, run: Kernels) -> None:
-    """Ask for each kernel that loading, prompts and decode steps take."""
+    """Launch each kernel that loading, prompts and decode steps need."""
     for check in checks.checks(sizes.sizes_of(model), verdict.QUICK_LENGTHS, verdict.QUICK_ROWS):
         check.make().kernel(run.launcher)
     weights = [w for layer in model.weights.layers for w in vars(layer).values()]
@@ -130,7 +130,7 @@ def launch_all(model: Model, run: Kernels) -> None:
     assert isinstance(stepper, Replayer)
     add_rotations(model)
     with execution():
-        for kv, depth in [*(("full", n) for n in DEPTHS), *itertools.product(("q8", "tq4"), CODED_DEPTHS)]:
+        for kv, depth in [*(("full", n) for n in DEPTHS), *itertools.product(("q8", "tq4"), QUANTIZED_DEPTHS)]:
             states = [model.new_state(kv=kv) for _ in range(2)]
             for state in states:
                 lazy_fill(state, depth)
@@ -142,7 +142,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--architecture", default="sm_90")
-    parser.add_argument("--models", nargs="*", default=list(make_synthetic.SHAPES), choices=make_synthetic.SHAPES)
+    parser.add_argument("--models", nargs="*", type=str.upper, default=list(PUBLISHED), choices=PUBLISHED)
     options = parser.parse_args()
     os.environ["MLX_PTX_CACHE_DIR"] = str(options.folder.absolute())
 
@@ -153,18 +153,18 @@ def main() -> int:
     mx.device_info = lambda *_: {"architecture": options.architecture}
     mx.fast.precompiled_cuda_kernel = launched
     Model.kv_dtype = mx.float16  # type: ignore[assignment, method-assign]
-    checks.on_cpu = lambda: False  # type: ignore[attr-defined]
+    cases.on_cpu = lambda: False  # type: ignore[attr-defined]
     cuda_compiler.keys_work = lambda: True  # type: ignore[assignment]
     trial = cuda_compiler.kernel(cuda_compiler.TRIAL, ["x"], ["y"], "y[threadIdx.x] = x[threadIdx.x] + 1;", "")
     trial([mx.arange(8, dtype=mx.int32)], (8, 1, 1), (8, 1, 1), [(8,)], [mx.int32])
     for name in cuda_graph.TEXTS:
         cuda_graph.module(name)
     failed = 0
-    for kind in options.models:
+    for name in options.models:
         run = Kernels(render.cuda_launcher, player=Compiler)
-        launch_all(lazy_model(kind, run), run)
+        launch_all(lazy_model(name, run), run)
         print(
-            f"{kind}: {len(list(options.folder.glob('*.ptx')))} kernels so far", *sorted(map(str, run.off)), flush=True
+            f"{name}: {len(list(options.folder.glob('*.ptx')))} kernels so far", *sorted(map(str, run.off)), flush=True
         )
         failed += len(run.off)
     return int(failed > 0)

@@ -1,4 +1,4 @@
-"""Time to the first token of a long prompt whose end changed, and what a decode step costs as the state grows.
+"""Measures the time to the first token of a long prompt whose end changed, and a decode step as the state grows.
 
     python benchmarks/prefix.py [--model FILE] [--tokens 20000] [--changed 22]
 

@@ -1,4 +1,4 @@
-"""Where a decode step's time goes on an NVIDIA GPU: each kernel's share, and how long the GPU waits between kernels.
+"""Profiles a decode step on an NVIDIA GPU: the time of each kernel, and how long the GPU waits between kernels.
 
     python benchmarks/step_profile.py MODEL.gguf [--depths 512,2048] [--kv full] [--json OUT.json]
 

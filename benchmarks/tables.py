@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.measure.inspection import BANDWIDTHS
 
-ORDER = ("E2B", "E4B", "12B", "26B-A4B", "31B")
+ORDER = tuple(PUBLISHED)
 TARGETS = {"decode": {"31B": 1.35, "": 1.2}, "prefill": {"31B": 1.0, "": 0.9}}  # ours to llama.cpp's; "": any other
 OURS, THEIRS, INK, FAINT = "#c2410c", "#475569", "#0f172a", "#cbd5e1"
 # The projection for Macs: shares and times that nobody has measured with this program.
 REACHED, LAUNCH = 0.85, 2e-6  # of a chip's published bandwidth, by kernels; seconds between two of them
 PROJECTED_AT = 512  # tokens of context
 # Tokens a second on an M5 Max at 512 tokens that others have published: llama.cpp, mlx-lm.
-PUBLISHED = {"E2B": (177, 210), "E4B": (114, 134), "26B-A4B": (103, 125), "31B": (25.3, 28.3)}
+OTHERS = {"E2B": (177, 210), "E4B": (114, 134), "26B-A4B": (103, 125), "31B": (25.3, 28.3)}
 PANEL_W, PANEL_H, LEFT, TOP, COLUMNS = 300, 210, 46, 40, 3  # of the chart, in pixels
 
 
@@ -150,7 +151,7 @@ def _load(run: dict[str, Any]) -> list[str]:
 
 
 def _projection(cells: list[dict[str, Any]]) -> Iterator[str]:
-    """What Macs would make of the bytes and launches that were counted."""
+    """Yield the projection for Macs from the counted bytes and launches."""
     some = {c["model"]: c for c in cells if (c["kv"], c["context"]) == ("full", PROJECTED_AT) and c.get("launches")}
     if not some:
         return
@@ -166,7 +167,7 @@ def _projection(cells: list[dict[str, Any]]) -> Iterator[str]:
 
     rows = [[chip, *(f"{rate(c, gbs * 1e9):.1f}" for c in some.values())] for chip, gbs in BANDWIDTHS.items()]
     for i, program in enumerate(("llama.cpp", "mlx-lm")):
-        published = (f"{PUBLISHED[m][i]:g}" if m in PUBLISHED else "" for m in some)
+        published = (f"{OTHERS[m][i]:g}" if m in OTHERS else "" for m in some)
         rows.append([f"M5 Max, {program}, published", *published])
     yield from _rows(["chip", *some], rows)
 

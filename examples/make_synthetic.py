@@ -1,8 +1,8 @@
-"""Write a GGUF of a real Gemma 4's shape with random weights, to time things without a download.
+"""Write a GGUF of a published Gemma 4's shape with random weights, to time things without a download.
 
     python examples/make_synthetic.py 31b /tmp/31b.gguf [--tokenizer OTHER.gguf]
 
-Types are those of llama.cpp's Q4_K_M mix. A block of random weights is repeated, so that 18 GB take seconds.
+The tensor types are those of llama.cpp's Q4_K_M mix. Random weights are repeated, so that 18 GB take seconds.
 """
 
 from __future__ import annotations
@@ -15,21 +15,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mlx_gemma4.config import config_from_gguf
+from mlx_gemma4.doctor.published import PUBLISHED, Shape
 from mlx_gemma4.files.gguf import TENSOR_TYPES, open_gguf
 from mlx_gemma4.loading.tensors import tensor_specs
 
-# layers, hidden, query heads, kv heads (sliding, global), ffn, window, a global layer every, K=V on global layers
-SHAPES: dict[str, tuple[int, int, int, tuple[int, int], int, int, int, bool]] = {
-    "e2b": (35, 1536, 8, (1, 1), 6144, 512, 5, False),
-    "e4b": (42, 2560, 8, (2, 2), 10240, 512, 6, False),
-    "12b": (48, 3840, 16, (8, 1), 15360, 1024, 6, True),
-    "26b-a4b": (30, 2816, 16, (8, 2), 2112, 1024, 6, True),
-    "31b": (60, 5376, 32, (16, 4), 21504, 1024, 6, True),
-}
-SHARED = {"e2b": 20, "e4b": 18}  # last layers without keys and values of their own; these models have a PLE
 TYPES = {t.name: (number, t.block_size, t.block_bytes) for number, t in TENSOR_TYPES.items()}
-# Where the fp16 scales of a block are, and what makes weights of about unit variance.
+# (offset in a block, value) of each fp16 scale, such that weights have about unit variance.
 SCALES = {
     "Q4_K": ((0, 1 / 200), (2, 7.5 / 200)),
     "Q6_K": ((208, 1 / 1370),),
@@ -38,50 +29,13 @@ SCALES = {
 }
 
 
-def metadata(kind: str) -> dict[str, Any]:
-    """The keys of a real file."""
-    layers, hidden, heads, (kv_sliding, kv_global), ffn, window, every, _ = SHAPES[kind]
-    shared = SHARED.get(kind, 0)
-    sliding = [(i + 1) % every != 0 for i in range(layers)]
-    widths = [ffn * (1 + (kind == "e2b" and i >= layers - shared)) for i in range(layers)]
-    return {
-        "general.architecture": "gemma4",
-        "general.name": f"synthetic {kind}",
-        "general.quantization_version": 2,
-        "general.file_type": 15,
-        "gemma4.block_count": layers,
-        "gemma4.context_length": 131072,
-        "gemma4.embedding_length": hidden,
-        "gemma4.feed_forward_length": np.array(widths, np.int32),
-        "gemma4.attention.head_count": heads,
-        "gemma4.attention.head_count_kv": np.array([kv_sliding if s else kv_global for s in sliding], np.int32),
-        "gemma4.attention.layer_norm_rms_epsilon": 1e-6,
-        "gemma4.attention.key_length": 512,
-        "gemma4.attention.value_length": 512,
-        "gemma4.attention.key_length_swa": 256,
-        "gemma4.attention.value_length_swa": 256,
-        "gemma4.attention.sliding_window": window,
-        "gemma4.attention.sliding_window_pattern": np.array(sliding),
-        "gemma4.attention.shared_kv_layers": shared,
-        "gemma4.rope.freq_base": 1e6,
-        "gemma4.rope.freq_base_swa": 1e4,
-        "gemma4.rope.dimension_count": 512,
-        "gemma4.rope.dimension_count_swa": 256,
-        "gemma4.embedding_length_per_layer_input": 256 if shared else 0,
-        "gemma4.final_logit_softcapping": 30.0,
-        "gemma4.vocab_size": 262144,
-        **({"gemma4.expert_count": 128, "gemma4.expert_used_count": 8} if kind == "26b-a4b" else {}),
-        **({"gemma4.expert_feed_forward_length": 704} if kind == "26b-a4b" else {}),
-    }
-
-
-def tensors(kind: str, keys: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """name -> (shape, type), in the order of a forward pass."""
-    config = config_from_gguf(keys, kind)
-    n, k_is_v, chosen = len(config.layers), SHAPES[kind][-1], {}
+def tensors(model: Shape) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return name -> (shape, type), in the order of a forward pass."""
+    config, chosen = model.config, {}
+    n = len(config.layers)
     for name, spec in tensor_specs(config).items():
         layer = int(name.split(".")[1]) if name.startswith("blk.") else 0
-        no_v = name.endswith("attn_v.weight") and k_is_v and not config.layers[layer].sliding
+        no_v = name.endswith("attn_v.weight") and not model.ple and not config.layers[layer].sliding
         if name == "output.weight" or "ffn_gate_exps" in name or "ffn_up_exps" in name or no_v:
             continue
         more_bits = layer < n // 8 or layer >= 7 * n // 8 or (layer - n // 8) % 3 == 2
@@ -97,7 +51,7 @@ def tensors(kind: str, keys: dict[str, Any]) -> dict[str, tuple[tuple[int, ...],
 
 
 def stretch(name: str, shape: tuple[int, ...], type: str, rng: np.random.Generator) -> np.ndarray:
-    """Bytes of some rows of a tensor, for repetition."""
+    """Return the bytes of some rows of a tensor, to be repeated."""
     _, size, block_bytes = TYPES[type]
     if name == "rope_freqs.weight":  # only the first frequencies turn
         return np.where(np.arange(shape[0]) < shape[0] // 4, 1, 1e30).astype("<f4").view(np.uint8)
@@ -116,7 +70,7 @@ def stretch(name: str, shape: tuple[int, ...], type: str, rng: np.random.Generat
 
 
 def write_value(out: BinaryIO, value: Any) -> None:
-    """A metadata value with its type (llama.cpp, ggml/include/gguf.h)."""
+    """Write a metadata value after its type (llama.cpp, ggml/include/gguf.h)."""
     kinds = {"u": 4, "i": 5, "f": 6, "b": 7}
 
     def string(s: str) -> bytes:
@@ -138,10 +92,9 @@ def write_value(out: BinaryIO, value: Any) -> None:
         out.write(struct.pack("<II", 4, value))
 
 
-def write(kind: str, path: Path, tokenizer: Path | None = None) -> None:
-    """Write the file."""
-    keys = metadata(kind)
-    chosen = tensors(kind, keys)
+def write(model: str, path: Path, tokenizer: Path | None = None) -> None:
+    """Write a file of the shape of a model in PUBLISHED."""
+    keys, chosen = PUBLISHED[model].metadata(model.lower()), tensors(PUBLISHED[model])
     if tokenizer:
         with open_gguf(tokenizer) as other:
             keys |= {key: value for key, value in other.metadata.items() if key.startswith("tokenizer.")}
@@ -172,7 +125,7 @@ def write(kind: str, path: Path, tokenizer: Path | None = None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("shape", type=str.upper, choices=PUBLISHED)
     parser.add_argument("path", type=Path)
     parser.add_argument("--tokenizer", type=Path, help="a GGUF to copy the tokenizer from")
     options = parser.parse_args()

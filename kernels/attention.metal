@@ -1,26 +1,26 @@
 // Attention of a few new tokens over keys and values that lie in several parts:
 //   out[t, h] = sum over j of softmax_j(SCALE q[t, h] . k[j]) v[j],  for the tokens j that t may see.
 //
-// q [tokens, H, D], the H heads in groups of GQA that share a KV head; part i: k, v [.., G, capacity_i, D] with the tokens
+// q [tokens, H, D], the H heads in groups of GQA that share a KV head; part i: k, v [.., G, capacity_i, D] with tokens
 // spans[2 i] to spans[2 i + 1] in use (start and end). All parts one after another are one row of `total` tokens, of
 // which the last are the queries themselves: query t sees up to itself, and with WINDOW only the last WINDOW of those.
 //
 // Threads. A threadgroup (SG simdgroups) takes ROWS of the GQA * tokens queries of one KV head and one piece of the
 // length; grid (32 SG ceil(GQA tokens / ROWS), pieces, G). A piece is SHARE blocks of BLOCK tokens' room in one part,
-// in use or not; with WHOLE the one piece is all parts. It walks through what is in use of
-// its piece, a block at a time:
+// in use or not; with WHOLE the one piece is all parts. The threadgroup walks through the tokens in use of its piece, a
+// block at a time:
 //   1. scores: 8 lanes share a token, a lane holds KEYS of them, so that a piece of q read from threadgroup
 //      memory meets KEYS keys and a piece of k meets ROWS queries;
 //   2. softmax: a simdgroup takes whole rows, keeps their running maximum and sum;
 //   3. values: a thread owns 8 columns of all rows, and every KEY_GROUPS-th token.
-// Most pieces are one block, and what takes time is its chain of waits: for q and spans, for k, for v. So what a step
-// loads is asked for at once; a simdgroup_barrier keeps it so: without, NVIDIA's compiler waits after every four.
+// Most pieces are one block, whose time is a chain of waits: for q and spans, for k, for v. So all loads of a step are
+// issued together; a simdgroup_barrier keeps them so: without it NVIDIA's compiler waits after every four.
 // With SPLIT each piece leaves its unnormalised sum and (maximum, sum of exponentials) to `merge`, zeros and UNSEEN if
-// nothing of it is in use; else there is one piece, and `out` is written at once. Sums, maxima and exponentials in
-// fp32, powers of 2 instead of e.
+// no token of it is in use; else there is one piece, and `out` is written at once. Sums, maxima and exponentials are
+// fp32, with powers of 2 instead of e.
 //
-// Memory. Every k and v in use once for each ROWS queries, 16 bytes a lane, 128 bytes of a token at once; q and out
-// once; sums (fp32, [tokens H, pieces, D]) written once and read once.
+// Memory. Each k and v in use is read once for each ROWS queries, 16 bytes a lane, 128 bytes of a token at once; q and
+// out once; sums (fp32, [tokens H, pieces, D]) are written once and read once.
 //
 // Rendered before: T (dtype of q, k, v), U (of out), D, GQA, ROWS, SG, KEYS, PARTS, WINDOW (0: none), SCALE, WHOLE,
 // SPLIT, SHARE, LENGTHi (which dimension of part i is its capacity).
@@ -30,8 +30,8 @@
 #define KEY_GROUPS (32 * SG / CHUNKS)  // threads that share columns, each with its own tokens
 #define UNSEEN -1e30f
 #define TURNS ((BLOCK + KEY_GROUPS - 1) / KEY_GROUPS)
-// What is asked for at once: chunks of KEYS tokens, and tokens; where EAGER, the first values even before the softmax.
-// As much as registers hold: Apple's GPUs have fewer a thread, and fp32 takes twice as many.
+// Loads issued together: chunks of KEYS tokens, and tokens; with EAGER the first values even before the softmax.
+// As many as registers hold: Apple GPUs have fewer per thread, and fp32 takes twice as many.
 #ifndef EAGER
 #if defined(CUDA) && !T_FLOAT
 #define EAGER 1
@@ -44,7 +44,7 @@
 #define V_AHEAD (TURNS < V_MOST ? TURNS : V_MOST)
 #define V_EARLY (EAGER && ROWS <= 4)
 
-// Eight numbers as they lie in memory, so that few registers wait for them.
+// Eight numbers in their type in memory, so that few registers wait for them.
 #if T_FLOAT
 struct Eight {
   float4 a, b;
@@ -86,7 +86,7 @@ struct Part {
   int capacity;
   int first;  // token in use
   int last;
-  int before;  // tokens in use of the parts before
+  int before;  // tokens in use in the parts before
 };
 
 // kernel: attention(q, spans, k0, v0, k1?, v1?, k2?, v2?, k3?, v3?, k4?, v4?, k5?, v5?, k6?, v6?, k7?, v7?) -> (out?, sums?, stats?)
@@ -97,7 +97,7 @@ const int piece = int(threadgroup_position_in_grid.y), pieces = SPLIT ? int(thre
 const int g = int(threadgroup_position_in_grid.z);
 const int tokens = q_shape[0], heads = q_shape[1];
 
-// Only ever indexed by constants: a thread's registers hold what it needs.
+// Indexed by constants only, so that it stays in registers.
 Part parts[PARTS] = {
     {k0, v0, int(k0_shape[LENGTH0])},
 #if PARTS > 1
@@ -139,7 +139,7 @@ constexpr int CELLS = ROWS * BLOCK;
 threadgroup float4 room[HELD * OF_GROUP];
 threadgroup float scores[CELLS];   // [row][token of the block]
 threadgroup float weights[CELLS];  // [token][row]
-threadgroup float shrink[ROWS];    // by how much a row's sums shrink, its maximum having grown
+threadgroup float shrink[ROWS];    // factor of a row's old sums once its maximum has grown
 threadgroup float totals[ROWS];
 
 UNROLL
@@ -158,7 +158,7 @@ for (int i = thread_index; i < ROWS * CHUNKS; i += 32 * SG) {
   }
 }
 
-// The part this piece is of, and its first block there.
+// The part that this piece belongs to, and its first block there.
 int mine = 0, block = piece;
 if (!WHOLE) {
   UNROLL
@@ -187,7 +187,7 @@ for (int r = 0; r < ROWS; r++) {
   for (int j = 0; j < 8; j++) acc[r][j] = 0;
 }
 const int key_group = thread_index / CHUNKS, column = thread_index % CHUNKS * 8;
-const int first_key = min(key_group, KEY_GROUPS - 1);  // threads that are no whole group add up what nobody takes
+const int first_key = min(key_group, KEY_GROUPS - 1);  // the sums of threads in an incomplete group are never used
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 for (int p = 0; p < (WHOLE ? PARTS : 1); p++) {
@@ -200,12 +200,12 @@ for (int p = 0; p < (WHOLE ? PARTS : 1); p++) {
   for (int start = from; start < to; start += BLOCK) {
     const int n = min(BLOCK, to - start);
     const ulong at = (ulong(g) * ulong(part.capacity) + ulong(start)) * D;
-    // A thread's values: every KEY_GROUPS-th token's from `first_key` on; past the end of the block the last one's.
+    // A thread loads the values of every KEY_GROUPS-th token from `first_key` on; past the end of the block, the last.
     const device T* v = part.v + at + first_key * D + column;
     const int v_last = (n - 1 - first_key) * D;
     Eight values[V_AHEAD];
 
-    // 1. Scores. A token past the end of the block is another's copy, and never looked at.
+    // 1. Scores. A token past the end of the block is a copy of another, whose scores are never used.
     if (sg * 4 * KEYS < n) {
       const device T* k = part.k + at;
       int offset[KEYS];
@@ -271,7 +271,8 @@ for (int p = 0; p < (WHOLE ? PARTS : 1); p++) {
     for (int i = 0; i < OWN; i++) {
       const int r = sg + i * SG;
       if (r < ROWS) {
-        const int end = total - tokens + (first_row + r) / GQA + 1 - part.before + part.first;  // what this row sees
+        // One past the last token that this row sees, and the first.
+        const int end = total - tokens + (first_row + r) / GQA + 1 - part.before + part.first;
         const int begin = WINDOW > 0 ? end - WINDOW : part.first;
         float s[(BLOCK + 31) / 32], best = top[i];
         UNROLL
@@ -342,7 +343,7 @@ for (int i = 0; i < OWN; i++) {
   }
 }
 
-// Add up the groups of threads that share columns: the last ones give, as many as there is room for, the others take.
+// Add up the groups of threads that share columns: the last ones write, as many as there is room for, the others add.
 UNROLL
 for (int count = KEY_GROUPS; count > 1; count = count > HELD ? count - HELD : 1) {
   const int takers = count > HELD ? count - HELD : 1, from_group = key_group - takers;
@@ -401,14 +402,14 @@ if (key_group == 0) {
 }
 
 // kernel: merge(sums, stats) -> (out)
-// The pieces of a row together: out[row] = sum of 2^(m_p - m) sums[row, p] / sum of 2^(m_p - m) l_p.
+// Merge the pieces of a row: out[row] = sum of 2^(m_p - m) sums[row, p] / sum of 2^(m_p - m) l_p.
 // sums [rows, pieces, D], stats [rows, pieces, (m, l)]; out [rows, D]. A lane takes 4 columns, SG simdgroups share
-// the pieces; threadgroup 32 SG, grid (32 SG, ceil(D / 128), rows); SG divides 32. Reads all once.
+// the pieces; threadgroup 32 SG, grid (32 SG, ceil(D / 128), rows); SG divides 32. Everything is read once.
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int column = int(threadgroup_position_in_grid.y) * 128 + lane * 4, row = int(threadgroup_position_in_grid.z);
 const int pieces = stats_shape[1];
 
-// All that 32 pieces left is asked for at once.
+// The sums of 32 pieces are loaded at once.
 constexpr int FIRST = 32 / SG;
 float first[FIRST][4];
 UNROLL

@@ -10,7 +10,7 @@ METAL_FUNC void better(thread float& a, thread int& i, float b, int j) {
   }
 }
 
-// The best of 32 lanes, in every lane.
+// The best over the 32 lanes; every lane gets it.
 METAL_FUNC void best_lane(thread float& a, thread int& i) {
   UNROLL
   for (int m = 16; m > 0; m /= 2) {
@@ -23,7 +23,7 @@ METAL_FUNC void best_lane(thread float& a, thread int& i) {
 // kernel: top_k(scores, scale?) -> (ids, share)
 // The USED largest of E scores a token, best first, and their softmax, times scale[expert] with SCALED.
 // scores fp32 [tokens, E], ids int32 and share fp32 [tokens, USED]. One simdgroup a token, E / 32 scores a lane;
-// grid (32, tokens, 1). A few hundred bytes.
+// grid (32, tokens, 1). Moves a few hundred bytes.
 const int lane = int(thread_index_in_simdgroup), token = int(threadgroup_position_in_grid.y);
 constexpr int EACH = (E + 31) / 32;
 float score[EACH];

@@ -1,11 +1,11 @@
-// What all kernels share: activations in and out, sums over lanes, GELU.
+// Helpers of all kernels: loads and stores of activations, sums over lanes, GELU.
 //
 // Rendered before this text: T (the activations' type) and one of T_FLOAT, T_HALF, T_BFLOAT as 1.
 // The text is Metal that also compiles as CUDA once cuda.h stands before it: no swizzles, no vector
 // arithmetic, vectors only to load and store 16 bytes at once.
 
 #define UNROLL _Pragma("unroll")
-// Where a result could be past what fp16 holds, the largest that it does hold.
+// A result too large for fp16 becomes the largest number that fp16 holds.
 #define WITHIN_HALF(v) min(max(v, -65504.0f), 65504.0f)
 #if U_HALF  // rendered where U is half
 #define WITHIN_U(v) WITHIN_HALF(v)
@@ -26,8 +26,8 @@ METAL_FUNC void load4(const device float* p, thread float* v) {
   v[3] = a.w;
 }
 
-// Before this, a kernel may read what no launch of a step writes: weights. On NVIDIA a launch may begin while the one
-// before it runs out, and waits here (cuda.h); a kernel that doesn't say where, waits first of all.
+// Before INPUTS_READY a kernel may read only what no launch of a step writes: weights. On NVIDIA a launch may begin
+// while the one before it ends, and waits here (cuda.h); a kernel without INPUTS_READY waits before it does anything.
 #ifndef INPUTS_READY
 #define INPUTS_READY()
 #endif
@@ -60,7 +60,7 @@ METAL_FUNC void load8(const device bfloat* p, thread float* v) {
   v[7] = as_type<float>(u.w & 0xFFFF0000u);
 }
 
-// The same way back.
+// Store eight numbers, 16-byte aligned.
 METAL_FUNC void store4(device float* p, const thread float* v) {
   float4 a;
   a.x = v[0];

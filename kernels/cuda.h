@@ -1,5 +1,6 @@
-// Metal's words for CUDA (NVRTC, through mx.fast.cuda_kernel). Stands before a rendered kernel whose address-space
-// words have been taken out and whose threadgroup arrays have become __shared__ (kernels.py does both).
+// Metal's words for CUDA, compiled with NVRTC (mlx_gemma4/gpu/cuda_compiler.py). Stands before a rendered kernel whose
+// address-space words have been removed and whose threadgroup arrays have become __shared__ (mlx_gemma4/gpu/render.py
+// does both).
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -33,8 +34,8 @@ METAL_FUNC V simd_shuffle_xor(V v, ushort mask) { return __shfl_xor_sync(~0u, v,
 template <class V>
 METAL_FUNC V simd_shuffle(V v, ushort lane) { return __shfl_sync(~0u, v, lane); }
 
-// Where launches of a CUDA graph are joined so (cuda_graph.py), one begins once all threadgroups of the one before it
-// have; elsewhere nothing waits. What precedes it has then run, to the end, before what follows INPUTS_READY.
+// In a CUDA graph with programmatic edges (gpu/cuda_graph.py) a launch begins once all threadgroups of the one before
+// it have; elsewhere INPUTS_READY waits for nothing. Earlier launches have ended when what follows INPUTS_READY runs.
 #if __CUDA_ARCH__ >= 900
 #define LAUNCH_NEXT() asm volatile("griddepcontrol.launch_dependents;")
 #define INPUTS_READY() asm volatile("griddepcontrol.wait;" ::: "memory")
@@ -56,7 +57,7 @@ METAL_FUNC void multiply(float* c, const uint* a, uint b0, uint b1) {
 METAL_FUNC uint firsts(uint a, uint b) { return __byte_perm(a, b, 0x5410); }
 METAL_FUNC uint seconds(uint a, uint b) { return __byte_perm(a, b, 0x7632); }
 
-// For coded.metal: what Metal does with halves apart, and with a table in threadgroup memory.
+// For quantized.metal: what Metal does with halves apart, and with a table in threadgroup memory.
 
 // Two numbers 1024 + code as halves, less 1152: code - 128.
 METAL_FUNC uint less_1152(uint pair) {

@@ -2,7 +2,7 @@
 // With NORM x is RMS-normalised on the way in: x[k] norm[k] / sqrt(mean(x²) + EPS).
 // With TIMES y is gelu(y) times[t, n]. The result goes out times FACTOR.
 //
-// Threads. SPLIT simdgroups take ROWS neighbouring rows for one token, 8 neighbouring weights of each a lane and a step;
+// Threads. SPLIT simdgroups take ROWS neighbouring rows for one token, a lane 8 neighbouring weights of each per step;
 // SG simdgroups a threadgroup, grid (32 SG ceil(N SPLIT / (SG ROWS)), tokens, 1). K a multiple of 8.
 //
 // Memory. W once a token, 16 or 32 bytes a lane; x and norm once in ROWS rows, from the cache; y once.

@@ -5,7 +5,8 @@
 
 #if PACKED
 // Weight k of a row.
-METAL_FUNC float weight(const device uint* codes, const device uchar* group_scales, const device half* block_scales, int k) {
+METAL_FUNC float weight(
+    const device uint* codes, const device uchar* group_scales, const device half* block_scales, int k) {
   const int bit = k * BITS, word = bit / 32, shift = bit % 32;
   uint code = codes[word] >> shift;
   if (shift + BITS > 32) code |= codes[word + 1] << (32 - shift);
@@ -67,7 +68,7 @@ const int t = int(threadgroup_position_in_grid.y);
 if (k < K) out[t * K + k] = U(WEIGHT(ids[t], k) * FACTOR);
 
 // kernel: ple_inputs(ids, proj, norm, codes, group_scales?, block_scales?) -> (out)
-// What each layer adds of the token itself:
+// The per-layer embeddings: what each layer adds for the token itself.
 //   out[l, t] = (rms(proj[t, l] PROJ_FACTOR) norm + table[ids[t], l] FACTOR) / sqrt(2)
 // table [V, layers P], K = layers P; proj [tokens, layers P] in T; norm fp32 [P]; out [layers, tokens, P] in U.
 // Threads: a simdgroup a layer and token, 4 a threadgroup; grid (128 ceil(layers / 4), tokens, 1). Reads a row once.

@@ -1,7 +1,7 @@
-// A packed weight, or a stretch of its rows, as numbers: for products of many rows, which MLX's own matmul does.
+// Expand a packed weight, or some of its rows, to floats, for products of many rows by MLX's own matmul.
 //
-// Rendered before: T (dtype of out), K (row length, a multiple of 32), a packed format as for matvec.metal (BITS, GROUP,
-// GROUP_SCALE_BITS, SCALE_BLOCK, OFFSET, HAS_MIN, HAS_LUT, LUT, GROUP_SCALE_*).
+// Rendered before: T (dtype of out), K (row length, a multiple of 32), a packed format as for matvec.metal (BITS,
+// GROUP, GROUP_SCALE_BITS, SCALE_BLOCK, OFFSET, HAS_MIN, HAS_LUT, LUT, GROUP_SCALE_*).
 //
 // kernel expand: threads, one for eight neighbouring weights (they share a scale: groups are 16 or 32), threadgroup of
 // 256, grid (256 ceil(rows K / 2048), 1, 1). Memory: every byte of the planes once, out once, 8 numbers a store.
@@ -71,7 +71,7 @@ if (row < uint(codes_shape[0])) {
 #if HAS_LUT
     v[j] = a * table[code] + b;
 #else
-    // A code in the mantissa of 2^23, for a conversion is slow: exact, as is the offset taken off.
+    // The code goes into the mantissa of 2^23, since a conversion is slow; exact, as is subtracting the offset.
     v[j] = a * (as_type<float>(0x4B000000u | code) - float(0x800000 + OFFSET)) + b;
 #endif
   }

@@ -3,32 +3,33 @@
 // for all i of a tile of `order`, whose rows share expert e. With GLU, W is gate over up, [E, 2 F, K], and
 //   y[order[i], f] = gelu(gate row f) * (up row f),   each times scale[r] first.
 //
-// x fp16 [rows, K], scale fp32 [rows, 1]; tiles int32 [.., 3]: expert, first i, one past the last, at most TOKENS of them
-// (none in tiles that are left over). Packed planes as for matvec.metal; without a format (PLAIN) codes are W itself in
-// 16-bit floats.
+// x fp16 [rows, K], scale fp32 [rows, 1]; tiles int32 [.., 3]: expert, first i, one past the last, at most TOKENS of
+// them (none in tiles that are left over). Packed planes as for matvec.metal; without a format (PLAIN) codes are W
+// itself in 16-bit floats.
 //
 // Threads. A threadgroup of 4 simdgroups takes one tile and 128 rows of W (with GLU 64 of gate, 64 of up); grid
-// (128 ceil(N / 128), tiles, 1). It walks along K in steps of 32: a thread makes 32 weights of one row halves, and brings
-// 8 numbers of each of TOKENS / 32 rows of x, for the next step, while the simdgroups multiply this one's: each 64 rows of W
-// and TOKENS / 2 of x on matrix units (matrix.metal), summed in fp32. Sums of a product may be in any order: of a row, lane
-// t takes the 8 neighbouring numbers from 8 t on, so that they come and go 16 bytes at once.
+// (128 ceil(N / 128), tiles, 1). It walks along K in steps of 32. While the simdgroups multiply one step, each thread
+// prepares the next: it converts 32 weights of one row to halves and loads 8 numbers of each of TOKENS / 32 rows of x.
+// A simdgroup multiplies 64 rows of W by TOKENS / 2 rows of x on matrix units (matrix.metal), summed in fp32. The sums
+// of a product may be in any order: of a row, lane t takes the 8 neighbouring numbers from 8 t on, 16 bytes at once.
 //
-// Memory. Packed weights once for each tile of their expert, mostly from the cache; x once for each 128 rows of W. y once.
-// Threadgroup memory: two steps of halves, 24 KB with 64 TOKENS.
+// Memory. Packed weights are read once for each tile of their expert, mostly from the cache; x once for each 128 rows
+// of W; y is written once. Threadgroup memory: two steps of halves, 24 KB with 64 TOKENS.
 //
-// Rendered before: T (half), U (of y), USED, GLU, TOKENS (a multiple of 32), a format with CHUNK 32, or PLAIN and W_TYPE.
+// Rendered before: T (half), U (of y), USED, GLU, TOKENS (a multiple of 32), a format with CHUNK 32, or PLAIN and
+// W_TYPE.
 // uses: matrix.metal
 // uses: packed.metal
 
 #define BLOCKS (TOKENS / 16)                  // of 8 rows of x, a simdgroup
-#define BRING (TOKENS / 32)                   // rows of x that a thread brings a part of
+#define BRING (TOKENS / 32)                   // rows of x that a thread loads a part of
 // Where lane g, t of a block finds its 16 bytes: neighbouring g as well as neighbouring t lie in different banks.
 #define PLACE(g, t) ((g) * 4 + ((t) ^ (g) / 2))
 
 // Two floats as halves in a word.
 METAL_FUNC uint halves(float a, float b) { return pair(half(a), half(b)); }
 
-// Eight numbers from 8 t on of row n of a second factor's block, as its lanes want them.
+// Store the eight numbers from 8 t on of row n of a second factor's block where its lanes read them.
 METAL_FUNC void put_second(threadgroup uint4* block, int n, int t, const thread uint* eight) {
 #ifdef CUDA
   uint4 u;
@@ -55,7 +56,7 @@ METAL_FUNC void load_plain(const device bfloat* p, thread uint* w) {
   for (int i = 0; i < 4; i++) w[i] = halves(v[2 * i], v[2 * i + 1]);
 }
 #else
-// Code i of a chunk plus 2^23: its bits in that number's mantissa, for a conversion is slow.
+// Code i of a chunk plus 2^23: its bits go into that number's mantissa, since a conversion is slow.
 METAL_FUNC float raised_code(const thread uint* w, int i) {
   const int word = i * BITS / 32, at = i * BITS % 32;
   uint code = w[word] >> at;
@@ -85,7 +86,7 @@ threadgroup_barrier(mem_flags::mem_threadgroup);
 #endif
 
 if (first < last) {
-  // What this thread brings: 32 weights of one row a step, and 8 numbers of each of BRING rows of x.
+  // This thread loads 32 weights of one row per step, and 8 numbers of each of BRING rows of x.
   const int out = min(first_out + (GLU ? thread_index % 64 : thread_index), outs - 1);
   const ulong row = ulong(expert) * ulong(N) + ulong(GLU && thread_index >= 64 ? outs + out : out);
   const device half* from[BRING];
@@ -132,7 +133,7 @@ if (first < last) {
   const int steps = K / 32, own = PLACE(lane_g, lane_t);
   BRING_STEP(0)
   for (int step = 0; step < steps; step++) {
-    // What was brought becomes factors.
+    // Store the loaded numbers as factors.
     UNROLL
     for (int j = 0; j < 4; j++) {
       uint4 u;
@@ -167,7 +168,7 @@ if (first < last) {
     if (step + 1 < steps) {
       BRING_STEP(step + 1)
     }
-    // Who writes to these places again has been past the next barrier, and so has everybody done here.
+    // These places are written again only after the next barrier, which every thread passes after its reads.
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     uint4 second[BLOCKS];

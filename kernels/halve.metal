@@ -1,10 +1,11 @@
 // Rows as fp16 with magnitudes under 2, for products of many rows:
-//   scale[t] = the power of two at or below the largest |x[t, k]|, at least 2^-100;   h[t, k] = half(x[t, k] / scale[t]).
+//   scale[t] = the power of two at or below the largest |x[t, k]|, at least 2^-100;
+//   h[t, k] = half(x[t, k] / scale[t]).
 //
 // Threads. A threadgroup of SG simdgroups takes a row, 8 neighbouring numbers a thread and a step; threadgroup 32 SG,
 // grid (32 SG, rows, 1). K a multiple of 8.
 //
-// Memory. x once, and once more from the cache; h once.
+// Memory. x is read once, and once more from the cache; h written once.
 //
 // Rendered before: T (of x), SG.
 

@@ -1,13 +1,13 @@
-// Attention of a few new tokens over many fp16 keys and values, on matrix units: what attention.metal's `attention`
-// gives with WINDOW 0 and SPLIT,
-//   sums = sum over j of 2^(score_j - top) v[j],  score_j = SCALE / ln 2 q . k[j],  and (top, sum of 2^(score_j - top)),
-// for each piece of the length; `merge` of attention.metal adds the pieces up.
+// Attention of a few new tokens over many fp16 keys and values, on matrix units. Gives what `attention` of
+// attention.metal gives with WINDOW 0 and SPLIT: for each piece of the length
+//   sums = sum over j of 2^(score_j - top) v[j], score_j = SCALE / ln 2 q . k[j],  and (top, sum of 2^(score_j - top));
+// `merge` of attention.metal adds the pieces up.
 //
-// q [tokens, H, D], the H heads in groups of GQA that share a KV head; part i: k, v [.., G, capacity_i, D] with the tokens
+// q [tokens, H, D], the H heads in groups of GQA that share a KV head; part i: k, v [.., G, capacity_i, D] with tokens
 // spans[2 i] to spans[2 i + 1] in use. All tokens in use are one row, of which the last are the queries themselves:
-// query t sees up to itself. Each part is cut into pieces of SHARE tokens of its capacity, the last may be shorter; pieces
-// are numbered through all parts. So where a piece lies doesn't move as spans grow, and one outside of them is empty:
-// (UNSEEN, 0) and zeros.
+// query t sees up to itself. Each part is cut into pieces of SHARE tokens of its capacity, of which the last may be
+// shorter; pieces are numbered through all parts. So pieces do not move as spans grow, and one outside of the spans is
+// empty: (UNSEEN, 0) and zeros.
 //
 // Threads. A threadgroup (SG simdgroups, a divisor of D / 64) takes 8 TILES of the GQA * tokens queries of one KV head
 // and one piece; grid (32 SG ceil(GQA tokens / 8 TILES), pieces, G). It walks through what is in use of its piece in
@@ -16,17 +16,18 @@
 //   2. softmax, in fp32: a simdgroup takes whole queries, keeps their running maximum and sum;
 //   3. values: a simdgroup takes D / SG columns of all tokens: products of 16 columns x 16 tokens and 16 tokens x 8
 //      queries; weights are halves, sums fp32.
-// What a lane holds of a product's factors: matrix.metal. Sums of a product may be in any order, so a lane multiplies
-// the very numbers it has read, 16 bytes of a token at once, and the queries are laid out to match.
+// matrix.metal says what a lane holds of a product's factors. The sums of a product may be in any order, so a lane
+// multiplies the very numbers it has read, 16 bytes of a token at once, and the queries are laid out to match.
 //
-// Memory. Keys and values once for each 8 TILES queries, D / 16 loads of 16 bytes a lane and block of either. They come
-// in batches of BATCH loads through two sets of registers: as soon as a batch is used up, the one after the next is
-// asked for, through the barriers around the softmax and into the next block, so that BATCH to 2 BATCH loads of each lane
-// are always under way. (simdgroup_barrier keeps the compiler from asking later.) sums (fp32, [tokens H, pieces, D]) written once, read once.
+// Memory. Keys and values are read once for each 8 TILES queries, D / 16 loads of 16 bytes a lane and block of either,
+// in batches of BATCH loads through two sets of registers: as soon as a batch is used, the one after the next is
+// loaded, across the barriers around the softmax and into the next block, so that BATCH to 2 BATCH loads of each lane
+// are always under way (a simdgroup_barrier keeps the compiler from loading later). sums (fp32, [tokens H, pieces, D])
+// are written once and read once.
 //
-// Rendered before: T (half), D (a multiple of 64), GQA, SG, TILES, SHARE (a multiple of BLOCK), BATCH (a multiple of 4 that
-// divides D / 16), RESIDENT (threadgroups that a core is to hold at once), PARTS, SCALE, LENGTHi (which dimension of part
-// i is its capacity).
+// Rendered before: T (half), D (a multiple of 64), GQA, SG, TILES, SHARE (a multiple of BLOCK), BATCH (a multiple of 4
+// that divides D / 16), RESIDENT (threadgroups that a core is to hold at once), PARTS, SCALE, LENGTHi (which dimension
+// of part i is its capacity).
 // uses: matrix.metal
 
 #define BLOCK (16 * SG)
@@ -35,7 +36,7 @@
 #define CHUNKS (D / SG / 64)         // a simdgroup's columns, in 64s: 8 lanes of 8
 #define BATCHES (D / 16 / BATCH)     // of keys, and as many of values, a block
 #define UNSEEN -1e30f
-#define LAUNCH_BOUNDS __launch_bounds__(32 * SG, RESIDENT)  // for CUDA: how many registers there are
+#define LAUNCH_BOUNDS __launch_bounds__(32 * SG, RESIDENT)  // for CUDA: limits the registers of a thread
 
 struct Part {
   const device half* k;
@@ -43,8 +44,8 @@ struct Part {
   int capacity;
 };
 
-// One batch of a block of n tokens: the first BATCHES are of keys, the others of values. A token past the end is the
-// last one's copy, and weighs nothing.
+// Load one batch of a block of n tokens: the first BATCHES are of keys, the others of values. A token past the end is a
+// copy of the last one, with weight 0.
 METAL_FUNC void load_batch(const device half* k, const device half* v, int n, int batch, int sg, int lane,
                            thread uint* words) {
   const int lane_g = LANE_G, lane_t = LANE_T, last = (n - 1) * D;
@@ -99,12 +100,12 @@ const Part parts[PARTS] = {
 threadgroup uint2 queries[TILES * SLOTS * 32];  // second factors of scores, [tile][product][lane]
 threadgroup uint2 weights[TILES * SG * 32];     // of values, [tile][16 tokens][lane]
 threadgroup float scores[ROWS][BLOCK + 1];
-threadgroup float shrink[ROWS];                 // by how much a query's sums shrink, its maximum having grown
+threadgroup float shrink[ROWS];                 // factor of a query's old sums once its maximum has grown
 
-// Where this piece lies, and how many tokens there are in all.
+// The tokens of this piece, and how many there are in all.
 const device half* k = k0;
 const device half* v = v0;
-int from = 0, to = 0, before = 0;  // tokens of its part, and where in the row of all its part's token 0 would be
+int from = 0, to = 0, before = 0;  // its tokens within their part; the part's token 0 in the row of all
 int total = 0, dealt = 0;
 UNROLL
 for (int i = 0; i < PARTS; i++) {
@@ -129,7 +130,7 @@ if (from < to) {
   load_batch(k, v, min(BLOCK, to - from), 1, sg, lane, words[1]);
 }
 
-// Of a lane's 8 numbers, a product takes 4: two for its first 8 rows, two for the other 8.
+// A product takes 4 of a lane's 8 numbers: two for its first 8 rows, two for the other 8.
 UNROLL
 for (int i = int(thread_index_in_threadgroup); i < ROWS * D / 8; i += 32 * SG) {
   const int r = i / (D / 8), c = i % (D / 8), row = first_row + r;
@@ -138,7 +139,8 @@ for (int i = int(thread_index_in_threadgroup); i < ROWS * D / 8; i += 32 * SG) {
     load_words((const device uint*)(q + (row / GQA * heads + g * GQA + row % GQA) * D + c * 8), 4, eight);
   UNROLL
   for (int j = 0; j < 8; j++) {
-    const int slot = c / 4 * 2 + j / 4, place = (r / 8 * SLOTS + slot) * 128 + B_PLACE(c % 4 * 2 + j % 2, r % 8) + j % 4 / 2 * 2;
+    const int slot = c / 4 * 2 + j / 4,
+              place = (r / 8 * SLOTS + slot) * 128 + B_PLACE(c % 4 * 2 + j % 2, r % 8) + j % 4 / 2 * 2;
     ((threadgroup half*)queries)[place] = as_type<half>(ushort(j % 2 ? eight[j / 2] >> 16 : eight[j / 2] & 0xFFFFu));
   }
 }
@@ -146,14 +148,14 @@ for (int i = int(thread_index_in_threadgroup); i < ROWS * D / 8; i += 32 * SG) {
 // Running maximum and sum of the queries of this simdgroup: sg, sg + SG, ...
 constexpr int OWN = (ROWS + SG - 1) / SG;
 float top[OWN], sum[OWN];
-int seen[OWN];  // tokens, of those that are left of the piece
+int seen[OWN];  // tokens that each query sees of what is left of the piece
 UNROLL
 for (int i = 0; i < OWN; i++) {
   seen[i] = min(to - from, total - tokens + (first_row + sg + i * SG) / GQA + 1 - before - from);
   top[i] = UNSEEN;
   sum[i] = 0;
 }
-float acc[TILES][CHUNKS][4][4];  // of each pair of this lane's columns: the first of queries 2 t, 2 t + 1, the second
+float acc[TILES][CHUNKS][4][4];  // per pair of columns: the first for queries 2 t, 2 t + 1, then the second
 UNROLL
 for (int tile = 0; tile < TILES; tile++) {
   UNROLL
@@ -162,7 +164,7 @@ for (int tile = 0; tile < TILES; tile++) {
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 for (int left = to - from; left > 0; left -= BLOCK) {
-  // After the last block, the first token of that one is asked for again: without a branch, loads don't wait for it.
+  // After the last block its first token is loaded again: loads that need no branch do not wait for one.
   const int n = min(BLOCK, left), next_n = left > BLOCK ? min(BLOCK, left - BLOCK) : 1;
   const int next = left > BLOCK ? BLOCK * D : 0;
 
@@ -243,7 +245,7 @@ for (int left = to - from; left > 0; left -= BLOCK) {
     UNROLL
     for (int i = 0; i < BATCH; i++) {
       const int four = batch * (BATCH / 4) + i / 4;  // which 4 loads: of 16 tokens and one chunk
-      const thread uint* pair = words[turn] + i / 4 * 16 + i % 4;  // of 2 columns and the first token, 4 on the second ..
+      const thread uint* pair = words[turn] + i / 4 * 16 + i % 4;  // 2 columns of the first token; 4 on, of the second
       const uint a[4] = {firsts(pair[0], pair[4]), seconds(pair[0], pair[4]),
                          firsts(pair[8], pair[12]), seconds(pair[8], pair[12])};
       UNROLL

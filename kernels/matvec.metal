@@ -5,22 +5,22 @@
 //            summed beside the products and divide the result at the end: x is read once.
 //   GLU      W is gate over up, [2F, K]: y[t, f] = gelu(gate row f) * (up row f), both in one lane.
 //   TIMES    y[t, n] = gelu(row n) * times[t, n].
-//   FACTOR   multiplies each result; 1 where nobody asks for another.
+//   FACTOR   multiplies each result.
 //   EXPERTS  W is [E, N, K]; row block z of the grid takes expert ids[z] and writes y[z]; x is shared
 //            or, with EXPERT_X, x[z].
 //
 // Threads. A row belongs to LANES neighbouring lanes of each of SPLIT simdgroups; a lane works on ROWS
 // rows at once, so that an activation, once converted, meets ROWS weights. A step of a lane is CHUNK
 // weights of each of its rows; neighbouring lanes take neighbouring chunks, so LANES of them read one
-// stretch of a row, 16 bytes a lane where the bits allow. The next step's weights are on their way while
+// stretch of a row, 16 bytes a lane where the bits allow. The next step's weights are loaded while
 // this step's are used. Then the lanes of a row add up by shuffles, and its simdgroups over threadgroup
 // memory. SG simdgroups, threadgroup of 32 SG; grid (32 SG ceil(N / rows of a threadgroup), 1, experts).
 //
-// With STAGE, the threadgroup brings each step's x to threadgroup memory as fp32 (and under norm), one step
-// ahead: for fp32 x and for NORM, whose loads straight from memory by lanes a chunk apart were the limit.
+// With STAGE, the threadgroup copies each step's x to threadgroup memory as fp32 (and normalised), one step
+// ahead: for fp32 x and for NORM, where loads straight from memory by lanes a chunk apart were the limit.
 //
-// Memory. Every byte of codes, group_scales and block_scales once, in whole lines. x (and norm) once for each
-// simdgroup's ROWS * 32 / LANES rows, from the cache. y once.
+// Memory. Every byte of codes, group_scales and block_scales is read once, in whole lines; x (and norm) once for each
+// simdgroup's ROWS * 32 / LANES rows, from the cache. y is written once.
 //
 // A code becomes a float without conversion: its bits are shifted to the top of a mantissa under the
 // exponent of 1, giving v = 1 + code / 2^BITS. With w = a code + b over a group of weights,
@@ -41,7 +41,7 @@
 // Code i of a chunk as a float from 1 to 2: its bits under the exponent of 1. `one` is the bits of 1.0f.
 // With PAIRS, codes 2j and 2j + 1 are shifted as one, so that an even code stands BITS lower in the mantissa.
 METAL_FUNC float unit_code(const thread uint* w, int i, uint one) {
-  const int first = PAIRS ? i / 2 * 2 : i, span = PAIRS ? 2 * BITS : BITS;  // what is shifted: codes, bits
+  const int first = PAIRS ? i / 2 * 2 : i, span = PAIRS ? 2 * BITS : BITS;  // of what is shifted: first code, bits
   const int word = first * BITS / 32, at = first * BITS % 32, low_end = 23 - span;
   uint u;
   if (at + span > 32)
@@ -53,8 +53,8 @@ METAL_FUNC float unit_code(const thread uint* w, int i, uint one) {
 }
 
 #if INTEGER
-// 32 numbers as whole ones of 16 bits, a pair a word, and their unit: a power of two, 2^-14 to 2^-15 of the largest,
-// or infinity if one of them isn't finite.
+// 32 numbers as 16-bit integers, a pair a word, and their unit: a power of two, 2^-14 to 2^-15 of the largest, or
+// infinity if one of them is not finite.
 METAL_FUNC float as_integers(const thread float* v, thread uint* pairs) {
   float most = 1e-30f;
   UNROLL
@@ -70,7 +70,7 @@ METAL_FUNC float as_integers(const thread float* v, thread uint* pairs) {
 }
 
 // sum + values(codes) . x for 8 codes. A code's low 3 bits choose a byte of either half of the table; of the half that
-// its bit 3 does not mean, the byte's sign comes instead, 0 or -1, which the other half's byte makes up for.
+// its bit 3 does not mean, the byte's sign comes instead, 0 or -1, for which the other half's byte makes up.
 METAL_FUNC int table_dot(uint word, const thread uint* table, const thread uint* x, int sum) {
   UNROLL
   for (int i = 0; i < 2; i++) {
@@ -85,7 +85,7 @@ METAL_FUNC int table_dot(uint word, const thread uint* table, const thread uint*
 
 // kernel: matvec(x, norm?, codes, group_scales?, block_scales?, ids?, times?) -> (y)
 #if EXPERTS
-INPUTS_READY();  // which experts
+INPUTS_READY();  // ids
 #endif
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int slot = int(threadgroup_position_in_grid.z);
@@ -131,27 +131,28 @@ for (int t = 0; t < TOKENS; t++) {
 }
 
 Chunk now[ROWS], next[ROWS];
-#define LOAD(into, c)                                                                      \
-  UNROLL for (int r = 0; r < ROWS; r++) {                                                  \
-    load_codes(codes + row[r] * uint(words) + uint((c) * WORDS), into[r].codes);           \
-    LOAD_GROUP_SCALES(into, c)                                                                      \
-    LOAD_BLOCK_SCALES(into, c)                                                                    \
+#define LOAD(into, c)                                                            \
+  UNROLL for (int r = 0; r < ROWS; r++) {                                        \
+    load_codes(codes + row[r] * uint(words) + uint((c) * WORDS), into[r].codes); \
+    LOAD_GROUP_SCALES(into, c)                                                   \
+    LOAD_BLOCK_SCALES(into, c)                                                   \
   }
 #if GROUP_SCALE_BITS
-#define LOAD_GROUP_SCALES(into, c) into[r].group_scales = load_group_scales(group_scales + row[r] * uint(K / GROUP * GROUP_SCALE_BITS / 8), c);
+#define LOAD_GROUP_SCALES(into, c) \
+  into[r].group_scales = load_group_scales(group_scales + row[r] * uint(K / GROUP * GROUP_SCALE_BITS / 8), c);
 #else
 #define LOAD_GROUP_SCALES(into, c) into[r].group_scales = 0;
 #endif
 #if SCALE_BLOCK
-#define LOAD_BLOCK_SCALES(into, c)                                                                \
-  UNROLL for (int i = 0; i < BLOCK_SCALES; i++) into[r].block_scales[i] =                               \
+#define LOAD_BLOCK_SCALES(into, c)                                        \
+  UNROLL for (int i = 0; i < BLOCK_SCALES; i++) into[r].block_scales[i] = \
       load_block_scales(block_scales + row[r] * uint(K / SCALE_BLOCK * (1 + HAS_MIN)), (c) * CHUNK / SCALE_BLOCK + i);
 #else
 #define LOAD_BLOCK_SCALES(into, c) into[r].block_scales[0] = 0;
 #endif
 
 #if STAGE
-// The next step's x on its way to threadgroup memory: thread i brings 8 numbers of every SG * 256.
+// The next step's x in threadgroup memory: thread i copies 8 numbers of every SG * 256.
 threadgroup float4 staged[2][TOKENS][CHUNK / 4][LANES * SPLIT];  // neighbouring lanes read neighbouring places
 constexpr int BRING = (LANES * SPLIT * CHUNK / 8 + SG * 32 - 1) / (SG * 32);
 float brought[TOKENS][BRING][8];
@@ -196,7 +197,7 @@ float brought[TOKENS][BRING][8];
 const int place = part * LANES + col, steps = (chunks + LANES * SPLIT - 1) / (LANES * SPLIT);
 if (place < chunks) LOAD(now, place)
 #if !EXPERTS
-INPUTS_READY();  // weights are on their way
+INPUTS_READY();  // the first weights are being loaded
 #endif
 #if STAGE
 BRING_X(0)
@@ -326,7 +327,7 @@ for (int t = 0; t < TOKENS; t++) {
 }
 
 #if SPLIT > 1 || (STAGE && NORM && SG > 1)
-// Simdgroups that share rows leave their sums; the first of them collects.
+// Simdgroups that share rows store their sums; the first of them adds them up.
 threadgroup float shared_acc[SG][TOKENS][ROWS][APART];
 threadgroup float shared_squares[SG][TOKENS];
 if (col == 0) {

@@ -1,4 +1,4 @@
-// Residual with the norms around it, one launch:
+// The residual connection with the norms around it, in one launch:
 //   c = h,  or with BRANCHES  c = rms(h) norm1 + rms(e) norm2,  e = sum over i < USED of share[i] experts[i]
 //   y = (x + rms(c) post) scale,    normed = rms(y) next
 // with rms(a) = a / sqrt(mean(a²) + EPS), of h and e with EPS_H. x and y [tokens, K] in dtype R, h and experts
@@ -21,7 +21,7 @@ const int thread_index = int(thread_index_in_threadgroup);
 const int token = int(threadgroup_position_in_grid.y), row = token * K;
 threadgroup float room[SG];
 
-// All loads come before all sums, so that they are waited for once; those of weights, even before the inputs are there.
+// All loads come before all sums, to wait only once; those of weights come even before the inputs are ready.
 float c[STEPS][8], v[STEPS][8], w[STEPS][8], squares = 0;
 EACH_STEP load8(post + at, w[i]);
 #if NEXT

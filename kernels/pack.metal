@@ -1,9 +1,9 @@
-// Blocks of a quantized tensor, as a GGUF has them, to the planes that the other kernels read.
+// Repack the blocks of a quantized tensor, as a GGUF has them, to the planes that the other kernels read.
 //
 // Rendered before: SIZE (weights of a block), N_BYTES (bytes of a block), BITS (of a code), CODE(block, c) (code c of a
-// block, put together by `take`), BLOCK_SCALES (0, 1 or 2 fp16 numbers of a block, at its bytes BLOCK_SCALE_0 and BLOCK_SCALE_1), GROUP_SCALE_BYTES
-// (of a block's group scales, 0 if it has none), GROUP_SCALE_AT (the byte where the file has them) and which of GROUP_SCALE_PLAIN,
-// GROUP_SCALE_Q4_K, GROUP_SCALE_Q3_K, GROUP_SCALE_IQ4_XS says how.
+// block, put together by `take`), BLOCK_SCALES (0, 1 or 2 fp16 numbers of a block, at its bytes BLOCK_SCALE_0 and
+// BLOCK_SCALE_1), GROUP_SCALE_BYTES (of a block's group scales, 0 if it has none), GROUP_SCALE_AT (the byte where the
+// file has them) and one of GROUP_SCALE_PLAIN, GROUP_SCALE_Q4_K, GROUP_SCALE_Q3_K, GROUP_SCALE_IQ4_XS (how).
 //
 // kernel pack: threads, one for each word of codes; the first of a block's also make a byte of its group scales and an
 // fp16 number each. Threadgroup of 256, grid (256 ceil(blocks WORDS / 256), 1, 1). Memory: every block once (a word's
@@ -11,7 +11,7 @@
 
 #define WORDS (SIZE * BITS / 32)  // of a block's codes
 
-// `bits` bits of code c, of a plane as quant_pack.Plane describes it.
+// `bits` bits of code c, of a plane as quant/repack.py describes it.
 METAL_FUNC uint take(const device uchar* block, uint c, uint at, uint bits, uint run) {
   const uint codes = run * 8 / bits;  // in a run of bytes
   const uint place = c % codes;
@@ -36,7 +36,8 @@ METAL_FUNC uint six_bits(const device uchar* from, uint n) {
 }
 
 // kernel: pack(raw) -> (codes, group_scales?, block_scales?)
-// raw uint8 [blocks N_BYTES] -> codes uint32 [blocks WORDS], group_scales uint8 [blocks GROUP_SCALE_BYTES], block_scales half [blocks BLOCK_SCALES].
+// raw uint8 [blocks N_BYTES] -> codes uint32 [blocks WORDS], group_scales uint8 [blocks GROUP_SCALE_BYTES],
+// block_scales half [blocks BLOCK_SCALES].
 const uint i = uint(threadgroup_position_in_grid.x) * 256 + uint(thread_index_in_threadgroup);
 const uint b = i / WORDS, j = i % WORDS;
 if (b < uint(raw_shape[0]) / N_BYTES) {
@@ -63,7 +64,8 @@ if (b < uint(raw_shape[0]) / N_BYTES) {
 #else
     // Eight bits, of two numbers.
     const uint n = j * 8 / 6, shift = j * 8 % 6;
-    group_scales[b * GROUP_SCALE_BYTES + j] = uchar((six_bits(from, n) >> shift | six_bits(from, n + 1) << (6 - shift)) & 255);
+    group_scales[b * GROUP_SCALE_BYTES + j] =
+        uchar((six_bits(from, n) >> shift | six_bits(from, n + 1) << (6 - shift)) & 255);
 #endif
   }
 #endif

@@ -1,7 +1,7 @@
-// A stretch of a packed row as it stands in memory, and what scales it: for kernels that read weights a stretch at a time.
+// A chunk of a packed row as it lies in memory, and its scales: for kernels that read weights a chunk at a time.
 //
-// Rendered before: CHUNK (weights of a stretch: 32 or a multiple, or part of a group), VEC (words of a load), a packed format:
-// BITS, GROUP, GROUP_SCALE_BITS, SCALE_BLOCK, OFFSET, HAS_MIN, HAS_LUT, GROUP_SCALE_*; without BITS, nothing is left of this.
+// Rendered before: CHUNK (weights of a chunk: 32 or a multiple, or part of a group), VEC (words of a load), a packed
+// format: BITS, GROUP, GROUP_SCALE_BITS, SCALE_BLOCK, OFFSET, HAS_MIN, HAS_LUT, GROUP_SCALE_*. Without BITS, empty.
 
 #ifdef BITS
 #define WORDS (CHUNK * BITS / 32)                      // of codes, a lane, a row and a step
@@ -9,7 +9,7 @@
 #define SPANS (CHUNK / SPAN)                           // of them in a chunk
 #define BLOCK_SCALES (SCALE_BLOCK == 32 && CHUNK > 32 ? CHUNK / 32 : 1)  // fp16 scales (or pairs) in a chunk
 
-// What a lane reads of one row in one step, as it stands in memory.
+// What a lane reads of one row in one step, as it lies in memory.
 struct Chunk {
   uint codes[WORDS];
   uint group_scales;

@@ -1,20 +1,20 @@
-// From the raw products of q, k and v to queries, and to keys and values behind those that the tail already holds:
+// Turn the raw products of q, k and v into queries, and into keys and values behind those that the tail already holds:
 //   q' = rope(rms(q) q_norm),  k' = rope(rms(k) k_norm),  v' = rms(v) with VALUE_NORM, else v.
 //
 // q [tokens, H D], k and v [tokens, G D]. With JOINED_K the k of a token stands behind its q in the same array, with
 // JOINED_V its v behind those; with V_IS_K v is the raw k; without KV there is q alone. tail_k, tail_v [G, TAIL, D]
-// hold count[0] tokens; new_k, new_v are copies of them with the new tokens behind (rows past those stay unwritten), or in
-// recorded steps (recording.py) the same memory, where nothing is left to copy.
-// RoPE turns dimensions i and i + D/2 of token t by an angle of cosine rope[t, 0, i] and sine rope[t, 1, i]: what
-// `rotations` makes once a step, for angles depend on the position and on the kind of layer alone.
+// hold count[0] tokens; new_k, new_v are copies of them with the new tokens behind (rows past those stay unwritten), or
+// in recorded steps (gpu/recording.py) the same memory, where nothing is copied.
+// RoPE rotates dimensions i and i + D/2 of token t by an angle of cosine rope[t, 0, i] and sine rope[t, 1, i], which
+// `rotations` computes once a step: angles depend on the position and on the kind of layer alone.
 //
 // Threads. A simdgroup takes one head of one token, 4 a threadgroup, a lane 4 neighbouring pairs at a time; the
 // threadgroups after those, if there is something to copy, take the old rows of the tails, 16 bytes of each a thread.
 // grid (128 (ceil(tokens heads / 4) + ceil(G TAIL D sizeof(C) / 16 / 128)), 1, 1). D a multiple of 8.
 //
-// Memory. Products read once, results written once; all rows of both tails read, the used ones written. The weights of a
-// layer drive all this out of the cache before the next, so to wait for it is what takes the time, and a thread waits
-// once: it asks for all that it may need, a row of the tails before it knows count.
+// Memory. Products are read once, results written once; all rows of both tails are read, the used ones written. A
+// layer's weights evict all this from the cache before the next layer, so waiting for it takes most of the time. A
+// thread waits once: it loads all that it may need together, a row of the tails before it knows count.
 //
 // Rendered before: T (dtype of the products), C (of q', k', v'), C_BYTES, H, G, D, TAIL, EPS, KV, JOINED_K, JOINED_V,
 // V_IS_K, VALUE_NORM.
@@ -86,8 +86,8 @@ if (group < head_groups) {
   }
 #endif
 
-  // NVIDIA's compiler would sum what has come before it asks for the rest: a barrier keeps the loads before it, a branch
-  // the sums behind it. A simdgroup past the last head loads that one's.
+  // NVIDIA's compiler would begin sums before it has issued all loads: the barrier keeps the loads before it, the
+  // branch the sums behind it. A simdgroup past the last head loads the last head.
   float low_norm[STEPS][4], high_norm[STEPS][4], cosine[STEPS][4], sine[STEPS][4];
   float low[STEPS][4], high[STEPS][4];  // dimensions i and i + D / 2
   EACH_STEP {
@@ -149,7 +149,7 @@ else {
 // kernel: rotations(position, wavelengths) -> (rope)
 // rope[t, 0, i] = cos a, rope[t, 1, i] = sin a with a = (position[0] + t) / wavelengths[i] (infinity: a = 0), once for
 // all layers of a kind. position int32 [1], wavelengths fp32 [HALF], rope fp32 [tokens, 2, HALF].
-// Threads: one an angle, 32 a threadgroup: an angle takes long, and all at once; grid (32 ceil(HALF / 32), tokens, 1).
+// Threads: one an angle, 32 a threadgroup, to spread slow sines over many cores; grid (32 ceil(HALF / 32), tokens, 1).
 const int i = int(threadgroup_position_in_grid.x) * 32 + int(thread_index_in_threadgroup);
 const int t = int(threadgroup_position_in_grid.y);
 if (i < HALF) {

@@ -1,4 +1,4 @@
-"""`mlx-gemma4 doctor`: whether this machine runs the kernels right."""
+"""`mlx-gemma4 doctor`: checks that this machine runs the kernels right."""
 
 from __future__ import annotations
 

@@ -1,16 +1,17 @@
-"""The sizes that decide which kernels a model needs, and at what shapes.
+"""The sizes of a loaded model that decide which kernels it needs, and at which shapes.
 
-In: a loaded model. Out: `Sizes`, with as many `Product`s and `Heads` as it has kinds of them.
+In: a loaded model. Out: `Sizes`, with a `Product` and a `Heads` for each kind that the model has.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from ..ops import matvec
+from ..ops.cases import Heads, Product, Sizes
 from ..ops.epilogue import SHRINK
 from ..quant.formats import FLOATS, FORMATS, Packed
 
@@ -19,56 +20,8 @@ if TYPE_CHECKING:
     from ..model.weights import Layer
 
 
-@dataclass(frozen=True)
-class Product:
-    """A weight and what is folded into its mat-vec."""
-
-    type: str  # a GGUF type
-    shape: tuple[int, ...]  # [N, K] or experts [E, N, K]
-    norm: bool = False
-    glu: bool = False
-    times: bool = False
-    factor: float = 1.0
-    used: int = 0  # experts chosen
-    own_x: bool = False  # each expert has its own input
-    tokens: int = 1
-    narrow: bool = False  # input in the dtype of KV states, else fp32
-    narrow_out: bool = False  # the result likewise
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Attention of one kind of layer."""
-
-    heads: int
-    kv_heads: int
-    dim: int
-    window: int  # 0: global
-    joined: str  # what stands behind q in its rows: "kv", "k" or ""
-    has_kv: bool = True
-    v_is_k: bool = False
-    value_norm: bool = True
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What decides a model's kernels."""
-
-    hidden: int
-    vocab: int
-    heads: tuple[Heads, ...]
-    products: tuple[Product, ...]  # of a decode step
-    table: str  # type of the embedding
-    ple_table: str = ""
-    layers: int = 0  # with per-layer embeddings
-    ple: int = 0
-    experts: int = 0
-    used: int = 0
-    prompts: tuple[Product, ...] = ()  # products that prompts alone run in kernels: experts that are not packed
-
-
 def sizes_of(model: Model) -> Sizes:
-    """The sizes of a loaded model."""
+    """Return the sizes of a loaded model."""
     c, w = model.config, model.weights
     heads = []
     products = [Product(_type(w.output), w.output.shape, narrow=True)]
@@ -96,7 +49,7 @@ def sizes_of(model: Model) -> Sizes:
 
 
 def _layer_products(layer: Layer, used: int, hidden: int) -> list[Product]:
-    """As the decode step takes them."""
+    """Return the products of a layer as the decode step computes them."""
     folded: dict[str, dict[str, Any]] = {
         **{name: {"narrow": True} for name in ("attn_qk", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_down")},
         "ffn_gate_up": {"glu": True, "factor": SHRINK, "narrow": True, "narrow_out": True},
@@ -116,7 +69,7 @@ def _layer_products(layer: Layer, used: int, hidden: int) -> list[Product]:
 
 
 def _as_launched(p: Product) -> list[Product]:
-    """A product as kernels do it: an unpacked weight's gate and up one after the other, its experts not at all."""
+    """Split a product into those that kernels run: gate and up of an unpacked weight apart, its experts not at all."""
     if p.type in FORMATS:
         return [p]
     if p.type not in FLOATS or len(p.shape) > 2:
@@ -128,7 +81,7 @@ def _as_launched(p: Product) -> list[Product]:
 
 
 def _type(w: Any) -> str:
-    """A weight's GGUF type; "" for MLX's own quantization."""
+    """Return a weight's GGUF type; "" for MLX's own quantization."""
     if isinstance(w, Packed):
         return w.format.name
     return next((str(name) for name, dtype in FLOATS.items() if isinstance(w, mx.array) and w.dtype == dtype), "")

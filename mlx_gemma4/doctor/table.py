@@ -1,22 +1,23 @@
 """The command `mlx-gemma4 doctor`: every kernel at the sizes of every published model.
 
-In: a backend. Out: a table of checks, printed line by line, and the verdict to remember (verdict.py).
+In: this machine's launcher. Out: a table of checks, printed line by line, and the verdict to remember (verdict.py).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import mlx.core as mx
 
 from ..gpu import render
 from ..ops import matvec
+from ..ops.cases import Check, Heads, Product, Sizes
 from ..ops.epilogue import SHRINK
 from ..quant.formats import FORMATS
-from .checks import Check, checks
-from .sizes import Heads, Product, Sizes
+from .checks import checks
+from .published import PUBLISHED, Shape
 from .verdict import (
     LENGTHS,
     MLX,
@@ -31,8 +32,8 @@ from .verdict import (
     usable_kernels,
 )
 
-# What no kernel takes, and stock operations do everywhere.
-STOCK = (
+# Inputs without a kernel, on every machine: stock operations run them.
+WITHOUT_KERNEL = (
     ("matvec, expand", "weights that MLX quantized itself (folders of safetensors)"),
     ("matvec", "rows that are no multiple of 32 long"),
     ("dense", "experts in F32, F16 or BF16"),
@@ -40,78 +41,63 @@ STOCK = (
 )
 
 
-# ---------------------------------------------------------------- the whole table
+# ---------------------------------------------------------------- sizes
 
 
 def real_sizes() -> dict[str, Sizes]:
-    """The models that people run, in the types of a Q4_K_M file."""
-    return {
-        "E2B": _sizes(1536, (8, 1, 256, 512), (8, 1, 512), (6144, 12288), layers=35, ple=256),
-        "12B": _sizes(3840, (16, 8, 256, 1024), (16, 1, 512), (15360,)),
-        "31B": _sizes(5376, (32, 16, 256, 1024), (32, 4, 512), (21504,)),
-        "26B-A4B": _sizes(2816, (16, 8, 256, 1024), (16, 2, 512), (2112,), experts=(128, 8, 704)),
-        "any": Sizes(0, 0, (), _every_format(), ""),
-    }
+    """The published models, in the types of a Q4_K_M file, and every format."""
+    models = {name: sizes_of_shape(shape) for name, shape in PUBLISHED.items()}
+    return models | {"any": Sizes(0, 0, (), _every_format(), "")}
 
 
-def _sizes(
-    hidden: int,
-    sliding: tuple[int, int, int, int],
-    full: tuple[int, int, int],
-    ffns: tuple[int, ...],
-    vocab: int = 262144,
-    layers: int = 0,
-    ple: int = 0,
-    experts: tuple[int, int, int] = (0, 0, 0),
-    types: tuple[str, str, str] = ("Q4_K", "Q6_K", "Q5_0"),
-) -> Sizes:
-    """Models without per-layer embeddings have no v on global layers.
-
-    Args:
-        sliding, full: query heads, KV heads, head size (and window).
-        experts: how many, how many chosen, their width.
-        types: of most weights, of the head, and of weights whose rows are no multiple of 256.
+def sizes_of_shape(m: Shape) -> Sizes:
+    """The sizes of a model in the types of a Q4_K_M file: Q4_K; Q6_K for the head and most of what leads back to the
+    residual; Q5_0 where rows are no multiple of 256.
     """
-    most, top, odd = types
-    ends = Heads(*full, 0, "kv" if ple else "k", v_is_k=not ple)
-    heads = [Heads(*sliding, "kv"), ends]
-    products = [Product(top, (vocab, hidden), narrow=True)]
+    sliding, full = (
+        Heads(m.heads, kv_heads, dim, window, "kv" if window or m.ple else "k", v_is_k=not (window or m.ple))
+        for kv_heads, dim, window in zip(m.kv_heads, m.head_dims, (m.window, 0), strict=True)
+    )
+    heads, products = [sliding, full], [Product("Q6_K", (m.vocab, m.hidden), narrow=True)]
     for h in heads:
         rows = h.heads + h.kv_heads * (2 if h.joined == "kv" else 1)
-        products += [Product(most, (n, k), narrow=True) for n, k in ((rows * h.dim, hidden), (hidden, h.heads * h.dim))]
-    for ffn in ffns:
-        products.append(Product(most, (2 * ffn, hidden), glu=True, factor=SHRINK, narrow=True, narrow_out=True))
-        products.append(Product(odd if ffn % 256 else top, (hidden, ffn), narrow=True))
-    if ple:
-        heads += [Heads(h.heads, h.kv_heads, h.dim, h.window, "", has_kv=False) for h in heads]
-        products += [Product(most, (ple, hidden), times=True), Product(most, (hidden, ple))]
-        products.append(Product("BF16", (layers * ple, hidden)))
-    n, used, width = experts
-    if n:
-        products.append(Product("F32", (n, hidden), norm=True, factor=hidden**-0.5))
-        products.append(
-            Product(most, (n, 2 * width, hidden), norm=True, glu=True, factor=SHRINK, used=used, narrow_out=True)
-        )
-        products.append(Product(odd, (n, hidden, width), used=used, own_x=True, narrow=True))
-    return Sizes(hidden, vocab, tuple(heads), tuple(products), top, "Q5_K" if ple else "", layers, ple, n, used)
+        products.append(Product("Q4_K", (rows * h.dim, m.hidden), narrow=True))
+        products.append(Product("Q4_K", (m.hidden, h.heads * h.dim), narrow=True))
+    for ffn in dict.fromkeys(m.ffns):
+        products.append(Product("Q4_K", (2 * ffn, m.hidden), glu=True, factor=SHRINK, narrow=True, narrow_out=True))
+        products.append(Product("Q5_0" if ffn % 256 else "Q6_K", (m.hidden, ffn), narrow=True))
+    if m.ple:
+        heads += [replace(h, joined="", has_kv=False) for h in heads]
+        products += [Product("Q4_K", (m.ple, m.hidden), times=True), Product("Q4_K", (m.hidden, m.ple))]
+        products.append(Product("BF16", (m.layers * m.ple, m.hidden)))
+    if m.experts:
+        up, down = (m.experts, 2 * m.expert_ffn, m.hidden), (m.experts, m.hidden, m.expert_ffn)
+        products.append(Product("F32", (m.experts, m.hidden), norm=True, factor=m.hidden**-0.5))
+        products.append(Product("Q4_K", up, norm=True, glu=True, factor=SHRINK, used=m.experts_used, narrow_out=True))
+        products.append(Product("Q5_0", down, used=m.experts_used, own_x=True, narrow=True))
+    tables = ("Q6_K", "Q5_K" if m.ple else "")
+    experts = (m.experts, m.experts_used)
+    return Sizes(m.hidden, m.vocab, tuple(heads), tuple(products), *tables, m.layers, m.ple, *experts)
 
 
 def _every_format() -> tuple[Product, ...]:
-    """Each format at one shape; F16; several tokens at once."""
+    """Products of each format at one shape; of F16; of several tokens at once."""
     some = [Product(name, (5376, 8192), narrow=name in FORMATS) for name in (*FORMATS, "F16")]
     return (*some, Product("Q4_K", (5376, 8192), tokens=matvec.MAX_TOKENS, narrow=True))
 
 
 def small_sizes() -> dict[str, Sizes]:
-    """Where there is no GPU: enough to see each reference run."""
-    return {
-        "small": _sizes(256, (4, 2, 64, 128), (4, 1, 128), (512,), 512, layers=2, ple=256, experts=(8, 2, 96)),
-        "any": Sizes(0, 0, (), tuple(Product(name, (32, 256)) for name in FORMATS), ""),
-    }
+    """Small sizes for machines without a GPU: enough to see each reference run."""
+    small = Shape(2, 256, 4, (2, 1), 512, 128, 2, 0, False, 256, 8, 2, 96, head_dims=(64, 128), vocab=512)
+    every = tuple(Product(name, (32, 256)) for name in FORMATS)
+    return {"small": sizes_of_shape(small), "any": Sizes(0, 0, (), every, "")}
+
+
+# ---------------------------------------------------------------- the table
 
 
 def all_checks(models: dict[str, Sizes], lengths: Sequence[int]) -> Iterator[tuple[str, Check]]:
-    """Each check once, with the first model that needs it."""
+    """Yield each check once, with the first model that needs it."""
     seen: set[str] = set()
     for name, sizes in models.items():
         for check in checks(sizes, lengths):
@@ -121,14 +107,15 @@ def all_checks(models: dict[str, Sizes], lengths: Sequence[int]) -> Iterator[tup
 
 
 def examine(
-    say: Callable[[str], None], as_json: bool = False, models: dict[str, Sizes] | None = None, timed: bool = True
+    echo: Callable[[str], None], as_json: bool = False, models: dict[str, Sizes] | None = None, timed: bool = True
 ) -> bool:
-    """Check everything, print a table line by line, and remember the verdict. Gives whether no kernel failed.
+    """Run every check, print a table line by line, and remember the verdict. Return True if every kernel passed.
 
     Args:
-        say: takes lines of the report.
-        as_json: report one JSON object instead.
-        models: at whose sizes; None: those of the real models, or small ones without a GPU.
+        echo: prints a line of the report.
+        as_json: print one JSON object instead.
+        models: sizes to check at; None: those of the published models, or small ones without a GPU.
+        timed: time the kernels too.
     """
     launcher = render.default_launcher()
     models = models or (real_sizes() if launcher else small_sizes())
@@ -140,33 +127,33 @@ def examine(
     else:
         note += "each kernel beside stock operations, on random numbers (NVIDIA's compiler takes minutes for them)"
     if not as_json:
-        say(note)
-        say(_line("kernel", "model", "shape", "error", "time", "GB/s", "verdict"))
+        echo(note)
+        echo(_line("kernel", "model", "shape", "error", "time", "GB/s", "verdict"))
     results = []
     for name, check in all_checks(models, LENGTHS if launcher else QUICK_LENGTHS):
         result = run_check(check, launcher, timed)
         results.append((name, result))
         mx.clear_cache()  # the next arrays have other sizes
         if not as_json:
-            say(_row(name, result))
+            echo(_row(name, result))
     failed = {r.op: r.verdict for _, r in reversed(results) if r.failed}
     if launcher:
         remember(Verdict({f"{r.op}: {r.shape}" for _, r in results}, failed))
     if as_json:
         table = [{"model": name, **asdict(result)} for name, result in results]
-        say(json.dumps({"machine": machine(), "gpu": launcher is not None, "off": failed, "checks": table}))
+        echo(json.dumps({"machine": machine(), "gpu": launcher is not None, "off": failed, "checks": table}))
     else:
-        _say_end(say, failed, launcher is not None)
+        _print_end(echo, failed, launcher is not None)
     return not failed and not (launcher is None and any(r.verdict != "runs as stock operations" for _, r in results))
 
 
-def _say_end(say: Callable[[str], None], failed: dict[str, str], gpu: bool) -> None:
-    for op, shape in STOCK if gpu else ():
-        say(_line(op, "", shape, "", "", "", "no kernel: stock operations"))
+def _print_end(echo: Callable[[str], None], failed: dict[str, str], gpu: bool) -> None:
+    for op, shape in WITHOUT_KERNEL if gpu else ():
+        echo(_line(op, "", shape, "", "", "", "no kernel: stock operations"))
     if failed:
-        say(switched_off(failed)[0].upper() + switched_off(failed)[1:])
+        echo(switched_off(failed)[0].upper() + switched_off(failed)[1:])
     elif gpu:
-        say("All kernels are right. This is remembered until MLX, the kernels or the device change.")
+        echo("All kernels are right. This is remembered until MLX, the kernels or the device change.")
 
 
 def _row(model: str, r: Result) -> str:

@@ -1,8 +1,8 @@
-"""Whether this machine's kernels compute what their references do, asked of the machine itself.
+"""Checks on this machine whether its kernels compute what their references compute, and remembers the verdict.
 
-In: the kernels, a backend, perhaps a model. Out: a table, and a verdict that is remembered for this device, version of
-MLX and text of the kernels. A kernel that fails runs as its reference from then on. `load` asks `usable_kernels` and
-`check_model`; the command `mlx-gemma4 doctor` is `examine`.
+In: checks, a launcher, perhaps a model. Out: results, and a verdict that holds for this device, version of MLX and
+text of the kernels. A kernel that failed runs as its reference from then on. `load` calls `usable_kernels` and
+`check_model`; the command `mlx-gemma4 doctor` is `table.examine`.
 """
 
 from __future__ import annotations
@@ -27,45 +27,47 @@ from ..gpu import cuda_graph, render
 from ..gpu.render import Launcher
 from ..model.model import Model
 from ..ops import attention
+from ..ops.cases import Check
 from ..ops.dispatch import REPLAY, Kernels
 from ..ops.op import OpKey
+from ..ops.parts import TAIL
 from ..paths import cache_folder, whole_file
-from .checks import Check, checks
+from .checks import checks
 from .sizes import sizes_of
 
 log = logging.getLogger("mlx_gemma4")
 MLX = str(getattr(mx, "__version__", "?"))  # its type hints know no version
 
-# Of a difference, relative to the value plus the root mean square of all. Rounding stays far below, even where stock
-# operations on NVIDIA multiply in TF32 (5e-4); a wrong index is about 1.
+# Largest difference, relative to the value plus the root mean square of all. Rounding stays far below, even where stock
+# operations on NVIDIA multiply in TF32 (5e-4); a wrong index gives about 1.
 LIMIT = 5e-3
-AGREE = 0.05  # of logits after some layers, likewise but a root mean square: rounding adds up to a tenth of that
-QUICK_ROWS = 256  # of a weight, when a model is loaded
-QUICK_LENGTHS = (attention.TAIL, attention.SHORT + 64)  # attention in one launch, and in pieces
+AGREE = 0.05  # largest relative difference of the logits of two steps, as norms: rounding gives a tenth of that
+QUICK_ROWS = 256  # rows of a weight in the checks at loading
+QUICK_LENGTHS = (TAIL, attention.SHORT + 64)  # attention in one launch, and in pieces
 LENGTHS = (*QUICK_LENGTHS, 8192)
-PATIENCE = 4.0  # seconds of a quick check after which it says what takes so long
-REMEMBERED = 16  # verdicts kept, one a device, version of MLX and text of the kernels
+PATIENCE = 4.0  # seconds after which the checks at loading say why they take so long
+REMEMBERED = 16  # verdicts kept, one per device, version of MLX and text of the kernels
 
 
-# ---------------------------------------------------------------- what is known of this machine
+# ---------------------------------------------------------------- the verdict
 
 
 @dataclass
 class Verdict:
-    """What checks found on this machine."""
+    """The results of all checks on this machine."""
 
     checked: set[str] = field(default_factory=set)  # keys of checks
     failed: dict[str, str] = field(default_factory=dict)  # operation, as an `OpKey` prints -> what was wrong
 
 
 def usable_kernels() -> Kernels | None:
-    """The kernels to run a model with; None where stock operations run everything: on a CPU, or if switched off."""
+    """Return the kernels to run a model with; None if stock operations run everything: on a CPU or if switched off."""
     launcher = None if os.environ.get("MLX_GEMMA4_KERNELS", "").lower() == "off" else render.default_launcher()
     return None if launcher is None else kernels_of(launcher, frozenset(map(OpKey.parse, recall().failed)))
 
 
 def kernels_of(launcher: Launcher, off: frozenset[OpKey] = frozenset()) -> Kernels:
-    """A backend's kernels in the fastest way it has: steps traced where they can be, and replayed on NVIDIA."""
+    """Return a backend's kernels with the fastest steps it can run: traced where possible, replayed on NVIDIA."""
     player = cuda_graph.Player if launcher is render.cuda_launcher else None
     return Kernels(launcher, off, render.is_lazy(launcher), player)
 
@@ -75,7 +77,7 @@ def verdict_file() -> Path:
 
 
 def machine() -> str:
-    """What a verdict holds for."""
+    """Return the machine that a verdict holds for: its device, MLX and the kernels."""
     return f"{device_name()}, MLX {MLX}, kernels {kernel_text()}"
 
 
@@ -85,7 +87,7 @@ def device_name() -> str:
 
 @cache
 def kernel_text() -> str:
-    """A digest of all that kernels are made of."""
+    """Return a digest of everything that kernels are made of."""
     package = Path(__file__).parents[1]
     sources = sorted(file for folder in ("gpu", "ops") for file in (package / folder).glob("*.py"))
     files = [*render.metal_files(), *sources, package / "kv" / "quantization.py", package / "model" / "replay.py"]
@@ -93,7 +95,7 @@ def kernel_text() -> str:
 
 
 def recall() -> Verdict:
-    """This machine's verdict; an empty one if there is none, or none that can be read."""
+    """Return this machine's verdict; an empty one if there is none or it cannot be read."""
     known: Any = _all_verdicts().get(machine())
     try:
         return Verdict({str(key) for key in known["checked"]}, {str(k): str(v) for k, v in known["failed"].items()})
@@ -102,7 +104,7 @@ def recall() -> Verdict:
 
 
 def remember(verdict: Verdict) -> None:
-    """Keep a verdict for this machine. Where nothing can be written, it is found anew the next time."""
+    """Write a verdict for this machine. If the file cannot be written, the checks run again the next time."""
     verdicts = _all_verdicts()
     verdicts.pop(machine(), None)
     kept = dict(list(verdicts.items())[1 - REMEMBERED :])
@@ -129,57 +131,57 @@ def _all_verdicts() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Result:
-    """What one check found."""
+    """The result of one check."""
 
     op: str
     shape: str
     verdict: str  # "ok", or what is wrong in a few words
-    failed: bool = False  # the kernel is to be switched off
+    failed: bool = False  # the kernel must be switched off
     error: float | None = None  # see LIMIT
-    seconds: float | None = None  # a launch, among many
+    seconds: float | None = None  # per launch, among many
     rate: float | None = None  # GB/s of the bytes that must move
 
 
 def run_check(check: Check, launcher: Launcher | None, timed: bool = False) -> Result:
-    """Run a kernel beside its reference; without a launcher, the reference alone."""
+    """Run a kernel and its reference and compare; without a launcher, run the reference alone."""
     with execution():
         return _run_check(check, launcher, timed)
 
 
 def _run_check(check: Check, launcher: Launcher | None, timed: bool) -> Result:
-    op, shape = check.op, check.shape
+    op, shape = str(check.op), check.shape
     try:
         case = check.make()
-        want = case.defined(_arrays(case.reference()))
+        want = case.compared(_arrays(case.reference()))
         mx.eval(want)
         if not all(mx.isfinite(a).all().item() for a in want):
             return Result(op, shape, "stock operations give NaN")
-    except Exception as error:  # too little memory, say: nothing is known of the kernel
+    except Exception as error:  # too little memory, for example: that tells nothing about the kernel
         return Result(op, shape, f"not checked: {_reason(error)}")
     if launcher is None:
         return Result(op, shape, "runs as stock operations")
     try:
-        got = case.defined(_arrays(case.kernel(launcher)))
+        got = case.compared(_arrays(case.kernel(launcher)))
         mx.eval(got)
         worst = max(_error(a, b) for a, b in zip(got, want, strict=True))
         if not worst <= LIMIT:
             return Result(op, shape, "gives NaN" if math.isnan(worst) else "gives wrong numbers", True, worst)
         seconds = _seconds(lambda: _arrays(case.kernel(launcher))) if timed else None
-    except Exception as error:  # whatever a backend's compiler or launch raises
+    except Exception as error:  # anything that a backend's compiler or launch raises
         return Result(op, shape, f"fails: {_reason(error)}", True)
     return Result(op, shape, "ok", False, worst, seconds, case.n_bytes / seconds / 1e9 if seconds else None)
 
 
 def check_model(model: Model) -> None:
-    """Check the kernels that a model needs and that this machine has no verdict on yet; switch off those that fail.
+    """Check the kernels that a model needs and that have no verdict yet; switch off those that fail.
 
-    Each is compiled as the model will run it, on few rows of random numbers.
+    Each is compiled as the model will run it, and runs on a few rows of random numbers.
     """
     if model.kernels is None:
         return
     known = recall()
     wanted = {c.key: c for c in checks(sizes_of(model), QUICK_LENGTHS, QUICK_ROWS)}
-    new = [c for c in wanted.values() if c.key not in known.checked and c.op not in known.failed]
+    new = [c for c in wanted.values() if c.key not in known.checked and str(c.op) not in known.failed]
     steps = f"replay: {len(model.config.layers)} layers of {model.config.hidden}"
     replays = model.replays and steps not in known.checked
     if not new and not replays:
@@ -188,12 +190,12 @@ def check_model(model: Model) -> None:
     start: float | None = time.monotonic()
     try:
         for check in new:
-            if check.op in failed:
+            if str(check.op) in failed:
                 continue
             result = run_check(check, model.kernels.launcher)
             known.checked.add(check.key)
             if result.failed:
-                failed[check.op] = known.failed[check.op] = result.verdict
+                failed[result.op] = known.failed[result.op] = result.verdict
             if start and time.monotonic() - start > PATIENCE:
                 log.warning("Checking this machine's kernels (first run), which this GPU's compiler takes long for ...")
                 start = None
@@ -204,21 +206,21 @@ def check_model(model: Model) -> None:
                 model.kernels.off |= {REPLAY}
             known.checked.add(steps)
     finally:
-        remember(known)  # whoever interrupts this keeps what is done
+        remember(known)  # also after Ctrl-C
     log.warning("Checking this machine's kernels (first run) ... %s", switched_off(failed) if failed else "ok")
 
 
 def _replay_trouble(model: Model) -> str:
-    """What is wrong with steps that are replayed, beside the same launched one by one; nothing: "".
+    """Compare two replayed steps with the same steps launched one by one. Return what is wrong; "" if nothing is.
 
-    Two steps, the second with the token of the first, which the host has not seen.
+    The second step takes the token of the first, which the host has not seen yet.
     """
     assert model.kernels is not None
     apart = Model(model.config, model.weights, replace(model.kernels, player=None))
     ids = [model.config.vocab // n for n in range(2, 6)]
     try:
         state = apart.new_state()
-        for i in ids[1:]:  # one at a time: for several, other kernels would have to be compiled
+        for i in ids[1:]:  # one at a time: several at once would compile other kernels
             apart.forward(mx.array([i]), state)
         fork = state.fork()
         first = model.step(ids[0], state)
@@ -228,13 +230,13 @@ def _replay_trouble(model: Model) -> str:
         want = apart.forward(mx.array([token]), fork)
         with execution():
             worst: Any = (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item()
-    except Exception as error:  # whatever a driver refuses
+    except Exception as error:  # anything that a driver refuses
         return f"fails: {_reason(error)}"
     return "" if worst <= AGREE else "gives wrong numbers"
 
 
 def switched_off(failed: dict[str, str]) -> str:
-    """One line on what is switched off."""
+    """Return one line on the kernels that are switched off."""
     listed = "; ".join(f"{op} {why}" for op, why in failed.items())
     return f"switched off, stock operations run instead: {listed}"
 
@@ -248,7 +250,7 @@ def _reason(error: Exception) -> str:
 
 
 def _error(got: mx.array, want: mx.array) -> float:
-    """The largest difference, as LIMIT measures it. Whole numbers must be equal."""
+    """Return the largest difference, as LIMIT measures it. Integers must be equal."""
     if got.shape != want.shape or got.dtype != want.dtype:
         return math.inf
     if mx.issubdtype(got.dtype, mx.integer):
@@ -261,7 +263,7 @@ def _error(got: mx.array, want: mx.array) -> float:
 
 
 def _seconds(launch: Callable[[], Sequence[mx.array]]) -> float:
-    """Time of a launch among as many as 20 ms hold, the best of three rounds."""
+    """Time a launch among as many as 20 ms hold; the best of three rounds."""
 
     def of(n: int) -> float:
         start = time.perf_counter()

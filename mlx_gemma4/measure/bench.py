@@ -1,8 +1,8 @@
-"""Measures a model on this machine: prompts, decoding at several depths, and what bounds them.
+"""Measures the speed of a model on this machine: prompts, decoding at several depths, and the limits of both.
 
-In: a loaded model and a `Plan`. Out: `Cell`s, and the object that `mlx-gemma4 bench --json` writes. A depth's keys and
-values are random numbers put straight into the state: how long attention takes depends on shapes alone. Prompts are
-read for real. The other program of a comparison is run by `llama_bench`.
+In: a loaded model and a `BenchPlan`. Out: `Cell`s, and the object that `mlx-gemma4 bench --json` writes. The keys and
+values of a depth are random numbers put straight into the state, since the time of attention depends on shapes alone;
+prompts are really read. `llama_bench` runs the other program of a comparison.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ from .inspection import kv_per_token
 DEPTHS = (0, 512, 2048, 8192)
 GREEDY = Sampling(temperature=0)
 WARM_UP = 8  # tokens decoded before a depth is measured
-COPIED = 1 << 29  # bytes that the measure of the copy bandwidth reads, at most
+COPIED = 1 << 29  # most bytes that a copy of `copy_bandwidth` reads
 SIZE_LABEL = re.compile(r"(?<![A-Za-z0-9.])(E?\d+(?:\.\d+)?[BM](?:-A\d+(?:\.\d+)?B)?)(?![A-Za-z0-9])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """What to measure. Lengths in tokens."""
+    """The measurements to make. Lengths in tokens."""
 
     prompts: tuple[int, ...] = (512,)
     depths: tuple[int, ...] = DEPTHS
-    reply: int = 64  # decoded a measurement
+    reply: int = 64  # decoded per measurement
     repetitions: int = 5
     kv: str = "full"  # how the state holds keys and values
 
     def check(self, context: int) -> None:
-        """Refuse what doesn't fit the model's context."""
+        """Raise InputError if a length does not fit the model's context."""
         for flag, values, room in (("--prompt-sizes", self.prompts, 1), ("--depths", self.depths, self.reply + 2)):
             for n in values:
                 if n + room > context:
@@ -64,18 +64,18 @@ class BenchPlan:
 
 @dataclass
 class Cell:
-    """One measurement: a prompt of `context` tokens, or decoding behind so many. Rates in tokens a second."""
+    """One measurement: a prompt of `context` tokens, or decoding behind so many. Rates in tokens per second."""
 
     kind: str  # "prefill" or "decode"
     context: int
     samples: list[float] = field(default_factory=list)
     llama_samples: list[float] = field(default_factory=list)
-    n_bytes: int | None = None  # that a decoded token must move
-    launches: int | None = None  # of our kernels, a decoded token; None: stock operations run
+    n_bytes: int | None = None  # that a decoded token must read
+    launches: int | None = None  # kernels per decoded token; None: stock operations run
     host_time: float | None = None  # seconds to build and schedule a step
-    peak_memory: int = 0  # bytes, MLX's arrays
+    peak_memory: int = 0  # bytes of MLX's arrays
     kv_memory: int | None = None  # bytes of keys and values at that depth
-    llama_kv_memory: int | None = None  # bytes that llama.cpp sets aside for them, the reply's included
+    llama_kv_memory: int | None = None  # bytes that llama.cpp allocates for them, including the reply's
 
     @property
     def rate(self) -> float:
@@ -96,17 +96,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is measured, and what is said of it."""
+    """The measured model and its description."""
 
     path: Path
-    name: str  # "31B", or the file's name where it says no size
+    name: str  # "31B", or the file's name if it tells no size
     model: Model
     holding: str
     load_time: float  # seconds
 
 
 def load_subject(path: Path, progress: Progress | None = None) -> Subject:
-    """The model alone: speed needs no tokenizer, and a synthetic file has none."""
+    """Load the model alone: speed needs no tokenizer, and a synthetic file has none."""
     start = time.perf_counter()
     if path.is_dir():
         from ..conversation.language_model import load
@@ -123,7 +123,7 @@ def load_subject(path: Path, progress: Progress | None = None) -> Subject:
 
 
 def size_label(*names: str) -> str:
-    """The size that the first of several names tells, as in "E2B" or "26B-A4B"; else the last name."""
+    """Return the size in the first of several names that has one, such as "E2B" or "26B-A4B"; else the last name."""
     found = (SIZE_LABEL.search(name.replace("_", "-")) for name in names)
     return next((m[1].upper() for m in found if m), names[-1])
 
@@ -132,13 +132,13 @@ def size_label(*names: str) -> str:
 
 
 def cells_of(plan: BenchPlan) -> list[Cell]:
-    """What is to be measured, in order: prompts, then depths from the shortest."""
+    """Return the empty cells of a plan, in order: prompts, then depths, from the shortest."""
     prompts = [Cell("prefill", n) for n in sorted(set(plan.prompts))]
     return prompts + [Cell("decode", n) for n in sorted(set(plan.depths))]
 
 
 def measure(model: Model, plan: BenchPlan, cells: list[Cell], repetitions: int) -> Iterator[Cell]:
-    """Add so many samples to each cell, handing out each when it has them. Each is warmed up first.
+    """Add `repetitions` samples to each cell, after a warm-up, and yield each cell once it has them.
 
     The depths share one state that grows; each repetition decodes on a fork of it.
     """
@@ -154,7 +154,7 @@ def measure(model: Model, plan: BenchPlan, cells: list[Cell], repetitions: int) 
             _warm_up(model, base, plan.reply)
             cell.kv_memory = base.nbytes
             cell.n_bytes = weight_bytes(model) + kv_per_token(model.config, plan.kv, base.length, base.dtype)
-            if model.kernels:  # stock operations on a CPU compute while they are being scheduled
+            if model.kernels:  # a CPU computes stock operations while they are being scheduled
                 cell.launches, cell.host_time = launches(model, base), host_time(model, base)
             for _ in range(repetitions):
                 rate, cell.peak_memory = _reply_rate(model, base, plan.reply)
@@ -165,12 +165,12 @@ def measure(model: Model, plan: BenchPlan, cells: list[Cell], repetitions: int) 
 
 
 def random_ids(model: Model, n: int) -> list[int]:
-    """Token ids that any vocabulary has."""
+    """Return n token ids, always the same for an n."""
     return [int(i) for i in np.random.default_rng(n).integers(model.config.vocab // 10, model.config.vocab, n)]
 
 
 def _prompt_rate(model: Model, plan: BenchPlan, n: int) -> tuple[float, int]:
-    """Tokens a second of a prompt of n tokens, the choice of the first token included; peak memory in bytes."""
+    """Read a prompt of n tokens and choose a token. Return tokens per second and peak memory in bytes."""
     s = Statistics()
     for _ in generate_tokens(model, model.new_state(kv=plan.kv), random_ids(model, n), GREEDY, 1, statistics=s):
         pass
@@ -178,7 +178,7 @@ def _prompt_rate(model: Model, plan: BenchPlan, n: int) -> tuple[float, int]:
 
 
 def _warm_up(model: Model, base: KVState, n: int) -> None:
-    """Decode as a reply of n tokens will, and where a tail fills up: what a GPU compiles for that is compiled."""
+    """Decode as a reply of n tokens will, and across the end of a tail, so that a GPU has compiled all it needs."""
     state, tail = base.fork(), base.layout.tail
     ahead = (base.length // tail + 1) * tail - WARM_UP // 2
     if n < tail and base.length < ahead < model.config.context - WARM_UP - 2:
@@ -187,10 +187,9 @@ def _warm_up(model: Model, base: KVState, n: int) -> None:
 
 
 def _reply_rate(model: Model, base: KVState, n: int) -> tuple[float, int]:
-    """Tokens a second of n steps of decoding behind `base`, as `generate` does them; peak memory in bytes.
+    """Decode n steps behind `base`, as `generate` does. Return tokens per second and peak memory in bytes.
 
-    A model of its own, of the same weights, remembers no traces of steps: a conversation, which grows, comes to new
-    ones as well.
+    A new `Model` of the same weights has no traces of steps yet: a growing conversation needs new ones as well.
     """
     s, model = Statistics(), Model(model.config, model.weights, model.kernels)
     for _ in generate_tokens(model, base.fork(), random_ids(model, 1), GREEDY, n + 1, statistics=s):
@@ -199,13 +198,13 @@ def _reply_rate(model: Model, base: KVState, n: int) -> tuple[float, int]:
 
 
 def fill(state: KVState, length: int) -> None:
-    """Let a state grow to `length` tokens of random keys and values, as a prompt's chunks would."""
+    """Grow a state to `length` tokens of random keys and values, in the chunks of a prompt."""
     while state.length < length:
         n = min(PREFILL_CHUNK - state.length % PREFILL_CHUNK, length - state.length)
         with execution():
             for i, shape in enumerate(state.config.layers):
                 if shape.kv_layer == i:
-                    # Each layer its own numbers: shared ones would stay in a GPU's cache, where real ones don't fit.
+                    # Each layer has its own numbers: shared ones would stay in a GPU's cache, where real ones don't.
                     size = (1, shape.kv_heads, n, shape.head_dim)
                     state.append(i, mx.random.normal(size, state.dtype), mx.random.normal(size, state.dtype))
             state.advance(mx.zeros(n, mx.int32))
@@ -214,7 +213,7 @@ def fill(state: KVState, length: int) -> None:
 
 
 def weight_bytes(model: Model) -> int:
-    """Bytes of weights that a decoded token reads: all of them, but of embeddings a row and of experts those used."""
+    """Bytes of weights that a decoded token reads: all, except one row of embeddings and only the experts used."""
     c, w = model.config, model.weights
     total: float = w.output.nbytes + w.output_norm.nbytes + w.token_embd.nbytes / c.vocab
     for extra in (w.per_layer_model_proj, w.per_layer_proj_norm):
@@ -230,7 +229,7 @@ def weight_bytes(model: Model) -> int:
 
 
 def launches(model: Model, state: KVState) -> int | None:
-    """Kernels that a decoded token launches through `decode`; None where stock operations run."""
+    """Kernels that a decoded token launches; None if stock operations run."""
     if model.kernels is None:
         return None
     made, inner = 0, model.kernels.launcher
@@ -251,7 +250,7 @@ def launches(model: Model, state: KVState) -> int | None:
 
 
 def host_time(model: Model, state: KVState, steps: int = 9) -> float:
-    """Seconds in which one step is built and scheduled, nothing waited for: the median of several."""
+    """Seconds of host time to build and schedule one step, without waiting for it: the median of several."""
     state, token, times = state.fork(), mx.array([1]), []
     if model.replays:
         step = model.step(1, state)
@@ -272,7 +271,7 @@ def host_time(model: Model, state: KVState, steps: int = 9) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of this device going through a large array."""
+    """Bytes per second, read and written, of copies of a large array on this device."""
     rounds, chain = 6, 8
     a = mx.zeros(min(COPIED, available_memory() // 8) // 4, mx.uint32)
     rates = []
@@ -289,13 +288,13 @@ def copy_bandwidth() -> float:
     return median(rates[1:])  # the first one warms up
 
 
-# ---------------------------------------------------------------- saying it
+# ---------------------------------------------------------------- results
 
 
 def result(
     subject: Subject, plan: BenchPlan, cells: list[Cell], copy: float, llama: str | None, command: str
 ) -> dict[str, Any]:
-    """The object that `--json` writes: rates in tokens a second, times in seconds, sizes in bytes."""
+    """Return the object that `--json` writes: rates in tokens per second, times in seconds, sizes in bytes."""
     return {
         "program": "mlx-gemma4 bench",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -334,7 +333,7 @@ def _cell(name: str, plan: BenchPlan, c: Cell, copy: float) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> Iterator[str]:
-    """A result for people, line by line."""
+    """Yield the lines of a result for people."""
     v, cells = result["versions"], result["cells"]
     other = f", llama.cpp {v['llama.cpp']}" if v["llama.cpp"] else ""
     yield f"{result['chip']}, MLX {v['mlx']}, mlx-gemma4 {v['mlx-gemma4']}{other}"
@@ -363,7 +362,7 @@ def _shown(value: float | None, times: int | float, form: str, suffix: str = "")
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on and nothing that tells whose machine it is."""
+    """Describe this machine as far as figures depend on it, without anything that identifies its owner."""
     info = mx.device_info()
     keys = ("device_name", "architecture", "memory_size", "total_memory", "max_recommended_working_set_size")
     found: dict[str, Any] = {key: info[key] for key in keys if key in info}

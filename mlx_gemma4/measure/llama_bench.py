@@ -1,6 +1,6 @@
-"""Runs llama.cpp's llama-bench beside ours: the same file, the same lengths.
+"""Runs llama.cpp's llama-bench for `mlx-gemma4 bench --vs`: the same file, the same lengths.
 
-In: the program's path, a GGUF and a bench `Plan`. Out: its samples, in tokens a second, as it makes them.
+In: the program's path, a GGUF and a `BenchPlan`. Out: its samples, in tokens per second, as it makes them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from .bench import BenchPlan
 
 
-KV_BUFFER = re.compile(r"KV buffer size = +([0-9.]+) MiB")  # several a context: with and without a window
+KV_BUFFER = re.compile(r"KV buffer size = +([0-9.]+) MiB")  # several per context: with and without a window
 IS_IT = "is this llama-bench, with -o jsonl and -d?"
-KV_TYPES = {"full": "f16", "q8": "q8_0", "tq4": "q4_0"}  # what comes closest to each of our --kv
+KV_TYPES = {"full": "f16", "q8": "q8_0", "tq4": "q4_0"}  # closest to each of our --kv
 
 
 class Row(NamedTuple):
@@ -30,15 +30,19 @@ class Row(NamedTuple):
     context: int
     samples: list[float]
     version: str
-    kv_memory: int | None  # bytes set aside for keys and values; None: it didn't say
+    kv_memory: int | None  # bytes allocated for keys and values; None: not printed
 
 
 def run(program: Path, model: Path, plan: BenchPlan) -> Iterator[Row]:
-    """Prompts, then decoding at the depths: two runs of the program, for one would read each prompt at each depth."""
+    """Measure prompts, then decoding at the depths: in two runs, since one would read each prompt at each depth.
+
+    Raises:
+        InputError: the program can't be run, fails, or writes something else than llama-bench's JSON lines.
+    """
     if plan.prompts:
         yield from _run(program, model, plan, ["-p", _joined(plan.prompts), "-n", "0"])
     if plan.depths:
-        depths = ["-d", _joined(plan.depths), "-ub", "2048"]  # larger chunks than its own fill a depth sooner, no more
+        depths = ["-d", _joined(plan.depths), "-ub", "2048"]  # larger chunks only fill a depth sooner
         yield from _run(program, model, plan, ["-p", "0", "-n", str(plan.reply), *depths])
 
 
@@ -49,9 +53,9 @@ def _joined(numbers: tuple[int, ...]) -> str:
 def _run(program: Path, model: Path, plan: BenchPlan, tests: list[str]) -> Iterator[Row]:
     kv = KV_TYPES[plan.kv]
     command = [str(program), "-m", str(model), *tests, "-r", str(plan.repetitions), "-ngl", "99", "-fa", "1"]
-    command += ["-ctk", kv, "-ctv", kv, "-o", "jsonl", "-v"]  # -v: of each context a few lines more, of tokens none
+    command += ["-ctk", kv, "-ctv", kv, "-o", "jsonl", "-v"]  # -v: prints the size of each KV buffer
     try:
-        # In one stream, what it says of a context stands before that context's row.
+        # One stream, so that the lines on a context come before its row.
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
@@ -78,7 +82,7 @@ def _run(program: Path, model: Path, plan: BenchPlan, tests: list[str]) -> Itera
 
 
 def read_row(program: Path, line: str, kv_memory: int = 0) -> Row:
-    """A line of llama-bench's jsonl, and the bytes it has said that it sets aside."""
+    """Parse a line of llama-bench's jsonl; kv_memory: bytes that it printed for the KV buffers before it."""
     try:
         test: dict[str, Any] = json.loads(line)
         kind, context = ("decode", "n_depth") if test["n_gen"] else ("prefill", "n_prompt")

@@ -6,20 +6,20 @@ threadgroups. Knows no model and no KV state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import mlx.core as mx
 
 from ..gpu.render import Launch, Launcher, prepare, render
-from .long_attention import long_attention
+from .cases import COUNT, Case, Check, Heads, Sizes, attention_inputs, case, cases, state_dtype
+from .long_attention import long_attention, long_launch_config
 from .op import Op
-from .parts import KVPart, PartShapes, prepare_merge, shapes_of
+from .parts import TAIL, KVPart, PartShapes, prepare_merge, shapes_of
 from .tuning import Tuning, this_gpu
 
-TAIL = 64  # tokens that the mutable end of a layer's keys and values can hold
 SHORT = 64  # tokens up to which attention is one launch
 
 
@@ -174,3 +174,36 @@ def attention_reference(
 
 ATTENTION = Op("attention", attention, attention_reference)
 LONG_ATTENTION = Op("attention", long_attention, attention_reference, variant="long")
+
+
+@cases
+def attention_cases(s: Sizes) -> Iterator[Check]:
+    def make(h: Heads, length: int) -> Case:
+        sealed = [(length, 3, length)] if length > COUNT else []  # a few tokens have left the window
+        q, parts, spans = attention_inputs(h, [*sealed, (TAIL, 0, COUNT)], state_dtype())
+        n_bytes = min(h.window or length, length + COUNT) * h.kv_heads * h.dim * 2 * q.dtype.size
+        return case(ATTENTION, n_bytes, q, parts, spans, scale=1.0, window=h.window)
+
+    for h in dict.fromkeys(s.heads):
+        for length in [h.window] if h.window else s.lengths:
+            kind = f"window {h.window}" if h.window else f"{length} tokens"
+            yield Check(ATTENTION.key, f"{h}, {kind}", partial(make, h, length))
+
+
+@cases
+def long_attention_cases(s: Sizes) -> Iterator[Check]:
+    """With the launch config for many tokens, over fewer."""
+
+    def make(h: Heads) -> Case:
+        q, parts, spans = attention_inputs(h, [(300, 3, 300), (128, 0, 128), (TAIL, 0, COUNT)], mx.float16)
+        config = replace(long_launch_config([32768, TAIL], h.heads // h.kv_heads, h.kv_heads, h.dim), share=2)
+
+        def kernel(launcher: Launcher) -> Any:
+            return long_attention(launcher, q, parts, spans, scale=1.0, config=config)
+
+        n_bytes = (300 + 128 + COUNT) * h.kv_heads * h.dim * 2 * mx.float16.size
+        return Case(kernel, partial(attention_reference, q, parts, spans, scale=1.0), n_bytes)
+
+    for h in dict.fromkeys(s.heads):
+        if not h.window and h.dim % 64 == 0:
+            yield Check(LONG_ATTENTION.key, f"{h}", partial(make, h))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 
 from ..gpu.render import Launcher, prepare, render
+from .cases import Case, Check, Sizes, case, cases, norm_weight, normal
 from .op import Op
 
 
@@ -56,3 +58,18 @@ def argmax_reference(logits: mx.array) -> mx.array:
 
 
 ARGMAX = Op("argmax", argmax, argmax_reference)
+
+
+@cases
+def top_k_cases(s: Sizes) -> Iterator[Check]:
+    def make() -> Case:
+        return case(TOP_K, 8 * s.experts, normal(1, s.experts) * 3, s.used, scale=norm_weight(s.experts))
+
+    if s.used:
+        yield Check(TOP_K.key, f"{s.used} of {s.experts}", make)
+
+
+@cases
+def argmax_cases(s: Sizes) -> Iterator[Check]:
+    if s.vocab and s.rows is None:  # quick checks leave it out: generation takes the stock one
+        yield Check(ARGMAX.key, f"{s.vocab}", lambda: case(ARGMAX, 4 * s.vocab, normal(1, s.vocab)))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 from ..gpu.render import Launcher, absent, prepare, render, result_defines
+from ..quant.formats import FLOATS
+from .cases import Case, Check, Product, Sizes, case, cases, product_inputs
 from .epilogue import PLAIN, Epilogue, product_reference
 from .op import Op
 
@@ -44,3 +48,14 @@ def dense(
 
 
 DENSE = Op("dense", dense, product_reference)
+
+
+@cases
+def dense_cases(s: Sizes) -> Iterator[Check]:
+    def make(p: Product) -> Case:
+        x, w, options = product_inputs(p, s.rows)
+        return case(DENSE, w.nbytes, x, w, **options)
+
+    for p in dict.fromkeys(s.products):
+        if p.type in FLOATS:
+            yield Check(DENSE.key, f"{p.type} {p}", partial(make, p))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ import mlx.core as mx
 from ..gpu.render import Launcher, absent, prepare, render
 from ..quant.formats import Packed
 from . import stock
+from .cases import EPS, Case, Check, Sizes, case, cases, norm_weight, normal, weight
 from .op import Op
 from .packed import PLANES, format_defines, planes
 from .stock import Affine, Weight
@@ -78,3 +80,25 @@ def ple_inputs_reference(
 
 
 PLE_INPUTS = Op("ple_inputs", ple_inputs, ple_inputs_reference)
+
+
+@cases
+def embed_cases(s: Sizes) -> Iterator[Check]:
+    def make() -> Case:
+        table = weight(s.table, (100, s.hidden))
+        return case(EMBED, table.nbytes // 100 + 4 * s.hidden, mx.array([77], mx.int32), table, s.hidden**0.5)
+
+    if s.table:
+        yield Check(EMBED.key, f"{s.table} {s.hidden}", make)
+
+
+@cases
+def ple_inputs_cases(s: Sizes) -> Iterator[Check]:
+    def make() -> Case:
+        width = s.layers * s.ple
+        table, ids = weight(s.ple_table, (100, width)), mx.array([77], mx.int32)
+        arrays = (ids, normal(1, width), norm_weight(s.ple), table)
+        return case(PLE_INPUTS, table.nbytes // 100 + 8 * width, *arrays, s.hidden**-0.5, eps=EPS)
+
+    if s.ple_table:
+        yield Check(PLE_INPUTS.key, f"{s.ple_table} {s.layers}x{s.ple}", make)

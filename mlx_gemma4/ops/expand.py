@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Iterator
+from functools import cache, partial
 from math import prod
 from typing import Any
 
@@ -10,7 +11,8 @@ import mlx.core as mx
 
 from ..gpu.render import Kernel, Launcher, prepare, render
 from ..quant.formats import FORMATS, Packed, dequantize
-from .op import Op
+from .cases import Case, Check, Sizes, case, cases, weight
+from .op import Op, OpKey
 from .packed import absent_planes, format_defines, planes
 
 
@@ -35,3 +37,16 @@ def expand_reference(w: Packed, dtype: mx.Dtype = mx.float16) -> mx.array:
 
 
 EXPAND = Op("expand", expand, expand_reference)
+
+
+@cases
+def expand_cases(s: Sizes) -> Iterator[Check]:
+    rows = s.rows or 4096
+
+    def make(type: str, k: int) -> Case:
+        w = weight(type, (rows, k))
+        assert isinstance(w, Packed)
+        return case(EXPAND, w.nbytes + 2 * rows * k, w)
+
+    for type, k in {p.type: p.shape[-1] for p in s.packed}.items():
+        yield Check(OpKey(EXPAND.name, type), f"{rows}x{k}", partial(make, type, k))

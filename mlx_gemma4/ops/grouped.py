@@ -6,16 +6,19 @@ where it multiplies it.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Iterator
+from functools import cache, partial
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..gpu.render import Kernel, Launcher, prepare, render, result_defines
-from ..quant.formats import FORMATS, Packed
+from ..quant.formats import FORMATS, Packed, dequantize
 from . import stock
+from .cases import Case, Check, Product, Sizes, cases, normal, weight
 from .halve import halve
-from .op import Op
+from .op import Op, OpKey
 from .packed import PLANES, absent_planes, format_defines, planes
 from .routing import TOKENS, Routing
 from .stock import Weight
@@ -64,3 +67,32 @@ def grouped_reference(x: mx.array, w: Weight, routing: Routing, glu: bool = Fals
 
 
 GROUPED = Op("grouped", grouped, grouped_reference)
+
+
+@cases
+def grouped_cases(s: Sizes) -> Iterator[Check]:
+    rows_of_experts = (70, 0, 3, 31)  # two tiles, none, few
+    mixed = np.random.default_rng(0).permutation(np.repeat(np.arange(4), rows_of_experts))
+
+    def make(p: Product, chosen: np.ndarray) -> Case:
+        n, k = p.shape[-2:]
+        w = weight(p.type, (len(rows_of_experts), min(n, s.rows or n), k))
+        x, routing = normal(len(chosen), p.used if p.own_x else 1, k), Routing(mx.array(chosen), w.shape[0])
+
+        def reference() -> mx.array:
+            each = np.array(mx.broadcast_to(x, (*chosen.shape, k))).reshape(-1, k)
+            y = np.zeros((chosen.size, w.shape[1]), np.float32)
+            for e in np.unique(chosen).tolist():  # not all: MLX on CUDA crashes over a product of no rows
+                one, rows = w[e : e + 1], chosen.reshape(-1) == e
+                plain = dequantize(one, mx.float32) if isinstance(one, Packed) else one.astype(mx.float32)
+                y[rows] = np.array(mx.array(each[rows]) @ plain[0].T)
+            done = mx.array(y.reshape(*chosen.shape, -1))
+            return stock.geglu(*mx.split(done, 2, axis=-1)) if p.glu else done
+
+        return Case(lambda launcher: grouped(launcher, x, w, routing, p.glu), reference, w.nbytes + x.nbytes)
+
+    for p in dict.fromkeys((*s.products, *s.prompts)):
+        if p.used:
+            chosen = mixed[: mixed.size // p.used * p.used].reshape(-1, p.used)
+            shape = f"{p.shape[-2]}x{p.shape[-1]}, {chosen.size} rows" + " glu" * p.glu
+            yield Check(OpKey(GROUPED.name, p.type * (p.type in FORMATS)), shape, partial(make, p, chosen))

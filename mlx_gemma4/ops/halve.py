@@ -6,12 +6,15 @@ magnitude, and results are multiplied by it again: exact both ways.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 from ..gpu.render import DEVICE_ELEMENTS, Launcher, prepare, render
 from ..memory import on_cpu
+from .cases import Case, Check, Sizes, case, cases, normal
 from .op import Op
 from .stock import fused
 
@@ -61,3 +64,14 @@ def _scaled(y: mx.array, scale: mx.array) -> mx.array:
 
 
 HALVE = Op("halve", halve, halve_reference)
+
+
+@cases
+def halve_cases(s: Sizes) -> Iterator[Check]:
+    rows = 64
+
+    def make(k: int) -> Case:
+        return case(HALVE, 6 * rows * k, normal(rows, k) * mx.exp(3 * normal(rows, 1)))
+
+    for k in dict.fromkeys(p.shape[-1] for p in s.packed):
+        yield Check(HALVE.key, f"{rows}x{k}", partial(make, k))

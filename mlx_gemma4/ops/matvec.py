@@ -7,16 +7,18 @@ In: activations and a packed weight. Out: activations, with a norm, GEGLU or a f
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import mlx.core as mx
 
 from ..gpu.render import Launch, Launcher, prepare, render, result_defines
 from ..quant.formats import FORMATS, Format, Packed
+from .cases import Case, Check, Product, Sizes, cases, product_inputs
 from .epilogue import PLAIN, Epilogue, product_reference
-from .op import Op
+from .op import Op, OpKey
 from .packed import absent_planes, format_defines
 from .tuning import Tuning, this_gpu
 
@@ -158,3 +160,23 @@ def _prepared(
 
 
 MATVEC = Op("matvec", matvec, product_reference)
+
+
+@cases
+def matvec_cases(s: Sizes) -> Iterator[Check]:
+    def make(p: Product) -> Case:
+        x, w, options = product_inputs(p, s.rows)
+        assert isinstance(w, Packed)
+        config = tiling(w.format, p.shape[-2] * (p.used or 1), p.shape[-1], p.tokens)  # as for all rows
+
+        def reference() -> mx.array:
+            if p.tokens == 1:
+                return product_reference(x, w, **options)
+            # MLX has a kernel of its own for several rows, which NVIDIA's compiler takes very long for.
+            return mx.concatenate([product_reference(x[i : i + 1], w, **options) for i in range(p.tokens)])
+
+        n_bytes = w.nbytes * p.used // w.shape[0] if p.used else w.nbytes
+        return Case(lambda launcher: matvec(launcher, x, w, config=config, **options), reference, n_bytes)
+
+    for p in dict.fromkeys(s.packed):
+        yield Check(OpKey(MATVEC.name, p.type), f"{p}", partial(make, p))

@@ -5,12 +5,16 @@ In and out: MLX arrays for one token, or a handful (T up to 8). Knows no model. 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 from ..gpu.render import Launcher, absent, prepare, render, result_defines
 from . import stock
+from .cases import EPS, Case, Check, Sizes, case, cases, norm_weight, normal, state_dtype
+from .epilogue import SHRINK
 from .op import Op
 
 
@@ -84,3 +88,21 @@ def add_norm_reference(
 
 
 ADD_NORM = Op("add_norm", add_norm, add_norm_reference)
+
+
+@cases
+def add_norm_cases(s: Sizes) -> Iterator[Check]:
+    k = s.hidden
+
+    def make(scaled: bool, used: int) -> Case:
+        options: dict[str, Any] = {"eps": EPS, "scale": mx.array([0.37]) if scaled else None}
+        if used:
+            share = mx.softmax(normal(1, used), axis=-1)
+            options["experts"] = (normal(1, used, k), share, norm_weight(k), norm_weight(k))
+        options |= {"next_norm": norm_weight(k), "shrunk": SHRINK, "out": state_dtype()}
+        n_bytes = 4 * k * (5 + (used + 2 if used else 0)) + state_dtype().size * k
+        return case(ADD_NORM, n_bytes, normal(1, k) * 20, normal(1, k), norm_weight(k), **options)
+
+    for scaled, used in dict.fromkeys([(False, 0), (True, 0), (True, s.used)]) if k else ():
+        shape = f"{k}" + ", scaled" * scaled + f", {used} experts" * (used > 0)
+        yield Check(ADD_NORM.key, shape, partial(make, scaled, used))

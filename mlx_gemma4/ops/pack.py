@@ -20,9 +20,11 @@ import mlx.core as mx
 import numpy as np
 
 from ..gpu.render import Kernel, Launcher, prepare, render
+from ..memory import on_cpu
 from ..quant import formats
 from ..quant.formats import FORMATS, Packed, Shape
 from ..quant.repack import Bytes, in_threads
+from .cases import Case, Check, Sizes, cases, random_bytes
 from .dispatch import Kernels
 from .op import OpKey
 from .packed import absent_planes
@@ -228,3 +230,26 @@ def _stretches(slabs: list[Bytes], start: int, stop: int) -> Iterator[tuple[Byte
         for a in range(max(start, first), end, COPY):
             yield slab[a - first : min(a + COPY, end) - first], a - start
         first += slab.size
+
+
+@cases
+def pack_cases(s: Sizes) -> Iterator[Check]:
+    """Packing of whole blocks, compared to the bit."""
+
+    def make(type: str, blocks: int) -> Case:
+        raw = random_bytes(blocks * FORMATS[type].layout.n_bytes)
+
+        def reference() -> tuple[mx.array, ...]:
+            w = formats.pack_on_cpu(np.array(raw), type, (blocks, FORMATS[type].layout.size))
+            return tuple(a.reshape(-1) for a in (w.codes, w.group_scales, w.block_scales) if a is not None)
+
+        def bits(made: Sequence[mx.array]) -> Sequence[mx.array]:
+            return [a.view(mx.uint16) if a.dtype == mx.float16 else a for a in made]
+
+        return Case(lambda launcher: tuple(pack_blocks(launcher, raw, type).values()), reference, 2 * raw.nbytes, bits)
+
+    # Loading a model, which quick checks are for, packs first and tries its kernels by itself.
+    for type in dict.fromkeys([*(p.type for p in s.products), s.table, s.ple_table]) if s.rows is None else ():
+        if type in FORMATS:
+            blocks = (1 << (14 if on_cpu() else 24)) // FORMATS[type].layout.size
+            yield Check(OpKey("pack", type), f"{blocks} blocks", partial(make, type, blocks))

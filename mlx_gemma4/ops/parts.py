@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from ..gpu.render import Launch, Launcher, prepare, render
 
+TAIL = 64  # tokens that the mutable end of a layer's keys and values can hold
 MAX_PARTS = 8  # of keys and values; Metal takes 31 buffers a kernel, and a part needs three
 
 KVPart = tuple[mx.array, mx.array]  # keys and values, [G, capacity, D] or [1, G, capacity, D] each

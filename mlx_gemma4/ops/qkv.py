@@ -5,14 +5,18 @@ In and out: MLX arrays for one token, or a handful (T up to 8). Knows no model a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 from ..gpu.render import Launcher, absent, prepare, render
 from . import stock
+from .cases import COUNT, EPS, Case, Check, Heads, Sizes, case, cases, norm_weight, normal, random_kv, state_dtype
 from .op import Op
-from .parts import KVPart
+from .parts import TAIL, KVPart
 
 
 def rotations(launcher: Launcher, position: mx.array, wavelengths: mx.array, *, tokens: int) -> Any:
@@ -143,3 +147,47 @@ def qkv_post_reference(
 
 
 QKV_POST = Op("qkv_post", qkv_post, qkv_post_reference)
+
+
+# ---------------------------------------------------------------- cases
+
+POSITION = 5000  # angles must be right far from 0
+
+
+def rope_wavelengths(dim: int, window: int) -> mx.array:
+    """Wavelengths of RoPE; a global head rotates only in part."""
+    rotates = mx.arange(dim // 2) < (dim // 2 if window else dim // 8)
+    return mx.where(rotates, 10000 ** (mx.arange(dim // 2) * 2 / dim), mx.inf)
+
+
+@cases
+def rotations_cases(s: Sizes) -> Iterator[Check]:
+    def make(dim: int, window: int) -> Case:
+        wavelengths = rope_wavelengths(dim, window)
+        return case(ROTATIONS, 3 * wavelengths.nbytes, mx.array([POSITION], mx.int32), wavelengths, tokens=1)
+
+    for dim, window in dict.fromkeys((h.dim, h.window) for h in s.heads):
+        yield Check(ROTATIONS.key, f"heads of {dim}, {'sliding' if window else 'global'}", partial(make, dim, window))
+
+
+@cases
+def qkv_post_cases(s: Sizes) -> Iterator[Check]:
+    def make(h: Heads) -> Case:
+        dtype, dim = state_dtype(), h.dim
+        behind = {"kv": 2, "k": 1, "": 0}[h.joined] * h.kv_heads if h.has_kv else 0
+        q = normal(1, (h.heads + behind) * dim)
+        apart = [h.joined == "" and h.has_kv, h.joined != "kv" and not h.v_is_k and h.has_kv]
+        k, v = (normal(1, h.kv_heads * dim) if there else None for there in apart)
+        rope = rotations_reference(mx.array([POSITION], mx.int32), rope_wavelengths(dim, h.window), tokens=1)
+        n_bytes, k_norm, tail, count = q.nbytes + h.heads * dim * dtype.size, None, None, None
+        if h.has_kv:
+            tail, count, k_norm = random_kv(h, TAIL, dtype), mx.array([COUNT], mx.int32), norm_weight(dim)
+            n_bytes += 2 * h.kv_heads * dim * dtype.size * (2 * COUNT + 1)
+        arrays = (q, k, v, norm_weight(dim), k_norm, rope, tail, count)
+        options: dict[str, Any] = {"heads": h.heads, "kv_heads": h.kv_heads, "eps": EPS, "dtype": dtype}
+        made = case(QKV_POST, n_bytes, *arrays, **options, value_norm=h.value_norm, v_is_k=h.v_is_k)
+        return replace(made, compared=lambda y: [y[0], *(a[..., : COUNT + 1, :] for a in y[1:])])
+
+    for h in dict.fromkeys(s.heads):
+        kinds = ("q alone" if not h.has_kv else f"q+{h.joined} joined" if h.joined else "q k v") + ", k=v" * h.v_is_k
+        yield Check(QKV_POST.key, f"{h}, {kinds}" + ", raw v" * (not h.value_norm), partial(make, h))

@@ -6,9 +6,9 @@ that merges the pieces of both. Knows no model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,19 +17,20 @@ from ..gpu.render import DEVICE_ELEMENTS, Launch, Launcher, prepare, render
 from ..kv import quantization
 from ..kv.quantization import QuantizedKV
 from .attention import attention_reference, attention_sums
+from .cases import COUNT, Case, Check, Heads, Sizes, case, cases, normal, random_kv, random_queries, state_dtype
 from .op import Op
-from .parts import KVPart
-from .quantize_kv import code_book
+from .parts import TAIL, KVPart
+from .quantize_kv import DIMS, code_book
 from .tuning import Tuning, this_gpu
 
-FILE = "coded.metal"
+FILE = "quantized_attention.metal"
 MAX_QUANTIZED = 7  # parts
-DIMS = (64, 128, 256, 512)  # of heads that the kernel takes
+MAX_TAIL = 512  # tokens of the tail
 
 
 @dataclass(frozen=True)
 class QuantizedLaunchConfig:
-    """The launch configuration of attention over codes; see coded.metal."""
+    """The launch configuration of attention over codes; see quantized_attention.metal."""
 
     simdgroups: int  # of a threadgroup: 1, 2 or 4
     tiles: int  # of 8 queries, a threadgroup
@@ -74,7 +75,7 @@ def quantized_attention(
         quantized: up to MAX_QUANTIZED parts, of one kind, in the order of the tokens; all of each is seen by all
             queries.
         rotation: fp32 [2 or 2 + G, D], the layer's `kv.quantization.rotations`.
-        tail: keys and values that follow, [1, G, up to 512, D], in q's dtype; it ends with the T tokens themselves.
+        tail: the keys and values that follow, [1, G, up to MAX_TAIL, D], in q's dtype; its last T tokens are q's.
         spans: int32 [1, 2]: first and one past the last token in use of the tail.
         scale: of the scores.
         out: dtype of the result, q's by default.
@@ -152,3 +153,23 @@ def quantized_attention_reference(
 
 
 QUANTIZED_ATTENTION = Op("quantized_attention", quantized_attention, quantized_attention_reference)
+
+
+@cases
+def quantized_attention_cases(s: Sizes) -> Iterator[Check]:
+    """With a state's tail, or for tq4 a recorded step's, which takes several pieces."""
+
+    def make(h: Heads, length: int, kind: str) -> Case:
+        dtype, rotation = state_dtype(), quantization.rotations(h.dim, center=normal(h.kv_heads, h.dim))
+        plain = [random_kv(h, n, dtype) for n in (length // 2, length - length // 2)]
+        quantized = [quantization.quantize(k, v, rotation, kind) for k, v in plain]
+        capacity = MAX_TAIL if kind == "tq4" else TAIL
+        used, tail = capacity // 2 + COUNT, random_kv(h, capacity, dtype)
+        n_bytes = sum(a.nbytes for part in quantized for a in part) + sum(a.nbytes for a in tail) * used // capacity
+        arrays = (random_queries(h, dtype), quantized, rotation, tail, mx.array([[0, used]], mx.int32))
+        return case(QUANTIZED_ATTENTION, n_bytes, *arrays, scale=1.0)
+
+    for h in dict.fromkeys(s.heads):
+        for kind in quantization.BITS if not h.window and h.dim in DIMS else ():
+            shape = f"{h}, {s.lengths[-1]} tokens in {kind}"
+            yield Check(QUANTIZED_ATTENTION.key, shape, partial(make, h, s.lengths[-1], kind))

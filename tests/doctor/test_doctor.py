@@ -19,9 +19,10 @@ from recorded import HERE, prompts
 from mlx_gemma4 import load
 from mlx_gemma4.doctor import table, verdict
 from mlx_gemma4.doctor.checks import checks
-from mlx_gemma4.doctor.sizes import Product, Sizes, sizes_of
+from mlx_gemma4.doctor.sizes import sizes_of
 from mlx_gemma4.gpu import render
 from mlx_gemma4.model.model import Model
+from mlx_gemma4.ops.cases import Check, Product, Sizes
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.op import OpKey
 
@@ -359,7 +360,7 @@ def test_a_check_that_cannot_be_made_switches_nothing_off() -> None:
     def too_large() -> Any:
         raise MemoryError("no memory")
 
-    result = verdict.run_check(verdict.Check("embed", "x", too_large), metal)
+    result = verdict.run_check(Check(OpKey("embed"), "x", too_large), metal)
     assert not result.failed
     assert result.verdict == "not checked: no memory"
 
@@ -381,7 +382,7 @@ def test_real_sizes_are_those_of_the_models() -> None:
 
 
 @pytest.mark.parametrize("file", ["26b-a4b-ud", "e2b-ud", "gemma3-q4_0", "12b-f32"])
-def test_checks_of_a_model_run_as_twins(file: str) -> None:
+def test_checks_of_a_model_run_as_references(file: str) -> None:
     """Each kind of model yields checks that can be made."""
     model = load(HERE / f"{file}.gguf", weights="packed").model
     made = list(checks(sizes_of(model), verdict.QUICK_LENGTHS, verdict.QUICK_ROWS))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from plain_state import LAYOUTS, PlainState, SmallModel, read, same_contents, small_model, some_tokens
 
 from mlx_gemma4.config import Config
+from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.generation.loop import Sampling, generate_tokens
 from mlx_gemma4.kv.quantization import KINDS
@@ -310,26 +310,12 @@ def test_the_worst_case_is_never_exceeded(kind: str) -> None:
 
 # Memory of the real models
 
-MODELS = {  # layers with keys and values of their own, sliding and global; kv heads of each; window
-    "E2B": (12, 3, 1, 1, 512),
-    "E4B": (20, 4, 2, 2, 512),
-    "12B": (40, 8, 8, 1, 1024),
-    "26B-A4B": (25, 5, 8, 2, 1024),
-    "31B": (50, 10, 16, 4, 1024),
-}
-
 
 def memory_rows() -> list[str]:
     """The table in docs/kv-state.md: MB of a state in fp16 at several lengths, and of a mark."""
     rows = []
-    base = small_model("12b", 8, SegmentLayout()).config
-    for name, (sliding, globals_, kv_sliding, kv_global, window) in MODELS.items():
-        layers = [
-            replace(base.layers[0], sliding=i < sliding, kv_layer=i, kv_heads=heads, head_dim=dim)
-            for i in range(sliding + globals_)
-            for heads, dim in [(kv_sliding, 256) if i < sliding else (kv_global, 512)]
-        ]
-        config = replace(base, layers=tuple(layers), window=window)
+    for name, shape in PUBLISHED.items():
+        config = shape.config
         for kv in KINDS if name == "31B" else ("full",):
             sizes = [kv_bytes(config, mx.float16, n, kv=kv) / 1e6 for n in (2048, 8192, 32768, 131072)]
             cells = (name + f", {kv}" * (kv != "full"), *(f"{size:,.0f}" for size in (*sizes, _window(config))))

@@ -17,8 +17,8 @@ from recorded import HERE, KINDS, path
 from rewrite import drop, rewrite
 
 from mlx_gemma4.cli.main import main
-from mlx_gemma4.config import config_from_gguf
 from mlx_gemma4.conversation.language_model import demo_path, load
+from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.files.gguf import open_gguf
 from mlx_gemma4.generation.loop import PREFILL_CHUNK
 from mlx_gemma4.kv.quantization import KINDS as KVS
@@ -79,14 +79,14 @@ def synthetic(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Report]:
     """Reports on the real models' shapes, of files that nobody wrote."""
 
     def report(kind: str, context: int | None = None) -> Report:
-        keys = make_synthetic.metadata(kind)
-        made = make_synthetic.tensors(kind, keys)
+        shape = PUBLISHED[kind.upper()]
+        made = make_synthetic.tensors(shape)
         sizes = {type: (size, n_bytes) for type, (_, size, n_bytes) in make_synthetic.TYPES.items()}
         entries = {
             name: Entry(shape, type, prod(shape) // sizes[type][0] * sizes[type][1])
             for name, (shape, type) in made.items()
         }
-        monkeypatch.setattr(inspection, "_header", lambda _: (config_from_gguf(keys, kind), entries, kind))
+        monkeypatch.setattr(inspection, "_header", lambda _: (shape.config, entries, kind))
         return inspect(Path(kind), context)
 
     return report

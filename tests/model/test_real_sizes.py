@@ -22,8 +22,8 @@ from mlx_gemma4.model.model import Model
 from mlx_gemma4.ops import attention, dispatch, norms, quantized_attention
 from mlx_gemma4.ops.dispatch import Kernels
 
-BUDGET = {"e2b": 12, "e4b": 12, "12b": 9, "31b": 9, "26b-a4b": 13}  # launches a layer; one more where v's type differs
-BF16 = ("e2b", "e4b", "12b", "31b")  # in which experts run as stock operations
+BUDGET = {"E2B": 12, "E4B": 12, "12B": 9, "31B": 9, "26B-A4B": 13}  # launches a layer; one more where v's type differs
+BF16 = ("E2B", "E4B", "12B", "31B")  # in which experts run as stock operations
 OUTSIDE = 7  # of the layers: embedding, first norm, two rotations, the head, and what per-layer embeddings start with
 
 
@@ -85,7 +85,7 @@ def test_a_step_of_a_real_size_can_be_recorded(kind: str, kv: str, depth: int, m
             found.append([(x.kernel.name, x.grid, x.outputs) for x in Sink.launches])
     assert found[0] == found[1]
     rows = sum(s.kv_heads * s.head_dim for i, s in enumerate(model.config.layers) if s.kv_layer == i)
-    tails = 2 * mx.float16.size * rows * (256 if kind == "31b" else replay.WORKING)
+    tails = 2 * mx.float16.size * rows * (256 if kind == "31B" else replay.WORKING)
     assert tails < Sink.nbytes < tails + (32 << 20)
     waits = recording.dependencies(Sink.launches)
     assert sum(map(len, waits)) < 2 * len(waits)
@@ -104,7 +104,7 @@ def test_experts_of_a_prompt_are_two_launches(packed: bool, monkeypatch: pytest.
 
         return call
 
-    model = lazy_model("26b-a4b", Kernels(launcher, strict=True), packed)
+    model = lazy_model("26B-A4B", Kernels(launcher, strict=True), packed)
     mx.eval(mx.zeros(1))
     before = mx.get_active_memory()
     y = forward.mlp_and_experts(model.loaded, model.weights.layers[0], mx.zeros((2048, 2816)))

@@ -1,12 +1,14 @@
-// Attention of a few new tokens over keys and values in codes (mlx_gemma4/kv/quantization.py), which stay codes:
-//   with q' = H (rotation * q):  score_j = SCALE (scale_j / D  sum over i of level(code_j[i]) q'[i]  +  q . center),
-//   sums = sum over j of 2^(score_j - top) scale'_j level(code'_j),   still in the codes' space, but for part of the H
-// that leads back: H of D is H over each simdgroup's columns, a slice, which is done here, and over the slices, which
-// `merge_quantized` does, as it adds up the pieces and those of the tail. So no threadgroup needs a row's columns all.
+// Attention of a few new tokens over quantized keys and values (mlx_gemma4/kv/quantization.py), which are never
+// expanded. With q' = H (rotation * q):
+//   score_j = SCALE (scale_j / D  sum over i of level(code_j[i]) q'[i]  +  q . center),
+//   sums = sum over j of 2^(score_j - top) scale'_j level(code'_j),
+// still in the rotated space but for a part of the H that leads back: the H of D numbers is an H over each simdgroup's
+// columns (a slice), done here, and one over the slices, which `merge_quantized` does while it adds up the pieces and
+// those of the tail. So no threadgroup needs all columns of a row.
 //
-// q [tokens, H, D], the H heads in groups of GQA that share a KV head; rotation fp32 [2, D], of which the first row is
-// meant here, and the second (signs alone) by `merge_quantized`; with CENTERED, G rows more: the centers. Part i: c [G, n_i, 2, WORDS], codes of each token's key,
-// then its value, s [G, n_i, 2] their scales. Queries see all of every part.
+// q [tokens, H, D], the H heads in groups of GQA that share a KV head. rotation fp32 [2, D]: row 0 is used here,
+// row 1 (signs alone) by `merge_quantized`; with CENTERED, G more rows: the centers. Part i: c [G, n_i, 2, WORDS],
+// the codes of each token's key, then of its value; s [G, n_i, 2], their scales. Queries see all of every part.
 //
 // Threads. A threadgroup (SG simdgroups) takes 8 TILES of the GQA * tokens queries of one KV head and one piece of the
 // length; grid (32 SG ceil(GQA tokens / 8 TILES), pieces, G). It walks through its piece in blocks of 16 SG tokens:
@@ -15,26 +17,24 @@
 //   2. softmax: a simdgroup takes whole queries, keeps their running maximum and sum;
 //   3. values: a simdgroup takes D / SG columns of all tokens: products of 16 columns x 16 tokens and 16 tokens x 8
 //      queries.
-// What a lane holds of a product's factors: matrix.metal. Sums of a product may be in any order, so a lane's columns are
-// those whose codes it has read: 16 bytes of a token at once.
+// matrix.metal says what a lane holds of a product's factors. The sums of a product may be in any order, so a lane's
+// columns are those whose codes it has read: 16 bytes of a token at once.
 //
-// Memory. Codes and scales once for each 8 TILES queries; sums (fp32, [tokens H, pieces, D]) written once, read once.
+// Memory. Codes and scales are read once for each 8 TILES queries; sums (fp32, [tokens H, pieces, D]) written once and
+// read once.
 //
-// Rendered before: T (dtype of q), D, GQA, BITS, CENTERED, SG, TILES, PARTS, SCALE; of 4 bits, LEVELS (8 fp16 as
-// bits), LOW_0, LOW_1, HIGH_0, HIGH_1 (their low and high bytes). For `quantize_kv`: T (of keys and values), D, BITS, CENTERED, and
-// MAGNITUDES, BOUNDS (the levels, and the 7 halfway between them) as floats.
+// Rendered before: what quantized.metal needs; T (dtype of q), GQA, CENTERED, SG, TILES, PARTS, SCALE.
 // uses: matrix.metal
+// uses: quantized.metal
 
-#define PER (32 / BITS)                        // codes a word
-#define WORDS (D / PER)                        // a vector
 #define BLOCK (16 * SG)
 #define ROWS (8 * TILES)
-#define SLOTS (D / 16)                         // products along D
-#define K_WORDS (WORDS / 4 < 4 ? WORDS / 4 : 4)  // of a key that a lane reads at once; 4 lanes share a key
+#define SLOTS (D / 16)                           // products along D
+#define K_WORDS (WORDS / 4 < 4 ? WORDS / 4 : 4)  // words of a key that a lane reads at once; 4 lanes share a key
 #define K_STEPS (WORDS / (4 * K_WORDS))
-#define V_WORDS (WORDS / (8 * SG))             // of a value, a lane; 8 lanes share a simdgroup's columns
-// Loads that are under way before they are wanted, in steps of keys and groups of values: EARLY registers of each, fewer
-// with two tiles of queries. Apple's GPUs have fewer registers a thread.
+#define V_WORDS (WORDS / (8 * SG))               // words of a value per lane; 8 lanes share a simdgroup's columns
+// Loads issued before their results are needed, in steps of keys and groups of values: EARLY registers of each, fewer
+// with two tiles of queries. Apple GPUs have fewer registers per thread.
 #ifdef CUDA
 #define EARLY 32
 #else
@@ -43,79 +43,26 @@
 #define WITHIN(most, n) ((n) < 1 ? 1 : (n) < (most) ? (n) : (most))
 #define EARLY_K WITHIN(K_STEPS, EARLY / (2 * K_WORDS * TILES))
 #define EARLY_V WITHIN(SG, EARLY / (4 * V_WORDS * TILES))
-// Whether there is a row r, of those that simdgroups take in rotation: mostly known beforehand.
+// True if row r exists; simdgroups take rows sg, sg + SG, .. Mostly a constant.
 #define OWNED(r) (ROWS % SG == 0 || (r) < ROWS)
 #define UNSEEN -1e30f
 
-#ifndef CUDA
-// Two numbers 1024 + code as halves, less 1152: code - 128.
-METAL_FUNC uint less_1152(uint pair) {
-  const half a = as_type<half>(ushort(pair & 0xFFFFu)) - half(1152), b = as_type<half>(ushort(pair >> 16)) - half(1152);
-  return uint(as_type<ushort>(a)) | uint(as_type<ushort>(b)) << 16;
-}
-#endif
-
-// The levels of a word's codes, as pairs of halves.
-METAL_FUNC void levels(uint word, const threadgroup uint* table, thread uint* pairs) {
-#if BITS == 8
-  UNROLL
-  for (int i = 0; i < 2; i++) {
-    const uint codes = word >> (16 * i);
-    pairs[i] = less_1152((codes & 0xFFu) | (codes & 0xFF00u) << 8 | 0x64006400u);
-  }
-#elif defined(CUDA)
-  levels_by_bytes(word, LOW_0, LOW_1, HIGH_0, HIGH_1, pairs);
-#else
-  UNROLL
-  for (int i = 0; i < 4; i++) pairs[i] = table[(word >> (8 * i)) & 0xFFu];
-#endif
-}
-
-// Of H, what joins a lane's n numbers.
-METAL_FUNC void hadamard_own(thread float* v, int n) {
-  UNROLL
-  for (int m = 1; m < n; m *= 2) {
-    UNROLL
-    for (int j = 0; j < n; j++) {
-      if ((j & m) == 0) {
-        const float a = v[j], b = v[j + m];
-        v[j] = a + b;
-        v[j + m] = a - b;
-      }
-    }
-  }
-}
-
-// Of H, what joins n numbers of lanes whose number differs in the bit m.
-METAL_FUNC void hadamard_lanes(thread float* v, int n, int lane, int m) {
-  const float sign = lane & m ? -1.0f : 1.0f;
-  UNROLL
-  for (int j = 0; j < n; j++) v[j] = fma(sign, v[j], simd_shuffle_xor(v[j], ushort(m)));
-}
-
-// H v over a simdgroup, which holds the numbers lane, lane + 32 ..
-METAL_FUNC void hadamard(thread float* v, int lane) {
-  UNROLL
-  for (int m = 1; m < 32; m *= 2) hadamard_lanes(v, D / 32, lane, m);
-  hadamard_own(v, D / 32);
-}
-
 #ifdef PARTS  // for `quantized_attention`
-struct Coded {
+struct QuantizedPart {
   const device uint* codes;
   const device half* scales;
   int length;
 };
 
-// What a threadgroup takes at a time: n tokens of one part, at most BLOCK.
+// Tokens that a threadgroup takes at a time: n of one part, at most BLOCK.
 struct Block {
   const device uint* codes;
   const device half* scales;
   int n;
 };
 
-// The block of KV head g that begins with token `start` of the row of all tokens and ends before `to`.
-METAL_FUNC Block block_at(const thread Coded* parts, int g, int start, int to) {
+// The block of KV head g from token `start`, counted over all parts, that ends before `to`.
+METAL_FUNC Block block_at(const thread QuantizedPart* parts, int g, int start, int to) {
   Block found = {parts[0].codes, parts[0].scales, 0};
   int first = 0;
   UNROLL
@@ -132,15 +79,15 @@ METAL_FUNC Block block_at(const thread Coded* parts, int g, int start, int to) {
   return found;
 }
 
-// The scales of this lane's two tokens of a block, a key's and its value's in a word. A token past the end is another's
-// copy, and never looked at; so it is for keys and values.
+// Load the scales of this lane's two tokens of a block, a key's and its value's in a word. A lane past the end loads
+// another token, whose numbers are never used; likewise for keys and values.
 METAL_FUNC void load_scales(Block block, int sg, int lane, thread uint* pairs) {
   UNROLL
   for (int i = 0; i < 2; i++)
     pairs[i] = ((const device uint*)block.scales)[min(sg * 16 + LANE_G + 8 * i, block.n - 1)];
 }
 
-// Words of the keys of those tokens, `step` of K_STEPS.
+// Load words of the keys of those tokens, `step` of K_STEPS.
 METAL_FUNC void load_keys(Block block, int step, int sg, int lane, thread uint* words) {
   const int lane_g = LANE_G, lane_t = LANE_T;
   UNROLL
@@ -150,7 +97,7 @@ METAL_FUNC void load_keys(Block block, int step, int sg, int lane, thread uint* 
   }
 }
 
-// Words of the values of this lane's four tokens among the 16 of `group`.
+// Load words of the values of this lane's four tokens among the 16 of `group`.
 METAL_FUNC void load_values(Block block, int group, int sg, int lane, thread uint* words) {
   const int lane_g = LANE_G, lane_t = LANE_T;
   UNROLL
@@ -169,7 +116,7 @@ const int piece = int(threadgroup_position_in_grid.y), pieces = int(threadgroups
 const int g = int(threadgroup_position_in_grid.z);
 const int tokens = q_shape[0], heads = q_shape[1];
 
-const Coded parts[PARTS] = {
+const QuantizedPart parts[PARTS] = {
     {c0, s0, int(c0_shape[1])},
 #if PARTS > 1
     {c1, s1, int(c1_shape[1])},
@@ -195,8 +142,8 @@ threadgroup uint2 queries[TILES * SLOTS * 32];  // second factors of scores, [ti
 threadgroup uint2 weights[TILES * SG * 32];     // of values, [tile][16 tokens][lane]
 threadgroup float scores[ROWS][BLOCK + 1];
 threadgroup float value_scales[BLOCK];
-threadgroup float shift[ROWS];                  // what the center adds to a query's scores
-threadgroup float shrink[ROWS];                 // by how much a query's sums shrink, its maximum having grown
+threadgroup float shift[ROWS];                  // added to a query's scores by the center
+threadgroup float shrink[ROWS];                 // factor of a query's old sums once its maximum has grown
 #if BITS == 4 && !defined(CUDA)
 threadgroup uint table[256];                    // two codes -> their levels
 for (int i = sg * 32 + lane; i < 256; i += 32 * SG) {
@@ -214,7 +161,7 @@ for (int i = 0; i < PARTS; i++) total += parts[i].length;
 const int blocks = (total + BLOCK - 1) / BLOCK, share = (blocks + pieces - 1) / pieces * BLOCK;
 const int from = piece * share, to = min(from + share, total);
 
-// Codes are asked for before the launch that makes the queries is through.
+// The first codes are loaded before the launch that computes the queries has ended.
 Block block = block_at(parts, g, min(from, total - 1), to);
 uint keys[EARLY_K][2 * K_WORDS], scales[2];
 load_scales(block, sg, lane, scales);
@@ -228,7 +175,7 @@ for (int j = 0; j < D / 32; j++) {
 }
 INPUTS_READY();
 
-// Queries into the codes' space: a simdgroup takes whole ones, sg, sg + SG .., and lane l of them the numbers l, l + 32 ..
+// Rotate the queries: a simdgroup takes whole ones, sg, sg + SG, .., and lane l the numbers l, l + 32, .. of each.
 constexpr int OWN = (ROWS + SG - 1) / SG, SUMS = V_WORDS * PER / 2;
 float own[OWN][D / 32];
 UNROLL
@@ -238,7 +185,8 @@ for (int i = 0; i < OWN; i++) {
   for (int j = 0; j < D / 32; j++) {
     own[i][j] = 0;
     if (OWNED(r) && row < GQA * tokens)
-      own[i][j] = float(q[(row / GQA * heads + g * GQA + row % GQA) * D + j * 32 + lane]) * (SCALE * 1.4426950408889634f);
+      own[i][j] =
+          float(q[(row / GQA * heads + g * GQA + row % GQA) * D + j * 32 + lane]) * (SCALE * 1.4426950408889634f);
   }
 }
 UNROLL
@@ -254,7 +202,7 @@ for (int i = 0; i < OWN; i++) {
     along = sum_lanes(along, 32);
     if (lane == 0) shift[r] = along;
     hadamard(own[i], lane);
-    // A product takes 4 codes of each of 4 lanes: two for its first 8 rows, two for the other 8.
+    // A product takes 4 codes from each of 4 lanes: two for its first 8 rows, two for the other 8.
     UNROLL
     for (int j = 0; j < D / 32; j++) {
       const int d = j * 32 + lane, word = d / PER, c = d % 4;
@@ -273,7 +221,7 @@ for (int i = 0; i < OWN; i++) {
   top[i] = UNSEEN;
   sum[i] = 0;
 }
-float acc[TILES][SUMS][4];  // columns 2 i and 2 i + 1 of this lane's, each of queries 2 t and 2 t + 1
+float acc[TILES][SUMS][4];  // columns 2 i and 2 i + 1 of this lane, each for queries 2 t and 2 t + 1
 UNROLL
 for (int tile = 0; tile < TILES; tile++) {
   UNROLL
@@ -293,7 +241,7 @@ for (int start = from; start < to;) {
 
   // 1. Scores.
   if (sg * 16 < n) {
-    float s[TILES][2][4];  // in two sums, for a product waits for the one before that adds to the same
+    float s[TILES][2][4];  // two sums: a product waits for the one before it that adds to the same sum
     UNROLL
     for (int tile = 0; tile < TILES; tile++) {
       UNROLL
@@ -334,7 +282,7 @@ for (int start = from; start < to;) {
       if (lane_t == 0) value_scales[key] = high_half(scales[i]);
     }
   }
-  // After the last block, that one's last token is asked for again: without a branch, loads don't wait for it.
+  // After the last block its last token is loaded again: loads that need no branch do not wait for one.
   const Block next = block_at(parts, g, min(start + n, to - 1), to);
   load_scales(next, sg, lane, scales);
   UNROLL
@@ -444,17 +392,17 @@ for (int tile = 0; tile < TILES; tile++) {
 }
 
 // kernel: merge_quantized(sums, stats, tail_sums, tail_stats, rotation) -> (out)
-// All pieces of a row together, as `merge` of attention.metal has them:
+// Merge the pieces of each row, as `merge` of attention.metal does:
 //   out[row] = (rotation * H sum of 2^(m_p - m) sums[row, p] / D  +  sum of 2^(m_t - m) tail_sums[row, t])
 //              / sum over both of 2^(..) l,
-// where H, of which `quantized_attention` did the rest, is over the SLICES.
-// sums [rows, pieces, D], stats [rows, pieces, (m, l)] of the quantized parts; tail_.. [rows, tail pieces, ..] of the plain
-// one.
+// where H is over the SLICES; `quantized_attention` did the rest of it.
+// sums [rows, pieces, D], stats [rows, pieces, (m, l)]: of the quantized parts; tail_.. [rows, tail pieces, ..]: of the
+// tail in full precision.
 //
 // Threads. A threadgroup of 32 SG threads takes 32 columns of each slice of a row; grid (32 SG, D / SLICES / 32, rows):
-// a row's pieces are up to half a MB, for which a core alone takes longer than for all else here. A thread takes 4
-// columns of every GROUPS-th piece; LANES, all of a simdgroup, share a piece.
-// Rendered before: T, U (of out), D, SG, SLICES (simdgroups of `quantized_attention`: 1, 2 or 4), BITS and its levels.
+// a row's pieces are up to half a MB, which takes a core alone longer than all the rest here. A thread takes 4 columns
+// of every GROUPS-th piece; LANES, all in one simdgroup, share a piece.
+// Rendered before: T, U (dtype of out), D, SG, SLICES (simdgroups of `quantized_attention`: 1, 2 or 4), BITS, levels.
 constexpr int LANES = 8 * SLICES, GROUPS = 32 * SG / LANES, WIDTH = D / SLICES;
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int i = int(thread_index_in_threadgroup), group = i / LANES, row = int(threadgroup_position_in_grid.z);
@@ -465,12 +413,12 @@ const int start = row * pieces, tail_start = row * tail_pieces;
 const device float* quantized = sums + ulong(start) * D + column;
 const device float* plain = tail_sums + ulong(tail_start) * D + column;
 
-// All this is asked for at once: sums of AHEAD * GROUPS pieces, most often all, and of GROUPS of the tail's; and the
-// stats of a piece a thread and one of the tail, which has no more of them than there are threads.
+// Loaded all at once: the sums of AHEAD * GROUPS pieces (most often all) and of GROUPS of the tail's, and the stats of
+// one piece and one tail piece per thread; the tail has no more pieces than there are threads.
 #ifdef CUDA
 constexpr int AHEAD = LANES < 16 ? LANES : 16;
 #else
-constexpr int AHEAD = 4;  // Apple's GPUs have fewer registers a thread
+constexpr int AHEAD = 4;  // Apple GPUs have fewer registers per thread
 #endif
 float first[AHEAD][4], tail_first[4] = {0, 0, 0, 0}, back[4];
 UNROLL
@@ -485,7 +433,7 @@ const float tail_m = i < tail_pieces ? tail_stats[(tail_start + i) * 2] : UNSEEN
 const float tail_l = i < tail_pieces ? tail_stats[(tail_start + i) * 2 + 1] : 0.0f;
 UNROLL
 for (int j = 0; j < 4; j++) back[j] = rotation[D + column + j] / D;
-simdgroup_barrier(mem_flags::mem_none);  // without, NVIDIA's compiler waits for stats first
+simdgroup_barrier(mem_flags::mem_none);  // without it NVIDIA's compiler waits for stats first
 
 threadgroup float tops[SG];
 threadgroup float totals[SG];
@@ -548,69 +496,4 @@ if (i < 32 * SLICES) {
   UNROLL
   for (int k = 0; k < GROUPS; k++) value += ((const threadgroup float*)shares)[k * (32 * SLICES) + i];
   out[row * D + i / 32 * WIDTH + first_column + i % 32] = U(value / total);
-}
-
-// kernel: quantize_kv(keys, values, rotation) -> (codes, scales)
-// Codes and scales of keys and values [rows, D], as kv/quantization.py has them: codes [rows, 2, WORDS], scales [rows, 2];
-// rotation as above. A simdgroup takes one vector, 8 a threadgroup; grid (256 ceil(rows / 4), 1, 1). Each byte once.
-const int lane = int(thread_index_in_simdgroup);
-const int unit = int(threadgroup_position_in_grid.x) * 8 + int(simdgroup_index_in_threadgroup);
-if (unit < 2 * keys_shape[0]) {
-  float v[D / 32], most = 0, squares = 0;
-  UNROLL
-  for (int j = 0; j < D / 32; j++) {
-    const int d = j * 32 + lane, at = unit / 2 * D + d;
-    if (unit % 2 == 0) {
-#if CENTERED
-      const int g = unit / 2 / (keys_shape[0] / (rotation_shape[0] - 2));
-      v[j] = (float(keys[at]) - rotation[(2 + g) * D + d]) / rotation[d];
-#else
-      v[j] = float(keys[at]) / rotation[d];
-#endif
-    } else {
-      v[j] = float(values[at]) * rotation[D + d];
-    }
-  }
-  hadamard(v, lane);
-  UNROLL
-  for (int j = 0; j < D / 32; j++) {
-    most = max(most, fabs(v[j]));
-    squares += v[j] * v[j];
-  }
-  uint code[D / 32];
-#if BITS == 8
-  const half scale = half(max_lanes(most) / 127.0f);
-  const float step = float(scale) > 0 ? float(scale) : 1.0f;
-  UNROLL
-  for (int j = 0; j < D / 32; j++) code[j] = uint(int(rint(max(-127.0f, min(127.0f, v[j] / step)))) + 128);
-#else
-  const float bounds[7] = BOUNDS, magnitudes[8] = MAGNITUDES;
-  squares = sum_lanes(squares, 32);
-  const float norm = squares > 0 ? sqrt(squares / D) : 1.0f;
-  float along = 0;
-  UNROLL
-  for (int j = 0; j < D / 32; j++) {
-    const float size = fabs(v[j]);
-    float magnitude = magnitudes[0];
-    code[j] = 0;
-    UNROLL
-    for (int i = 0; i < 7; i++) {
-      const bool over = size / norm > bounds[i];
-      code[j] += over ? 1u : 0u;
-      magnitude = over ? magnitudes[i + 1] : magnitude;
-    }
-    along += size * magnitude;
-    if (v[j] < 0) code[j] |= 8u;
-  }
-  along = sum_lanes(along, 32);
-  const half scale = half(along > 0 ? squares / along : 0.0f);
-#endif
-  if (lane == 0) scales[unit] = scale;
-  UNROLL
-  for (int j = 0; j < D / 32; j++) {
-    uint word = code[j] << (lane % PER * BITS);
-    UNROLL
-    for (int m = 1; m < PER; m *= 2) word |= simd_shuffle_xor(word, ushort(m));
-    if (lane % PER == 0) codes[unit * WORDS + j * BITS + lane / PER] = word;
-  }
 }
