@@ -89,8 +89,8 @@ def device_name() -> str:
 def kernel_text() -> str:
     """Return a digest of everything that kernels are made of."""
     package = Path(__file__).parents[1]
-    sources = sorted(file for folder in ("gpu", "ops") for file in (package / folder).glob("*.py"))
-    files = [*render.metal_files(), *sources, package / "kv" / "quantization.py", package / "model" / "replay.py"]
+    sources = sorted(file for folder in ("gpu", "ops", "model") for file in (package / folder).glob("*.py"))
+    files = [*render.metal_files(), *sources, package / "kv" / "quantization.py"]
     return sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
