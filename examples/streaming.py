@@ -9,7 +9,7 @@ DIM, PLAIN = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
 
 lm = mlx_gemma4.load(*sys.argv[1:])
 options = ReplyOptions(think=True, max_tokens=150)
-for chunk in mlx_gemma4.stream_reply(lm, "Tell me a tale about a goose.", options):
+for chunk in mlx_gemma4.stream(lm, "Tell me a tale about a goose.", options):
     for event in chunk.events:  # mostly one for each token
         if isinstance(event, Thinking):
             print(f"{DIM}{event.text}{PLAIN}", end="", flush=True)

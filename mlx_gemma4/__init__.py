@@ -5,11 +5,11 @@
     lm = mlx_gemma4.load("gemma-4-E2B-it-Q4_K_M.gguf")
     print(mlx_gemma4.generate(lm, "Why is the sky blue?"))
 
-`load` opens a file, `generate` answers a prompt, `stream` does so piece by piece: `conversation.completion`. `chat`
-replies to messages, with thinking, tools and schemas, `stream_reply` and `astream` do so piece by piece:
-`conversation.reply`. A `Session` is a conversation that goes on: `conversation.session`. Below them stand `loading`
-(file to model), `model` (tokens to logits) and `generation` (logits to tokens); docs/architecture.md has the whole
-tree.
+`load` opens a file (`conversation.language_model`). `stream` replies to a prompt, messages or token ids, a `Chunk` for
+each token; `generate` returns the text, `chat` a `Reply` with thinking and tool calls; `astream` and `achat` are
+awaited (`conversation.reply`). A `Session` is a conversation that continues (`conversation.session`). Below them are
+`loading` (file to model), `model` (tokens to logits) and `generation` (logits to tokens); docs/architecture.md has the
+whole tree.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from .errors import InputError
 if TYPE_CHECKING:
     from .chat_format.messages import tool_result
     from .chat_format.replies import Event, Text, Thinking, ToolCall
-    from .conversation.completion import Chunk, generate, stream
     from .conversation.language_model import LanguageModel, load
     from .conversation.mlx_lm import for_mlx_lm
-    from .conversation.reply import Reply, ReplyChunk, ReplyOptions, achat, astream, chat, prompt_ids, stream_reply
+    from .conversation.reply import Chunk, Reply, ReplyOptions, achat, astream, chat, generate, prompt_ids, stream
     from .conversation.session import Session
     from .generation.loop import Statistics
     from .generation.prefix import PrefixCache
@@ -39,27 +38,17 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 # The module of each public name. No folder bears such a name: importing the folder would shadow it.
 _MODULES = {
-    "chat_format.messages": ("tool_result",),
-    "chat_format.replies": ("Event", "Text", "Thinking", "ToolCall"),
-    "conversation.completion": ("Chunk", "generate", "stream"),
-    "conversation.language_model": ("LanguageModel", "load"),
-    "conversation.mlx_lm": ("for_mlx_lm",),
-    "conversation.reply": (
-        "Reply",
-        "ReplyChunk",
-        "ReplyOptions",
-        "achat",
-        "astream",
-        "chat",
-        "prompt_ids",
-        "stream_reply",
-    ),
-    "conversation.session": ("Session",),
-    "generation.loop": ("Statistics",),
-    "generation.prefix": ("PrefixCache",),
-    "generation.sampling": ("Sampling", "Token"),
+    "chat_format.messages": "tool_result",
+    "chat_format.replies": "Event Text Thinking ToolCall",
+    "conversation.language_model": "LanguageModel load",
+    "conversation.mlx_lm": "for_mlx_lm",
+    "conversation.reply": "Chunk Reply ReplyOptions achat astream chat generate prompt_ids stream",
+    "conversation.session": "Session",
+    "generation.loop": "Statistics",
+    "generation.prefix": "PrefixCache",
+    "generation.sampling": "Sampling Token",
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [
     "Chunk",
@@ -68,7 +57,6 @@ __all__ = [
     "LanguageModel",
     "PrefixCache",
     "Reply",
-    "ReplyChunk",
     "ReplyOptions",
     "Sampling",
     "Session",
@@ -85,7 +73,6 @@ __all__ = [
     "load",
     "prompt_ids",
     "stream",
-    "stream_reply",
     "tool_result",
 ]
 

@@ -81,7 +81,6 @@ def test_the_batch_shares_its_beginning(output: dict[str, str]) -> None:
     [
         "chat_format.messages",
         "chat_format.replies",
-        "conversation.completion",
         "conversation.language_model",
         "conversation.mlx_lm",
         "conversation.reply",

@@ -1,13 +1,15 @@
-"""A conversation becomes the ids that a model reads, by the chat template that its file carries.
+"""Render a conversation with the chat template that a model's file carries, as text or as token ids.
 
 In: messages ({"role", "content"}, as OpenAI and transformers have them) and a Jinja template.
-Out: the prompt as text (`render_chat`) or as ids (`encode_chat`).
+Out: the prompt as text (`render_chat`) or as ids (`encode_chat`). Replies are read elsewhere (replies.py).
 
-Templates are strangers' code: they run in Jinja's immutable sandbox, within a budget of steps, and an error of
-theirs is an InputError. Messages are strangers' text: a control token spelled in a message stays text, whatever
-the template does to it. To this end `encode_chat` renders with stand-ins for the characters that control tokens
-begin with ("<"), so that the control tokens found in the result are the template's own; then each stretch of
-text between them gets its characters back. Reading a reply (thinking, tool calls) is not done here.
+Templates are untrusted code: they run in Jinja's immutable sandbox, within a budget of steps, and their errors become
+InputErrors. Messages are untrusted text: a control token spelled in a message stays text, whatever the template does
+to it. `encode_chat` renders with a stand-in, a rare character, for each character of a message that a control token
+may begin with ("<"). So the control tokens found in the result are the template's own; the text between them gets its
+characters back. A template may search a message for a control token, as Gemma 4's does to drop old thinking: the
+strings that it compares with or passes to a message's methods are written with stand-ins too, and are found. No
+operation turns a stand-in back.
 """
 
 from __future__ import annotations
@@ -15,11 +17,10 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
-from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -34,23 +35,23 @@ from ..tokens.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 
-_MAX_STEPS = 3_000_000  # loop turns that one rendering may take: a second
-_CALL_STEPS = 30  # what a call counts for
+_MAX_STEPS = 3_000_000  # loop iterations that one rendering may take: a second
+_CALL_STEPS = 30  # steps that a call counts as
 _MAX_TEXT = 1 << 24  # characters in one string; four times what the longest context holds
 
 
 @dataclass
 class _Run:
-    """One rendering: what is left of its steps, and the stand-ins it uses."""
+    """The state of one rendering."""
 
-    steps: int
-    stand_ins: str
+    steps: int  # that are left
+    there: Mapping[int, str]  # ordinal of a character -> its stand-in
 
 
 _run: ContextVar[_Run] = ContextVar("run")
 
-# For files without a template: turns alone, as in Gemma 4's own template and in Gemma 3's, where what the system
-# says stands in the first user's turn.
+# For files without a template: turns alone, as in Gemma 4's own template and in Gemma 3's, where the system's message
+# is part of the first user's turn.
 _TEXT = """\
 {% macro text(content) -%}
 {% if content is string %}{{ content | trim }}{% else %}
@@ -92,19 +93,23 @@ def render_chat(
     enable_thinking: bool | None = None,
     **variables: Any,
 ) -> str:
-    """The prompt as transformers' `apply_chat_template(tokenize=False)` renders it.
+    """Return the prompt as transformers' `apply_chat_template(tokenize=False)` renders it.
 
-    template: Jinja source; None gives plain Gemma 4 turns. tools: functions as JSON schemas. enable_thinking: None
-    leaves it to the template. variables: more names for the template. Raises InputError.
+    Args:
+        template: Jinja source; None: plain Gemma 4 turns.
+        tools: functions as JSON schemas.
+        enable_thinking: None: the template's default.
+        variables: more names for the template.
+
+    Raises:
+        InputError: the template fails, or refuses the messages.
     """
     names = {"bos_token": bos_token, "eos_token": eos_token, "add_generation_prompt": add_generation_prompt}
-    if enable_thinking is not None:
-        names["enable_thinking"] = enable_thinking
-    return _render(template, names, _given(messages, tools, variables), {})
+    return _render(template, names, enable_thinking, _given(messages, tools, variables), {})
 
 
 def _given(messages: Sequence[Message], tools: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """What comes from users, by the names that templates have for it."""
+    """Return what comes from users, by the names that templates use."""
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise InputError(f"message {i + 1} isn't an object with a role and content: {message!r:.60}")
@@ -112,17 +117,21 @@ def _given(messages: Sequence[Message], tools: Any, variables: Mapping[str, Any]
 
 
 def _with_reasoning(message: Message) -> Message:
-    """The message with its reasoning under all names that templates know, as transformers gives it."""
+    """Give a message its reasoning under all names that templates use, as transformers does."""
     names = ("reasoning_content", "thinking", "reasoning")
     reasoning = next((message[name] for name in names if message.get(name) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-def _render(template: str | None, names: Mapping[str, Any], given: Mapping[str, Any], there: Mapping[int, str]) -> str:
-    """The template with `names` as they are and plain copies of `given`, written with stand-ins (see _Typed)."""
-    token = _run.set(_Run(_MAX_STEPS, "".join(there.values())))
+def _render(
+    template: str | None, names: dict[str, Any], think: bool | None, given: Mapping[str, Any], there: Mapping[int, str]
+) -> str:
+    """Render with `names` as they are, and with copies of `given` in which stand-ins are written as `there` says."""
+    if think is not None:
+        names["enable_thinking"] = think
+    token = _run.set(_Run(_MAX_STEPS, there))
     try:
-        copies = {name: _typed(value, there) for name, value in given.items()}
+        copies = {name: _copied(value, there) for name, value in given.items()}
         return _compile(_PLAIN if template is None else template).render({**names, **copies})
     except RecursionError as error:
         raise InputError("the messages are nested too deeply, or the model's chat template is") from error
@@ -143,91 +152,42 @@ def encode_chat(
     enable_thinking: bool | None = None,
     **variables: Any,
 ) -> list[int]:
-    """Ids of the prompt, with BOS. What looks like a control token in messages or tools is encoded as text."""
+    """Return the prompt's ids, BOS included. Control tokens spelled in messages or tools are encoded as text.
+
+    Arguments and errors are those of `render_chat`; the template is the tokenizer's.
+    """
     template = tokenizer.chat_template
     bos = tokenizer.decode([tokenizer.bos_id], skip_special=False)
     names = {"bos_token": bos, "eos_token": "<eos>", "add_generation_prompt": add_generation_prompt}
     if template is None and tokenizer.token_id("<|turn>") is None:
         template = _PLAIN_3
-    if enable_thinking is not None:
-        names["enable_thinking"] = enable_thinking
     given = _given(messages, tools, variables)
     there, back = _stand_ins(tokenizer, given, template or _PLAIN)
-    text = _render(template, names, given, there)
+    text = _render(template, names, enable_thinking, given, there)
     ids: list[int] = []
     for part in tokenizer.split_special(text):
         ids += [part] if isinstance(part, int) else tokenizer.encode(part.translate(back), add_bos=False)
     return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
 
-class _Typed(str):
-    """Text from a message, written with stand-ins (`_there`: ordinal -> stand-in).
+def _copied(value: Any, there: Mapping[int, str]) -> Any:
+    """Copy `value` with stand-ins in all its strings, keys included, and of JSON's types only.
 
-    A template may look in it for a control token, as Gemma 4's does to drop old thinking. So the strings that
-    its methods are given are written with stand-ins too, and are found. All results are written with stand-ins:
-    where this class gets lost on the way (as in "" + text) nothing becomes unsafe.
-    """
-
-    _there: Mapping[int, str]  # templates can't reach a name with an underscore
-
-    def __new__(cls, text: str, there: Mapping[int, str] = MappingProxyType({})) -> _Typed:
-        made = super().__new__(cls, text.translate(there))
-        made._there = there
-        return made
-
-    def __iter__(self) -> Iterator[str]:
-        return (_Typed(c, self._there) for c in super().__iter__())
-
-    def __getitem__(self, key: Any) -> str:
-        return _Typed(super().__getitem__(key), self._there)
-
-    def __contains__(self, key: object) -> bool:
-        return super().__contains__(key.translate(self._there)) if isinstance(key, str) else False
-
-    def __eq__(self, other: object) -> bool:
-        return super().__eq__(other.translate(self._there) if isinstance(other, str) else other)
-
-    __hash__ = str.__hash__
-
-
-def _method(name: str) -> Callable[..., Any]:
-    plain = getattr(str, name)
-
-    @functools.wraps(plain)
-    def method(self: _Typed, *args: Any, **kwargs: Any) -> Any:
-        there = self._there
-        given = [_typed(x, there) for x in args]
-        return _typed(plain(self, *given, **{name: _typed(x, there) for name, x in kwargs.items()}), there)
-
-    return method
-
-
-_SEARCHES = ["count", "find", "index", "rfind", "rindex", "startswith", "endswith", "removeprefix", "removesuffix"]
-_PARTS = ["lstrip", "partition", "replace", "rpartition", "rsplit", "rstrip", "split", "splitlines", "strip"]
-for _name in _SEARCHES + _PARTS:
-    setattr(_Typed, _name, _method(_name))
-
-
-def _typed(value: Any, there: Mapping[int, str]) -> Any:
-    """A copy of `value` with all strings in it, keys too, written with stand-ins, and of JSON's types only.
-
-    Other objects could have methods that a template must not reach: the name of their type goes in their place.
+    Other objects could have methods that a template must not reach: the name of their type replaces them.
     """
     if isinstance(value, str):
-        return _Typed(value, there)
+        return str.translate(value, there)
     if isinstance(value, Mapping):
-        return {_typed(key, there): _typed(x, there) for key, x in value.items()}
-    if isinstance(value, list):
-        return [_typed(x, there) for x in value]
-    if isinstance(value, tuple):
-        return tuple(_typed(x, there) for x in value)
+        return {_copied(key, there): _copied(x, there) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return (list if isinstance(value, list) else tuple)(_copied(x, there) for x in value)
     if value is None or isinstance(value, bool | int | float):
         return value
     return f"({type(value).__name__})"
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """All strings in nested lists and objects."""
+    """Yield all strings in nested lists and objects."""
     left = [value]
     while left:
         item = left.pop()
@@ -240,10 +200,10 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _stand_ins(tokenizer: Tokenizer, given: Any, template: str) -> tuple[dict[int, str], dict[int, str]]:
-    """A rare character, met nowhere in what is rendered, for each first character of a control token.
+    """Choose a character that occurs nowhere in what is rendered for each first character of a control token.
 
-    They come from a block of CJK ideographs: printable, so that repr() leaves them alone, and without upper case.
-    Returns tables for str.translate, there and back.
+    They are CJK ideographs: printable, so that repr() leaves them alone, and without upper case. Returns tables for
+    str.translate, there and back.
     """
     used = set(template).union(*_strings(given))
     free = (c for c in range(0x2A6D6, 0x20000, -1) if chr(c) not in used)
@@ -257,7 +217,7 @@ def _stand_ins(tokenizer: Tokenizer, given: Any, template: str) -> tuple[dict[in
 
 
 class _Generation(jinja2.ext.Extension):
-    """The block {% generation %}, which marks a reply for training: what is in it."""
+    """The block {% generation %}, which marks a reply for training, rendered as its contents."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
 
@@ -267,7 +227,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja as transformers sets it up for chat templates, and with bounds on steps and on the length of strings."""
+    """Jinja as transformers sets it up for chat templates, with bounds on steps and on the length of strings."""
 
     intercepted_binops = frozenset({"*", "**", "%"})
 
@@ -275,11 +235,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation], finalize=_bounded
         )
-        self.filters.update(tojson=_tojson, _counted=_counted, _bounded=_bounded)
+        marked = jinja2.pass_context(lambda _context, value: _marked(value))  # so that no result is compiled in
+        self.filters.update(tojson=_tojson, _counted=_counted, _bounded=_bounded, _marked=marked)
         self.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
-        """The syntax tree, with all loops counted and all operands of + and ~ bounded."""
+        """Parse, and have all loops counted, all operands of + and ~ bounded, and strings compared with stand-ins."""
         tree = super()._parse(source, name, filename)
         for loop in tree.find_all(jinja2.nodes.For):
             loop.iter = self._filtered(loop.iter, "_counted")
@@ -287,6 +248,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             add.left, add.right = (self._filtered(node, "_bounded") for node in (add.left, add.right))
         for concat in tree.find_all(jinja2.nodes.Concat):
             concat.nodes = [self._filtered(node, "_bounded") for node in concat.nodes]
+        for compare in tree.find_all(jinja2.nodes.Compare):
+            compare.expr = self._filtered(compare.expr, "_marked")
+            for operand in compare.ops:
+                operand.expr = self._filtered(operand.expr, "_marked")
         return tree
 
     def _filtered(self, node: jinja2.nodes.Node, name: str) -> jinja2.nodes.Expr:
@@ -294,11 +259,14 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         made.set_environment(self)
         return made
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # Jinja's names
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # Jinja's names of them
         _spend(_CALL_STEPS)
         # A macro may be given any number, as the bounds in a tool's schema are.
         if not isinstance(__obj, Macro) and any(isinstance(x, int) and abs(x) > _MAX_TEXT for x in args):
             raise InputError("the model's chat template asks for too much: its code may be broken")
+        text = getattr(__obj, "__self__", None)  # of which this is a method
+        if isinstance(text, str) and any(stand_in in text for stand_in in _run.get().there.values()):
+            args, kwargs = tuple(map(_marked, args)), {name: _marked(x) for name, x in kwargs.items()}
         return _bounded(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -332,17 +300,18 @@ def _bounded(value: Any) -> Any:
     return value
 
 
+def _marked(value: Any) -> Any:
+    """Write a string with stand-ins, so that it compares with text of messages; leave any other value alone."""
+    return value.translate(_run.get().there) if isinstance(value, str) else value
+
+
 def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: Any = None,
-    separators: Any = None,
-    sort_keys: bool = False,
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """As transformers has it: no HTML escapes. Stand-ins stay as they are."""
+    """Write JSON as transformers does, without HTML escapes. Stand-ins stay as they are."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
     if ensure_ascii:
-        text = re.sub(f"[^\\x00-\\x7f{_run.get().stand_ins}]", lambda c: json.dumps(c[0])[1:-1], text)
+        text = re.sub(f"[^\\x00-\\x7f{''.join(_run.get().there.values())}]", lambda c: json.dumps(c[0])[1:-1], text)
     return text
 
 

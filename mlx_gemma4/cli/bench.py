@@ -1,4 +1,4 @@
-"""`mlx-gemma4 bench`: how fast this machine reads prompts and writes replies, alone or beside llama.cpp."""
+"""`mlx-gemma4 bench`: measure how fast this machine reads prompts and decodes, alone or beside llama.cpp."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from ..measure import bench as b
 from ..paths import whole_file
-from .options import echo, find_model, kv_option, model_option, output_options, progress, set_up_logging
+from .options import echo, find_model, kv_option, model_option, output_options, progress
 
 
 def _numbers(least: int) -> dict[str, Any]:
-    """What makes an option take numbers with commas between them, none below `least`."""
+    """Return the arguments of an option that takes whole numbers from `least` up, with commas between them."""
 
     def convert(_ctx: click.Context, _option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
         if value is None:
@@ -55,8 +54,6 @@ def bench(
     vs: str | None,
     json_file: str | None,
     report: str | None,
-    verbose: bool,
-    debug: bool,
 ) -> None:
     """Measure tokens a second, and what bounds them.
 
@@ -64,8 +61,9 @@ def bench(
     running the model: its speed depends on their number alone. Times are warm and medians; greedy sampling is in
     them. With --vs, half of our repetitions come before llama-bench and half after it; both hold the model in memory.
     """
+    from ..measure import bench as b
+    from ..measure import llama_bench
 
-    set_up_logging(verbose or debug)
     files = [Path(f) for f in (json_file, report) if f]
     for flag, file in (("--json", json_file), ("--report", report)):
         if file and not Path(file).absolute().parent.is_dir():
@@ -86,7 +84,7 @@ def bench(
     copy, cells, llama = b.copy_bandwidth(), b.cells_of(plan), None
 
     def keep() -> dict[str, Any]:
-        """Write what is known so far: whoever interrupts this keeps it."""
+        """Write the figures so far: they remain if this is interrupted."""
         figures = b.result(subject, plan, cells, copy, llama, _command(path, plan, vs))
         for file in files:
             extra = {"machine": b.machine()} if report and file == Path(report) else {}
@@ -98,8 +96,6 @@ def bench(
         echo(f"{cell.title}: {cell.rate:.1f} tokens/s")
         keep()
     if vs:
-        from ..measure import llama_bench
-
         for row in llama_bench.run(Path(vs), path, plan):
             llama = row.version
             for cell in cells:
@@ -114,7 +110,7 @@ def bench(
 
 
 def _command(path: Path, plan: Any, vs: str | None) -> str:
-    """What was asked, names without folders: those may tell whose machine this is."""
+    """Return the command line, paths without their folders: those may tell whose machine this is."""
     words = ["mlx-gemma4", "bench", "--model", path.name]
     words += ["--prompt-sizes", ",".join(map(str, plan.prompts)), "--depths", ",".join(map(str, plan.depths))]
     words += ["--reply", str(plan.reply), "--repetitions", str(plan.repetitions), "--kv", plan.kv]

@@ -1,8 +1,9 @@
-"""`mlx-gemma4 completion`: what makes a shell complete commands, flags and files after a tab."""
+"""`mlx-gemma4 completion`: a script with which a shell completes commands, flags and files."""
 
 from __future__ import annotations
 
 import click
+from click.shell_completion import get_completion_class
 
 
 @click.command()
@@ -16,8 +17,6 @@ def completion(ctx: click.Context, shell: str) -> None:
     zsh:  echo 'eval "$(mlx-gemma4 completion zsh)"' >> ~/.zshrc
     fish: mlx-gemma4 completion fish > ~/.config/fish/completions/mlx-gemma4.fish
     """
-    from click.shell_completion import get_completion_class
-
     made = get_completion_class(shell)
     assert made is not None
     click.echo(made(ctx.find_root().command, {}, "mlx-gemma4", "_MLX_GEMMA4_COMPLETE").source())

@@ -1,4 +1,4 @@
-"""`mlx-gemma4 inspect`: what a model file is, and what it will take here."""
+"""`mlx-gemma4 inspect`: a model file's shape, and the memory and speed to expect here."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import json
 
 import click
 
-from .options import complete_file, find_model, output_options, set_up_logging
+from .options import complete_file, find_model, json_option, output_options
 
 
 @click.command()
 @click.argument("model", metavar="FILE", shell_complete=complete_file)
 @click.option("--context", type=click.IntRange(1), help="Tokens to plan memory for.  [default: 8192, or all it takes]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @output_options
-def inspect(model: str, context: int | None, as_json: bool, verbose: bool, debug: bool) -> None:
+def inspect(model: str, context: int | None, as_json: bool) -> None:
     """Show a model's shape, its tensors by type, and the memory and speed to expect.
 
     Reads the header only. FILE is a GGUF file, a folder of safetensors, or REPO[:QUANT] on Hugging Face. Speeds are a
@@ -23,7 +23,6 @@ def inspect(model: str, context: int | None, as_json: bool, verbose: bool, debug
     from ..doctor.verdict import device_name
     from ..measure.inspection import inspect, lines
 
-    set_up_logging(verbose or debug)
     report = inspect(find_model(model), context)
     if as_json:
         click.echo(json.dumps(report.as_json()))

@@ -1,7 +1,12 @@
-"""What several commands share: flags that mean the same everywhere, loading with progress, lines for people."""
+"""Options that several commands share, loading with progress, and lines for people on stderr.
+
+Each decorator here adds an option, or a group of them; its comment or docstring names the arguments that the command
+then takes. Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -10,80 +15,97 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
-
-if TYPE_CHECKING:
-    from click.shell_completion import CompletionItem
-
-from typing import TYPE_CHECKING
+from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
     from ..conversation.language_model import LanguageModel
-    from ..generation.loop import Sampling
+    from ..generation.sampling import Sampling
 
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+Command = Callable[..., Any]
+SamplingOf = Callable[["LanguageModel"], "Sampling"]  # what a model's file recommends, with the flags' changes
 
 EXIT_INTERRUPTED = 130  # as shells report Ctrl-C
 
 
 def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
+    """Return one decorator that applies these, the first listed first in --help."""
+    return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
 
 
 def complete_file(_ctx: click.Context, _option: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Lets the shell complete a path where more than paths may stand."""
-    from click.shell_completion import CompletionItem
-
+    """Let the shell complete a path where more than paths may be given."""
     return [CompletionItem(incomplete, type="file")]
 
 
-# Each may decorate a command, which then takes arguments of these names.
-model_option = click.option(
+model_option = click.option(  # model: str | None
     "-m",
     "--model",
     metavar="MODEL",
     shell_complete=complete_file,
     help="A .gguf file, a folder of safetensors, or REPO[:QUANT] on Hugging Face. Without it: a small demo.",
 )
-sampling_options = _together(
-    click.option("--temperature", type=float, help="0 always takes the likeliest token.  [default: the file's]"),
-    click.option("--top-k", type=int, help="Choose among the k likeliest; 0: all.  [default: the file's]"),
-    click.option("--top-p", type=float, help="Choose among the likeliest that make up p.  [default: the file's]"),
-    click.option("--min-p", type=float, help="Leave out what is less than p times as likely as the likeliest."),
-    click.option("--repetition-penalty", type=float, help="Over 1 makes recent tokens less likely."),
-    click.option("--frequency-penalty", type=float, help="Makes a token less likely for each time the reply has it."),
-    click.option("--presence-penalty", type=float, help="Makes tokens that the reply has less likely."),
-    click.option("--seed", type=click.IntRange(0), help="Makes sampling repeatable."),
-)
-kv_option = click.option(
+kv_option = click.option(  # kv: str
     "--kv",
     type=click.Choice(["full", "q8", "tq4"]),  # kv.quantization.KINDS, which takes MLX
     default="full",
     show_default=True,
     help="Keys and values of global layers: as they are, or in 8 or 4 bits.",
 )
-output_options = _together(
-    click.option("-v", "--verbose", is_flag=True, help="Say more: how the model is held, what is being done."),
-    click.option("--debug", is_flag=True, help="Show tracebacks."),
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+conversation_options = _together(  # model, kv, system: str | None, think: bool | None, state_file: str | None
+    model_option,
+    click.option("--system", metavar="TEXT", help="What the model is told first: who it is, how to answer."),
+    click.option("--think/--no-think", default=None, help="Let the model think first.  [default: the chat template's]"),
+    click.option("--state", "state_file", metavar="FILE", help="Go on with the conversation saved there, and save it."),
+    kv_option,
+)
+_SAMPLING = {
+    "temperature": click.option("--temperature", type=float, help="0: always the likeliest.  [default: the file's]"),
+    "top_k": click.option("--top-k", type=int, help="Choose among the k likeliest; 0: all.  [default: the file's]"),
+    "top_p": click.option("--top-p", type=float, help="Choose among the likeliest that make up p.  [default: file's]"),
+    "min_p": click.option("--min-p", type=float, help="Leave out what is under p times as likely as the likeliest."),
+    "repetition_penalty": click.option("--repetition-penalty", type=float, help="Over 1: recent tokens less likely."),
+    "frequency_penalty": click.option(
+        "--frequency-penalty", type=float, help="Makes a token less likely for each time the reply has it."
+    ),
+    "presence_penalty": click.option(
+        "--presence-penalty", type=float, help="Makes tokens that the reply has less likely."
+    ),
+    "seed": click.option("--seed", type=click.IntRange(0), help="Makes sampling repeatable."),
+}
+
+
+def sampling_options(command: Command) -> Command:
+    """Add the options of sampling; the command takes them as one argument, `sampling: SamplingOf`."""
+
+    @functools.wraps(command)
+    def collect(**given: Any) -> Any:
+        flags = {name: value for name in _SAMPLING if (value := given.pop(name)) is not None}
+        return command(**given, sampling=lambda lm: replace(lm.sampling, **flags))
+
+    return _together(*_SAMPLING.values())(collect)
+
+
+def _set_up_logging(_ctx: click.Context, _option: click.Parameter, detailed: bool) -> None:
+    """Write the package's messages as bare lines on stderr; `detailed`: including those of level INFO."""
+    logging.basicConfig(format="%(message)s")
+    if detailed:
+        logging.getLogger().setLevel(logging.INFO)
+
+
+_logging_flag = functools.partial(click.option, is_flag=True, expose_value=False, callback=_set_up_logging)
+output_options = _together(  # no arguments
+    _logging_flag("-v", "--verbose", help="Say more: how the model is held, what is being done."),
+    _logging_flag("--debug", help="Show tracebacks."),
 )
 
 
-def set_up_logging(detailed: bool) -> None:
-    """Messages of the package as bare lines on stderr; `detailed`: also what is only good to know."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO if detailed else logging.WARNING)
-
-
 def load_with_progress(model: str | None) -> tuple[LanguageModel, float]:
-    """The model, or the demo and a line that says so, and how many seconds loading took."""
-    from ..conversation import language_model
+    """Load the model, or the demo with a line that says so; return it and the seconds that loading took."""
+    from ..conversation.language_model import load
 
     if model is None:
         context = click.get_current_context(silent=True)
@@ -95,35 +117,29 @@ def load_with_progress(model: str | None) -> tuple[LanguageModel, float]:
     path = find_model(model)
     start = time.perf_counter()
     with progress("Loading", 1e9, " GB") as update:
-        lm = language_model.load(path, progress=update)
+        lm = load(path, progress=update)
     return lm, time.perf_counter() - start
 
 
 def find_model(model: str | None) -> Path:
-    """The path that --model means, downloaded if need be; None: the demo's."""
-    if model is None:
-        from ..conversation.language_model import demo_path
-
-        return demo_path()
+    """Return the path that --model means, downloaded if need be; None: the demo's."""
+    from ..conversation.language_model import demo_path
     from ..files.hub import resolve
 
+    if model is None:
+        return demo_path()
     with progress("Downloading", 1e9, " GB") as update:
         return resolve(model, progress=update)
 
 
-def sampling_from(lm: LanguageModel, flags: dict[str, Any]) -> Sampling:
-    """The file's sampling with what `sampling_options` were given."""
-    return replace(lm.sampling, **{name: value for name, value in flags.items() if value is not None})
-
-
 def echo(line: str) -> None:
-    """A line for people, on stderr."""
+    """Print a line for people, on stderr."""
     click.echo(line, err=True)
 
 
 @contextmanager
 def progress(what: str, unit: float, suffix: str) -> Iterator[Callable[[int, int], None]]:
-    """A line on a terminal's stderr that counts up, shown once it has taken a second, gone at the end."""
+    """Show a line on a terminal's stderr that counts up, from one second on until the end."""
     start, shown = time.monotonic(), False
 
     def update(done: int, total: int) -> None:

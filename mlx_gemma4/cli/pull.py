@@ -1,4 +1,4 @@
-"""`mlx-gemma4 pull`: a model of a Hugging Face repository, downloaded and ready to load."""
+"""`mlx-gemma4 pull`: download a model from Hugging Face."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import sys
 import click
 
 from ..errors import InputError
-from .options import EXIT_INTERRUPTED, echo, output_options, progress, set_up_logging
+from .options import EXIT_INTERRUPTED, echo, output_options, progress
 
 
 @click.command()
 @click.argument("model", metavar="REPO[:QUANT]")
 @output_options
-def pull(model: str, verbose: bool, debug: bool) -> None:
+def pull(model: str) -> None:
     """Download a model from Hugging Face, or its newest version, and print its path.
 
     QUANT is a quantization like Q8_0 or a file's name; without it, Q4_K_M is taken where there is one. A download that
@@ -21,7 +21,6 @@ def pull(model: str, verbose: bool, debug: bool) -> None:
     """
     from ..files import hub
 
-    set_up_logging(verbose or debug)
     try:
         with progress("Downloading", 1e9, " GB") as update:
             path = hub.resolve(model, update=True, progress=update)

@@ -47,7 +47,7 @@ class ReplEnv:
 
     Attributes:
         view: makes the place for a reply; with True, thoughts stay on it.
-        say: shows lines.
+        echo: prints a line.
         stoppable: within it, the given function says whether to stop.
         reading: within it, the given function shows (tokens read, tokens in all).
         load: a model by its name.
@@ -57,7 +57,7 @@ class ReplEnv:
     """
 
     view: Callable[[bool], View]
-    say: Callable[[str], None]
+    echo: Callable[[str], None]
     stoppable: Callable[[], AbstractContextManager[Callable[[], bool]]]
     reading: Callable[[], AbstractContextManager[OnPrompt]]
     load: Callable[[str], LanguageModel]
@@ -85,7 +85,7 @@ class Leave(Exception):
 class Repl:
     """The conversations at a prompt: branches, each a Session, one of them the present one."""
 
-    around: ReplEnv
+    env: ReplEnv
     branches: dict[str, Session]
     options: ReplyOptions
     branch: str = "main"
@@ -117,7 +117,7 @@ class Repl:
             self._command(command[1], (command[2] or "").strip())
         elif not text:
             if draft:
-                self.around.say("Left as it was.")
+                self.env.echo("Left as it was.")
         else:
             text = text[1:] if text.startswith("//") else text
             turn = self.session.edit if draft else self.session.send
@@ -150,9 +150,9 @@ class Repl:
 
     def _answer(self, start: Callable[[OnPrompt], Generator[Event, None, None]]) -> None:
         """Show a reply as it is made, until it ends or someone stops it."""
-        with self.around.stoppable() as stopped, closing(self.around.view(self.unfolded)) as view:
+        with self.env.stoppable() as stopped, closing(self.env.view(self.unfolded)) as view:
             try:
-                with self.around.reading() as update:
+                with self.env.reading() as update:
 
                     def check(done: int, total: int) -> None:
                         if stopped():
@@ -211,18 +211,18 @@ def _system(repl: Repl, argument: str) -> None:
     messages = repl.session.messages
     has = bool(messages) and messages[0].get("role") == "system"
     if not argument:
-        repl.around.say(f"System: {messages[0]['content']}" if has else "No system prompt; /system TEXT gives one.")
+        repl.env.echo(f"System: {messages[0]['content']}" if has else "No system prompt; /system TEXT gives one.")
         return
     first = [] if argument == "none" else [{"role": "system", "content": argument}]
     repl.session.messages = [*first, *messages[has:]]
-    repl.around.say("System prompt removed." if argument == "none" else "System prompt set.")
+    repl.env.echo("System prompt removed." if argument == "none" else "System prompt set.")
 
 
 def _undo(repl: Repl, argument: str) -> None:
     said = repl.session.undo()
     if said is None:
         raise InputError("there is nothing to take back")
-    repl.around.say(f"Took back: {_short(said)}")
+    repl.env.echo(f"Took back: {_short(said)}")
 
 
 def _retry(repl: Repl, argument: str) -> None:
@@ -239,7 +239,7 @@ def _edit(repl: Repl, argument: str) -> None:
         raise InputError("there is nothing to edit yet")
     if argument:
         repl._answer(lambda on_prompt: repl.session.edit(argument, repl.options, on_prompt=on_prompt))
-    elif not repl.around.drafts:
+    elif not repl.env.drafts:
         raise InputError("/edit: give the new text after it")
     else:
         text = said[-1]["content"]
@@ -251,21 +251,21 @@ def _save(repl: Repl, argument: str) -> None:
     if path.exists() and not _is_conversation(path):
         raise InputError(f"{path}: is there and is no conversation; choose another name")
     repl.session.save(path)
-    repl.around.say(f"Saved as {path}, and what the model has read beside it.")
+    repl.env.echo(f"Saved as {path}, and what the model has read beside it.")
 
 
 def _load(repl: Repl, argument: str) -> None:
-    loaded = repl.around.opened(repl.session.lm, _path("/load", argument), repl.options)
+    loaded = repl.env.opened(repl.session.lm, _path("/load", argument), repl.options)
     repl.session.close()
     repl.branches[repl.branch] = loaded
-    repl.around.say(f"{_turns(loaded)} loaded.")
+    repl.env.echo(f"{_turns(loaded)} loaded.")
 
 
 def _fork(repl: Repl, argument: str) -> None:
     if not argument:
         for name, session in repl.branches.items():
             here = "*" if name == repl.branch else " "
-            repl.around.say(f"{here} {name}: {_turns(session)}, {_counted(session.state.length, 'token')}")
+            repl.env.echo(f"{here} {name}: {_turns(session)}, {_counted(session.state.length, 'token')}")
         return
     if not re.fullmatch(r"[\w.-]{1,40}", argument):
         raise InputError(f"/fork {argument}: a name is letters, digits, dots and dashes, at most 40")
@@ -273,7 +273,7 @@ def _fork(repl: Repl, argument: str) -> None:
     if new:
         repl.branches[argument] = repl.session.fork()
     came_from, repl.branch = repl.branch, argument
-    repl.around.say(f"Now on {argument}, " + (f"branched from {came_from}." if new else _turns(repl.session) + "."))
+    repl.env.echo(f"Now on {argument}, " + (f"branched from {came_from}." if new else _turns(repl.session) + "."))
 
 
 def _stats(repl: Repl, argument: str) -> None:
@@ -281,54 +281,54 @@ def _stats(repl: Repl, argument: str) -> None:
     if reply:
         s = reply.statistics
         read, made = _counted(s.prompt_tokens, "token"), _counted(s.reply_tokens, "token")
-        repl.around.say(f"Prompt: {read} read, {s.prompt_rate:.1f} a second; {s.reused_tokens:,} reused.")
-        repl.around.say(f"Reply: {made}, {s.reply_rate:.1f} a second.")
-        repl.around.say(f"Peak memory of arrays: {_megabytes(s.peak_memory)}.")
-    repl.around.say(f"Conversation: {_turns(session)}, {repl.status()}.")
+        repl.env.echo(f"Prompt: {read} read, {s.prompt_rate:.1f} a second; {s.reused_tokens:,} reused.")
+        repl.env.echo(f"Reply: {made}, {s.reply_rate:.1f} a second.")
+        repl.env.echo(f"Peak memory of arrays: {_megabytes(s.peak_memory)}.")
+    repl.env.echo(f"Conversation: {_turns(session)}, {repl.status()}.")
 
 
 def _model(repl: Repl, argument: str) -> None:
     if not argument:
-        repl.around.say(f"{repl.session.lm.path}; /model PATH takes another.")
+        repl.env.echo(f"{repl.session.lm.path}; /model PATH takes another.")
         return
-    lm = repl.around.load(argument)
-    options = replace(repl.options, sampling=repl.around.sampling(lm))
-    branches = {name: repl.around.session(lm, s.messages, options) for name, s in repl.branches.items()}
+    lm = repl.env.load(argument)
+    options = replace(repl.options, sampling=repl.env.sampling(lm))
+    branches = {name: repl.env.session(lm, s.messages, options) for name, s in repl.branches.items()}
     repl.close()
     repl.branches, repl.options = branches, options
-    repl.around.say(f"Now {lm.path.name}; it reads the conversation with the next message.")
+    repl.env.echo(f"Now {lm.path.name}; it reads the conversation with the next message.")
 
 
 def _think(repl: Repl, argument: str) -> None:
     if argument in ("on", "off"):
         repl.set_options(replace(repl.options, think=argument == "on"))
-        repl.around.say(f"Thinking is {argument} from the next message.")
+        repl.env.echo(f"Thinking is {argument} from the next message.")
         return
     if argument:
         raise InputError(f"/think {argument}: say on or off, or nothing to show or hide thoughts")
     repl.unfolded = not repl.unfolded
     if not repl.unfolded:
-        repl.around.say("Thoughts are folded.")
+        repl.env.echo("Thoughts are folded.")
         return
     replies = [m for m in repl.session.messages if m.get("role") == "assistant"]
     thought = str(replies[-1].get("reasoning_content") or "") if replies else ""
-    repl.around.say(thought or "There is no thought yet.")
-    repl.around.say("Thoughts stay unfolded; /think folds them again.")
+    repl.env.echo(thought or "There is no thought yet.")
+    repl.env.echo("Thoughts stay unfolded; /think folds them again.")
 
 
 def _clear(repl: Repl, argument: str) -> None:
     old = repl.session
     system = [m for m in old.messages[:1] if m.get("role") == "system"]
-    repl.branches[repl.branch] = repl.around.session(old.lm, system, repl.options)
+    repl.branches[repl.branch] = repl.env.session(old.lm, system, repl.options)
     old.close()
-    repl.around.say("A new conversation" + (" with the same system prompt." if system else "."))
+    repl.env.echo("A new conversation" + (" with the same system prompt." if system else "."))
 
 
 def _help(repl: Repl, argument: str) -> None:
     for name, command in COMMANDS.items():
-        repl.around.say(f"{f'{name} {command.usage}':<18}{command.about}")
-    repl.around.say("Enter sends, Alt+Enter or Ctrl-J begins a new line. // begins a message with a slash.")
-    repl.around.say("Ctrl-C stops the reply, Ctrl-D leaves.")
+        repl.env.echo(f"{f'{name} {command.usage}':<18}{command.about}")
+    repl.env.echo("Enter sends, Alt+Enter or Ctrl-J begins a new line. // begins a message with a slash.")
+    repl.env.echo("Ctrl-C stops the reply, Ctrl-D leaves.")
 
 
 def _quit(repl: Repl, argument: str) -> None:

@@ -16,14 +16,13 @@ import click
 
 from ..errors import InputError
 from .options import (
+    SamplingOf,
     echo,
     kv_option,
     load_with_progress,
     model_option,
     output_options,
-    sampling_from,
     sampling_options,
-    set_up_logging,
 )
 
 if TYPE_CHECKING:
@@ -79,9 +78,7 @@ def serve(
     max_kv_bytes: int | None,
     grace: int,
     kv: str,
-    verbose: bool,
-    debug: bool,
-    **flags: Any,
+    sampling: SamplingOf,
 ) -> None:
     """Answer over HTTP: OpenAI's and Anthropic's interfaces, and a page to chat in a browser.
 
@@ -91,7 +88,6 @@ def serve(
 
     from ..server.app import Settings, create_app
 
-    set_up_logging(verbose or debug)
     for name in ("httpx", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.WARNING)
     settings = Settings(
@@ -104,7 +100,7 @@ def serve(
     )
     listening = _listen(host, port)  # before the model is loaded: what is wrong with it is told at once
     lm, _ = load_with_progress(model)
-    lm = replace(lm, sampling=sampling_from(lm, flags))
+    lm = replace(lm, sampling=sampling(lm))
     settings = replace(
         settings,
         model_name=model_name(model, lm),
@@ -132,7 +128,7 @@ def serve(
         ws="none",
         lifespan="on",
         log_config=None,
-        access_log=verbose or debug,
+        access_log=logging.getLogger().isEnabledFor(logging.INFO),  # --verbose
         server_header=False,
         timeout_graceful_shutdown=grace,
     )

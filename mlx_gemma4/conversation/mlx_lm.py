@@ -8,7 +8,7 @@ which need not be installed for anything else here. What mlx-lm keeps in a list 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
@@ -17,9 +17,7 @@ from ..chat_format.template import Message, encode_chat, render_chat
 from ..errors import InputError
 from ..kv.state import KVState
 from ..tokens.tokenizer import StreamDecoder, Tokenizer
-
-if TYPE_CHECKING:
-    from .language_model import LanguageModel
+from .language_model import LanguageModel
 
 
 def for_mlx_lm(lm: LanguageModel) -> tuple[MlxLmModel, Any]:

@@ -1,17 +1,18 @@
-"""Messages in, a reply out: text, thinking and tool calls, whole or as they are made, in a thread or awaited.
+"""A prompt in, a reply out: text, thinking and tool calls, whole or as they are made, in a thread or awaited.
 
-In: a `LanguageModel`, messages as OpenAI's clients have them, `ReplyOptions`. Out: a `Reply`, growing in each
-`ReplyChunk` of `stream_reply`. What a state or a store of prefixes has read already isn't read again. A conversation
-that goes on is a `session.Session`; this module remembers nothing.
+In: a `LanguageModel`; what a user says, messages as OpenAI's clients have them, or token ids; `ReplyOptions`. Out:
+`stream` yields a `Chunk` for each token; `generate` joins their text, `chat` returns the complete `Reply`, `astream`
+and `achat` are awaited. Tokens that a state or a prefix cache holds are not read again. A conversation that continues
+is a `session.Session`; this module keeps nothing between calls.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -24,46 +25,47 @@ from ..generation.prefix import PrefixCache, common_length
 from ..generation.sampling import Sampling, Token
 from ..generation.stops import StopStrings
 from ..kv.state import KVState
+from ..tokens.tokenizer import Tokenizer
 from .background import OnPrompt, in_thread
+from .language_model import LanguageModel
 
-if TYPE_CHECKING:
-    from ..tokens.tokenizer import Tokenizer
-    from .language_model import LanguageModel
+Prompt = str | Sequence[int] | Sequence[Message]  # what a user says, a whole prompt's token ids, or a conversation
 
 
 @dataclass(frozen=True)
 class ReplyOptions:
-    """How to reply. `chat(lm, messages, think=True, max_tokens=100)` takes these by name.
+    """Settings of a reply. `stream` and the others also take them by name: `chat(lm, "Hi", think=True, max_tokens=9)`.
 
     Raises:
-        InputError: options that can't be together, or no such tool.
+        InputError: options that exclude each other, or a tool_choice that names no tool.
 
     >>> ReplyOptions(max_tokens=100, stop=["###"], think=False).stop
     ('###',)
     """
 
-    max_tokens: int | None = None  # None: as much as the context holds
+    max_tokens: int | None = None  # length of thinking and answer; None: as much as the context holds
     sampling: Sampling | None = None  # None: as the model's file recommends
-    stop: Sequence[str] = ()  # the answer (not thinking) ends before any of these; a single string will do
-    think: bool | None = None  # None: as the chat template has it by default, which for Gemma 4 is no
+    stop: Sequence[str] = ()  # the answer (not thinking) ends before any of these; may be a single string
+    think: bool | None = None  # None: the chat template's default, which for Gemma 4 is no
     tools: Sequence[Mapping[str, Any]] = ()  # functions: {"type": "function", "function": {"name", ...}}
     tool_choice: str = "auto"  # "auto", "none", "required", or the name of the function to call
     schema: Mapping[str, Any] | None = None  # the answer is JSON that fits this JSON Schema
-    regex: str | None = None  # the answer matches
+    regex: str | None = None  # the answer matches this regular expression, in Rust's syntax
     grammar: str | None = None  # the answer is of this language, in Lark's notation
-    logprobs: int | None = None  # tokens come with their log-probability, and with so many likeliest ones
+    logprobs: int | None = None  # each token carries its log-probability, and those of so many likeliest ones
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "tools", tuple(self.tools))
+        forms = sum(form is not None for form in (self.schema, self.regex, self.grammar))
         if self.max_tokens is not None and self.max_tokens < 1:
             raise InputError(f"max_tokens {self.max_tokens}: must be 1 or more")
-        if sum(x is not None for x in (self.schema, self.regex, self.grammar)) > 1:
+        if forms > 1:
             raise InputError("schema, regex and grammar: give one of them")
-        if self.tool_choice not in ("auto", "none", *([] if not self.tools else ["required", *self.tool_names])):
+        if self.tool_choice not in ("auto", "none", *(["required", *self.tool_names] if self.tools else [])):
             have = ", ".join(self.tool_names) or "none given"
             raise InputError(f"tool_choice {self.tool_choice}: must be auto, none, required or a tool's name ({have})")
-        if self.calls_forced and any(x is not None for x in (self.schema, self.regex, self.grammar)):
+        if self.calls_forced and forms:
             raise InputError(f"tool_choice {self.tool_choice} leaves no room for schema, regex or grammar")
 
     @property
@@ -72,25 +74,25 @@ class ReplyOptions:
 
     @property
     def calls_forced(self) -> bool:
-        """Whether the reply has to be a tool call."""
+        """True if the reply must be a tool call."""
         return self.tool_choice not in ("auto", "none")
 
 
 @dataclass
 class Reply:
-    """A reply, as far as it is made.
+    """A reply, as far as it has been made.
 
-    `finish_reason` says how it ended: "stop" by itself or at a stop string, "tool_calls" likewise and it calls some,
-    "length" cut by `max_tokens` or the context; "cancelled" until then, and for good if nobody waited for the end.
+    `finish_reason`: "stop" if the model or a stop string ended it, "tool_calls" if it also calls tools, "length" if
+    `max_tokens` or the context cut it; "cancelled" until then, and for good if it was not read to its end.
     """
 
     text: str = ""
     thinking: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
     finish_reason: Literal["stop", "length", "tool_calls", "cancelled"] = "cancelled"
-    stop_string: str | None = None  # the one of `ReplyOptions.stop` that ended it
+    stop_string: str | None = None  # the member of `ReplyOptions.stop` that ended it
     statistics: Statistics = field(default_factory=Statistics)
-    tokens: list[Token] = field(default_factory=list)  # all but the one that ended it, control tokens included
+    tokens: list[Token] = field(default_factory=list)  # control tokens included, except the one that ended it
 
     def add(self, events: Sequence[Event]) -> None:
         for event in events:
@@ -116,24 +118,40 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class ReplyChunk:
-    """What a token brought: often one event, none while a character, a call or a stop string may be in progress."""
+class Chunk:
+    """What one token added to a reply: often one event, none while a character, a call or a stop string may be open."""
 
     events: list[Event]
     token: Token | None  # None: the last chunk, with what was held back
     reply: Reply  # all so far; the same object in each chunk
 
+    @property
+    def text(self) -> str:
+        """What it adds to the answer; a tool call as the model wrote it."""
+        added = (event for event in self.events if not isinstance(event, Thinking))
+        return "".join(event.text if isinstance(event, Text) else event.raw for event in added)
+
+    @property
+    def thinking(self) -> str:
+        """What it adds to the model's thinking before the answer."""
+        return "".join(event.text for event in self.events if isinstance(event, Thinking))
+
+    @property
+    def statistics(self) -> Statistics:
+        """Figures of the reply so far; the same object in each chunk."""
+        return self.reply.statistics
+
 
 def prompt_ids(
     lm: LanguageModel, messages: Sequence[Message], options: ReplyOptions | None = None, *, reply: bool = True
 ) -> list[int]:
-    """The ids that the model will read for these messages, tools and thinking included.
+    """Return the token ids that the model reads for these messages, tools and thinking included.
 
     Args:
         reply: end where the model's reply begins, not after the last message.
 
     Raises:
-        InputError: the messages are none, or not as the chat template wants them.
+        InputError: there are no messages, or the chat template refuses them.
     """
     options = options or ReplyOptions()
     if not messages:
@@ -145,44 +163,44 @@ def prompt_ids(
     )
 
 
-def stream_reply(
+def stream(
     lm: LanguageModel,
-    messages: Sequence[Message] | Sequence[int] | str,
+    prompt: Prompt,
     options: ReplyOptions | None = None,
     *,
     store: PrefixCache | None = None,
     state: KVState | None = None,
     marks: bool = True,
     on_prompt: OnPrompt | None = None,
-) -> Generator[ReplyChunk, None, None]:
-    """Reply to a conversation, a chunk for each token and a last one.
+    **named: Any,
+) -> Generator[Chunk, None, None]:
+    """Reply to a prompt, a chunk for each token and a last one. Closing the iterator stops within a token.
 
     Args:
         lm: a loaded model.
-        messages: the whole conversation, or what a user says, or token ids of a whole prompt as they are.
-        options: how to reply.
-        store: where the longest known beginning of the prompt comes from, and prompt and reply are kept.
-        state: instead of a store, one state of `lm.model`: what it has in common with the prompt is kept, the rest
-            is rewound; it then holds prompt and reply.
-        marks: leave places in `state` to come back to. Each may come to hold a window of each sliding layer.
-        on_prompt: called with (tokens read, tokens in all) while the prompt is read; what it raises ends the reply.
-
-    Yields:
-        chunks. Closing the iterator stops the reply within a token.
+        prompt: what a user says, or the messages of a whole conversation, or token ids of a whole prompt.
+        options: settings of the reply.
+        store: take the longest known beginning of the prompt from this cache, and keep prompt and reply there.
+        state: use this state of `lm.model` instead: it is rewound to what it shares with the prompt, and then holds
+            prompt and reply.
+        marks: leave marks in `state` to rewind to later. Each may hold a window of every sliding layer.
+        on_prompt: called with (tokens read, tokens in all) while the prompt is read; an exception ends the reply.
+        named: instead of `options`, fields of ReplyOptions by name, and of Sampling to change what the model's file
+            recommends: `stream(lm, "Hi", max_tokens=20, temperature=0)`.
 
     Raises:
-        InputError: the messages, the options or the prompt's length can't be.
+        InputError: the messages are refused, the prompt is too long, or an option is out of range.
 
     >>> import mlx_gemma4
     >>> lm = mlx_gemma4.load()
-    >>> chunks = list(stream_reply(lm, "Tell me a tale.", ReplyOptions(max_tokens=8)))
-    >>> text = "".join(e.text for chunk in chunks for e in chunk.events if isinstance(e, mlx_gemma4.Text))
-    >>> reply = chunks[-1].reply
-    >>> text == reply.text, reply.finish_reason
-    (True, 'length')
+    >>> chunks = list(stream(lm, "Tell me a tale.", max_tokens=8))
+    >>> len(chunks), chunks[-1].statistics.reply_tokens, chunks[-1].reply.finish_reason
+    (9, 8, 'length')
+    >>> "".join(chunk.text for chunk in chunks) == chunks[-1].reply.text
+    True
     """
-    options = options or ReplyOptions()
-    ids = _whole_prompt(lm, messages, options)
+    options = _options(lm, options, named)
+    ids = _whole_prompt(lm, prompt, options)
     reply = Reply()
     parser = ReplyParser(lm.tokenizer, thinking_open=ends_in_thinking(lm.tokenizer, ids))
     stops = StopStrings(options.stop)
@@ -192,7 +210,7 @@ def stream_reply(
             reply.tokens.append(token)
             events = _cut(stops, parser.push(token.id))
             reply.add(events)
-            yield ReplyChunk(events, token, reply)
+            yield Chunk(events, token, reply)
             if stops.stopped:
                 reply.statistics.stop_reason = "stop"
                 break
@@ -203,20 +221,21 @@ def stream_reply(
         reply.finish_reason = "length"
     else:
         reply.finish_reason = "tool_calls" if reply.tool_calls else "stop"
-    yield ReplyChunk(events, None, reply)
+    yield Chunk(events, None, reply)
 
 
-def chat(
-    lm: LanguageModel,
-    messages: Sequence[Message] | Sequence[int] | str,
-    options: ReplyOptions | None = None,
-    *,
-    store: PrefixCache | None = None,
-    state: KVState | None = None,
-    on_prompt: OnPrompt | None = None,
-    **fields: Any,
-) -> Reply:
-    """The whole reply to a conversation. Arguments and errors are those of `stream_reply`; options by name will do.
+def generate(lm: LanguageModel, prompt: Prompt, options: ReplyOptions | None = None, **rest: Any) -> str:
+    """Return the answer as text, without thinking. Arguments and errors are those of `stream`.
+
+    >>> import mlx_gemma4
+    >>> generate(mlx_gemma4.load(), "Is the sky blue?", schema={"enum": ["yes", "no"]}) in ('"yes"', '"no"')
+    True
+    """
+    return "".join(chunk.text for chunk in stream(lm, prompt, options, **rest))
+
+
+def chat(lm: LanguageModel, prompt: Prompt, options: ReplyOptions | None = None, **rest: Any) -> Reply:
+    """Return the whole reply. Arguments and errors are those of `stream`.
 
     >>> import mlx_gemma4
     >>> lm = mlx_gemma4.load()
@@ -224,21 +243,19 @@ def chat(
     >>> reply.statistics.reply_tokens
     8
     """
-    *_, last = stream_reply(lm, messages, _options(options, fields), store=store, state=state, on_prompt=on_prompt)
+    *_, last = stream(lm, prompt, options, **rest)
     return last.reply
 
 
 async def astream(
     lm: LanguageModel,
-    messages: Sequence[Message] | Sequence[int] | str,
+    prompt: Prompt,
     options: ReplyOptions | None = None,
     *,
-    store: PrefixCache | None = None,
-    state: KVState | None = None,
     on_prompt: OnPrompt | None = None,
-    **fields: Any,
-) -> AsyncGenerator[ReplyChunk, None]:
-    """As `stream_reply`, for `async for`: the work is done in a thread. Leaving or cancelling stops it in a token.
+    **rest: Any,
+) -> AsyncGenerator[Chunk, None]:
+    """As `stream`, for `async for`: the work is done in a thread. Leaving or cancelling stops it within a token.
 
     >>> import asyncio, mlx_gemma4
     >>> async def main():
@@ -247,43 +264,38 @@ async def astream(
     >>> len(asyncio.run(main()))
     9
     """
-    options = _options(options, fields)
 
-    def start(check: OnPrompt) -> Iterator[ReplyChunk]:
-        return stream_reply(lm, messages, options, store=store, state=state, on_prompt=check)
+    def start(check: OnPrompt) -> Iterator[Chunk]:
+        return stream(lm, prompt, options, on_prompt=check, **rest)
 
     async with aclosing(in_thread(start, on_prompt)) as chunks:
         async for chunk in chunks:
             yield chunk
 
 
-async def achat(
-    lm: LanguageModel,
-    messages: Sequence[Message] | Sequence[int] | str,
-    options: ReplyOptions | None = None,
-    **fields: Any,
-) -> Reply:
-    """As `chat`, awaited; cancelling the task stops the reply. `fields`: also `store`, `state`, `on_prompt`."""
-    reply = Reply()
-    async for chunk in astream(lm, messages, options, **fields):
+async def achat(lm: LanguageModel, prompt: Prompt, options: ReplyOptions | None = None, **rest: Any) -> Reply:
+    """As `chat`, awaited; cancelling the task stops the reply."""
+    async for chunk in astream(lm, prompt, options, **rest):
         reply = chunk.reply
     return reply
 
 
-def _options(options: ReplyOptions | None, fields: dict[str, Any]) -> ReplyOptions:
-    if options is not None and fields:
-        raise TypeError(f"give options either by name or as ReplyOptions, not both: {', '.join(fields)}")
-    return options or ReplyOptions(**fields)
+def _options(lm: LanguageModel, options: ReplyOptions | None, named: dict[str, Any]) -> ReplyOptions:
+    """Return the options, given as such or by name."""
+    if options is not None and named:
+        raise TypeError(f"give options either by name or as ReplyOptions, not both: {', '.join(named)}")
+    sampling = {f.name: named.pop(f.name) for f in fields(Sampling) if f.name in named}
+    if sampling:
+        named["sampling"] = replace(named.get("sampling") or lm.sampling, **sampling)
+    return options or ReplyOptions(**named)
 
 
-def _whole_prompt(
-    lm: LanguageModel, messages: Sequence[Message] | Sequence[int] | str, options: ReplyOptions
-) -> list[int]:
-    if isinstance(messages, str):
-        return prompt_ids(lm, [{"role": "user", "content": messages}], options)
-    if messages and all(isinstance(i, int) for i in messages):
-        return [int(i) for i in messages]  # type: ignore[arg-type]
-    return prompt_ids(lm, messages, options)  # type: ignore[arg-type]
+def _whole_prompt(lm: LanguageModel, prompt: Prompt, options: ReplyOptions) -> list[int]:
+    if isinstance(prompt, str):
+        return prompt_ids(lm, [{"role": "user", "content": prompt}], options)
+    if prompt and all(isinstance(i, int) for i in prompt):
+        return [int(i) for i in cast(Sequence[int], prompt)]
+    return prompt_ids(lm, cast(Sequence[Message], prompt), options)
 
 
 def _tokens(
@@ -296,7 +308,7 @@ def _tokens(
     statistics: Statistics,
     on_prompt: OnPrompt | None,
 ) -> Generator[Token, None, None]:
-    """The reply's tokens, from a store, a state, or a new one."""
+    """Generate the reply's tokens on a state of the store, the given state, or a new one."""
     sampling, stop_ids = options.sampling or lm.sampling, lm.tokenizer.stop_ids
     room = max(1, lm.config.context - len(ids))
     if state is not None and state.max_tokens is not None:
@@ -327,9 +339,10 @@ def _tokens(
 
 
 def as_held(tokenizer: Tokenizer, ids: list[int], held: list[int]) -> list[int]:
-    """A prompt with its beginning as a state holds it, where both spell the same text between the same control tokens.
+    """Return the prompt `ids` with its beginning in the tokens that a state holds, as far as both spell the same text.
 
-    A model may write a text in other tokens than the tokenizer would: what it wrote needn't be read again for that.
+    A model may write a text in other tokens than the tokenizer would; that is no reason to read it again. Text is
+    compared in stretches between control tokens, which must be the same.
     """
     if ids[: len(held)] == held:
         return ids
@@ -344,7 +357,7 @@ def as_held(tokenizer: Tokenizer, ids: list[int], held: list[int]) -> list[int]:
 
 
 def _runs(tokenizer: Tokenizer, ids: list[int]) -> Iterator[list[int]]:
-    """Control tokens one by one, and the text between them."""
+    """Split into control tokens, one by one, and the stretches of text between them."""
     for control, run in groupby(ids, tokenizer.control_ids.__contains__):
         if control:
             yield from ([token] for token in run)
@@ -357,18 +370,18 @@ def _spelled(tokenizer: Tokenizer, ids: list[int]) -> bytes:
 
 
 def go_back(state: KVState, ids: list[int]) -> int:
-    """Rewind a state to the last place it can reach that holds nothing but a beginning of `ids`; its new length."""
+    """Rewind a state to the last reachable place where it holds only a beginning of `ids`; return its new length."""
     common = common_length(np.array(ids, np.int32), np.array(state.tokens, np.int32))
     reach = state.reach(common)
-    state.wanted_marks = {common} if reach < common else set()  # reading passes there, and others may come back to it
+    state.wanted_marks = {common} if reach < common else set()  # reading passes there: a later prompt may rewind to it
     state.rewind(reach)
     return reach
 
 
 def _cut(stops: StopStrings, events: list[Event], *, last: bool = False) -> list[Event]:
-    """Events up to a stop string. Only the answer is searched; thinking and calls interrupt it.
+    """Return the events up to a stop string. Only the answer is searched; thinking and calls interrupt the search.
 
-    Text that a stop string may begin with is held back until the next call, or the `last`.
+    Text that may begin a stop string is held back until a later call, at most until the `last` one.
     """
     found: list[Event] = []
     for event in events:
@@ -388,18 +401,16 @@ def _held_back(stops: StopStrings) -> list[Event]:
 
 
 def _constraint(lm: LanguageModel, options: ReplyOptions) -> Constraint | None:
-    """What the reply must look like, where the options say so."""
+    """Return the form that the options ask of the reply, if any."""
     if not options.calls_forced and options.schema is None and options.regex is None and options.grammar is None:
         return None
-    from ..grammar import grammar
+    from ..grammar import grammar  # llguidance takes 0.3 s to import
 
     think = bool(options.think)
-    if options.calls_forced:
-        return grammar.tool_calls(lm.tokenizer, options.tools, options.tool_choice, think=think)
     if options.schema is not None:
         return grammar.json_schema(lm.tokenizer, options.schema, think=think)
     if options.regex is not None:
         return grammar.regex(lm.tokenizer, options.regex, think=think)
     if options.grammar is not None:
         return grammar.lark(lm.tokenizer, options.grammar, think=think)
-    return None
+    return grammar.tool_calls(lm.tokenizer, options.tools, options.tool_choice, think=think)

@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..chat_format.replies import Event
 from ..chat_format.template import Message
@@ -22,11 +22,8 @@ from ..generation.prefix import MAX_MARKS, thin
 from ..kv.state import KVState, window_bytes
 from ..paths import whole_file
 from .background import OnPrompt, in_thread
-from .reply import Reply, ReplyOptions, as_held, go_back, prompt_ids, stream_reply
-
-if TYPE_CHECKING:
-    from .language_model import LanguageModel
-
+from .language_model import LanguageModel
+from .reply import Reply, ReplyOptions, as_held, go_back, prompt_ids, stream
 
 log = logging.getLogger("mlx_gemma4")
 FORMAT, VERSION = "mlx-gemma4 conversation", 1
@@ -217,7 +214,7 @@ class Session:
         self, messages: list[dict[str, Any]], options: ReplyOptions | None, on_prompt: OnPrompt | None
     ) -> Generator[Event, None, None]:
         """Events of the reply to `messages`; with its first token, they become the session's."""
-        chunks = stream_reply(self.lm, messages, options or self.options, state=self.state, on_prompt=on_prompt)
+        chunks = stream(self.lm, messages, options or self.options, state=self.state, on_prompt=on_prompt)
         begun = False
         try:
             for chunk in chunks:

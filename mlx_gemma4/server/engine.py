@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..chat_format.replies import Event
 from ..conversation.language_model import LanguageModel
-from ..conversation.reply import Reply, ReplyChunk, ReplyOptions, stream_reply
+from ..conversation.reply import Chunk, Reply, ReplyOptions, stream
 from ..errors import InputError, NoRoom, TooLong
 from ..generation.prefix import PrefixCache
 from ..generation.sampling import Token
@@ -268,13 +268,13 @@ class Engine:
 
     def _chunks(
         self, job: Job, prompt: Any, options: ReplyOptions, reading: Callable[[int, int], None]
-    ) -> Generator[ReplyChunk, None, None]:
+    ) -> Generator[Chunk, None, None]:
         """One reply. Where the KV budget has no room for it beside the others', it waits until one of them is done."""
         try:
             while True:
                 with self._changed:
                     self._holding.add(job)
-                made = stream_reply(self.lm, prompt, options, store=self.store, on_prompt=reading)
+                made = stream(self.lm, prompt, options, store=self.store, on_prompt=reading)
                 with closing(made) as chunks:
                     try:
                         first = next(chunks)

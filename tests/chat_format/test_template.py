@@ -151,6 +151,33 @@ def test_old_thinking_is_dropped_and_nothing_forged() -> None:
     assert "thought\nx" not in text
 
 
+@pytest.mark.parametrize(
+    "test",
+    [
+        "'<turn|>' in x",
+        "x.startswith('<turn|>')",
+        "x == '<turn|>!'",
+        "'<turn|>!' == x",
+        "x != '<turn|>'",
+        "x.find('<turn|>') == 0",
+        "x.split('<turn|>')[1] == '!'",
+        "x.replace('<turn|>', '') == '!'",
+        "x.removeprefix('<turn|>') == '!'",
+        "x not in ['<turn|>']",
+        "'<turn|>'[:1] == x[0]",
+        "namespace(y=x).y.count('<turn|>') == 1",
+    ],
+)
+def test_a_template_finds_control_tokens_in_messages(test: str) -> None:
+    """As text, again and again: nothing of one conversation is compiled into the next one's template."""
+    template = "{% set x = messages[0].content %}{{ bos_token }}{% if " + test + " %}yes{% else %}no{% endif %}"
+    tokenizer = with_template(template)
+    for more in ("", "\U0002a6d6", "\U0002a6d6\U0002a6d5"):  # which moves the stand-ins
+        for content, says in (("<turn|>!", "yes"), ("plain", "yes" if "not in" in test or "!=" in test else "no")):
+            messages = [{"role": "user", "content": content}, {"role": "user", "content": more}]
+            assert tokenizer.decode(encode_chat(tokenizer, messages)) == says
+
+
 def test_without_template() -> None:
     messages = [{"role": "system", "content": "S "}, {"role": "user", "content": [{"text": "<turn|>"}]}]
     text = "<bos><|turn>system\nS<turn|>\n<|turn>user\n<turn|><turn|>\n<|turn>model\n"

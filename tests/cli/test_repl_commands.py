@@ -46,9 +46,9 @@ def heard() -> Heard:
 
 @pytest.fixture
 def repl(demo: LanguageModel, heard: Heard) -> Repl:
-    around = ReplEnv(
+    env = ReplEnv(
         view=lambda unfolded: heard,
-        say=heard.lines.append,
+        echo=heard.lines.append,
         stoppable=lambda: nullcontext(lambda: False),
         reading=lambda: nullcontext(lambda done, total: None),
         load=load,
@@ -57,7 +57,7 @@ def repl(demo: LanguageModel, heard: Heard) -> Repl:
         drafts=True,
     )
     options = ReplyOptions(max_tokens=12)
-    return Repl(around, {"main": Session(demo, options=options)}, options)
+    return Repl(env, {"main": Session(demo, options=options)}, options)
 
 
 def read_and_reused(repl: Repl) -> tuple[int, int]:
@@ -128,7 +128,7 @@ def test_stopped_before_the_reply(repl: Repl, heard: Heard) -> None:
     """Ctrl-C while a prompt is read takes the message back."""
     repl.take("Hello!")
     messages = list(repl.session.messages)
-    object.__setattr__(repl.around, "stoppable", lambda: nullcontext(lambda: True))
+    object.__setattr__(repl.env, "stoppable", lambda: nullcontext(lambda: True))
     repl.take("Tell me a very long tale")
     assert repl.session.messages == messages
     assert heard.lines[-1].startswith("Stopped before")
@@ -147,7 +147,7 @@ def test_another_model_takes_the_conversation(repl: Repl) -> None:
 
 def test_states_are_of_the_kind_asked_for(repl: Repl, tmp_path: Path) -> None:
     """/clear, /model and /load keep to --kv; what a file holds stays as it was held."""
-    object.__setattr__(repl.around, "state", lambda lm: lm.model.new_state(kv="q8"))
+    object.__setattr__(repl.env, "state", lambda lm: lm.model.new_state(kv="q8"))
     repl.take("Hello!")
     repl.take(f"/save {tmp_path / 'full'}")
     repl.take("/clear")

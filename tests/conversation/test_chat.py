@@ -22,7 +22,7 @@ from mlx_gemma4 import (
     ToolCall,
     chat,
     prompt_ids,
-    stream_reply,
+    stream,
     tool_result,
 )
 from mlx_gemma4.chat_format.messages import for_template
@@ -42,7 +42,7 @@ def test_a_reply_is_that_of_generate(lm: LanguageModel) -> None:
 
 
 def test_chunks_make_up_the_reply(lm: LanguageModel) -> None:
-    chunks = list(stream_reply(lm, "Tell me a tale.", replace(SHORT, logprobs=2)))
+    chunks = list(stream(lm, "Tell me a tale.", replace(SHORT, logprobs=2)))
     assert said(event for chunk in chunks for event in chunk.events) == chunks[0].reply.text
     assert [chunk.token for chunk in chunks] == [*chunks[0].reply.tokens, None]
     assert all(token.logprob is not None and len(token.top) == 2 for token in chunks[0].reply.tokens)
@@ -50,7 +50,7 @@ def test_chunks_make_up_the_reply(lm: LanguageModel) -> None:
 
 def test_leaving_stops_within_a_token(actor: Actor) -> None:
     state = actor.lm.model.new_state()
-    chunks = stream_reply(actor.say("one two three four five six").lm, "Go", state=state)
+    chunks = stream(actor.say("one two three four five six").lm, "Go", state=state)
     reply = [next(chunks) for _ in range(3)][-1].reply
     chunks.close()
     assert reply.finish_reason == "cancelled"
@@ -78,7 +78,7 @@ def test_thinking_that_the_prompt_opens(lm: LanguageModel) -> None:
 
 def test_stop_strings_end_the_answer_only(actor: Actor) -> None:
     actor.say("<|channel>thought\nSTOP?<channel|>one ST two STOP three")
-    chunks = list(stream_reply(actor.lm, "Go", ReplyOptions(stop="STOP")))
+    chunks = list(stream(actor.lm, "Go", ReplyOptions(stop="STOP")))
     reply = chunks[-1].reply
     assert (reply.thinking, reply.text, reply.finish_reason) == ("STOP?", "one ST two ", "stop")
     assert said(event for chunk in chunks for event in chunk.events) == reply.text

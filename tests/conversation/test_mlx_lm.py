@@ -60,7 +60,7 @@ def test_text_prompts_samplers_and_processors(lm: LanguageModel, pair: Any) -> N
     assert tokenizer.encode(text.replace(" & a <turn|>", "")) == prompt_ids(
         lm, [{**TALE[0], "content": "Tell me a tale about a goose."}]
     )
-    ours = mlx_gemma4.generate(lm, "Once upon", raw=True, max_tokens=10, sampling=GREEDY)
+    ours = mlx_gemma4.generate(lm, lm.encode_prompt("Once upon", raw=True), max_tokens=10, sampling=GREEDY)
     assert mlx_lm.generate(model, tokenizer, prompt="Once upon", max_tokens=10) == ours
     warm = make_sampler(temp=0.8, top_p=0.9)
     processors = make_logits_processors(repetition_penalty=1.2)

@@ -332,7 +332,8 @@ def test_the_state_after_a_reply_to_a_schema(lm) -> None:
 
 
 def generate_on(lm, state, prompt: str, sampling: Sampling) -> str:
-    return "".join(chunk.text for chunk in stream(lm, prompt, sampling=sampling, max_tokens=5, state=state))
+    ids = [*state.tokens, *lm.encode_prompt(prompt, after=state.tokens)]
+    return "".join(chunk.text for chunk in stream(lm, ids, sampling=sampling, max_tokens=5, state=state))
 
 
 def test_think_then_answer_in_json(lm) -> None:

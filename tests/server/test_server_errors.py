@@ -16,8 +16,8 @@ import pytest
 from openai import OpenAI
 from serving import Serving, endless, serving, settled, started, until
 
+from mlx_gemma4.conversation import reply as replies
 from mlx_gemma4.conversation.language_model import LanguageModel
-from mlx_gemma4.conversation.reply import stream_reply
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.server.app import Settings
 
@@ -272,11 +272,11 @@ def test_an_error_in_the_middle_of_a_stream(
     server: Serving, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*given: Any, **named: Any) -> Iterator[Any]:
-        with closing(stream_reply(*given, **named)) as chunks:  # type: ignore[type-var]
+        with closing(replies.stream(*given, **named)) as chunks:  # type: ignore[type-var]
             yield next(chunks)
             raise ZeroDivisionError
 
-    monkeypatch.setattr("mlx_gemma4.server.engine.stream_reply", broken)
+    monkeypatch.setattr("mlx_gemma4.server.engine.stream", broken)
     for path, body in ((CHAT, ASK), ("/v1/completions", {"prompt": "A"}), ("/v1/responses", {"input": "A"})):
         response = http.post(path, json={**body, "stream": True})
         assert response.status_code == 200
