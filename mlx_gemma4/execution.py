@@ -1,11 +1,11 @@
-"""One lock and one stream around everything that MLX executes for this process.
+"""One lock and one stream for everything that MLX executes in this process.
 
-In: nothing. Out: `execution()`, held while a graph is built and scheduled. Threads may share a model, for nothing
-else they share ever changes: weights are immutable, and each KV state belongs to one of them at a time.
+In: nothing. Out: `execution()`, held while a graph is built and scheduled. Threads may share a model: weights never
+change, and each KV state belongs to one thread at a time.
 
-MLX gives each thread default streams of its own and refuses to evaluate, in one thread, what another left
-unevaluated. A KV state may be made in one thread and continued in another, so all work goes to one stream that any
-thread may use, and the lock keeps them from using it at once. Waiting for a result needs no lock.
+MLX gives each thread default streams of its own, and refuses to evaluate in one thread what another left unevaluated.
+A KV state may be made in one thread and continued in another, so all work goes to one stream that any thread may use,
+and the lock keeps them from using it at once. Waiting for a result needs no lock.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from typing import Any
 
 import mlx.core as mx
 
-# What MLX hands to a GPU at once, which it reads when it first uses one. Its own limits cut a decode step of a large
-# model into dozens of command buffers (CUDA: graphs), each of which costs the host and the GPU a pause.
+# The most that MLX submits to a GPU at once; MLX reads it when it first uses one. Its default limits cut a decode step
+# of a large model into dozens of command buffers (CUDA: graphs), and each costs the host and the GPU a pause.
 os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "400")
 os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100000")
 
 _guard = threading.Lock()  # of _last
-_last = threading.Lock()  # what the latest to come holds until it is done
-_holder = (0, _last)  # the thread whose turn it is or was, and its lock
+_last = threading.Lock()  # held by the latest thread in the queue until it is done
+_holder = (0, _last)  # the thread that executes, or did last, and its lock
 
 
 @cache
 def _stream(device: mx.DeviceType) -> Any:
-    # Before MLX 0.31 or so, every stream was free for all threads.
+    # Before MLX 0.31 or so, all threads could use every stream.
     make = getattr(mx, "new_thread_unsafe_stream", mx.new_stream)
     return make(mx.Device(device))
 
 
 @contextmanager
 def _turn() -> Iterator[None]:
-    """Wait for the one who came before, and hold a lock that the one who comes next waits for.
+    """Wait for the thread before in the queue, and hold a lock that the next one waits for.
 
-    `with` takes and gives back these locks in C, so that Ctrl-C can't come between; while waiting it is put off, for
-    who leaves the queue early would let the next one in.
+    `with` acquires and releases these locks in C, so that Ctrl-C can't come between. KeyboardInterrupt is deferred
+    while waiting: a thread that left the queue early would admit the next.
     """
     global _last, _holder
     interrupt: BaseException | None = None
@@ -63,9 +63,9 @@ def _turn() -> Iterator[None]:
 
 @contextmanager
 def execution() -> Iterator[bool]:
-    """Hold the lock, on the shared stream; may be nested. Gives whether this entry is the outermost.
+    """Hold the lock, on the shared stream; may be nested. Yields True if this entry is the outermost.
 
-    Whoever holds the outermost one schedules (`mx.async_eval`) what it hands out before letting go.
+    Whoever holds the outermost one schedules (`mx.async_eval`) what it returns before releasing it.
     """
     thread, lock = _holder
     if thread == threading.get_ident() and lock.locked():

@@ -1,8 +1,8 @@
-"""What stands between the tokens of a tool call becomes a name and arguments.
+"""Parse the text between the tokens of a tool call into a name and arguments.
 
-In: the call's source, with `QUOTE` in place of each `<|"|>` token. Out: the calls, and what couldn't be read. Gemma 4
-writes `call:NAME{key:VALUE,...}` with strings between `<|"|>` tokens, in which nothing is escaped. Models stray from
-it, in ways that are read too where they leave no doubt: `call:NAME(key=VALUE)`, JSON and Python quotes, quoted keys,
+In: the call's source, with `QUOTE` in place of each `<|"|>` token. Out: the calls, and the text that can't be read.
+Gemma 4 writes `call:NAME{key:VALUE,...}` with strings between `<|"|>` tokens, in which nothing is escaped. Models
+deviate from it, and unambiguous deviations are read too: `call:NAME(key=VALUE)`, JSON and Python quotes, quoted keys,
 words without quotes, several calls in a row.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 QUOTE = "\udc22"  # a lone surrogate: no text that was decoded from UTF-8 holds one
-MAX_DEPTH = 64  # of arguments: deeper ones are no arguments
+MAX_DEPTH = 64  # of nested arguments; deeper ones can't be read
 
 _SPACE = re.compile(r"\s*")
 _CALL = re.compile(r"\s*call\s*:\s*")
@@ -29,7 +29,7 @@ _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 
 @dataclass(frozen=True)
 class Call:
-    """One call, and the source it was read from."""
+    """One call, and the source that it was read from."""
 
     name: str
     arguments: dict[str, Any]
@@ -37,7 +37,7 @@ class Call:
 
 
 def read_calls(source: str) -> tuple[list[Call], str]:
-    """All calls at the beginning of `source`, and the rest, which is "" or space where it all could be read."""
+    """Return the calls at the beginning of `source`, and the rest: "" or space if all of it could be read."""
     calls: list[Call] = []
     done = 0
     while True:
@@ -54,11 +54,11 @@ def read_calls(source: str) -> tuple[list[Call], str]:
 
 
 class _Unreadable(Exception):
-    """The source isn't what was expected at this place."""
+    """The source is not what was expected at this position."""
 
 
 class _Reader:
-    """A place in the source, and what can be read from there on."""
+    """A position in the source, and methods that read on from it."""
 
     def __init__(self, source: str, at: int) -> None:
         self.source, self.at = source, at
@@ -68,7 +68,7 @@ class _Reader:
         return self._match(_NAME)
 
     def arguments(self) -> dict[str, Any]:
-        """`{...}`, or `(...)` around either the same or an object."""
+        """Read `{...}`, or `(...)` around pairs or an object."""
         bracket = self._peek()
         if bracket == "{":
             return self._object("}", 0)
@@ -84,7 +84,7 @@ class _Reader:
         return arguments
 
     def _object(self, end: str, depth: int) -> dict[str, Any]:
-        """Pairs up to `end`, with the place at the bracket that opens them."""
+        """Read pairs up to `end`; the position is at the bracket that opens them."""
         self.at += 1
         found: dict[str, Any] = {}
         while self._peek() != end:
@@ -137,14 +137,14 @@ class _Reader:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
     def _more(self, end: str) -> bool:
-        """Past a comma, if there is one; another value follows unless `end` does."""
+        """Skip a comma, if there is one; return True if another value follows."""
         if self._peek() != ",":
             return False
         self.at += 1
         return self._peek() != end
 
     def _peek(self) -> str:
-        """The next character that is no space, "" at the end."""
+        """Skip space, and return the next character, "" at the end."""
         found = _SPACE.match(self.source, self.at)
         self.at = found.end() if found else self.at
         return self.source[self.at : self.at + 1]
@@ -163,7 +163,7 @@ class _Reader:
 
 
 def _word(text: str) -> Any:
-    """A value without quotes: a number, true, false, null, or else a string as it is."""
+    """Convert a value without quotes: a number, true, false, null, or else a string as it is."""
     if not text:
         raise _Unreadable
     if text in _WORDS:
@@ -179,6 +179,6 @@ def _word(text: str) -> Any:
 
 
 def _unescaped(escape: re.Match[str]) -> str:
-    """What a backslash and what follows stand for in JSON; in doubt, what follows."""
+    """Convert a JSON escape; of one that JSON does not have, return what follows the backslash."""
     code = escape[1]
     return chr(int(code[1:], 16)) if len(code) == 5 else _ESCAPED.get(code, code)

@@ -1,12 +1,12 @@
-"""What clients send becomes what chat templates know: tool calls, their results, declarations.
+"""Convert what clients send to what chat templates expect: tool calls, their results, declarations.
 
-In: messages and tools in OpenAI's form. Out: the same, as the template at hand renders them right. Nothing is added to
-what anyone said, and text stays text: control tokens are no business of this module (see prompts.py).
+In: messages and tools in OpenAI's form. Out: the same in the form that the given template renders right. No text is
+added to messages, and control tokens are no business of this module (see template.py).
 
-Gemma 4's templates want a call's arguments as an object, not as JSON in a string. Results have their place in the
-message that made the calls, as `tool_responses` (Google's later templates find them in messages of the role "tool" too,
-but render those as text only), and so has the answer that follows them: it is the same turn of the model. What the
-model said before its calls is left out once their results are there: templates render it after the results, as if it
+Gemma 4's templates expect a call's arguments as an object, not as JSON in a string. Results belong in the message that
+made the calls, as `tool_responses` (Google's later templates also find them in messages of the role "tool", but render
+those as text only), and so does the answer that follows them: it is the same turn of the model. Text that the model
+wrote before its calls is left out once their results are there: templates would render it after the results, as if it
 were the answer to them, and then no turn for the answer.
 """
 
@@ -19,25 +19,25 @@ from typing import Any
 from ..errors import InputError
 from .template import Message
 
-_DEFAULT_NAME = "unknown"  # of a result whose call nobody can tell
+_DEFAULT_NAME = "unknown"  # of a result whose call can't be told
 
 
 def for_template(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], template: str | None
 ) -> tuple[list[Message], list[Mapping[str, Any]]]:
-    """Messages and tools as `encode_chat` is to be given them.
+    """Return messages and tools in the form for `encode_chat`.
 
     Args:
-        messages: as in OpenAI's chat completions; what isn't of that form is left for the template to refuse.
+        messages: as in OpenAI's chat completions; what is not of that form is left for the template to refuse.
         tools: functions, each in `{"type": "function", "function": {...}}` or by itself.
         template: the model's chat template.
 
     Raises:
-        InputError: a message has parts that are no text.
+        InputError: a message has parts that are not text.
     """
     declared = [tool if isinstance(tool.get("function"), Mapping) else {"function": tool} for tool in tools]
     if not all(isinstance(message, Mapping) for message in messages):
-        return list(messages), declared  # which is an error, and encode_chat's to tell
+        return list(messages), declared  # an error, which encode_chat reports
     for i, message in enumerate(messages):
         _check_parts(message, i + 1)
     known = [_with_objects(message) for message in messages]
@@ -47,7 +47,7 @@ def for_template(
 
 
 def tool_result(call_id: str, name: str, content: Any) -> dict[str, Any]:
-    """The message that answers a call. What is no string is written as JSON.
+    """Return the message that answers a call. Content other than a string is written as JSON.
 
     >>> tool_result("call_1", "add", {"sum": 3})["content"]
     '{"sum": 3}'
@@ -57,7 +57,7 @@ def tool_result(call_id: str, name: str, content: Any) -> dict[str, Any]:
 
 
 def _check_parts(message: Message, number: int) -> None:
-    """Refuse images and the like: a template would leave a token for them that stands for nothing here."""
+    """Refuse images and the like: a template would write a token for them that the model has no input for."""
     content = message.get("content")
     for part in content if isinstance(content, list | tuple) else ():
         kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
@@ -66,7 +66,7 @@ def _check_parts(message: Message, number: int) -> None:
 
 
 def _with_objects(message: Message) -> Message:
-    """The message with the arguments of its calls as objects."""
+    """Turn the arguments of a message's calls into objects."""
     calls = message.get("tool_calls")
     if not isinstance(calls, Sequence) or isinstance(calls, str):
         return message
@@ -89,7 +89,7 @@ def _with_object(call: Any) -> Any:
 
 
 def _with_responses(messages: list[Message]) -> list[Message]:
-    """Results, and the answer after them, moved into the message whose calls they answer."""
+    """Move results, and the answer after them, into the message whose calls they answer."""
     moved: list[Message] = []
     for message in messages:
         last = moved[-1] if moved else {}
@@ -105,7 +105,7 @@ def _with_responses(messages: list[Message]) -> list[Message]:
 
 
 def _without_words(messages: list[Message]) -> list[Message]:
-    """What is said before calls left out where their results follow."""
+    """Leave out the text before calls whose results follow."""
     following = [*messages[1:], {}]
     return [
         {**message, "content": ""} if message.get("tool_calls") and after.get("role") == "tool" else message
@@ -114,7 +114,7 @@ def _without_words(messages: list[Message]) -> list[Message]:
 
 
 def _with_names(messages: list[Message]) -> list[Message]:
-    """Each result with the name of the function that gave it."""
+    """Give each result the name of its function."""
     calls: Sequence[Any] = ()
     place = 0
     named: list[Message] = []
@@ -129,7 +129,7 @@ def _with_names(messages: list[Message]) -> list[Message]:
 
 
 def _name(result: Message, calls: Sequence[Any], place: int) -> str:
-    """The function that gave a result: the result says it, or the call with its id, or the call at its place."""
+    """Return the name of a result's function: its own `name`, or that of the call with its id, or at its position."""
     ids = [call.get("id") if isinstance(call, Mapping) else None for call in calls]
     wanted = result.get("tool_call_id")
     at = ids.index(wanted) if wanted is not None and wanted in ids else place
@@ -140,7 +140,7 @@ def _name(result: Message, calls: Sequence[Any], place: int) -> str:
 
 
 def _plain(content: Any) -> Any:
-    """A result's text where it is in parts; objects and lists of JSON as such, for templates have a form for them."""
+    """Join a result's parts, and parse JSON objects and lists, for which templates have a form."""
     if isinstance(content, list | tuple):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
     if isinstance(content, str):

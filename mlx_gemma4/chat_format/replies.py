@@ -1,8 +1,8 @@
-"""A reply's tokens become what people see: text, thinking and tool calls, as the tokens arrive.
+"""Turn a reply's tokens into what people see: text, thinking and tool calls, as the tokens arrive.
 
-In: token ids, one at a time (`ReplyParser`). Out: events. Control tokens are known by their ids, so nothing that is
-merely spelled like one is taken for one, and no control token is ever part of an event's text. Nothing of a reply is
-lost: a call that can't be read comes out as text. The grammar of a call's inside is in calls.py.
+In: token ids, one at a time (`ReplyParser`). Out: events. Control tokens are told by their ids, so text that spells one
+is not taken for one, and no control token is ever part of an event's text. Nothing of a reply is lost: a call that
+can't be read becomes text. calls.py reads the inside of a call.
 
     <|channel>thought\\nLet me look.<channel|>     -> Thinking("Let me look.")
     It is <|tool_call>call:now{}<tool_call|>       -> Text("It is "), ToolCall(name="now", arguments={})
@@ -19,7 +19,7 @@ from typing import Any, Literal
 from ..tokens.tokenizer import Tokenizer
 from .calls import QUOTE, read_calls
 
-_HEADER = "thought\n"  # what a channel of thinking begins with
+_HEADER = "thought\n"  # the beginning of a thinking channel
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,20 @@ class Text:
 
 @dataclass(frozen=True)
 class Thinking:
-    """A piece of what the model thinks before it answers."""
+    """A piece of the model's thinking before the answer."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A whole call of a function.
+    """A complete call of a function.
 
     Attributes:
-        id: made here, unlike any other; two calls that differ in it alone are equal.
-        name: as the model wrote it: may hold dots, dashes or colons.
-        arguments: what JSON can hold: dicts, lists, str, int, float, bool, None.
-        raw: what the model wrote between the tokens of the call, with `"` for `<|"|>`.
+        id: made here, and unique; two calls that differ only in it are equal.
+        name: as the model wrote it; may hold dots, dashes or colons.
+        arguments: JSON values: dicts, lists, str, int, float, bool, None.
+        raw: the text between the tokens of the call, with `"` for `<|"|>`.
     """
 
     id: str = field(compare=False)
@@ -57,12 +57,11 @@ Event = Text | Thinking | ToolCall
 
 
 class ReplyParser:
-    """Splits one reply. `push` each token, then `finish`; the events, in order, are the reply.
+    """Splits one reply into events: `push` each token, then `finish`.
 
-    Text and thinking come out as soon as their characters are whole; neighbouring pieces belong together. A call
-    comes out when it is complete. Where it can't be read, or the reply ends inside it, `finish` or the call's end
-    gives what the model wrote as Text, with `"` for `<|"|>`. A channel that nobody closes is thinking to its end; of
-    one that is cut in its header ("thought") nothing comes.
+    Text and thinking come as soon as their characters are complete, in pieces; a call when it is complete. A call that
+    can't be read, or that the reply ends inside, comes as Text, with `"` for `<|"|>`. A channel that is not closed is
+    thinking to the end of the reply; one that ends within its header ("thought") gives no event.
 
     >>> from mlx_gemma4 import load
     >>> tokenizer = load().tokenizer
@@ -76,19 +75,19 @@ class ReplyParser:
     def __init__(self, tokenizer: Tokenizer, *, thinking_open: bool = False) -> None:
         """
         Args:
-            thinking_open: the prompt ends inside a channel of thinking (see `ends_in_thinking`).
+            thinking_open: the prompt ends inside a thinking channel (see `ends_in_thinking`).
         """
         self._tokenizer = tokenizer
         names = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>')
         found = {name: tokenizer.token_id(name) for name in names}
         self._open, self._close, self._call, self._called, self._quote = (found[name] for name in names)
         self._mode: Literal["text", "thinking"] = "thinking" if thinking_open else "text"
-        self._header: str | None = None  # of a channel, while it may still be `_HEADER`
-        self._source: str | None = None  # of the call that is being written
+        self._header: str | None = None  # a channel's first characters, while they may be `_HEADER`
+        self._source: str | None = None  # text of the open call
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> list[Event]:
-        """The events that a token completes: mostly none or one."""
+        """Return the events that a token completes: mostly none or one."""
         if token not in self._tokenizer.control_ids:
             return self._text(self._utf8.decode(self._tokenizer.piece(token)))
         events = self._text(self._utf8.decode(b"", final=True))
@@ -107,7 +106,7 @@ class ReplyParser:
         return _merged(events)
 
     def finish(self) -> list[Event]:
-        """What was held back."""
+        """Return what was held back."""
         events = self._text(self._utf8.decode(b"", final=True))
         events += self._end_call()
         return _merged(events)
@@ -126,13 +125,13 @@ class ReplyParser:
         return [] if _HEADER.startswith(self._header) else self._end_header()
 
     def _end_header(self) -> list[Event]:
-        """A channel's first line is known: what of it is thinking, which is all but "thought"."""
+        """End a channel's header: it is thinking, except for a first line "thought"."""
         header, self._header = self._header or "", None
         text = header.removeprefix(_HEADER) if header != _HEADER.rstrip() else ""
         return [Thinking(text)] if text else []
 
     def _end_call(self) -> list[Event]:
-        """The call in progress, if there is one: as a call, or as text where it is none."""
+        """End the open call, if there is one: as calls, and as text what can't be read."""
         source, self._source = self._source, None
         if source is None:
             return []
@@ -147,14 +146,14 @@ class ReplyParser:
 
 
 def ends_in_thinking(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
-    """Whether a prompt ends inside a channel, so that the reply begins with thinking."""
+    """Return True if a prompt ends inside a channel, so that the reply begins with thinking."""
     opening, closing = tokenizer.token_id("<|channel>"), tokenizer.token_id("<channel|>")
     last = next((token for token in reversed(prompt) if token in (opening, closing)), None)
     return last is not None and last == opening
 
 
 def _merged(events: list[Event]) -> list[Event]:
-    """Neighbours of the same kind as one."""
+    """Join neighbouring events of the same kind."""
     merged: list[Event] = []
     for event in events:
         last = merged[-1] if merged else None

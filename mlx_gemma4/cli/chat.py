@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 
 from ..errors import InputError
-from .options import EXIT_INTERRUPTED, SamplingOf, conversation_options, output_options, sampling_options
+from .options import EXIT_INTERRUPTED, conversation_options, output_options, sampling_options
 
 
 @click.command()
@@ -17,15 +18,7 @@ from .options import EXIT_INTERRUPTED, SamplingOf, conversation_options, output_
 )
 @sampling_options
 @output_options
-def chat(
-    model: str | None,
-    system: str | None,
-    think: bool | None,
-    state_file: str | None,
-    kv: str,
-    max_tokens: int | None,
-    sampling: SamplingOf,
-) -> None:
+def chat(**options: Any) -> None:
     """Talk with a model. /help lists the commands at the prompt.
 
     Where input or output is no terminal, each line of standard input is a message, and replies go to standard output.
@@ -33,7 +26,7 @@ def chat(
     from .chat_loop import chat_loop
 
     try:
-        failed = chat_loop(model, system, think, max_tokens, sampling, state_file, kv)
+        failed = chat_loop(**options)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(InputError("").exit_code if failed and not sys.stdin.isatty() else 0)

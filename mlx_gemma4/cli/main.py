@@ -24,7 +24,7 @@ from .serve import serve
 
 
 class _Commands(click.Group):
-    """Turns errors that people cause into one line, and the unexpected into one line and a hint."""
+    """Prints an InputError as one line, and an unexpected error as one line with a hint."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -40,7 +40,7 @@ class _Commands(click.Group):
                 raise
             echo(f"mlx-gemma4: {error}")
             ctx.exit(error.exit_code)
-        except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        except BrokenPipeError:  # the reader of our output closed it, as `| head` does
             sys.stderr.close()
             ctx.exit(0)
         except Exception as error:

@@ -62,31 +62,29 @@ conversation_options = _together(  # model, kv, system: str | None, think: bool 
     click.option("--state", "state_file", metavar="FILE", help="Go on with the conversation saved there, and save it."),
     kv_option,
 )
-_SAMPLING = {
-    "temperature": click.option("--temperature", type=float, help="0: always the likeliest.  [default: the file's]"),
-    "top_k": click.option("--top-k", type=int, help="Choose among the k likeliest; 0: all.  [default: the file's]"),
-    "top_p": click.option("--top-p", type=float, help="Choose among the likeliest that make up p.  [default: file's]"),
-    "min_p": click.option("--min-p", type=float, help="Leave out what is under p times as likely as the likeliest."),
-    "repetition_penalty": click.option("--repetition-penalty", type=float, help="Over 1: recent tokens less likely."),
-    "frequency_penalty": click.option(
-        "--frequency-penalty", type=float, help="Makes a token less likely for each time the reply has it."
-    ),
-    "presence_penalty": click.option(
-        "--presence-penalty", type=float, help="Makes tokens that the reply has less likely."
-    ),
-    "seed": click.option("--seed", type=click.IntRange(0), help="Makes sampling repeatable."),
-}
+_SAMPLING = (
+    ("--temperature", float, "0 always takes the likeliest token.  [default: the file's]"),
+    ("--top-k", int, "Choose among the k likeliest; 0: all.  [default: the file's]"),
+    ("--top-p", float, "Choose among the likeliest that make up p.  [default: the file's]"),
+    ("--min-p", float, "Leave out what is less than p times as likely as the likeliest."),
+    ("--repetition-penalty", float, "Over 1 makes recent tokens less likely."),
+    ("--frequency-penalty", float, "Makes a token less likely for each time the reply has it."),
+    ("--presence-penalty", float, "Makes tokens that the reply has less likely."),
+    ("--seed", click.IntRange(0), "Makes sampling repeatable."),
+)
 
 
 def sampling_options(command: Command) -> Command:
     """Add the options of sampling; the command takes them as one argument, `sampling: SamplingOf`."""
 
+    names = [flag.strip("-").replace("-", "_") for flag, _, _ in _SAMPLING]
+
     @functools.wraps(command)
     def collect(**given: Any) -> Any:
-        flags = {name: value for name in _SAMPLING if (value := given.pop(name)) is not None}
+        flags = {name: value for name in names if (value := given.pop(name)) is not None}
         return command(**given, sampling=lambda lm: replace(lm.sampling, **flags))
 
-    return _together(*_SAMPLING.values())(collect)
+    return _together(*(click.option(flag, type=kind, help=text) for flag, kind, text in _SAMPLING))(collect)
 
 
 def _set_up_logging(_ctx: click.Context, _option: click.Parameter, detailed: bool) -> None:

@@ -1,6 +1,6 @@
-"""A conversation at a prompt: what is typed goes to the model, or is a command that changes the conversation.
+"""A conversation at a prompt: each line is a message to the model, or a command that changes the conversation.
 
-In: one message or command at a time. Out: replies on a `View`, lines about commands. Stands on `session.Session`, which
+In: one message or command at a time. Out: replies on a `View`, lines about commands. Built on `session.Session`, which
 rewinds the KV state, so that undo and retry read nothing again. Knows no terminal: see terminal.py, reply_screen.py.
 """
 
@@ -14,23 +14,21 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from ..chat_format.replies import Event, Text, Thinking
 from ..chat_format.template import Message
 from ..conversation.background import OnPrompt
+from ..conversation.language_model import LanguageModel
 from ..conversation.reply import ReplyOptions
 from ..conversation.session import FORMAT, Session
 from ..errors import InputError
 from ..kv.state import KVState, total_nbytes
-
-if TYPE_CHECKING:
-    from ..conversation.language_model import LanguageModel
-    from ..generation.sampling import Sampling
+from .options import SamplingOf
 
 
 class View(Protocol):
-    """Where a reply is shown."""
+    """A place that shows a reply."""
 
     def text(self, piece: str) -> None: ...
     def think(self, piece: str) -> None: ...
@@ -43,17 +41,17 @@ class View(Protocol):
 
 @dataclass(frozen=True)
 class ReplEnv:
-    """What a conversation is held in.
+    """The surroundings of a conversation: terminal or pipe, and the command's options.
 
     Attributes:
-        view: makes the place for a reply; with True, thoughts stay on it.
-        echo: prints a line.
-        stoppable: within it, the given function says whether to stop.
-        reading: within it, the given function shows (tokens read, tokens in all).
-        load: a model by its name.
-        sampling: how a model's tokens are chosen.
-        state: makes an empty KV state for a model.
-        drafts: whether a prompt can begin with a text.
+        view: make the view of a reply; True: thoughts stay on it.
+        echo: print a line.
+        stoppable: context of a reply; its function returns True once the reply should stop.
+        reading: context in which a prompt is read; its function is called with (tokens read, tokens in all).
+        load: load a model by its name.
+        sampling: return the sampling for a model.
+        state: make an empty KV state for a model.
+        drafts: a prompt can begin with a text.
     """
 
     view: Callable[[bool], View]
@@ -61,16 +59,16 @@ class ReplEnv:
     stoppable: Callable[[], AbstractContextManager[Callable[[], bool]]]
     reading: Callable[[], AbstractContextManager[OnPrompt]]
     load: Callable[[str], LanguageModel]
-    sampling: Callable[[LanguageModel], Sampling]
+    sampling: SamplingOf
     state: Callable[[LanguageModel], KVState]
     drafts: bool
 
     def session(self, lm: LanguageModel, messages: Sequence[Message], options: ReplyOptions) -> Session:
-        """A conversation of which nothing has been read yet."""
+        """Begin a conversation of which the model has read nothing yet."""
         return Session(lm, messages=messages, options=options, state=self.state(lm))
 
     def opened(self, lm: LanguageModel, path: Path, options: ReplyOptions) -> Session:
-        """A saved conversation. What had been read is kept as it was held. Raises InputError."""
+        """Open a saved conversation, its KV state of the kind that it was saved with. Raises InputError."""
         session = Session.load(lm, path, options=options)
         if not session.state.length:
             session.state = self.state(lm)
@@ -78,19 +76,19 @@ class ReplEnv:
 
 
 class Leave(Exception):
-    """The person wants to go."""
+    """Raised by /quit."""
 
 
 @dataclass
 class Repl:
-    """The conversations at a prompt: branches, each a Session, one of them the present one."""
+    """The conversations at a prompt: branches, each a Session, one of them the current one."""
 
     env: ReplEnv
     branches: dict[str, Session]
     options: ReplyOptions
     branch: str = "main"
     unfolded: bool = False  # thoughts stay on the screen
-    draft: str = ""  # what the next prompt begins with: it replaces the last message
+    draft: str = ""  # text that the next prompt begins with; what is sent then replaces the last message
     _retries: int = field(default=0, repr=False)
 
     @property
@@ -99,17 +97,17 @@ class Repl:
 
     @property
     def label(self) -> str:
-        """What the prompt says."""
+        """The prompt's label."""
         return "> " if self.branch == "main" else f"{self.branch}> "
 
     def status(self) -> str:
-        """Context and memory in use, in a line."""
+        """Return a line with the context and memory in use."""
         tokens, context = self.session.state.length, self.session.lm.config.context
         held = total_nbytes(session.state for session in self.branches.values())
         return f"{tokens:,} / {context:,} tokens, {_megabytes(held)}" + ", thinking" * bool(self.options.think)
 
     def take(self, line: str) -> None:
-        """Do what a line says: a message, or "/command"; "//" begins a message with a slash. Raises InputError."""
+        """Handle a line: a message, or a "/command"; "//" begins a message with a slash. Raises InputError."""
         draft, self.draft = self.draft, ""
         text = line.strip()
         command = re.fullmatch(r"/(\w*)(?:\s+(.*))?", text, re.DOTALL)
@@ -124,13 +122,13 @@ class Repl:
             self._answer(lambda on_prompt: turn(text, self.options, on_prompt=on_prompt))
 
     def arguments(self, command: str) -> Iterable[str] | None:
-        """Words that may follow a command; None: the name of a file."""
+        """Return the words that may follow a command; None: the name of a file."""
         if command in ("/save", "/load", "/model"):
             return None
         return {"/think": ["on", "off"], "/fork": list(self.branches)}.get(command, [])
 
     def set_options(self, options: ReplyOptions) -> None:
-        """Reply so from now on, in all branches."""
+        """Use these options from now on, in all branches."""
         self.options = options
         for session in self.branches.values():
             session.options = options
@@ -149,7 +147,7 @@ class Repl:
         command.run(self, argument)
 
     def _answer(self, start: Callable[[OnPrompt], Generator[Event, None, None]]) -> None:
-        """Show a reply as it is made, until it ends or someone stops it."""
+        """Show a reply as it is made, until it ends or is stopped."""
         with self.env.stoppable() as stopped, closing(self.env.view(self.unfolded)) as view:
             try:
                 with self.env.reading() as update:
@@ -173,12 +171,12 @@ class Repl:
                     raise
             finally:
                 events.close()
-            self._say_how_it_ended(view)
+            self._note_the_end(view)
 
     def _show(self, view: View, events: Iterable[Event], stopped: Callable[[], bool]) -> None:
-        counted = 0  # tokens of the reply before what is shown now
+        counted = 0  # tokens of the reply before the current event's stretch
         reply = self.session.reply
-        assert reply is not None  # there was an event
+        assert reply is not None
         thinking = False
         for event in events:
             if thinking and not isinstance(event, Thinking):
@@ -197,7 +195,7 @@ class Repl:
         if thinking:
             view.fold(len(reply.tokens) - counted)
 
-    def _say_how_it_ended(self, view: View) -> None:
+    def _note_the_end(self, view: View) -> None:
         reply = self.session.reply
         if reply is None or reply.finish_reason == "cancelled":
             view.note("(stopped)")
@@ -227,7 +225,7 @@ def _undo(repl: Repl, argument: str) -> None:
 
 def _retry(repl: Repl, argument: str) -> None:
     options, sampling = repl.options, repl.options.sampling
-    if sampling and sampling.seed is not None:  # or it would be the same again
+    if sampling and sampling.seed is not None:  # else the same reply would come again
         repl._retries += 1
         options = replace(options, sampling=replace(sampling, seed=sampling.seed + repl._retries))
     repl._answer(lambda on_prompt: repl.session.retry(options, on_prompt=on_prompt))
@@ -336,7 +334,7 @@ def _quit(repl: Repl, argument: str) -> None:
 
 
 class Command(NamedTuple):
-    usage: str  # what follows its name
+    usage: str  # of its argument
     about: str
     run: Callable[[Repl, str], None]
 
@@ -359,7 +357,7 @@ COMMANDS = {
 
 
 def _path(command: str, argument: str) -> Path:
-    """The one file that a command is given; quotes as in a shell will do."""
+    """Return the file that a command names, perhaps in quotes as in a shell."""
     try:
         (name,) = shlex.split(argument) if argument[:1] in "'\"" else [argument]
     except ValueError:

@@ -1,8 +1,12 @@
-"""A reply on a terminal as it is written: Markdown, with thoughts dimmed and folded.
+"""A reply on a terminal while it is written: Markdown, with thoughts dimmed and folded.
 
 In: pieces of text. Out: lines on a rich console. Finished blocks (paragraphs, list items, code) are printed for good
-and scroll away as any output does; only the open block's lines are drawn again, and of these only what changed. What
-no longer fits above the bottom of the screen is left to scroll away too. Knows nothing of models and sessions.
+and scroll away as any output does; only the open block is redrawn, and of it only the lines that changed. Lines that no
+longer fit on the screen scroll away too. Knows nothing of models and sessions.
+
+rich.live is no substitute: it redraws its whole region each time, loses count of its rows when the terminal becomes
+narrower, and shows only the top of a block that is taller than the screen, or else leaves every version of it in the
+scroll-back.
 """
 
 from __future__ import annotations
@@ -18,13 +22,12 @@ from markdown_it.token import Token
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markdown import Heading, Markdown
-from rich.segment import Segment, Segments
 from rich.text import Text
 from rich.theme import Theme
 
-REDRAW_EVERY = 0.05  # seconds at least between two drawings
-THOUGHT_LINES = 6  # of an open thought, the last ones
-_STYLES = {"markdown.code": "cyan", "markdown.link_url": "underline"}  # over rich's, whose black boxes suit no terminal
+REDRAW_EVERY = 0.05  # seconds between two drawings, at least
+THOUGHT_LINES = 6  # the last lines of an open thought that are shown
+_STYLES = {"markdown.code": "cyan", "markdown.link_url": "underline"}  # in place of rich's black boxes
 
 # Raw HTML and link definitions, which rich drops, are shown as they stand.
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("reference")
@@ -37,22 +40,22 @@ def console_for_replies() -> Console:
 
 
 def printable(text: str) -> str:
-    """Text that can't move the cursor or do worse: of control characters, only line ends and tabs are left."""
+    """Replace control characters, except line ends and tabs, so that no text can move the cursor or do worse."""
     return text.translate(_CONTROLS)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A stretch of Markdown that is laid out on its own: a top-level block, or an item of a top-level list."""
+    """A piece of Markdown that is laid out by itself: a top-level block, or an item of a top-level list."""
 
     source: str
-    kind: str  # the parser's name of what opens it
-    stop: int  # the line of the text that the next one starts at
-    spaced: bool  # whether an empty line follows
+    kind: str  # type of the parser's token that opens it
+    stop: int  # line of the text at which the next block starts
+    spaced: bool  # an empty line follows
 
 
 def blocks(source: str) -> list[Block]:
-    """The blocks of a text, which joined are the text but for empty lines between them."""
+    """Split a text into blocks. Joined, they are the text except for empty lines between them."""
     starts: list[tuple[int, str]] = []
     for token in _PARSER.parse(source):
         top = token.level == 0 and token.nesting >= 0 and not token.type.endswith("list_open")
@@ -75,19 +78,19 @@ class Line:
 
 
 class _Region:
-    """The last lines of the terminal, which may still change. The cursor stands at the end of the last one."""
+    """The last lines of the terminal, which may still change. The cursor is at the end of the last one."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._gone: list[str] = []  # plain lines that had to scroll away before they were settled
+        self._gone: list[str] = []  # plain lines that scrolled away before they were settled
         self._drawn: list[Line] = []
         self._width = console.width
-        self.at_start = True  # the cursor stands on an empty line
+        self.at_start = True  # the cursor is on an empty line
 
     def draw(self, lines: Sequence[Line]) -> None:
-        """Show these lines in place of those drawn since the last `settle`."""
+        """Show these lines in place of all that are not settled."""
         same = _agree(self._gone, [line.plain for line in lines])
-        del self._gone[same:]  # laid out otherwise by now: they are shown again below
+        del self._gone[same:]  # their layout has changed since: they are shown again below
         shown = lines[same:]
         resized = self._console.width != self._width
         keep = 0 if resized else _agree(self._drawn, shown)
@@ -96,14 +99,14 @@ class _Region:
         if not drew:
             out.append("" if self.at_start or not shown else "\n")
         elif keep == len(self._drawn) - 1 and new.startswith(self._drawn[-1].styled) and not resized:
-            new = new[len(self._drawn[-1].styled) :]  # the most frequent case: the last line goes on
+            new = new[len(self._drawn[-1].styled) :]  # the most frequent case: the last line grows
         elif keep < len(self._drawn):
             up = self._rows(self._drawn[keep:]) - 1
             out.append((f"\x1b[{up}A" if up else "") + "\r\x1b[J")
         elif keep < len(shown):
             out.append("\n")
         out.append(new)
-        if keep and keep == len(shown) < len(self._drawn):  # fewer than before: back to the end of the last
+        if keep and keep == len(shown) < len(self._drawn):  # fewer lines than before: back to the end of the last one
             out.append(f"\x1b[A\x1b[{max(1, cell_len(shown[-1].plain))}C")
         self._console.file.write("".join(out))
         self._console.file.flush()
@@ -113,13 +116,13 @@ class _Region:
         self.at_start = not shown and (self.at_start or drew)
 
     def settle(self, count: int) -> None:
-        """The first lines of those drawn stay as they are from now on."""
+        """Leave the first `count` of the drawn lines as they are from now on."""
         gone = min(count, len(self._gone))
         del self._gone[:gone]
         del self._drawn[: count - gone]
 
     def close(self) -> None:
-        """Settle all, and put the cursor on a new line."""
+        """Settle all lines, and put the cursor on a new one."""
         self.settle(len(self._gone) + len(self._drawn))
         if not self.at_start:
             self._console.file.write("\n")
@@ -127,19 +130,19 @@ class _Region:
         self.at_start = True
 
     def _rows(self, lines: Sequence[Line]) -> int:
-        """Rows that drawn lines take now. Terminals that wrap old lines anew when they shrink are known by name."""
+        """Rows that drawn lines take now. Terminals that rewrap old lines when they narrow are known by name."""
         if self._width == self._console.width or not os.environ.keys() & {"TERM_PROGRAM", "VTE_VERSION"}:
             return len(lines)
         return sum(max(1, -(-cell_len(line.plain) // self._console.width)) for line in lines)
 
 
 def _agree(a: Sequence[object], b: Sequence[object]) -> int:
-    """How many items two sequences begin with alike."""
+    """Length of the common beginning of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class ReplyScreen:
-    """Takes a reply piece by piece. `unfolded`: thoughts stay on the screen."""
+    """Show a reply piece by piece. `unfolded`: thoughts stay on the screen."""
 
     def __init__(self, console: Console, unfolded: bool = False) -> None:
         self._console, self._unfolded = console, unfolded
@@ -147,17 +150,17 @@ class ReplyScreen:
         self._open = ""  # Markdown that is not settled yet
         self._thought = ""
         self._thinking_since: float | None = None
-        self._gap = False  # whether an empty line comes before the next block
+        self._gap = False  # an empty line comes before the next block
         self._next_draw = 0.0
 
     def text(self, piece: str) -> None:
-        """More of the reply."""
+        """Add to the reply."""
         self._open += printable(piece)
         if self._due():
             self._draw_text()
 
     def think(self, piece: str) -> None:
-        """More of a thought."""
+        """Add to a thought."""
         if self._thinking_since is None:
             self.note(None)
             self._thinking_since = time.monotonic()
@@ -168,7 +171,7 @@ class ReplyScreen:
             self._drew(start)
 
     def fold(self, tokens: int) -> None:
-        """The thought has ended: one line remains, or that line below it."""
+        """End the thought, and replace it by one line; unfolded, add that line to it."""
         if self._thinking_since is None:
             return
         seconds = time.monotonic() - self._thinking_since
@@ -177,7 +180,7 @@ class ReplyScreen:
         self._thought, self._thinking_since, self._gap = "", None, True
 
     def note(self, line: str | None, style: str = "dim") -> None:
-        """Settle what is open, and print a line of our own below it."""
+        """Settle the open block, and print a line about the reply below it."""
         final = self._laid_out(blocks(self._open))
         self._open = ""
         if line is not None:
@@ -186,7 +189,7 @@ class ReplyScreen:
         self._settle(final)
 
     def close(self) -> None:
-        """The reply is complete; an empty line follows it."""
+        """Settle the complete reply, and add an empty line."""
         self.note(None)
         if not self._region.at_start:
             self._settle([Line("", "")])
@@ -196,7 +199,7 @@ class ReplyScreen:
         return time.monotonic() >= self._next_draw
 
     def _drew(self, start: float) -> None:
-        """Long blocks take long to lay out: at most a fifth of the time goes into it."""
+        """Set the time of the next drawing, so that laying out long blocks takes at most a fifth of the time."""
         now = time.monotonic()
         self._next_draw = now + max(REDRAW_EVERY, 4 * (now - start))
 
@@ -205,7 +208,7 @@ class ReplyScreen:
         self._region.settle(len(lines))
 
     def _draw_text(self) -> None:
-        """Settle the blocks that complete lines show to be finished, and draw the rest."""
+        """Settle the blocks that are finished, as far as complete lines tell, and draw the rest."""
         start = time.monotonic()
         complete, _, partial = self._open.rpartition("\n")
         finished = blocks(complete + "\n")[:-1]
@@ -213,21 +216,20 @@ class ReplyScreen:
         if finished:
             self._open = "\n".join(self._open.split("\n")[finished[-1].stop :])
         gap = self._gap
-        if not partial.strip("-=*_#>`~|+:. \t0123456789"):  # a marker of what only the next piece can tell
-            rest = self._open[: len(self._open) - len(partial)]
-        else:
-            rest = self._open
-        open_blocks = blocks(rest)
+        marker = not partial.strip("-=*_#>`~|+:. \t0123456789")  # of which kind, only the next piece can tell
+        open_blocks = blocks(self._open[: len(self._open) - len(partial)] if marker else self._open)
         lines = self._laid_out(open_blocks)
         self._gap = gap
-        if any(block.kind == "table_open" for block in open_blocks):  # columns move: nothing may scroll away yet
+        if any(
+            block.kind == "table_open" for block in open_blocks
+        ):  # columns may still move: nothing may scroll away yet
             lines = lines[-max(1, self._console.height - 1) :]
         self._region.draw(final + lines)
         self._region.settle(len(final))
         self._drew(start)
 
     def _laid_out(self, found: Sequence[Block]) -> list[Line]:
-        """Lines of blocks that follow what came before, in the spacing that the source has."""
+        """Lay out blocks below what came before, with an empty line where the source has one."""
         lines: list[Line] = []
         for block in found:
             lines += [Line("", "")] * self._gap
@@ -239,13 +241,14 @@ class ReplyScreen:
         return self._lines(Text(self._thought.strip() or "Thinking", style="dim italic"))
 
     def _lines(self, content: RenderableType) -> list[Line]:
-        """What a renderable looks like, without empty lines around and spaces at the ends."""
-        rows = [_trimmed(row) for row in self._console.render_lines(content, pad=False)]
-        with self._console.capture() as capture:
-            for row in rows:
-                self._console.print(Segments([*row, Segment.line()]), end="", soft_wrap=True)
-        styled = capture.get().split("\n")
-        lines = [Line(a, "".join(s.text for s in row)) for a, row in zip(styled, rows, strict=False)]
+        """Render without empty lines at the top and bottom and without spaces at the ends."""
+        lines: list[Line] = []
+        for segments in self._console.render_lines(content, pad=False):
+            row = Text.assemble(*((segment.text, segment.style or "") for segment in segments))
+            row.rstrip()
+            with self._console.capture() as capture:
+                self._console.print(row, end="", soft_wrap=True)
+            lines.append(Line(capture.get(), row.plain))
         while lines and not lines[0].plain:
             del lines[0]
         while lines and not lines[-1].plain:
@@ -254,7 +257,7 @@ class ReplyScreen:
 
 
 class _Heading(Heading):
-    """A heading where text begins: rich puts titles in the middle."""
+    """A heading at the left: rich centers titles."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.text
@@ -265,7 +268,7 @@ class _Markdown(Markdown):
 
 
 def _markdown(source: str) -> Markdown:
-    """Rich's Markdown of text as models write it: a line's end is a line's end."""
+    """Make rich's Markdown of a text, with a line break wherever the text has one."""
     made = _Markdown("", code_theme="ansi_dark", hyperlinks=False)
     made.parsed = _PARSER.parse(source)
     left: list[Token] = list(made.parsed)
@@ -275,13 +278,3 @@ def _markdown(source: str) -> Markdown:
         if token.type == "softbreak":
             token.type = "hardbreak"
     return made
-
-
-def _trimmed(row: list[Segment]) -> list[Segment]:
-    """A row without spaces at its end."""
-    room, kept = len("".join(segment.text for segment in row).rstrip()), []
-    for segment in row:
-        if room > 0:
-            kept.append(Segment(segment.text[:room], segment.style))
-            room -= len(segment.text)
-    return kept

@@ -1,6 +1,6 @@
 """The keyboard's side of `mlx-gemma4 chat`: a prompt of several lines with history and completion, and Ctrl-C.
 
-In: keys. Out: messages. Knows nothing of models; what it completes and shows is given to it.
+In: keys. Out: messages. Knows nothing of models; what it completes and shows is passed in.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _STYLE = Style.from_dict({"prompt": "bold", "bottom-toolbar": "noreverse fg:ansi
 
 
 class TerminalPrompt:
-    """Asks for one message at a time.
+    """Ask for one message at a time.
 
     Args:
-        commands: each "/name" with what it does, to complete.
-        arguments: words that may follow a command; None: the name of a file.
+        commands: each "/name" with a description, to complete.
+        arguments: return the words that may follow a command; None: the name of a file.
     """
 
     def __init__(self, commands: Mapping[str, str], arguments: Callable[[str], Iterable[str] | None]) -> None:
@@ -50,9 +50,10 @@ class TerminalPrompt:
         )
 
     def read(self, label: str, text: str, toolbar: str) -> str | None:
-        """What was typed, which begins as `text`; None: Ctrl-D. Ctrl-C gives what is empty.
+        """Return what is typed, "" after Ctrl-C, None after Ctrl-D.
 
         Args:
+            text: what it begins with.
             toolbar: the line below the prompt.
         """
         try:
@@ -66,7 +67,7 @@ class TerminalPrompt:
 
 
 def _keys() -> KeyBindings:
-    """Enter sends; Alt+Enter and Ctrl-J begin a new line. What is pasted stays one message."""
+    """Bind Enter to send, Alt+Enter and Ctrl-J to begin a new line. Pasted text stays one message."""
     keys = KeyBindings()
 
     @keys.add("enter")
@@ -82,7 +83,7 @@ def _keys() -> KeyBindings:
 
 
 class _Commands(Completer):
-    """Names of commands, then what may follow them."""
+    """Completes names of commands, then what may follow them."""
 
     def __init__(self, commands: Mapping[str, str], arguments: Callable[[str], Iterable[str] | None]) -> None:
         self._commands, self._arguments = commands, arguments
@@ -105,7 +106,7 @@ class _Commands(Completer):
 
 
 class _PrivateHistory(FileHistory):
-    """A file that is made when the first message is sent, for its owner's eyes; where it can't be, memory."""
+    """A file that only its owner may read, made when the first message is sent; memory if it can't be written."""
 
     def store_string(self, string: str) -> None:
         path = Path(os.fsdecode(self.filename))
@@ -129,7 +130,7 @@ def _history() -> History:
 
 @contextmanager
 def quiet_terminal() -> Iterator[None]:
-    """While a reply is written, keys are not echoed into it: they wait for the next prompt. Ctrl-C works."""
+    """Keep keys out of a reply while it is written: they wait for the next prompt. Ctrl-C works."""
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)
     quiet: list[Any] = termios.tcgetattr(terminal)
@@ -144,7 +145,7 @@ def quiet_terminal() -> Iterator[None]:
 
 @contextmanager
 def stoppable() -> Iterator[Callable[[], bool]]:
-    """Within it, a first Ctrl-C only makes the given function say True; the second is a KeyboardInterrupt."""
+    """Yield a function that returns True after a first Ctrl-C; a second Ctrl-C raises KeyboardInterrupt."""
     pressed = False
 
     def press(number: int, frame: object) -> None:

@@ -1,7 +1,7 @@
-"""An iterator that works in a thread of its own, for an event loop that must not wait.
+"""Run an iterator in a thread of its own, for an event loop that must not wait.
 
-In: what makes the iterator. Out: its items, for `async for`. Leaving or cancelling that loop stops the iterator after
-the item it is at. Knows nothing of what the items are, but that reading a prompt reports progress.
+In: a function that makes the iterator. Out: its items, for `async for`. Leaving or cancelling that loop stops the
+iterator after the item it is at. Knows nothing of the items, except that reading a prompt reports progress.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -16,20 +17,20 @@ OnPrompt = Callable[[int, int], None]  # called with (tokens read, tokens in all
 
 
 class _Left(Exception):
-    """Nobody waits any more."""
+    """Ends a prompt that nobody waits for any more."""
 
 
 async def in_thread(
     start: Callable[[OnPrompt], Iterator[T]], on_prompt: OnPrompt | None = None
 ) -> AsyncGenerator[T, None]:
-    """Run an iterator in a thread of its own and hand its items to the event loop.
+    """Yield the items of an iterator that runs in a thread; each is made when the one before has been handled.
 
     Args:
-        start: makes the iterator, in that thread; gets what to call while a prompt is read.
-        on_prompt: called along with it.
+        start: makes the iterator, in that thread; takes the function to call while a prompt is read.
+        on_prompt: is called by that function.
     """
     loop, left = asyncio.get_running_loop(), threading.Event()
-    items: asyncio.Queue[tuple[T | None, BaseException | None]] = asyncio.Queue()
+    made: list[Iterator[T]] = []
 
     def check(done: int, total: int) -> None:
         if left.is_set():
@@ -37,39 +38,19 @@ async def in_thread(
         if on_prompt:
             on_prompt(done, total)
 
-    def post(item: T | None, end: BaseException | None) -> None:
+    def step() -> T | None:
+        if not made:
+            made.append(start(check))
+        return next(made[0], None)
+
+    def close() -> None:
+        if made and isinstance(made[0], Generator):
+            made[0].close()
+
+    with ThreadPoolExecutor(1, "reply") as thread:
         try:
-            loop.call_soon_threadsafe(items.put_nowait, (item, end))
-        except RuntimeError:  # the loop is closed
+            while (item := await loop.run_in_executor(thread, step)) is not None:
+                yield item
+        finally:
             left.set()
-
-    def work() -> None:
-        end: BaseException = _Left()
-        try:
-            iterator = start(check)
-            try:
-                for item in iterator:
-                    post(item, None)
-                    if left.is_set():
-                        break
-            finally:
-                if isinstance(iterator, Generator):
-                    iterator.close()
-        except BaseException as error:
-            end = error
-        post(None, end)
-
-    threading.Thread(target=work, name="reply", daemon=True).start()
-    end: BaseException | None = None
-    try:
-        while True:
-            item, end = await items.get()
-            if end is not None:
-                break
-            yield item  # type: ignore[misc]
-    finally:
-        left.set()
-        while end is None:  # within a token, or a chunk of the prompt: then what it worked on is free
-            _, end = await items.get()
-    if not isinstance(end, _Left):
-        raise end
+            await asyncio.shield(loop.run_in_executor(thread, close))  # after the step, if it is still under way

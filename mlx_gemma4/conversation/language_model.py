@@ -1,7 +1,6 @@
-"""Text in, text out: a file becomes a `LanguageModel`, a prompt becomes a reply.
+"""Load a file or folder as a `LanguageModel`: the model, its tokenizer, and the sampling that its file recommends.
 
-In: a path and a prompt. Out: text, whole or piece by piece. The Python API and the command line both
-stand on this module.
+In: a path, or a repository's name. Out: a `LanguageModel`, which also encodes prompts. Replies are made in reply.py.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ from ..memory import MemoryPlan
 from ..model.model import Model
 from ..tokens.tokenizer import Tokenizer
 
-# The keys under general.sampling, with what holds where a file is silent: Google's choice for Gemma 4.
+# The keys under general.sampling, with the value of those that a file leaves out: Google's choice for Gemma 4.
 SAMPLING_KEYS = {"temp": 1.0, "top_k": 64, "top_p": 0.95, "min_p": 0.0, "penalty_repeat": 1.0}
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A model with what turns text into its tokens and back."""
+    """A model with its tokenizer."""
 
     path: Path
     config: Config
     model: Model
     tokenizer: Tokenizer
-    sampling: Sampling  # what the file recommends
-    plan: MemoryPlan  # how the weights are held
+    sampling: Sampling  # as the file recommends
+    plan: MemoryPlan  # of the weights
 
     def encode_prompt(
         self,
@@ -51,15 +50,16 @@ class LanguageModel:
         system: str | None = None,
         think: bool | None = None,
     ) -> list[int]:
-        """Token ids of a prompt: as a user's turn in the file's chat template, or (`raw`) the text as it is.
+        """Return the token ids of a prompt, as a user's turn in the file's chat template.
 
         Args:
-            after: the conversation so far, up to its last reply: the prompt is its next turn.
-            system: what the model is told before the conversation.
-            think: whether the model is to think first; None: as the template has it.
+            raw: encode the text as it is instead, without the template.
+            after: token ids of the conversation so far, up to its last reply: the prompt is its next turn.
+            system: content of the system message.
+            think: let the model think first; None: the template's default.
 
         Raises:
-            InputError: the template can't do that.
+            InputError: the template can't continue a conversation, or `system` comes too late.
         """
         if raw:
             return self.tokenizer.encode(prompt, add_bos=not after)
@@ -69,7 +69,7 @@ class LanguageModel:
             return encode_chat(self.tokenizer, [*told, turn], enable_thinking=think)
         if system:
             raise InputError("--system: the saved conversation has begun already; leave it out, or start a new one")
-        # What the template writes between a reply and the next one, found with a made-up turn before.
+        # What the template writes between one reply and the next is found with made-up turns before it.
         past = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         before = encode_chat(self.tokenizer, past, add_generation_prompt=False, enable_thinking=think)
         both = encode_chat(self.tokenizer, [*past, turn], enable_thinking=think)
@@ -80,7 +80,7 @@ class LanguageModel:
 
 
 def demo_path() -> Path:
-    """The built-in model's file."""
+    """Return the path of the built-in model."""
     return Path(str(files("mlx_gemma4") / "demo" / "gemma4-demo.gguf"))
 
 
@@ -94,14 +94,14 @@ def load(
     """Load a GGUF file (or any part of a split one), or a folder of safetensors with its `config.json`.
 
     Args:
-        path: the file or folder, or `REPO[:QUANT]` on Hugging Face; None loads the small built-in model.
-        weights: "packed" holds quantized blocks as the file has them, "dense" as fp32; "auto" takes
-            packed on a GPU and what memory allows on a CPU.
+        path: the file or folder, or `REPO[:QUANT]` on Hugging Face; None: the small built-in model.
+        weights: "packed" keeps quantized blocks as they are in the file, "dense" expands them to fp32; "auto" is
+            packed on a GPU, and on a CPU dense if memory allows.
         fuse: join each MLP's gate and up projections.
         progress: called with (bytes read, bytes in all).
 
     Raises:
-        InputError: the file can't be used, in one line.
+        InputError: the file can't be used.
 
     >>> lm = load()  # or load("gemma-4-E2B-it-Q4_K_M.gguf"), or load("ggml-org/gemma-4-E2B-it-GGUF:Q4_K_M")
     >>> lm.config.context
@@ -124,7 +124,7 @@ def load(
 def _load_folder(
     path: Path, weights: Literal["auto", "packed", "dense"], fuse: bool, progress: Progress | None
 ) -> LanguageModel:
-    """A folder as mlx-lm and Hugging Face write it."""
+    """Load a folder as mlx-lm and Hugging Face write it."""
     config_file = path / "config.json"
     if not config_file.is_file():
         raise InputError(f"{path}: this folder has no config.json; give a .gguf file or a model's folder")
@@ -151,7 +151,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _sampling_defaults(values: Mapping[str, Any], source: Path) -> Sampling:
-    """What a file recommends, over the defaults of SAMPLING_KEYS."""
+    """Return the sampling that a file recommends, completed from SAMPLING_KEYS."""
     chosen = SAMPLING_KEYS | {key: value for key in SAMPLING_KEYS if (value := values.get(key)) is not None}
     try:
         return Sampling(

@@ -1,8 +1,8 @@
-"""A loaded model as mlx-lm's functions take it: `mlx_lm.generate(*for_mlx_lm(lm), prompt="...")`.
+"""Adapt a loaded model to mlx-lm's functions: `mlx_lm.generate(*for_mlx_lm(lm), prompt="...")`.
 
 In: a `LanguageModel`. Out: the two objects that mlx-lm calls model and tokenizer. Written for mlx-lm 0.28 and later,
-which need not be installed for anything else here. What mlx-lm keeps in a list of caches, one a layer, is a single
-`KVState` here: it may be given back as `prompt_cache`, trimmed, and holds all that was read.
+which nothing else here needs. mlx-lm's list of caches, one a layer, is a list of a single `KVState` here: it may be
+passed as `prompt_cache` and trimmed, and holds all that was read.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from .language_model import LanguageModel
 
 
 def for_mlx_lm(lm: LanguageModel) -> tuple[MlxLmModel, Any]:
-    """The model and the tokenizer that mlx-lm's `generate`, `stream_generate` and `generate_step` take.
+    """Return the model and the tokenizer that mlx-lm's `generate`, `stream_generate` and `generate_step` take.
 
-    One sequence at a time; no draft model. As ever in mlx-lm, `apply_chat_template` turns thinking on unless told
-    otherwise, and control tokens show in the reply. Raises InputError where mlx-lm isn't installed.
+    One sequence at a time; no draft model. As always in mlx-lm, `apply_chat_template` turns thinking on unless told
+    otherwise, and control tokens are part of the reply's text. Raises InputError if mlx-lm isn't installed.
 
     >>> import mlx_gemma4, mlx_lm
     >>> model, tokenizer = for_mlx_lm(mlx_gemma4.load())
     >>> messages = [{"role": "user", "content": "Hello"}]
     >>> prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)
     >>> text = mlx_lm.generate(model, tokenizer, prompt=prompt, max_tokens=8)
-    >>> text == mlx_gemma4.generate(model.lm, "Hello", max_tokens=8, sampling=mlx_gemma4.Sampling(temperature=0))
+    >>> text == mlx_gemma4.generate(model.lm, "Hello", max_tokens=8, temperature=0)
     True
     """
     try:
@@ -43,14 +43,14 @@ def for_mlx_lm(lm: LanguageModel) -> tuple[MlxLmModel, Any]:
 
 
 class MlxLmModel:
-    """What mlx-lm asks of a model."""
+    """The model as mlx-lm uses it."""
 
     def __init__(self, lm: LanguageModel) -> None:
         self.lm = lm
-        self.layers: list[Any] = []  # of caches, this model has one
+        self.layers: list[Any] = []  # mlx-lm makes a cache for each; this model has one cache
 
     def __call__(self, inputs: mx.array, cache: Sequence[MlxLmCache] | None = None) -> mx.array:
-        """Logits, fp32 [1, 1, vocab], after the last of the tokens `inputs`, int [1, T]."""
+        """Return the logits, fp32 [1, 1, vocab], after the last of the tokens `inputs`, int [1, T]."""
         if inputs.shape[0] != 1:
             raise InputError(f"a batch of {inputs.shape[0]} prompts: this model takes one at a time")
         (held,) = self.make_cache() if cache is None else cache
@@ -59,12 +59,12 @@ class MlxLmModel:
         return self.lm.model.forward(inputs[0], held.kv)[None, None]
 
     def make_cache(self) -> list[MlxLmCache]:
-        """A new prompt cache."""
+        """Return a new prompt cache."""
         return [MlxLmCache(self.lm.model.new_state())]
 
 
 class MlxLmCache:
-    """A KV state as mlx-lm's prompt caches look."""
+    """A KV state with the methods of mlx-lm's prompt caches."""
 
     def __init__(self, kv: KVState) -> None:
         self.kv = kv
@@ -85,14 +85,14 @@ class MlxLmCache:
         return True
 
     def trim(self, n: int) -> int:
-        """Take back the last n tokens. Raises InputError where they are too many (see `KVState.rewind`)."""
+        """Remove the last n tokens; return how many. Raises InputError if they are too many (see `KVState.rewind`)."""
         n = min(n, self.kv.length)
         self.kv.rewind(self.kv.length - n)
         return n
 
 
 class MlxLmTokenizer:
-    """What mlx-lm asks of a tokenizer, which it wraps in its own."""
+    """The tokenizer as mlx-lm wraps it in its own."""
 
     bos_token, eos_token = "<bos>", "<eos>"
 
@@ -104,14 +104,14 @@ class MlxLmTokenizer:
         self.eos_token_id = min(tokenizer.stop_ids, default=None)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a text in which, as with other tokenizers of mlx-lm, control tokens may be spelled."""
+        """Return the ids of a text. As with mlx-lm's other tokenizers, control tokens may be spelled in it."""
         return self.inner.encode(text, add_bos=add_special_tokens, parse_special=True)
 
     def decode(self, ids: int | Sequence[int], skip_special_tokens: bool = False) -> str:
         return self.inner.decode([ids] if isinstance(ids, int) else ids, skip_special=skip_special_tokens)
 
     def get_vocab(self) -> dict[str, int]:
-        """Control tokens: all that mlx-lm looks for by name."""
+        """Return the control tokens, the only ones that mlx-lm looks for by name."""
         return {self.inner.decode([i], skip_special=False): i for i in sorted(self.inner.control_ids)}
 
     def apply_chat_template(
@@ -125,7 +125,7 @@ class MlxLmTokenizer:
         enable_thinking: bool | None = None,
         **variables: Any,
     ) -> list[int] | str:
-        """The prompt; as ids, control tokens that are spelled in messages stay text."""
+        """Return the prompt. With `tokenize`, control tokens spelled in messages stay text."""
         known, declared = for_template(messages, tools or (), self.chat_template)
         given: dict[str, Any] = {"tools": declared or None, "enable_thinking": enable_thinking, **variables}
         if tokenize:
@@ -154,6 +154,6 @@ class _Detokenizer:
 
     @property
     def last_segment(self) -> str:
-        """What is new since this was last asked for."""
+        """Text that is new since this was last read."""
         segment, self.offset = self.text[self.offset :], len(self.text)
         return segment

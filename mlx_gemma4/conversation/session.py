@@ -1,8 +1,8 @@
-"""A conversation that goes on: messages, and the KV state that has read them.
+"""A conversation that continues: messages, and the KV state that has read them.
 
-In: what a user says. Out: events of the reply. Messages are the truth; before each reply, the state is rewound to what
-it shares with them and reads the rest. So undo, retry and edit only change messages and rewind: what stayed as it was
-is not read again.
+In: what a user says. Out: events of the reply. The messages decide: before each reply, the state is rewound to what it
+shares with them and reads the rest. So undo, retry and edit only change messages and rewind; unchanged text is not
+read again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .reply import Reply, ReplyOptions, as_held, go_back, prompt_ids, stream
 
 log = logging.getLogger("mlx_gemma4")
 FORMAT, VERSION = "mlx-gemma4 conversation", 1
-# What a session's marks may come to hold, of which it always keeps four: they are what undo and retry come back to.
+# Bytes that a session's marks may hold; it always keeps four. Undo and retry rewind to them.
 _MARK_BYTES = 4_000_000_000
 
 
@@ -36,10 +36,10 @@ class Session:
 
     Attributes:
         lm: the model.
-        messages: the conversation, in OpenAI's form, the system's message first if there is one. May be changed.
-        options: for replies, where `send` and the others are given none.
-        state: what the model has read. May hold less than the messages, or more; the next reply sets it right.
-        reply: the latest Reply, or None. While events arrive, it grows.
+        messages: the conversation in OpenAI's form, the system message first if there is one. May be changed.
+        options: of replies, if `send` and the others are given none.
+        state: what the model has read: less than the messages or more, until the next reply.
+        reply: the latest Reply, or None. It grows while events arrive.
 
     >>> import mlx_gemma4
     >>> session = Session(mlx_gemma4.load(), options=ReplyOptions(max_tokens=8))
@@ -64,10 +64,10 @@ class Session:
     ) -> None:
         """
         Args:
-            system: what the system's message says.
-            messages: a conversation to go on with.
-            state: what has been read already; by default a new one.
-            kv: how a new state holds keys and values (see `Model.new_state`).
+            system: content of the system message.
+            messages: a conversation to continue.
+            state: what has been read already; by default a new state.
+            kv: kind of keys and values of a new state (see `Model.new_state`).
         """
         self.lm = lm
         self.options = options or ReplyOptions()
@@ -83,14 +83,13 @@ class Session:
         *,
         on_prompt: OnPrompt | None = None,
     ) -> Generator[Event, None, None]:
-        """Say something, and give the events of the reply, which is remembered as far as it came.
+        """Say something, and yield the events of the reply. Closing the iterator stops it; what was made is kept.
 
-        Closing the iterator stops the reply. If there is none at all (an error, or stopped before its first token),
-        the session is as it was.
+        If no token is made (an error, or stopped before), the session stays as it was.
 
         Args:
             content: what the user says, or messages as they are: results of tools (see `messages.tool_result`).
-            options: instead of the session's, for this reply.
+            options: for this reply, instead of the session's.
             on_prompt: called with (tokens read, tokens in all) while the prompt is read.
         """
         new = [{"role": "user", "content": content}] if isinstance(content, str) else content
@@ -98,7 +97,7 @@ class Session:
         yield from self._reply([*self.messages, *(dict(message) for message in new)], options, on_prompt)
 
     def undo(self) -> str | None:
-        """Take back the last thing that the user said, and all that followed; what it was, None if there is nothing."""
+        """Remove the user's last message and all that followed; return its content, or None if there is none."""
         at = self._last_user()
         if at is None:
             return None
@@ -110,7 +109,7 @@ class Session:
     def retry(
         self, options: ReplyOptions | None = None, *, on_prompt: OnPrompt | None = None
     ) -> Generator[Event, None, None]:
-        """Reply again to the same. Until the new reply begins, the old one is there. Raises InputError."""
+        """Reply again to the same messages. The old reply stays until the new one begins. Raises InputError."""
         messages = list(self.messages)
         while messages and messages[-1].get("role") == "assistant":
             messages.pop()
@@ -121,7 +120,7 @@ class Session:
     def edit(
         self, text: str, options: ReplyOptions | None = None, *, on_prompt: OnPrompt | None = None
     ) -> Generator[Event, None, None]:
-        """Reply as if the user had said `text` at last, instead of what was said. Raises InputError."""
+        """Replace the user's last message by `text`, and reply to it. Raises InputError."""
         at = self._last_user()
         if at is None:
             raise InputError("there is nothing to edit yet")
@@ -141,14 +140,14 @@ class Session:
                 yield event
 
     def fork(self) -> Session:
-        """Another session with the same past. Copies no keys or values."""
+        """Return another session with the same past. Copies no keys or values."""
         messages = copy.deepcopy(self.messages)
         other = Session(self.lm, options=self.options, messages=messages, state=self.state.fork())
         other.reply = self.reply
         return other
 
     def rewind(self) -> None:
-        """Take out of the state what the messages don't say. Done before each reply, too."""
+        """Remove from the state what the messages don't hold. Each reply begins with this, too."""
         if not self.state.length:
             return
         ids: list[int] = []
@@ -157,13 +156,13 @@ class Session:
         go_back(self.state, as_held(self.lm.tokenizer, ids, self.state.tokens))
 
     def save(self, path: str | Path, *, state: bool = True) -> None:
-        """Write the conversation as JSON, and beside it, with `.kv` at the end of its name, what the model has read.
+        """Write the conversation as JSON to `path`, and the KV state to a file beside it, `path` with `.kv` added.
 
         Args:
-            state: whether to write the latter. Without it, a loaded session reads its messages again.
+            state: write the KV state. Without it, a loaded session reads its messages again.
 
         Raises:
-            InputError: a file can't be written; what was there is still there.
+            InputError: a file can't be written; an existing one is left as it was.
         """
         path = Path(path)
         saved = {"format": FORMAT, "version": VERSION, "messages": self.messages}
@@ -183,10 +182,10 @@ class Session:
     def load(
         cls, lm: LanguageModel, path: str | Path, *, options: ReplyOptions | None = None, kv: str = "full"
     ) -> Session:
-        """The session that `save` wrote. What the model has read is taken if the file is there and fits the model.
+        """Load what `save` wrote. The KV state is used if its file exists and fits the model.
 
         Args:
-            kv: how a new state holds keys and values, where there is none to take.
+            kv: kind of keys and values of a new state, if none is loaded.
 
         Raises:
             InputError: the file isn't a conversation.
@@ -202,18 +201,17 @@ class Session:
         return cls(lm, options=options, messages=messages, state=_read_state(lm, _state_file(path)), kv=kv)
 
     def close(self) -> None:
-        """Let go of the KV state."""
+        """Release the KV state."""
         self.state.close()
 
     def _last_user(self) -> int | None:
-        """Where the user spoke last."""
-        places = (i for i in reversed(range(len(self.messages))) if self.messages[i].get("role") == "user")
-        return next(places, None)
+        """Return the index of the user's last message."""
+        return max((i for i, message in enumerate(self.messages) if message.get("role") == "user"), default=None)
 
     def _reply(
         self, messages: list[dict[str, Any]], options: ReplyOptions | None, on_prompt: OnPrompt | None
     ) -> Generator[Event, None, None]:
-        """Events of the reply to `messages`; with its first token, they become the session's."""
+        """Yield the events of a reply to `messages`, which become the session's with its first token."""
         chunks = stream(self.lm, messages, options or self.options, state=self.state, on_prompt=on_prompt)
         begun = False
         try:
@@ -229,7 +227,7 @@ class Session:
                 self._mark()
 
     def _mark(self) -> None:
-        """Leave a place to come back to, and few enough of them."""
+        """Mark the state's end to rewind to later, and thin out the marks."""
         self.state.mark()
         window = window_bytes(self.lm.config, self.state.dtype)
         thin(self.state, min(MAX_MARKS, max(4, _MARK_BYTES // max(window, 1))))
