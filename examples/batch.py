@@ -1,7 +1,7 @@
 """A reply to each line of a file, as lines of JSON: python examples/batch.py [MODEL [FILE]]
 
-What the prompts have in common (the system's message) is read once and kept in a `PrefixCache`. The file grows line
-by line; a run that was interrupted goes on where it stopped: lines that are answered are left out.
+The common beginning of the prompts (the system message) is read once and kept in a `PrefixCache`. The file grows line
+by line; an interrupted run continues where it stopped: lines that have an answer are left out.
 """
 
 import json

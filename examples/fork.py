@@ -1,4 +1,4 @@
-"""One conversation, several ways to go on, and nothing is read twice: python examples/fork.py [MODEL]"""
+"""One conversation, several continuations, and nothing is read twice: python examples/fork.py [MODEL]"""
 
 import sys
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """Replies that are JSON of a given form, whatever the model: python examples/json_schema.py [MODEL]
 
-The schema is enforced while the reply is made: what doesn't fit can't be said. The built-in demo obeys it too, but what
-it fills in is nonsense.
+The schema is enforced while the reply is made: tokens that don't fit can't be chosen. The built-in demo obeys it too,
+but the values that it fills in are nonsense.
 """
 
 import json

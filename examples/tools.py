@@ -1,7 +1,7 @@
 """A model that calls Python functions until it can answer: python examples/tools.py [MODEL]
 
-The built-in demo has never seen a tool. There, the first call is forced: it names a real function and fits its schema,
-but what it asks for, and what is made of the result, means nothing.
+The built-in demo has never seen a tool. With it, the first call is forced: it names a real function and fits its
+schema, but its arguments, and what the demo makes of the result, mean nothing.
 """
 
 import inspect
@@ -26,7 +26,7 @@ FUNCTIONS = {function.__name__: function for function in (add, clock)}
 
 
 def declaration(function) -> dict:
-    """What the model is told of a function; all parameters here are small numbers."""
+    """Describe a function to the model; all parameters here are small numbers."""
     number = {"type": "integer", "minimum": 0, "maximum": 1000}
     names = list(inspect.signature(function).parameters)
     parameters = {"type": "object", "properties": dict.fromkeys(names, number), "required": names}

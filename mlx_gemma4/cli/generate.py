@@ -86,9 +86,11 @@ def generate(
             chunks = stream(lm, [*state.tokens, *ids], options, state=state, marks=False, on_prompt=update)
             first = next(chunks)
         for chunk in chain([first], chunks):
-            if not as_json and (chunk.thinking or thinking):  # dimmed; a new line ends it
-                click.echo(click.style(chunk.thinking, dim=True) or "\n", nl=False, err=True)
             if not as_json:
+                if chunk.thinking:
+                    click.echo(click.style(chunk.thinking, dim=True), nl=False, err=True)
+                elif thinking:  # it has ended
+                    click.echo(err=True)
                 click.echo(chunk.text, nl=False)
             text, thinking, reply = text + chunk.text, bool(chunk.thinking), chunk.reply
     except KeyboardInterrupt:

@@ -107,6 +107,13 @@ def test_version_and_help() -> None:
         assert "Usage" in run(*args).stdout
 
 
+def test_help_loads_nothing_heavy() -> None:
+    code = "import sys; from mlx_gemma4.cli.main import main; main(sys.argv[1:], standalone_mode=False);"
+    code += "print([m for m in ('mlx.core', 'numpy', 'jinja2', 'rich', 'starlette') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code, "chat", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

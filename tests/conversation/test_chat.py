@@ -48,6 +48,25 @@ def test_chunks_make_up_the_reply(lm: LanguageModel) -> None:
     assert all(token.logprob is not None and len(token.top) == 2 for token in chunks[0].reply.tokens)
 
 
+def test_chunks_have_text_thinking_and_calls(actor: Actor) -> None:
+    actor.say("<|channel>thought\nhm<channel|>So <|tool_call>call:add{a:1}<tool_call|>", "<|tool_response>")
+    chunks = list(stream(actor.lm, "Go", think=True))
+    assert "".join(chunk.thinking for chunk in chunks) == "hm"
+    assert "".join(chunk.text for chunk in chunks) == "So call:add{a:1}", "a call as the model wrote it"
+    assert all(chunk.statistics is chunks[-1].reply.statistics for chunk in chunks)
+    actor.say("<|channel>thought\nhm<channel|>So")
+    assert mlx_gemma4.generate(actor.lm, user("Go"), think=True) == "So"
+
+
+def test_options_and_sampling_by_name(lm: LanguageModel) -> None:
+    """Over what the file recommends, or over the sampling that is given."""
+    warm = replace(lm.sampling, temperature=0.7, seed=3)
+    for named in ({"temperature": 0.7, "seed": 3}, {"sampling": replace(warm, seed=4), "seed": 3}):
+        assert ids_of(chat(lm, "Go", max_tokens=8, **named)) == ids_of(chat(lm, "Go", max_tokens=8, sampling=warm))
+    with pytest.raises(TypeError, match="max_toks"):
+        chat(lm, "Go", max_toks=8)
+
+
 def test_leaving_stops_within_a_token(actor: Actor) -> None:
     state = actor.lm.model.new_state()
     chunks = stream(actor.say("one two three four five six").lm, "Go", state=state)
