@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,32 @@ from ..paths import whole_file
 from .options import echo, find_model, kv_option, model_option, output_options, progress
 
 
-def _numbers(least: int) -> dict[str, Any]:
-    """Return the arguments of an option that takes whole numbers from `least` up, with commas between them."""
+def _numbers(least: int) -> Callable[[str], tuple[int, ...]]:
+    """Return the type of an option that takes whole numbers from `least` up, with commas between them."""
 
-    def convert(_ctx: click.Context, _option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-        if value is None:
-            return None
+    def numbers(value: str) -> tuple[int, ...]:
         words = [word.strip() for word in value.split(",") if word.strip()]
         if not all(word.isdecimal() and int(word) >= least for word in words):
             raise click.BadParameter(f"{value!r} is no list of whole numbers from {least} up, as in 512,2048")
-        return tuple(int(word) for word in words)
+        return tuple(map(int, words))
 
-    return {"metavar": "N,N,..", "callback": convert}
+    return numbers
 
 
 @click.command()
 @model_option
-@click.option("--prompt-sizes", **_numbers(1), default="512", show_default=True, help='Prompts to read; "": none.')
+@click.option(
+    "--prompt-sizes",
+    type=_numbers(1),
+    metavar="N,N,..",
+    default="512",
+    show_default=True,
+    help='Prompts to read; "": none.',
+)
 @click.option(
     "--depths",
-    **_numbers(0),
+    type=_numbers(0),
+    metavar="N,N,..",
     help="Decode behind so many tokens.  [default: 0,512,2048,8192, as the context allows]",
 )
 @click.option("--reply", type=click.IntRange(2), default=64, show_default=True, help="Tokens decoded a repetition.")

@@ -97,7 +97,7 @@ def _repl_env(rich: bool, sampling: SamplingOf, kv: str) -> ReplEnv:
     screen: Callable[[bool], View] = partial(ReplyScreen, console)
     return ReplEnv(
         view=screen if rich else lambda unfolded: PlainReply(),
-        echo=partial(_print_on, console.print) if rich else click.echo,
+        echo=(lambda line: console.print(printable(line), markup=False, highlight=False)) if rich else click.echo,
         stoppable=_stoppable,
         reading=lambda: progress("Reading", 1, " tokens"),
         load=lambda name: load_with_progress(name)[0],
@@ -105,10 +105,6 @@ def _repl_env(rich: bool, sampling: SamplingOf, kv: str) -> ReplEnv:
         state=lambda lm: lm.model.new_state(kv=kv),
         drafts=rich,
     )
-
-
-def _print_on(print_line: Callable[..., None], line: str) -> None:
-    print_line(printable(line), markup=False, highlight=False)
 
 
 def _stoppable() -> AbstractContextManager[Callable[[], bool]]:
@@ -126,11 +122,8 @@ class PlainReply:
         click.echo(piece, nl=False)
         self._last = piece or self._last
 
-    def think(self, piece: str) -> None:
-        pass
-
-    def fold(self, tokens: int) -> None:
-        pass
+    def think(self, piece: str) -> None: ...
+    def fold(self, tokens: int) -> None: ...
 
     def note(self, line: str) -> None:
         self.close()

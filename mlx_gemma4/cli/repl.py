@@ -32,9 +32,7 @@ class View(Protocol):
 
     def text(self, piece: str) -> None: ...
     def think(self, piece: str) -> None: ...
-    def fold(self, tokens: int) -> None:
-        """A thought of so many tokens has ended."""
-
+    def fold(self, tokens: int) -> None: ...  # a thought of so many tokens has ended
     def note(self, line: str) -> None: ...
     def close(self) -> None: ...
 
@@ -77,6 +75,12 @@ class ReplEnv:
 
 class Leave(Exception):
     """Raised by /quit."""
+
+
+class Command(NamedTuple):
+    usage: str  # of its argument
+    about: str
+    run: Callable[[Repl, str], None]  # with the text after its name
 
 
 @dataclass
@@ -204,155 +208,136 @@ class Repl:
             why = f"at --max-tokens {self.options.max_tokens}" if cut else "where the context is full: /undo or /clear"
             view.note(f"(cut {why})")
 
+    def _system(self, argument: str) -> None:
+        messages = self.session.messages
+        has = bool(messages) and messages[0].get("role") == "system"
+        if not argument:
+            self.env.echo(f"System: {messages[0]['content']}" if has else "No system prompt; /system TEXT gives one.")
+            return
+        first = [] if argument == "none" else [{"role": "system", "content": argument}]
+        self.session.messages = [*first, *messages[has:]]
+        self.env.echo("System prompt removed." if argument == "none" else "System prompt set.")
 
-def _system(repl: Repl, argument: str) -> None:
-    messages = repl.session.messages
-    has = bool(messages) and messages[0].get("role") == "system"
-    if not argument:
-        repl.env.echo(f"System: {messages[0]['content']}" if has else "No system prompt; /system TEXT gives one.")
-        return
-    first = [] if argument == "none" else [{"role": "system", "content": argument}]
-    repl.session.messages = [*first, *messages[has:]]
-    repl.env.echo("System prompt removed." if argument == "none" else "System prompt set.")
+    def _undo(self, argument: str) -> None:
+        said = self.session.undo()
+        if said is None:
+            raise InputError("there is nothing to take back")
+        self.env.echo(f"Took back: {_short(said)}")
 
+    def _retry(self, argument: str) -> None:
+        options, sampling = self.options, self.options.sampling
+        if sampling and sampling.seed is not None:  # else the same reply would come again
+            self._retries += 1
+            options = replace(options, sampling=replace(sampling, seed=sampling.seed + self._retries))
+        self._answer(lambda on_prompt: self.session.retry(options, on_prompt=on_prompt))
 
-def _undo(repl: Repl, argument: str) -> None:
-    said = repl.session.undo()
-    if said is None:
-        raise InputError("there is nothing to take back")
-    repl.env.echo(f"Took back: {_short(said)}")
+    def _edit(self, argument: str) -> None:
+        said = [m for m in self.session.messages if m.get("role") == "user" and isinstance(m.get("content"), str)]
+        if not said:
+            raise InputError("there is nothing to edit yet")
+        if argument:
+            self._answer(lambda on_prompt: self.session.edit(argument, self.options, on_prompt=on_prompt))
+        elif not self.env.drafts:
+            raise InputError("/edit: give the new text after it")
+        else:
+            text = said[-1]["content"]
+            self.draft = f"/{text}" if text.startswith("/") else text
 
+    def _save(self, argument: str) -> None:
+        path = _path("/save", argument)
+        if path.exists() and not _is_conversation(path):
+            raise InputError(f"{path}: is there and is no conversation; choose another name")
+        self.session.save(path)
+        self.env.echo(f"Saved as {path}, and what the model has read beside it.")
 
-def _retry(repl: Repl, argument: str) -> None:
-    options, sampling = repl.options, repl.options.sampling
-    if sampling and sampling.seed is not None:  # else the same reply would come again
-        repl._retries += 1
-        options = replace(options, sampling=replace(sampling, seed=sampling.seed + repl._retries))
-    repl._answer(lambda on_prompt: repl.session.retry(options, on_prompt=on_prompt))
+    def _load(self, argument: str) -> None:
+        loaded = self.env.opened(self.session.lm, _path("/load", argument), self.options)
+        self.session.close()
+        self.branches[self.branch] = loaded
+        self.env.echo(f"{_turns(loaded)} loaded.")
 
+    def _fork(self, argument: str) -> None:
+        if not argument:
+            for name, session in self.branches.items():
+                here = "*" if name == self.branch else " "
+                self.env.echo(f"{here} {name}: {_turns(session)}, {_counted(session.state.length, 'token')}")
+            return
+        if not re.fullmatch(r"[\w.-]{1,40}", argument):
+            raise InputError(f"/fork {argument}: a name is letters, digits, dots and dashes, at most 40")
+        new = argument not in self.branches
+        if new:
+            self.branches[argument] = self.session.fork()
+        came_from, self.branch = self.branch, argument
+        self.env.echo(f"Now on {argument}, " + (f"branched from {came_from}." if new else _turns(self.session) + "."))
 
-def _edit(repl: Repl, argument: str) -> None:
-    said = [m for m in repl.session.messages if m.get("role") == "user" and isinstance(m.get("content"), str)]
-    if not said:
-        raise InputError("there is nothing to edit yet")
-    if argument:
-        repl._answer(lambda on_prompt: repl.session.edit(argument, repl.options, on_prompt=on_prompt))
-    elif not repl.env.drafts:
-        raise InputError("/edit: give the new text after it")
-    else:
-        text = said[-1]["content"]
-        repl.draft = f"/{text}" if text.startswith("/") else text
+    def _stats(self, argument: str) -> None:
+        session, reply = self.session, self.session.reply
+        if reply:
+            s = reply.statistics
+            read, made = _counted(s.prompt_tokens, "token"), _counted(s.reply_tokens, "token")
+            self.env.echo(f"Prompt: {read} read, {s.prompt_rate:.1f} a second; {s.reused_tokens:,} reused.")
+            self.env.echo(f"Reply: {made}, {s.reply_rate:.1f} a second.")
+            self.env.echo(f"Peak memory of arrays: {_megabytes(s.peak_memory)}.")
+        self.env.echo(f"Conversation: {_turns(session)}, {self.status()}.")
 
+    def _model(self, argument: str) -> None:
+        if not argument:
+            self.env.echo(f"{self.session.lm.path}; /model PATH takes another.")
+            return
+        lm = self.env.load(argument)
+        options = replace(self.options, sampling=self.env.sampling(lm))
+        branches = {name: self.env.session(lm, s.messages, options) for name, s in self.branches.items()}
+        self.close()
+        self.branches, self.options = branches, options
+        self.env.echo(f"Now {lm.path.name}; it reads the conversation with the next message.")
 
-def _save(repl: Repl, argument: str) -> None:
-    path = _path("/save", argument)
-    if path.exists() and not _is_conversation(path):
-        raise InputError(f"{path}: is there and is no conversation; choose another name")
-    repl.session.save(path)
-    repl.env.echo(f"Saved as {path}, and what the model has read beside it.")
+    def _think(self, argument: str) -> None:
+        if argument in ("on", "off"):
+            self.set_options(replace(self.options, think=argument == "on"))
+            self.env.echo(f"Thinking is {argument} from the next message.")
+            return
+        if argument:
+            raise InputError(f"/think {argument}: say on or off, or nothing to show or hide thoughts")
+        self.unfolded = not self.unfolded
+        if not self.unfolded:
+            self.env.echo("Thoughts are folded.")
+            return
+        replies = [m for m in self.session.messages if m.get("role") == "assistant"]
+        thought = str(replies[-1].get("reasoning_content") or "") if replies else ""
+        self.env.echo(thought or "There is no thought yet.")
+        self.env.echo("Thoughts stay unfolded; /think folds them again.")
 
+    def _clear(self, argument: str) -> None:
+        old = self.session
+        system = [m for m in old.messages[:1] if m.get("role") == "system"]
+        self.branches[self.branch] = self.env.session(old.lm, system, self.options)
+        old.close()
+        self.env.echo("A new conversation" + (" with the same system prompt." if system else "."))
 
-def _load(repl: Repl, argument: str) -> None:
-    loaded = repl.env.opened(repl.session.lm, _path("/load", argument), repl.options)
-    repl.session.close()
-    repl.branches[repl.branch] = loaded
-    repl.env.echo(f"{_turns(loaded)} loaded.")
+    def _help(self, argument: str) -> None:
+        for name, command in COMMANDS.items():
+            self.env.echo(f"{f'{name} {command.usage}':<18}{command.about}")
+        self.env.echo("Enter sends, Alt+Enter or Ctrl-J begins a new line. // begins a message with a slash.")
+        self.env.echo("Ctrl-C stops the reply, Ctrl-D leaves.")
 
-
-def _fork(repl: Repl, argument: str) -> None:
-    if not argument:
-        for name, session in repl.branches.items():
-            here = "*" if name == repl.branch else " "
-            repl.env.echo(f"{here} {name}: {_turns(session)}, {_counted(session.state.length, 'token')}")
-        return
-    if not re.fullmatch(r"[\w.-]{1,40}", argument):
-        raise InputError(f"/fork {argument}: a name is letters, digits, dots and dashes, at most 40")
-    new = argument not in repl.branches
-    if new:
-        repl.branches[argument] = repl.session.fork()
-    came_from, repl.branch = repl.branch, argument
-    repl.env.echo(f"Now on {argument}, " + (f"branched from {came_from}." if new else _turns(repl.session) + "."))
-
-
-def _stats(repl: Repl, argument: str) -> None:
-    session, reply = repl.session, repl.session.reply
-    if reply:
-        s = reply.statistics
-        read, made = _counted(s.prompt_tokens, "token"), _counted(s.reply_tokens, "token")
-        repl.env.echo(f"Prompt: {read} read, {s.prompt_rate:.1f} a second; {s.reused_tokens:,} reused.")
-        repl.env.echo(f"Reply: {made}, {s.reply_rate:.1f} a second.")
-        repl.env.echo(f"Peak memory of arrays: {_megabytes(s.peak_memory)}.")
-    repl.env.echo(f"Conversation: {_turns(session)}, {repl.status()}.")
-
-
-def _model(repl: Repl, argument: str) -> None:
-    if not argument:
-        repl.env.echo(f"{repl.session.lm.path}; /model PATH takes another.")
-        return
-    lm = repl.env.load(argument)
-    options = replace(repl.options, sampling=repl.env.sampling(lm))
-    branches = {name: repl.env.session(lm, s.messages, options) for name, s in repl.branches.items()}
-    repl.close()
-    repl.branches, repl.options = branches, options
-    repl.env.echo(f"Now {lm.path.name}; it reads the conversation with the next message.")
-
-
-def _think(repl: Repl, argument: str) -> None:
-    if argument in ("on", "off"):
-        repl.set_options(replace(repl.options, think=argument == "on"))
-        repl.env.echo(f"Thinking is {argument} from the next message.")
-        return
-    if argument:
-        raise InputError(f"/think {argument}: say on or off, or nothing to show or hide thoughts")
-    repl.unfolded = not repl.unfolded
-    if not repl.unfolded:
-        repl.env.echo("Thoughts are folded.")
-        return
-    replies = [m for m in repl.session.messages if m.get("role") == "assistant"]
-    thought = str(replies[-1].get("reasoning_content") or "") if replies else ""
-    repl.env.echo(thought or "There is no thought yet.")
-    repl.env.echo("Thoughts stay unfolded; /think folds them again.")
-
-
-def _clear(repl: Repl, argument: str) -> None:
-    old = repl.session
-    system = [m for m in old.messages[:1] if m.get("role") == "system"]
-    repl.branches[repl.branch] = repl.env.session(old.lm, system, repl.options)
-    old.close()
-    repl.env.echo("A new conversation" + (" with the same system prompt." if system else "."))
-
-
-def _help(repl: Repl, argument: str) -> None:
-    for name, command in COMMANDS.items():
-        repl.env.echo(f"{f'{name} {command.usage}':<18}{command.about}")
-    repl.env.echo("Enter sends, Alt+Enter or Ctrl-J begins a new line. // begins a message with a slash.")
-    repl.env.echo("Ctrl-C stops the reply, Ctrl-D leaves.")
-
-
-def _quit(repl: Repl, argument: str) -> None:
-    raise Leave
-
-
-class Command(NamedTuple):
-    usage: str  # of its argument
-    about: str
-    run: Callable[[Repl, str], None]
+    def _quit(self, argument: str) -> None:
+        raise Leave
 
 
 COMMANDS = {
-    "/system": Command("[TEXT]", "shows or sets the system prompt; none removes it", _system),
-    "/undo": Command("", "takes back your last message and its reply", _undo),
-    "/retry": Command("", "makes another reply to your last message", _retry),
-    "/edit": Command("[TEXT]", "changes your last message", _edit),
-    "/save": Command("FILE", "saves the conversation", _save),
-    "/load": Command("FILE", "goes on with a saved conversation", _load),
-    "/fork": Command("[NAME]", "begins a branch or goes to it; alone, lists them", _fork),
-    "/stats": Command("", "shows speed, memory and tokens of the last reply", _stats),
-    "/model": Command("[PATH]", "takes another model; the conversation stays", _model),
-    "/think": Command("[on|off]", "switches thinking; alone, shows or hides thoughts", _think),
-    "/clear": Command("", "begins anew; the system prompt stays", _clear),
-    "/help": Command("", "shows this", _help),
-    "/quit": Command("", "leaves, as Ctrl-D does", _quit),
+    "/system": Command("[TEXT]", "shows or sets the system prompt; none removes it", Repl._system),
+    "/undo": Command("", "takes back your last message and its reply", Repl._undo),
+    "/retry": Command("", "makes another reply to your last message", Repl._retry),
+    "/edit": Command("[TEXT]", "changes your last message", Repl._edit),
+    "/save": Command("FILE", "saves the conversation", Repl._save),
+    "/load": Command("FILE", "goes on with a saved conversation", Repl._load),
+    "/fork": Command("[NAME]", "begins a branch or goes to it; alone, lists them", Repl._fork),
+    "/stats": Command("", "shows speed, memory and tokens of the last reply", Repl._stats),
+    "/model": Command("[PATH]", "takes another model; the conversation stays", Repl._model),
+    "/think": Command("[on|off]", "switches thinking; alone, shows or hides thoughts", Repl._think),
+    "/clear": Command("", "begins anew; the system prompt stays", Repl._clear),
+    "/help": Command("", "shows this", Repl._help),
+    "/quit": Command("", "leaves, as Ctrl-D does", Repl._quit),
 }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app
-from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter, WordCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
@@ -87,22 +87,17 @@ class _Commands(Completer):
 
     def __init__(self, commands: Mapping[str, str], arguments: Callable[[str], Iterable[str] | None]) -> None:
         self._commands, self._arguments = commands, arguments
-        self._paths = PathCompleter(expanduser=True)
+        self._names = WordCompleter(list(commands), meta_dict=commands, sentence=True)
 
     def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
         command, space, argument = document.text_before_cursor.partition(" ")
-        if not command.startswith("/") or "\n" in command:
-            return
-        if not space:
-            for name, about in self._commands.items():
-                if name.startswith(command):
-                    yield Completion(name, -len(command), display_meta=about)
-        elif command in self._commands:
+        if not space and command.startswith("/") and "\n" not in command:
+            yield from self._names.get_completions(document, event)
+        elif space and command in self._commands:
             words = self._arguments(command)
-            if words is None:
-                yield from self._paths.get_completions(Document(argument), event)
-            else:
-                yield from (Completion(w, -len(argument)) for w in words if w.startswith(argument))
+            paths = PathCompleter(expanduser=True)
+            inner = paths if words is None else WordCompleter(list(words), sentence=True)
+            yield from inner.get_completions(Document(argument), event)
 
 
 class _PrivateHistory(FileHistory):
