@@ -31,7 +31,7 @@ def for_mlx_lm(lm: LanguageModel) -> tuple[MlxLmModel, Any]:
     >>> messages = [{"role": "user", "content": "Hello"}]
     >>> prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)
     >>> text = mlx_lm.generate(model, tokenizer, prompt=prompt, max_tokens=8)
-    >>> text == mlx_gemma4.generate(model.lm, "Hello", max_tokens=8, temperature=0)
+    >>> text == mlx_gemma4.generate(model.lm, "Hello", max_tokens=8, sampling=mlx_gemma4.Sampling(temperature=0))
     True
     """
     try:
