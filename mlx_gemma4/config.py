@@ -1,4 +1,4 @@
-"""What a model looks like, from its metadata alone.
+"""The shape of a model, read from its metadata alone.
 
 In: the metadata of a GGUF (`gemma4` or `gemma3`), or the `config.json` of a safetensors folder.
 Out: a `Config`, one `LayerConfig` a layer. No model size is known here: the file says everything.
@@ -52,7 +52,7 @@ class Config:
 
     @property
     def own_kv_layers(self) -> int:
-        """How many layers, from the first, have keys and values of their own."""
+        """Number of layers, from the first, that have keys and values of their own."""
         return sum(layer.kv_layer == i for i, layer in enumerate(self.layers))
 
     @property
@@ -213,7 +213,7 @@ def config_from_json(config: Mapping[str, Any], source: str) -> Config:
 
 
 def _sliding_layers(read: _Reader, architecture: str, n: int) -> list[bool]:
-    """Which layers slide: an array of flags, or a period whose last layer is global."""
+    """Return a flag a layer, True if it slides, from an array of flags or a period whose last layer is global."""
     pattern = read.metadata.get(read.prefix + "attention.sliding_window_pattern")
     if pattern is None and architecture == "gemma3":
         pattern = 6 if read.prefix + "attention.sliding_window" in read.metadata else 1

@@ -1,6 +1,6 @@
-"""How much memory this machine has to give, and how a model is to be held in it.
+"""Plan how a model is held in this machine's memory.
 
-In: what the tensors will take. Out: a `Plan`, or an error before anything is loaded.
+In: bytes that its tensors take. Out: a `MemoryPlan`, or an error before anything is loaded.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from .errors import InputError
 
 Holding = Literal["packed", "dense"]
 
-# Beside the weights: activations of a prompt's chunk, a KV state of some thousand tokens, Python itself.
+# Bytes beside the weights: activations of a prompt's chunk, a KV state of some thousand tokens, Python itself.
 HEADROOM = 400_000_000
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How the weights are held. Sizes in bytes."""
+    """The form of the weights in memory. Sizes in bytes."""
 
     holding: Holding  # "packed": quantized blocks as they are; "dense": fp32
     weights: int
@@ -38,17 +38,17 @@ def make_plan(
 ) -> MemoryPlan:
     """Choose how to hold a model.
 
-    A GPU multiplies packed weights directly. MLX's CPU products of quantized weights are slow
-    (docs/log.md), so a CPU holds them as fp32 wherever two thirds of the free memory suffice.
+    A GPU multiplies packed weights directly. MLX's CPU products of quantized weights are slow (docs/log.md), so a CPU
+    holds them as fp32 if two thirds of the free memory suffice.
 
     Args:
-        packed, dense: bytes that the weights take either way.
-        wanted: "auto" chooses; the others insist.
+        packed, dense: bytes of the weights in either form.
+        wanted: the form; "auto" chooses.
         source: the file's name, for the error.
         kv_per_token: bytes of KV state a token; 1,024 tokens must fit beside the weights.
 
     Raises:
-        InputError: it fits neither way (exit code 3).
+        InputError: there is too little memory (exit code 3).
     """
     available = available_memory()
     beside = HEADROOM + 1024 * kv_per_token
@@ -66,12 +66,12 @@ def make_plan(
 
 
 def on_cpu() -> bool:
-    """Whether MLX computes on the CPU here."""
+    """Return True if MLX computes on the CPU here."""
     return mx.default_device().type == mx.DeviceType.cpu
 
 
 def available_memory() -> int:
-    """Bytes of memory that a model may take: the GPU's, or what the system has free."""
+    """Bytes of memory that a model may take: the GPU's, or the system's free memory."""
     if not on_cpu():
         info = mx.device_info()
         for key in ("max_recommended_working_set_size", "free_memory", "total_memory", "memory_size"):
@@ -90,7 +90,7 @@ def _linux_available() -> int:
 
 
 def _cgroup_available() -> int:
-    """What a container's limit leaves, if there is one; cached file pages give way, so they count as free."""
+    """Bytes that a container's limit leaves, if there is one; cached file pages can be freed, so they count as free."""
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))

@@ -1,4 +1,4 @@
-"""Where this program keeps files of its own on a machine, and how it writes a file: whole or not at all."""
+"""Folders for this program's own files, and writing a file whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import BinaryIO
 
 
 def cache_folder() -> Path:
-    """For what can be made again: verdicts on kernels, compiled ones. It may not exist yet.
+    """Folder for files that can be made again: verdicts on kernels, compiled kernels. It may not exist yet.
 
     Raises:
-        RuntimeError: this user has no home.
+        RuntimeError: this user has no home folder.
     """
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "mlx-gemma4"
@@ -22,20 +22,20 @@ def cache_folder() -> Path:
 
 
 def state_folder() -> Path:
-    """For what is worth keeping but not worth a backup: the history of `chat`. It may not exist yet.
+    """Folder for files worth keeping but not worth a backup: the history of `chat`. It may not exist yet.
 
     Raises:
-        RuntimeError: this user has no home.
+        RuntimeError: this user has no home folder.
     """
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "mlx-gemma4"
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file open for writing that takes its name once it is complete; else nothing is left of it.
+    """Open a file for writing that takes its name once it is complete; after an error nothing is left of it.
 
     Raises:
-        OSError: it can't be written; what was there is still there.
+        OSError: it can't be written; an existing file is left as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -217,7 +217,7 @@ def _stand_ins(tokenizer: Tokenizer, given: Any, template: str) -> tuple[dict[in
 
 
 class _Generation(jinja2.ext.Extension):
-    """The block {% generation %}, which marks a reply for training, rendered as its contents."""
+    """The block {% generation %}, which marks a reply for training: it is rendered as its contents."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
 

@@ -51,7 +51,7 @@ def chat_loop(
 
 
 def _converse(repl: Repl, read: Read) -> bool:
-    """Take messages until there are no more. An error is printed and changes nothing; returns True if there was one."""
+    """Take messages until there are no more; print errors. Return True if there was one."""
     failed = False
     while (line := read()) is not None:
         try:

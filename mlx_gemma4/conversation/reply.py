@@ -119,21 +119,21 @@ class Reply:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one token added to a reply: often one event, none while a character, a call or a stop string may be open."""
+    """The part of a reply that one token adds: often one event, none while a character, call or stop string is open."""
 
     events: list[Event]
-    token: Token | None  # None: the last chunk, with what was held back
+    token: Token | None  # None: the last chunk, with the text held back so far
     reply: Reply  # all so far; the same object in each chunk
 
     @property
     def text(self) -> str:
-        """What it adds to the answer; a tool call as the model wrote it."""
+        """Its piece of the answer; a tool call as the model wrote it."""
         added = (event for event in self.events if not isinstance(event, Thinking))
         return "".join(event.text if isinstance(event, Text) else event.raw for event in added)
 
     @property
     def thinking(self) -> str:
-        """What it adds to the model's thinking before the answer."""
+        """Its piece of the model's thinking before the answer."""
         return "".join(event.text for event in self.events if isinstance(event, Thinking))
 
     @property
