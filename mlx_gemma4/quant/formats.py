@@ -23,7 +23,7 @@ import numpy as np
 from ..errors import InputError
 from ..files.gguf import TENSOR_TYPES, TensorInfo
 from ..memory import on_cpu
-from .repack import BlockLayout, GroupScalesWriter, Plane, iq4_xs, plain, q3_k, q4_k, rearrange
+from .repack import BlockLayout, GroupScalesReader, Plane, iq4_xs, plain, q3_k, q4_k, rearrange
 
 Shape = tuple[int, ...]
 GroupScaleKind = Literal["", "scale-min", "scale-32", "int8", "e8m0"]
@@ -53,7 +53,7 @@ class Format:
     group_scale_kind: GroupScaleKind
     codes_at: tuple[Plane, ...]  # from the lowest bits of a code up
     block_scales_at: tuple[int, ...]  # the bytes of a block where d (and m) are
-    group_scales_at: tuple[GroupScalesWriter, int] | None  # what reads the group scales, and from which byte on
+    group_scales_at: tuple[GroupScalesReader, int] | None  # what reads the group scales, and from which byte on
 
     @property
     def layout(self) -> BlockLayout:
