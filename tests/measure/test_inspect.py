@@ -24,7 +24,7 @@ from mlx_gemma4.generation.loop import PREFILL_CHUNK
 from mlx_gemma4.kv.quantization import KINDS as KVS
 from mlx_gemma4.loading.tensors import Entry
 from mlx_gemma4.measure import bench, inspection
-from mlx_gemma4.measure.inspection import BANDWIDTHS, Report, inspect, lines
+from mlx_gemma4.measure.inspection import Report, inspect, lines
 from mlx_gemma4.memory import HEADROOM
 
 
@@ -124,18 +124,11 @@ def test_whether_it_fits(synthetic: Callable[..., Report], monkeypatch: pytest.M
                     assert again.with_weights - again.state > HEADROOM
 
 
-def test_projection(synthetic: Callable[..., Report]) -> None:
-    """Bandwidth over bytes, for every chip; only this machine's where it is one of them; marked as what it is."""
+def test_speed_is_bounded_by_the_bytes_that_a_token_reads(synthetic: Callable[..., Report]) -> None:
+    """Bandwidth over bytes bounds what others have published for an M5 Max, 614 GB/s: 25.3 and 28.3 tokens a second."""
     report = synthetic("31b", 512)
-    chips = report.as_json()["projection"]["chips"]
-    assert chips["M5 Max (40-core GPU)"]["full"] == pytest.approx(614e9 / report.memory[0].read_per_token, rel=1e-3)
-    assert 25.3 < chips["M5 Max (40-core GPU)"]["full"] < 40  # published: 25.3 and 28.3 tokens a second
-    every = list(lines(report, "AMD EPYC"))
-    mine = list(lines(report, "Apple M3 Max"))
-    for text in (every, mine):
-        assert sum("PROJECTION, not measured" in line for line in text) == 1
-    assert [line.split("  ")[0] for line in every[-len(BANDWIDTHS) :]] == list(BANDWIDTHS)
-    assert [line.split("  ")[0] for line in mine[-3:]] == ["chip", "M3 Max (30-core GPU)", "M3 Max (40-core GPU)"]
+    assert 28.3 < 614e9 / report.memory[0].read_per_token < 40
+    assert f"{report.memory[0].read_per_token / 1e9:.2f} GB with --kv full" in "\n".join(lines(report, "Apple M3 Max"))
 
 
 def test_table_and_json() -> None:
@@ -201,4 +194,4 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
 def test_unused_tensors_are_named(tmp_path: Path) -> None:
     extra = ("v.patch_embd.weight", np.ones((2, 3), np.float32), gguf.GGMLQuantizationType.F32)
     file = rewrite(HERE / "e2b-f32.gguf", tmp_path / "more.gguf", lambda entries: [*entries, extra])
-    assert "Of no use to the model: v.patch_embd.weight" in run(file).stdout
+    assert "Unused tensors: v.patch_embd.weight" in run(file).stdout
