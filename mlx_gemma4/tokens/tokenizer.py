@@ -10,13 +10,13 @@ Two kinds of GGUF vocabulary are read, both with the results of llama.cpp (src/l
 `llama`   (gemma3 and older) SentencePiece BPE: no merges, but a score for each token. The neighbours whose
           concatenation has the best score join first, the leftmost of equals before the others.
 
-The Rust library `tokenizers` does the work for both. `bpe.PlainBPE` is its reference, and takes its place for
-vocabularies that the library can't express.
+The Rust library `tokenizers` does the work for both. A vocabulary that it can't encode exactly as llama.cpp does is
+refused; no Gemma has one.
 
 Three things differ from llama.cpp on purpose. Tokens of the shape <|name>, <name|> or <|name|> are control
 tokens even where the file calls them user-defined, so that nobody can type one. No merge ever makes a control or
 byte token. And </s> is the HTML tag that it is in Gemma 3's vocabulary, not an end of text.
-This module knows nothing about chat: see prompts.py.
+This module knows nothing about chat: see chat_format.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from ..errors import InputError
-from .plain_bpe import SPACE, PlainBPE, Splitter, splits
 
+SPACE = "\u2581"  # SentencePiece's form of a space
 # Values of tokenizer.ggml.token_type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -46,6 +46,40 @@ _ENDS = ("<eos>", "<turn|>", "<|tool_response>", "<end_of_turn>")
 
 
 Encoder = Callable[[str], "list[int]"]
+
+
+class Splitter:
+    """Cuts text at given strings; where several begin at one place the longest counts."""
+
+    def __init__(self, ids: Mapping[str, int]) -> None:
+        self._ids = ids
+        lengths: dict[str, set[int]] = {}
+        for text in ids:
+            lengths.setdefault(text[0], set()).add(len(text))
+        self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
+        self._starts = re.compile(f"[{re.escape(''.join(lengths))}]") if lengths else None
+
+    def split(self, text: str) -> list[str | int]:
+        """The text between the strings, never empty, and the ids of the strings, in order."""
+        parts: list[str | int] = []
+        done = 0
+        for match in self._starts.finditer(text) if self._starts else ():
+            at = match.start()
+            found = self._longest(text, at) if at >= done else 0
+            if found:
+                if at > done:
+                    parts.append(text[done:at])
+                parts.append(self._ids[text[at : at + found]])
+                done = at + found
+        if done < len(text):
+            parts.append(text[done:])
+        return parts
+
+    def _longest(self, text: str, at: int) -> int:
+        for length in self._lengths[text[at]]:
+            if text[at : at + length] in self._ids:
+                return length
+        return 0
 
 
 class Tokenizer:
@@ -241,29 +275,23 @@ def _gemma4_encoder(vocab: _Vocab, merges: list[str]) -> Encoder:
     for text in vocab.never:
         for i in range(1, len(text)):
             kept.pop(f"{text[:i]} {text[i:]}", None)
-    pairs = [tuple(merge.split(" ", 1)) for merge in kept]
     # The rest of a line merges apart from newlines, and without further cutting into words.
     lines = pre_tokenizers.Split(tokenizers.Regex(r"\n+"), "isolated")
-    fast = _rust_encoder(vocab, pairs, prefix=False, pre_tokenizer=lines)
-    if fast is not None and all(fast(run) == [vocab.ids[run]] for run in _newline_runs(vocab.ids)):
-        return fast
-    ranks = {pair: rank for rank, pair in enumerate(pairs)}
-    return PlainBPE(vocab.ids, lambda a, b: ranks.get((a, b)), vocab.user, prefix=False, split_lines=True)
-
-
-def _newline_runs(vocab: Mapping[str, int]) -> list[str]:
-    """Tokens of newlines only. llama.cpp takes such a run for its token even where no merges lead to it."""
-    return [run for run in ("\n" * i for i in range(1, 65)) if run in vocab]
+    encode = _rust_encoder(vocab, [tuple(merge.split(" ", 1)) for merge in kept], prefix=False, pre_tokenizer=lines)
+    # llama.cpp takes a run of newlines for its token even where no merges lead to it.
+    if any(encode(run) != [vocab.ids[run]] for run in ("\n" * i for i in range(1, 65)) if run in vocab.ids):
+        raise _refused("runs of newlines that no merges make")
+    return encode
 
 
 def _llama_encoder(vocab: _Vocab, scores: list[float], prefix: bool) -> Encoder:
-    """SentencePiece BPE by scores.
+    """Return the encoder of SentencePiece BPE by scores: of pairs, ranked by the score of the token that they make.
 
-    Why a list of ranked pairs gives the same. Let a token t be made at some place of a text. No merge before has
-    crossed the ends of that place, so inside it all went as if t's text stood alone: of the ways to cut t in
+    A list of ranked pairs gives the same ids. Let a token t be made at some place of a text. No earlier merge
+    crossed the ends of that place, so inside it everything went as if t's text stood alone: of the ways to cut t in
     two, only one is ever used. So a queue of pairs, ranked by the score of what they make and leftmost first,
-    pops what a queue of scores pops; pairs that are never used do no harm. Only equal scores of different
-    tokens could make a difference, and they are left to the plain reference.
+    pops what a queue of scores pops; pairs that are never used do no harm. Only equal scores of different tokens,
+    and characters that occur in tokens but are none, could make a difference.
     """
     ids = vocab.ids
     # Text that is a user-defined token doesn't get as far as merging, unless the token has spaces as U+2581.
@@ -272,23 +300,27 @@ def _llama_encoder(vocab: _Vocab, scores: list[float], prefix: bool) -> Encoder:
         (-score, text) for text, score in zip(ids, scores, strict=True) if len(text) > 1 and text not in barred
     ]
     mergeable.sort()
-    ranks = {text: rank for rank, text in mergeable}
-    if len(set(ranks.values())) == len(ranks) and ids.keys() >= set("".join(ranks)):
-        pairs = splits(list(ranks), ids)
-        fast = _rust_encoder(vocab, pairs, prefix=prefix)
-        if fast is not None:
-            return fast
-    return PlainBPE(ids, lambda a, b: ranks.get(a + b), vocab.user, prefix=prefix, split_lines=False)
+    halves = ids.keys() | {character for _, text in mergeable for character in text}
+    pairs = [
+        (left, right)
+        for _, text in mergeable
+        for i in range(1, len(text))
+        if (left := text[:i]) in halves and (right := text[i:]) in halves
+    ]
+    made = {left + right for left, right in pairs}  # padding tokens, which share a score, are not among them
+    if len({score for score, text in mergeable if text in made}) != len(made):
+        raise _refused("equal scores of different tokens")
+    return _rust_encoder(vocab, pairs, prefix=prefix)
 
 
-def _rust_encoder(vocab: _Vocab, pairs: list[Any], *, prefix: bool, pre_tokenizer: Any | None = None) -> Encoder | None:
-    """The `tokenizers` pipeline with these merges, or None where it wouldn't give llama.cpp's results."""
+def _rust_encoder(vocab: _Vocab, pairs: list[Any], *, prefix: bool, pre_tokenizer: Any | None = None) -> Encoder:
+    """Return the `tokenizers` pipeline with these merges. Raises InputError where llama.cpp's results would differ."""
     if not vocab.all_bytes:
-        return None  # it would drop characters without a word
+        raise _refused("fewer than 256 byte tokens")  # characters would be dropped silently
     try:
         engine = tokenizers.Tokenizer(models.BPE(vocab.ids, pairs, byte_fallback=True))
-    except Exception:  # the library raises plain Exception: a merge of strings that are no tokens
-        return None
+    except Exception as error:  # the library raises plain Exception
+        raise _refused(f"merges that can't be used ({error})") from error
     steps: list[Any] = [normalizers.Prepend(" ")] if prefix else []
     engine.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     if pre_tokenizer is not None:
@@ -296,6 +328,10 @@ def _rust_encoder(vocab: _Vocab, pairs: list[Any], *, prefix: bool, pre_tokenize
     # Found in the text as typed, before spaces become U+2581; each stretch between them is encoded by itself.
     engine.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in vocab.user])
     return _encoder(engine)
+
+
+def _refused(what: str) -> InputError:
+    return InputError(f"the tokenizer has {what}, as no Gemma's has: convert the original model again")
 
 
 def _encoder(engine: tokenizers.Tokenizer) -> Encoder:
