@@ -24,7 +24,7 @@ from mlx_gemma4.config import config_from_gguf
 from mlx_gemma4.doctor.verdict import MLX, usable_kernels
 from mlx_gemma4.files.gguf import open_gguf
 from mlx_gemma4.generation.loop import Sampling, Statistics, generate_tokens
-from mlx_gemma4.loading.from_gguf import gguf_source
+from mlx_gemma4.loading.from_gguf import GGUFSource
 from mlx_gemma4.loading.loader import load_model
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.ops.dispatch import Kernels
@@ -37,7 +37,7 @@ def load(path: Path) -> Model:
     """The model alone: a synthetic file needs no tokenizer."""
     with open_gguf(path) as file:
         config = config_from_gguf(file.metadata, str(path))
-        return load_model(config, gguf_source(file), kernels=usable_kernels())[0]
+        return load_model(config, GGUFSource(file), kernels=usable_kernels())[0]
 
 
 def launches_a_layer(model: Model) -> float | None:

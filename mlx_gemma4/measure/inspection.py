@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
 
 import mlx.core as mx
 
@@ -22,8 +21,8 @@ from ..files.gguf import TENSOR_TYPES, open_gguf
 from ..generation.loop import PREFILL_CHUNK
 from ..kv.quantization import KINDS, check_kind, vector_bytes
 from ..kv.state import kv_bytes
-from ..loading.from_gguf import gguf_source
-from ..loading.from_safetensors import folder_source
+from ..loading.from_gguf import GGUFSource
+from ..loading.from_safetensors import FolderSource
 from ..loading.tensors import Entry, Spec, tensor_specs
 from ..memory import HEADROOM, available_memory, on_cpu
 from ..quant.formats import SUPPORTED
@@ -122,7 +121,7 @@ def _header(path: Path) -> tuple[Config, Mapping[str, Entry], str]:
     if not path.is_dir():
         with open_gguf(path) as file:
             name = str(file.metadata.get("general.name", ""))
-            return config_from_gguf(file.metadata, str(path)), gguf_source(file).entries, name
+            return config_from_gguf(file.metadata, str(path)), GGUFSource(file).entries, name
     try:
         contents = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -130,7 +129,7 @@ def _header(path: Path) -> tuple[Config, Mapping[str, Entry], str]:
             f"{path / 'config.json'}: can't be read as JSON ({error}); is this a model's folder?"
         ) from None
     config = config_from_json(contents, str(path / "config.json"))
-    return config, folder_source(path, config, contents.get("quantization") or {}).entries, ""
+    return config, FolderSource(path, config, contents.get("quantization") or {}).entries, ""
 
 
 def weights_per_token(config: Config, entries: Mapping[str, Entry]) -> int:
