@@ -1,6 +1,6 @@
-"""How much memory this machine has to give, and how a model is to be held in it.
+"""The memory that this machine has free, and how a model's weights are held in it.
 
-In: what the tensors will take. Out: a `Plan`, or an error before anything is loaded.
+In: the bytes that the tensors will take. Out: a `MemoryPlan`, or an error before anything is loaded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .errors import InputError
 
 Holding = Literal["packed", "dense"]
 
-# Beside the weights: activations of a prompt's chunk, a KV state of some thousand tokens, Python itself.
+# Bytes beside the weights: activations of a prompt's chunk, a KV state of some thousand tokens, Python itself.
 HEADROOM = 400_000_000
 
 
@@ -42,13 +42,13 @@ def make_plan(
     (docs/log.md), so a CPU holds them as fp32 wherever two thirds of the free memory suffice.
 
     Args:
-        packed, dense: bytes that the weights take either way.
-        wanted: "auto" chooses; the others insist.
+        packed, dense: bytes of the weights in either form.
+        wanted: "auto" chooses; the others force a form.
         source: the file's name, for the error.
         kv_per_token: bytes of KV state a token; 1,024 tokens must fit beside the weights.
 
     Raises:
-        InputError: it fits neither way (exit code 3).
+        InputError: the weights don't fit (exit code 3).
     """
     available = available_memory()
     beside = HEADROOM + 1024 * kv_per_token
@@ -66,12 +66,12 @@ def make_plan(
 
 
 def on_cpu() -> bool:
-    """Whether MLX computes on the CPU here."""
+    """True if MLX computes on the CPU."""
     return mx.default_device().type == mx.DeviceType.cpu
 
 
 def available_memory() -> int:
-    """Bytes of memory that a model may take: the GPU's, or what the system has free."""
+    """Return the bytes that a model may take: of the GPU, or else of the system's free memory."""
     if not on_cpu():
         info = mx.device_info()
         for key in ("max_recommended_working_set_size", "free_memory", "total_memory", "memory_size"):
@@ -90,7 +90,7 @@ def _linux_available() -> int:
 
 
 def _cgroup_available() -> int:
-    """What a container's limit leaves, if there is one; cached file pages give way, so they count as free."""
+    """Return the bytes left under a container's limit; pages that cache files can be dropped, so they count as free."""
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))

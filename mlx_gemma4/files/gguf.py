@@ -1,9 +1,9 @@
 """Open a GGUF file: metadata and tensor directory out, tensor bytes as views of the memory map.
 
 In: the path of a GGUF (version 2 or 3, little-endian), or of any part of a split one. Out: a `GGUFFile`. It knows the
-container only: what a tensor's bytes mean is `quant`'s business, what a key means is `config`'s. Nothing the file says
-is believed: each length is held against the bytes that are there before anything is read or allocated, and every
-failure is an `InputError` that names the file. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+container only: `quant` knows what a tensor's bytes mean, `config` what a key means. Nothing in the file is trusted:
+each length is checked against the bytes that are there before anything is read or allocated, and every failure is an
+`InputError` that names the file. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_KEY_BYTES = 65535  # the specification's limit on a key; used for tensor nam
 
 
 class TensorType(NamedTuple):
-    """How one ggml type is stored: `block_size` values in `block_bytes` bytes."""
+    """The storage of one ggml type: `block_size` values in `block_bytes` bytes."""
 
     name: str
     block_size: int
@@ -84,10 +84,10 @@ STRING, ARRAY, BOOL = 8, 9, 7
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One line of the tensor directory.
+    """One entry of the tensor directory.
 
     `shape` is in numpy order: [N, K] rows first, experts [E, N, K]. `offset` is in bytes from the start of file number
-    `part` (0 unless the file is split). `row_bytes` is the size of K values.
+    `part` (0 unless the file is split). `row_bytes` is the size of a row of K values.
     """
 
     name: str
@@ -116,7 +116,7 @@ class GGUFFile:
         self._maps = maps
 
     def raw(self, name: str) -> np.ndarray:
-        """The tensor's bytes as they are in the file: uint8 [rows, row_bytes], read-only, nothing copied."""
+        """Return the tensor's bytes as they are in the file: uint8 [rows, row_bytes], read-only, not copied."""
         t = self.tensors[name]
         flat = np.frombuffer(self._maps[t.part], np.uint8, t.n_bytes, t.offset)
         return flat.reshape(-1, t.row_bytes)
@@ -124,7 +124,7 @@ class GGUFFile:
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Drop bytes [start, stop) of the tensor (default: all) from this process's resident set.
 
-        The pages are backed by the file, so a later read only fetches them again. Whole pages go, neighbours' too.
+        The pages are backed by the file, so a later read fetches them again. Whole pages are dropped, with neighbours' bytes.
         """
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
@@ -136,9 +136,9 @@ class GGUFFile:
             part.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def close(self) -> None:
-        """Unmap the file. Arrays from `raw` that are still alive keep their part mapped until they go."""
+        """Unmap the file. Arrays from `raw` keep their part mapped as long as they live."""
         for part in self._maps:
-            with suppress(BufferError):  # an array still looks at it; the map is freed with the last of them
+            with suppress(BufferError):  # an array still views it; the map is freed with the last of them
                 part.close()
 
     def __enter__(self) -> GGUFFile:
@@ -171,7 +171,7 @@ def open_gguf(path: str | Path) -> GGUFFile:
 
 
 class SplitFile(NamedTuple):
-    """One parsed file: what it holds, and its open map."""
+    """One parsed file of a split GGUF (or the only one): its open map, metadata and directory."""
 
     map: mmap.mmap
     metadata: dict[str, Any]
@@ -179,7 +179,7 @@ class SplitFile(NamedTuple):
 
 
 def part_paths(path: Path, metadata: dict[str, Any]) -> list[Path]:
-    """The paths of all parts in order ([path] for a file that isn't split); InputError if one is missing."""
+    """Return the paths of all parts in order ([path] for a file that isn't split). InputError if one is missing."""
     count = metadata.get("split.count", 1)
     if not isinstance(count, int) or not 0 <= count <= 99999:
         raise InputError(f"{path}: split.count is {count!r}, not a number of parts; download the file again")
@@ -200,7 +200,7 @@ def part_paths(path: Path, metadata: dict[str, Any]) -> list[Path]:
 
 
 def check_parts(names: list[Path], parts: list[SplitFile]) -> None:
-    """Each part must say that it is where its name puts it, and together they must hold what was split."""
+    """Check that each part's number agrees with its name, and that together they have all tensors."""
     for i, (path, part) in enumerate(zip(names, parts, strict=True)):
         found = part.metadata.get("split.no"), part.metadata.get("split.count")
         if found != (i, len(names)):
@@ -214,7 +214,7 @@ def check_parts(names: list[Path], parts: list[SplitFile]) -> None:
 
 
 def join_tensors(names: list[Path], parts: list[SplitFile]) -> dict[str, TensorInfo]:
-    """One directory over all parts; a name may occur once."""
+    """Return one directory of all parts' tensors; a name may occur once."""
     tensors: dict[str, TensorInfo] = {}
     for i, (path, part) in enumerate(zip(names, parts, strict=True)):
         for t in part.tensors:
@@ -239,7 +239,7 @@ def read_part(path: Path) -> SplitFile:
 
 
 def open_map(path: Path) -> mmap.mmap:
-    """A read-only memory map of the whole file."""
+    """Map the whole file, read-only."""
     try:
         if path.is_dir():
             raise InputError(f"{path}: is a folder; give the .gguf file in it")
@@ -282,7 +282,7 @@ class Reader:
         return layout.unpack_from(self.buf, self.need(layout.size, what))[0]
 
     def name(self, what: str) -> str:
-        """A key or tensor name: short, and UTF-8."""
+        """Read a key or tensor name: short, and UTF-8."""
         n = self.number("Q", what)
         if not 0 < n <= MAX_KEY_BYTES:
             raise self.error(f"{what} is {n} bytes long, which none is; the file is damaged, download it again")
@@ -298,7 +298,7 @@ class Reader:
         return self.buf[start : start + n].decode("utf-8", "replace")
 
     def strings(self, count: int, what: str) -> list[str]:
-        """An array of strings. This loop runs 777,000 times for Gemma's vocabulary, so it does nothing but read."""
+        """Read an array of strings. The loop runs 777,000 times for Gemma's vocabulary, so it only reads."""
         if count > (self.size - self.at) // 8:
             raise self.truncated(what)
         out: list[str] = []
@@ -340,7 +340,7 @@ def read_header(r: Reader) -> tuple[dict[str, Any], list[TensorInfo]]:
     """Parse everything before the tensor data, and check that the data is there."""
     check_magic_and_version(r)
     n_tensors, n_keys = r.number("Q", "the header"), r.number("Q", "the header")
-    # The smallest entry of each kind: a key of 1 byte with a 1-byte value; a name of 1 byte, no dimensions.
+    # The smallest entry of each kind: a key of 1 byte with a value of 1 byte; a name of 1 byte without dimensions.
     for n, smallest, what in ((n_keys, 14, "keys"), (n_tensors, 25, "tensors")):
         if n > (r.size - r.at) // smallest:
             raise r.error(f"declares {n} {what}, more than {r.size} bytes can hold; it is cut short or damaged")
@@ -405,7 +405,7 @@ def read_tensor_info(r: Reader, index: int) -> TensorInfo:
 
 
 def locate_tensors(r: Reader, tensors: list[TensorInfo], data_start: int, alignment: int) -> Iterator[TensorInfo]:
-    """Turn offsets into file positions, in file order; refuse what is misaligned, past the end or overlapping."""
+    """Turn offsets into file positions, in file order; refuse tensors misaligned, past the end or overlapping."""
     for t in tensors:
         if t.offset % alignment:
             raise r.error(f"tensor {t.name!r} is at offset {t.offset}, no multiple of {alignment}; the file is damaged")

@@ -219,7 +219,7 @@ class _Wrapper:
         self._encode = weakref.WeakMethod(tokenizer.encode)
 
     def __call__(self, text: str) -> list[int]:
-        """Return the ids of a text. Called where a grammar leaves one text only, to write it in the model's usual tokens."""
+        """Return the ids of a text: where a grammar leaves only one, it is written in the model's usual tokens."""
         encode = self._encode()
         return encode(text, add_bos=False) if encode else []
 

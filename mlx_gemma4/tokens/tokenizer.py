@@ -6,7 +6,7 @@ Out: a `Tokenizer` (text -> ids, ids -> text) and a `StreamDecoder` (one id at a
 Two kinds of GGUF vocabulary are read, both with the results of llama.cpp (src/llama-vocab.cpp):
 
 `gemma4`  BPE with a list of merges. A space becomes U+2581, the text is cut into runs of newlines and the
-          rest, and what isn't in the vocabulary becomes byte tokens <0xXX>.
+          rest, and characters that aren't in the vocabulary become byte tokens <0xXX>.
 `llama`   (gemma3 and older) SentencePiece BPE: no merges, but a score for each token. The neighbours whose
           concatenation has the best score join first, the leftmost of equals before the others.
 
@@ -41,7 +41,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _MARKER = re.compile(r"<\|[^<>\s]+>|<[^<>\s]+\|>")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # Tokens that end a reply, beside those the file names: ids 1, 106 and 50 in Gemma 4, 1 and 106 in Gemma 3.
-# They go by text, since 50 is an unused token in Gemma 3 and a trimmed vocabulary has them elsewhere.
+# Found by text, since 50 is an unused token in Gemma 3 and a trimmed vocabulary has other ids.
 _ENDS = ("<eos>", "<turn|>", "<|tool_response>", "<end_of_turn>")
 
 
@@ -49,7 +49,7 @@ Encoder = Callable[[str], "list[int]"]
 
 
 class Splitter:
-    """Cuts text at given strings; where several begin at one place the longest counts."""
+    """Cuts text at given strings; where several begin at one place, at the longest."""
 
     def __init__(self, ids: Mapping[str, int]) -> None:
         self._ids = ids
@@ -60,7 +60,7 @@ class Splitter:
         self._starts = re.compile(f"[{re.escape(''.join(lengths))}]") if lengths else None
 
     def split(self, text: str) -> list[str | int]:
-        """The text between the strings, never empty, and the ids of the strings, in order."""
+        """Return the text between the strings, never empty, and the ids of the strings, in order."""
         parts: list[str | int] = []
         done = 0
         for match in self._starts.finditer(text) if self._starts else ():
@@ -123,7 +123,7 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], source: str = "the file") -> Tokenizer:
-        """The tokenizer that a GGUF's metadata describes (keys tokenizer.ggml.* and tokenizer.chat_template).
+        """Return the tokenizer that a GGUF's metadata describes (keys tokenizer.ggml.* and tokenizer.chat_template).
 
         Strings are str, arrays are numpy arrays or sequences. `source` names the file in an InputError.
         """
@@ -134,15 +134,15 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
-        """The tokenizer of a Hugging Face folder.
+        """Return the tokenizer of a Hugging Face folder.
 
-        Read are tokenizer.json and, where they exist, tokenizer_config.json, chat_template.jinja and
+        Reads tokenizer.json and, where they exist, tokenizer_config.json, chat_template.jinja and
         generation_config.json. Raises InputError.
         """
         return _from_folder(Path(path))
 
     def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
-        """Ids of `text`. Control tokens in it stay text unless `parse_special`. BOS is never doubled."""
+        """Return the ids of `text`. Control tokens in it stay text unless `parse_special`. BOS is never doubled."""
         ids: list[int] = []
         for part in self.split_special(text) if parse_special else [text]:
             ids.extend([part] if isinstance(part, int) else self._encode(_valid(part)))
@@ -151,15 +151,15 @@ class Tokenizer:
         return ids
 
     def split_special(self, text: str) -> list[str | int]:
-        """`text` cut at its control tokens: the text between them as it is, each of them as its id."""
+        """Return `text` cut at its control tokens: the text between them as it is, each of them as its id."""
         return self._splitter.split(text)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of `ids`. Bytes that form no character become U+FFFD; unknown ids are left out."""
+        """Return the text of `ids`. Bytes that form no character become U+FFFD; unknown ids are left out."""
         return b"".join(self.piece(i, skip_special=skip_special) for i in ids).decode("utf-8", "replace")
 
     def piece(self, token: int, *, skip_special: bool = True) -> bytes:
-        """UTF-8 bytes of one id: perhaps a part of a character only."""
+        """Return the UTF-8 bytes of one id, perhaps only a part of a character."""
         if skip_special and token in self.control_ids:
             return b""
         cached = self._pieces.get(token)
@@ -178,12 +178,12 @@ class Tokenizer:
         return text.encode("utf-8", "surrogateescape")
 
     def token_id(self, text: str) -> int | None:
-        """Id of a control token such as "<|turn>", or None where this vocabulary has no such token."""
+        """Return the id of a control token such as "<|turn>", or None if this vocabulary has no such token."""
         return self._control.get(text)
 
 
 class StreamDecoder:
-    """Text of ids that come one at a time. All that `push` and `finish` return, joined, is `decode` of all."""
+    """Decodes ids that come one at a time. All results of `push` and `finish`, joined, equal `decode` of all ids."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -191,11 +191,11 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The characters that `token` completes; a character still in progress is held back."""
+        """Return the characters that `token` completes; an incomplete character is held back."""
         return self._utf8.decode(self._tokenizer.piece(token, skip_special=self._skip_special))
 
     def finish(self) -> str:
-        """What was held back: "", or U+FFFD where the ids ended inside a character."""
+        """Return what was held back: "", or U+FFFD if the ids ended inside a character."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -241,13 +241,13 @@ class _Vocab:
                 raise InputError(f"the tokenizer has a byte token {text!r}, not <0xXX>: convert the model again")
         self.all_bytes = len(bytes_) == 256
         self.control = _control_ids(tokens, types)
-        self.never = {*bytes_, *(tokens[i] for i in self.control)}  # no merge makes these
+        self.never = {*bytes_, *(tokens[i] for i in self.control)}  # tokens that no merge may make
         user = (i for i, kind in enumerate(types) if kind == USER_DEFINED)
         self.user = {tokens[i]: i for i in user if tokens[i] not in self.never}
 
 
 def _array(metadata: Mapping[str, Any], name: str, length: int | None = None) -> list[Any]:
-    """The list tokenizer.ggml.`name`; InputError where it is missing, empty or of another length."""
+    """Return the list tokenizer.ggml.`name`; InputError if it is missing, empty or of another length."""
     value = metadata.get(f"tokenizer.ggml.{name}")
     if value is None or isinstance(value, str | bytes) or not hasattr(value, "__len__"):
         raise InputError(f"the file has no list tokenizer.ggml.{name}: convert the model again")
@@ -261,7 +261,7 @@ def _array(metadata: Mapping[str, Any], name: str, length: int | None = None) ->
 
 
 def _control_ids(tokens: Sequence[str], types: Sequence[int]) -> list[int]:
-    """Ids that users must not be able to type: control tokens, and markers of chat and tool grammar."""
+    """Return the ids that users must not be able to type: control tokens, and markers of chat and tool grammar."""
     return [
         i
         for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
@@ -343,7 +343,7 @@ def _encoder(engine: tokenizers.Tokenizer) -> Encoder:
 
 
 def _valid(text: str) -> str:
-    """`text` with surrogates (from undecodable input) joined where they pair and U+FFFD where they don't."""
+    """Return `text` with surrogates (from undecodable input) joined where they pair, else replaced by U+FFFD."""
     if text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
@@ -366,7 +366,7 @@ def _from_folder(folder: Path) -> Tokenizer:
         tokens[i], types[i] = text, BYTE if _BYTE.fullmatch(text) else NORMAL
     for i, token in added.items():
         types[i] = CONTROL if token.special or _MARKER.fullmatch(token.content) else USER_DEFINED
-    # Markers that the file doesn't call special become so, and then none of them is found in text any more.
+    # Markers that the file doesn't call special are made special, so that none is found in typed text.
     engine.add_special_tokens([tokenizers.AddedToken(tokens[i], special=True) for i in added if types[i] == CONTROL])
     engine.encode_special_tokens = True
     return _folder_tokenizer(folder, tokens, types, engine)
@@ -394,7 +394,7 @@ def _folder_tokenizer(folder: Path, tokens: list[str], types: list[int], engine:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} where there is no such file."""
+    """Return the object in a JSON file, {} if there is no such file."""
     if not path.is_file():
         return {}
     try:
