@@ -124,22 +124,22 @@ class GGUFFile:
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Drop bytes [start, stop) of the tensor (default: all) from this process's resident set.
 
-        The pages are backed by the file, so a later read fetches them again. Whole pages are dropped, with neighbours' bytes.
+        Whole pages are dropped, with neighbours' bytes; a later read fetches them from the file again.
         """
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         t = self.tensors[name]
-        part = self._maps[t.part]
+        buf = self._maps[t.part]
         first = (t.offset + start) // mmap.PAGESIZE * mmap.PAGESIZE
-        last = min(t.offset + (t.n_bytes if stop is None else stop), len(part))
+        last = min(t.offset + (t.n_bytes if stop is None else stop), len(buf))
         if last > first:
-            part.madvise(mmap.MADV_DONTNEED, first, last - first)
+            buf.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def close(self) -> None:
         """Unmap the file. Arrays from `raw` keep their part mapped as long as they live."""
-        for part in self._maps:
+        for buf in self._maps:
             with suppress(BufferError):  # an array still views it; the map is freed with the last of them
-                part.close()
+                buf.close()
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -151,20 +151,20 @@ class GGUFFile:
 def open_gguf(path: str | Path) -> GGUFFile:
     """Open a GGUF file, or all parts of a split one when given any of them. Raises InputError only."""
     path = Path(path)
-    parts: list[SplitFile] = []
+    splits: list[SplitFile] = []
     try:
-        first = read_part(path)
-        parts.append(first)
-        names = part_paths(path, first.metadata)
+        first = read_file(path)
+        splits.append(first)
+        names = split_paths(path, first.metadata)
         if len(names) > 1:
-            parts = [first if p == path else read_part(p) for p in names]
-            check_parts(names, parts)
-        tensors = join_tensors(names, parts)
+            splits = [first if p == path else read_file(p) for p in names]
+            check_splits(names, splits)
+        tensors = join_tensors(names, splits)
     except BaseException:
-        for part in parts:
-            part.map.close()
+        for split in splits:
+            split.map.close()
         raise
-    return GGUFFile(path, parts[0].metadata, tensors, [part.map for part in parts])
+    return GGUFFile(path, splits[0].metadata, tensors, [split.map for split in splits])
 
 
 # ---- split files: name-00001-of-00003.gguf, each part a GGUF with keys split.no, split.count, split.tensors.count ----
@@ -178,7 +178,7 @@ class SplitFile(NamedTuple):
     tensors: list[TensorInfo]
 
 
-def part_paths(path: Path, metadata: dict[str, Any]) -> list[Path]:
+def split_paths(path: Path, metadata: dict[str, Any]) -> list[Path]:
     """Return the paths of all parts in order ([path] for a file that isn't split). InputError if one is missing."""
     count = metadata.get("split.count", 1)
     if not isinstance(count, int) or not 0 <= count <= 99999:
@@ -199,25 +199,25 @@ def part_paths(path: Path, metadata: dict[str, Any]) -> list[Path]:
     return names
 
 
-def check_parts(names: list[Path], parts: list[SplitFile]) -> None:
+def check_splits(names: list[Path], splits: list[SplitFile]) -> None:
     """Check that each part's number agrees with its name, and that together they have all tensors."""
-    for i, (path, part) in enumerate(zip(names, parts, strict=True)):
-        found = part.metadata.get("split.no"), part.metadata.get("split.count")
+    for i, (path, split) in enumerate(zip(names, splits, strict=True)):
+        found = split.metadata.get("split.no"), split.metadata.get("split.count")
         if found != (i, len(names)):
             raise InputError(
                 f"{path}: should be part {i + 1} of {len(names)} but says split.no={found[0]}, split.count={found[1]};"
                 " the parts are mixed up, download them again"
             )
-    total, found_total = parts[0].metadata.get("split.tensors.count"), sum(len(p.tensors) for p in parts)
+    total, found_total = splits[0].metadata.get("split.tensors.count"), sum(len(s.tensors) for s in splits)
     if total is not None and total != found_total:
         raise InputError(f"{names[0]}: the parts hold {found_total} tensors, not {total}; download them again")
 
 
-def join_tensors(names: list[Path], parts: list[SplitFile]) -> dict[str, TensorInfo]:
+def join_tensors(names: list[Path], splits: list[SplitFile]) -> dict[str, TensorInfo]:
     """Return one directory of all parts' tensors; a name may occur once."""
     tensors: dict[str, TensorInfo] = {}
-    for i, (path, part) in enumerate(zip(names, parts, strict=True)):
-        for t in part.tensors:
+    for i, (path, split) in enumerate(zip(names, splits, strict=True)):
+        for t in split.tensors:
             if t.name in tensors:
                 raise InputError(f"{path}: two tensors are named {t.name!r}; the file is damaged")
             tensors[t.name] = t if i == 0 else TensorInfo(t.name, t.shape, t.type, t.row_bytes, t.n_bytes, i, t.offset)
@@ -227,7 +227,7 @@ def join_tensors(names: list[Path], parts: list[SplitFile]) -> dict[str, TensorI
 # ---- one file ----
 
 
-def read_part(path: Path) -> SplitFile:
+def read_file(path: Path) -> SplitFile:
     """Map one file and parse its header; the map stays open unless this raises."""
     buf = open_map(path)
     try:
