@@ -22,7 +22,7 @@ HEADROOM = 400_000_000
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How the weights are held. Sizes in bytes."""
+    """The form in which the weights are held. Sizes in bytes."""
 
     holding: Holding  # "packed": quantized blocks as they are; "dense": fp32
     weights: int

@@ -27,7 +27,7 @@ SPAN = 250_000  # codes rearranged at once: they stay in the L2 cache. No power 
 
 @dataclass(frozen=True)
 class Plane:
-    """Where a block keeps some bits of each code.
+    """The place of some bits of each code in a block.
 
     The bytes from `at` on are cut into runs of `run` bytes. Byte j of a run holds `bits` bits of code j in its lowest
     bits, of code j + run in the next, and so on, 8 // bits codes to a byte; the next run holds the codes after those.
@@ -44,7 +44,7 @@ GroupScalesReader = Callable[[Bytes], Bytes]
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """What is where in a block of `size` values and `n_bytes` bytes.
+    """The places in a block of `size` values and `n_bytes` bytes.
 
     codes: planes from the lowest bits of a code up. block_scales: the bytes where d (and dmin or m) are. group_scales:
     the reader of the block's `group_scale_bytes` of group scales, and the byte where they begin.

@@ -1,4 +1,4 @@
-"""`inspect`: what it says of a file against what loading and running it shows."""
+"""`inspect`: its report against loading and running the file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_tensors_by_type(kind: str, tmp_path: Path) -> None:
     ("kind", "tag"), [("e2b", "q8_0"), ("31b", "q4_0"), ("26b-a4b", "q4_k_m"), ("12b", "untied-q4_k_m")]
 )
 def test_bytes_per_token(kind: str, tag: str, tmp_path: Path) -> None:
-    """What a loaded model reads, but for a tensor in bf16, which a CPU holds in fp32, and one that only rotates."""
+    """The bytes that a loaded model reads, except for a bf16 tensor (fp32 on a CPU) and one that only rotates."""
     file = path(kind, tag, tmp_path)
     model = load(file, weights="packed").model
     with open_gguf(file) as gguf:
@@ -155,7 +155,7 @@ def test_demo_and_folders() -> None:
 
 
 def test_only_the_header_is_read(tmp_path: Path) -> None:
-    """The same of a file whose data are all zeros."""
+    """The report is the same for a file whose data are all zeros."""
     blank = rewrite(
         HERE / "e2b-q4_k_m.gguf", tmp_path / "blank.gguf", lambda entries: [(n, 0 * d, k) for n, d, k in entries]
     )
@@ -180,7 +180,7 @@ def test_wrong_input(args: list[str], says: str) -> None:
 
 
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:
-    """Said beside all the rest: what misses, and types that nothing reads."""
+    """Missing tensors and unknown types are reported beside everything else."""
     half = rewrite(HERE / "e2b-f32.gguf", tmp_path / "half.gguf", drop("ffn_up"))
     assert "CAN'T BE LOADED: tensors missing: blk.0.ffn_up.weight, blk.1.ffn_up.weight" in run(half).stdout
     odd = ("blk.0.ffn_up.weight", np.zeros((1, 66), np.uint8), gguf.GGMLQuantizationType.IQ2_XXS)
