@@ -96,7 +96,7 @@ def bit_stream(numbers: Bytes, bits: int) -> Bytes:
     return out.reshape(-1, numbers.shape[1])
 
 
-# ---- readers of group scales ----
+# ---- readers of group scales; pack.metal has each under GROUP_SCALE_ and its name ----
 
 
 def plain(source: Bytes) -> Bytes:
