@@ -30,7 +30,7 @@ from mlx_gemma4.gpu.recording import RecordedLaunch, Region
 from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.loading import loader
 from mlx_gemma4.loading.loader import load_model
-from mlx_gemma4.loading.tensors import Entry, Source
+from mlx_gemma4.loading.tensors import Entry
 from mlx_gemma4.memory import MemoryPlan
 from mlx_gemma4.model import decode
 from mlx_gemma4.model.model import Model
@@ -58,23 +58,28 @@ def zeros(type: str, shape: tuple[int, ...]) -> Any:
     return formats.Packed(f, shape, mx.zeros((*rows, k * f.bits // 32), mx.uint32), group_scales, top)
 
 
+class LazySource:
+    """The tensors of a published model in these types, of zeros."""
+
+    def __init__(self, kind: str, tensors: dict[str, tuple[tuple[int, ...], str]]) -> None:
+        self.name = kind
+        self.entries = {name: Entry(shape, type, prod(shape)) for name, (shape, type) in tensors.items()}
+
+    def read(self, names: Sequence[str], *_: Any) -> Any:
+        shape, type = self.entries[names[0]].shape, self.entries[names[0]].type
+        if len(names) > 1:
+            shape = (*shape[:-2], sum(self.entries[name].shape[-2] for name in names), shape[-1])
+        return zeros(type, shape)
+
+
 def lazy_model(name: str, run: Kernels, packed: bool = True) -> Model:
     """Load a published model of such weights as a file would be, in the types of a Q4_K_M file or all in BF16."""
     tensors = make_synthetic.tensors(PUBLISHED[name])
     if not packed:
         tensors = {name: (shape, type if type == "F32" else "BF16") for name, (shape, type) in tensors.items()}
-
-    def read(names: list[str], *_: Any) -> Any:
-        shape, type = tensors[names[0]]
-        if len(names) > 1:
-            shape = (*shape[:-2], sum(tensors[name][0][-2] for name in names), shape[-1])
-        return zeros(type, shape)
-
-    entries = {name: Entry(shape, type, prod(shape)) for name, (shape, type) in tensors.items()}
-    source = Source(name, entries, read, lambda name, _: prod(tensors[name][0]))
     # No memory is taken, so none need be free.
     with patch.object(loader, "make_plan", lambda *_: MemoryPlan("packed", 0, 1 << 40)):
-        return load_model(PUBLISHED[name].config, source, "packed", kernels=run)[0]
+        return load_model(PUBLISHED[name].config, LazySource(name, tensors), "packed", kernels=run)[0]
 
 
 def lazy_fill(state: KVState, length: int) -> None:

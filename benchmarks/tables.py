@@ -18,12 +18,36 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from mlx_gemma4.doctor.published import PUBLISHED
-from mlx_gemma4.measure.inspection import BANDWIDTHS
 
 ORDER = tuple(PUBLISHED)
 TARGETS = {"decode": {"31B": 1.35, "": 1.2}, "prefill": {"31B": 1.0, "": 0.9}}  # ours to llama.cpp's; "": any other
 OURS, THEIRS, INK, FAINT = "#c2410c", "#475569", "#0f172a", "#cbd5e1"
 # The projection for Macs: shares and times that nobody has measured with this program.
+# Peak memory bandwidths in GB/s, as Apple's announcements and technical specifications (support.apple.com) of the Macs
+# with these chips give them. Where the GPU's size makes a difference, each has its row.
+BANDWIDTHS = {
+    "M1": 68,
+    "M1 Pro": 200,
+    "M1 Max": 400,
+    "M1 Ultra": 800,
+    "M2": 100,
+    "M2 Pro": 200,
+    "M2 Max": 400,
+    "M2 Ultra": 800,
+    "M3": 100,
+    "M3 Pro": 150,
+    "M3 Max (30-core GPU)": 300,
+    "M3 Max (40-core GPU)": 400,
+    "M3 Ultra": 819,
+    "M4": 120,
+    "M4 Pro": 273,
+    "M4 Max (32-core GPU)": 410,
+    "M4 Max (40-core GPU)": 546,
+    "M5": 153,
+    "M5 Pro": 307,
+    "M5 Max (32-core GPU)": 460,
+    "M5 Max (40-core GPU)": 614,
+}
 REACHED, LAUNCH = 0.85, 2e-6  # of a chip's published bandwidth, by kernels; seconds between two of them
 PROJECTED_AT = 512  # tokens of context
 # Tokens a second on an M5 Max at 512 tokens that others have published: llama.cpp, mlx-lm.

@@ -1,7 +1,7 @@
-"""The shape of a model, read from its metadata alone.
+"""The shape of a model, from its metadata alone.
 
 In: the metadata of a GGUF (`gemma4` or `gemma3`), or the `config.json` of a safetensors folder.
-Out: a `Config`, one `LayerConfig` a layer. No model size is known here: the file says everything.
+Out: a `Config`, one `LayerConfig` a layer. No model size is hard-coded: the metadata gives every number.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from .errors import InputError
 
 ARCHITECTURES = ("gemma4", "gemma3")
-MAX_LAYERS = 1024  # far above any real model; a file that claims more is lying
+MAX_LAYERS = 1024  # far above any real model; a file that claims more is damaged
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class LayerConfig:
     kv_heads: int
     head_dim: int
     ffn: int  # width of the dense MLP
-    kv_layer: int  # whose keys and values it reads: its own index, or an earlier layer's
+    kv_layer: int  # index of the layer whose keys and values it reads: its own, or an earlier one
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Config:
     architecture: str  # "gemma4" or "gemma3"
     vocab: int
     hidden: int
-    context: int  # longest sequence it was made for
+    context: int  # longest sequence it was trained for
     window: int  # of the sliding layers, the current token included
     eps: float  # of every RMSNorm
     softcap: float  # logits = softcap * tanh(logits / softcap); 0: none
@@ -43,7 +43,7 @@ class Config:
     rope_theta: float  # global layers
     rope_theta_sliding: float
     rope_scale: float  # positions of global layers are divided by this (gemma3 from 4B up)
-    rope_rotated: float | None  # share of a global head's frequencies that turn; None: a tensor says
+    rope_rotated: float | None  # share of a global head's frequencies that rotate; None: a tensor gives them
     ple: int  # width of the per-layer embedding; 0: none
     experts: int  # 0: dense
     experts_used: int
@@ -52,7 +52,7 @@ class Config:
 
     @property
     def own_kv_layers(self) -> int:
-        """Number of layers, from the first, that have keys and values of their own."""
+        """The number of layers, from the first, with keys and values of their own."""
         return sum(layer.kv_layer == i for i, layer in enumerate(self.layers))
 
     @property
@@ -78,57 +78,50 @@ def config_from_gguf(metadata: Mapping[str, Any], source: str) -> Config:
         )
     read = _Reader(metadata, f"{architecture}.", source)
     n = read.count("block_count", most=MAX_LAYERS)
-    sliding = _sliding_layers(read, architecture, n)
-    heads = read.counts("attention.head_count", n)
-    kv_heads = read.counts("attention.head_count_kv", n)
-    ffn = read.counts("feed_forward_length", n)
-    hidden = read.count("embedding_length")
-    head_dim = read.count("attention.key_length")
+    sliding, heads = _sliding_layers(read, architecture, n), read.counts("attention.head_count", n)
+    hidden, head_dim = read.count("embedding_length"), read.count("attention.key_length")
     head_dim_sliding = read.count("attention.key_length_swa", head_dim)
     for key in ("", "_swa"):
         key_length = read.count(f"attention.key_length{key}", head_dim)
         if read.count(f"attention.value_length{key}", key_length) != key_length:
             raise read.error(f"attention.value_length{key}", "differs from the key length")
-    experts = read.count("expert_count", 0, least=0)
     tokens = metadata.get("tokenizer.ggml.tokens")
-    vocab = read.count("vocab_size", len(tokens) if tokens is not None else None)
+    attention_scale = 1.0
     if architecture == "gemma3":
         # The 27B alone scales by hidden/heads instead of head_dim, and no key says so; llama.cpp
         # (src/models/gemma3.cpp) tells it by its 62 layers too.
         dim = hidden // heads[0] if n == 62 else head_dim
         attention_scale = read.number("attention.scale", dim**-0.5)
-    else:
-        attention_scale = 1.0
-    return _checked(
-        source,
-        Config(
-            architecture=architecture,
-            vocab=vocab,
-            hidden=hidden,
-            context=read.count("context_length"),
-            window=read.count("attention.sliding_window") if any(sliding) else 0,
-            eps=read.number("attention.layer_norm_rms_epsilon"),
-            softcap=read.number("final_logit_softcapping", 0.0),
-            attention_scale=attention_scale,
-            rope_theta=read.number("rope.freq_base", 1e6),
-            rope_theta_sliding=read.number("rope.freq_base_swa", 1e4),
-            rope_scale=read.number("rope.scaling.factor", 1.0),
-            rope_rotated=1.0 if architecture == "gemma3" else None,
-            ple=read.count("embedding_length_per_layer_input", 0, least=0),
-            experts=experts,
-            experts_used=read.count("expert_used_count") if experts else 0,
-            expert_ffn=read.counts("expert_feed_forward_length", n)[0] if experts else 0,
-            layers=_layers(
-                sliding,
-                heads,
-                kv_heads,
-                [head_dim_sliding if s else head_dim for s in sliding],
-                ffn,
-                read.count("attention.shared_kv_layers", 0, least=0),
-                source,
-            ),
-        ),
+    experts = read.count("expert_count", 0, least=0)
+    layers = _layers(
+        read,
+        sliding,
+        heads,
+        kv_heads=read.counts("attention.head_count_kv", n),
+        head_dims=[head_dim_sliding if s else head_dim for s in sliding],
+        ffn=read.counts("feed_forward_length", n),
+        shared=read.count("attention.shared_kv_layers", 0, least=0),
     )
+    config = Config(
+        architecture=architecture,
+        vocab=read.count("vocab_size", len(tokens) if tokens is not None else None),
+        hidden=hidden,
+        context=read.count("context_length"),
+        window=read.count("attention.sliding_window") if any(sliding) else 0,
+        eps=read.number("attention.layer_norm_rms_epsilon"),
+        softcap=read.number("final_logit_softcapping", 0.0),
+        attention_scale=attention_scale,
+        rope_theta=read.number("rope.freq_base", 1e6),
+        rope_theta_sliding=read.number("rope.freq_base_swa", 1e4),
+        rope_scale=read.number("rope.scaling.factor", 1.0),
+        rope_rotated=1.0 if architecture == "gemma3" else None,
+        ple=read.count("embedding_length_per_layer_input", 0, least=0),
+        experts=experts,
+        experts_used=read.count("expert_used_count") if experts else 0,
+        expert_ffn=read.counts("expert_feed_forward_length", n)[0] if experts else 0,
+        layers=layers,
+    )
+    return _checked(source, config)
 
 
 def config_from_json(config: Mapping[str, Any], source: str) -> Config:
@@ -148,6 +141,36 @@ def config_from_json(config: Mapping[str, Any], source: str) -> Config:
     if kind not in ARCHITECTURES:
         raise InputError(f"{source}: model_type is {kind[:40]!r}; mlx-gemma4 runs gemma4 and gemma3")
     read = _Reader({k: v for k, v in text.items() if v is not None}, "", source)
+    layers = _layers_from_json(text, read, kind)
+    ropes = text.get("rope_parameters") or {}
+    full: Mapping[str, Any] = ropes.get("full_attention") or text.get("rope_scaling") or {}
+    local: Mapping[str, Any] = ropes.get("sliding_attention", {})
+    moe = bool(text.get("enable_moe_block"))
+    head_dim = float(read.count("head_dim", 256))
+    result = Config(
+        architecture=kind,
+        vocab=read.count("vocab_size"),
+        hidden=read.count("hidden_size"),
+        context=read.count("max_position_embeddings"),
+        window=read.count("sliding_window") if any(layer.sliding for layer in layers) else 0,
+        eps=read.number("rms_norm_eps", 1e-6),
+        softcap=read.number("final_logit_softcapping", 0.0),
+        attention_scale=read.number("query_pre_attn_scalar", head_dim) ** -0.5 if kind == "gemma3" else 1.0,
+        rope_theta=float(full.get("rope_theta", text.get("rope_theta", 1e6))),
+        rope_theta_sliding=float(local.get("rope_theta", text.get("rope_local_base_freq", 1e4))),
+        rope_scale=float(full.get("factor", 1.0)),
+        rope_rotated=float(full.get("partial_rotary_factor", 0.25 if kind == "gemma4" else 1.0)),
+        ple=read.count("hidden_size_per_layer_input", 0, least=0) if kind == "gemma4" else 0,
+        experts=read.count("num_experts") if moe else 0,
+        experts_used=read.count("top_k_experts") if moe else 0,
+        expert_ffn=read.count("moe_intermediate_size") if moe else 0,
+        layers=layers,
+    )
+    return _checked(source, result)
+
+
+def _layers_from_json(text: Mapping[str, Any], read: _Reader, kind: str) -> tuple[LayerConfig, ...]:
+    """The layers of a Hugging Face configuration of architecture `kind`."""
     n = read.count("num_hidden_layers", most=MAX_LAYERS)
     types = text.get("layer_types")
     if types is None:
@@ -156,7 +179,6 @@ def config_from_json(config: Mapping[str, Any], source: str) -> Config:
     if not isinstance(types, list) or len(types) != n:
         raise read.error("layer_types", f"is not a list of {n}")
     sliding = [t == "sliding_attention" for t in types]
-    shared = read.count("num_kv_shared_layers", 0, least=0)
     head_dim, kv_heads = read.count("head_dim", 256), read.count("num_key_value_heads")
     global_dim, global_kv = head_dim, kv_heads
     if kind == "gemma4":
@@ -165,55 +187,21 @@ def config_from_json(config: Mapping[str, Any], source: str) -> Config:
             global_kv = read.count("num_global_key_value_heads", kv_heads)
     head_dims = [head_dim if s else global_dim for s in sliding]
     kv_counts = [kv_heads if s else global_kv for s in sliding]
-    # transformers 5.23 and later write what differs from layer to layer by layer number instead.
+    # transformers 5.23 and later write the differences between layers by layer number instead.
     for i, own in (text.get("per_layer_config") or {}).items():
         if not (i.isdigit() and int(i) < n and isinstance(own, Mapping)):
             raise read.error("per_layer_config", f"has an entry {i[:20]!r} that is none of the {n} layers")
-        layer = _Reader(own, "", source)
+        layer = _Reader(own, "", read.source)
         head_dims[int(i)] = layer.count("head_dim", head_dims[int(i)])
         kv_counts[int(i)] = layer.count("num_key_value_heads", kv_counts[int(i)])
-    wide = 2 if text.get("use_double_wide_mlp") else 1
-    ffn = read.count("intermediate_size")
-    ropes = text.get("rope_parameters") or {}
-    full, local = ropes.get("full_attention", {}), ropes.get("sliding_attention", {})
-    if not full and text.get("rope_scaling"):
-        full = text["rope_scaling"]
-    moe = bool(text.get("enable_moe_block"))
-    scalar = read.number("query_pre_attn_scalar", float(head_dim)) if kind == "gemma3" else 1.0
-    return _checked(
-        source,
-        Config(
-            architecture=kind,
-            vocab=read.count("vocab_size"),
-            hidden=read.count("hidden_size"),
-            context=read.count("max_position_embeddings"),
-            window=read.count("sliding_window") if any(sliding) else 0,
-            eps=read.number("rms_norm_eps", 1e-6),
-            softcap=read.number("final_logit_softcapping", 0.0),
-            attention_scale=scalar**-0.5,
-            rope_theta=float(full.get("rope_theta", text.get("rope_theta", 1e6))),
-            rope_theta_sliding=float(local.get("rope_theta", text.get("rope_local_base_freq", 1e4))),
-            rope_scale=float(full.get("factor", 1.0)),
-            rope_rotated=float(full.get("partial_rotary_factor", 0.25 if kind == "gemma4" else 1.0)),
-            ple=read.count("hidden_size_per_layer_input", 0, least=0) if kind == "gemma4" else 0,
-            experts=read.count("num_experts") if moe else 0,
-            experts_used=read.count("top_k_experts") if moe else 0,
-            expert_ffn=read.count("moe_intermediate_size") if moe else 0,
-            layers=_layers(
-                sliding,
-                [read.count("num_attention_heads")] * n,
-                kv_counts,
-                head_dims,
-                [ffn * (wide if shared and i >= n - shared else 1) for i in range(n)],
-                shared,
-                source,
-            ),
-        ),
-    )
+    ffn, shared = read.count("intermediate_size"), read.count("num_kv_shared_layers", 0, least=0)
+    wide = n - shared if shared and text.get("use_double_wide_mlp") else n  # first layer with an MLP of twice the width
+    widths = [2 * ffn if i >= wide else ffn for i in range(n)]
+    return _layers(read, sliding, [read.count("num_attention_heads")] * n, kv_counts, head_dims, widths, shared)
 
 
 def _sliding_layers(read: _Reader, architecture: str, n: int) -> list[bool]:
-    """Return a flag a layer, True if it slides, from an array of flags or a period whose last layer is global."""
+    """True for each sliding layer: from an array of flags, or from a period whose last layer is global."""
     pattern = read.metadata.get(read.prefix + "attention.sliding_window_pattern")
     if pattern is None and architecture == "gemma3":
         pattern = 6 if read.prefix + "attention.sliding_window" in read.metadata else 1
@@ -229,31 +217,33 @@ def _sliding_layers(read: _Reader, architecture: str, n: int) -> list[bool]:
 
 
 def _layers(
+    read: _Reader,
     sliding: list[bool],
     heads: list[int],
     kv_heads: list[int],
     head_dims: list[int],
     ffn: list[int],
     shared: int,
-    source: str,
 ) -> tuple[LayerConfig, ...]:
     """One LayerConfig a layer; the last `shared` layers read an earlier layer's keys and values."""
     n = len(sliding)
     if shared >= n:
-        raise InputError(f"{source}: all {n} layers share keys and values, none makes them; the file is damaged")
+        raise InputError(f"{read.source}: all {n} layers share keys and values, none makes them; the file is damaged")
     layers = []
     for i in range(n):
         own = i < n - shared
-        # A sharing layer reads the last layer of its own kind that has keys and values.
+        # A sharing layer reads the last layer of its own kind (sliding or global) that has keys and values.
         sources = [i] if own else [j for j in range(n - shared) if sliding[j] == sliding[i]]
         if not sources:
-            raise InputError(f"{source}: layer {i} shares keys and values, but no earlier layer of its kind has any")
+            raise InputError(
+                f"{read.source}: layer {i} shares keys and values, but no earlier layer of its kind has any"
+            )
         layers.append(LayerConfig(sliding[i], heads[i], kv_heads[i], head_dims[i], ffn[i], sources[-1]))
     return tuple(layers)
 
 
 def _checked(source: str, config: Config) -> Config:
-    """Refuse what no model can be."""
+    """Return the configuration, or raise InputError if its numbers contradict each other."""
     for i, layer in enumerate(config.layers):
         if layer.heads % layer.kv_heads:
             raise InputError(f"{source}: layer {i} has {layer.heads} query heads for {layer.kv_heads} KV heads")

@@ -1,13 +1,13 @@
-"""The one exception that reaches people: a mistake in what was given, said in one line."""
+"""The exception that users see: a mistake in their input, told in one line."""
 
 from __future__ import annotations
 
 
 class InputError(Exception):
-    """What the user gave (a file, a flag, a prompt) can't be used.
+    """The user's input (a file, a flag, a prompt) can't be used.
 
     `str(error)` is one line: what is wrong with which file or flag, and what to do about it.
-    `exit_code` is what the command line exits with: 2 for wrong input, 3 where the machine is too small.
+    `exit_code` is the command line's: 2 for wrong input, 3 where the machine is too small.
     """
 
     def __init__(self, message: str, exit_code: int = 2) -> None:
@@ -16,8 +16,8 @@ class InputError(Exception):
 
 
 class TooLong(InputError):
-    """A prompt that the model's context has no room for."""
+    """The prompt is longer than the model's context."""
 
 
 class NoRoom(InputError):
-    """A prompt and reply that the KV budget has no room for beside the states now in use."""
+    """The KV budget has no room for this prompt and reply beside the states now in use."""

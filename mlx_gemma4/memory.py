@@ -1,6 +1,6 @@
-"""Plan how a model is held in this machine's memory.
+"""The memory that this machine has free, and how a model's weights are held in it.
 
-In: bytes that its tensors take. Out: a `MemoryPlan`, or an error before anything is loaded.
+In: the bytes that the tensors will take. Out: a `MemoryPlan`, or an error before anything is loaded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HEADROOM = 400_000_000
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The form of the weights in memory. Sizes in bytes."""
+    """The form in which the weights are held. Sizes in bytes."""
 
     holding: Holding  # "packed": quantized blocks as they are; "dense": fp32
     weights: int
@@ -43,12 +43,12 @@ def make_plan(
 
     Args:
         packed, dense: bytes of the weights in either form.
-        wanted: the form; "auto" chooses.
+        wanted: "auto" chooses; the others force a form.
         source: the file's name, for the error.
         kv_per_token: bytes of KV state a token; 1,024 tokens must fit beside the weights.
 
     Raises:
-        InputError: there is too little memory (exit code 3).
+        InputError: the weights don't fit (exit code 3).
     """
     available = available_memory()
     beside = HEADROOM + 1024 * kv_per_token
@@ -66,12 +66,12 @@ def make_plan(
 
 
 def on_cpu() -> bool:
-    """Return True if MLX computes on the CPU here."""
+    """True if MLX computes on the CPU."""
     return mx.default_device().type == mx.DeviceType.cpu
 
 
 def available_memory() -> int:
-    """Bytes of memory that a model may take: the GPU's, or the system's free memory."""
+    """Return the bytes that a model may take: of the GPU, or else of the system's free memory."""
     if not on_cpu():
         info = mx.device_info()
         for key in ("max_recommended_working_set_size", "free_memory", "total_memory", "memory_size"):
@@ -90,7 +90,7 @@ def _linux_available() -> int:
 
 
 def _cgroup_available() -> int:
-    """Bytes that a container's limit leaves, if there is one; cached file pages can be freed, so they count as free."""
+    """Return the bytes left under a container's limit; pages that cache files can be dropped, so they count as free."""
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))

@@ -1,4 +1,4 @@
-"""Folders for this program's own files, and writing a file whole or not at all."""
+"""The folders for this program's own files, and writing a file whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 
 def cache_folder() -> Path:
-    """Folder for files that can be made again: verdicts on kernels, compiled kernels. It may not exist yet.
+    """Return the folder of files that can be made again: kernels' verdicts, compiled kernels. It may not exist yet.
 
     Raises:
         RuntimeError: this user has no home folder.
@@ -22,7 +22,7 @@ def cache_folder() -> Path:
 
 
 def state_folder() -> Path:
-    """Folder for files worth keeping but not worth a backup: the history of `chat`. It may not exist yet.
+    """Return the folder of files worth keeping but no backup: the history of `chat`. It may not exist yet.
 
     Raises:
         RuntimeError: this user has no home folder.
@@ -32,10 +32,10 @@ def state_folder() -> Path:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes its name once it is complete; after an error nothing is left of it.
+    """Open a file for writing that takes its name once complete; if anything fails, it is removed.
 
     Raises:
-        OSError: it can't be written; an existing file is left as it was.
+        OSError: it can't be written; an older file of this name is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

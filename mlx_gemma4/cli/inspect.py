@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import click
 
@@ -15,17 +16,16 @@ from .options import complete_file, find_model, json_option, output_options
 @json_option
 @output_options
 def inspect(model: str, context: int | None, as_json: bool) -> None:
-    """Show a model's shape, its tensors by type, and the memory and speed to expect.
+    """Show a model's shape, its tensors by type, and the memory to expect.
 
-    Reads the header only. FILE is a GGUF file, a folder of safetensors, or REPO[:QUANT] on Hugging Face. Speeds are a
-    projection from published bandwidths; `mlx-gemma4 bench` measures.
+    Reads the header only. FILE is a GGUF file, a folder of safetensors, or REPO[:QUANT] on Hugging Face.
     """
     from ..doctor.verdict import device_name
     from ..measure.inspection import inspect, lines
 
     report = inspect(find_model(model), context)
     if as_json:
-        click.echo(json.dumps(report.as_json()))
+        click.echo(json.dumps(asdict(report)))
     else:
         for line in lines(report, device_name()):
             click.echo(line)

@@ -19,8 +19,8 @@ from ..errors import InputError
 from ..files.gguf import open_gguf
 from ..files.hub import resolve
 from ..generation.sampling import Sampling
-from ..loading.from_gguf import gguf_source
-from ..loading.from_safetensors import folder_source
+from ..loading.from_gguf import GGUFSource
+from ..loading.from_safetensors import FolderSource
 from ..loading.loader import Progress, load_model
 from ..memory import MemoryPlan
 from ..model.model import Model
@@ -113,7 +113,7 @@ def load(
     with open_gguf(path) as file:
         config = config_from_gguf(file.metadata, str(path))
         tokenizer = Tokenizer.from_gguf(file.metadata, str(path))
-        model, plan = load_model(config, gguf_source(file), weights, fuse, progress, usable_kernels())
+        model, plan = load_model(config, GGUFSource(file), weights, fuse, progress, usable_kernels())
         check_model(model)
         sampling = _sampling_defaults(
             {key: file.metadata.get(f"general.sampling.{key}") for key in SAMPLING_KEYS}, path
@@ -131,7 +131,7 @@ def _load_folder(
     contents = _read_json(config_file)
     config = config_from_json(contents, str(config_file))
     tokenizer = Tokenizer.from_folder(path)
-    source = folder_source(path, config, contents.get("quantization") or {})
+    source = FolderSource(path, config, contents.get("quantization") or {})
     model, plan = load_model(config, source, weights, fuse, progress, usable_kernels())
     check_model(model)
     generation = path / "generation_config.json"

@@ -1,1 +1,1 @@
-"""What is on disk or on a hub: GGUF files, Hugging Face repositories."""
+"""Model files on disk or on a hub: GGUF files, Hugging Face repositories."""

@@ -1,9 +1,9 @@
 """Open a GGUF file: metadata and tensor directory out, tensor bytes as views of the memory map.
 
 In: the path of a GGUF (version 2 or 3, little-endian), or of any part of a split one. Out: a `GGUFFile`. It knows the
-container only: what a tensor's bytes mean is `quant`'s business, what a key means is `config`'s. Nothing the file says
-is believed: each length is held against the bytes that are there before anything is read or allocated, and every
-failure is an `InputError` that names the file. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+container only: `quant` knows what a tensor's bytes mean, `config` what a key means. Nothing in the file is trusted:
+each length is checked against the bytes that are there before anything is read or allocated, and every failure is an
+`InputError` that names the file. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -31,51 +31,28 @@ MAX_KEY_BYTES = 65535  # the specification's limit on a key; used for tensor nam
 
 
 class TensorType(NamedTuple):
-    """How one ggml type is stored: `block_size` values in `block_bytes` bytes."""
+    """The storage of one ggml type: `block_size` values in `block_bytes` bytes."""
 
     name: str
     block_size: int
     block_bytes: int
 
 
-# Every type number that ggml has in use (ggml.h, block sizes of ggml-common.h); the gaps were withdrawn.
-TENSOR_TYPES: dict[int, TensorType] = {
-    0: TensorType("F32", 1, 4),
-    1: TensorType("F16", 1, 2),
-    2: TensorType("Q4_0", 32, 18),
-    3: TensorType("Q4_1", 32, 20),
-    6: TensorType("Q5_0", 32, 22),
-    7: TensorType("Q5_1", 32, 24),
-    8: TensorType("Q8_0", 32, 34),
-    9: TensorType("Q8_1", 32, 40),
-    10: TensorType("Q2_K", 256, 84),
-    11: TensorType("Q3_K", 256, 110),
-    12: TensorType("Q4_K", 256, 144),
-    13: TensorType("Q5_K", 256, 176),
-    14: TensorType("Q6_K", 256, 210),
-    15: TensorType("Q8_K", 256, 292),
-    16: TensorType("IQ2_XXS", 256, 66),
-    17: TensorType("IQ2_XS", 256, 74),
-    18: TensorType("IQ3_XXS", 256, 98),
-    19: TensorType("IQ1_S", 256, 50),
-    20: TensorType("IQ4_NL", 32, 18),
-    21: TensorType("IQ3_S", 256, 110),
-    22: TensorType("IQ2_S", 256, 82),
-    23: TensorType("IQ4_XS", 256, 136),
-    24: TensorType("I8", 1, 1),
-    25: TensorType("I16", 1, 2),
-    26: TensorType("I32", 1, 4),
-    27: TensorType("I64", 1, 8),
-    28: TensorType("F64", 1, 8),
-    29: TensorType("IQ1_M", 256, 56),
-    30: TensorType("BF16", 1, 2),
-    34: TensorType("TQ1_0", 256, 54),
-    35: TensorType("TQ2_0", 256, 66),
-    39: TensorType("MXFP4", 32, 17),
-    40: TensorType("NVFP4", 64, 36),
-    41: TensorType("Q1_0", 128, 18),
-    42: TensorType("Q2_0", 64, 18),
-}
+# Every type that ggml has in use (numbers of ggml.h, sizes of ggml-common.h): number, name, block size, block bytes.
+# fmt: off
+TENSOR_TYPES = {number: TensorType(name, size, n_bytes) for number, name, size, n_bytes in (
+    (0, "F32", 1, 4), (1, "F16", 1, 2), (30, "BF16", 1, 2), (28, "F64", 1, 8),
+    (24, "I8", 1, 1), (25, "I16", 1, 2), (26, "I32", 1, 4), (27, "I64", 1, 8),
+    (2, "Q4_0", 32, 18), (3, "Q4_1", 32, 20), (6, "Q5_0", 32, 22), (7, "Q5_1", 32, 24),
+    (8, "Q8_0", 32, 34), (9, "Q8_1", 32, 40), (41, "Q1_0", 128, 18), (42, "Q2_0", 64, 18),
+    (10, "Q2_K", 256, 84), (11, "Q3_K", 256, 110), (12, "Q4_K", 256, 144),
+    (13, "Q5_K", 256, 176), (14, "Q6_K", 256, 210), (15, "Q8_K", 256, 292),
+    (19, "IQ1_S", 256, 50), (29, "IQ1_M", 256, 56), (16, "IQ2_XXS", 256, 66),
+    (17, "IQ2_XS", 256, 74), (22, "IQ2_S", 256, 82), (18, "IQ3_XXS", 256, 98),
+    (21, "IQ3_S", 256, 110), (20, "IQ4_NL", 32, 18), (23, "IQ4_XS", 256, 136),
+    (34, "TQ1_0", 256, 54), (35, "TQ2_0", 256, 66), (39, "MXFP4", 32, 17), (40, "NVFP4", 64, 36),
+)}
+# fmt: on
 
 # Metadata value types: number -> struct letter (the same letter is the numpy dtype). 8 is string, 9 is array.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -84,10 +61,10 @@ STRING, ARRAY, BOOL = 8, 9, 7
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One line of the tensor directory.
+    """One entry of the tensor directory.
 
     `shape` is in numpy order: [N, K] rows first, experts [E, N, K]. `offset` is in bytes from the start of file number
-    `part` (0 unless the file is split). `row_bytes` is the size of K values.
+    `part` (0 unless the file is split). `row_bytes` is the size of a row of K values.
     """
 
     name: str
@@ -116,7 +93,7 @@ class GGUFFile:
         self._maps = maps
 
     def raw(self, name: str) -> np.ndarray:
-        """The tensor's bytes as they are in the file: uint8 [rows, row_bytes], read-only, nothing copied."""
+        """Return the tensor's bytes as they are in the file: uint8 [rows, row_bytes], read-only, not copied."""
         t = self.tensors[name]
         flat = np.frombuffer(self._maps[t.part], np.uint8, t.n_bytes, t.offset)
         return flat.reshape(-1, t.row_bytes)
@@ -124,22 +101,22 @@ class GGUFFile:
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Drop bytes [start, stop) of the tensor (default: all) from this process's resident set.
 
-        The pages are backed by the file, so a later read only fetches them again. Whole pages go, neighbours' too.
+        Whole pages are dropped, with neighbours' bytes; a later read fetches them from the file again.
         """
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         t = self.tensors[name]
-        part = self._maps[t.part]
+        buf = self._maps[t.part]
         first = (t.offset + start) // mmap.PAGESIZE * mmap.PAGESIZE
-        last = min(t.offset + (t.n_bytes if stop is None else stop), len(part))
+        last = min(t.offset + (t.n_bytes if stop is None else stop), len(buf))
         if last > first:
-            part.madvise(mmap.MADV_DONTNEED, first, last - first)
+            buf.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def close(self) -> None:
-        """Unmap the file. Arrays from `raw` that are still alive keep their part mapped until they go."""
-        for part in self._maps:
-            with suppress(BufferError):  # an array still looks at it; the map is freed with the last of them
-                part.close()
+        """Unmap the file. Arrays from `raw` keep their part mapped as long as they live."""
+        for buf in self._maps:
+            with suppress(BufferError):  # an array still views it; the map is freed with the last of them
+                buf.close()
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -151,35 +128,35 @@ class GGUFFile:
 def open_gguf(path: str | Path) -> GGUFFile:
     """Open a GGUF file, or all parts of a split one when given any of them. Raises InputError only."""
     path = Path(path)
-    parts: list[SplitFile] = []
+    splits: list[SplitFile] = []
     try:
-        first = read_part(path)
-        parts.append(first)
-        names = part_paths(path, first.metadata)
+        first = read_file(path)
+        splits.append(first)
+        names = split_paths(path, first.metadata)
         if len(names) > 1:
-            parts = [first if p == path else read_part(p) for p in names]
-            check_parts(names, parts)
-        tensors = join_tensors(names, parts)
+            splits = [first if p == path else read_file(p) for p in names]
+            check_splits(names, splits)
+        tensors = join_tensors(names, splits)
     except BaseException:
-        for part in parts:
-            part.map.close()
+        for split in splits:
+            split.map.close()
         raise
-    return GGUFFile(path, parts[0].metadata, tensors, [part.map for part in parts])
+    return GGUFFile(path, splits[0].metadata, tensors, [split.map for split in splits])
 
 
 # ---- split files: name-00001-of-00003.gguf, each part a GGUF with keys split.no, split.count, split.tensors.count ----
 
 
 class SplitFile(NamedTuple):
-    """One parsed file: what it holds, and its open map."""
+    """One parsed file of a split GGUF (or the only one): its open map, metadata and directory."""
 
     map: mmap.mmap
     metadata: dict[str, Any]
     tensors: list[TensorInfo]
 
 
-def part_paths(path: Path, metadata: dict[str, Any]) -> list[Path]:
-    """The paths of all parts in order ([path] for a file that isn't split); InputError if one is missing."""
+def split_paths(path: Path, metadata: dict[str, Any]) -> list[Path]:
+    """Return the paths of all parts in order ([path] for a file that isn't split). InputError if one is missing."""
     count = metadata.get("split.count", 1)
     if not isinstance(count, int) or not 0 <= count <= 99999:
         raise InputError(f"{path}: split.count is {count!r}, not a number of parts; download the file again")
@@ -199,25 +176,25 @@ def part_paths(path: Path, metadata: dict[str, Any]) -> list[Path]:
     return names
 
 
-def check_parts(names: list[Path], parts: list[SplitFile]) -> None:
-    """Each part must say that it is where its name puts it, and together they must hold what was split."""
-    for i, (path, part) in enumerate(zip(names, parts, strict=True)):
-        found = part.metadata.get("split.no"), part.metadata.get("split.count")
+def check_splits(names: list[Path], splits: list[SplitFile]) -> None:
+    """Check that each part's number agrees with its name, and that together they have all tensors."""
+    for i, (path, split) in enumerate(zip(names, splits, strict=True)):
+        found = split.metadata.get("split.no"), split.metadata.get("split.count")
         if found != (i, len(names)):
             raise InputError(
                 f"{path}: should be part {i + 1} of {len(names)} but says split.no={found[0]}, split.count={found[1]};"
                 " the parts are mixed up, download them again"
             )
-    total, found_total = parts[0].metadata.get("split.tensors.count"), sum(len(p.tensors) for p in parts)
+    total, found_total = splits[0].metadata.get("split.tensors.count"), sum(len(s.tensors) for s in splits)
     if total is not None and total != found_total:
         raise InputError(f"{names[0]}: the parts hold {found_total} tensors, not {total}; download them again")
 
 
-def join_tensors(names: list[Path], parts: list[SplitFile]) -> dict[str, TensorInfo]:
-    """One directory over all parts; a name may occur once."""
+def join_tensors(names: list[Path], splits: list[SplitFile]) -> dict[str, TensorInfo]:
+    """Return one directory of all parts' tensors; a name may occur once."""
     tensors: dict[str, TensorInfo] = {}
-    for i, (path, part) in enumerate(zip(names, parts, strict=True)):
-        for t in part.tensors:
+    for i, (path, split) in enumerate(zip(names, splits, strict=True)):
+        for t in split.tensors:
             if t.name in tensors:
                 raise InputError(f"{path}: two tensors are named {t.name!r}; the file is damaged")
             tensors[t.name] = t if i == 0 else TensorInfo(t.name, t.shape, t.type, t.row_bytes, t.n_bytes, i, t.offset)
@@ -227,7 +204,7 @@ def join_tensors(names: list[Path], parts: list[SplitFile]) -> dict[str, TensorI
 # ---- one file ----
 
 
-def read_part(path: Path) -> SplitFile:
+def read_file(path: Path) -> SplitFile:
     """Map one file and parse its header; the map stays open unless this raises."""
     buf = open_map(path)
     try:
@@ -239,7 +216,7 @@ def read_part(path: Path) -> SplitFile:
 
 
 def open_map(path: Path) -> mmap.mmap:
-    """A read-only memory map of the whole file."""
+    """Map the whole file, read-only."""
     try:
         if path.is_dir():
             raise InputError(f"{path}: is a folder; give the .gguf file in it")
@@ -282,7 +259,7 @@ class Reader:
         return layout.unpack_from(self.buf, self.need(layout.size, what))[0]
 
     def name(self, what: str) -> str:
-        """A key or tensor name: short, and UTF-8."""
+        """Read a key or tensor name: short, and UTF-8."""
         n = self.number("Q", what)
         if not 0 < n <= MAX_KEY_BYTES:
             raise self.error(f"{what} is {n} bytes long, which none is; the file is damaged, download it again")
@@ -298,7 +275,7 @@ class Reader:
         return self.buf[start : start + n].decode("utf-8", "replace")
 
     def strings(self, count: int, what: str) -> list[str]:
-        """An array of strings. This loop runs 777,000 times for Gemma's vocabulary, so it does nothing but read."""
+        """Read an array of strings. The loop runs 777,000 times for Gemma's vocabulary, so it only reads."""
         if count > (self.size - self.at) // 8:
             raise self.truncated(what)
         out: list[str] = []
@@ -340,7 +317,7 @@ def read_header(r: Reader) -> tuple[dict[str, Any], list[TensorInfo]]:
     """Parse everything before the tensor data, and check that the data is there."""
     check_magic_and_version(r)
     n_tensors, n_keys = r.number("Q", "the header"), r.number("Q", "the header")
-    # The smallest entry of each kind: a key of 1 byte with a 1-byte value; a name of 1 byte, no dimensions.
+    # The smallest entry of each kind: a key of 1 byte with a value of 1 byte; a name of 1 byte without dimensions.
     for n, smallest, what in ((n_keys, 14, "keys"), (n_tensors, 25, "tensors")):
         if n > (r.size - r.at) // smallest:
             raise r.error(f"declares {n} {what}, more than {r.size} bytes can hold; it is cut short or damaged")
@@ -405,7 +382,7 @@ def read_tensor_info(r: Reader, index: int) -> TensorInfo:
 
 
 def locate_tensors(r: Reader, tensors: list[TensorInfo], data_start: int, alignment: int) -> Iterator[TensorInfo]:
-    """Turn offsets into file positions, in file order; refuse what is misaligned, past the end or overlapping."""
+    """Turn offsets into file positions, in file order; refuse tensors misaligned, past the end or overlapping."""
     for t in tensors:
         if t.offset % alignment:
             raise r.error(f"tensor {t.name!r} is at offset {t.offset}, no multiple of {alignment}; the file is damaged")

@@ -1,8 +1,8 @@
-"""Finds models by name: a path, or `REPO[:QUANT]` in a Hugging Face repository, downloaded where it isn't here yet.
+"""Find models by name: a path, or `REPO[:QUANT]` for a Hugging Face repository, downloaded unless it is cached.
 
-In: what stands behind `--model`. Out: the path of a file or folder. Downloads go to the cache that every program built
-on huggingface_hub shares, which also knows tokens and offline mode. It starts a download anew whenever its process
-ended; ours goes on where it stopped, and each file is held against the hash that the hub states.
+In: the value of `--model`. Out: the path of a file or folder. Downloads go to the cache that every program built on
+huggingface_hub shares; that library also handles tokens and offline mode. It restarts a download when its process has
+ended; this module resumes it, and checks each file against the hash that the hub states.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ..errors import InputError
 
 log = logging.getLogger("mlx_gemma4")
 
-Progress = Callable[[int, int], None]  # bytes here, bytes in all
+Progress = Callable[[int, int], None]  # bytes so far, bytes in all
 
-# What `REPO` alone means: the first of these that the repository has.
+# The default of `REPO` alone: the first of these that the repository has.
 PREFERRED = ("Q4_K_M", "Q4_0", "UD-Q4_K_XL", "Q8_0")
 NAME = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<quant>[\w./-]+))?")
 QUANT = re.compile(
@@ -38,20 +38,20 @@ SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 FOLDER = re.compile(
     r"(?:config|generation_config|tokenizer|tokenizer_config|[\w.-]+\.index)\.json|[\w.-]+\.(?:safetensors|jinja)"
 )
-TRIES = 5  # in a row that bring nothing, before a download gives up
-WAIT = 0.5  # seconds before the second of them, doubled each time
+TRIES = 5  # in a row without a byte, before a download gives up
+WAIT = 0.5  # seconds before the second try, doubled each time
 TIMEOUT = 30.0  # seconds of silence
 CHUNK = 1 << 18  # bytes
 SHA256 = re.compile(r"[0-9a-f]{64}")  # the name of a large file's blob
 AGENT = "mlx-gemma4"
-LARGE = 10_000_000  # bytes; smaller downloads go without saying
+LARGE = 10_000_000  # bytes; smaller downloads are not logged
 
 
 @dataclass(frozen=True)
 class PullChoice:
     """One model of a repository: a file, or all parts of a split one in order."""
 
-    quant: str  # "Q4_K_M"; "" where the name doesn't tell
+    quant: str  # "Q4_K_M"; "" if the name has none
     files: tuple[str, ...]  # paths in the repository
     complete: bool
 
@@ -61,16 +61,16 @@ class PullChoice:
 
 
 def resolve(name: str | Path, *, update: bool = False, progress: Progress | None = None) -> Path:
-    """The file or folder that a name means; downloads it if need be.
+    """Return the file or folder that a name means; download it if necessary.
 
     Args:
         name: an existing path, or `REPO[:QUANT]`: "ggml-org/gemma-4-E2B-it-GGUF:Q4_K_M". QUANT may be in any case, or
             a file's name. A repository without GGUF files gives its folder of safetensors.
-        update: ask the hub for a newer version of what is here already.
+        update: ask the hub for a newer version of a cached model.
         progress: called as bytes come in.
 
     Returns:
-        the path; of a split file, the first part's. One that is neither there nor a repository's name is given back.
+        the path; of a split file, the first part's. A name that is neither a path nor a repository's is returned as is.
 
     Raises:
         InputError: no such repository or file in it, no access, no connection.
@@ -80,7 +80,7 @@ def resolve(name: str | Path, *, update: bool = False, progress: Progress | None
         return path
     repo, quant = match["repo"], match["quant"] or ""
     here = _cached(repo, quant)
-    # Without a quantization, the cache may have another one than the hub would give.
+    # Without a quantization, the cached one may differ from the hub's default.
     if here and not update and (quant or here.is_dir() or PREFERRED[0] in here.name.upper()):
         return here
     try:
@@ -94,7 +94,7 @@ def resolve(name: str | Path, *, update: bool = False, progress: Progress | None
 
 
 def choices(files: Sequence[str]) -> list[PullChoice]:
-    """The models among a repository's files, split ones joined; projectors and importance matrices are none."""
+    """Return the models among a repository's files, split ones joined, without projectors and importance matrices."""
     groups: dict[tuple[str, int], dict[int, str]] = {}
     for file in sorted(files):
         base = file.rsplit("/", 1)[-1].lower()
@@ -111,7 +111,7 @@ def choices(files: Sequence[str]) -> list[PullChoice]:
 
 
 def choose(repo: str, files: Sequence[str], quant: str) -> PullChoice:
-    """The one model of a repository that `quant` (or, if empty, PREFERRED) means. Raises InputError."""
+    """Return the one model of a repository that `quant` (or, if empty, PREFERRED) means. Raises InputError."""
     found = choices(files)
     if not found:
         raise InputError(f"{repo}: has no GGUF file and no folder that can be loaded; name another repository")
@@ -138,7 +138,7 @@ def _listed(found: Sequence[PullChoice]) -> str:
 
 
 def _fetch_model(repo: str, quant: str, progress: Progress | None) -> Path:
-    """Download what the hub has now, as far as it isn't in the cache."""
+    """Download the hub's current version of a model; cached files are not downloaded again."""
     from huggingface_hub import HfApi
 
     info = HfApi(library_name=AGENT).model_info(repo, files_metadata=True, timeout=TIMEOUT)
@@ -155,14 +155,14 @@ def _fetch_model(repo: str, quant: str, progress: Progress | None) -> Path:
 
         paths.append(_fetch_file(repo, file, str(info.sha), count))
         done += sizes[file]
-    reference = _cache(repo) / "refs" / "main"  # which version is here: what offline use goes by
+    reference = _cache(repo) / "refs" / "main"  # the version to use offline
     reference.parent.mkdir(parents=True, exist_ok=True)
     reference.write_text(str(info.sha))
     return paths[0].parent if files else paths[0]
 
 
 def _folder_files(files: Sequence[str]) -> tuple[str, ...]:
-    """What `load` reads of a repository of safetensors, the weights last; nothing if it isn't one."""
+    """Return the files that `load` reads of a repository of safetensors, weights last; () if it isn't one."""
     some = sorted((f for f in files if FOLDER.fullmatch(f)), key=lambda f: (f.endswith(".safetensors"), f))
     return tuple(some) if "config.json" in some and some[-1].endswith(".safetensors") else ()
 
@@ -171,14 +171,14 @@ def _folder_files(files: Sequence[str]) -> tuple[str, ...]:
 
 
 def _cache(repo: str) -> Path:
-    """The repository's folder in the cache that huggingface_hub keeps: blobs/, snapshots/ and refs/ in it."""
+    """Return the repository's folder in huggingface_hub's cache, with blobs/, snapshots/ and refs/ in it."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
 
 
 def _cached(repo: str, quant: str) -> Path | None:
-    """What the cache has, whole, of the version downloaded last."""
+    """Return the path of a complete model in the version downloaded last, or None."""
     try:
         snapshot = _cache(repo) / "snapshots" / (_cache(repo) / "refs" / "main").read_text().strip()
         files = [p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*") if p.is_file()]
@@ -190,7 +190,7 @@ def _cached(repo: str, quant: str) -> Path | None:
 
 
 def _whole(snapshot: Path, files: Sequence[str]) -> bool:
-    """Whether a folder of safetensors has all that its index, if it has one, names."""
+    """True if a folder of safetensors has every file that its index, if it has one, names."""
     index = "model.safetensors.index.json"
     if index not in files:
         return bool(_folder_files(files))
@@ -198,7 +198,7 @@ def _whole(snapshot: Path, files: Sequence[str]) -> bool:
 
 
 def _fetch_file(repo: str, file: str, commit: str, count: Callable[[int], None]) -> Path:
-    """One file of a repository, in the cache."""
+    """Return the path of one file of a repository in the cache; download it if necessary."""
     from huggingface_hub import (
         get_hf_file_metadata,
         get_token,
@@ -226,7 +226,7 @@ def _fetch_file(repo: str, file: str, commit: str, count: Callable[[int], None])
 
 
 def _fetch_blob(url: str, headers: dict[str, str], blob: Path, size: int, count: Callable[[int], None]) -> None:
-    """Download to `blob`, whose name is the hub's hash. What an earlier try has left behind is gone on from."""
+    """Download to `blob`, whose name is the hub's hash, resuming an earlier try."""
     blob.parent.mkdir(parents=True, exist_ok=True)
     partial = blob.with_name(blob.name + ".part")
     with partial.open("a+b") as out:
@@ -255,7 +255,7 @@ def _fetch_blob(url: str, headers: dict[str, str], blob: Path, size: int, count:
 
 
 class _Download:
-    """A file that grows, and the hash of what it holds."""
+    """A growing file and the hash of its bytes."""
 
     def __init__(self, out: BinaryIO, size: int) -> None:
         self.out, self.size = out, size
@@ -267,7 +267,7 @@ class _Download:
             self._restart()
 
     def run(self, url: str, headers: dict[str, str], count: Callable[[int], None]) -> None:
-        """Fetch what is missing, over as many connections as it takes. Gives up after TRIES that bring nothing."""
+        """Fetch the missing bytes, over several connections if necessary. Gives up after TRIES without a byte."""
         tries = 0
         while self.done < self.size:
             before, reason = self.done, "it ended early"
@@ -286,7 +286,7 @@ class _Download:
                 time.sleep(WAIT * 2 ** min(tries, 4))
 
     def _fetch(self, url: str, headers: dict[str, str], count: Callable[[int], None]) -> None:
-        """One connection's worth."""
+        """Fetch over one connection until it ends."""
         from huggingface_hub import get_session, hf_raise_for_status
 
         asked = {**headers, "Range": f"bytes={self.done}-"} if self.done else headers
@@ -296,7 +296,7 @@ class _Download:
             hf_raise_for_status(response)
             part = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
             if self.done and (response.status_code != 206 or not part or int(part[1]) != self.done):
-                self._restart()  # a server that knows no ranges sends all of it
+                self._restart()  # a server without range requests sends the whole file
             for chunk in response.iter_bytes(CHUNK):
                 self.out.write(chunk)
                 self._took(chunk)
@@ -312,11 +312,11 @@ class _Download:
         self.done, self.digest = 0, hashlib.sha256()
 
 
-# ---------------------------------------------------------------- what can go wrong
+# ---------------------------------------------------------------- errors
 
 
 def _transport_error() -> type[Exception]:
-    """What huggingface_hub's client, which has changed over time, raises of a connection or of an answer."""
+    """Return the exception that huggingface_hub's client, which has changed over time, raises on HTTP errors."""
     from huggingface_hub.errors import HfHubHTTPError
 
     base: type[Exception] = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
@@ -325,7 +325,7 @@ def _transport_error() -> type[Exception]:
 
 @contextmanager
 def _hub_errors(repo: str) -> Iterator[None]:
-    """Turns what huggingface_hub raises into a line for people."""
+    """Turn huggingface_hub's exceptions into InputErrors of one line."""
     from huggingface_hub import constants, errors
 
     host = constants.ENDPOINT

@@ -1,11 +1,10 @@
-"""Replies that keep to a form: JSON Schema, regular expression, Lark grammar, tool calls. By the library llguidance.
+"""Constrain replies to a JSON Schema, a regular expression, a Lark grammar or tool calls, with the library llguidance.
 
-In: a tokenizer and a description of the form. Out: a `Grammar`, which says before each token of one reply which ones
-may come next (`generation.Constraint`). Thinking may come first, in the channel that the model has for it.
+In: a tokenizer and the constraint. Out: a `Grammar`, which masks the tokens that may come next in one reply. The
+model may think first, in its channel for that.
 
-Text is told apart from control tokens byte by byte: what a form says about text never matches a control token, and
-the other way round. Strangers' grammars are compiled within bounds of size and on a stack of their own, for the
-library recurses over them.
+Text and control tokens are kept apart: a constraint on text never matches a control token, nor the reverse. Grammars
+from users are compiled within size limits and on a large stack of their own, because the library recurses over them.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from ..tokens.tokenizer import Tokenizer
 from .tool_calls import CALL, tool_call_lark
 
 MAX_SOURCE = 1 << 16  # characters of a schema
-MAX_LARK = 1 << 14  # characters of a Lark grammar: terminals that double each other take the square of it
-MAX_REGEX = 4000  # characters of a regular expression: compiling takes the square of it
-_MAX_MULTIPLE = 100_000  # of all under multipleOf
+MAX_LARK = 1 << 14  # characters of a Lark grammar: terminals that double each other take quadratic time
+MAX_REGEX = 4000  # characters of a regular expression: compiling takes quadratic time
+_MAX_MULTIPLE = 100_000  # the least common multiple of all numbers under multipleOf
 _STACK = 256 << 20  # bytes of address space while a grammar is compiled
-# Between JSON's parts: a space, or a new line with its indentation. With more, a model at a loss goes on for ever.
+# Between the parts of JSON: a space, or a new line with its indentation. Given more, a model may emit blanks for ever.
 _BLANKS = {"whitespace_pattern": r" |\n[ \t]{0,32}"}
 _THINK = "<|channel>", "<channel|>"
 
@@ -39,18 +38,18 @@ T = TypeVar("T")
 
 
 class Grammar:
-    """What one reply must look like. Keeps track of the reply: it serves one only, from one thread at a time."""
+    """The constraint on one reply, and its progress. Serves that reply only, from one thread at a time."""
 
     def __init__(
         self, tokenizer: Tokenizer, source: str, *, think: bool = False, lazy: bool = False, say: str = "grammar"
     ) -> None:
         """
         Args:
-            source: a grammar as llguidance has it.
-            think: let thought channels come first.
-            lazy: any text may stand before, between and after what the grammar describes, which begins with
-                the token `<|tool_call>`.
-            say: what errors call the grammar.
+            source: a grammar in llguidance's own form.
+            think: allow thought channels first.
+            lazy: allow any text before, between and after matches of the grammar, which begin with the token
+                `<|tool_call>`.
+            say: the name of the grammar in errors.
         """
         self._vocabulary = vocabulary(tokenizer)
         self._opens, self._closes = (tokenizer.token_id(text) for text in _THINK)
@@ -59,12 +58,12 @@ class Grammar:
         self._source, self._say = source, say
         self._thinking = False
         self._matcher = self._start()
-        self._inside = not lazy  # whether the matcher has the next token
-        self._begun = False  # whether it has had one
+        self._inside = not lazy  # the matcher takes the next token
+        self._begun = False  # the matcher has taken a token
         self._stop_ids = tokenizer.stop_ids
 
     def mask(self) -> np.ndarray:
-        """Which tokens may come next: uint32 words, bit i % 32 of word i // 32 for token i."""
+        """Return the tokens that may come next: uint32 words, bit i % 32 of word i // 32 for token i."""
         words = self._vocabulary.text.copy()
         if self._thinking:
             return _allow(words, self._closes)
@@ -75,7 +74,7 @@ class Grammar:
         return _allow(words, self._opens) if self._may_think and not self._begun else words
 
     def accept(self, token: int) -> None:
-        """Take note of the token that was chosen."""
+        """Advance by the token that was sampled."""
         if self._thinking:
             self._thinking = token != self._closes
         elif self._may_think and token == self._opens and not (self._begun and self._inside):
@@ -90,12 +89,12 @@ class Grammar:
 
     @property
     def finished(self) -> bool:
-        """Whether the reply is complete and nothing may follow."""
+        """True if the reply is complete and nothing may follow."""
         return self._trigger is None and not self._thinking and self._begun and bool(self._matcher.is_stopped())
 
     @property
     def complete(self) -> bool:
-        """Whether the reply may end here."""
+        """True if the reply may end here."""
         return not self._thinking and (not self._inside or bool(self._matcher.is_accepting()))
 
     def _start(self) -> Any:
@@ -111,7 +110,7 @@ class Grammar:
 
 
 def json_schema(tokenizer: Tokenizer, schema: Mapping[str, Any] | bool | str, *, think: bool = False) -> Grammar:
-    """Replies that are JSON and obey a schema, draft 2020-12 as far as llguidance knows it (str: its JSON text).
+    """Return the grammar of JSON that obeys a schema (str: its JSON text), draft 2020-12 as far as llguidance knows it.
 
     Raises InputError, with the place in the schema.
     """
@@ -133,14 +132,14 @@ def json_schema(tokenizer: Tokenizer, schema: Mapping[str, Any] | bool | str, *,
 
 
 def regex(tokenizer: Tokenizer, pattern: str, *, think: bool = False) -> Grammar:
-    """Replies that a regular expression (in Rust's syntax) matches as a whole. Raises InputError."""
+    """Return the grammar of texts that a regular expression (Rust's syntax) matches whole. Raises InputError."""
     if len(pattern) > MAX_REGEX:
         raise InputError(f"regex: has {len(pattern)} characters; at most {MAX_REGEX} are allowed")
     return Grammar(tokenizer, llguidance.LLMatcher.grammar_from_regex(pattern), think=think, say="regex")
 
 
 def lark(tokenizer: Tokenizer, grammar: str, *, think: bool = False) -> Grammar:
-    """Replies that a context-free grammar in llguidance's variant of Lark describes. Raises InputError."""
+    """Return a context-free grammar written in llguidance's variant of Lark. Raises InputError."""
     longest = max(map(len, grammar.splitlines()), default=0)
     if len(grammar) > MAX_LARK or longest > MAX_REGEX:
         raise InputError(f"grammar: over {MAX_LARK} characters, or over {MAX_REGEX} in a line; make it shorter")
@@ -156,13 +155,13 @@ def tool_calls(
     think: bool = False,
     parallel: bool = True,
 ) -> Grammar:
-    """Replies whose tool calls name a tool and obey its schema, as far as Gemma 4's format for them can express it.
+    """Return the grammar of replies whose tool calls name a tool and obey its schema, as far as Gemma 4's format can.
 
     Args:
         tools: functions with "name" and "parameters" (a JSON schema), bare or under "function" as OpenAI has them.
-        choice: "auto": text, and calls where the model makes one; "required": a call or several and nothing else;
-            a function's name: a call of it.
-        parallel: allow several calls where they are required.
+        choice: "auto": text and any calls; "required": one or more calls and nothing else; a function's name: one
+            call of it.
+        parallel: allow several calls with "required".
 
     Raises:
         InputError: a tool or `choice` can't be used, or the model's vocabulary has no tool calls.
@@ -181,10 +180,10 @@ def tool_calls(
 
 
 class Vocabulary(NamedTuple):
-    """A tokenizer as llguidance has it."""
+    """A tokenizer in llguidance's form."""
 
     engine: Any  # llguidance.LLTokenizer
-    text: np.ndarray  # mask of the tokens that text is made of
+    text: np.ndarray  # mask of the text tokens
 
 
 _vocabularies: weakref.WeakKeyDictionary[Tokenizer, Vocabulary] = weakref.WeakKeyDictionary()
@@ -192,7 +191,7 @@ _lock = threading.Lock()
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    """The tokenizer's vocabulary for grammars, made once: a second for 262,144 tokens."""
+    """Return the tokenizer's vocabulary for grammars, made once: one second for 262,144 tokens."""
     with _lock:
         made = _vocabularies.get(tokenizer)
         if made is None:
@@ -207,7 +206,7 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
 
 
 class _Wrapper:
-    """What llguidance asks of a tokenizer. Holds it weakly, lest both stay for ever."""
+    """The interface that llguidance asks of a tokenizer. Holds it weakly, so that both can be freed."""
 
     is_tokenizer_wrapper = True
 
@@ -216,11 +215,11 @@ class _Wrapper:
         self.bos_token_id = tokenizer.bos_id
         self.tokens = [tokenizer.piece(i, skip_special=False) for i in range(tokenizer.vocab_size)]
         unused = (i for i, piece in enumerate(self.tokens) if piece.startswith(b"<unused"))
-        self.special_token_ids = sorted({*tokenizer.control_ids, *unused})  # no text is made of these
+        self.special_token_ids = sorted({*tokenizer.control_ids, *unused})  # never part of text
         self._encode = weakref.WeakMethod(tokenizer.encode)
 
     def __call__(self, text: str) -> list[int]:
-        """Ids of a text; wanted where a grammar leaves only one text, to write it in the model's usual tokens."""
+        """Return the ids of a text: where a grammar leaves only one, it is written in the model's usual tokens."""
         encode = self._encode()
         return encode(text, add_bos=False) if encode else []
 
@@ -233,14 +232,14 @@ def _allow(words: np.ndarray, *tokens: int | None) -> np.ndarray:
 
 
 def _on_large_stack(work: Callable[[], T], say: str) -> T:
-    """Run `work` in a thread whose stack holds deep recursion: an overflow would end the process. `say`: for errors."""
+    """Run `work` in a thread with a stack for deep recursion: an overflow would end the process. `say`: for errors."""
     results: list[T] = []
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
             results.append(work())
-        except BaseException as error:  # the library's panics are no Exceptions
+        except BaseException as error:  # the library's panics are not Exceptions
             errors.append(error)
 
     with _lock:
@@ -257,7 +256,7 @@ def _on_large_stack(work: Callable[[], T], say: str) -> T:
 
 
 def _one_line(message: str) -> str:
-    """What a person needs of the library's message."""
+    """Return the one line of the library's message that tells the error."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     told = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), None)
     return (told or (lines or ["can't be used"])[0])[:300]
@@ -266,12 +265,12 @@ def _one_line(message: str) -> str:
 def _schema_source(schema: Mapping[str, Any]) -> str:
     try:
         return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_BLANKS)  # type: ignore[arg-type]
-    except ValueError as error:  # the library reads it again, and knows no half characters and no deep nesting
+    except ValueError as error:  # the library parses it again; it rejects lone surrogates and deep nesting
         raise InputError(f"schema: can't be read ({error})") from error
 
 
 def _check_schema(schema: Mapping[str, Any], say: str) -> None:
-    """Refuse what can't be written as JSON, and what would take the library long."""
+    """Raise InputError for schemas that aren't JSON, and for those that would take the library long."""
     try:
         text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -293,14 +292,14 @@ def _check_schema(schema: Mapping[str, Any], say: str) -> None:
 
 
 def _check_multiples(multiples: Sequence[str], say: str) -> None:
-    """Refuse numbers under `multipleOf` whose common multiple is large, powers of ten aside: each part is a state."""
+    """Refuse numbers under `multipleOf` with a large common multiple, powers of ten aside: each step is a state."""
     digits = ["".join(map(str, Decimal(x).normalize().as_tuple().digits)) for x in multiples]
     if any(len(x) > 6 for x in digits) or math.lcm(*(int(x) or 1 for x in digits)) > _MAX_MULTIPLE:
         raise InputError(f"{say}: multipleOf {', '.join(multiples)[:60]} have too large a common multiple")
 
 
 def _place(engine: Any, schema: Any, at: str) -> str:
-    """The pointer to the smallest part of a schema that fails by itself."""
+    """Return the pointer to the smallest part of a schema that fails by itself."""
     shared = {key: schema[key] for key in ("$defs", "definitions") if isinstance(schema, Mapping) and key in schema}
     return _find(engine, schema, at, shared)
 
@@ -314,7 +313,7 @@ def _find(engine: Any, schema: Any, at: str, shared: Mapping[str, Any]) -> str:
 
 
 def _parts(schema: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The schemas directly in a schema, with where they are."""
+    """Yield the schemas directly in a schema, each with its relative pointer."""
     for key, value in schema.items() if isinstance(schema, Mapping) else ():
         inner: Any = ()
         if key in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, Mapping):

@@ -1,16 +1,16 @@
-"""Tools' parameter schemas become a Lark grammar of calls in Gemma 4's format.
+"""Turn tools' parameter schemas into a Lark grammar of calls in Gemma 4's format.
 
 In: functions with JSON schemas, and a tokenizer for the ids of control tokens. Out: the grammar's text, for
-grammar.py. The format, after the chat template in Google's files:
+grammar.py. The format, from the chat template in Google's files:
 
     <|tool_call>call:NAME{key:value,key:value}<tool_call|>
 
 A string stands between two <|"|>, with no escapes; numbers, true, false and null are as in JSON; arrays are
-[a,b], objects {key:value}; keys stand bare, or as strings where they hold marks of the format. No blanks anywhere.
+[a,b], objects {key:value}; keys are bare, or strings if they contain punctuation of the format. No blanks anywhere.
 
-Keys may come in any order, each once, the required ones all: a rule with a parameter keeps a bit for each key.
-What the grammar can't hold a reply to (`uniqueItems`, `not`, a pattern with look-around) is left out, with a line in
-the log, since a call with a doubtful argument beats no call.
+Keys may come in any order, each once, and all required ones must: a rule's parameter keeps a bit for each key.
+Constraints that a grammar can't express (`uniqueItems`, `not`, a pattern with look-around) are left out, with a line
+in the log, since a call with a doubtful argument is better than no call.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ CALL, END_CALL, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
 _INTEGER = r"/-?(0|[1-9][0-9]{0,17})/"
 _NUMBER = r"/-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?([eE][+\-]?[0-9]{1,2})?/"
 _KEY = r"/[^\x00-\x1F\s:=,;{}()\[\]<>|\"']{1,64}/"
-_APART = re.compile(r"""[\s:=,;{}()\[\]<>|"']|^$""")  # a name with any of these can't stand bare
+_APART = re.compile(r"""[\s:=,;{}()\[\]<>|"']|^$""")  # a key or name with any of these can't be bare
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _TYPES = ("string", "number", "integer", "boolean", "null", "array", "object")
-# What must stand under a keyword for it to be understood.
+# The values that a keyword may have.
 _SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("properties", "patternProperties"), (lambda x: isinstance(x, Mapping), "an object")),
     **dict.fromkeys(("prefixItems", "enum", "anyOf", "oneOf", "allOf"), (lambda x: isinstance(x, list), "a list")),
@@ -48,7 +48,7 @@ _SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "type": (lambda x: isinstance(x, str) or (isinstance(x, list) and x != []), "a type's name or a list of them"),
 }
 _SILENT = ("$ref", "$defs", "definitions", "$id", "$schema", "title", "description", "default", "examples")
-_BITS = 64  # of a rule's parameter
+_BITS = 64  # in a rule's parameter
 _DAYS = r"(0[1-9]|1[0-9]|2[0-8])", r"(0[1-9]|[12][0-9]|30)", r"(0[1-9]|[12][0-9]|3[01])"
 _DATE = rf"[1-9][0-9]{{3}}-(02-{_DAYS[0]}|(0[469]|11)-{_DAYS[1]}|(0[13578]|1[02])-{_DAYS[2]})"
 _TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]"
@@ -68,7 +68,7 @@ _FORMATS = {
 
 
 def tool_call_lark(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], choice: str, parallel: bool) -> str:
-    """The grammar of one call (`choice` "auto" or a name), or of one and more ("required", if `parallel`)."""
+    """Return the grammar of one call (`choice` "auto" or a name), or of one or more ("required", if `parallel`)."""
     functions = [_function(tool, i) for i, tool in enumerate(tools)]
     if choice not in ("auto", "required"):
         functions = [(name, parameters) for name, parameters in functions if name == choice]
@@ -92,7 +92,7 @@ def tool_call_lark(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], cho
 
 
 def _function(tool: Mapping[str, Any], index: int) -> tuple[str, Mapping[str, Any]]:
-    """A tool's name and the schema of its arguments, which are an object whatever it says."""
+    """Return a tool's name and the schema of its arguments, which are always an object."""
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(name, str) or _APART.search(name):
@@ -104,19 +104,22 @@ def _function(tool: Mapping[str, Any], index: int) -> tuple[str, Mapping[str, An
 
 
 class _Rules:
-    """Collects the grammar's rules. Each method gives an expression for something, adding rules where it must."""
+    """Collects the grammar's rules. Most methods return an expression and add the rules that it needs.
+
+    `at` is the place in the schema, for errors.
+    """
 
     def __init__(self, quote: str) -> None:
         self.quote = quote
         self.lines: list[str] = []
-        self.made = 0  # names so far
-        self.refs: dict[str, str] = {}  # of the present tool: pointer -> rule
+        self.made = 0  # names given so far
+        self.refs: dict[str, str] = {}  # of the current tool: pointer -> rule
         self.tool: str = ""
         self.root: Mapping[str, Any] = {}
-        self.names: dict[str, str] = {}  # what a rule or terminal says -> its name
+        self.names: dict[str, str] = {}  # body of a rule or terminal -> its name
 
     def value(self, schema: Any, at: str) -> str:
-        """Any value that a schema allows; `at`: where it is, for errors."""
+        """Any value that a schema allows."""
         if schema is True or schema == {}:
             return self.anything()
         if not isinstance(schema, Mapping):
@@ -177,7 +180,7 @@ class _Rules:
 
     def numeric(self, schema: Mapping[str, Any], kind: str, plain: str) -> str:
         bounds = {key: schema[key] for key in _BOUNDS if key in schema}
-        # With bounds, the library's own rule for JSON, whose numbers are the same.
+        # With bounds: the library's own rule for JSON, whose numbers look the same.
         if not bounds:
             return self.terminal(plain)
         return self.rule("%json " + json.dumps({"type": kind, **bounds, "x-guidance": {"whitespace_flexible": False}}))
@@ -189,11 +192,11 @@ class _Rules:
         return '"null"'
 
     def array(self, schema: Mapping[str, Any], at: str) -> str:
-        """[a,b]: first those of `prefixItems`, then any number of `items`, as many in all as the bounds say."""
+        """[a,b]: those of `prefixItems`, then any number of `items`, within the bounds on all of them."""
         low, high = schema.get("minItems", 0), schema.get("maxItems")
         first = [self.value(part, f"{at}/prefixItems/{i}") for i, part in enumerate(schema.get("prefixItems", []))]
         first = first[:high]
-        rest = ""  # what may follow, from the last place to the first
+        rest = ""  # built from the last item to the first
         if schema.get("items") is not False and (high is None or high > len(first)):
             item, before = self.value(schema.get("items", True), f"{at}/items"), max(len(first), 1)
             most = "" if high is None else high - before
@@ -206,7 +209,7 @@ class _Rules:
         return self.rule(f'"[" {rest} "]"')
 
     def object(self, schema: Mapping[str, Any], at: str) -> str:
-        """{key:value}: declared keys in any order, each once; others only where the schema speaks of them."""
+        """{key:value}: declared keys in any order, each once; others only if the schema mentions them."""
         properties = schema.get("properties", {})
         declared = "properties" in schema or "patternProperties" in schema
         more = schema.get("additionalProperties", not declared)
@@ -234,7 +237,7 @@ class _Rules:
         return f'{self.key(key)} ":" {self.value(schema, f"{at}/properties/{key}")}'
 
     def others(self, schema: Mapping[str, Any], keys: Sequence[str], more: Any, at: str) -> str:
-        """A pair whose key isn't declared, "" where there is none: by `patternProperties` or else as `more` says."""
+        """A pair with an undeclared key, by `patternProperties` or else by `more`; "" if none is allowed."""
         patterns = schema.get("patternProperties", {})
         taken = "".join(f" & ~{_text(key)}" for key in keys)
         pairs = []
@@ -274,7 +277,7 @@ class _Rules:
         return distinct[0] if len(distinct) == 1 else self.rule(" | ".join(distinct))
 
     def reference(self, ref: Any, at: str) -> str:
-        """A rule for what `#/...` points to, which may lead back to itself."""
+        """A rule for the schema that `#/...` points to, which may contain itself."""
         if ref not in self.refs:
             target = self.target(ref, at)
             name = self.refs[ref] = self.new_name("r")
@@ -282,7 +285,7 @@ class _Rules:
         return self.refs[ref]
 
     def target(self, ref: Any, at: str) -> Any:
-        """What `#/...` points to (RFC 6901)."""
+        """Return the schema that `#/...` points to (RFC 6901)."""
         if not isinstance(ref, str) or not ref.startswith("#"):
             raise self.error(at, f"the reference {ref!r} must point into the tool's own schema, as #/$defs/...")
         found: Any = self.root
@@ -294,7 +297,7 @@ class _Rules:
         return found
 
     def merged(self, schema: Mapping[str, Any], at: str) -> dict[str, Any]:
-        """`allOf` and what stands beside it as one schema."""
+        """Return `allOf` and its sibling keywords as one schema."""
         out = {key: value for key, value in schema.items() if key != "allOf"}
         for part in schema["allOf"]:
             if isinstance(part, Mapping) and "$ref" in part:
@@ -333,7 +336,7 @@ class _Rules:
 
 
 def _both(key: str, a: Any, b: Any) -> Any:
-    """What two schemas together say under one key; in doubt, what the second says."""
+    """Merge the values of one keyword in two schemas; where they can't be merged, take the second."""
     if key == "properties" and isinstance(a, Mapping) and isinstance(b, Mapping):
         return {**a, **b, **{name: {"allOf": [a[name], b[name]]} for name in a.keys() & b.keys()}}
     if key == "required" and isinstance(a, list) and isinstance(b, list):
@@ -345,17 +348,17 @@ def _both(key: str, a: Any, b: Any) -> Any:
 
 
 def _text(text: str) -> str:
-    """A literal of the grammar."""
+    """Return a literal of the grammar."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _slashed(regex: str) -> str:
-    """A terminal's regular expression; digits and word characters are ASCII's, as in JSON Schema."""
+    """Return a terminal's regular expression; digits and word characters are ASCII, as in JSON Schema."""
     return f"/{llguidance.regex_to_lark(regex, use_ascii='dw')}/"
 
 
 def _unanchored(pattern: str) -> str:
-    """A schema's pattern, which may match anywhere, as an expression for the whole string."""
+    """Return a schema's pattern, which may match anywhere, as an expression for the whole string."""
     start = "" if pattern.startswith("^") else "(?s:.*)"
     closed = pattern.endswith("$") and not pattern.endswith("\\$")
     inner = pattern.removeprefix("^")

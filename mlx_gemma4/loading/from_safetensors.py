@@ -1,13 +1,12 @@
 """The tensors of a folder of safetensors, as Hugging Face and mlx-lm write them, under their GGUF names.
 
-In: a folder. Out: a `Source` for the loader. Weights are bf16, fp16 or fp32, or quantized by mlx-lm.
+In: a folder. Out: a source for the loader. Weights are bf16, fp16 or fp32, or quantized by mlx-lm.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from math import prod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ import mlx.core as mx
 from ..config import Config
 from ..errors import InputError
 from ..memory import Holding, on_cpu
+from ..ops.dispatch import Kernels
 from ..ops.stock import Affine, Weight
-from .tensors import Entry, Source, Spec
+from .tensors import Entry, Spec
 
 _TOP = {
     "embed_tokens": "token_embd",
@@ -59,8 +59,8 @@ _LAYER = {
 }
 
 
-def folder_source(path: Path, config: Config, quantization: Mapping[str, Any]) -> Source:
-    """Open a folder's safetensors, without reading their tensors yet.
+class FolderSource:
+    """The tensors of a folder of safetensors, mapped when it is made and read on demand.
 
     Args:
         path: the folder.
@@ -70,6 +70,53 @@ def folder_source(path: Path, config: Config, quantization: Mapping[str, Any]) -
     Raises:
         InputError: there are none, or one can't be read.
     """
+
+    def __init__(self, path: Path, config: Config, quantization: Mapping[str, Any]) -> None:
+        self.name = str(path)
+        self.entries: dict[str, Entry] = {}
+        self._gemma3 = config.architecture == "gemma3"
+        self._arrays: dict[str, tuple[mx.array, ...]] = {}  # the array alone, or codes, scales and biases
+        arrays = _mapped(path)
+        for name, array in arrays.items():
+            if name.endswith((".scales", ".biases")):
+                continue
+            key, stem = gguf_name(name), name.removesuffix(".weight")
+            if f"{stem}.scales" not in arrays:
+                self._arrays[key] = (array,)
+                self.entries[key] = Entry(tuple(array.shape), str(array.dtype), array.nbytes)
+                continue
+            if f"{stem}.biases" not in arrays:
+                raise InputError(f"{path}: {stem} is quantized without biases; only mlx-lm's affine kind can be read")
+            parts = self._arrays[key] = (array, arrays[f"{stem}.scales"], arrays[f"{stem}.biases"])
+            group = _group_size(quantization, stem)
+            k = parts[1].shape[-1] * group
+            kind = f"affine {array.shape[-1] * 32 // k} bits by {group}"
+            self.entries[key] = Entry((*array.shape[:-1], k), kind, sum(a.nbytes for a in parts), quantized=True)
+
+    def read(self, names: Sequence[str], spec: Spec, holding: Holding, kernels: Kernels | None) -> Weight:
+        parts = [self._arrays.pop(name) for name in names]  # so that what is joined or expanded can go
+        arrays = [mx.concatenate(list(a), axis=-2) if len(a) > 1 else a[0] for a in zip(*parts, strict=True)]
+        if len(arrays) == 3:
+            codes, scales, biases = arrays
+            k = self.entries[names[0]].shape[-1]
+            weight = Affine(codes, scales, biases, k // scales.shape[-1], codes.shape[-1] * 32 // k)
+            if holding == "packed" or spec.role == "table":
+                mx.eval(codes, scales, biases)
+                return weight
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+            dense = mx.dequantize(codes, scales, biases, group_size=weight.group, bits=weight.bits)
+        else:
+            dense = arrays[0]
+            if spec.role == "vector" or (spec.role == "matrix" and (holding == "dense" or on_cpu())):
+                dense = dense.astype(mx.float32)
+            if self._gemma3 and names[0].endswith("norm.weight"):
+                dense = 1 + dense  # Hugging Face stores Gemma 3's norm weights less 1
+        mx.eval(dense)
+        return dense
+
+
+def _mapped(path: Path) -> dict[str, mx.array]:
+    """Every array of a folder's safetensors, by the file's name for it, not read yet."""
     shards = sorted(path.glob("*.safetensors"))
     if not shards:
         raise InputError(f"{path}: this folder has no .safetensors files; download the model again")
@@ -81,52 +128,11 @@ def folder_source(path: Path, config: Config, quantization: Mapping[str, Any]) -
             arrays.update(loaded)
         except (RuntimeError, ValueError) as error:
             raise InputError(f"{shard}: can't be read ({error}); download it again") from error
-    # GGUF name -> the array alone, or codes, scales and biases
-    found: dict[str, tuple[mx.array, ...]] = {}
-    groups: dict[str, int] = {}  # GGUF name -> weights that share a scale
-    for name, array in arrays.items():
-        if name.endswith((".scales", ".biases")):
-            continue
-        stem = name.removesuffix(".weight")
-        if f"{stem}.scales" in arrays:
-            if f"{stem}.biases" not in arrays:
-                raise InputError(f"{path}: {stem} is quantized without biases; only mlx-lm's affine kind can be read")
-            found[gguf_name(name)] = (array, arrays[f"{stem}.scales"], arrays[f"{stem}.biases"])
-            groups[gguf_name(name)] = _group_size(quantization, stem)
-        else:
-            found[gguf_name(name)] = (array,)
-    entries = {name: _entry(name, value, groups) for name, value in found.items()}
-
-    def read(names: list[str], spec: Spec, holding: Holding, _: object) -> Weight:
-        parts = [found.pop(name) for name in names]  # so that what is joined or expanded can go
-        arrays = [mx.concatenate(list(a), axis=-2) if len(a) > 1 else a[0] for a in zip(*parts, strict=True)]
-        if len(arrays) == 3:
-            codes, scales, biases = arrays
-            k = entries[names[0]].shape[-1]
-            weight = Affine(codes, scales, biases, k // scales.shape[-1], codes.shape[-1] * 32 // k)
-            if holding == "packed" or spec.role == "table":
-                mx.eval(codes, scales, biases)
-                return weight
-            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-            dense = mx.dequantize(codes, scales, biases, group_size=weight.group, bits=weight.bits)
-        else:
-            dense = arrays[0]
-            if spec.role == "vector" or (spec.role == "matrix" and (holding == "dense" or on_cpu())):
-                dense = dense.astype(mx.float32)
-            if config.architecture == "gemma3" and names[0].endswith("norm.weight"):
-                dense = 1 + dense  # Hugging Face stores Gemma 3's norms as what they differ from 1
-        mx.eval(dense)
-        return dense
-
-    def packed_bytes(name: str, spec: Spec) -> int:
-        widened = name not in groups and spec.role == "matrix" and on_cpu()
-        return 4 * prod(spec.shape) if widened else entries[name].n_bytes
-
-    return Source(str(path), entries, read, packed_bytes)
+    return arrays
 
 
 def gguf_name(name: str) -> str:
-    """`model.language_model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`; unknown names stay."""
+    """Return `blk.3.ffn_up.weight` for `model.language_model.layers.3.mlp.up_proj.weight`; unknown names stay."""
     core = re.sub(r"^(model\.|language_model\.)+", "", name)
     layer = re.fullmatch(r"layers\.(\d+)\.(.+)", core)
     table, prefix, core = (_LAYER, f"blk.{layer[1]}.", layer[2]) if layer else (_TOP, "", core)
@@ -136,16 +142,7 @@ def gguf_name(name: str) -> str:
     return prefix + (stem if stem.endswith(".scale") else f"{stem}.weight")
 
 
-def _entry(name: str, arrays: tuple[mx.array, ...], groups: dict[str, int]) -> Entry:
-    n_bytes = sum(a.nbytes for a in arrays)
-    if len(arrays) == 1:
-        return Entry(tuple(arrays[0].shape), str(arrays[0].dtype), n_bytes)
-    codes, scales, _ = arrays
-    k = scales.shape[-1] * groups[name]
-    return Entry((*codes.shape[:-1], k), f"affine {codes.shape[-1] * 32 // k} bits by {groups[name]}", n_bytes)
-
-
 def _group_size(quantization: Mapping[str, Any], module: str) -> int:
-    """How many weights share a scale in a module: its own entry in config.json, or the one for all."""
+    """Weights that share a scale in a module: its own entry in config.json, or the entry for all modules."""
     own = quantization.get(module)
     return int((own if isinstance(own, Mapping) else quantization).get("group_size", 64))

@@ -1,6 +1,7 @@
-"""From a file to a model: account for every tensor, fuse gate and up, pack, and let the file go.
+"""From a source of tensors to a model: account for every tensor, fuse gate and up, pack, and release the file.
 
-In: a GGUF, or a folder of safetensors. Out: a `Model` whose weights are MLX arrays. This is the one way in.
+In: a `Config` and a `Source` (from_gguf or from_safetensors). Out: a `Model` whose weights are MLX arrays. Every model
+is loaded here.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 from ..config import Config
 from ..errors import InputError
-from ..memory import MemoryPlan, make_plan
+from ..memory import MemoryPlan, make_plan, on_cpu
 from ..model.model import Model
 from ..model.weights import Layer, Weights
 from ..ops import pack
@@ -36,13 +37,13 @@ def load_model(
     """Read every tensor that the configuration calls for and build the model.
 
     Args:
-        config: what the file's metadata says.
+        config: from the file's metadata.
         source: the file's tensors.
         holding: "packed" keeps quantized blocks as they are, "dense" expands them to fp32; "auto" decides
             by device and memory.
         fuse: join gate and up, and q, k and v, where their types allow it (tests compare).
         progress: called as bytes are read.
-        kernels: pack weights and run the model; None: stock operations run everything.
+        kernels: pack the weights and run the model; None: stock operations do.
 
     Raises:
         InputError: a tensor is missing, has another shape or a type that can't be read; too little memory.
@@ -60,7 +61,7 @@ def load_model(
     for name, spec in present.items():
         target = parts_of.get(name, name)
         if target in weights:
-            continue  # went in with its other half
+            continue  # joined to an earlier tensor
         parts = joined.get(target, [name])
         weights[target] = source.read(parts, spec, plan.holding, kernels)
         done += sum(source.entries[part].n_bytes for part in parts)
@@ -71,10 +72,10 @@ def load_model(
 
 
 def _account(source: Source, specs: dict[str, Spec]) -> dict[str, Spec]:
-    """Match the file's tensors with what is called for; name those that nothing uses.
+    """Match the file's tensors with those called for, and log the unused ones.
 
     Returns:
-        the specs that the file has, the embedding as a table where another tensor is the head.
+        the specs of the tensors that the file has; the embedding is a table where another tensor is the head.
     """
     needed = dict(specs)
     for name in specs:
@@ -110,10 +111,12 @@ def _account(source: Source, specs: dict[str, Spec]) -> dict[str, Spec]:
 
 
 def _sizes(source: Source, present: dict[str, Spec]) -> tuple[int, int]:
-    """Bytes of all weights held packed, and held dense."""
+    """Return the bytes of all weights held packed, and held dense."""
     packed = dense = 0
     for name, spec in present.items():
-        kept = source.packed_bytes(name, spec)
+        entry = source.entries[name]
+        widened = not entry.quantized and spec.role == "matrix" and on_cpu()
+        kept = 4 * prod(spec.shape) if widened else entry.n_bytes
         packed += kept
         dense += kept if spec.role == "table" else 4 * prod(spec.shape)
     return packed, dense
@@ -126,7 +129,7 @@ def _kv_bytes_per_token(config: Config) -> int:
 
 
 def _fusions(source: Source, present: dict[str, Spec], layers: int) -> dict[str, list[str]]:
-    """Which tensors are joined, in the order of their rows: target name -> [gate, up] or [q, k] or [q, k, v].
+    """Return the tensors to join, in the order of their rows: target name -> [gate, up] or [q, k] or [q, k, v].
 
     Rows of different types can't share an array, so those joined agree in type and in the length of a row.
     """
@@ -156,7 +159,7 @@ def _fusions(source: Source, present: dict[str, Spec], layers: int) -> dict[str,
 
 
 def _assemble(config: Config, weights: dict[str, Weight]) -> Weights:
-    """Sort weights by GGUF name into the model's fields, which carry the same names."""
+    """Put weights into the model's fields, which are named after the GGUF's tensors."""
     top: dict[str, Any] = {}
     per_layer: list[dict[str, Any]] = [{} for _ in config.layers]
     for name, weight in weights.items():

@@ -1,15 +1,20 @@
-"""The tensors that a model of a configuration has, and what a file says of its own."""
+"""The tensors that a configuration calls for, those that a file has, and the interface to read them.
+
+In: a `Config`. Out: the name, shape and role of every tensor.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from ..config import Config
 from ..memory import Holding
 from ..ops.dispatch import Kernels
 from ..ops.stock import Weight
+
+Role = Literal["vector", "matrix", "table"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,7 @@ class Spec:
     """A tensor that a configuration calls for."""
 
     shape: tuple[int, ...]  # rows first; experts [E, N, K]
-    role: Literal["vector", "matrix", "table"]  # a vector stays fp32; a table is only looked up in
+    role: Role  # a vector stays fp32; a table is only looked up in
     optional: bool = False
 
 
@@ -28,28 +33,31 @@ class Entry:
     shape: tuple[int, ...]
     type: str  # two tensors may be joined when their types are equal
     n_bytes: int
+    quantized: bool = False  # otherwise a matrix is widened to fp32 on a CPU
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where tensors come from, by GGUF name."""
+class Source(Protocol):
+    """A file or folder with tensors, which go by their GGUF names. `name` is the path, for errors."""
 
     name: str
-    entries: Mapping[str, Entry]
-    # Reads tensors of equal type as one weight, their rows joined in the order named; kernels may help.
-    read: Callable[[list[str], Spec, Holding, Kernels | None], Weight]
-    packed_bytes: Callable[[str, Spec], int]
+    entries: dict[str, Entry]
+
+    def read(self, names: Sequence[str], spec: Spec, holding: Holding, kernels: Kernels | None) -> Weight:
+        """Read tensors of equal type, once each, as one weight: their rows joined in this order.
+
+        Args:
+            names: one tensor, or several whose rows agree in type and length.
+            holding: "packed" keeps quantized blocks, "dense" expands them to fp32; tables stay packed either way.
+            kernels: pack on the GPU; None: on the CPU.
+        """
 
 
 def tensor_specs(config: Config) -> dict[str, Spec]:
-    """Every tensor that a configuration calls for, by GGUF name, in the order of the forward pass."""
+    """Return every tensor that a configuration calls for, by GGUF name, in the order of the forward pass."""
     c, specs = config, {}
 
-    def add(
-        name: str, *shape: int, role: Literal["vector", "matrix", "table"] | None = None, opt: bool = False
-    ) -> None:
-        kind: Literal["vector", "matrix", "table"] = role or ("vector" if len(shape) == 1 else "matrix")
-        specs[name] = Spec(shape, kind, opt)
+    def add(name: str, *shape: int, role: Role | None = None, opt: bool = False) -> None:
+        specs[name] = Spec(shape, role or ("vector" if len(shape) == 1 else "matrix"), opt)
 
     add("token_embd.weight", c.vocab, c.hidden)
     if c.ple:

@@ -30,7 +30,7 @@ from ..execution import execution
 from ..files.gguf import open_gguf
 from ..generation.loop import PREFILL_CHUNK, Sampling, Statistics, generate_tokens, prefill_chunk
 from ..kv.state import KVState
-from ..loading.from_gguf import gguf_source
+from ..loading.from_gguf import GGUFSource
 from ..loading.loader import Progress, load_model
 from ..memory import available_memory
 from ..model.model import Model
@@ -116,7 +116,7 @@ def load_subject(path: Path, progress: Progress | None = None) -> Subject:
     else:
         with open_gguf(path) as file:
             config = config_from_gguf(file.metadata, str(path))
-            model, plan = load_model(config, gguf_source(file), "auto", True, progress, usable_kernels())
+            model, plan = load_model(config, GGUFSource(file), "auto", True, progress, usable_kernels())
             label = str(file.metadata.get("general.name", ""))
     seconds = time.perf_counter() - start
     return Subject(path, size_label(label, path.stem), model, plan.holding, seconds)

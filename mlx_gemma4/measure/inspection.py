@@ -1,4 +1,4 @@
-"""What a model file is and what it will take, from its header alone: nothing is loaded.
+"""Describe a model file and the memory it will take, from its header alone: nothing is loaded.
 
 In: the path of a GGUF or of a folder of safetensors. Out: a `Report`, and the lines that `mlx-gemma4 inspect` prints.
 """
@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
 
 import mlx.core as mx
 
@@ -22,39 +21,12 @@ from ..files.gguf import TENSOR_TYPES, open_gguf
 from ..generation.loop import PREFILL_CHUNK
 from ..kv.quantization import KINDS, check_kind, vector_bytes
 from ..kv.state import kv_bytes
-from ..loading.from_gguf import gguf_source
-from ..loading.from_safetensors import folder_source
+from ..loading.from_gguf import GGUFSource
+from ..loading.from_safetensors import FolderSource
 from ..loading.tensors import Entry, Spec, tensor_specs
 from ..memory import HEADROOM, available_memory, on_cpu
 from ..quant.formats import SUPPORTED
 
-# Peak memory bandwidths in GB/s, as Apple's announcements and technical specifications (support.apple.com) of the Macs
-# with these chips give them. Where the GPU's size makes a difference, each has its row.
-BANDWIDTHS = {
-    "M1": 68,
-    "M1 Pro": 200,
-    "M1 Max": 400,
-    "M1 Ultra": 800,
-    "M2": 100,
-    "M2 Pro": 200,
-    "M2 Max": 400,
-    "M2 Ultra": 800,
-    "M3": 100,
-    "M3 Pro": 150,
-    "M3 Max (30-core GPU)": 300,
-    "M3 Max (40-core GPU)": 400,
-    "M3 Ultra": 819,
-    "M4": 120,
-    "M4 Pro": 273,
-    "M4 Max (32-core GPU)": 410,
-    "M4 Max (40-core GPU)": 546,
-    "M5": 153,
-    "M5 Pro": 307,
-    "M5 Max (32-core GPU)": 460,
-    "M5 Max (40-core GPU)": 614,
-}
-# What llama.cpp and mlx-lm make of it, from figures that others have published (decode at 512 tokens).
-REACHED = "Others' runs on an M5 Max reach 69 to 81% of it with 31B, 46 to 59% with E2B, E4B and 26B-A4B."
 DEFAULT_CONTEXT = 8192
 TENSOR_NAMES = {t.name for t in TENSOR_TYPES.values()}
 
@@ -71,48 +43,35 @@ class TypeRow:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a state of the context's length takes with one `--kv`. Sizes in bytes."""
+    """Memory of a state as long as the context, with one `--kv`. Sizes in bytes."""
 
     kv: str
     state: int
-    with_weights: int  # and what else a run takes beside both
-    fits: bool  # into `Report.available`
+    with_weights: int  # the state, the weights and HEADROOM
+    fits: bool  # in `Report.available`
     longest: int  # context in tokens that fits; 0: not even the weights do
     read_per_token: int  # weights and KV that a token decoded there reads, KV in fp16
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that `inspect` tells. Sizes in bytes."""
+    """Everything that `inspect` prints. Sizes in bytes."""
 
     path: str
     n_bytes: int  # of the tensors
     name: str
     config: Config
     types: list[TypeRow]
-    unused: list[str]  # tensors that the model has no use for
+    unused: list[str]  # tensors that the model does not use
     problems: list[str]  # why it can't be loaded, if it can't
-    context: int  # in tokens, what `memory` is for
-    available: int  # memory here
+    context: int  # tokens that `memory` is computed for
+    available: int  # memory free on this machine
     weights_per_token: int
     memory: list[Memory]
 
-    def as_json(self) -> dict[str, Any]:
-        """Everything, and the projection for each chip in tokens a second, as plain values."""
-        found = asdict(self)
-        per_token = {m.kv: m.read_per_token for m in self.memory}
-        found["projection"] = {
-            "what": "no measurement: published bandwidth over the bytes that a token reads, the most there can be",
-            "chips": {
-                chip: {"bandwidth": gbs * 10**9, **{kv: round(gbs * 1e9 / n, 2) for kv, n in per_token.items()}}
-                for chip, gbs in BANDWIDTHS.items()
-            },
-        }
-        return found
-
 
 def inspect(path: Path, context: int | None = None) -> Report:
-    """Read a file's header.
+    """Read a file's header and compute its report.
 
     Args:
         path: a GGUF file, any part of a split one, or a folder of safetensors.
@@ -158,11 +117,11 @@ def _problems(entries: Mapping[str, Entry], wanted: Mapping[str, Spec]) -> list[
 
 
 def _header(path: Path) -> tuple[Config, Mapping[str, Entry], str]:
-    """Configuration, tensors by GGUF name, and the model's name ("" in a folder)."""
+    """Return the configuration, the tensors by GGUF name, and the model's name ("" for a folder)."""
     if not path.is_dir():
         with open_gguf(path) as file:
             name = str(file.metadata.get("general.name", ""))
-            return config_from_gguf(file.metadata, str(path)), gguf_source(file).entries, name
+            return config_from_gguf(file.metadata, str(path)), GGUFSource(file).entries, name
     try:
         contents = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -170,11 +129,11 @@ def _header(path: Path) -> tuple[Config, Mapping[str, Entry], str]:
             f"{path / 'config.json'}: can't be read as JSON ({error}); is this a model's folder?"
         ) from None
     config = config_from_json(contents, str(path / "config.json"))
-    return config, folder_source(path, config, contents.get("quantization") or {}).entries, ""
+    return config, FolderSource(path, config, contents.get("quantization") or {}).entries, ""
 
 
 def weights_per_token(config: Config, entries: Mapping[str, Entry]) -> int:
-    """Bytes of weights that a decoded token reads: all of them, but of embeddings a row and of experts those used."""
+    """Bytes of weights that a decoded token reads: one row of each embedding, the experts in use, all of the rest."""
     total = 0.0
     for name, entry in entries.items():
         row = entry.n_bytes / config.vocab
@@ -189,7 +148,7 @@ def weights_per_token(config: Config, entries: Mapping[str, Entry]) -> int:
 
 
 def kv_per_token(config: Config, kv: str, context: int, dtype: mx.Dtype) -> int:
-    """Bytes of keys and values that a token reads behind `context` others; only global layers hold codes."""
+    """Bytes of keys and values that a token reads behind `context` others; only global layers are quantized."""
     total = 0
     for shape in config.layers:
         rows, kind = (min(context, config.window), "full") if shape.sliding else (context, kv)
@@ -198,7 +157,7 @@ def kv_per_token(config: Config, kv: str, context: int, dtype: mx.Dtype) -> int:
 
 
 def _kinds(config: Config) -> list[str]:
-    """The kinds of --kv that heads of this model's sizes can have."""
+    """The kinds of --kv that this model's head sizes allow."""
     possible, dims = [], {shape.head_dim for shape in config.layers if not shape.sliding}
     for kv in KINDS:
         with suppress(InputError):
@@ -241,7 +200,7 @@ def lines(r: Report, chip: str) -> Iterator[str]:
     for problem in r.problems:
         yield f"CAN'T BE LOADED: {problem}"
     if r.unused:
-        yield f"Of no use to the model: {', '.join(r.unused[:5])}{' ...' if r.unused[5:] else ''}"
+        yield f"Unused tensors: {', '.join(r.unused[:5])}{' ...' if r.unused[5:] else ''}"
     yield ""
     yield f"Memory for {r.context:,} tokens of context; {_gb(r.available)} are free here ({chip})"
     yield _row("--kv", "state", "in all", "fits", "longest context")
@@ -251,12 +210,7 @@ def lines(r: Report, chip: str) -> Iterator[str]:
     reads = ", ".join(f"{_gb(m.read_per_token)} with --kv {m.kv}" for m in r.memory)
     yield f"A token decoded behind them reads {_gb(r.weights_per_token)} of weights; keys and values included,"
     yield f"{reads}."
-    yield "PROJECTION, not measured: at most, a chip's published bandwidth over those bytes."
-    yield REACHED
-    yield _row("chip", "GB/s", *(f"--kv {m.kv}" for m in r.memory))
-    own = {name: gbs for name, gbs in BANDWIDTHS.items() if name.split(" (")[0] == chip.removeprefix("Apple ")}
-    for name, gbs in (own or BANDWIDTHS).items():
-        yield _row(name, str(gbs), *(f"{gbs * 1e9 / m.read_per_token:.1f} tok/s" for m in r.memory))
+    yield "A chip's memory bandwidth over those bytes bounds the tokens a second; `mlx-gemma4 bench` measures them."
 
 
 def _shape(c: Config) -> Iterator[str]:

@@ -1,9 +1,9 @@
 """Quantized weights: from the blocks of a GGUF to planar MLX arrays, and from those to numbers.
 
-In: a tensor's raw bytes (`gguf_file`) and its type. Out: `Packed`, exactly the file's bits per weight, or a dense
-`mx.array`. It knows nothing of models and multiplies nothing (`ops` does). `FORMATS` below is the whole list of what
-can be read: to add a quantization, add its row (and its size in `gguf_file.TENSOR_TYPES`); where its numbers follow
-one of the formulas in `scales_and_biases`, nothing else is needed.
+In: a tensor's raw bytes (`files.gguf`) and its type. Out: `Packed`, with the file's bits per weight, or a dense
+`mx.array`. It knows nothing of models and multiplies nothing (`ops` does). `FORMATS` below lists every quantization
+that can be read: to add one, add its row (and its size in `files.gguf.TENSOR_TYPES`); if its numbers follow one of the
+formulas in `scales_and_biases`, nothing else is needed.
 
 All values equal those of llama.cpp's gguf-py in fp32, bit for bit, which fixes the order of operations.
 """
@@ -23,7 +23,7 @@ import numpy as np
 from ..errors import InputError
 from ..files.gguf import TENSOR_TYPES, TensorInfo
 from ..memory import on_cpu
-from .repack import BlockLayout, GroupScalesWriter, Plane, iq4_xs, plain, q3_k, q4_k, rearrange
+from .repack import BlockLayout, GroupScalesReader, Plane, iq4_xs, plain, q3_k, q4_k, rearrange
 
 Shape = tuple[int, ...]
 GroupScaleKind = Literal["", "scale-min", "scale-32", "int8", "e8m0"]
@@ -32,32 +32,33 @@ BLOCKS = {t.name: t for t in TENSOR_TYPES.values()}
 
 @dataclass(frozen=True)
 class Format:
-    """What the planar arrays of one quantization mean, and where a block of the file keeps them.
+    """The meaning of one quantization's planar arrays, and their places in a block of the file.
 
-    With q the unsigned code and d, m of `block_scales`:
-        group_scale_kind ""           w = d * (q - offset), or d * q + m with has_min
-        group_scale_kind "scale-min"  w = (d * scale) * q - (m * min); of the group_scales bits the lower half is scale,
-        the upper min group_scale_kind "scale-32"   w = (d * (scale - 32)) * (q - offset) group_scale_kind "int8"
-        w = (d * scale) * (q - offset) group_scale_kind "e8m0"       w = 2**(scale - 128) * lut[q]
-    and lut[q] in place of q - offset for formats that have a lut.
+    With q the unsigned code, d and m from `block_scales`, the weight w by `group_scale_kind` is:
+        ""           d * (q - offset), or d * q + m with has_min
+        "scale-min"  (d * scale) * q - (m * min); the lower half of the group's bits is scale, the upper min
+        "scale-32"   (d * (scale - 32)) * (q - offset)
+        "int8"       (d * scale) * (q - offset)
+        "e8m0"       2**(scale - 128) * lut[q]
+    and lut[q] replaces q - offset for formats that have a lut.
     """
 
     name: str
     bits: int  # of a code
     group: int  # weights that share a scale
     group_scale_bits: int  # bits per group in `group_scales`
-    offset: int  # taken off the code
+    offset: int  # subtracted from the code
     has_min: bool
     scale_block: int  # weights per fp16 d (and m), 0 if there is none
     lut: tuple[int, ...] | None
     group_scale_kind: GroupScaleKind
     codes_at: tuple[Plane, ...]  # from the lowest bits of a code up
-    block_scales_at: tuple[int, ...]  # the bytes of a block where d (and m) are
-    group_scales_at: tuple[GroupScalesWriter, int] | None  # what reads the group scales, and from which byte on
+    block_scales_at: tuple[int, ...]  # the bytes of a block where d and m begin
+    group_scales_at: tuple[GroupScalesReader, int] | None  # their reader, and the byte where they begin
 
     @property
     def layout(self) -> BlockLayout:
-        """For `quant_pack`."""
+        """The places in a block, for `repack`."""
         block = BLOCKS[self.name]
         group_scale_bytes = block.block_size // self.group * self.group_scale_bits // 8
         return BlockLayout(
@@ -70,7 +71,7 @@ class Format:
         )
 
 
-# The 16 values of ggml's non-linear 4-bit types, and of FP4 (E2M1), doubled to be whole numbers.
+# The 16 values of ggml's non-linear 4-bit types, and those of FP4 (E2M1), doubled to make them integers.
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
@@ -102,7 +103,7 @@ SUPPORTED = frozenset(FORMATS) | frozenset(FLOATS)
 
 
 def check_supported(info: TensorInfo, path: str | Path) -> None:
-    """InputError if this tensor's type can't be loaded."""
+    """Raise InputError if this tensor's type can't be loaded."""
     if info.type not in SUPPORTED:
         raise InputError(
             f"{path}: tensor {info.name!r} is {info.type}, which can't be loaded yet; "
@@ -130,7 +131,7 @@ class Packed:
         return sum(a.nbytes for a in (self.codes, self.group_scales, self.block_scales) if a is not None)
 
     def __getitem__(self, index: mx.array | slice) -> Packed:
-        """Some of its rows (of [E, N, K]: experts), in the order of the index; the others are not touched."""
+        """Return some rows (of [E, N, K]: experts), in the order of the index; no others are read."""
         codes, group_scales, block_scales = (
             None if a is None else a[index] for a in (self.codes, self.group_scales, self.block_scales)
         )
@@ -144,11 +145,11 @@ def pack_on_cpu(
     """Rearrange a tensor's blocks, on all cores, straight into MLX's memory.
 
     Args:
-        raw: uint8 [rows, row_bytes], as `GGUFFile.raw` gives it.
+        raw: uint8 [rows, row_bytes], as `GGUFFile.raw` returns it.
         type: a name in FORMATS.
         shape: [N, K] or [E, N, K], or [K]; the product of all but K is rows.
-        on_read: called, from any thread, with ranges [start, stop) of bytes of raw that are done with. With
-            `GGUFFile.release` here a load holds little more than its result.
+        on_read: called, from any thread, with ranges [start, stop) of bytes of raw that won't be read again. With
+            `GGUFFile.release` a load holds little more than its result.
     """
     form = FORMATS[type]
     layout = form.layout
@@ -175,7 +176,7 @@ def pack_on_cpu(
 
 
 class _Target:
-    """Memory of a new MLX array, open for writing as `bytes` until `array` is called."""
+    """The memory of a new MLX array, writable as `bytes` until `array` is called."""
 
     def __init__(self, shape: Shape, dtype: mx.Dtype) -> None:
         self._array: mx.array | None = None
@@ -196,9 +197,9 @@ _NUMPY = {mx.uint32: np.uint32, mx.uint8: np.uint8, mx.float16: np.float16}
 
 @cache
 def _writes_show() -> bool:
-    """Whether what is written to the numpy view of an MLX array, as MLX documents it, is seen by its operations.
+    """True if MLX's operations see values written to the numpy view of an array, as MLX documents.
 
-    On NVIDIA it would be, but there the host writes to an array's memory through page faults, which is slow.
+    False on NVIDIA, where the host writes to an array's memory through page faults, which is slow.
     """
     if not (on_cpu() or mx.metal.is_available()):
         return False
@@ -212,12 +213,12 @@ def _writes_show() -> bool:
 
 
 def dense(raw: np.ndarray, type: str, shape: Shape, dtype: Any = np.float32) -> mx.array:
-    """A tensor's numbers, exact in fp32.
+    """Return a tensor's numbers, exact in fp32.
 
     Args:
-        raw, shape: as for `pack`.
+        raw, shape: as for `pack_on_cpu`.
         type: any in SUPPORTED.
-        dtype: of the result, MLX's or numpy's; None keeps F16 and BF16 as they are, all else is fp32.
+        dtype: of the result, MLX's or numpy's; None keeps F16 and BF16 and gives fp32 for all other types.
     """
     if type in FLOATS:
         bits = np.dtype("<u4" if type == "F32" else "<u2")
@@ -231,12 +232,12 @@ def dense(raw: np.ndarray, type: str, shape: Shape, dtype: Any = np.float32) -> 
 
 
 def dequantize(w: Packed, dtype: mx.Dtype = mx.float32, rows: mx.array | None = None) -> mx.array:
-    """The numbers of a packed weight, by stock MLX operations: [.., N, K], or [*rows.shape, K] if rows are given.
+    """Return the numbers of a packed weight, by stock MLX operations: [.., N, K], or [*rows.shape, K] with rows.
 
     Computed in fp32, one rounding per operation, then cast. Must not be compiled: a fused multiply-add rounds once.
 
     Args:
-        rows: int, which rows of an [N, K] weight to take (an embedding lookup); the others are not touched.
+        rows: int, the rows of an [N, K] weight to take (an embedding lookup); no others are read.
     """
     if rows is not None:
         w = w[rows]
@@ -251,7 +252,7 @@ def dequantize(w: Packed, dtype: mx.Dtype = mx.float32, rows: mx.array | None = 
 
 
 def unpack_codes(w: Packed) -> mx.array:
-    """The codes as fp32 [.., N, K]: MLX's own unpacking, with scales of one."""
+    """Return the codes as fp32 [.., N, K], by MLX's own unpacking with scales of one."""
     k = w.shape[-1]
     groups = (w.codes.size // w.codes.shape[-1], k // 32)
     codes = w.codes.reshape(groups[0], -1)
@@ -260,7 +261,7 @@ def unpack_codes(w: Packed) -> mx.array:
 
 
 def scales_and_biases(w: Packed) -> tuple[mx.array, mx.array | None]:
-    """fp32 [.., N, K / group]: w = scales * (code - offset, or lut[code]) + biases; None means no biases."""
+    """Return fp32 [.., N, K / group]: w = scales * (code - offset, or lut[code]) + biases; None means no biases."""
     form = w.format
     groups = (*w.shape[:-1], w.shape[-1] // form.group)
     if form.group_scale_kind == "e8m0":
@@ -291,14 +292,14 @@ def scales_and_biases(w: Packed) -> tuple[mx.array, mx.array | None]:
 
 
 def _six_bit_numbers(stream: mx.array) -> mx.array:
-    """uint8 [.., 3 n] to uint32 [.., 4 n]: a little-endian stream of 6-bit numbers."""
+    """Return the numbers of a little-endian 6-bit stream: uint8 [.., 3 n] to uint32 [.., 4 n]."""
     b = stream.reshape(*stream.shape[:-1], -1, 3).astype(mx.uint32)
     word = b[..., 0] | b[..., 1] << 8 | b[..., 2] << 16
     return ((word[..., None] >> mx.array([0, 6, 12, 18], mx.uint32)) & 63).reshape(*stream.shape[:-1], -1)
 
 
 def affine_parts(w: Packed) -> tuple[mx.array, mx.array]:
-    """(scales, biases), fp32 [.., N, K / group], such that w = scales * code + biases. Not for formats with a lut."""
+    """Return (scales, biases), fp32 [.., N, K / group]: w = scales * code + biases. Not for formats with a lut."""
     if w.format.lut is not None:
         raise ValueError(f"{w.format.name} is a table of values, not affine")
     scales, biases = scales_and_biases(w)

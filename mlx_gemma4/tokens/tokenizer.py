@@ -6,17 +6,17 @@ Out: a `Tokenizer` (text -> ids, ids -> text) and a `StreamDecoder` (one id at a
 Two kinds of GGUF vocabulary are read, both with the results of llama.cpp (src/llama-vocab.cpp):
 
 `gemma4`  BPE with a list of merges. A space becomes U+2581, the text is cut into runs of newlines and the
-          rest, and what isn't in the vocabulary becomes byte tokens <0xXX>.
+          rest, and characters that aren't in the vocabulary become byte tokens <0xXX>.
 `llama`   (gemma3 and older) SentencePiece BPE: no merges, but a score for each token. The neighbours whose
           concatenation has the best score join first, the leftmost of equals before the others.
 
-The Rust library `tokenizers` does the work for both. `bpe.PlainBPE` is its reference, and takes its place for
-vocabularies that the library can't express.
+The Rust library `tokenizers` does the work for both. A vocabulary that it can't encode exactly as llama.cpp does is
+refused; no Gemma has one.
 
 Three things differ from llama.cpp on purpose. Tokens of the shape <|name>, <name|> or <|name|> are control
 tokens even where the file calls them user-defined, so that nobody can type one. No merge ever makes a control or
 byte token. And </s> is the HTML tag that it is in Gemma 3's vocabulary, not an end of text.
-This module knows nothing about chat: see prompts.py.
+This module knows nothing about chat: see chat_format.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from ..errors import InputError
-from .plain_bpe import SPACE, PlainBPE, Splitter, splits
 
+SPACE = "\u2581"  # SentencePiece's form of a space
 # Values of tokenizer.ggml.token_type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -41,11 +41,45 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _MARKER = re.compile(r"<\|[^<>\s]+>|<[^<>\s]+\|>")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # Tokens that end a reply, beside those the file names: ids 1, 106 and 50 in Gemma 4, 1 and 106 in Gemma 3.
-# They go by text, since 50 is an unused token in Gemma 3 and a trimmed vocabulary has them elsewhere.
+# Found by text, since 50 is an unused token in Gemma 3 and a trimmed vocabulary has other ids.
 _ENDS = ("<eos>", "<turn|>", "<|tool_response>", "<end_of_turn>")
 
 
 Encoder = Callable[[str], "list[int]"]
+
+
+class Splitter:
+    """Cuts text at given strings; where several begin at one place, at the longest."""
+
+    def __init__(self, ids: Mapping[str, int]) -> None:
+        self._ids = ids
+        lengths: dict[str, set[int]] = {}
+        for text in ids:
+            lengths.setdefault(text[0], set()).add(len(text))
+        self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
+        self._starts = re.compile(f"[{re.escape(''.join(lengths))}]") if lengths else None
+
+    def split(self, text: str) -> list[str | int]:
+        """Return the text between the strings, never empty, and the ids of the strings, in order."""
+        parts: list[str | int] = []
+        done = 0
+        for match in self._starts.finditer(text) if self._starts else ():
+            at = match.start()
+            found = self._longest(text, at) if at >= done else 0
+            if found:
+                if at > done:
+                    parts.append(text[done:at])
+                parts.append(self._ids[text[at : at + found]])
+                done = at + found
+        if done < len(text):
+            parts.append(text[done:])
+        return parts
+
+    def _longest(self, text: str, at: int) -> int:
+        for length in self._lengths[text[at]]:
+            if text[at : at + length] in self._ids:
+                return length
+        return 0
 
 
 class Tokenizer:
@@ -89,7 +123,7 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], source: str = "the file") -> Tokenizer:
-        """The tokenizer that a GGUF's metadata describes (keys tokenizer.ggml.* and tokenizer.chat_template).
+        """Return the tokenizer that a GGUF's metadata describes (keys tokenizer.ggml.* and tokenizer.chat_template).
 
         Strings are str, arrays are numpy arrays or sequences. `source` names the file in an InputError.
         """
@@ -100,15 +134,15 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
-        """The tokenizer of a Hugging Face folder.
+        """Return the tokenizer of a Hugging Face folder.
 
-        Read are tokenizer.json and, where they exist, tokenizer_config.json, chat_template.jinja and
+        Reads tokenizer.json and, where they exist, tokenizer_config.json, chat_template.jinja and
         generation_config.json. Raises InputError.
         """
         return _from_folder(Path(path))
 
     def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
-        """Ids of `text`. Control tokens in it stay text unless `parse_special`. BOS is never doubled."""
+        """Return the ids of `text`. Control tokens in it stay text unless `parse_special`. BOS is never doubled."""
         ids: list[int] = []
         for part in self.split_special(text) if parse_special else [text]:
             ids.extend([part] if isinstance(part, int) else self._encode(_valid(part)))
@@ -117,15 +151,15 @@ class Tokenizer:
         return ids
 
     def split_special(self, text: str) -> list[str | int]:
-        """`text` cut at its control tokens: the text between them as it is, each of them as its id."""
+        """Return `text` cut at its control tokens: the text between them as it is, each of them as its id."""
         return self._splitter.split(text)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of `ids`. Bytes that form no character become U+FFFD; unknown ids are left out."""
+        """Return the text of `ids`. Bytes that form no character become U+FFFD; unknown ids are left out."""
         return b"".join(self.piece(i, skip_special=skip_special) for i in ids).decode("utf-8", "replace")
 
     def piece(self, token: int, *, skip_special: bool = True) -> bytes:
-        """UTF-8 bytes of one id: perhaps a part of a character only."""
+        """Return the UTF-8 bytes of one id, perhaps only a part of a character."""
         if skip_special and token in self.control_ids:
             return b""
         cached = self._pieces.get(token)
@@ -144,12 +178,12 @@ class Tokenizer:
         return text.encode("utf-8", "surrogateescape")
 
     def token_id(self, text: str) -> int | None:
-        """Id of a control token such as "<|turn>", or None where this vocabulary has no such token."""
+        """Return the id of a control token such as "<|turn>", or None if this vocabulary has no such token."""
         return self._control.get(text)
 
 
 class StreamDecoder:
-    """Text of ids that come one at a time. All that `push` and `finish` return, joined, is `decode` of all."""
+    """Decodes ids that come one at a time. All results of `push` and `finish`, joined, equal `decode` of all ids."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -157,11 +191,11 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The characters that `token` completes; a character still in progress is held back."""
+        """Return the characters that `token` completes; an incomplete character is held back."""
         return self._utf8.decode(self._tokenizer.piece(token, skip_special=self._skip_special))
 
     def finish(self) -> str:
-        """What was held back: "", or U+FFFD where the ids ended inside a character."""
+        """Return what was held back: "", or U+FFFD if the ids ended inside a character."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -207,13 +241,13 @@ class _Vocab:
                 raise InputError(f"the tokenizer has a byte token {text!r}, not <0xXX>: convert the model again")
         self.all_bytes = len(bytes_) == 256
         self.control = _control_ids(tokens, types)
-        self.never = {*bytes_, *(tokens[i] for i in self.control)}  # no merge makes these
+        self.never = {*bytes_, *(tokens[i] for i in self.control)}  # tokens that no merge may make
         user = (i for i, kind in enumerate(types) if kind == USER_DEFINED)
         self.user = {tokens[i]: i for i in user if tokens[i] not in self.never}
 
 
 def _array(metadata: Mapping[str, Any], name: str, length: int | None = None) -> list[Any]:
-    """The list tokenizer.ggml.`name`; InputError where it is missing, empty or of another length."""
+    """Return the list tokenizer.ggml.`name`; InputError if it is missing, empty or of another length."""
     value = metadata.get(f"tokenizer.ggml.{name}")
     if value is None or isinstance(value, str | bytes) or not hasattr(value, "__len__"):
         raise InputError(f"the file has no list tokenizer.ggml.{name}: convert the model again")
@@ -227,7 +261,7 @@ def _array(metadata: Mapping[str, Any], name: str, length: int | None = None) ->
 
 
 def _control_ids(tokens: Sequence[str], types: Sequence[int]) -> list[int]:
-    """Ids that users must not be able to type: control tokens, and markers of chat and tool grammar."""
+    """Return the ids that users must not be able to type: control tokens, and markers of chat and tool grammar."""
     return [
         i
         for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
@@ -241,29 +275,23 @@ def _gemma4_encoder(vocab: _Vocab, merges: list[str]) -> Encoder:
     for text in vocab.never:
         for i in range(1, len(text)):
             kept.pop(f"{text[:i]} {text[i:]}", None)
-    pairs = [tuple(merge.split(" ", 1)) for merge in kept]
     # The rest of a line merges apart from newlines, and without further cutting into words.
     lines = pre_tokenizers.Split(tokenizers.Regex(r"\n+"), "isolated")
-    fast = _rust_encoder(vocab, pairs, prefix=False, pre_tokenizer=lines)
-    if fast is not None and all(fast(run) == [vocab.ids[run]] for run in _newline_runs(vocab.ids)):
-        return fast
-    ranks = {pair: rank for rank, pair in enumerate(pairs)}
-    return PlainBPE(vocab.ids, lambda a, b: ranks.get((a, b)), vocab.user, prefix=False, split_lines=True)
-
-
-def _newline_runs(vocab: Mapping[str, int]) -> list[str]:
-    """Tokens of newlines only. llama.cpp takes such a run for its token even where no merges lead to it."""
-    return [run for run in ("\n" * i for i in range(1, 65)) if run in vocab]
+    encode = _rust_encoder(vocab, [tuple(merge.split(" ", 1)) for merge in kept], prefix=False, pre_tokenizer=lines)
+    # llama.cpp takes a run of newlines for its token even where no merges lead to it.
+    if any(encode(run) != [vocab.ids[run]] for run in ("\n" * i for i in range(1, 65)) if run in vocab.ids):
+        raise _refused("runs of newlines that no merges make")
+    return encode
 
 
 def _llama_encoder(vocab: _Vocab, scores: list[float], prefix: bool) -> Encoder:
-    """SentencePiece BPE by scores.
+    """Return the encoder of SentencePiece BPE by scores: of pairs, ranked by the score of the token that they make.
 
-    Why a list of ranked pairs gives the same. Let a token t be made at some place of a text. No merge before has
-    crossed the ends of that place, so inside it all went as if t's text stood alone: of the ways to cut t in
+    A list of ranked pairs gives the same ids. Let a token t be made at some place of a text. No earlier merge
+    crossed the ends of that place, so inside it everything went as if t's text stood alone: of the ways to cut t in
     two, only one is ever used. So a queue of pairs, ranked by the score of what they make and leftmost first,
-    pops what a queue of scores pops; pairs that are never used do no harm. Only equal scores of different
-    tokens could make a difference, and they are left to the plain reference.
+    pops what a queue of scores pops; pairs that are never used do no harm. Only equal scores of different tokens,
+    and characters that occur in tokens but are none, could make a difference.
     """
     ids = vocab.ids
     # Text that is a user-defined token doesn't get as far as merging, unless the token has spaces as U+2581.
@@ -272,23 +300,27 @@ def _llama_encoder(vocab: _Vocab, scores: list[float], prefix: bool) -> Encoder:
         (-score, text) for text, score in zip(ids, scores, strict=True) if len(text) > 1 and text not in barred
     ]
     mergeable.sort()
-    ranks = {text: rank for rank, text in mergeable}
-    if len(set(ranks.values())) == len(ranks) and ids.keys() >= set("".join(ranks)):
-        pairs = splits(list(ranks), ids)
-        fast = _rust_encoder(vocab, pairs, prefix=prefix)
-        if fast is not None:
-            return fast
-    return PlainBPE(ids, lambda a, b: ranks.get(a + b), vocab.user, prefix=prefix, split_lines=False)
+    halves = ids.keys() | {character for _, text in mergeable for character in text}
+    pairs = [
+        (left, right)
+        for _, text in mergeable
+        for i in range(1, len(text))
+        if (left := text[:i]) in halves and (right := text[i:]) in halves
+    ]
+    made = {left + right for left, right in pairs}  # padding tokens, which share a score, are not among them
+    if len({score for score, text in mergeable if text in made}) != len(made):
+        raise _refused("equal scores of different tokens")
+    return _rust_encoder(vocab, pairs, prefix=prefix)
 
 
-def _rust_encoder(vocab: _Vocab, pairs: list[Any], *, prefix: bool, pre_tokenizer: Any | None = None) -> Encoder | None:
-    """The `tokenizers` pipeline with these merges, or None where it wouldn't give llama.cpp's results."""
+def _rust_encoder(vocab: _Vocab, pairs: list[Any], *, prefix: bool, pre_tokenizer: Any | None = None) -> Encoder:
+    """Return the `tokenizers` pipeline with these merges. Raises InputError where llama.cpp's results would differ."""
     if not vocab.all_bytes:
-        return None  # it would drop characters without a word
+        raise _refused("fewer than 256 byte tokens")  # characters would be dropped silently
     try:
         engine = tokenizers.Tokenizer(models.BPE(vocab.ids, pairs, byte_fallback=True))
-    except Exception:  # the library raises plain Exception: a merge of strings that are no tokens
-        return None
+    except Exception as error:  # the library raises plain Exception
+        raise _refused(f"merges that can't be used ({error})") from error
     steps: list[Any] = [normalizers.Prepend(" ")] if prefix else []
     engine.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     if pre_tokenizer is not None:
@@ -296,6 +328,10 @@ def _rust_encoder(vocab: _Vocab, pairs: list[Any], *, prefix: bool, pre_tokenize
     # Found in the text as typed, before spaces become U+2581; each stretch between them is encoded by itself.
     engine.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in vocab.user])
     return _encoder(engine)
+
+
+def _refused(what: str) -> InputError:
+    return InputError(f"the tokenizer has {what}, as no Gemma's has: convert the original model again")
 
 
 def _encoder(engine: tokenizers.Tokenizer) -> Encoder:
@@ -307,7 +343,7 @@ def _encoder(engine: tokenizers.Tokenizer) -> Encoder:
 
 
 def _valid(text: str) -> str:
-    """`text` with surrogates (from undecodable input) joined where they pair and U+FFFD where they don't."""
+    """Return `text` with surrogates (from undecodable input) joined where they pair, else replaced by U+FFFD."""
     if text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
@@ -330,7 +366,7 @@ def _from_folder(folder: Path) -> Tokenizer:
         tokens[i], types[i] = text, BYTE if _BYTE.fullmatch(text) else NORMAL
     for i, token in added.items():
         types[i] = CONTROL if token.special or _MARKER.fullmatch(token.content) else USER_DEFINED
-    # Markers that the file doesn't call special become so, and then none of them is found in text any more.
+    # Markers that the file doesn't call special are made special, so that none is found in typed text.
     engine.add_special_tokens([tokenizers.AddedToken(tokens[i], special=True) for i in added if types[i] == CONTROL])
     engine.encode_special_tokens = True
     return _folder_tokenizer(folder, tokens, types, engine)
@@ -358,7 +394,7 @@ def _folder_tokenizer(folder: Path, tokens: list[str], types: list[int], engine:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} where there is no such file."""
+    """Return the object in a JSON file, {} if there is no such file."""
     if not path.is_file():
         return {}
     try:

@@ -189,7 +189,7 @@ def test_broken_connections(hub: Hub, user: User) -> None:
 
 
 def test_goes_on_in_another_process(hub: Hub, user: User) -> None:
-    """What came before the program ended is not sent again, and is checked."""
+    """Bytes that came before the program ended are not sent again, and are checked."""
     hub.cuts = [2_000_000, 0, 0, 0, 0]
     assert "goes on where it stopped" in user.refused("pull", f"{REPO}:Q8_0")
     held = user.partials()[0].stat().st_size
@@ -242,7 +242,7 @@ def test_newer_version(hub: Hub, user: User) -> None:
 
 
 def test_offline(hub: Hub, user: User) -> None:
-    """What is here works without a network, also by the repository's bare name; what isn't, is said in a line."""
+    """Cached models load without a network, also by the repository's bare name; others give an error of one line."""
     path = user.pull(f"{REPO}:Q8_0")
     assert user.pull(f"{REPO}:q8_0", HF_HUB_OFFLINE="1") == path
     line = user.refused("pull", f"{REPO}:Q4_K_M", HF_HUB_OFFLINE="1")
@@ -256,7 +256,7 @@ def test_offline(hub: Hub, user: User) -> None:
 
 
 def test_gated(hub: Hub, user: User) -> None:
-    """How to log in, and that it helps; the token goes to the hub alone."""
+    """The error tells how to log in, a token helps, and it goes to the hub alone."""
     hub.gated.add(REPO)
     line = user.refused("pull", f"{REPO}:Q8_0")
     assert "is gated; accept its terms at" in line

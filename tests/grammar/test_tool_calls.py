@@ -77,7 +77,7 @@ def test_arguments_obey_the_schema(name: str, tokenizer: Tokenizer) -> None:
 
 
 def test_calls_in_the_format_of_the_template(tokenizer: Tokenizer) -> None:
-    """What the chat template writes for a call is what the grammar takes."""
+    """The grammar accepts a call as the chat template writes it."""
     good = [
         '<|tool_call>call:get-weather{city:<|"|>New "York", {x}<|"|>}<tool_call|>',
         '<|tool_call>call:get-weather{days:14,unit:<|"|>C<|"|>,city:<|"|><|"|>}<tool_call|>',

@@ -111,9 +111,10 @@ def write_wide(target: Path, w: Wide) -> None:
     out.add_float32("gemma4.attention.layer_norm_rms_epsilon", 1e-6)
     tokens = [f"<t{i}>" for i in range(w.vocab)]
     tokens[2], tokens[3:6] = "<bos>", ["<", "t", "<t"]
+    tokens[6:262] = [f"<0x{i:02X}>" for i in range(256)]
     out.add_tokenizer_model("gemma4")
     out.add_token_list(tokens)
-    out.add_token_types([3 if i == 2 else 1 for i in range(w.vocab)])
+    out.add_token_types([3 if i == 2 else 6 if 6 <= i < 262 else 1 for i in range(w.vocab)])
     out.add_token_merges(["< t"])
     out.add_bos_token_id(2)
     q4, q6 = gguf.GGMLQuantizationType.Q4_K, gguf.GGMLQuantizationType.Q6_K

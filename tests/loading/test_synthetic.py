@@ -14,7 +14,7 @@ import pytest
 from mlx_gemma4.config import config_from_gguf
 from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.files.gguf import open_gguf
-from mlx_gemma4.loading.from_gguf import gguf_source
+from mlx_gemma4.loading.from_gguf import GGUFSource
 from mlx_gemma4.loading.loader import load_model
 
 
@@ -33,7 +33,7 @@ def test_a_small_one_loads_and_runs(name: str, tmp_path: Path, monkeypatch: pyte
     make_synthetic.write(name, tmp_path / "x.gguf")
     with open_gguf(tmp_path / "x.gguf") as file:
         assert not [t.name for t in file.tensors.values() if not np.any(file.raw(t.name)[0])]
-        model, _ = load_model(config_from_gguf(file.metadata, "x"), gguf_source(file), "packed")
+        model, _ = load_model(config_from_gguf(file.metadata, "x"), GGUFSource(file), "packed")
     logits = np.array(model.forward(mx.array([5, 6000, 70000]), model.new_state()))
     assert np.isfinite(logits).all()
     assert logits.std() > 0.01

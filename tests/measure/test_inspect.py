@@ -1,4 +1,4 @@
-"""`inspect`: what it says of a file against what loading and running it shows."""
+"""`inspect`: its report against loading and running the file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mlx_gemma4.generation.loop import PREFILL_CHUNK
 from mlx_gemma4.kv.quantization import KINDS as KVS
 from mlx_gemma4.loading.tensors import Entry
 from mlx_gemma4.measure import bench, inspection
-from mlx_gemma4.measure.inspection import BANDWIDTHS, Report, inspect, lines
+from mlx_gemma4.measure.inspection import Report, inspect, lines
 from mlx_gemma4.memory import HEADROOM
 
 
@@ -50,7 +50,7 @@ def test_tensors_by_type(kind: str, tmp_path: Path) -> None:
     ("kind", "tag"), [("e2b", "q8_0"), ("31b", "q4_0"), ("26b-a4b", "q4_k_m"), ("12b", "untied-q4_k_m")]
 )
 def test_bytes_per_token(kind: str, tag: str, tmp_path: Path) -> None:
-    """What a loaded model reads, but for a tensor in bf16, which a CPU holds in fp32, and one that only rotates."""
+    """The bytes that a loaded model reads, except for a bf16 tensor (fp32 on a CPU) and one that only rotates."""
     file = path(kind, tag, tmp_path)
     model = load(file, weights="packed").model
     with open_gguf(file) as gguf:
@@ -124,18 +124,11 @@ def test_whether_it_fits(synthetic: Callable[..., Report], monkeypatch: pytest.M
                     assert again.with_weights - again.state > HEADROOM
 
 
-def test_projection(synthetic: Callable[..., Report]) -> None:
-    """Bandwidth over bytes, for every chip; only this machine's where it is one of them; marked as what it is."""
+def test_speed_is_bounded_by_the_bytes_that_a_token_reads(synthetic: Callable[..., Report]) -> None:
+    """Bandwidth over bytes bounds what others have published for an M5 Max, 614 GB/s: 25.3 and 28.3 tokens a second."""
     report = synthetic("31b", 512)
-    chips = report.as_json()["projection"]["chips"]
-    assert chips["M5 Max (40-core GPU)"]["full"] == pytest.approx(614e9 / report.memory[0].read_per_token, rel=1e-3)
-    assert 25.3 < chips["M5 Max (40-core GPU)"]["full"] < 40  # published: 25.3 and 28.3 tokens a second
-    every = list(lines(report, "AMD EPYC"))
-    mine = list(lines(report, "Apple M3 Max"))
-    for text in (every, mine):
-        assert sum("PROJECTION, not measured" in line for line in text) == 1
-    assert [line.split("  ")[0] for line in every[-len(BANDWIDTHS) :]] == list(BANDWIDTHS)
-    assert [line.split("  ")[0] for line in mine[-3:]] == ["chip", "M3 Max (30-core GPU)", "M3 Max (40-core GPU)"]
+    assert 28.3 < 614e9 / report.memory[0].read_per_token < 40
+    assert f"{report.memory[0].read_per_token / 1e9:.2f} GB with --kv full" in "\n".join(lines(report, "Apple M3 Max"))
 
 
 def test_table_and_json() -> None:
@@ -162,7 +155,7 @@ def test_demo_and_folders() -> None:
 
 
 def test_only_the_header_is_read(tmp_path: Path) -> None:
-    """The same of a file whose data are all zeros."""
+    """The report is the same for a file whose data are all zeros."""
     blank = rewrite(
         HERE / "e2b-q4_k_m.gguf", tmp_path / "blank.gguf", lambda entries: [(n, 0 * d, k) for n, d, k in entries]
     )
@@ -187,7 +180,7 @@ def test_wrong_input(args: list[str], says: str) -> None:
 
 
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:
-    """Said beside all the rest: what misses, and types that nothing reads."""
+    """Missing tensors and unknown types are reported beside everything else."""
     half = rewrite(HERE / "e2b-f32.gguf", tmp_path / "half.gguf", drop("ffn_up"))
     assert "CAN'T BE LOADED: tensors missing: blk.0.ffn_up.weight, blk.1.ffn_up.weight" in run(half).stdout
     odd = ("blk.0.ffn_up.weight", np.zeros((1, 66), np.uint8), gguf.GGMLQuantizationType.IQ2_XXS)
@@ -201,4 +194,4 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
 def test_unused_tensors_are_named(tmp_path: Path) -> None:
     extra = ("v.patch_embd.weight", np.ones((2, 3), np.float32), gguf.GGMLQuantizationType.F32)
     file = rewrite(HERE / "e2b-f32.gguf", tmp_path / "more.gguf", lambda entries: [*entries, extra])
-    assert "Of no use to the model: v.patch_embd.weight" in run(file).stdout
+    assert "Unused tensors: v.patch_embd.weight" in run(file).stdout

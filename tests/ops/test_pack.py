@@ -15,7 +15,7 @@ from recorded import HERE
 
 from mlx_gemma4.config import config_from_gguf
 from mlx_gemma4.files.gguf import open_gguf
-from mlx_gemma4.loading.from_gguf import gguf_source
+from mlx_gemma4.loading.from_gguf import GGUFSource
 from mlx_gemma4.loading.loader import load_model
 from mlx_gemma4.ops import pack
 from mlx_gemma4.ops.dispatch import Kernels
@@ -187,7 +187,7 @@ def test_a_model_is_the_same(file: str, tmp_path: Path) -> None:
     def weights(kernels: Kernels | None) -> dict[str, Any]:
         with open_gguf(next(HERE.glob(f"{file}*.gguf"))) as gguf:
             config = config_from_gguf(gguf.metadata, file)
-            made = load_model(config, gguf_source(gguf), "packed", kernels=kernels)[0].weights
+            made = load_model(config, GGUFSource(gguf), "packed", kernels=kernels)[0].weights
         flat = {f"{i}.{k}": w for i, layer in enumerate(made.layers) for k, w in vars(layer).items()}
         return flat | {k: w for k, w in vars(made).items() if k != "layers"}
 
