@@ -12,7 +12,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
@@ -20,10 +20,11 @@ from ..chat_format.replies import Event, Text, Thinking, ToolCall
 from ..conversation.language_model import LanguageModel
 from ..conversation.reply import Reply, ReplyOptions, prompt_ids
 from ..generation.loop import Statistics
+from . import fields
 from . import options as read
-from .endpoint import Context, Count, Endpoint
+from .endpoint import Context, Endpoint
 from .engine import GenerationRequest, Job
-from .requests import Body, Length, Name, Object, SamplingRequest, Stops, Whole, wrong
+from .fields import Body, wrong
 from .wire import EventStream, WholeReply, json_response, sse
 
 
@@ -41,7 +42,7 @@ class ToolUseBlock(Body):
     type: Literal["tool_use"]
     id: str
     name: str
-    input: Object | None = None
+    input: fields.Object | None = None
 
 
 class ToolResultBlock(Body):
@@ -69,12 +70,12 @@ class CustomTool(Body):
     """A function. Anthropic's server tools, which have other types, are refused."""
 
     type: Literal["custom"] | None = "custom"
-    name: Name
+    name: fields.Name
     description: str | None = None
-    input_schema: Object
+    input_schema: fields.Object
 
     @property
-    def parameters(self) -> Object:
+    def parameters(self) -> fields.Object:
         return self.input_schema
 
 
@@ -87,12 +88,12 @@ class Choice(Body):
 class ThinkingOptions(Body):
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     # Ignored: the model thinks as long as it likes, within max_tokens.
-    budget_tokens: Annotated[int, Field(ge=0, le=2**31), Whole] | None = None
+    budget_tokens: Annotated[int, Field(ge=0, le=2**31), fields.Whole] | None = None
 
 
 class OutputFormat(Body):
     type: Literal["json_schema"]
-    schema_: Object = Field(alias="schema")
+    schema_: fields.Object = Field(alias="schema")
 
 
 class OutputConfig(Body):
@@ -100,7 +101,7 @@ class OutputConfig(Body):
     format: OutputFormat | None = None
 
 
-class CountRequest(SamplingRequest):
+class CountRequest(fields.SamplingRequest):
     """The body of /v1/messages/count_tokens. Any `model` will do."""
 
     ignored = ("metadata", "service_tier", "cache_control", "user_profile_id", "inference_geo")
@@ -116,30 +117,20 @@ class CountRequest(SamplingRequest):
 class MessagesRequest(CountRequest):
     """The body of /v1/messages."""
 
-    max_tokens: Length
-    stop_sequences: Stops | None = None
+    max_tokens: fields.Length
+    stop_sequences: fields.Stops | None = None
 
 
-class CountReply(BaseModel):
-    input_tokens: Count
-
-
-class MessagesUsage(CountReply):
-    output_tokens: Count
-
-
-class Block(BaseModel):
-    type: Literal["text", "thinking", "tool_use"]
-
-
-class MessagesReply(BaseModel):
-    id: str
-    type: Literal["message"]
-    role: Literal["assistant"]
-    model: str
-    content: list[Block]
-    stop_reason: str
-    usage: MessagesUsage
+_COUNT = {"input_tokens": int}
+_REPLY = {
+    "id": str,
+    "type": "message",
+    "role": "assistant",
+    "model": str,
+    "content": [{"type": ("text", "thinking", "tool_use")}],
+    "stop_reason": str,
+    "usage": {"input_tokens": int, "output_tokens": int},
+}
 
 
 async def messages(body: MessagesRequest, context: Context) -> Response:
@@ -158,9 +149,9 @@ async def count_tokens(body: CountRequest, context: Context) -> Response:
     return json_response({"input_tokens": len(ids)})
 
 
-MESSAGES = Endpoint("/v1/messages", "Anthropic's messages", MessagesRequest, MessagesReply, messages)
+MESSAGES = Endpoint("/v1/messages", "Anthropic's messages", MessagesRequest, _REPLY, messages)
 COUNT = Endpoint(
-    "/v1/messages/count_tokens", "Tokens of a conversation", CountRequest, CountReply, count_tokens, streams=False
+    "/v1/messages/count_tokens", "Tokens of a conversation", CountRequest, _COUNT, count_tokens, streams=False
 )
 
 

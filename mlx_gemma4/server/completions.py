@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
@@ -22,26 +22,11 @@ from ..chat_format.replies import Thinking, ToolCall
 from ..conversation.reply import ReplyOptions
 from ..generation.sampling import Token
 from ..tokens.tokenizer import Tokenizer
+from . import fields
 from . import options as read
-from .endpoint import Collector, Context, Count, Endpoint, chat_logprobs, logprob, reading
+from .endpoint import Collector, Context, Endpoint, chat_logprobs, logprob, reading
 from .engine import GenerationRequest, Update
-from .requests import (
-    MAX_CHOICES,
-    Arguments,
-    Body,
-    Choices,
-    Content,
-    ConversationRequest,
-    Format,
-    Function,
-    Length,
-    Name,
-    Object,
-    OpenAIRequest,
-    ToolChoice,
-    TopLogprobs,
-    wrong,
-)
+from .fields import Body, wrong
 from .wire import EventStream, WholeReply, sse
 
 _IGNORED = ("metadata", "user", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity")
@@ -52,8 +37,8 @@ _UNSUPPORTED = ("audio", "functions", "function_call", "prediction", "web_search
 
 
 class CalledFunction(Body):
-    name: Name
-    arguments: Arguments = None
+    name: fields.Name
+    arguments: fields.Arguments = None
 
 
 class Call(Body):
@@ -64,12 +49,12 @@ class Call(Body):
 
 class OtherMessage(Body):
     role: Literal["system", "developer", "user"]
-    content: Content
+    content: fields.Content
 
 
 class AssistantMessage(Body):
     role: Literal["assistant"]
-    content: Content | None = None
+    content: fields.Content | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: list[Call] | None = None
@@ -77,7 +62,7 @@ class AssistantMessage(Body):
 
 class ToolMessage(Body):
     role: Literal["tool"]
-    content: Content
+    content: fields.Content
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -90,31 +75,31 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-class CompletionOptions(OpenAIRequest):
+class CompletionOptions(fields.OpenAIRequest):
     """What chat and text completions both take."""
 
     ignored = _IGNORED
-    n: Choices | None = None
-    max_tokens: Length | None = None
+    n: fields.Choices | None = None
+    max_tokens: fields.Length | None = None
     stream_options: SkipJsonSchema[StreamOptions | None] = None  # needs stream=true, which no schema can say
-    response_format: Format | None = None
+    response_format: fields.Format | None = None
 
 
 class FunctionTool(Body):
     type: Literal["function"]
-    function: Function
+    function: fields.Function
 
 
-class ChatRequest(CompletionOptions, ConversationRequest):
+class ChatRequest(CompletionOptions, fields.ConversationRequest):
     """The body of /v1/chat/completions."""
 
     unsupported = _UNSUPPORTED
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Length | None = None
+    max_completion_tokens: fields.Length | None = None
     logprobs: bool | None = None
-    top_logprobs: SkipJsonSchema[TopLogprobs | None] = None  # needs logprobs=true
+    top_logprobs: SkipJsonSchema[fields.TopLogprobs | None] = None  # needs logprobs=true
     tools: list[FunctionTool] | None = None
-    tool_choice: ToolChoice | Object | None = None
+    tool_choice: fields.ToolChoice | fields.Object | None = None
     modalities: SkipJsonSchema[list[str] | None] = None
 
 
@@ -123,58 +108,21 @@ class CompletionRequest(CompletionOptions):
 
     unsupported = (*_UNSUPPORTED, "suffix")
     prompt: Any  # its schema depends on the vocabulary: see openapi
-    logprobs: TopLogprobs | None = None
-    best_of: SkipJsonSchema[Choices | None] = None
+    logprobs: fields.TopLogprobs | None = None
+    best_of: SkipJsonSchema[fields.Choices | None] = None
     echo: SkipJsonSchema[bool | None] = None
 
 
-# Replies, as the OpenAPI document shows them
+# Samples of replies
 
 
-class Usage(BaseModel):
-    prompt_tokens: Count
-    completion_tokens: Count
-    total_tokens: Count
-    prompt_tokens_details: dict[str, Count]
-    completion_tokens_details: dict[str, Count]
-
-
-class ReplyMessage(BaseModel):
-    role: Literal["assistant"]
-    content: str | None
-    reasoning_content: str = ""
-    tool_calls: list[Object] = []
-
-
-class Choice(BaseModel):
-    index: Count
-    finish_reason: Literal["stop", "length", "tool_calls"]
-    logprobs: Object | None
-
-
-class ChatChoice(Choice):
-    message: ReplyMessage
-
-
-class TextChoice(Choice):
-    text: str
-
-
-class CompletionHead(BaseModel):
-    id: str
-    created: Count
-    model: str
-    usage: Usage
-
-
-class ChatReply(CompletionHead):
-    object: Literal["chat.completion"]
-    choices: Annotated[list[ChatChoice], Field(min_length=1)]
-
-
-class CompletionReply(CompletionHead):
-    object: Literal["text_completion"]
-    choices: Annotated[list[TextChoice], Field(min_length=1)]
+_DETAILS = {"prompt_tokens_details": {"cached_tokens": int}, "completion_tokens_details": {"reasoning_tokens": int}}
+_USAGE = {"prompt_tokens": int, "completion_tokens": int, "total_tokens": int, **_DETAILS}
+_HEAD = {"id": str, "created": int, "model": str, "usage": _USAGE}
+_CHOICE = {"index": int, "finish_reason": ("stop", "length", "tool_calls"), "logprobs": (dict, None)}
+_MESSAGE = {"role": "assistant", "content": (str, None)}
+_CHAT_REPLY = {**_HEAD, "object": "chat.completion", "choices": [{**_CHOICE, "message": _MESSAGE}]}
+_TEXT_REPLY = {**_HEAD, "object": "text_completion", "choices": [{**_CHOICE, "text": str}]}
 
 
 # Endpoints
@@ -225,8 +173,8 @@ async def completions(body: CompletionRequest, context: Context) -> Response:
     return WholeReply(job, _text_body(collected, head, tokenizer, echoes, choices))
 
 
-CHAT = Endpoint("/v1/chat/completions", "Reply to a conversation", ChatRequest, ChatReply, chat_completions)
-TEXT = Endpoint("/v1/completions", "Go on with a text", CompletionRequest, CompletionReply, completions)
+CHAT = Endpoint("/v1/chat/completions", "Reply to a conversation", ChatRequest, _CHAT_REPLY, chat_completions)
+TEXT = Endpoint("/v1/completions", "Go on with a text", CompletionRequest, _TEXT_REPLY, completions)
 
 
 # From a request to options
@@ -242,7 +190,7 @@ def _options(body: CompletionOptions, context: Context, max_tokens: int | None =
     }
 
 
-def _head(body: OpenAIRequest, context: Context, prefix: str, kind: str) -> dict[str, Any]:
+def _head(body: fields.OpenAIRequest, context: Context, prefix: str, kind: str) -> dict[str, Any]:
     """The fields that every chunk of a reply begins with."""
     model = context.model_name if body.model is None else body.model
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
@@ -290,8 +238,8 @@ def _prompts(value: Any, vocab: int) -> list[str | list[int]]:
     """A text completion's prompts: a text, texts, ids, or lists of ids."""
     several = isinstance(value, list) and not (value and all(type(item) is int for item in value))
     prompts = value if several else [value]
-    if not 0 < len(prompts) <= MAX_CHOICES:
-        raise wrong("prompt", f"must be 1 to {MAX_CHOICES} prompts, not {len(prompts)}")
+    if not 0 < len(prompts) <= fields.MAX_CHOICES:
+        raise wrong("prompt", f"must be 1 to {fields.MAX_CHOICES} prompts, not {len(prompts)}")
     for i, prompt in enumerate(prompts):
         ids = isinstance(prompt, list) and prompt and all(type(item) is int and 0 <= item < vocab for item in prompt)
         if not ids and not (isinstance(prompt, str) and prompt):

@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -18,10 +17,8 @@ from ..conversation.reply import Reply
 from ..generation.sampling import Token
 from ..tokens.tokenizer import Tokenizer
 from .engine import Engine, Job, Update
-from .requests import Body, parse
+from .fields import Body, parse
 from .wire import read_json
-
-Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Endpoint:
     path: str
     summary: str
     request: type[Body]
-    reply: type[BaseModel]
+    reply: dict[str, Any]  # a sample of it: see `openapi.schema`
     answer: Callable[[Any, Context], Awaitable[Response]]  # gets a `request`, and raises ApiError or InputError
     streams: bool = True
 

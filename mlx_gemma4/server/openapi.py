@@ -6,57 +6,22 @@ In: the endpoints. Out: `document`. Requests may hold more than it says: unknown
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, Field
 from pydantic.json_schema import models_json_schema
 
 from .. import __version__
-from .endpoint import Count, Endpoint
-from .requests import MAX_CHOICES
+from .endpoint import Endpoint
+from .fields import MAX_CHOICES
 
 Schema = dict[str, Any]
 
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class Error(BaseModel):
-    error: ErrorDetail
-
-
-class MessagesErrorDetail(BaseModel):
-    type: str
-    message: str
-
-
-class MessagesError(BaseModel):
-    type: Literal["error"]
-    error: MessagesErrorDetail
-
-
-class Model(BaseModel):
-    id: str
-    object: Literal["model"]
-    created: Count
-    owned_by: str
-
-
-class Models(BaseModel):
-    object: Literal["list"]
-    data: Annotated[list[Model], Field(min_length=1)]
-
-
-class Health(BaseModel):
-    status: Literal["ok", "draining"]
-    running: Count
-    waiting: Count
-
-
+_TYPES = {str: "string", dict: "object", None: "null"}
+_ERROR = {"error": {"message": str, "type": str, "param": (str, None), "code": (str, None)}}
+_MESSAGES_ERROR = {"type": "error", "error": {"type": str, "message": str}}
+_MODEL = {"id": str, "object": "model", "created": int, "owned_by": str}
+_MODELS = {"object": "list", "data": [_MODEL]}
+_HEALTH = {"status": ("ok", "draining"), "running": int, "waiting": int}
 _REFUSALS = {
     400: "The request is wrong: `param` names the field, where it is one.",
     401: "No API key, or a wrong one.",
@@ -70,14 +35,12 @@ _REFUSALS = {
 
 def document(endpoints: Sequence[Endpoint], vocab: int, with_key: bool) -> dict[str, Any]:
     """Return the document. `vocab`: the number of tokens; `with_key`: the server asks for an API key."""
-    models: list[type[BaseModel]] = [Error, MessagesError, Models, Health]
-    models += [model for endpoint in endpoints for model in (endpoint.request, endpoint.reply)]
     _, found = models_json_schema(
-        [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
+        [(endpoint.request, "validation") for endpoint in endpoints], ref_template="#/components/schemas/{model}"
     )
     components: dict[str, Any] = {"schemas": _with_ids(found["$defs"], vocab)}
-    model = _get("The model, if this is its name", _json("Model"), 401, 403)
-    model["get"]["responses"]["404"] = {"description": "No such model.", "content": _json("Error")}
+    model = _get("The model, if this is its name", _json(_MODEL), 401, 403)
+    model["get"]["responses"]["404"] = {"description": "No such model.", "content": _json(_ERROR)}
     model["get"]["parameters"] = [
         {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     ]
@@ -86,10 +49,10 @@ def document(endpoints: Sequence[Endpoint], vocab: int, with_key: bool) -> dict[
         "info": {"title": "mlx-gemma4", "version": __version__},
         "paths": {
             **{endpoint.path: _post(endpoint) for endpoint in endpoints},
-            "/v1/models": _get("The model", _json("Models"), 401, 403),
+            "/v1/models": _get("The model", _json(_MODELS), 401, 403),
             "/v1/models/{model}": model,
             "/metrics": _get("Counters for Prometheus", {"text/plain": {"schema": {"type": "string"}}}, 401, 403),
-            "/health": _get("Says that the server answers", _json("Health"), 403),
+            "/health": _get("Says that the server answers", _json(_HEALTH), 403),
         },
         "components": components,
     }
@@ -118,25 +81,42 @@ def _with_ids(schemas: dict[str, Schema], vocab: int) -> dict[str, Schema]:
     return schemas
 
 
-def _json(name: str) -> Schema:
-    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+def schema(sample: Any) -> Schema:
+    """The JSON schema of what looks like a sample: an object with all of its keys, a list of items like its
+    first, a string or a type as they are, any of several.
+    """
+    if isinstance(sample, dict):
+        properties = {name: schema(value) for name, value in sample.items()}
+        return {"type": "object", "properties": properties, "required": list(sample)}
+    if isinstance(sample, list):
+        return {"type": "array", "items": schema(sample[0])}
+    if isinstance(sample, tuple):
+        return {"anyOf": [schema(one) for one in sample]}
+    if sample is int:
+        return {"type": "integer", "minimum": 0}
+    return {"const": sample} if isinstance(sample, str) else {"type": _TYPES[sample]}
 
 
-def _refusals(error: str, *codes: int) -> dict[str, Any]:
+def _json(sample: dict[str, Any]) -> Schema:
+    return {"application/json": {"schema": schema(sample)}}
+
+
+def _refusals(error: dict[str, Any], *codes: int) -> dict[str, Any]:
     return {str(code): {"description": _REFUSALS[code], "content": _json(error)} for code in codes}
 
 
 def _post(endpoint: Endpoint) -> dict[str, Any]:
-    content = _json(endpoint.reply.__name__) | ({"text/event-stream": {}} if endpoint.streams else {})
+    content = _json(endpoint.reply) | ({"text/event-stream": {}} if endpoint.streams else {})
     anthropic = endpoint.path.startswith("/v1/messages")
     answers = {"200": {"description": endpoint.summary, "content": content}}
-    answers |= _refusals("MessagesError" if anthropic else "Error", *_REFUSALS)
+    answers |= _refusals(_MESSAGES_ERROR if anthropic else _ERROR, *_REFUSALS)
     if anthropic:  # 529 is what Anthropic's clients know for 503
         answers["529"] = answers.pop("503")
-    body = {"required": True, "content": _json(endpoint.request.__name__)}
+    schema = {"$ref": f"#/components/schemas/{endpoint.request.__name__}"}
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
     return {"post": {"summary": endpoint.summary, "requestBody": body, "responses": answers}}
 
 
 def _get(summary: str, content: Schema, *codes: int) -> dict[str, Any]:
-    answers = {"200": {"description": summary, "content": content}, **_refusals("Error", *codes)}
+    answers = {"200": {"description": summary, "content": content}, **_refusals(_ERROR, *codes)}
     return {"get": {"summary": summary, "responses": answers} | ({} if 401 in codes else {"security": []})}

@@ -13,17 +13,8 @@ from typing import Any, Protocol
 
 from ..conversation.language_model import LanguageModel
 from ..generation.sampling import Sampling
-from .requests import (
-    Arguments,
-    Content,
-    ConversationRequest,
-    Effort,
-    Format,
-    RefusalPart,
-    SamplingRequest,
-    ToolChoice,
-    wrong,
-)
+from . import fields
+from .fields import wrong
 
 _LEAST = {"top_p": 1e-9, "top_k": 0, "repetition_penalty": 1e-6}  # a top_p of 0 keeps one token
 
@@ -39,7 +30,7 @@ class Tool(Protocol):
     def parameters(self) -> dict[str, Any] | None: ...
 
 
-def read_sampling(body: SamplingRequest, lm: LanguageModel) -> Sampling:
+def read_sampling(body: fields.SamplingRequest, lm: LanguageModel) -> Sampling:
     """The file's recommendation with what the request says."""
     base, vocab = lm.sampling, lm.config.vocab
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -62,7 +53,7 @@ def read_stops(value: str | list[str] | None) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value or ())
 
 
-def read_thinking(body: ConversationRequest, effort: Effort | None) -> bool | None:
+def read_thinking(body: fields.ConversationRequest, effort: fields.Effort | None) -> bool | None:
     """Whether to think first; None leaves it to the chat template."""
     variables = body.chat_template_kwargs
     if variables and variables.enable_thinking is not None:
@@ -83,7 +74,7 @@ def read_tools(tools: Mapping[str, Tool]) -> tuple[dict[str, Any], ...]:
 
 
 def read_tool_choice(
-    choice: ToolChoice | dict[str, Any] | None, tools: tuple[dict[str, Any], ...], within: str = ""
+    choice: fields.ToolChoice | dict[str, Any] | None, tools: tuple[dict[str, Any], ...], within: str = ""
 ) -> str:
     """ "auto", "none", "required" or the name of a function. `within`: the field of `choice` that has the name."""
     if isinstance(choice, dict):
@@ -97,7 +88,7 @@ def read_tool_choice(
     return choice or "auto"
 
 
-def read_format(wanted: Format | None, path: str = "response_format") -> dict[str, Any]:
+def read_format(wanted: fields.Format | None, path: str = "response_format") -> dict[str, Any]:
     """The form of the reply: {}, or one of `schema`, `regex` and `grammar` of ReplyOptions."""
     if wanted is None or wanted.type == "text":
         return {}
@@ -117,11 +108,11 @@ def read_format(wanted: Format | None, path: str = "response_format") -> dict[st
 # Messages
 
 
-def read_text(content: Content | None) -> str:
+def read_text(content: fields.Content | None) -> str:
     """A message's text, from a string or a list of text parts."""
     if content is None or isinstance(content, str):
         return content or ""
-    return "\n".join(part.refusal if isinstance(part, RefusalPart) else part.text for part in content)
+    return "\n".join(part.refusal if isinstance(part, fields.RefusalPart) else part.text for part in content)
 
 
 def assistant_message(text: str, thinking: str | None = None, calls: list[dict[str, Any]] | None = None) -> Any:
@@ -130,8 +121,8 @@ def assistant_message(text: str, thinking: str | None = None, calls: list[dict[s
     return made | ({"reasoning_content": thinking} if thinking else {}) | ({"tool_calls": calls} if calls else {})
 
 
-def tool_call(id: str | None, name: str, arguments: Arguments) -> dict[str, Any]:
-    """A call that the model made. Arguments in a string become an object, if that is what the string holds."""
+def tool_call(id: str | None, name: str, arguments: fields.Arguments) -> dict[str, Any]:
+    """A call that the model made. fields.Arguments in a string become an object, if that is what the string holds."""
     if isinstance(arguments, str):
         try:
             parsed = json.loads(arguments or "{}")

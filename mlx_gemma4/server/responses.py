@@ -13,29 +13,18 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 from starlette.responses import Response
 
 from ..chat_format.replies import Event, Text, ToolCall
 from ..conversation.reply import ReplyOptions
 from ..generation.sampling import Token
 from ..tokens.tokenizer import Tokenizer
+from . import fields
 from . import options as read
-from .endpoint import Collector, Context, Count, Endpoint, chat_logprobs, reading
+from .endpoint import Collector, Context, Endpoint, chat_logprobs, reading
 from .engine import GenerationRequest
-from .requests import (
-    Arguments,
-    Body,
-    Content,
-    ConversationRequest,
-    Effort,
-    Format,
-    Length,
-    Name,
-    Object,
-    ToolChoice,
-    TopLogprobs,
-)
+from .fields import Body
 from .wire import EventStream, WholeReply, as_api_error, sse
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -44,20 +33,20 @@ _LOGPROBS = "message.output_text.logprobs"
 class InputMessage(Body):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    content: fields.Content
 
 
 class FunctionCall(Body):
     type: Literal["function_call"]
     name: str
     call_id: str | None = None
-    arguments: Arguments = None
+    arguments: fields.Arguments = None
 
 
 class FunctionOutput(Body):
     type: Literal["function_call_output"]
     call_id: str | None = None
-    output: Content
+    output: fields.Content
 
 
 class ReasoningPart(Body):
@@ -81,23 +70,23 @@ Item = Annotated[
 
 class FlatTool(Body):
     type: Literal["function"]
-    name: Name
+    name: fields.Name
     description: str | None = None
-    parameters: Object | None = None
+    parameters: fields.Object | None = None
     strict: bool | None = None
 
 
 class Reasoning(Body):
     ignored = ("summary", "generate_summary")
-    effort: Effort | None = None
+    effort: fields.Effort | None = None
 
 
 class TextOptions(Body):
     ignored = ("verbosity",)
-    format: Format | None = None
+    format: fields.Format | None = None
 
 
-class ResponsesRequest(ConversationRequest):
+class ResponsesRequest(fields.ConversationRequest):
     """The body of /v1/responses."""
 
     ignored = (
@@ -107,36 +96,26 @@ class ResponsesRequest(ConversationRequest):
     unsupported = ("previous_response_id", "conversation", "background", "prompt", "context_management")
     input: str | Annotated[list[Item], Field(min_length=1)]
     instructions: str | None = None
-    max_output_tokens: Length | None = None
-    top_logprobs: TopLogprobs | None = None
+    max_output_tokens: fields.Length | None = None
+    top_logprobs: fields.TopLogprobs | None = None
     include: list[Any] | None = None
     reasoning: Reasoning | None = None
     text: TextOptions | None = None
     tools: list[FlatTool] | None = None
-    tool_choice: ToolChoice | Object | None = None
-    metadata: Object | None = None
+    tool_choice: fields.ToolChoice | fields.Object | None = None
+    metadata: fields.Object | None = None
     truncation: Literal["disabled"] | None = None
 
 
-class ResponsesUsage(BaseModel):
-    input_tokens: Count
-    output_tokens: Count
-    total_tokens: Count
-
-
-class OutputItem(BaseModel):
-    id: str
-    type: Literal["message", "reasoning", "function_call"]
-
-
-class ResponsesReply(BaseModel):
-    id: str
-    object: Literal["response"]
-    created_at: Count
-    model: str
-    status: Literal["completed", "incomplete"]
-    output: list[OutputItem]
-    usage: ResponsesUsage
+_REPLY = {
+    "id": str,
+    "object": "response",
+    "created_at": int,
+    "model": str,
+    "status": ("completed", "incomplete"),
+    "output": [{"id": str, "type": ("message", "reasoning", "function_call")}],
+    "usage": {"input_tokens": int, "output_tokens": int, "total_tokens": int},
+}
 
 
 async def responses(body: ResponsesRequest, context: Context) -> Response:
@@ -162,7 +141,7 @@ async def responses(body: ResponsesRequest, context: Context) -> Response:
     return WholeReply(job, _body(Collector(job), head, output))
 
 
-RESPONSES = Endpoint("/v1/responses", "Respond to a conversation", ResponsesRequest, ResponsesReply, responses)
+RESPONSES = Endpoint("/v1/responses", "Respond to a conversation", ResponsesRequest, _REPLY, responses)
 
 
 def _head(body: ResponsesRequest, options: ReplyOptions, name: str) -> dict[str, Any]:
