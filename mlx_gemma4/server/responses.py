@@ -13,7 +13,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 from starlette.responses import Response
 
 from ..chat_format.replies import Event, Text, ToolCall
@@ -31,7 +31,7 @@ _LOGPROBS = "message.output_text.logprobs"
 
 
 class InputMessage(Body):
-    type: Literal["message"] = "message"
+    type: Annotated[Literal["message"], WithJsonSchema({"enum": ["message", None]})] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: fields.Content
 

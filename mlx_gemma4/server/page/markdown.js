@@ -31,8 +31,9 @@ parser.renderer.rules.image = (tokens, i) => {
 function markdown(text) {
   const shared = {}, tokens = parser.parse(text, shared), blocks = [];
   let start = 0;
-  tokens.forEach(({ level, nesting }, i) => {
-    if (level > 0 || nesting > 0) return;
+  tokens.forEach((token, i) => {
+    if (/^t[hd]_open$/.test(token.type)) token.attrs = null; // a column's alignment is a style, which the policy blocks
+    if (token.level > 0 || token.nesting > 0) return;
     blocks.push(parser.renderer.render(tokens.slice(start, i + 1), parser.options, shared));
     start = i + 1;
   });
