@@ -237,7 +237,7 @@ def _tool_choice(choice: Choice | None, names: list[str]) -> tuple[str, bool]:
 
 
 async def _whole(id: str, model: str, job: Job) -> dict[str, Any]:
-    """A whole reply, its blocks in the order in which they were made."""
+    """The whole reply, its blocks in the order in which they were made."""
     content: list[dict[str, Any]] = []
     reply = Reply()
     async for update in job.updates():

@@ -146,7 +146,8 @@ RESPONSES = Endpoint("/v1/responses", "Respond to a conversation", ResponsesRequ
 
 def _head(body: ResponsesRequest, options: ReplyOptions, name: str) -> dict[str, Any]:
     """A response as it begins: what was asked for, as far as it took effect."""
-    given, sampling = body.model_dump(by_alias=True, exclude_unset=True), options.sampling
+    given = body.model_dump(include={"reasoning", "text", "tools"}, by_alias=True, exclude_unset=True)
+    sampling = options.sampling
     assert sampling
     return {
         "id": f"resp_{uuid.uuid4().hex}",
@@ -200,7 +201,7 @@ def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
 
 
 def _own(messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """The model's message that is going on, or a new one."""
+    """The last message if it is the model's, else a new one."""
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": ""})
     return messages[-1]
@@ -210,7 +211,7 @@ class _Output:
     """The items of a response, and the events that tell how they grow."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
-        """tokenizer: to tell log-probabilities, or None."""
+        """tokenizer: for log-probabilities, or None."""
         self.items: list[dict[str, Any]] = []
         self._tokenizer = tokenizer
         self._part: dict[str, Any] | None = None  # of the item that is growing
@@ -241,7 +242,7 @@ class _Output:
         yield self._about(f"{kind}.delta", content_index=0, delta=event.text, **more)
 
     def close(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The text that is growing is complete."""
+        """End the text that is growing, if there is one."""
         part, self._part = self._part, None
         if part is None:
             return

@@ -256,7 +256,7 @@ def test_what_a_model_writes_never_becomes_markup(page: Page) -> None:
 
 
 def test_the_sanitizer_drops_what_no_markdown_makes(browser: Browser, server: Serving) -> None:
-    """`build` gets HTML that the Markdown parser would never give. The policy blocks it too, and logs that as errors."""
+    """`build` gets HTML that the Markdown parser would never give. The policy blocks it too, and logs it."""
     page = browser.new_page()
     page.goto(server.url)
     found = page.evaluate(
