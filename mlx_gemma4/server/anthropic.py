@@ -66,17 +66,11 @@ class AssistantTurn(Body):
     content: str | list[AssistantBlock]
 
 
-class CustomTool(Body):
+class CustomTool(fields.Function):
     """A function. Anthropic's server tools, which have other types, are refused."""
 
     type: Literal["custom"] | None = "custom"
-    name: fields.Name
-    description: str | None = None
-    input_schema: fields.Object
-
-    @property
-    def parameters(self) -> fields.Object:
-        return self.input_schema
+    parameters: fields.Object = Field(alias="input_schema")
 
 
 class Choice(Body):
@@ -238,19 +232,15 @@ def _tool_choice(choice: Choice | None, names: list[str]) -> tuple[str, bool]:
 
 async def _whole(id: str, model: str, job: Job) -> dict[str, Any]:
     """The whole reply, its blocks in the order in which they were made."""
-    content: list[dict[str, Any]] = []
-    reply = Reply()
+    blocks, reply = _Blocks(), Reply()
     async for update in job.updates():
         reply = update.reply or reply
         for event in update.events:
-            kind = _kind(event)
-            if isinstance(event, ToolCall):
-                content.append(_block(event) | {"input": event.arguments})
-            elif content and content[-1]["type"] == kind:
-                content[-1][kind] += event.text
-            else:
-                content.append(_block(event) | {kind: event.text})
-    return _message(id, model, _usage(reply.statistics)) | {"content": content, **_ending(reply, job.requests[0])}
+            list(blocks.push(event))
+    return _message(id, model, _usage(reply.statistics)) | {
+        "content": blocks.content,
+        **_ending(reply, job.requests[0]),
+    }
 
 
 def _ending(reply: Reply, request: GenerationRequest) -> dict[str, Any]:
@@ -324,33 +314,36 @@ async def _events(id: str, model: str, job: Job) -> AsyncIterator[bytes]:
 
 
 class _Blocks:
-    """Numbers the blocks that a reply's events make, and opens and closes them."""
+    """The blocks of a reply, and the events that tell how they grow."""
 
     def __init__(self) -> None:
-        self.index = 0
-        self.kind: str | None = None  # of the block that is open
+        self.content: list[dict[str, Any]] = []
+        self._open = False  # the last block may grow
 
     def push(self, event: Event) -> Iterator[bytes]:
         kind = _kind(event)
-        if kind != self.kind or kind == "tool_use":
+        if not self._open or kind == "tool_use" or kind != self.content[-1]["type"]:
             yield from self.close()
-            self.kind = kind
-            yield _event("content_block_start", index=self.index, content_block=_block(event))
+            self.content.append(_block(event))
+            self._open = True
+            yield _event("content_block_start", index=len(self.content) - 1, content_block=_block(event))
         if isinstance(event, ToolCall):
+            self.content[-1]["input"] = event.arguments
             yield self._delta("input_json_delta", partial_json=json.dumps(event.arguments, ensure_ascii=False))
         else:
+            self.content[-1][kind] += event.text
             yield self._delta(f"{kind}_delta", **{kind: event.text})
 
     def close(self) -> Iterator[bytes]:
-        if self.kind is None:
+        if not self._open:
             return
-        if self.kind == "thinking":
+        if self.content[-1]["type"] == "thinking":
             yield self._delta("signature_delta", signature="")
-        yield _event("content_block_stop", index=self.index)
-        self.kind, self.index = None, self.index + 1
+        yield _event("content_block_stop", index=len(self.content) - 1)
+        self._open = False
 
     def _delta(self, type: str, **more: str) -> bytes:
-        return _event("content_block_delta", index=self.index, delta={"type": type, **more})
+        return _event("content_block_delta", index=len(self.content) - 1, delta={"type": type, **more})
 
 
 def _event(type: str, **more: Any) -> bytes:

@@ -187,7 +187,12 @@ def _unknown(body: Body, path: str = "") -> Iterator[str]:
 
 def _first_error(error: ValidationError, values: dict[str, Any]) -> ApiError:
     """The first field that is wrong. Of a union, pydantic tells what each member lacks: the deepest says most."""
-    found = [(_path(each, values), each) for each in error.errors(include_url=False)]
+    errors = error.errors(include_url=False)
+    first_type = (
+        *errors[0]["loc"][:-1],
+        "type",
+    )  # a wrong type goes first: it decides which other fields there must be
+    found = [(_path(each, values), each) for each in sorted(errors, key=lambda each: each["loc"] != first_type)]
     first = found[0][0]
     path = max((path for path, _ in found if path[: len(first)] == first), key=len)
     same = [each for other, each in found if other == path]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from ..conversation.language_model import LanguageModel
 from ..generation.sampling import Sampling
@@ -17,17 +17,6 @@ from . import fields
 from .fields import wrong
 
 _LEAST = {"top_p": 1e-9, "top_k": 0, "repetition_penalty": 1e-6}  # a top_p of 0 keeps one token
-
-
-class Tool(Protocol):
-    """A function that the model may call, as any endpoint has it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def description(self) -> str | None: ...
-    @property
-    def parameters(self) -> dict[str, Any] | None: ...
 
 
 def read_sampling(body: fields.SamplingRequest, lm: LanguageModel) -> Sampling:
@@ -61,7 +50,7 @@ def read_thinking(body: fields.ConversationRequest, effort: fields.Effort | None
     return None if effort is None else effort not in ("none", "minimal")
 
 
-def read_tools(tools: Mapping[str, Tool]) -> tuple[dict[str, Any], ...]:
+def read_tools(tools: Mapping[str, fields.Function]) -> tuple[dict[str, Any], ...]:
     """Functions that the model may call, as chat templates want them. `tools`: by their paths in the request."""
     made: dict[str, dict[str, Any]] = {}
     for path, tool in tools.items():

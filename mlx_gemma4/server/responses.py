@@ -68,12 +68,8 @@ Item = Annotated[
 ]
 
 
-class FlatTool(Body):
+class FlatTool(fields.Function):
     type: Literal["function"]
-    name: fields.Name
-    description: str | None = None
-    parameters: fields.Object | None = None
-    strict: bool | None = None
 
 
 class Reasoning(Body):
