@@ -48,7 +48,7 @@ class ToolUseBlock(Body):
 class ToolResultBlock(Body):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[TextBlock] | None = None
+    content: str | fields.Items[TextBlock] | None = None
     is_error: bool | None = None
 
 
@@ -58,12 +58,12 @@ AssistantBlock = Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discr
 
 class UserTurn(Body):
     role: Literal["user", "system"]
-    content: str | Annotated[list[UserBlock], Field(min_length=1)]
+    content: str | Annotated[fields.Items[UserBlock], Field(min_length=1)]
 
 
 class AssistantTurn(Body):
     role: Literal["assistant"]
-    content: str | list[AssistantBlock]
+    content: str | fields.Items[AssistantBlock]
 
 
 class CustomTool(fields.Function):
@@ -100,10 +100,12 @@ class CountRequest(fields.SamplingRequest):
 
     ignored = ("metadata", "service_tier", "cache_control", "user_profile_id", "inference_geo")
     model: str
-    system: str | list[TextBlock] | None = None
-    messages: Annotated[list[Annotated[UserTurn | AssistantTurn, Field(discriminator="role")]], Field(min_length=1)]
+    system: str | fields.Items[TextBlock] | None = None
+    messages: Annotated[
+        fields.Items[Annotated[UserTurn | AssistantTurn, Field(discriminator="role")]], Field(min_length=1)
+    ]
     thinking: ThinkingOptions | None = None
-    tools: list[CustomTool] | None = None
+    tools: fields.Items[CustomTool] | None = None
     tool_choice: Choice | None = None
     output_config: SkipJsonSchema[OutputConfig | None] = None  # its schema may be one that grammars refuse
 

@@ -57,7 +57,7 @@ class AssistantMessage(Body):
     content: fields.Content | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: fields.Items[Call] | None = None
 
 
 class ToolMessage(Body):
@@ -94,13 +94,13 @@ class ChatRequest(CompletionOptions, fields.ConversationRequest):
     """The body of /v1/chat/completions."""
 
     unsupported = _UNSUPPORTED
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[fields.Items[Message], Field(min_length=1)]
     max_completion_tokens: fields.Length | None = None
     logprobs: bool | None = None
     top_logprobs: SkipJsonSchema[fields.TopLogprobs | None] = None  # needs logprobs=true
-    tools: list[FunctionTool] | None = None
+    tools: fields.Items[FunctionTool] | None = None
     tool_choice: fields.ToolChoice | fields.Object | None = None
-    modalities: SkipJsonSchema[list[str] | None] = None
+    modalities: SkipJsonSchema[fields.Items[str] | None] = None
 
 
 class CompletionRequest(CompletionOptions):

@@ -7,6 +7,7 @@ them. What only the model or other fields show to be wrong is an ApiError that n
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -24,9 +25,13 @@ def read_sampling(body: fields.SamplingRequest, lm: LanguageModel) -> Sampling:
     base, vocab = lm.sampling, lm.config.vocab
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     given = {name: value for name in names if (value := getattr(body, name)) is not None}
-    bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
-    if any(token >= vocab for token in bias):
-        raise wrong("logit_bias", f"has the key {max(bias)}: keys are ids of tokens, 0 to {vocab - 1}")
+    bias: dict[int, float] = {}
+    for key, value in (body.logit_bias or {}).items():
+        if not re.fullmatch(r"0|[1-9]\d{0,8}", key, re.ASCII) or int(key) >= vocab:
+            raise wrong("logit_bias", f"has the key {key!r:.40}: keys are ids of tokens, 0 to {vocab - 1}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:
+            raise wrong(f"logit_bias.{key}", "must be a number from -100 to 100")
+        bias[int(key)] = float(value)
     return replace(
         base,
         **{name: max(value, _LEAST.get(name, value)) for name, value in given.items()},

@@ -55,7 +55,7 @@ class ReasoningPart(Body):
 
 class ReasoningItem(Body):
     type: Literal["reasoning"]
-    content: list[ReasoningPart] | None = None
+    content: fields.Items[ReasoningPart] | None = None
 
 
 def _typed(item: Any) -> Any:
@@ -90,14 +90,14 @@ class ResponsesRequest(fields.ConversationRequest):
         *("max_tool_calls", "stream_options"),
     )
     unsupported = ("previous_response_id", "conversation", "background", "prompt", "context_management")
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[fields.Items[Item], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: fields.Length | None = None
     top_logprobs: fields.TopLogprobs | None = None
-    include: list[Any] | None = None
+    include: fields.Items[Any] | None = None
     reasoning: Reasoning | None = None
     text: TextOptions | None = None
-    tools: list[FlatTool] | None = None
+    tools: fields.Items[FlatTool] | None = None
     tool_choice: fields.ToolChoice | fields.Object | None = None
     metadata: fields.Object | None = None
     truncation: Literal["disabled"] | None = None
