@@ -95,7 +95,7 @@ class OutputConfig(Body):
     format: OutputFormat | None = None
 
 
-class CountRequest(fields.SamplingRequest):
+class CountRequest(Body):
     """The body of /v1/messages/count_tokens. Any `model` will do."""
 
     ignored = ("metadata", "service_tier", "cache_control", "user_profile_id", "inference_geo")
@@ -110,7 +110,7 @@ class CountRequest(fields.SamplingRequest):
     output_config: SkipJsonSchema[OutputConfig | None] = None  # its schema may be one that grammars refuse
 
 
-class MessagesRequest(CountRequest):
+class MessagesRequest(CountRequest, fields.SamplingRequest):
     """The body of /v1/messages."""
 
     max_tokens: fields.Length
