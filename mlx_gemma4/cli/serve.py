@@ -7,10 +7,12 @@ import os
 import re
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -26,7 +28,10 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from ..conversation.language_model import LanguageModel
+    from ..server.engine import Engine
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -98,7 +103,7 @@ def serve(
         max_tokens=max_tokens,
         kv=kv,
     )
-    listening = _listen(host, port)  # before the model is loaded: what is wrong with it is told at once
+    listening = _listen(host, port)  # before the model is loaded, so that an error shows at once
     lm, _ = load_with_progress(model)
     lm = replace(lm, sampling=sampling(lm))
     settings = replace(
@@ -107,19 +112,6 @@ def serve(
         max_kv_bytes=max_kv_bytes or _room_for_conversations(lm, max_tokens, kv),
     )
     app = create_app(lm, settings)
-    engine = app.state.engine
-
-    class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: Any) -> None:
-            running, waiting = engine.load
-            if self.should_exit:
-                engine.close(timeout=0)  # ends replies, and so the connections that uvicorn waits for
-            else:
-                if running or waiting:
-                    echo(f"Finishing {running} replies, for {grace} s at most; Ctrl-C again ends at once.")
-                engine.drain()
-            super().handle_exit(sig, frame)
-
     shown = f"[{host}]" if ":" in host else host
     echo(f"Serving {settings.model_name} at http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends)")
     config = uvicorn.Config(
@@ -132,16 +124,37 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=grace,
     )
+    server = uvicorn.Server(config)
+    server.handle_exit = partial(_stop, server, server.handle_exit, app.state.engine, grace)  # type: ignore[method-assign]
     with suppress(KeyboardInterrupt):  # uvicorn sends itself, in the end, the signals that it got
-        Server(config).run(sockets=[listening])
-    if not engine.close():
+        server.run(sockets=[listening])
+    if not app.state.engine.close():
         logging.warning("A reply didn't stop in time; ending without it.")
-        sys.stderr.flush()
-        os._exit(1)
+        _exit_without_threads()
+
+
+def _stop(
+    server: uvicorn.Server, handle_exit: Callable[[int, Any], None], engine: Engine, grace: int, sig: int, frame: Any
+) -> None:
+    """Handle Ctrl-C: running replies may end, and a second one ends them. `handle_exit`: uvicorn's own handler."""
+    if server.should_exit:
+        engine.close(timeout=0)  # ends replies, and so the connections that uvicorn waits for
+    else:
+        running, waiting = engine.load
+        if running or waiting:
+            echo(f"Finishing {running} replies, for {grace} s at most; Ctrl-C again ends at once.")
+        engine.drain()
+    handle_exit(sig, frame)
+
+
+def _exit_without_threads() -> NoReturn:
+    """End the process although a thread still runs a kernel: Python's own exit would free what that thread uses."""
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def model_name(model: str | None, lm: LanguageModel) -> str:
-    """What the model is called in replies: the repository's name, or the file's."""
+    """The model's name in replies: the repository's, or the file's."""
     if model is None:
         return "gemma4-demo"
     return model if not Path(model).exists() else lm.path.name.removesuffix(".gguf")
@@ -156,7 +169,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _room_for_conversations(lm: LanguageModel, max_tokens: int, kv: str) -> int:
-    """Half of what is free, but enough for one long reply."""
+    """Half of the free memory in bytes, but enough for one long reply."""
     from ..generation.prefix import PrefixCache
     from ..memory import available_memory
 

@@ -64,9 +64,11 @@ class ReplyOptions:
             raise InputError("schema, regex and grammar: give one of them")
         if self.tool_choice not in ("auto", "none", *(["required", *self.tool_names] if self.tools else [])):
             have = ", ".join(self.tool_names) or "none given"
-            raise InputError(f"tool_choice {self.tool_choice}: must be auto, none, required or a tool's name ({have})")
+            message = f"tool_choice {self.tool_choice}: must be auto, none, required or a tool's name ({have})"
+            raise InputError(message, field="tool_choice")
         if self.calls_forced and forms:
-            raise InputError(f"tool_choice {self.tool_choice} leaves no room for schema, regex or grammar")
+            message = f"tool_choice {self.tool_choice} leaves no room for schema, regex or grammar"
+            raise InputError(message, field="tool_choice")
 
     @property
     def tool_names(self) -> list[str]:

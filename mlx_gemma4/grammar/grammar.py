@@ -101,12 +101,12 @@ class Grammar:
         engine = self._vocabulary.engine
         matcher = _on_large_stack(lambda: llguidance.LLMatcher(engine, self._source, log_level=0), self._say)
         if matcher.is_error():
-            raise InputError(f"{self._say}: {_one_line(matcher.get_error())}")
+            raise InputError(f"{self._say}: {_one_line(matcher.get_error())}", field=self._say)
         return matcher
 
     def _check(self, failed: bool) -> None:
         if failed:
-            raise InputError(f"{self._say}: {_one_line(self._matcher.get_error())}; make it simpler")
+            raise InputError(f"{self._say}: {_one_line(self._matcher.get_error())}; make it simpler", field=self._say)
 
 
 def json_schema(tokenizer: Tokenizer, schema: Mapping[str, Any] | bool | str, *, think: bool = False) -> Grammar:
@@ -118,23 +118,24 @@ def json_schema(tokenizer: Tokenizer, schema: Mapping[str, Any] | bool | str, *,
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"schema: is not JSON ({error})") from error
+            raise InputError(f"schema: is not JSON ({error})", field="schema") from error
     schema = {} if schema is True else schema
     if not isinstance(schema, Mapping):
-        raise InputError("schema: must be a JSON object")
+        raise InputError("schema: must be a JSON object", field="schema")
     _check_schema(schema, "schema")
     source = _schema_source(schema)
     try:
         return Grammar(tokenizer, source, think=think, say="schema")
     except InputError as error:
         place = _place(vocabulary(tokenizer).engine, schema, "")
-        raise InputError(str(error).replace("schema:", f"schema at {place}:", 1) if place else str(error)) from error
+        message = str(error).replace("schema:", f"schema at {place}:", 1) if place else str(error)
+        raise InputError(message, field="schema") from error
 
 
 def regex(tokenizer: Tokenizer, pattern: str, *, think: bool = False) -> Grammar:
     """Return the grammar of texts that a regular expression (Rust's syntax) matches whole. Raises InputError."""
     if len(pattern) > MAX_REGEX:
-        raise InputError(f"regex: has {len(pattern)} characters; at most {MAX_REGEX} are allowed")
+        raise InputError(f"regex: has {len(pattern)} characters; at most {MAX_REGEX} are allowed", field="regex")
     return Grammar(tokenizer, llguidance.LLMatcher.grammar_from_regex(pattern), think=think, say="regex")
 
 
@@ -142,7 +143,9 @@ def lark(tokenizer: Tokenizer, grammar: str, *, think: bool = False) -> Grammar:
     """Return a context-free grammar written in llguidance's variant of Lark. Raises InputError."""
     longest = max(map(len, grammar.splitlines()), default=0)
     if len(grammar) > MAX_LARK or longest > MAX_REGEX:
-        raise InputError(f"grammar: over {MAX_LARK} characters, or over {MAX_REGEX} in a line; make it shorter")
+        raise InputError(
+            f"grammar: over {MAX_LARK} characters, or over {MAX_REGEX} in a line; make it shorter", field="grammar"
+        )
     _check_multiples(re.findall(r'"multipleOf"\s*:\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)', grammar), "grammar")
     return Grammar(tokenizer, llguidance.LLMatcher.grammar_from_lark(grammar), think=think)
 
@@ -168,13 +171,17 @@ def tool_calls(
     """
     missing = [text for text in (CALL, "<tool_call|>", '<|"|>') if tokenizer.token_id(text) is None]
     if missing:
-        raise InputError(f"tools: this model can't call any: its vocabulary has no {' and no '.join(missing)}")
+        raise InputError(
+            f"tools: this model can't call any: its vocabulary has no {' and no '.join(missing)}", field="tools"
+        )
     for tool in tools:
         if isinstance(tool, Mapping):
             _check_schema(tool, "tools")
     source = tool_call_lark(tokenizer, tools, choice, parallel)
     if len(source) > 4 * MAX_SOURCE:
-        raise InputError(f"tools: their schemas make a grammar of {len(source)} characters; make them simpler")
+        raise InputError(
+            f"tools: their schemas make a grammar of {len(source)} characters; make them simpler", field="tools"
+        )
     source = llguidance.LLMatcher.grammar_from_lark(source)
     return Grammar(tokenizer, source, think=think, lazy=choice == "auto", say="tools")
 
@@ -251,7 +258,7 @@ def _on_large_stack(work: Callable[[], T], say: str) -> T:
             threading.stack_size(before)
     thread.join()
     if errors:
-        raise InputError(f"{say}: can't be used ({errors[0]})") from errors[0]
+        raise InputError(f"{say}: can't be used ({errors[0]})", field=say) from errors[0]
     return results[0]
 
 
@@ -266,7 +273,7 @@ def _schema_source(schema: Mapping[str, Any]) -> str:
     try:
         return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_BLANKS)  # type: ignore[arg-type]
     except ValueError as error:  # the library parses it again; it rejects lone surrogates and deep nesting
-        raise InputError(f"schema: can't be read ({error})") from error
+        raise InputError(f"schema: can't be read ({error})", field="schema") from error
 
 
 def _check_schema(schema: Mapping[str, Any], say: str) -> None:
@@ -274,9 +281,9 @@ def _check_schema(schema: Mapping[str, Any], say: str) -> None:
     try:
         text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{say}: can't be written as JSON ({error})") from error
+        raise InputError(f"{say}: can't be written as JSON ({error})", field=say) from error
     if len(text) > MAX_SOURCE:
-        raise InputError(f"{say}: has {len(text)} characters as JSON; at most {MAX_SOURCE} are allowed")
+        raise InputError(f"{say}: has {len(text)} characters as JSON; at most {MAX_SOURCE} are allowed", field=say)
     multiples: list[str] = []
     left: list[Any] = [schema]
     while left:
@@ -286,7 +293,7 @@ def _check_schema(schema: Mapping[str, Any], say: str) -> None:
             continue
         patterns = [part.get("pattern"), *(p if isinstance(p := part.get("patternProperties"), Mapping) else [])]
         if any(isinstance(p, str) and len(p) > MAX_REGEX for p in patterns):
-            raise InputError(f"{say}: a pattern has over {MAX_REGEX} characters")
+            raise InputError(f"{say}: a pattern has over {MAX_REGEX} characters", field=say)
         multiples += [str(x) for x in [part.get("multipleOf")] if type(x) in (int, float)]
     _check_multiples(multiples, say)
 
@@ -295,7 +302,7 @@ def _check_multiples(multiples: Sequence[str], say: str) -> None:
     """Refuse numbers under `multipleOf` with a large common multiple, powers of ten aside: each step is a state."""
     digits = ["".join(map(str, Decimal(x).normalize().as_tuple().digits)) for x in multiples]
     if any(len(x) > 6 for x in digits) or math.lcm(*(int(x) or 1 for x in digits)) > _MAX_MULTIPLE:
-        raise InputError(f"{say}: multipleOf {', '.join(multiples)[:60]} have too large a common multiple")
+        raise InputError(f"{say}: multipleOf {', '.join(multiples)[:60]} have too large a common multiple", field=say)
 
 
 def _place(engine: Any, schema: Any, at: str) -> str:

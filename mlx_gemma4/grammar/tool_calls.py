@@ -73,7 +73,9 @@ def tool_call_lark(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], cho
     if choice not in ("auto", "required"):
         functions = [(name, parameters) for name, parameters in functions if name == choice]
     if not functions:
-        raise InputError(f"tools: none is called {choice!r}" if tools else "tools: there are none to call")
+        raise InputError(
+            f"tools: none is called {choice!r}" if tools else "tools: there are none to call", field="tools"
+        )
     ids = {text: f"<[{tokenizer.token_id(text)}]>" for text in (CALL, END_CALL, QUOTE)}
     rules = _Rules(ids[QUOTE])
     calls = []
@@ -96,10 +98,12 @@ def _function(tool: Mapping[str, Any], index: int) -> tuple[str, Mapping[str, An
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(name, str) or _APART.search(name):
-        raise InputError(f"tools: number {index + 1} must be a function with a name of letters, digits, _ and -")
+        raise InputError(
+            f"tools: number {index + 1} must be a function with a name of letters, digits, _ and -", field="tools"
+        )
     parameters = function.get("parameters") or {"properties": {}}
     if not isinstance(parameters, Mapping):
-        raise InputError(f"tools: the parameters of {name} must be a JSON schema, an object")
+        raise InputError(f"tools: the parameters of {name} must be a JSON schema, an object", field="tools")
     return name, parameters if "$ref" in parameters else {**parameters, "type": "object"}
 
 
@@ -332,7 +336,7 @@ class _Rules:
         return f"{prefix}{self.made}"
 
     def error(self, at: str, what: str) -> InputError:
-        return InputError(f"tools: {self.tool}, {at}: {what}")
+        return InputError(f"tools: {self.tool}, {at}: {what}", field="tools")
 
 
 def _both(key: str, a: Any, b: Any) -> Any:

@@ -7,282 +7,251 @@ Requests and answers are described at https://docs.anthropic.com/en/api/messages
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
-import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Iterator
+from typing import Annotated, Any, Literal
 
-from starlette.requests import Request
+from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
 from ..chat_format.replies import Event, Text, Thinking, ToolCall
 from ..conversation.language_model import LanguageModel
 from ..conversation.reply import Reply, ReplyOptions, prompt_ids
 from ..generation.loop import Statistics
+from . import fields
+from . import options as read
+from .endpoint import Context, Endpoint
 from .engine import GenerationRequest, Job
-from .fields import Fields
-from .options import read_sampling, read_stops
-from .wire import ApiError, EventStream, answer_whole, as_api_error, error_response, json_response, read_json, sse
+from .fields import Body, wrong
+from .wire import EventStream, WholeReply, json_response, sse
 
-Handler = Callable[[Request], Awaitable[Response]]
 
-_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
-_BLOCKS = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
-# The `type` of an error by its status; every other 4xx is an "invalid_request_error", every other 5xx an "api_error".
-_KINDS = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    529: "overloaded_error",
+class TextBlock(Body):
+    type: Literal["text"]
+    text: str
+
+
+class ThinkingBlock(Body):
+    type: Literal["thinking", "redacted_thinking"]
+    thinking: str | None = None
+
+
+class ToolUseBlock(Body):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: fields.Object | None = None
+
+
+class ToolResultBlock(Body):
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: str | fields.Items[TextBlock] | None = None
+    is_error: bool | None = None
+
+
+UserBlock = Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]
+AssistantBlock = Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discriminator="type")]
+
+
+class UserTurn(Body):
+    role: Literal["user", "system"]
+    content: str | Annotated[fields.Items[UserBlock], Field(min_length=1)]
+
+
+class AssistantTurn(Body):
+    role: Literal["assistant"]
+    content: str | fields.Items[AssistantBlock]
+
+
+class CustomTool(fields.Function):
+    """A function. Anthropic's server tools, which have other types, are refused."""
+
+    type: Literal["custom"] | None = "custom"
+    parameters: fields.Object = Field(alias="input_schema")
+
+
+class Choice(Body):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class ThinkingOptions(Body):
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+    # Ignored: the model thinks as long as it likes, within max_tokens.
+    budget_tokens: Annotated[int, Field(ge=0, le=2**31), fields.Whole] | None = None
+
+
+class OutputFormat(Body):
+    type: Literal["json_schema"]
+    schema_: fields.Object = Field(alias="schema")
+
+
+class OutputConfig(Body):
+    ignored = ("effort",)
+    format: OutputFormat | None = None
+
+
+class CountRequest(Body):
+    """The body of /v1/messages/count_tokens. Any `model` will do."""
+
+    ignored = ("metadata", "service_tier", "cache_control", "user_profile_id", "inference_geo")
+    model: str
+    system: str | fields.Items[TextBlock] | None = None
+    messages: Annotated[
+        fields.Items[Annotated[UserTurn | AssistantTurn, Field(discriminator="role")]], Field(min_length=1)
+    ]
+    thinking: ThinkingOptions | None = None
+    tools: fields.Items[CustomTool] | None = None
+    tool_choice: Choice | None = None
+    output_config: SkipJsonSchema[OutputConfig | None] = None  # its schema may be one that grammars refuse
+
+
+class MessagesRequest(CountRequest, fields.SamplingRequest):
+    """The body of /v1/messages."""
+
+    max_tokens: fields.Length
+    stop_sequences: fields.Stops | None = None
+
+
+_COUNT = {"input_tokens": int}
+_REPLY = {
+    "id": str,
+    "type": "message",
+    "role": "assistant",
+    "model": str,
+    "content": [{"type": ("text", "thinking", "tool_use")}],
+    "stop_reason": str,
+    "usage": {"input_tokens": int, "output_tokens": int},
 }
 
 
-def error_body(error: ApiError) -> dict[str, Any]:
-    """An error as Anthropic's clients read it."""
-    kind = _KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+async def messages(body: MessagesRequest, context: Context) -> Response:
+    """Reply to a conversation, whole or as events."""
+    request = read_request(body, context.engine.lm)
+    id, job = f"msg_{uuid.uuid4().hex[:24]}", context.engine.submit([request], format_field="output_config.format")
+    if body.stream:
+        return EventStream(job, _events(id, body.model, job))
+    return WholeReply(job, _whole(id, body.model, job))
 
 
-def _with_errors(handler: Handler) -> Handler:
-    """The handler, its errors in Anthropic's words."""
-
-    @functools.wraps(handler)
-    async def handle(request: Request) -> Response:
-        try:
-            return await handler(request)
-        except Exception as error:
-            made = as_api_error(error)
-            if made.status == 503:  # shutting down; 529 is what these clients know
-                made = ApiError(529, made.message, retry_after=made.retry_after)
-            return error_response(made, error_body)
-
-    return handle
-
-
-@_with_errors
-async def messages(request: Request) -> Response:
-    """POST /v1/messages: the reply, whole or as events."""
-    engine, settings = request.app.state.engine, request.app.state.settings
-    fields = Fields(await read_json(request, settings.max_body_bytes))
-    name, stream = _needed_text(fields, "model"), fields.flag("stream")  # any name will do
-    wanted = read_wanted(fields, engine.lm)
-    fields.log_unknown()
-    id, job = f"msg_{uuid.uuid4().hex[:24]}", engine.submit([wanted], format_field="output_config.format")
-    if stream:
-        return EventStream(job, _events(id, name, job), error_body, "error")
-
-    return await answer_whole(request, job, _whole(id, name, job))
-
-
-@_with_errors
-async def count_tokens(request: Request) -> Response:
-    """POST /v1/messages/count_tokens: how many tokens a request's prompt has."""
-    engine, settings = request.app.state.engine, request.app.state.settings
-    fields = Fields(await read_json(request, settings.max_body_bytes))
-    _needed_text(fields, "model")
-    messages, options = read_messages(fields), ReplyOptions(tools=tuple(_tools(fields)), think=_think(fields))
-    ids = await asyncio.to_thread(prompt_ids, engine.lm, messages, options)
+async def count_tokens(body: CountRequest, context: Context) -> Response:
+    """Count a prompt's tokens."""
+    options = ReplyOptions(tools=_tools(body), think=_think(body))
+    ids = await asyncio.to_thread(prompt_ids, context.engine.lm, read_messages(body), options)
     return json_response({"input_tokens": len(ids)})
 
 
-# What is asked for
+MESSAGES = Endpoint("/v1/messages", "Anthropic's messages", MessagesRequest, _REPLY, messages)
+COUNT = Endpoint(
+    "/v1/messages/count_tokens", "Tokens of a conversation", CountRequest, _COUNT, count_tokens, streams=False
+)
 
 
-def read_wanted(fields: Fields, lm: LanguageModel) -> GenerationRequest:
-    """A request's prompt and options.
+# From a request to options
 
-    Raises:
-        ApiError: 400, naming the field.
-    """
-    fields.needed("max_tokens")
-    fields.items("stop_sequences")  # a list, whereas OpenAI's `stop` may be a string
-    for ignored in ("metadata", "service_tier", "cache_control", "user_profile_id", "inference_geo"):
-        fields.get(ignored)
-    tools = tuple(_tools(fields))
-    choice, one_call = _tool_choice(fields, [tool["function"]["name"] for tool in tools])
+
+def read_request(body: MessagesRequest, lm: LanguageModel) -> GenerationRequest:
+    """The prompt and options. Raises ApiError (400), naming the field that is wrong."""
+    config, tools = body.output_config, _tools(body)
+    choice, one_call = _tool_choice(body.tool_choice, [tool["function"]["name"] for tool in tools])
     options = ReplyOptions(
-        max_tokens=fields.integer("max_tokens", 1, 2**31),
-        sampling=read_sampling(fields, lm),
-        stop=read_stops(fields, "stop_sequences"),
-        think=_think(fields),
+        max_tokens=body.max_tokens,
+        sampling=read.read_sampling(body, lm),
+        stop=read.read_stops(body.stop_sequences),
+        think=_think(body),
         tools=tools,
         tool_choice=choice,
-        schema=_schema(fields),
+        schema=config.format.schema_ if config and config.format else None,
     )
-    return GenerationRequest(read_messages(fields), options, one_call)
+    return GenerationRequest(read_messages(body), options, one_call)
 
 
-def read_messages(fields: Fields) -> list[dict[str, Any]]:
-    """The conversation, as chat templates have it: what tools answered becomes messages of their own."""
-    fields.needed("messages")
+def read_messages(body: CountRequest) -> list[dict[str, Any]]:
+    """The conversation as chat templates have it: a tool's result becomes a message of its own."""
     messages: list[dict[str, Any]] = []
-    if (system := fields.get("system")) is not None:
-        words = system if isinstance(system, str) else "\n".join(_text(block) for block in fields.objects("system"))
-        messages.append({"role": "system", "content": words})
-    called: dict[str, str] = {}  # the names of calls by their ids
-    for message in fields.objects("messages"):
-        if message.one_of("role", ["user", "assistant", "system"]) == "assistant":
-            messages.append(_assistant(message, called))
-        else:
-            messages += _user(message, called)
-    if not messages or messages[-1]["role"] == "system":
-        raise fields.wrong("messages", "must hold at least one message of the user")
+    if body.system is not None:
+        messages.append({"role": "system", "content": _join(body.system)})
+    called: dict[str, str] = {}  # names of called functions, by the call's id
+    for i, message in enumerate(body.messages):
+        blocks = [TextBlock(type="text", text=message.content)] if isinstance(message.content, str) else message.content
+        text = [block.text for block in blocks if isinstance(block, TextBlock)]
+        if isinstance(message, AssistantTurn):
+            uses = [block for block in blocks if isinstance(block, ToolUseBlock)]
+            called |= {use.id: use.name for use in uses}
+            thinking = "".join(block.thinking or "" for block in blocks if isinstance(block, ThinkingBlock))
+            calls = [read.tool_call(use.id, use.name, use.input) for use in uses]
+            messages.append(read.assistant_message("".join(text), thinking, calls))
+            continue
+        for j, block in enumerate(blocks):
+            if isinstance(block, ToolResultBlock):
+                id = block.tool_use_id
+                if id not in called:
+                    raise wrong(f"messages[{i}].content[{j}].tool_use_id", f"{id!r:.60} is the id of no call before it")
+                # Gemma has no mark for an error: it is said in words.
+                content = "Error: " * bool(block.is_error) + _join(block.content or "")
+                messages.append(read.tool_message(id, called[id], content))
+        if text:
+            messages.append({"role": message.role, "content": "\n".join(text)})
+    if messages[-1]["role"] == "system":
+        raise wrong("messages", "must hold at least one message of the user")
     if messages[-1]["role"] == "assistant":
-        raise fields.wrong("messages", "must end with the user's: a reply that is begun can't be continued here")
+        raise wrong("messages", "must end with the user's: a reply that is begun can't be continued here")
     return messages
 
 
-def _blocks(message: Fields) -> Iterator[tuple[str, Fields]]:
-    """A message's content, block by block, with their types; a string is one of text."""
-    content = message.needed("content")
-    if isinstance(content, str):
-        yield "text", Fields({"type": "text", "text": content}, message.path)
-        return
-    for block in message.objects("content"):
-        yield block.one_of("type", _BLOCKS), block
+def _join(content: str | list[TextBlock]) -> str:
+    return content if isinstance(content, str) else "\n".join(block.text for block in content)
 
 
-def _text(block: Fields) -> str:
-    block.one_of("type", ["text"])
-    return _needed_text(block, "text")
+def _think(body: CountRequest) -> bool:
+    return body.thinking is not None and body.thinking.type in ("enabled", "adaptive")
 
 
-def _needed_text(fields: Fields, name: str) -> str:
-    fields.needed(name)
-    return fields.text(name, "")
+def _tools(body: CountRequest) -> tuple[dict[str, Any], ...]:
+    return read.read_tools({f"tools[{i}]": tool for i, tool in enumerate(body.tools or ())})
 
 
-def _assistant(message: Fields, called: dict[str, str]) -> dict[str, Any]:
-    text, thinking, calls = "", "", []
-    for kind, block in _blocks(message):
-        if kind == "text":
-            text += _text(block)
-        elif kind == "thinking":
-            thinking += block.text("thinking", "")
-        elif kind == "tool_use":
-            name, id = _needed_text(block, "name"), _needed_text(block, "id")
-            called[id] = name
-            input = block.within("input")
-            function = {"name": name, "arguments": dict(input.values) if input else {}}
-            calls.append({"id": id, "type": "function", "function": function})
-        elif kind == "tool_result":
-            raise block.wrong("type", "'tool_result' belongs in a message of the user")
-    made: dict[str, Any] = {"role": "assistant", "content": text}
-    return made | ({"reasoning_content": thinking} if thinking else {}) | ({"tool_calls": calls} if calls else {})
-
-
-def _user(message: Fields, called: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    text: list[str] = []
-    if message.get("content") == []:
-        raise message.wrong("content", "must hold at least one block")
-    for kind, block in _blocks(message):
-        if kind == "text":
-            text.append(_text(block))
-        elif kind == "tool_result":
-            id = _needed_text(block, "tool_use_id")
-            if id not in called:
-                raise block.wrong("tool_use_id", f"{id!r:.60} is the id of no call before it")
-            yield {"role": "tool", "tool_call_id": id, "name": called[id], "content": _result(block)}
-        else:
-            raise block.wrong("type", f"{kind!r} belongs in a message of the assistant")
-    if text:
-        yield {"role": message.text("role", "user"), "content": "\n".join(text)}
-
-
-def _result(block: Fields) -> str:
-    """What a tool answered. Gemma has no mark for an error: it is said in words."""
-    content = block.get("content")
-    if not isinstance(content, str):
-        content = "\n".join(_text(part) for part in block.objects("content"))
-    return f"Error: {content}" if block.flag("is_error") else content
-
-
-def _think(fields: Fields) -> bool:
-    thinking = fields.within("thinking")
-    if thinking is None:
-        return False
-    kind = thinking.one_of("type", ["enabled", "disabled", "adaptive", "between_tools"])
-    thinking.integer("budget_tokens", 0, 1 << 31)  # the model thinks as long as it likes, within max_tokens
-    return kind in ("enabled", "adaptive")
-
-
-def _schema(fields: Fields) -> dict[str, Any] | None:
-    config = fields.within("output_config")
-    if config is None:
-        return None
-    form = config.within("format")
-    if form is None:
-        return None
-    form.one_of("type", ["json_schema"])
-    form.needed("schema")
-    schema = form.within("schema")
-    return dict(schema.values) if schema else None
-
-
-def _tools(fields: Fields) -> Iterator[dict[str, Any]]:
-    names = set()
-    for tool in fields.objects("tools"):
-        if tool.text("type", "custom") != "custom":
-            raise tool.wrong("type", "must be custom: this server runs no tools of its own", "unsupported_value")
-        name = _needed_text(tool, "name")
-        if not _NAME.fullmatch(name):
-            raise tool.wrong("name", "must be 1 to 128 letters, digits, dashes and the like")
-        if name in names:
-            raise tool.wrong("name", f"{name!r} is the name of another tool too")
-        names.add(name)
-        tool.needed("input_schema")
-        schema = tool.within("input_schema")
-        function = {"name": name, "description": tool.text("description", ""), "parameters": schema and schema.values}
-        yield {"type": "function", "function": function}
-
-
-def _tool_choice(fields: Fields, names: list[str]) -> tuple[str, bool]:
-    """In OpenAI's words, as ReplyOptions has it; and whether one call is the most."""
-    choice = fields.within("tool_choice")
+def _tool_choice(choice: Choice | None, names: list[str]) -> tuple[str, bool]:
+    """The choice in OpenAI's words, as ReplyOptions has it, and whether one call is the most."""
     if choice is None:
         return "auto", False
-    kind = choice.one_of("type", ["auto", "any", "tool", "none"])
-    one_call = choice.flag("disable_parallel_tool_use")
-    if kind == "any" and not names:
-        raise choice.wrong("type", "is 'any', but there are no tools")
-    if kind != "tool":
-        return {"any": "required"}.get(kind, kind), one_call
-    if (name := _needed_text(choice, "name")) not in names:
-        raise choice.wrong("name", f"{name!r:.60} is none of the tools")
-    return name, one_call
+    one_call = bool(choice.disable_parallel_tool_use)
+    if choice.type == "any" and not names:
+        raise wrong("tool_choice.type", "is 'any', but there are no tools")
+    if choice.type != "tool":
+        return {"any": "required"}.get(choice.type, choice.type), one_call
+    if choice.name not in names:
+        raise wrong("tool_choice.name", f"{choice.name!r:.60} is none of the tools")
+    return choice.name, one_call
 
 
-# What is answered
+# What is sent
 
 
 async def _whole(id: str, model: str, job: Job) -> dict[str, Any]:
-    """A whole reply, its blocks in the order in which they were made."""
-    content: list[dict[str, Any]] = []
-    reply = Reply()
-    async for piece in job.pieces():
-        reply = piece.reply or reply
-        for event in piece.events:
-            kind = _kind(event)
-            if isinstance(event, ToolCall):
-                content.append(_block(event) | {"input": event.arguments})
-            elif content and content[-1]["type"] == kind:
-                content[-1][kind] += event.text
-            else:
-                content.append(_block(event) | {kind: event.text})
-    return _message(id, model, _usage(reply.statistics)) | {"content": content, **_ending(reply, job.wanted[0])}
+    """The whole reply, its blocks in the order in which they were made."""
+    blocks, reply = _Blocks(), Reply()
+    async for update in job.updates():
+        reply = update.reply or reply
+        for event in update.events:
+            list(blocks.push(event))
+    return _message(id, model, _usage(reply.statistics)) | {
+        "content": blocks.content,
+        **_ending(reply, job.requests[0]),
+    }
 
 
-def _ending(reply: Reply, wanted: GenerationRequest) -> dict[str, Any]:
+def _ending(reply: Reply, request: GenerationRequest) -> dict[str, Any]:
     """Why the reply ended."""
     reason = {"tool_calls": "tool_use"}.get(reply.finish_reason, "end_turn")
     if reply.stop_string is not None:
         reason = "stop_sequence"
     elif reply.finish_reason == "length":
-        cut_by_context = reply.statistics.reply_tokens < (wanted.options.max_tokens or 0)
+        cut_by_context = reply.statistics.reply_tokens < (request.options.max_tokens or 0)
         reason = "model_context_window_exceeded" if cut_by_context else "max_tokens"
     return {"stop_reason": reason, "stop_sequence": reply.stop_string}
 
@@ -325,55 +294,58 @@ async def _events(id: str, model: str, job: Job) -> AsyncIterator[bytes]:
     """A reply's events, as it is made. While the prompt is read, a ping for every chunk of it."""
     begun = False
     blocks = _Blocks()
-    async for piece in job.pieces():
+    async for update in job.updates():
         if not begun:
             begun = True
-            tokens = piece.reading[1] if piece.reading else 0
+            tokens = update.reading[1] if update.reading else 0
             start = {"input_tokens": tokens, "output_tokens": 0}
             yield _event("message_start", message=_message(id, model, start))
             yield _event("ping")
-        elif piece.reading:
+        elif update.reading:
             yield _event("ping")
-        for event in piece.events:
+        for event in update.events:
             for made in blocks.push(event):
                 yield made
-        if piece.reply:
+        if update.reply:
             for made in blocks.close():
                 yield made
             yield _event(
-                "message_delta", delta=_ending(piece.reply, job.wanted[0]), usage=_usage(piece.reply.statistics)
+                "message_delta", delta=_ending(update.reply, job.requests[0]), usage=_usage(update.reply.statistics)
             )
             yield _event("message_stop")
 
 
 class _Blocks:
-    """Numbers the blocks that a reply's events make, and opens and closes them."""
+    """The blocks of a reply, and the events that tell how they grow."""
 
     def __init__(self) -> None:
-        self.index = 0
-        self.kind: str | None = None  # of the block that is open
+        self.content: list[dict[str, Any]] = []
+        self._open = False  # the last block may grow
 
     def push(self, event: Event) -> Iterator[bytes]:
         kind = _kind(event)
-        if kind != self.kind or kind == "tool_use":
+        if not self._open or kind == "tool_use" or kind != self.content[-1]["type"]:
             yield from self.close()
-            self.kind = kind
-            yield _event("content_block_start", index=self.index, content_block=_block(event))
+            self.content.append(_block(event))
+            self._open = True
+            yield _event("content_block_start", index=len(self.content) - 1, content_block=_block(event))
         if isinstance(event, ToolCall):
+            self.content[-1]["input"] = event.arguments
             yield self._delta("input_json_delta", partial_json=json.dumps(event.arguments, ensure_ascii=False))
         else:
+            self.content[-1][kind] += event.text
             yield self._delta(f"{kind}_delta", **{kind: event.text})
 
     def close(self) -> Iterator[bytes]:
-        if self.kind is None:
+        if not self._open:
             return
-        if self.kind == "thinking":
+        if self.content[-1]["type"] == "thinking":
             yield self._delta("signature_delta", signature="")
-        yield _event("content_block_stop", index=self.index)
-        self.kind, self.index = None, self.index + 1
+        yield _event("content_block_stop", index=len(self.content) - 1)
+        self._open = False
 
     def _delta(self, type: str, **more: str) -> bytes:
-        return _event("content_block_delta", index=self.index, delta={"type": type, **more})
+        return _event("content_block_delta", index=len(self.content) - 1, delta={"type": type, **more})
 
 
 def _event(type: str, **more: Any) -> bytes:

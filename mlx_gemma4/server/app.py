@@ -8,7 +8,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,30 +25,26 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..conversation.language_model import LanguageModel
 from ..errors import InputError
 from . import anthropic, completions, openapi, responses
+from .endpoint import Context, Endpoint
 from .engine import Engine
 from .metrics import Metrics
 from .page import page
-from .wire import ApiError, as_api_error, error_response, json_response, openai_error
+from .wire import ApiError, error_response, json_response
 
-Handler = Callable[[Request], Awaitable[Response]]
-
-_OPEN = ("/", "/health")  # what needs no key: nothing of the model or of what others ask is in it
-_KNOWN_PATHS = (
-    *_OPEN,
-    "/metrics",
-    "/openapi.json",
-    "/v1/models",
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/responses",
-    "/v1/messages",
-    "/v1/messages/count_tokens",
+# An endpoint that takes POST requests is a module, a line here, and its tests.
+ENDPOINTS: tuple[Endpoint, ...] = (
+    completions.CHAT,
+    completions.TEXT,
+    responses.RESPONSES,
+    anthropic.MESSAGES,
+    anthropic.COUNT,
 )
+_OPEN = ("/", "/health")  # paths that need no key: they tell nothing about the model or about requests
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `serve` is told."""
+    """The server's settings, as `serve` has them from the command line."""
 
     host: str = "127.0.0.1"
     api_key: str | None = None
@@ -66,7 +62,7 @@ class Settings:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only programs of this machine reach an address or name."""
+    """Returns True if only programs on this machine can reach an address or name."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -74,7 +70,7 @@ def is_loopback(host: str) -> bool:
 
 
 def create_app(lm: LanguageModel, settings: Settings | None = None) -> Starlette:
-    """The application around a model. Its engine's threads end with the application's lifespan, or `engine.close`."""
+    """Return the application for a model. The engine's threads end with its lifespan, or by `engine.close`."""
     settings = settings or Settings()
     metrics = Metrics()
     engine = Engine(
@@ -91,43 +87,37 @@ def create_app(lm: LanguageModel, settings: Settings | None = None) -> Starlette
         yield
         engine.close()
 
-    def get(path: str, handler: Handler) -> Route:
-        return Route(path, _answered(handler))
-
-    def post(path: str, handler: Handler) -> Route:
-        return Route(path, _answered(handler), methods=["POST"])
-
+    metrics.gauge("running", "Requests being answered.", lambda: engine.load[0])
+    metrics.gauge("waiting", "Requests in the queue.", lambda: engine.load[1])
+    metrics.gauge("kv_bytes", "Bytes of KV states, kept and in use.", lambda: engine.store.nbytes)
     routes = [
-        get("/", _page),
-        get("/health", _health),
-        get("/metrics", _metrics),
-        get("/openapi.json", _openapi),
-        get("/v1/models", _models),
-        get("/v1/models/{model:path}", _model),
-        post("/v1/chat/completions", completions.chat_completions),
-        post("/v1/completions", completions.completions),
-        post("/v1/responses", responses.responses),
-        post("/v1/messages", anthropic.messages),
-        post("/v1/messages/count_tokens", anthropic.count_tokens),
+        Route("/", _page),
+        Route("/health", _health),
+        Route("/metrics", _metrics),
+        Route("/openapi.json", _openapi),
+        Route("/v1/models", _models),
+        Route("/v1/models/{model:path}", _model),
+        *(Route(endpoint.path, endpoint.handle, methods=["POST"]) for endpoint in ENDPOINTS),
     ]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
     app.state.engine, app.state.settings, app.state.started = engine, settings, int(time.time())
-    app.add_middleware(_Gate, settings=settings, metrics=metrics)
+    app.state.context = Context(engine, settings.model_name, settings.max_tokens, settings.max_body_bytes)
+    app.add_middleware(_Gate, settings=settings, metrics=metrics, known={route.path for route in routes})
     return app
 
 
 class _Gate:
-    """Who may ask: checked before anything of a request is read. Counts what was answered."""
+    """Checks who asks before anything of a request is read, turns exceptions into error responses, counts requests."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
-        self.app, self.settings, self.metrics = app, settings, metrics
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, known: set[str]) -> None:
+        self.app, self.settings, self.metrics, self.known = app, settings, metrics, known
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
-        path, status, headers = scope["path"], 500, Headers(scope=scope)
+        path, status, headers = scope["path"], 0, Headers(scope=scope)
         unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
         async def noted() -> Message:
@@ -146,16 +136,16 @@ class _Gate:
 
         try:
             self._check(headers, path)
-        except ApiError as error:
-            await error_response(error, _error_body(path))(scope, noted, counted)
-        else:
             await self.app(scope, noted, counted)
+        except Exception as error:  # uvicorn closes the connection on those it sees
+            if status:
+                raise
+            await error_response(error, path)(scope, noted, counted)
         finally:
-            label = path if path in _KNOWN_PATHS else "other"
-            self.metrics.count("mlx_gemma4_requests_total", labels=f'path="{label}",status="{status}"')
+            self.metrics.requests.labels(path if path in self.known else "other", status or 500).inc()
 
     def _check(self, headers: Headers, path: str) -> None:
-        """Raises ApiError for whom this server is not.
+        """Raise ApiError for clients that may not use this server.
 
         A page of another site may make a browser send requests here: those carry its Origin, or, where the site's
         name was made to point to this machine (DNS rebinding), its name as Host.
@@ -180,7 +170,7 @@ def _host_name(host: str) -> str:
 
 
 def _keys(headers: Headers) -> list[str]:
-    """The keys that a request gives, as OpenAI's clients and as Anthropic's do."""
+    """Keys in a request's headers, as OpenAI's and as Anthropic's clients send them."""
     kind, _, bearer = headers.get("authorization", "").partition(" ")
     return ([bearer.strip()] if kind.lower() == "bearer" else []) + [headers.get("x-api-key", "")]
 
@@ -190,29 +180,12 @@ def _same(key: str, given: str) -> bool:
     return hmac.compare_digest(key.encode("utf-8", "surrogateescape"), given.encode("latin-1"))
 
 
-def _error_body(path: str) -> Callable[[ApiError], Any]:
-    """How errors of a path are written."""
-    return anthropic.error_body if path.startswith("/v1/messages") else openai_error
-
-
-def _answered(handler: Handler) -> Handler:
-    """The handler, every exception of its an answer: uvicorn would close the connection of one that it sees."""
-
-    async def handle(request: Request) -> Response:
-        try:
-            return await handler(request)
-        except Exception as error:
-            return error_response(as_api_error(error), _error_body(request.url.path))
-
-    return handle
-
-
 async def _no_route(request: Request, error: Exception) -> Response:
-    """Starlette's own refusals: no such path or method."""
+    """Starlette's own errors: no such path or method."""
     assert isinstance(error, HTTPException)
     found = ApiError(error.status_code, f"{request.method} {request.url.path:.200}: {error.detail}")
-    response = error_response(found, _error_body(request.url.path))
-    response.headers.update(error.headers or {})  # 405 says which methods there are
+    response = error_response(found, request.url.path)
+    response.headers.update(error.headers or {})  # 405 names the methods
     return response
 
 
@@ -230,18 +203,13 @@ async def _health(request: Request) -> Response:
 
 async def _metrics(request: Request) -> Response:
     engine: Engine = request.app.state.engine
-    running, waiting = engine.load
-    gauges = {
-        "mlx_gemma4_running": (running, "Requests being answered."),
-        "mlx_gemma4_waiting": (waiting, "Requests in the queue."),
-        "mlx_gemma4_kv_bytes": (engine.store.nbytes, "Bytes of KV states, kept and in use."),
-    }
-    return Response(engine.metrics.text(gauges), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def _openapi(request: Request) -> Response:
     state = request.app.state
-    return json_response(openapi.document(state.engine.lm.config.vocab, state.settings.api_key is not None))
+    vocab, with_key = state.engine.lm.config.vocab, state.settings.api_key is not None
+    return json_response(openapi.document(ENDPOINTS, vocab, with_key))
 
 
 def _card(request: Request) -> dict[str, Any]:

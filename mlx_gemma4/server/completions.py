@@ -12,158 +12,239 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from starlette.requests import Request
+from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
 from ..chat_format.replies import Thinking, ToolCall
-from ..conversation.reply import Reply, ReplyOptions
+from ..conversation.reply import ReplyOptions
 from ..generation.sampling import Token
 from ..tokens.tokenizer import Tokenizer
+from . import fields
 from . import options as read
-from .engine import Engine, GenerationRequest, Job, Update
-from .fields import Fields
-from .options import logprob
-from .wire import EventStream, answer_whole, read_json, sse
+from .endpoint import Collector, Context, Endpoint, chat_logprobs, logprob, reading
+from .engine import GenerationRequest, Update
+from .fields import Body, wrong
+from .wire import EventStream, WholeReply, sse
 
 _IGNORED = ("metadata", "user", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity")
+_UNSUPPORTED = ("audio", "functions", "function_call", "prediction", "web_search_options")
 
 
-async def chat_completions(request: Request) -> Response:
-    """POST /v1/chat/completions."""
-    engine: Engine = request.app.state.engine
-    settings = request.app.state.settings
-    fields = Fields(await read_json(request, settings.max_body_bytes))
-    head = _head(fields, settings.model_name, "chatcmpl")
-    messages, tools = read.read_messages(fields), read.read_tools(fields)
-    choices = fields.integer("n", 1, read.MAX_CHOICES, 1)
-    logprobs = _top_logprobs(fields)
+# Requests
+
+
+class CalledFunction(Body):
+    name: fields.Name
+    arguments: fields.Arguments = None
+
+
+class Call(Body):
+    id: str | None = None
+    type: Literal["function"] | None = "function"
+    function: CalledFunction
+
+
+class OtherMessage(Body):
+    role: Literal["system", "developer", "user"]
+    content: fields.Content
+
+
+class AssistantMessage(Body):
+    role: Literal["assistant"]
+    content: fields.Content | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: fields.Items[Call] | None = None
+
+
+class ToolMessage(Body):
+    role: Literal["tool"]
+    content: fields.Content
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+Message = Annotated[OtherMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+class StreamOptions(Body):
+    ignored = ("include_obfuscation",)
+    include_usage: bool | None = None
+
+
+class CompletionOptions(fields.OpenAIRequest):
+    """What chat and text completions both take."""
+
+    ignored = _IGNORED
+    n: fields.Choices | None = None
+    max_tokens: fields.Length | None = None
+    stream_options: SkipJsonSchema[StreamOptions | None] = None  # needs stream=true, which no schema can say
+    response_format: fields.Format | None = None
+
+
+class FunctionTool(Body):
+    type: Literal["function"]
+    function: fields.Function
+
+
+class ChatRequest(CompletionOptions, fields.ConversationRequest):
+    """The body of /v1/chat/completions."""
+
+    unsupported = _UNSUPPORTED
+    messages: Annotated[fields.Items[Message], Field(min_length=1)]
+    max_completion_tokens: fields.Length | None = None
+    logprobs: bool | None = None
+    top_logprobs: SkipJsonSchema[fields.TopLogprobs | None] = None  # needs logprobs=true
+    tools: fields.Items[FunctionTool] | None = None
+    tool_choice: fields.ToolChoice | fields.Object | None = None
+    modalities: SkipJsonSchema[fields.Items[str] | None] = None
+
+
+class CompletionRequest(CompletionOptions):
+    """The body of /v1/completions."""
+
+    unsupported = (*_UNSUPPORTED, "suffix")
+    prompt: Any  # its schema depends on the vocabulary: see openapi
+    logprobs: fields.TopLogprobs | None = None
+    best_of: SkipJsonSchema[fields.Choices | None] = None
+    echo: SkipJsonSchema[bool | None] = None
+
+
+# Samples of replies
+
+
+_DETAILS = {"prompt_tokens_details": {"cached_tokens": int}, "completion_tokens_details": {"reasoning_tokens": int}}
+_USAGE = {"prompt_tokens": int, "completion_tokens": int, "total_tokens": int, **_DETAILS}
+_HEAD = {"id": str, "created": int, "model": str, "usage": _USAGE}
+_CHOICE = {"index": int, "finish_reason": ("stop", "length", "tool_calls"), "logprobs": (dict, None)}
+_MESSAGE = {"role": "assistant", "content": (str, None)}
+_CHAT_REPLY = {**_HEAD, "object": "chat.completion", "choices": [{**_CHOICE, "message": _MESSAGE}]}
+_TEXT_REPLY = {**_HEAD, "object": "text_completion", "choices": [{**_CHOICE, "text": str}]}
+
+
+# Endpoints
+
+
+async def chat_completions(body: ChatRequest, context: Context) -> Response:
+    """Reply to a conversation."""
+    engine = context.engine
+    if body.top_logprobs and not body.logprobs:
+        raise wrong("top_logprobs", "needs logprobs=true")
+    if any(kind != "text" for kind in body.modalities or ()):
+        raise wrong("modalities", "other than text aren't supported", "unsupported_value")
+    tools = read.read_tools({f"tools[{i}].function": tool.function for i, tool in enumerate(body.tools or ())})
     options = ReplyOptions(
-        max_tokens=read.read_max_tokens(fields, "max_completion_tokens", "max_tokens", default=settings.max_tokens),
-        sampling=read.read_sampling(fields, engine.lm),
-        stop=read.read_stops(fields),
-        think=read.read_thinking(fields),
+        think=read.read_thinking(body, body.reasoning_effort),
         tools=tools,
-        tool_choice=read.read_tool_choice(fields, tools),
-        logprobs=logprobs,
-        **read.read_format(fields),
+        tool_choice=read.read_tool_choice(body.tool_choice, tools, "function"),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        **_options(body, context, body.max_completion_tokens),
     )
-    one_call = not fields.flag("parallel_tool_calls", True)
-    streaming, with_usage = _stream_fields(fields)
-    _refuse_others(fields)
-    job = engine.submit(_choices(messages, options, choices, one_call))
-    made, tokenizer = Collector(job), None if logprobs is None else engine.lm.tokenizer
-    if streaming:
-        return EventStream(job, _chat_chunks(made, head, tokenizer, with_usage))
-    return await answer_whole(request, job, _chat_body(made, head, tokenizer))
+    with_usage = _with_usage(body)
+    requests = _choices(_messages(body), options, body.n or 1, body.parallel_tool_calls is False)
+    job = engine.submit(requests)
+    collected, head = Collector(job), _head(body, context, "chatcmpl", "chat.completion")
+    tokenizer = engine.lm.tokenizer if body.logprobs else None
+    if body.stream:
+        return EventStream(job, _chat_chunks(collected, head, tokenizer, with_usage))
+    return WholeReply(job, _chat_body(collected, head, tokenizer))
 
 
-async def completions(request: Request) -> Response:
-    """POST /v1/completions: text goes on, without a chat template."""
-    engine: Engine = request.app.state.engine
-    settings = request.app.state.settings
-    fields = Fields(await read_json(request, settings.max_body_bytes))
-    head = _head(fields, settings.model_name, "cmpl")
-    prompts = _prompts(fields, engine.lm.config.vocab)
-    choices = fields.integer("n", 1, read.MAX_CHOICES, 1)
-    if fields.integer("best_of", 1, read.MAX_CHOICES, choices) != choices:
-        raise fields.wrong("best_of", "other than n isn't supported", "unsupported_value")
-    if fields.text("suffix"):
-        raise fields.wrong("suffix", "isn't supported", "unsupported_value")
-    logprobs = fields.integer("logprobs", 0, read.MAX_TOP_LOGPROBS)
-    echo = fields.flag("echo")
-    if echo and logprobs is not None:
-        raise fields.wrong("echo", "with logprobs isn't supported", "unsupported_value")
-    options = ReplyOptions(
-        max_tokens=read.read_max_tokens(fields, "max_tokens", default=settings.max_tokens),
-        sampling=read.read_sampling(fields, engine.lm),
-        stop=read.read_stops(fields),
-        logprobs=logprobs,
-        **read.read_format(fields),
-    )
-    streaming, with_usage = _stream_fields(fields)
-    _refuse_others(fields)
-    wanted = [one for prompt in prompts for one in _choices(prompt, options, choices, False)]
-    echoes = [_echo(one.prompt, engine.lm.tokenizer) if echo else "" for one in wanted]
-    job = engine.submit(wanted, "prompt")
-    made, tokenizer = Collector(job), None if logprobs is None else engine.lm.tokenizer
-    if streaming:
-        return EventStream(job, _text_chunks(made, head, tokenizer, echoes, choices, with_usage))
-    return await answer_whole(request, job, _text_body(made, head, tokenizer, echoes, choices))
+async def completions(body: CompletionRequest, context: Context) -> Response:
+    """Go on with a text, without a chat template."""
+    engine, choices = context.engine, body.n or 1
+    prompts = _prompts(body.prompt, engine.lm.config.vocab)
+    if (body.best_of or choices) != choices:
+        raise wrong("best_of", "other than n isn't supported", "unsupported_value")
+    if body.echo and body.logprobs is not None:
+        raise wrong("echo", "with logprobs isn't supported", "unsupported_value")
+    options = ReplyOptions(logprobs=body.logprobs, **_options(body, context))
+    with_usage = _with_usage(body)
+    requests = [one for prompt in prompts for one in _choices(prompt, options, choices, False)]
+    echoes = [_echo(one.prompt, engine.lm.tokenizer) if body.echo else "" for one in requests]
+    job = engine.submit(requests, "prompt")
+    collected, head = Collector(job), _head(body, context, "cmpl", "text_completion")
+    tokenizer = None if body.logprobs is None else engine.lm.tokenizer
+    if body.stream:
+        return EventStream(job, _text_chunks(collected, head, tokenizer, echoes, choices, with_usage))
+    return WholeReply(job, _text_body(collected, head, tokenizer, echoes, choices))
 
 
-def _head(fields: Fields, name: str, prefix: str) -> dict[str, Any]:
-    """What every chunk of a reply begins with."""
-    kind = {"chatcmpl": "chat.completion", "cmpl": "text_completion"}[prefix]
+CHAT = Endpoint("/v1/chat/completions", "Reply to a conversation", ChatRequest, _CHAT_REPLY, chat_completions)
+TEXT = Endpoint("/v1/completions", "Go on with a text", CompletionRequest, _TEXT_REPLY, completions)
+
+
+# From a request to options
+
+
+def _options(body: CompletionOptions, context: Context, max_tokens: int | None = None) -> dict[str, Any]:
+    """The options that chat and text completions share. `max_tokens`: what goes before the body's."""
     return {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": fields.text("model", name),
+        "max_tokens": max_tokens or body.max_tokens or context.max_tokens,
+        "sampling": read.read_sampling(body, context.engine.lm),
+        "stop": read.read_stops(body.stop),
+        **read.read_format(body.response_format),
     }
 
 
+def _head(body: fields.OpenAIRequest, context: Context, prefix: str, kind: str) -> dict[str, Any]:
+    """The fields that every chunk of a reply begins with."""
+    model = context.model_name if body.model is None else body.model
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def _messages(body: ChatRequest) -> list[dict[str, Any]]:
+    """The conversation as chat templates want it."""
+    messages: list[dict[str, Any]] = []
+    names: dict[str | None, str] = {}  # of called functions, by the call's id
+    for message in body.messages:
+        text = read.read_text(message.content)
+        if isinstance(message, AssistantMessage):
+            calls = message.tool_calls or []
+            names |= {call.id: call.function.name for call in calls}
+            made = [read.tool_call(call.id, call.function.name, call.function.arguments) for call in calls]
+            messages.append(read.assistant_message(text, message.reasoning_content or message.reasoning, made))
+        elif isinstance(message, ToolMessage):
+            id = message.tool_call_id
+            messages.append(read.tool_message(id, message.name or names.get(id), text))
+        else:
+            role = "system" if message.role == "developer" else message.role
+            messages.append({"role": role, "content": text})
+    return messages
+
+
 def _choices(prompt: Any, options: ReplyOptions, choices: int, one_call: bool) -> list[GenerationRequest]:
-    """So many replies to one prompt; given a seed, each has its own."""
-    wanted = []
+    """`choices` replies to one prompt. With a seed, choice i has seed + i."""
+    requests = []
     for i in range(choices):
         sampling = options.sampling
         if i and sampling and sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + i) % 2**63)
-        wanted.append(GenerationRequest(prompt, replace(options, sampling=sampling), one_call))
-    return wanted
+        requests.append(GenerationRequest(prompt, replace(options, sampling=sampling), one_call))
+    return requests
 
 
-def _stream_fields(fields: Fields) -> tuple[bool, bool]:
-    """Whether to stream, and with usage at the end."""
-    streaming = fields.flag("stream")
-    more = fields.within("stream_options")
-    if more is None:
-        return streaming, False
-    if not streaming:
-        raise fields.wrong("stream_options", "is for stream=true only")
-    with_usage = more.flag("include_usage")
-    more.flag("include_obfuscation")
-    more.log_unknown()
-    return streaming, with_usage
+def _with_usage(body: CompletionOptions) -> bool:
+    """Returns True if a stream ends with usage."""
+    if body.stream_options and not body.stream:
+        raise wrong("stream_options", "is for stream=true only")
+    return bool(body.stream_options and body.stream_options.include_usage)
 
 
-def _refuse_others(fields: Fields) -> None:
-    """What OpenAI's API has and this server doesn't; the rest that is unknown goes into the log."""
-    for name in _IGNORED:
-        fields.get(name)
-    fields.one_of("service_tier", ("auto", "default"), "auto")
-    if [part for part in fields.items("modalities") if part != "text"]:
-        raise fields.wrong("modalities", "other than text aren't supported", "unsupported_value")
-    for name in ("audio", "functions", "function_call", "prediction", "web_search_options"):
-        if fields.get(name):
-            raise fields.wrong(name, "isn't supported", "unsupported_value")
-    fields.log_unknown()
-
-
-def _top_logprobs(fields: Fields) -> int | None:
-    """How many of the likeliest tokens to tell; None: no log-probabilities."""
-    top = fields.integer("top_logprobs", 0, read.MAX_TOP_LOGPROBS)
-    if fields.flag("logprobs"):
-        return top or 0
-    if top:
-        raise fields.wrong("top_logprobs", "needs logprobs=true")
-    return None
-
-
-def _prompts(fields: Fields, vocab: int) -> list[str | list[int]]:
+def _prompts(value: Any, vocab: int) -> list[str | list[int]]:
     """A text completion's prompts: a text, texts, ids, or lists of ids."""
-    value = fields.needed("prompt")
     several = isinstance(value, list) and not (value and all(type(item) is int for item in value))
     prompts = value if several else [value]
-    if not 0 < len(prompts) <= read.MAX_CHOICES:
-        raise fields.wrong("prompt", f"must be 1 to {read.MAX_CHOICES} prompts, not {len(prompts)}")
+    if not 0 < len(prompts) <= fields.MAX_CHOICES:
+        raise wrong("prompt", f"must be 1 to {fields.MAX_CHOICES} prompts, not {len(prompts)}")
     for i, prompt in enumerate(prompts):
         ids = isinstance(prompt, list) and prompt and all(type(item) is int and 0 <= item < vocab for item in prompt)
         if not ids and not (isinstance(prompt, str) and prompt):
             name = f"prompt[{i}]" if several else "prompt"
-            raise fields.wrong(name, f"must be a string or a list of token ids from 0 to {vocab - 1}, and not empty")
+            raise wrong(name, f"must be a string or a list of token ids from 0 to {vocab - 1}, and not empty")
     return prompts
 
 
@@ -171,60 +252,27 @@ def _echo(prompt: Any, tokenizer: Tokenizer) -> str:
     return prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
 
 
-class Collector:
-    """What a job has made so far, of which whole replies and usage are told."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.replies: list[Reply] = []
-        self.answers: dict[int, list[Token]] = {}  # the tokens of each choice's answer
-        self._thought = 0  # tokens of thinking
-
-    async def pieces(self) -> AsyncIterator[Update]:
-        async for piece in self.job.pieces():
-            if piece.token and piece.place == "answer":
-                self.answers.setdefault(piece.choice, []).append(piece.token)
-            self._thought += piece.place == "thinking"
-            self.replies += [piece.reply] if piece.reply else []
-            yield piece
-
-    async def all(self) -> Collector:
-        async for _ in self.pieces():
-            pass
-        return self
-
-    def usage(self, choices: int) -> dict[str, Any]:
-        """Tokens. Each prompt counts once, as the first of its choices found it."""
-        prompts = [reply.statistics for reply in self.replies[::choices]]
-        reused = sum(statistics.reused_tokens for statistics in prompts)
-        prompt = reused + sum(statistics.prompt_tokens for statistics in prompts)
-        replied = sum(reply.statistics.reply_tokens for reply in self.replies)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": replied,
-            "total_tokens": prompt + replied,
-            "prompt_tokens_details": {"cached_tokens": reused},
-            "completion_tokens_details": {"reasoning_tokens": self._thought},
-        }
+# What is sent
 
 
-async def _chat_body(made: Collector, head: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+async def _chat_body(collected: Collector, head: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The whole reply. `tokenizer`: to tell log-probabilities, or None."""
-    await made.all()
+    async for _ in collected.updates():
+        pass
     choices = []
-    for i, reply in enumerate(made.replies):
+    for i, reply in enumerate(collected.replies):
         message: dict[str, Any] = {"role": "assistant", "content": reply.text or (None if reply.tool_calls else "")}
         if reply.thinking:
             message["reasoning_content"] = reply.thinking
         if reply.tool_calls:
             message["tool_calls"] = [_call(call) for call in reply.tool_calls]
-        logprobs = chat_logprobs(tokenizer, made.answers.get(i, [])) if tokenizer else None
+        logprobs = chat_logprobs(tokenizer, collected.answers.get(i, [])) if tokenizer else None
         choices.append({"index": i, "message": message, "logprobs": logprobs, "finish_reason": reply.finish_reason})
-    return {**head, "choices": choices, "usage": made.usage(len(choices))}
+    return {**head, "choices": choices, "usage": collected.usage(len(choices))}
 
 
 async def _chat_chunks(
-    made: Collector, head: dict[str, Any], tokenizer: Tokenizer | None, with_usage: bool
+    collected: Collector, head: dict[str, Any], tokenizer: Tokenizer | None, with_usage: bool
 ) -> AsyncIterator[bytes]:
     """The reply as server-sent events."""
     calls, choice = 0, -1
@@ -233,15 +281,15 @@ async def _chat_chunks(
         one = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return sse({**head, "object": "chat.completion.chunk", "choices": [one]})
 
-    async for piece in made.pieces():
-        if piece.choice > choice:
-            choice, calls = piece.choice, 0
+    async for update in collected.updates():
+        if update.choice > choice:
+            choice, calls = update.choice, 0
             yield chunk({"role": "assistant", "content": ""})
-        if piece.reading:
-            yield reading(piece.reading)
-        token = [piece.token] if piece.token and piece.place == "answer" else []
+        if update.reading:
+            yield reading(update.reading)
+        token = [update.token] if update.token and update.channel == "answer" else []
         logprobs = chat_logprobs(tokenizer, token) if tokenizer and token else None
-        for event in piece.events:
+        for event in update.events:
             if isinstance(event, ToolCall):
                 yield chunk({"tool_calls": [{"index": calls, **_call(event)}]})
                 calls += 1
@@ -252,30 +300,30 @@ async def _chat_chunks(
                 logprobs = None
         if logprobs:  # of a token whose text is held back
             yield chunk({"content": ""}, logprobs=logprobs)
-        if piece.reply:
-            yield chunk({}, piece.reply.finish_reason)
+        if update.reply:
+            yield chunk({}, update.reply.finish_reason)
     if with_usage:
-        usage = made.usage(len(made.replies))
+        usage = collected.usage(len(collected.replies))
         yield sse({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
     yield sse(b"[DONE]")
 
 
 async def _text_body(
-    made: Collector, head: dict[str, Any], tokenizer: Tokenizer | None, echoes: list[str], choices: int
+    collected: Collector, head: dict[str, Any], tokenizer: Tokenizer | None, echoes: list[str], choices: int
 ) -> dict[str, Any]:
     """The whole text completion."""
     texts = list(echoes)
-    async for piece in made.pieces():
-        texts[piece.choice] += _plain(piece)
+    async for update in collected.updates():
+        texts[update.choice] += _plain(update)
     replies = [
-        _text_choice(i, texts[i], reply.finish_reason, _text_logprobs(tokenizer, made.answers.get(i, [])))
-        for i, reply in enumerate(made.replies)
+        _text_choice(i, texts[i], reply.finish_reason, _text_logprobs(tokenizer, collected.answers.get(i, [])))
+        for i, reply in enumerate(collected.replies)
     ]
-    return {**head, "choices": replies, "usage": made.usage(choices)}
+    return {**head, "choices": replies, "usage": collected.usage(choices)}
 
 
 async def _text_chunks(
-    made: Collector,
+    collected: Collector,
     head: dict[str, Any],
     tokenizer: Tokenizer | None,
     echoes: list[str],
@@ -284,25 +332,20 @@ async def _text_chunks(
 ) -> AsyncIterator[bytes]:
     """The text completion as server-sent events."""
     choice = -1
-    async for piece in made.pieces():
-        if piece.reading:
-            yield reading(piece.reading)
-        text = _plain(piece)
-        if piece.choice > choice and not piece.reading:
-            choice, text = piece.choice, echoes[piece.choice] + text
-        finish = piece.reply.finish_reason if piece.reply else None
-        token = [piece.token] if piece.token and piece.place == "answer" else []
+    async for update in collected.updates():
+        if update.reading:
+            yield reading(update.reading)
+        text = _plain(update)
+        if update.choice > choice and not update.reading:
+            choice, text = update.choice, echoes[update.choice] + text
+        finish = update.reply.finish_reason if update.reply else None
+        token = [update.token] if update.token and update.channel == "answer" else []
         logprobs = _text_logprobs(tokenizer, token) if token else None
         if text or finish or logprobs:
-            yield sse({**head, "choices": [_text_choice(piece.choice, text, finish, logprobs)]})
+            yield sse({**head, "choices": [_text_choice(update.choice, text, finish, logprobs)]})
     if with_usage:
-        yield sse({**head, "choices": [], "usage": made.usage(choices)})
+        yield sse({**head, "choices": [], "usage": collected.usage(choices)})
     yield sse(b"[DONE]")
-
-
-def reading(progress: tuple[int, int]) -> bytes:
-    """A comment of the event stream, which tells that something goes on while a long prompt is read."""
-    return b": read %d of %d tokens\n\n" % progress
 
 
 def _call(call: ToolCall) -> dict[str, Any]:
@@ -310,25 +353,14 @@ def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
-def _plain(piece: Update) -> str:
-    """All text of a piece: a text completion doesn't part thinking and answer."""
-    return "".join(event.raw if isinstance(event, ToolCall) else event.text for event in piece.events)
+def _plain(update: Update) -> str:
+    """All text of an update: a text completion doesn't part thinking and answer."""
+    return "".join(event.raw if isinstance(event, ToolCall) else event.text for event in update.events)
 
 
 def _text_choice(index: int, text: str, finish: str | None, logprobs: Any) -> dict[str, Any]:
     finish = "stop" if finish == "tool_calls" else finish
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-
-
-def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict[str, Any]:
-    def entry(id: int, value: float | None) -> dict[str, Any]:
-        piece = tokenizer.piece(id, skip_special=False)
-        return {"token": piece.decode("utf-8", "replace"), "logprob": logprob(value), "bytes": list(piece)}
-
-    content = [
-        {**entry(token.id, token.logprob), "top_logprobs": [entry(*likely) for likely in token.top]} for token in tokens
-    ]
-    return {"content": content, "refusal": None}
 
 
 def _text_logprobs(tokenizer: Tokenizer | None, tokens: Sequence[Token]) -> dict[str, Any] | None:

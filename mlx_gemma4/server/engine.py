@@ -1,14 +1,13 @@
-"""Requests become replies in a bounded number of threads, over one store of prefixes; the others wait in a queue.
+"""A bounded number of threads makes replies, over one cache of prefixes; more requests wait in a queue.
 
-In: prompts with options. Out: a `Job`, whose pieces an event loop awaits. The threads take turns at the model token by
-token and chunk by chunk (`execution()` serves them in the order they come), so a short reply is not stuck behind a
-long one. A job that is cancelled leaves its thread within one token, or one chunk of a prompt.
+In: prompts with options. Out: a `Job`, whose updates an event loop awaits. The threads take turns at the model token by
+token and chunk by chunk (`execution()` serves them in order of arrival), so a short reply is not stuck behind a long
+one. A cancelled job leaves its thread within one token, or one chunk of a prompt.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 import threading
 import time
 from collections import deque
@@ -32,19 +31,19 @@ Channel = Literal["answer", "thinking", "call", "control"]
 
 
 class Update(NamedTuple):
-    """What is new of a job."""
+    """News of a job: a token with the events it brings, or progress in reading the prompt."""
 
-    choice: int  # which of its replies
+    choice: int  # index of the reply, of those that the job makes
     events: Sequence[Event] = ()
     token: Token | None = None
-    place: Channel = "control"  # what the token is part of
-    reply: Reply | None = None  # the whole, with this choice's last piece
+    channel: Channel = "control"  # what the token is part of
+    reply: Reply | None = None  # the whole reply, with its last update
     reading: tuple[int, int] | None = None  # prompt tokens read, and in all
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One reply that a job is to make."""
+    """One reply that a job has to make."""
 
     prompt: Prompt
     options: ReplyOptions
@@ -52,65 +51,57 @@ class GenerationRequest:
 
 
 class _Cancelled(Exception):
-    """Nobody waits for this job any more."""
+    """The job's client no longer waits."""
 
 
 class Job:
-    """One request: replies made one after the other. Its pieces are for the event loop that submitted it."""
+    """One HTTP request: replies made one after the other. Its updates are for the event loop that submitted it."""
 
-    def __init__(self, engine: Engine, wanted: Sequence[GenerationRequest], field: str, format_field: str) -> None:
-        self.engine, self.wanted, self.field, self.format_field = engine, wanted, field, format_field
+    def __init__(self, engine: Engine, requests: Sequence[GenerationRequest], field: str, format_field: str) -> None:
+        self.engine, self.requests, self.field = engine, requests, field
         self.cancelled = False
         self.submitted = time.monotonic()
+        # Options of ReplyOptions by the names that the HTTP request has for them.
+        self._fields = {"tools": "tools", **dict.fromkeys(("schema", "regex", "grammar"), format_field)}
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[Update | Exception | None] = asyncio.Queue()
 
-    async def pieces(self) -> AsyncIterator[Update]:
-        """Everything, as it is made.
+    async def updates(self) -> AsyncIterator[Update]:
+        """Yield updates as they are made.
 
         Raises:
-            ApiError, InputError: it can't be answered, or was cancelled.
+            ApiError: the request can't be answered, or was cancelled.
         """
         while (item := await self._items.get()) is not None:
             if isinstance(item, Exception):
                 raise item
             yield item
 
-    async def replies(self) -> list[Reply]:
-        """All of its replies, when they are done. Raises as `pieces`."""
-        return [piece.reply async for piece in self.pieces() if piece.reply]
-
     def cancel(self) -> None:
-        """Stop as soon as may be. Nothing happens to a job that is done."""
+        """Stop as soon as possible. Does nothing to a job that is done."""
         self.cancelled = True
         self.engine.forget(self)
 
-    def gone(self) -> ApiError:
-        """What is said of a cancelled job, to whoever may still listen."""
+    def cancelled_error(self) -> ApiError:
+        """The error of a cancelled job, for a client that may still listen."""
         return ApiError(503, "the server is shutting down" if self.engine.draining else "the client went away")
 
-    def culprit(self, message: str) -> str | None:
-        """The field that an InputError is about, by the word that it begins with."""
-        word = re.match(r"\w*", message)
-        return {
-            "schema": self.format_field,
-            "regex": self.format_field,
-            "grammar": self.format_field,
-            "tools": "tools",
-            "message": self.field,
-            "the": self.field,  # "the model's chat template refuses", "the prompt is empty"
-        }.get(word[0] if word else "")
+    def error(self, error: InputError) -> ApiError:
+        """Return an error as the HTTP request's; one that is about no option is about the prompt."""
+        if isinstance(error, TooLong | NoRoom):
+            return ApiError(400, str(error), self.field, "context_length_exceeded")
+        return ApiError(400, str(error), self._fields.get(error.field, error.field) if error.field else self.field)
 
     def post(self, item: Update | Exception | None) -> None:
-        """Hand out something, from any thread; None is the end."""
+        """Hand out an update or error, from any thread; None is the end."""
         try:
             self._loop.call_soon_threadsafe(self._items.put_nowait, item)
-        except RuntimeError:  # the loop is closed
+        except RuntimeError:  # the event loop is closed
             self.cancelled = True
 
 
 class Engine:
-    """Threads that answer, and a queue before them."""
+    """Threads that make replies, and the queue before them."""
 
     def __init__(
         self,
@@ -134,9 +125,9 @@ class Engine:
         self.draining = False
         self._waiting: deque[Job] = deque()
         self._running: set[Job] = set()
-        self._holding: set[Job] = set()  # running ones that have a KV state, or try to get one
-        self._releases = 0  # how often one left that set
-        self._seconds = 1.0  # that a job takes, of late
+        self._holding: set[Job] = set()  # running jobs that have a KV state, or try to get one
+        self._releases = 0  # how often a job left that set
+        self._seconds = 1.0  # moving average of a job's duration
         self._closed = False
         self._changed = threading.Condition()  # guards all of the above
         self._threads = [threading.Thread(target=self._serve, name=f"reply-{i}", daemon=True) for i in range(parallel)]
@@ -150,22 +141,22 @@ class Engine:
             return len(self._running), len(self._waiting)
 
     def submit(
-        self, wanted: Sequence[GenerationRequest], field: str = "messages", format_field: str = "response_format"
+        self, requests: Sequence[GenerationRequest], field: str = "messages", format_field: str = "response_format"
     ) -> Job:
-        """Take a job, from a coroutine.
+        """Queue a job. Call it from a coroutine.
 
         Args:
-            field, format_field: where in the request the prompt and what its reply must look like are, for errors.
+            field, format_field: the HTTP request's fields with the prompt and the reply's form, for errors.
 
         Raises:
             ApiError: 429 where the queue is full, 503 where the server is shutting down.
         """
-        job = Job(self, wanted, field, format_field)
+        job = Job(self, requests, field, format_field)
         with self._changed:
             if self.draining:
                 raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=10)
             if len(self._waiting) + len(self._running) >= self.parallel + self.queue:
-                self.metrics.count("mlx_gemma4_refused_total")
+                self.metrics.refused.inc()
                 wait = round(self._seconds * len(self._waiting) / self.parallel)
                 raise ApiError(
                     429,
@@ -178,16 +169,16 @@ class Engine:
         return job
 
     def forget(self, job: Job) -> None:
-        """Take a cancelled job out of the queue, if it is there still."""
+        """Take a cancelled job out of the queue, if it is still there."""
         with self._changed:
             self._changed.notify_all()
             if job not in self._waiting:
                 return
             self._waiting.remove(job)
-        job.post(job.gone())
+        job.post(job.cancelled_error())
 
     def drain(self) -> None:
-        """Take no more jobs, and let those go that have not begun."""
+        """Take no more jobs, and cancel those that have not begun."""
         with self._changed:
             self.draining = True
             waiting = list(self._waiting)
@@ -195,7 +186,7 @@ class Engine:
             job.cancel()
 
     def close(self, timeout: float = 10.0) -> bool:
-        """Cancel everything and end the threads; whether they did end in so many seconds."""
+        """Cancel everything and end the threads. Returns True if they ended within `timeout` seconds."""
         self.drain()
         with self._changed:
             self._closed = True
@@ -208,7 +199,7 @@ class Engine:
         return not any(thread.is_alive() for thread in self._threads)
 
     def _serve(self) -> None:
-        """What each thread does."""
+        """Run jobs until the engine is closed. Each thread does this."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
@@ -219,25 +210,23 @@ class Engine:
             end: Exception | None = None
             start = time.monotonic()
             try:
-                for choice, wanted in enumerate(job.wanted):
-                    self._answer(job, choice, wanted)
+                for choice, request in enumerate(job.requests):
+                    self._answer(job, choice, request)
             except _Cancelled:
-                self.metrics.count("mlx_gemma4_cancelled_total")
-                end = job.gone()
-            except TooLong as error:
-                end = ApiError(400, str(error), job.field, "context_length_exceeded")
+                self.metrics.cancelled.inc()
+                end = job.cancelled_error()
             except InputError as error:
-                end = ApiError(400, str(error), job.culprit(str(error)))
+                end = job.error(error)
             except Exception as error:
                 end = error
             with self._changed:
                 self._running.remove(job)
                 self._seconds += 0.2 * (time.monotonic() - start - self._seconds)
                 self._changed.notify_all()
-            self.metrics.observe("mlx_gemma4_reply_seconds", time.monotonic() - job.submitted)
+            self.metrics.reply.observe(time.monotonic() - job.submitted)
             job.post(end)
 
-    def _answer(self, job: Job, choice: int, wanted: GenerationRequest) -> None:
+    def _answer(self, job: Job, choice: int, request: GenerationRequest) -> None:
         """Make one of a job's replies."""
 
         def reading(done: int, total: int) -> None:
@@ -245,31 +234,33 @@ class Engine:
                 raise _Cancelled
             job.post(Update(choice, reading=(done, total)))
 
-        prompt = self.lm.encode_prompt(wanted.prompt, raw=True) if isinstance(wanted.prompt, str) else wanted.prompt
-        place, reply = _Places(self.lm.tokenizer), None
-        with closing(self._chunks(job, prompt, wanted.options, reading)) as chunks:
+        prompt = request.prompt
+        if isinstance(prompt, str):
+            prompt = self.lm.encode_prompt(prompt, raw=True)
+        channels, reply = _Channels(self.lm.tokenizer), None
+        with closing(self._chunks(job, prompt, request.options, reading)) as chunks:
             for chunk in chunks:
                 first, reply = reply is None, chunk.reply
                 if job.cancelled:
                     raise _Cancelled
                 if first and not choice:
-                    self.metrics.observe("mlx_gemma4_first_token_seconds", time.monotonic() - job.submitted)
+                    self.metrics.first_token.observe(time.monotonic() - job.submitted)
                 last = chunk.token is None
-                where = place.of(chunk.token.id) if chunk.token else "control"
-                job.post(Update(choice, chunk.events, chunk.token, where, reply if last else None))
-                if wanted.one_call and reply.tool_calls and not last:
+                channel = channels.of(chunk.token.id) if chunk.token else "control"
+                job.post(Update(choice, chunk.events, chunk.token, channel, reply if last else None))
+                if request.one_call and reply.tool_calls and not last:
                     reply.finish_reason = "tool_calls"
                     job.post(Update(choice, reply=reply))
                     break
         if reply:
-            self.metrics.count("mlx_gemma4_prompt_tokens_total", reply.statistics.prompt_tokens)
-            self.metrics.count("mlx_gemma4_reused_tokens_total", reply.statistics.reused_tokens)
-            self.metrics.count("mlx_gemma4_reply_tokens_total", reply.statistics.reply_tokens)
+            self.metrics.prompt_tokens.inc(reply.statistics.prompt_tokens)
+            self.metrics.reused_tokens.inc(reply.statistics.reused_tokens)
+            self.metrics.reply_tokens.inc(reply.statistics.reply_tokens)
 
     def _chunks(
         self, job: Job, prompt: Any, options: ReplyOptions, reading: Callable[[int, int], None]
     ) -> Generator[Chunk, None, None]:
-        """One reply. Where the KV budget has no room for it beside the others', it waits until one of them is done."""
+        """Yield one reply's chunks. While the KV budget has no room for it beside others, wait until one is done."""
         try:
             while True:
                 with self._changed:
@@ -291,7 +282,7 @@ class Engine:
         self._release(job)
         with self._changed:
             if not self._holding:
-                raise ApiError(400, str(error), job.field, "context_length_exceeded")
+                raise job.error(error)
             before = self._releases
             self._changed.wait_for(lambda: job.cancelled or self._releases > before)
         if job.cancelled:
@@ -304,8 +295,8 @@ class Engine:
             self._changed.notify_all()
 
 
-class _Places:
-    """Tells what each token of a reply is part of."""
+class _Channels:
+    """Tells which channel each token of a reply belongs to."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._control = tokenizer.control_ids

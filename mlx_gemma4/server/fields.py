@@ -1,134 +1,239 @@
-"""A request's fields, read one by one; the first that is wrong is named.
+"""Request bodies: the pydantic models that endpoints share, and errors that name the field that is wrong.
 
-In: a JSON object. Out: checked values, or an ApiError (400) whose `param` is the field's path, as
-`messages[0].content`. Null is the same as absent. What was never asked for is unknown, and `log_unknown` says so.
+In: a JSON object. Out: a `Body`, or an ApiError (400) whose `param` is the field's path, as `messages[0].content`.
+Null is the same as absent. Fields that no model declares are kept, and the log names them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, overload
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
+from pydantic_core import ErrorDetails
 
 from .wire import ApiError
 
 log = logging.getLogger(__name__)
 
-
-class Fields:
-    """A JSON object and where it stands in the request."""
-
-    def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
-        self.values, self.path = values, path
-        self._known: set[str] = set()
-
-    def wrong(self, name: str, message: str, code: str | None = None) -> ApiError:
-        """An error about a field; `message` follows its name."""
-        path = self._path(name)
-        return ApiError(400, f"{path} {message}", path, code)
-
-    def get(self, name: str) -> Any:
-        """A field as it is; None where absent."""
-        self._known.add(name)
-        return self.values.get(name)
-
-    def number(self, name: str, low: float, high: float, default: float) -> float:
-        value = self.get(name)
-        if value is None:
-            return default
-        # A whole number of JSON may be longer than any float.
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise self.wrong(name, f"must be a number {_between(low, high)}, not {_shown(value)}")
-        return float(value)
-
-    @overload
-    def integer(self, name: str, low: int, high: int, default: int) -> int: ...
-    @overload
-    def integer(self, name: str, low: int, high: int, default: None = None) -> int | None: ...
-    def integer(self, name: str, low: int, high: int, default: int | None = None) -> int | None:
-        value = self.get(name)
-        if value is None:
-            return default
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.wrong(name, f"must be a whole number {_between(low, high)}, not {_shown(value)}")
-        return value
-
-    def flag(self, name: str, default: bool = False) -> bool:
-        value = self.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.wrong(name, f"must be true or false, not {_shown(value)}")
-        return value
-
-    @overload
-    def text(self, name: str, default: str) -> str: ...
-    @overload
-    def text(self, name: str, default: None = None) -> str | None: ...
-    def text(self, name: str, default: str | None = None) -> str | None:
-        value = self.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, str):
-            raise self.wrong(name, f"must be a string, not {_shown(value)}")
-        return value
-
-    def one_of(self, name: str, choices: Sequence[str], default: str | None = None) -> str:
-        """A string among `choices`; without a default the field must be there."""
-        value = self.text(name, default)
-        if value is None:
-            raise self.wrong(name, "is missing")
-        if value not in choices:
-            raise self.wrong(name, f"must be one of {', '.join(choices)}, not {_shown(value)}", "unsupported_value")
-        return value
-
-    def needed(self, name: str) -> Any:
-        """A field that must be there."""
-        value = self.get(name)
-        if value is None:
-            raise self.wrong(name, "is missing", "missing_required_parameter")
-        return value
-
-    def within(self, name: str) -> Fields | None:
-        """An object's fields."""
-        value = self.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise self.wrong(name, f"must be an object, not {_shown(value)}")
-        return Fields(value, self._path(name))
-
-    def items(self, name: str) -> list[Any]:
-        """A list's items; empty where absent."""
-        value = self.get(name)
-        if value is None:
-            return []
-        if not isinstance(value, list):
-            raise self.wrong(name, f"must be a list, not {_shown(value)}")
-        return value
-
-    def objects(self, name: str) -> Iterator[Fields]:
-        """A list's items, which must be objects."""
-        for i, item in enumerate(self.items(name)):
-            if not isinstance(item, dict):
-                raise self.wrong(f"{name}[{i}]", f"must be an object, not {_shown(item)}")
-            yield Fields(item, self._path(f"{name}[{i}]"))
-
-    def log_unknown(self) -> None:
-        """A line in the log about fields that nobody asked for."""
-        unknown = [self._path(name) for name in self.values if name not in self._known]
-        if unknown:
-            shown = ", ".join(f"{name!r:.60}" for name in unknown[:10])
-            log.warning("Ignored %d unknown field(s) of a request: %s", len(unknown), shown)
-
-    def _path(self, name: str) -> str:
-        return f"{self.path}.{name}" if self.path else name
+MAX_CHOICES = 16
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 16
+_CODES = {
+    "missing": "missing_required_parameter",
+    "too_short": "missing_required_parameter",
+    "literal_error": "unsupported_value",
+    "union_tag_invalid": "unsupported_value",
+}
+_OBJECT_ERRORS = ("dict_type", "model_type", "model_attributes_type")
 
 
-def _between(low: float, high: float) -> str:
-    return f"from {low} to {high}"
+class Body(BaseModel):
+    """A JSON object of a request. Strict: "1" and true are no numbers, 1 is no boolean."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    ignored: ClassVar[tuple[str, ...]] = ()  # of the original API, without effect here
+    unsupported: ClassVar[tuple[str, ...]] = ()  # of the original API, refused here unless empty or false
+
+
+B = TypeVar("B", bound=Body)
+
+
+# Types of fields
+
+
+def _whole(value: Any) -> Any:
+    """JSON may write a whole number as 3.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _check_stops(stops: list[str]) -> list[str]:
+    if not all(0 < len(stop) <= 1000 for stop in stops):
+        raise ValueError("must have strings of 1 to 1000 characters each")
+    return stops
+
+
+T = TypeVar("T")
+Items = Annotated[list[T], Field(fail_fast=True)]  # the first wrong item is enough: a body may hold millions
+Object = dict[str, Any]
+Whole = BeforeValidator(_whole)
+Length = Annotated[int, Field(ge=1, le=2**31), Whole]
+Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES), Whole]
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Whole]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Stops = Annotated[
+    list[str],
+    Field(max_length=MAX_STOPS, fail_fast=True),
+    AfterValidator(_check_stops),
+    WithJsonSchema(
+        {"type": "array", "maxItems": MAX_STOPS, "items": {"type": "string", "minLength": 1, "maxLength": 1000}}
+    ),
+]
+ToolChoice = Literal["auto", "none", "required"]
+Arguments = Object | str | None  # of a call: an object, or JSON in a string
+
+
+# Objects that several endpoints have
+
+
+class TextPart(Body):
+    type: Literal["text", "input_text", "output_text"] | None = "text"
+    text: str
+
+
+class RefusalPart(Body):
+    type: Literal["refusal"]
+    refusal: str
+
+
+Content = str | Items[TextPart | RefusalPart]
+
+
+class Function(Body):
+    """A function that the model may call."""
+
+    name: Name
+    description: str | None = None
+    parameters: Object | None = None
+    strict: bool | None = None
+
+
+class SchemaHolder(Body):
+    ignored = ("name", "description", "strict")
+    schema_: Object | None = Field(None, alias="schema")
+
+
+class Format(SchemaHolder):
+    """The form of the reply. "regex" and "lark" are ours; /v1/chat/completions nests `schema` in `json_schema`."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "lark"]
+    json_schema: SchemaHolder | None = None
+    regex: str | None = None
+    grammar: str | None = None
+
+
+class TemplateVariables(Body):
+    enable_thinking: bool | None = None
+
+
+# Whole bodies
+
+
+class SamplingRequest(Body):
+    """How tokens are chosen; what is absent is as the model's file recommends."""
+
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: Annotated[int, Field(ge=-1, le=2**31), Whole] | None = None
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=0, le=100)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1), Whole] | None = None
+    logit_bias: Object | None = None  # checked where the vocabulary is known: options
+    stream: bool | None = None
+
+
+class OpenAIRequest(SamplingRequest):
+    """What all of OpenAI's endpoints take."""
+
+    model: str | None = None
+    stop: Stop | Stops | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+
+class ConversationRequest(OpenAIRequest):
+    """What OpenAI's endpoints for conversations take."""
+
+    reasoning_effort: Effort | None = None
+    chat_template_kwargs: TemplateVariables | None = None
+    parallel_tool_calls: bool | None = None
+
+
+# A body, or what is wrong with it
+
+
+def parse(model: type[B], values: dict[str, Any]) -> B:
+    """Return the body as the model has it. Raises ApiError (400), naming the field that is wrong."""
+    try:
+        body = model.model_validate(values)
+    except ValidationError as error:
+        raise _first_error(error, values) from None
+    for name in model.unsupported:
+        if values.get(name):
+            raise wrong(name, "isn't supported", "unsupported_value")
+    if unknown := list(_unknown(body)):
+        shown = ", ".join(f"{name!r:.60}" for name in unknown[:10])
+        log.warning("Ignored %d unknown field(s) of a request: %s", len(unknown), shown)
+    return body
+
+
+def wrong(path: str, message: str, code: str | None = None) -> ApiError:
+    """An error about a field; `message` follows its path."""
+    return ApiError(400, f"{path} {message}", path, code)
+
+
+def _unknown(body: Body, path: str = "") -> Iterator[str]:
+    """Paths of fields that no model declares, in the body and in the objects right in it."""
+    yield from (path + name for name in body.model_extra or () if name not in body.ignored + body.unsupported)
+    for name, value in body:
+        if isinstance(value, Body):
+            yield from _unknown(value, f"{path}{name}.")
+
+
+def _first_error(error: ValidationError, values: dict[str, Any]) -> ApiError:
+    """The first field that is wrong. Of a union, pydantic tells what each member lacks: the deepest says most."""
+    errors = error.errors(include_url=False)
+    first_type = (
+        *errors[0]["loc"][:-1],
+        "type",
+    )  # a wrong type goes first: it decides which other fields there must be
+    found = [(_path(each, values), each) for each in sorted(errors, key=lambda each: each["loc"] != first_type)]
+    first = found[0][0]
+    path = max((path for path, _ in found if path[: len(first)] == first), key=len)
+    same = [each for other, each in found if other == path]
+    name = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
+    kind, value = same[0]["type"], same[0]["input"]
+    if value is None or kind in ("missing", "union_tag_not_found"):
+        return wrong(name, "is missing", _CODES["missing"])
+    says = " or ".join(dict.fromkeys(map(_says, same)))
+    value = same[0].get("ctx", {}).get("tag", value)
+    return wrong(name, f"must {says}" + ("" if kind.startswith("too_") else f", not {_shown(value)}"), _CODES.get(kind))
+
+
+def _path(error: ErrorDetails, values: Any) -> tuple[str | int, ...]:
+    """Where in the body an error is: pydantic's location, without the names of union members in it."""
+    path: list[str | int] = []
+    for step in error["loc"]:
+        if step in values if isinstance(values, dict) else isinstance(values, list) and isinstance(step, int):
+            path.append(step)
+            values = values[step]
+    if error["type"] == "missing":
+        path.append(error["loc"][-1])
+    elif error["type"].startswith("union_tag"):
+        path.append(error["ctx"]["discriminator"].strip("'"))
+    return tuple(path)
+
+
+def _says(error: ErrorDetails) -> str:
+    """What must be so, in words that follow "must"."""
+    if error["type"] in _OBJECT_ERRORS:
+        return "be an object"
+    if error["type"] == "union_tag_invalid":
+        return f"be one of {error['ctx']['expected_tags']}"
+    return re.sub(r"^(\w+ should|Value error, must) ", "", error["msg"]).replace(" after validation", "")
 
 
 def _shown(value: Any) -> str:

@@ -6,72 +6,145 @@ to an earlier one (`previous_response_id`, `conversation`) is refused, for nothi
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from starlette.requests import Request
+from pydantic import BeforeValidator, Field, WithJsonSchema
 from starlette.responses import Response
 
 from ..chat_format.replies import Event, Text, ToolCall
 from ..conversation.reply import ReplyOptions
 from ..generation.sampling import Token
 from ..tokens.tokenizer import Tokenizer
+from . import fields
 from . import options as read
-from .completions import Collector, chat_logprobs, reading
-from .engine import Engine, GenerationRequest
-from .fields import Fields
-from .wire import EventStream, answer_whole, as_api_error, read_json, sse
+from .endpoint import Collector, Context, Endpoint, chat_logprobs, reading
+from .engine import GenerationRequest
+from .fields import Body
+from .wire import EventStream, WholeReply, as_api_error, sse
 
 _LOGPROBS = "message.output_text.logprobs"
-_IGNORED = (
-    "user",
-    "store",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "max_tool_calls",
-    "stream_options",
-)
-_UNSUPPORTED = ("previous_response_id", "conversation", "background", "prompt", "context_management")
 
 
-async def responses(request: Request) -> Response:
-    """POST /v1/responses."""
-    engine: Engine = request.app.state.engine
-    settings = request.app.state.settings
-    fields = Fields(await read_json(request, settings.max_body_bytes))
-    top = fields.integer("top_logprobs", 0, read.MAX_TOP_LOGPROBS)
-    tools = read.read_tools(fields, flat=True)
-    text, reasoning = fields.within("text"), fields.within("reasoning")
-    options = ReplyOptions(
-        max_tokens=read.read_max_tokens(fields, "max_output_tokens", default=settings.max_tokens),
-        sampling=read.read_sampling(fields, engine.lm),
-        stop=read.read_stops(fields),
-        think=read.read_thinking(fields, reasoning, "effort") if reasoning else read.read_thinking(fields),
-        tools=tools,
-        tool_choice=read.read_tool_choice(fields, tools, flat=True),
-        logprobs=(top or 0) if _LOGPROBS in fields.items("include") else None,
-        **(read.read_format(text, "format") if text else {}),
+class InputMessage(Body):
+    type: Annotated[Literal["message"], WithJsonSchema({"enum": ["message", None]})] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: fields.Content
+
+
+class FunctionCall(Body):
+    type: Literal["function_call"]
+    name: str
+    call_id: str | None = None
+    arguments: fields.Arguments = None
+
+
+class FunctionOutput(Body):
+    type: Literal["function_call_output"]
+    call_id: str | None = None
+    output: fields.Content
+
+
+class ReasoningPart(Body):
+    text: str | None = None
+
+
+class ReasoningItem(Body):
+    type: Literal["reasoning"]
+    content: fields.Items[ReasoningPart] | None = None
+
+
+def _typed(item: Any) -> Any:
+    """An item without a type is a message."""
+    return {**item, "type": "message"} if isinstance(item, dict) and item.get("type") is None else item
+
+
+Item = Annotated[
+    InputMessage | FunctionCall | FunctionOutput | ReasoningItem, Field(discriminator="type"), BeforeValidator(_typed)
+]
+
+
+class FlatTool(fields.Function):
+    type: Literal["function"]
+
+
+class Reasoning(Body):
+    ignored = ("summary", "generate_summary")
+    effort: fields.Effort | None = None
+
+
+class TextOptions(Body):
+    ignored = ("verbosity",)
+    format: fields.Format | None = None
+
+
+class ResponsesRequest(fields.ConversationRequest):
+    """The body of /v1/responses."""
+
+    ignored = (
+        *("user", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+        *("max_tool_calls", "stream_options"),
     )
-    wanted = GenerationRequest(_messages(fields), options, not fields.flag("parallel_tool_calls", True))
-    streaming = fields.flag("stream")
-    head = _head(fields, options, settings.model_name)
-    _refuse_others(fields)
-    job = engine.submit([wanted], "input", "text.format")
+    unsupported = ("previous_response_id", "conversation", "background", "prompt", "context_management")
+    input: str | Annotated[fields.Items[Item], Field(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: fields.Length | None = None
+    top_logprobs: fields.TopLogprobs | None = None
+    include: fields.Items[Any] | None = None
+    reasoning: Reasoning | None = None
+    text: TextOptions | None = None
+    tools: fields.Items[FlatTool] | None = None
+    tool_choice: fields.ToolChoice | fields.Object | None = None
+    metadata: fields.Object | None = None
+    truncation: Literal["disabled"] | None = None
+
+
+_REPLY = {
+    "id": str,
+    "object": "response",
+    "created_at": int,
+    "model": str,
+    "status": ("completed", "incomplete"),
+    "output": [{"id": str, "type": ("message", "reasoning", "function_call")}],
+    "usage": {"input_tokens": int, "output_tokens": int, "total_tokens": int},
+}
+
+
+async def responses(body: ResponsesRequest, context: Context) -> Response:
+    """Respond to a conversation."""
+    engine, reasoning = context.engine, body.reasoning
+    tools = read.read_tools({f"tools[{i}]": tool for i, tool in enumerate(body.tools or ())})
+    options = ReplyOptions(
+        max_tokens=body.max_output_tokens or context.max_tokens,
+        sampling=read.read_sampling(body, engine.lm),
+        stop=read.read_stops(body.stop),
+        think=read.read_thinking(body, reasoning.effort if reasoning else body.reasoning_effort),
+        tools=tools,
+        tool_choice=read.read_tool_choice(body.tool_choice, tools),
+        logprobs=(body.top_logprobs or 0) if _LOGPROBS in (body.include or ()) else None,
+        **read.read_format(body.text.format if body.text else None, "text.format"),
+    )
+    request = GenerationRequest(_messages(body), options, body.parallel_tool_calls is False)
+    job = engine.submit([request], "input", "text.format")
+    head = _head(body, options, context.model_name)
     output = _Output(engine.lm.tokenizer if options.logprobs is not None else None)
-    if streaming:
+    if body.stream:
         return EventStream(job, _events(Collector(job), head, output))
-    return await answer_whole(request, job, _body(Collector(job), head, output))
+    return WholeReply(job, _body(Collector(job), head, output))
 
 
-def _head(fields: Fields, options: ReplyOptions, name: str) -> dict[str, Any]:
+RESPONSES = Endpoint("/v1/responses", "Respond to a conversation", ResponsesRequest, _REPLY, responses)
+
+
+def _head(body: ResponsesRequest, options: ReplyOptions, name: str) -> dict[str, Any]:
     """A response as it begins: what was asked for, as far as it took effect."""
+    given = body.model_dump(include={"reasoning", "text", "tools"}, by_alias=True, exclude_unset=True)
     sampling = options.sampling
     assert sampling
-    metadata = fields.within("metadata")
     return {
         "id": f"resp_{uuid.uuid4().hex}",
         "object": "response",
@@ -79,75 +152,52 @@ def _head(fields: Fields, options: ReplyOptions, name: str) -> dict[str, Any]:
         "status": "in_progress",
         "error": None,
         "incomplete_details": None,
-        "instructions": fields.text("instructions"),
+        "instructions": body.instructions,
         "max_output_tokens": options.max_tokens,
-        "metadata": metadata.values if metadata else {},
-        "model": fields.text("model", name),
+        "metadata": body.metadata or {},
+        "model": name if body.model is None else body.model,
         "output": [],
-        "parallel_tool_calls": fields.flag("parallel_tool_calls", True),
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": None,
-        "reasoning": fields.get("reasoning") or {"effort": None, "summary": None},
+        "reasoning": given.get("reasoning") or {"effort": None, "summary": None},
         "store": False,
         "temperature": sampling.temperature,
-        "text": fields.get("text") or {"format": {"type": "text"}},
-        "tool_choice": fields.get("tool_choice") or "auto",
-        "tools": fields.items("tools"),
+        "text": given.get("text") or {"format": {"type": "text"}},
+        "tool_choice": body.tool_choice or "auto",
+        "tools": given.get("tools") or [],
         "top_p": sampling.top_p,
         "truncation": "disabled",
         "usage": None,
     }
 
 
-def _refuse_others(fields: Fields) -> None:
-    for name in _IGNORED:
-        fields.get(name)
-    for name in _UNSUPPORTED:
-        if fields.get(name):
-            raise fields.wrong(name, "isn't supported: this server keeps no responses", "unsupported_value")
-    fields.one_of("service_tier", ("auto", "default"), "auto")
-    fields.one_of("truncation", ("disabled",), "disabled")
-    fields.log_unknown()
-
-
-def _messages(fields: Fields) -> list[dict[str, Any]]:
+def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
     """Instructions and input as a conversation in the form of chat completions."""
     messages: list[dict[str, Any]] = []
-    if instructions := fields.text("instructions"):
-        messages.append({"role": "system", "content": instructions})
-    if isinstance(given := fields.needed("input"), str):
-        return [*messages, {"role": "user", "content": given}]
-    if not fields.items("input"):
-        raise fields.wrong("input", "must hold at least one message", "missing_required_parameter")
-    names: dict[str, str] = {}  # of called functions, by the call's id
-    for item in fields.objects("input"):
-        kind = item.one_of("type", ("message", "function_call", "function_call_output", "reasoning"), "message")
-        if kind == "message":
-            role = item.one_of("role", ("system", "developer", "user", "assistant"))
-            if role == "assistant":
-                _own(messages)["content"] += read.read_content(item, "content")
-            else:
-                role = "system" if role == "developer" else role
-                messages.append({"role": role, "content": read.read_content(item, "content")})
-        elif kind == "function_call":
-            item.needed("name")
-            name, call_id = item.text("name", ""), item.text("call_id", "")
-            names[call_id] = name
-            function = {"name": name, "arguments": read.read_arguments(item, "arguments")}
-            call = {"id": call_id, "type": "function", "function": function}
-            _own(messages).setdefault("tool_calls", []).append(call)
-        elif kind == "function_call_output":
-            call_id = item.text("call_id", "")
-            content = read.read_content(item, "output")
-            name = names.get(call_id, "unknown")
-            messages.append({"role": "tool", "tool_call_id": call_id, "name": name, "content": content})
+    if body.instructions:
+        messages.append({"role": "system", "content": body.instructions})
+    if isinstance(body.input, str):
+        return [*messages, {"role": "user", "content": body.input}]
+    names: dict[str | None, str] = {}  # of called functions, by the call's id
+    for item in body.input:
+        if isinstance(item, FunctionCall):
+            names[item.call_id] = item.name
+            _own(messages).setdefault("tool_calls", []).append(read.tool_call(item.call_id, item.name, item.arguments))
+        elif isinstance(item, FunctionOutput):
+            id = item.call_id
+            messages.append(read.tool_message(id, names.get(id), read.read_text(item.output)))
+        elif isinstance(item, ReasoningItem):
+            _own(messages)["reasoning_content"] = "".join(part.text or "" for part in item.content or ())
+        elif item.role == "assistant":
+            _own(messages)["content"] += read.read_text(item.content)
         else:
-            thought = "".join(part.text("text", "") for part in item.objects("content"))
-            _own(messages)["reasoning_content"] = thought
+            role = "system" if item.role == "developer" else item.role
+            messages.append({"role": role, "content": read.read_text(item.content)})
     return messages
 
 
 def _own(messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """The model's message that is going on, or a new one."""
+    """The last message if it is the model's, else a new one."""
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": ""})
     return messages[-1]
@@ -157,7 +207,7 @@ class _Output:
     """The items of a response, and the events that tell how they grow."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
-        """tokenizer: to tell log-probabilities, or None."""
+        """tokenizer: for log-probabilities, or None."""
         self.items: list[dict[str, Any]] = []
         self._tokenizer = tokenizer
         self._part: dict[str, Any] | None = None  # of the item that is growing
@@ -188,7 +238,7 @@ class _Output:
         yield self._about(f"{kind}.delta", content_index=0, delta=event.text, **more)
 
     def close(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The text that is growing is complete."""
+        """End the text that is growing, if there is one."""
         part, self._part = self._part, None
         if part is None:
             return
@@ -209,10 +259,7 @@ class _Output:
 
     def _open(self, prefix: str, item: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         self.items.append({"id": f"{prefix}_{uuid.uuid4().hex}", **item, "status": "in_progress"})
-        return "output_item.added", {
-            "output_index": len(self.items) - 1,
-            "item": json.loads(json.dumps(self.items[-1])),
-        }
+        return "output_item.added", {"output_index": len(self.items) - 1, "item": copy.deepcopy(self.items[-1])}
 
     def _done(self) -> tuple[str, dict[str, Any]]:
         self.items[-1]["status"] = "completed"
@@ -222,10 +269,10 @@ class _Output:
         return name, {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, **content}
 
 
-def _finished(head: dict[str, Any], made: Collector, output: _Output) -> dict[str, Any]:
+def _finished(head: dict[str, Any], collected: Collector, output: _Output) -> dict[str, Any]:
     """The response as it is in the end."""
-    usage = made.usage(1)
-    cut = made.replies[0].finish_reason == "length"
+    usage = collected.usage(1)
+    cut = collected.replies[0].finish_reason == "length"
     if cut and output.items:
         output.items[-1]["status"] = "incomplete"
     return {
@@ -243,15 +290,15 @@ def _finished(head: dict[str, Any], made: Collector, output: _Output) -> dict[st
     }
 
 
-async def _body(made: Collector, head: dict[str, Any], output: _Output) -> dict[str, Any]:
-    async for piece in made.pieces():
-        for event in piece.events:
-            list(output.push(event, piece.token))
+async def _body(collected: Collector, head: dict[str, Any], output: _Output) -> dict[str, Any]:
+    async for update in collected.updates():
+        for event in update.events:
+            list(output.push(event, update.token))
     list(output.close())
-    return _finished(head, made, output)
+    return _finished(head, collected, output)
 
 
-async def _events(made: Collector, head: dict[str, Any], output: _Output) -> AsyncIterator[bytes]:
+async def _events(collected: Collector, head: dict[str, Any], output: _Output) -> AsyncIterator[bytes]:
     """The response as server-sent events."""
     count = 0
 
@@ -262,15 +309,15 @@ async def _events(made: Collector, head: dict[str, Any], output: _Output) -> Asy
 
     begun = False
     try:
-        async for piece in made.pieces():
+        async for update in collected.updates():
             if not begun:
                 begun = True
                 yield event("created", {"response": head})
                 yield event("in_progress", {"response": head})
-            if piece.reading:
-                yield reading(piece.reading)
-            for part in piece.events:
-                for name, content in output.push(part, piece.token):
+            if update.reading:
+                yield reading(update.reading)
+            for part in update.events:
+                for name, content in output.push(part, update.token):
                     yield event(name, content)
     except Exception as error:
         if not begun:  # it still gets a status of its own
@@ -281,5 +328,5 @@ async def _events(made: Collector, head: dict[str, Any], output: _Output) -> Asy
         return
     for name, content in output.close():
         yield event(name, content)
-    response = _finished(head, made, output)
+    response = _finished(head, collected, output)
     yield event(response["status"], {"response": response})

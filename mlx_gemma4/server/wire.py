@@ -1,6 +1,6 @@
 """HTTP in and out: bodies that are read with bounds, errors as clients expect them, server-sent events.
 
-In: Starlette requests and what a job yields. Out: JSON and event streams. Knows nothing of what the fields mean.
+In: Starlette requests and what a job yields. Out: JSON and event streams. Does not know what the fields mean.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
@@ -24,12 +24,13 @@ log = logging.getLogger(__name__)
 MAX_DEPTH = 100  # of a body's objects and lists
 _BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)  # or a string, which may hold some
 BODY_TIMEOUT = 30.0  # seconds that a client may take to send a body
-# OpenAI's `type` of an error by its status; every other 4xx is an "invalid_request_error".
-_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+# `type` of an error by its status; `for_clients` has the types of all other statuses.
+_OPENAI_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_ANTHROPIC_KINDS = _OPENAI_KINDS | {404: "not_found_error", 413: "request_too_large", 529: "overloaded_error"}
 
 
 class ApiError(Exception):
-    """A request that can't be answered: status and, for its body, what is wrong and which field it is about."""
+    """A request that can't be answered: its status, and for its body the message, the field (`param`) and a code."""
 
     def __init__(
         self,
@@ -42,30 +43,36 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
 
-    @property
-    def kind(self) -> str:
-        """OpenAI's name for this sort of error."""
-        return _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-
 
 def as_api_error(error: BaseException) -> ApiError:
-    """Any exception as one that is sent; what nobody foresaw is logged."""
+    """Return any exception as one that can be sent; an unexpected one is logged."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, InputError):  # of options that can't be together
-        return ApiError(400, str(error), "tool_choice" if str(error).startswith("tool_choice") else None)
+    if isinstance(error, InputError):
+        return ApiError(400, str(error), error.field)
     log.error("Unexpected %s while answering a request", type(error).__name__, exc_info=error)
     return ApiError(500, f"unexpected {type(error).__name__}; the server's log has the details")
 
 
-def openai_error(error: ApiError) -> dict[str, Any]:
-    """An error's body as OpenAI's clients read it."""
-    return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}
+def for_clients(error: BaseException, path: str) -> tuple[ApiError, dict[str, Any]]:
+    """Return an error and its body as the clients of a path know them: Anthropic's, or OpenAI's for all others."""
+    found = as_api_error(error)
+    other = "invalid_request_error" if found.status < 500 else None
+    if path.startswith("/v1/messages"):
+        if found.status == 503:  # shutting down: 529 is what these clients know
+            found = ApiError(529, found.message, retry_after=found.retry_after)
+        kind = _ANTHROPIC_KINDS.get(found.status, other or "api_error")
+        return found, {"type": "error", "error": {"type": kind, "message": found.message}}
+    kind = _OPENAI_KINDS.get(found.status, other or "server_error")
+    body = {"message": found.message, "type": kind, "param": found.param, "code": found.code}
+    return found, {"error": body}
 
 
-def error_response(error: ApiError, body: Callable[[ApiError], Any] = openai_error) -> Response:
-    headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
-    return json_response(body(error), error.status, headers)
+def error_response(error: BaseException, path: str) -> Response:
+    """The response to a request for `path` that failed."""
+    found, body = for_clients(error, path)
+    headers = {} if found.retry_after is None else {"retry-after": str(found.retry_after)}
+    return json_response(body, found.status, headers)
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -78,7 +85,7 @@ def to_json(content: Any) -> bytes:
 
 
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
-    """The request's JSON object.
+    """Return the request's JSON object.
 
     Raises:
         ApiError: 413 over `max_bytes`, 408 where it takes too long to arrive, 400 where it isn't a JSON object.
@@ -89,7 +96,7 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
         raise ApiError(408, f"the body took over {BODY_TIMEOUT:.0f} s to arrive") from None
     except ClientDisconnect:
         raise ApiError(499, "the client went away") from None
-    # A long body takes a while, in which others are served.
+    # Parsing a long body takes a while: the event loop serves others meanwhile.
     value = await asyncio.to_thread(_parse, body) if len(body) > 50_000 else _parse(body)
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object")
@@ -124,14 +131,14 @@ def _refuse_constant(name: str) -> None:
 
 
 class Cancellable(Protocol):
-    """What is to stop when nobody waits for it any more."""
+    """Work that can stop when nobody waits for it any more."""
 
     def cancel(self) -> None: ...
 
 
 @asynccontextmanager
 async def watched(receive: Receive, job: Cancellable) -> AsyncIterator[None]:
-    """While this is open, a client that goes away cancels the job; so does whatever else ends it early."""
+    """While this is open, a client that goes away cancels the job; so does anything else that ends it early."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -146,10 +153,20 @@ async def watched(receive: Receive, job: Cancellable) -> AsyncIterator[None]:
         job.cancel()  # does nothing to one that is done
 
 
-async def answer_whole(request: Request, job: Cancellable, body: Awaitable[Any]) -> Response:
-    """A JSON response, made when the job is done."""
-    async with watched(request.receive, job):
-        return json_response(await body)
+class WholeReply(Response):
+    """A JSON response, sent when the job is done."""
+
+    def __init__(self, job: Cancellable, body: Awaitable[Any]) -> None:
+        super().__init__()
+        self.job, self.reply = job, body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with watched(receive, self.job):
+            try:
+                response = json_response(await self.reply)
+            except Exception as error:
+                response = error_response(error, scope["path"])
+        await response(scope, receive, send)
 
 
 def sse(data: Any, event: str | None = None) -> bytes:
@@ -161,41 +178,37 @@ def sse(data: Any, event: str | None = None) -> bytes:
 class EventStream(Response):
     """Server-sent events as a job makes them.
 
-    Nothing is sent before the first event is there, so that an error until then has its own status. One that comes
-    later is sent as an event.
+    Nothing is sent before the first event exists, so that an earlier error has its own status. A later one is sent as
+    an event.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self,
-        job: Cancellable,
-        events: AsyncIterator[bytes],
-        error_body: Callable[[ApiError], Any] = openai_error,
-        error_event: str | None = None,
-    ) -> None:
+    def __init__(self, job: Cancellable, events: AsyncIterator[bytes]) -> None:
         """
         Args:
             events: `sse` values; they should come soon also while a prompt is read (a line beginning with ":" will do).
-            error_body, error_event: how an error is written.
         """
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self.job, self.events, self.error_body, self.error_event = job, events, error_body, error_event
+        self.job, self.events = job, events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_part(body: bytes, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+
         async with watched(receive, self.job):
             try:
                 first = await anext(self.events, b"")
             except Exception as error:
-                await error_response(as_api_error(error), self.error_body)(scope, receive, send)
+                await error_response(error, scope["path"])(scope, receive, send)
                 return
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": first, "more_body": True})
+            await send_part(first)
             try:
                 async for event in self.events:
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                    await send_part(event)
             except Exception as error:
-                body = sse(self.error_body(as_api_error(error)), self.error_event)
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+                _, body = for_clients(error, scope["path"])
+                await send_part(sse(body, body.get("type")))
+            await send_part(b"", more=False)

@@ -16,9 +16,9 @@ from serving import Serving, serving, settled
 from mlx_gemma4.conversation.language_model import LanguageModel
 from mlx_gemma4.conversation.reply import prompt_ids
 from mlx_gemma4.errors import InputError
-from mlx_gemma4.server.anthropic import read_messages, read_wanted
+from mlx_gemma4.server.anthropic import CountRequest, MessagesRequest, read_messages, read_request
 from mlx_gemma4.server.app import Settings
-from mlx_gemma4.server.fields import Fields
+from mlx_gemma4.server.fields import parse
 from mlx_gemma4.server.wire import ApiError, as_api_error
 
 ASK = [{"role": "user", "content": "Tell me a story about a king."}]
@@ -162,6 +162,7 @@ def test_a_conversation_as_templates_have_it() -> None:
     result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "no", "is_error": True}
     thought = {"type": "thinking", "thinking": "Hm.", "signature": ""}
     conversation = {
+        "model": "any",
         "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
         "messages": [
             {"role": "user", "content": [{"type": "text", "text": "Time?"}, {"type": "text", "text": "Now!"}]},
@@ -170,7 +171,7 @@ def test_a_conversation_as_templates_have_it() -> None:
         ],
     }
     call = {"id": "toolu_1", "type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
-    assert read_messages(Fields(conversation)) == [
+    assert read_messages(parse(CountRequest, conversation)) == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Time?\nNow!"},
         {"role": "assistant", "content": "I look.", "reasoning_content": "Hm.", "tool_calls": [call]},
@@ -220,7 +221,7 @@ RESULT = {"type": "tool_result", "tool_use_id": "x"}
 )
 def test_a_wrong_field_is_named(lm: LanguageModel, more: dict[str, Any], field: str) -> None:
     with pytest.raises(ApiError) as caught:
-        read_wanted(Fields({"model": "any", "max_tokens": 5, "messages": ASK} | more), lm)
+        read_request(parse(MessagesRequest, {"model": "any", "max_tokens": 5, "messages": ASK} | more), lm)
     assert caught.value.status == 400 and caught.value.param == field and field in caught.value.message
 
 
@@ -284,7 +285,7 @@ FORMAT = {"effort": "low", "format": {"type": "json_schema", "schema": {"type": 
 
 @pytest.mark.parametrize("full", [FULL, FULL | {"tool_choice": {"type": "auto"}, "output_config": FORMAT}])
 def test_any_value_in_any_place_is_taken_or_refused(lm: LanguageModel, full: dict[str, Any]) -> None:
-    read_wanted(Fields(full), lm)
+    read_request(parse(MessagesRequest, full), lm)
     taken, refused = 0, []
     for i in range(len(list(places(full)))):
         for junk in JUNK:
@@ -292,8 +293,8 @@ def test_any_value_in_any_place_is_taken_or_refused(lm: LanguageModel, full: dic
             holder, key = list(places(body))[i]
             holder[key] = junk
             try:
-                wanted = read_wanted(Fields(body), lm)
-                prompt_ids(lm, wanted.prompt, wanted.options)
+                request = read_request(parse(MessagesRequest, body), lm)
+                prompt_ids(lm, request.prompt, request.options)
                 taken += 1
             except (ApiError, InputError) as error:
                 refused.append(as_api_error(error).status)

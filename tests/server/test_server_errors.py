@@ -351,7 +351,7 @@ def test_a_full_queue(lm: LanguageModel) -> None:
             client.responses.create(model="m", input="Hi")
         waiting.close()  # one that waits and goes away leaves its place
         assert until(lambda: running.engine.load == (1, 0))
-        assert http.get("/metrics").text.count("mlx_gemma4_refused_total 2\n") == 1
+        assert http.get("/metrics").text.count("mlx_gemma4_refused_total 2.0\n") == 1
     assert settled(running.engine)
 
 
@@ -368,7 +368,7 @@ def test_who_goes_away_frees_its_place(lm: LanguageModel) -> None:
         with pytest.raises(httpx.ReadTimeout):
             http.post(CHAT, json={"messages": [{"role": "user", "content": words}], "max_tokens": 400}, timeout=0.3)
         assert until(lambda: engine.load == (0, 0), 3)
-        assert http.get("/metrics").text.count("mlx_gemma4_cancelled_total 2\n") == 1
+        assert http.get("/metrics").text.count("mlx_gemma4_cancelled_total 2.0\n") == 1
         assert not engine.store._reserved()
         assert http.post(CHAT, json=ASK).status_code == 200
 

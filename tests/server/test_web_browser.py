@@ -255,6 +255,24 @@ def test_what_a_model_writes_never_becomes_markup(page: Page) -> None:
     assert page.title() == "gemma4-demo" and evil in page.locator("article.user .text").inner_text()
 
 
+def test_the_sanitizer_drops_what_no_markdown_makes(browser: Browser, server: Serving) -> None:
+    """`build` gets HTML that the Markdown parser would never give. The policy blocks it too, and logs it."""
+    page = browser.new_page()
+    page.goto(server.url)
+    found = page.evaluate(
+        """() => {
+          const made = build(`<p id="a" onclick="document.title = 1">b<script>document.title = 1</script>
+            <img src="x" onerror="document.title = 1"><svg onload="document.title = 1"></svg><input>
+            <a href="javascript:document.title = 1">c</a><a href="https://d.e/f">g</a></p>`);
+          document.body.append(made);
+          return [...made.querySelectorAll("*"), made].map(x => [x.tagName, ...x.getAttributeNames()].join(" "));
+        }"""
+    )
+    assert sorted(found) == ["A href target rel", "A target rel", "P"]
+    expect(page).to_have_title("gemma4-demo")
+    page.close()
+
+
 TEA = """## Tea for two
 1. Boil *half a litre* of water
 2. Wait **three minutes**

@@ -16,19 +16,23 @@ function element(tag, attributes = {}, ...kids) {
   return made;
 }
 
-const TAGS = new Set("p h1 h2 h3 h4 h5 h6 ul ol li blockquote pre code table tr th td hr br strong em del a".split(" "));
-function build(tree) {
-  if (typeof tree === "string") return document.createTextNode(tree);
-  if (!TAGS.has(tree.tag)) return document.createTextNode("");
-  const made = element(tree.tag, {}, ...tree.kids.map(build));
-  if (tree.tag === "ol" && tree.start !== 1) made.start = tree.start;
-  if (tree.tag === "table") return element("div", { class: "wide", tabindex: "0" }, made);
-  if (tree.tag === "a" && safeLink(tree.href)) Object.assign(made, { href: tree.href, target: "_blank", rel: "noopener noreferrer" });
-  if (tree.tag !== "pre") return made;
-  made.replaceChildren(element("code", {}, ...tree.kids));
-  made.tabIndex = 0; // long lines scroll, by keyboard too
-  if (tree.lang) made.setAttribute("aria-label", tree.lang);
-  return element("div", { class: "code" }, made, copyButton(() => tree.kids[0]));
+// The element of a block of Markdown's HTML, without anything that no Markdown makes.
+function build(html) {
+  const made = DOMPurify.sanitize(html, { ALLOWED_TAGS: TAGS, ALLOWED_ATTR: ["href", "start", "class"], ALLOWED_URI_REGEXP: WEB, RETURN_DOM_FRAGMENT: true });
+  for (const link of made.querySelectorAll("a")) Object.assign(link, { target: "_blank", rel: "noopener noreferrer" });
+  for (const table of made.querySelectorAll("table")) {
+    const wide = element("div", { class: "wide", tabindex: "0" });
+    table.replaceWith(wide);
+    wide.append(table);
+  }
+  for (const pre of made.querySelectorAll("pre")) {
+    const code = pre.firstElementChild, box = element("div", { class: "code" });
+    pre.replaceWith(box);
+    pre.tabIndex = 0; // long lines scroll, by keyboard too
+    if (code.className) pre.setAttribute("aria-label", code.className.replace("language-", ""));
+    box.append(pre, copyButton(() => code.textContent.replace(/\n$/, "")));
+  }
+  return made.firstElementChild || document.createTextNode("");
 }
 
 function copyButton(text) {
@@ -56,14 +60,14 @@ function show(article, message, last) {
   thinking.hidden = !message.thinking;
   title.textContent = busy && !message.content ? "Thinking …" : "Thinking";
   if (thoughts.textContent !== (message.thinking || "")) thoughts.textContent = message.thinking;
-  const blocks = user ? [message.content] : markdown(message.content), keys = blocks.map(b => JSON.stringify(b));
-  keys.forEach((key, i) => {
-    if (article.shown[i] === key) return;
-    const made = build(blocks[i]);
+  const blocks = user ? [message.content] : markdown(message.content);
+  blocks.forEach((block, i) => {
+    if (article.shown[i] === block) return;
+    const made = user ? document.createTextNode(block) : build(block);
     if (i < text.childNodes.length) text.childNodes[i].replaceWith(made); else text.append(made);
   });
-  while (text.childNodes.length > keys.length) text.lastChild.remove();
-  article.shown = keys;
+  while (text.childNodes.length > blocks.length) text.lastChild.remove();
+  article.shown = blocks;
   below.replaceChildren(...(busy ? [] : belowOf(message, last)));
 }
 
