@@ -29,6 +29,8 @@ from serving import Serving, serving, settled
 from mlx_gemma4.conversation.language_model import LanguageModel
 from mlx_gemma4.server.app import Settings
 
+pytestmark = pytest.mark.slow
+
 CLIENTS, REQUESTS = 32, 300
 BUDGET = 60_000_000  # bytes of KV state
 TOPICS = ["a king", "a fox", "the sea", "an old shoe", "two sisters", "a candle", "snow", "a mill"]
