@@ -1,6 +1,6 @@
 """The server under load, with the built-in model: nobody is stuck, nothing is left behind.
 
-`pytest tests/test_server_load.py -s` prints what docs/server.md quotes.
+`pytest tests/server/test_server_load.py -s` prints what docs/server.md quotes.
 """
 
 from __future__ import annotations
