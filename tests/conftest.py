@@ -9,6 +9,17 @@ import pytest
 
 from mlx_gemma4 import LanguageModel, load
 
+SIMULATOR = {"metal_sim", "kernel_cases", "kernel_models", "host_player", "sim_cases"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `sim` all tests of a module that imports something that launches kernels on the Metal simulator."""
+    for item in items:
+        imported = vars(item.module).values() if isinstance(item, pytest.Function) else ()
+        if any((getattr(v, "__module__", None) or getattr(v, "__name__", None)) in SIMULATOR for v in imported):
+            item.add_marker("sim")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def on_the_cpu() -> Iterator[None]:

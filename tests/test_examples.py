@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = ["batch", "fork", "json_schema", "one_liner", "streaming", "tools"]
 

@@ -252,6 +252,7 @@ def test_logprobs() -> None:
     assert report["stop_reason"] in ("stop", "length")
 
 
+@pytest.mark.slow
 def test_thinking_stays_out_of_the_reply() -> None:
     """On stderr, and in `--json` under its own name."""
     args = ("generate", "-p", "Once upon a time", "-n", "60", "--seed", "1", "--system", "Be brief.")
@@ -272,6 +273,7 @@ def test_thinking_is_dimmed_on_a_terminal() -> None:
     assert len(plain.split()) > 10 and "\x1b[2m" not in plain
 
 
+@pytest.mark.slow
 def test_system_is_read_once_and_not_later(tmp_path: Path) -> None:
     state = tmp_path / "talk.kv"
     args = ("generate", "-p", "Once", "-n", "3", "--state", state, "--json")

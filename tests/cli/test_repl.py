@@ -19,6 +19,8 @@ from recorded import HERE
 
 from mlx_gemma4.cli.repl import COMMANDS
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-m", "mlx_gemma4", "chat"]
 OTHER_MODEL = HERE / "e2b-q4_k_m.gguf"
 CTRL_C, CTRL_D, ALT_ENTER, ENTER = "\x03", "\x04", "\x1b\r", "\r"

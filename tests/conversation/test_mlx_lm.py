@@ -53,6 +53,7 @@ def test_a_reply_that_ends_by_itself(lm: LanguageModel, pair: Any) -> None:
     assert mlx_lm.generate(*pair, prompt=ids, max_tokens=60) == ours.text
 
 
+@pytest.mark.slow
 def test_text_prompts_samplers_and_processors(lm: LanguageModel, pair: Any) -> None:
     model, tokenizer = pair
     text = tokenizer.apply_chat_template(TALE, add_generation_prompt=True, tokenize=False, enable_thinking=False)

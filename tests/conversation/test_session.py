@@ -138,6 +138,7 @@ def fresh(lm: LanguageModel, session: Session) -> list[int]:
     return ids_of(chat(lm, session.messages[:-1], session.options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_whatever_is_done_the_reply_is_that_of_a_fresh_state(lm: LanguageModel, seed: int) -> None:
     rng = random.Random(seed)

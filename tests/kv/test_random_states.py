@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from mlx_gemma4.generation.prefix import PrefixCache
 from mlx_gemma4.kv.segments import SegmentLayout
 from mlx_gemma4.kv.state import KVState, total_nbytes
 
+pytestmark = pytest.mark.slow
+
 NEAR = {"full": 5e-4, "q8": 0.05, "tq4": 1.0}  # of logits that should agree
 MOST = 260  # tokens of a state in the random test
 
@@ -24,7 +27,7 @@ MOST = 260  # tokens of a state in the random test
 class States(RuleBasedStateMachine):
     """States beside plain ones that read the same tokens in the same calls from nothing, and forget nothing."""
 
-    steps = 0  # over all runs
+    steps = 0  # over all runs of one seed
     wraps = 0  # rewinds to where the window had been left
     refusals = 0
     reuses = 0
@@ -179,14 +182,16 @@ class States(RuleBasedStateMachine):
 SAVED: list[Path] = []
 
 
-def test_random_operations_equal_a_fresh_reading(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", range(4))
+def test_random_operations_equal_a_fresh_reading(seed: int, tmp_path: Path) -> None:
     SAVED[:] = [tmp_path / "state"]
+    States.steps = States.wraps = States.refusals = States.reuses = 0
     run_state_machine_as_test(
-        States,
+        hypothesis.seed(seed)(States),
         settings=settings(
-            max_examples=60, stateful_step_count=50, deadline=None, derandomize=True, database=None,
+            max_examples=15, stateful_step_count=50, deadline=None, derandomize=True, database=None,
             suppress_health_check=list(HealthCheck),
         ),
     )  # fmt: skip
-    assert States.steps >= 2000
-    assert min(States.wraps, States.refusals, States.reuses) >= 10
+    assert States.steps >= 500
+    assert min(States.wraps, States.refusals, States.reuses) >= 3

@@ -96,6 +96,7 @@ def held_by(state: KVState) -> list[Any]:
 # States side by side
 
 
+@pytest.mark.slow
 def test_no_bleed_between_interleaved_states() -> None:
     """Eight states in turns give what each gives alone, past the window, to the bit."""
     model = small_model("e2b", 9, SegmentLayout())
@@ -107,6 +108,7 @@ def test_no_bleed_between_interleaved_states() -> None:
             np.testing.assert_array_equal(read(model, state, [prompt[step]]), expected[step])
 
 
+@pytest.mark.slow
 def test_fifty_threads_of_twenty_tokens() -> None:
     """One model, fifty threads: each gets its own tokens and logits, to the bit. Generators change threads too."""
     model = small_model("e2b", 9, SegmentLayout())

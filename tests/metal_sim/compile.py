@@ -7,6 +7,7 @@ twice: once with real address spaces, for errors only, and once with them erased
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -21,7 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 HEADERS = sorted((HERE / "msl").glob("*.h"))
 RUNTIME = HERE / "runtime.cpp"
-MAX_KERNELS = 5000  # kept in the cache, about 80 KB each
+MAX_KERNELS = 5000  # kept in the cache, about 25 KB each
 PRELUDE = '#include "msl/simd.h"\nusing namespace metal;\n'
 
 LANGUAGE = [
@@ -43,7 +44,9 @@ SANITIZE = [  # one call per access, answered by runtime.cpp: AddressSanitizer's
     "-Xclang", "-fsanitize=kernel-address", "-mllvm", "-asan-instrumentation-with-call-threshold=0",
     "-mllvm", "-asan-opt=0", "-mllvm", "-asan-stack=0", "-mllvm", "-asan-globals=0",
     "-fsanitize=alignment,bounds", "-fsanitize-trap=alignment,bounds",
+    "-gline-tables-only",  # a message ends in the source line of the access
 ]  # fmt: skip
+PLAIN = ["-fno-sanitize=all", "-g0", "-Wl,-s"]
 
 
 class MetalError(Exception):
@@ -74,9 +77,12 @@ def cache_dir() -> Path:
     user = os.getuid() if hasattr(os, "getuid") else "user"
     path = Path(os.environ.get("METAL_SIM_CACHE") or Path(tempfile.gettempdir()) / f"metal_sim-{user}")
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    kernels = sorted((p for p in path.iterdir() if p.is_file()), key=lambda p: p.stat().st_mtime)
-    for old in kernels[:-MAX_KERNELS]:
-        old.unlink(missing_ok=True)
+    with os.scandir(path) as entries:
+        kernels = [e.path for e in entries if re.fullmatch(r"[0-9a-f]{24}", e.name)]
+    if len(kernels) > MAX_KERNELS:
+        with contextlib.suppress(FileNotFoundError):  # another process is removing the same ones
+            for old in sorted(kernels, key=os.path.getmtime)[:-MAX_KERNELS]:
+                os.unlink(old)
     return path
 
 
@@ -288,7 +294,7 @@ def _runtime() -> Path:
     out = cache_dir() / f"runtime-{hashlib.sha256(_environment().encode()).hexdigest()[:16]}.o"
     if not out.exists():
         fresh = out.with_suffix(f".{os.getpid()}.o")
-        _must(_cc(*LANGUAGE, "-O2", "-g", "-fno-sanitize=all", "-c", RUNTIME, "-o", fresh))
+        _must(_cc(*LANGUAGE, "-O2", "-g0", "-fno-sanitize=all", "-c", RUNTIME, "-o", fresh))
         os.replace(fresh, out)
     return out
 
@@ -310,8 +316,8 @@ def build(
     fresh = exe.with_suffix(f".{os.getpid()}")
     path = Path(f"{fresh}.cpp")
     path.write_text(PRELUDE + '#line 1 "kernel.metal"\n' + rewrite(source, False, constants) + entry)
-    flags = SANITIZE if sanitize else ["-fno-sanitize=all"]
-    _must(_cc(*LANGUAGE, *EXACT, "-O1", "-g", *flags, path, "-x", "none", _runtime(), "-lm", "-o", fresh))
+    flags = SANITIZE if sanitize else PLAIN
+    _must(_cc(*LANGUAGE, *EXACT, "-O1", *flags, path, "-x", "none", _runtime(), "-lm", "-o", fresh))
     os.replace(fresh, exe)  # in one step: others may be building the same
     path.unlink()
     return exe

@@ -31,7 +31,7 @@ def test_decode_step_gives_the_stock_logits(kind: str, tag: str, tmp_path: Path)
     ids = prompts(kind)[1]
     states = [model.new_state() for model in (plain, fused)]
     for state in states:
-        plain.prefill(mx.array(ids[: -STEPS - 2]), state)  # what kernels make of a prompt: test_products
+        plain.prefill(mx.array(ids[: -STEPS - 2]), state)  # what kernels make of a prompt: test_many_rows
     steps = [[i] for i in ids[-STEPS - 2 : -2]] + ([ids[-2:]] if can_step(fused.config, 2) else [])
     for step in steps:
         want, got = (

@@ -130,6 +130,7 @@ def test_packed_means_packed(kind: str, tag: str) -> None:
     assert all(isinstance(layer.ffn_down, mx.array) for layer in held["dense"].layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 257])
 @pytest.mark.parametrize("kind", ["e2b", "12b"])
 def test_long_prompts_outgrow_no_buffer(kind: str, size: int) -> None:

@@ -167,12 +167,13 @@ def test_what_cannot_be_recorded_runs_as_before(tmp_path: Path) -> None:
     assert len(HostPlayer.made[-1].tokens) == 0
 
 
+@pytest.mark.parametrize("begin", [57, 121])  # tokens that are there already: just before a tail is full
 @pytest.mark.parametrize(
     ("seed", "kind", "kv", "working"),
     [(9, "gemma3", "full", 64), (2, "26b-a4b", "tq4", 64), (7, "26b-a4b", "q8", 64), (6, "e2b", "full", 66)],
 )
 def test_random_operations(
-    seed: int, kind: str, kv: str, working: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seed: int, kind: str, kv: str, working: int, begin: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several states that step, reply, fork, mark, rewind, are saved, loaded and closed, past full tails.
 
@@ -181,16 +182,16 @@ def test_random_operations(
     monkeypatch.setattr(replay, "WORKING", working)
     plain, replayed = both(kind, "q8_0", tmp_path)
     models = Model(plain.config, plain.weights, Kernels(metal, OFF)), replayed
-    chance = random.Random(seed)
+    chance = random.Random(seed + begin)
 
     def tokens(n: int) -> list[int]:
         return [chance.randrange(4, 300) for _ in range(n)]
 
     pairs, marks = [[model.new_state(kv=kv) for model in models]], [[0]]
-    ids = mx.array(tokens(57))
+    ids = mx.array(tokens(begin))
     for state in pairs[0]:
         plain.prefill(ids, state)
-    for n in range(40):
+    for n in range(20):
         at = chance.randrange(len(pairs)) if chance.random() < 0.3 else len(pairs) - 1
         pair, op = pairs[at], chance.random()
         if op < 0.45:
@@ -229,7 +230,7 @@ def test_random_operations(
             pairs[at], marks[at] = [pair[0], replayed.load_state(file)], [0]
         for one, other in pairs:
             assert one.tokens == other.tokens and one.length == other.length
-    assert len(HostPlayer.made[-1].tokens) > 20
+    assert len(HostPlayer.made[-1].tokens) > 10
 
 
 # ---------------------------------------------------------------- recordings

@@ -112,6 +112,7 @@ def test_stop_sequence(client: anthropic.Anthropic) -> None:
         assert same(message, create(client, stop_sequences=["never said", stop]))
 
 
+@pytest.mark.slow
 def test_thinking_comes_in_a_block_of_its_own(client: anthropic.Anthropic) -> None:
     more = {"thinking": {"type": "enabled", "budget_tokens": 1024}, "max_tokens": 200}
     message, _ = streamed(client, **more)

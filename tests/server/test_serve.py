@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
+import pytest
 from serving import endless, started, until
 
 from mlx_gemma4.conversation.language_model import LanguageModel
+
+pytestmark = pytest.mark.slow
 
 
 @contextmanager

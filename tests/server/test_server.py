@@ -150,6 +150,7 @@ def test_sampling_fields_take_effect(client: OpenAI, lm: LanguageModel) -> None:
     assert fresh.choices[0].finish_reason == "length"
 
 
+@pytest.mark.slow
 def test_thinking_stays_apart(client: OpenAI) -> None:
     message = ask(client, reasoning_effort="high", max_tokens=60).choices[0].message
     assert message.reasoning_content and "<" not in message.reasoning_content + message.content
@@ -251,6 +252,7 @@ def test_responses(client: OpenAI) -> None:
     assert cut.status == "incomplete" and cut.incomplete_details.reason == "max_output_tokens"
 
 
+@pytest.mark.slow
 def test_responses_with_a_tool_thinking_and_a_form(client: OpenAI) -> None:
     tool = {"type": "function", **TOOLS[0]["function"]}
     asked = {

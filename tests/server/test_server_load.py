@@ -1,6 +1,6 @@
 """The server under load, with the built-in model: nobody is stuck, nothing is left behind.
 
-`pytest tests/test_server_load.py -s` prints what docs/server.md quotes.
+`pytest tests/server/test_server_load.py -s` prints what docs/server.md quotes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from serving import Serving, serving, settled
 
 from mlx_gemma4.conversation.language_model import LanguageModel
 from mlx_gemma4.server.app import Settings
+
+pytestmark = pytest.mark.slow
 
 CLIENTS, REQUESTS = 32, 300
 BUDGET = 60_000_000  # bytes of KV state

@@ -18,6 +18,8 @@ from mlx_gemma4.model.model import Model
 from mlx_gemma4.server.app import ENDPOINTS, Settings
 from mlx_gemma4.server.openapi import document
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT = document(ENDPOINTS, vocab=4096, with_key=False)
 schema = schemathesis.openapi.from_dict(DOCUMENT)
 # What can be wrong in ways that a JSON Schema can't tell: schemas, grammars, JSON in a string, 0.0 as a token's id,

@@ -188,6 +188,7 @@ def test_surrogates_are_not_fatal() -> None:
     assert tokenizer.decode(tokenizer.encode("\ud83d\ude42")) == "🙂"
 
 
+@pytest.mark.slow
 def test_long_lines_and_start_are_quick() -> None:
     """Generous bounds against quadratic behaviour: each takes some 0.5 to 1 s."""
     begin = time.perf_counter()
