@@ -19,8 +19,8 @@ from sim_cases import DTYPES, TOLERANCE, error
 
 MLX_VERSION = "0.32.4"
 KERNELS = "mlx/backend/metal/kernels"
-# Parts of MLX's headers that need Apple's compiler: bfloat overloads on its builtins (the simulator has its own),
-# constructors and specializations by address space. None of them is used by the kernels below, or only this much:
+# Parts of MLX's headers that do not run: bfloat overloads on builtins of Apple's (the simulator has its own),
+# constructors and specializations by address space. They are checked; the kernels below run with only this much:
 STAND_IN = """
 template <typename T> struct complex_t { T real, imag; constexpr complex_t(T r, T i) : real(r), imag(i) {} };
 typedef complex_t<float> complex64_t;
@@ -52,7 +52,7 @@ def mlx_headers(request: pytest.FixtureRequest) -> Path:
 
 def mlx_library(headers: Path, *names: str) -> Any:
     includes = "".join(f'#include "{KERNELS}/{n}"\n' for n in ("utils.h", *names))
-    return metal_sim.library(STAND_IN + includes, headers, LEFT_OUT)
+    return metal_sim.library(includes, headers, LEFT_OUT, STAND_IN)
 
 
 def mlx_kernel(name: str, kind: str, headers: Path, sanitize: str | None) -> float:

@@ -13,13 +13,15 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from .compile import ATTRIBUTES, MetalError, build, check
+from .compile import ATTRIBUTES, MetalError, build, parameters
+from .frontend import check
 
 __all__ = ["MetalError", "check", "kernel", "library", "unwritten"]
 
@@ -184,7 +186,8 @@ def kernel(
             f'#line 1 "header.metal"\n{header}\n#line 1 "signature.metal"\n{head}#line 1 "kernel.metal"\n{source}\n}}\n'
         )
         arguments = f"<{', '.join(_template_value(v) for _, v in template)}>" if template else ""
-        exe = build(text, function, arguments, sanitize is not None)
+        check_it = partial(check, text, function + arguments, preamble=True)
+        exe = build(text, function, arguments, sanitize is not None, check=check_it)
         buffers: list[tuple[str, Any, bool]] = []
         for key, array in zip(input_names, arrays, strict=True):
             buffers.append((key, array, False))
@@ -212,28 +215,28 @@ def _inline(text: str, root: Path, seen: set[str], skip: Sequence[str]) -> str:
 
 
 def library(
-    source: str, include: Path | None = None, skip: Sequence[str] = ()
+    source: str, include: Path | None = None, skip: Sequence[str] = (), stand_in: str = ""
 ) -> Callable[..., list[np.ndarray[Any, Any]]]:
     """Plain Metal kernels: `run(name, buffers, grid, threadgroup, arguments="<float>", constants={20: True}, ...)`.
 
-    `include`: root of `#include "..."`, `skip`: endings of includes to leave out. `buffers`: arrays, numbers, or None
+    `include`: root of `#include "..."`. To run, includes that end in one of `skip` are left out and `stand_in` stands
+    before the text, which is checked as it is. `buffers`: arrays, numbers, or None
     for an unused one, by index; those that the kernel takes as `device` without const come back, in order. `grid` is
     in threads; `constants` are function constants by index. sanitize and seed as in `kernel`.
     """
-    text = _inline(source, include or Path(), set(), skip)
+    text = _inline(stand_in + source, include or Path(), set(), skip)
 
     def run(
         name: str, buffers: Sequence[Any], grid: Sequence[int], threadgroup: Sequence[int], arguments: str = "",
         constants: dict[int, object] | None = None, sanitize: str | None = SANITIZE, seed: int = 0,
     ) -> list[np.ndarray[Any, Any]]:  # fmt: skip
-        from .compile import parameters
-
         declared = {}
         for declaration, attribute in parameters(text, name):
             index = re.match(r"buffer\((\d+)\)", attribute)
             if index:
                 declared[int(index[1])] = declaration
-        exe = build(text, name, arguments, sanitize is not None, constants)
+        check_it = partial(check, source, name + arguments, include=[include] if include else [])
+        exe = build(text, name, arguments, sanitize is not None, constants, check_it)
         triples = []
         for i, value in enumerate(buffers):
             declaration = declared[i]

@@ -1,8 +1,8 @@
 """From Metal source to a program that runs one dispatch of one kernel on the CPU.
 
 In: Metal source text, the kernel's name and template arguments. Out: the path of an executable, kept in a per-user
-cache by the hash of everything it depends on; or `MetalError` with the compiler's words. Every kernel is compiled
-twice: once with real address spaces, for errors only, and once with them erased, to run.
+cache by the hash of everything it depends on; or `MetalError` with the compiler's words. Address spaces are erased
+here: `frontend.py` has checked them before.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
 HEADERS = sorted((HERE / "msl").glob("*.h"))
+CHECKER = [*sorted((HERE / "spec").iterdir()), *(HERE / f"{n}.py" for n in ("frontend", "language", "rules"))]
 RUNTIME = HERE / "runtime.cpp"
 MAX_KERNELS = 5000  # kept in the cache, about 25 KB each
 PRELUDE = '#include "msl/simd.h"\nusing namespace metal;\n'
@@ -28,10 +30,6 @@ PRELUDE = '#include "msl/simd.h"\nusing namespace metal;\n'
 LANGUAGE = [
     "-x", "c++", "-std=c++20", "-Wno-everything", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics",
     "-Xclang", "-cl-single-precision-constant", f"-I{HERE}",
-]  # fmt: skip
-WARNINGS = [  # only those that Metal calls errors, or that no kernel should have
-    "-Werror=return-type", "-Werror=uninitialized", "-Werror=sometimes-uninitialized", "-Werror=array-bounds",
-    "-Werror=shift-count-overflow", "-Werror=c++11-narrowing", "-ferror-limit=0",
 ]  # fmt: skip
 EXACT = [
     "-ffp-contract=off",
@@ -61,14 +59,16 @@ def compiler() -> tuple[str, ...]:
         return tuple(chosen.split())
     clang = shutil.which("clang")
     if clang:
-        probe = 'extern "C" int f(__bf16 a, _Float16 b) { return (int)(a * a) + (int)(b * b); }'
+        probe = (
+            "static_assert(__clang_major__ >= 18); int f(__bf16 a, _Float16 b) { return (int)(a * a) + (int)(b * b); }"
+        )
         args = [clang, *LANGUAGE, *EXACT, "-S", "-", "-o", os.devnull]
         if subprocess.run(args, input=probe, text=True, capture_output=True).returncode == 0:
             return (clang,)
     wheel = importlib.util.find_spec("ziglang")
     if wheel and wheel.origin:
         return (str(Path(wheel.origin).with_name("zig")), "cc")
-    raise MetalError("no compiler: install clang 17 or newer, or `pip install ziglang`")
+    raise MetalError("no compiler: install clang 18 or newer, or `pip install ziglang`")
 
 
 @functools.cache
@@ -90,7 +90,7 @@ def cache_dir() -> Path:
 def _environment() -> str:
     """What compiled kernels depend on besides their own text."""
     version = subprocess.run([*compiler(), "--version"], text=True, capture_output=True, check=True).stdout
-    texts = [p.read_text() for p in (*HEADERS, RUNTIME, Path(__file__))]
+    texts = [p.read_text() for p in (*HEADERS, *CHECKER, RUNTIME, Path(__file__))]
     return "\n".join([version, platform.node(), platform.machine(), *texts])
 
 
@@ -117,22 +117,19 @@ _VEC_ALIAS = re.compile(
 )
 
 
-def _shared_declarations(match: re.Match[str], check: bool) -> str:
-    """`threadgroup T a[N], b;`: a static in its address space to check, memory from the runtime to run."""
+def _shared_declarations(match: re.Match[str]) -> str:
+    """`threadgroup T a[N], b;`: memory from the runtime."""
     out = []
     for variable in re.split(r",(?![^\[]*\])", match["vars"]):
         name, dims = re.fullmatch(r"\s*(\w+)\s*(.*?)\s*", variable, re.S).groups()  # type: ignore[union-attr]
-        if check:
-            out.append(f"static threadgroup {match['type']} {name}{dims};")
-        else:
-            out.append(
-                f"typedef {match['type']} msl_t_{name}{dims}; static char msl_k_{name}; msl_t_{name}& {name} = "
-                f'*(msl_t_{name}*)msl_threadgroup_alloc(&msl_k_{name}, sizeof(msl_t_{name}), "{name}");'
-            )
+        out.append(
+            f"typedef {match['type']} msl_t_{name}{dims}; static char msl_k_{name}; msl_t_{name}& {name} = "
+            f'*(msl_t_{name}*)msl_threadgroup_alloc(&msl_k_{name}, sizeof(msl_t_{name}), "{name}");'
+        )
     return match["indent"] + " ".join(out) + "\n" * match[0].count("\n")
 
 
-def rewrite(source: str, check: bool, constants: dict[int, object] | None = None) -> str:
+def rewrite(source: str, constants: dict[int, object] | None = None) -> str:
     """The source as clang's C++, line for line. `constants`: values of function constants by index."""
 
     def constant(match: re.Match[str]) -> str:
@@ -148,7 +145,7 @@ def rewrite(source: str, check: bool, constants: dict[int, object] | None = None
     if names:  # what may be a vector is made by a function
         calls = rf"(?<![\w:<.~])(?<!operator )({'|'.join(sorted(names))})\((?!\s*\*)"
         source = re.sub(calls, r"msl::make<\1>(", source)
-    return _SHARED.sub(lambda m: _shared_declarations(m, check), source)
+    return _SHARED.sub(_shared_declarations, source)
 
 
 # ---- the entry point
@@ -214,76 +211,6 @@ def _entry(params: list[tuple[str, str]], call: str) -> str:
 
 
 # ---- compile
-_COPY = re.compile(r"error: no (?:viable overloaded '='|(?:matching|viable) constructor)")
-_COPY_19 = re.compile(
-    r"error: no viable conversion from '[^']*\b(\w+)(?: const)?' to .*\n.*\b\1 +\w+ *="
-)  # until clang 19
-_KERNEL = re.compile(r"(?:\[\[\s*kernel\s*\]\]|\bkernel)\s+void\s+(\w+)")
-_TO_BFLOAT = re.compile(
-    r"ImplicitCastExpr .* '(?:bfloat|bfloat16_t|__bf16)'(?::'\S+')? <FloatingCast>$"
-    r"|CompoundAssignOperator .* '(?:bfloat|bfloat16_t|__bf16)'.* ComputeResultTy='float'"
-)
-
-
-def _errors(diagnostics: str) -> list[str]:
-    """The compiler's errors, each with its notes, without one kind that Metal allows and clang does not: copies of a
-    whole struct from one address space to another."""
-    found = []
-    for block in re.split(r"\n(?=\S*?:\d+:\d+: (?:error|warning|fatal error): )", "\n" + diagnostics):
-        copies = _COPY.search(block) and "the implicit copy" in block and "address space" in block
-        copies = copies or _COPY_19.search(block)
-        ours = not re.search(r"error: failed to rename .*: FileNotFound", block)  # zig misses the dump's object file
-        if re.search(r": (fatal )?error: ", block) and not copies and ours:
-            found.append(block.strip("\n"))
-    return found
-
-
-def _more_errors(ast: str, kernels: set[str]) -> list[str]:
-    """Errors in Metal that clang lets pass, from its dump of the syntax tree: casts between address spaces, implicit
-    conversions to bfloat, threadgroup variables outside the kernel functions."""
-    file, line, found = "", "", []
-    functions: list[tuple[int, str]] = []  # those we are in: depth in the tree, name
-    for node in ast[max(ast.find(".metal:") - 200, 0) :].splitlines():  # the prelude comes first
-        for at in re.finditer(r"(?<=[<, ])(line|[^\s<>,:]+):(\d+):\d+", node):  # each says only what has changed
-            file, line = file if at[1] == "line" else at[1], at[2]
-        if "Decl 0x" in node:
-            depth = len(node) - len(node.lstrip(" |`-"))
-            functions = [f for f in functions if f[0] < depth]
-        if "FunctionDecl 0x" in node or "CXXMethodDecl 0x" in node:
-            signature = re.search(r" (\S+) '[^']*\(.*'", node)
-            functions.append((depth, signature[1] if signature else ""))
-        elif "<AddressSpaceConversion>" in node:
-            found.append(f"{file}:{line}: error: cast between address spaces")
-        elif "bf" in node and _TO_BFLOAT.search(node):
-            found.append(f"{file}:{line}: error: implicit conversion to bfloat")
-        elif "VarDecl 0x" in node and re.search(r"(?:address_space\(3\)|'threadgroup ).* static", node):
-            misplaced = not functions or functions[-1][1] not in kernels
-            found += [f"{file}:{line}: error: threadgroup variable outside a kernel function"] * misplaced
-    return found
-
-
-def check(source: str, instance: str = "", constants: dict[int, object] | None = None) -> None:
-    """Type-check Metal source under Metal's address-space rules; raises MetalError with what is wrong.
-
-    `instance` ("f<float, 4>"): the instance to check of a template, which is otherwise only parsed. `constants`: see
-    `rewrite`.
-    """
-    text = PRELUDE + '#line 1 "kernel.metal"\n' + rewrite(source, True, constants)
-    if "<" in instance:
-        text += f"\ntemplate decltype({instance}) {instance};\n"
-    with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
-        path = Path(folder) / "check.cpp"
-        path.write_text(text)
-        flags = [*WARNINGS, "-DMSL_CHECK", "-Xclang", "-ast-dump"]
-        done = _cc(*LANGUAGE, *flags, "-S", path, "-o", path.with_suffix(".s"))
-    errors = _errors(done.stderr.replace(str(path), "kernel.metal"))
-    if done.returncode and "error: " not in done.stderr:
-        errors.append(f"the compiler failed: {done.stderr}")
-    errors += _more_errors(done.stdout, set(_KERNEL.findall(source)))
-    if errors:
-        raise MetalError("\n".join(dict.fromkeys(errors)))
-
-
 def _must(done: subprocess.CompletedProcess[str]) -> None:
     if done.returncode:
         raise MetalError(done.stderr[:6000])
@@ -305,17 +232,18 @@ def build(
     arguments: str = "",
     sanitize: bool = False,
     constants: dict[int, object] | None = None,
+    check: Callable[[], object] = lambda: None,
 ) -> Path:
-    """The program that runs kernel `name` (its template `arguments`: "<float, 4>"), from the cache or checked first."""
+    """The program that runs kernel `name` (its template `arguments`: "<float, 4>"), from the cache or after `check`."""
     key = "\0".join([source, name, arguments, str(sanitize), str(sorted((constants or {}).items())), _environment()])
     exe = cache_dir() / hashlib.sha256(key.encode()).hexdigest()[:24]
     if exe.exists():
         return exe
     entry = _entry(parameters(source, name), name + arguments)
-    check(source, name + arguments, constants)
+    check()
     fresh = exe.with_suffix(f".{os.getpid()}")
     path = Path(f"{fresh}.cpp")
-    path.write_text(PRELUDE + '#line 1 "kernel.metal"\n' + rewrite(source, False, constants) + entry)
+    path.write_text(PRELUDE + '#line 1 "kernel.metal"\n' + rewrite(source, constants) + entry)
     flags = SANITIZE if sanitize else PLAIN
     _must(_cc(*LANGUAGE, *EXACT, "-O1", *flags, path, "-x", "none", _runtime(), "-lm", "-o", fresh))
     os.replace(fresh, exe)  # in one step: others may be building the same

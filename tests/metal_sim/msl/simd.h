@@ -125,23 +125,18 @@ template <class T, int R, int C> simdgroup_matrix<T, R, C> make_filled_simdgroup
 }
 MSL_TOGETHER inline void msl_meet(ulong site) { char z = 0; msl_exchange(&z, 1, site); }
 #define MSL_AT(p) p[tr ? (at.y + c + k) * stride + at.x + r : (at.y + r) * stride + at.x + c + k]
-#define MSL_LOAD_STORE(AS)                                                                                            \
-  template <class T> __attribute__((noinline, convergent)) void simdgroup_load(simdgroup_matrix<T>& m, const AS T* p,  \
-      ulong stride = 8, ulong2 at = ulong2{0, 0}, bool tr = false, MSL_SITE) {                                        \
-    msl_meet(site_);                                                                                                  \
-    uint r = m.row(msl_cur->lane), c = m.col(msl_cur->lane);                                                          \
-    for (uint k = 0; k < 2; k++) m.e[k] = MSL_AT(p);                                                                  \
-  }                                                                                                                   \
-  template <class T> __attribute__((noinline, convergent)) void simdgroup_store(const simdgroup_matrix<T>& m, AS T* p, \
-      ulong stride = 8, ulong2 at = ulong2{0, 0}, bool tr = false, MSL_SITE) {                                        \
-    msl_meet(site_);                                                                                                  \
-    uint r = m.row(msl_cur->lane), c = m.col(msl_cur->lane);                                                          \
-    for (uint k = 0; k < 2; k++) MSL_AT(p) = m.e[k];                                                                  \
-  }
-MSL_LOAD_STORE(MSL_DEVICE)
-#ifdef MSL_CHECK
-MSL_LOAD_STORE(MSL_THREADGROUP)
-#endif
+template <class T> __attribute__((noinline, convergent)) void simdgroup_load(simdgroup_matrix<T>& m, const T* p,
+    ulong stride = 8, ulong2 at = ulong2{0, 0}, bool tr = false, MSL_SITE) {
+  msl_meet(site_);
+  uint r = m.row(msl_cur->lane), c = m.col(msl_cur->lane);
+  for (uint k = 0; k < 2; k++) m.e[k] = MSL_AT(p);
+}
+template <class T> __attribute__((noinline, convergent)) void simdgroup_store(const simdgroup_matrix<T>& m, T* p,
+    ulong stride = 8, ulong2 at = ulong2{0, 0}, bool tr = false, MSL_SITE) {
+  msl_meet(site_);
+  uint r = m.row(msl_cur->lane), c = m.col(msl_cur->lane);
+  for (uint k = 0; k < 2; k++) MSL_AT(p) = m.e[k];
+}
 template <class D, class A, class B, class C>
 MSL_TOGETHER void simdgroup_multiply_accumulate(simdgroup_matrix<D>& d, const simdgroup_matrix<A>& a,
                                                 const simdgroup_matrix<B>& b, const simdgroup_matrix<C>& c, MSL_SITE) {
@@ -164,48 +159,38 @@ MSL_TOGETHER void simdgroup_multiply(simdgroup_matrix<D>& d, const simdgroup_mat
 }
 
 // ---- atomics: one OS thread runs everything, so plain operations are atomic
-#ifdef MSL_CHECK
-#define MSL_ADDRESS(p) nullptr
-#else
-#define MSL_ADDRESS(p) (const void*)p
-#endif
 template <class T> struct _atomic { T v; };
 template <class T> using atomic = _atomic<T>;
 typedef _atomic<float> atomic_float;
 typedef _atomic<int> atomic_int;
 typedef _atomic<uint> atomic_uint;
-#define MSL_FETCH(AS, name, expr)                                                                                 \
+#define MSL_FETCH(name, expr) \
   template <class T, class U> MSL_QUIET __attribute__((noinline)) T atomic_##name##_explicit(                     \
-      volatile AS _atomic<T>* p, U u, memory_order) {                                                             \
-    msl_atomic_access(MSL_ADDRESS(p), sizeof(T), true);                                                           \
+      volatile _atomic<T>* p, U u, memory_order) {                                                             \
+    msl_atomic_access((const void*)p, sizeof(T), true);                                                           \
     T o = p->v, v = (T)u;                                                                                         \
     p->v = expr;                                                                                                  \
     return o;                                                                                                     \
   }
-#define MSL_ATOMIC(AS)                                                                                            \
-  template <class T> MSL_QUIET __attribute__((noinline)) T atomic_load_explicit(const volatile AS _atomic<T>* p, memory_order) { \
-    msl_atomic_access(MSL_ADDRESS(p), sizeof(T), false);                                                          \
-    return p->v;                                                                                                  \
-  }                                                                                                               \
-  template <class T, class U> MSL_QUIET __attribute__((noinline)) void atomic_store_explicit(volatile AS _atomic<T>* p, U u, memory_order) { \
-    msl_atomic_access(MSL_ADDRESS(p), sizeof(T), true);                                                           \
-    p->v = (T)u;                                                                                                  \
-  }                                                                                                               \
-  template <class T, class U> MSL_QUIET __attribute__((noinline)) bool atomic_compare_exchange_weak_explicit(     \
-      volatile AS _atomic<T>* p, T* want, U u, memory_order, memory_order) {                                      \
-    msl_atomic_access(MSL_ADDRESS(p), sizeof(T), true);                                                           \
-    T o = p->v;                                                                                                   \
-    if (__builtin_memcmp(&o, want, sizeof o) == 0) { p->v = (T)u; return true; }                                  \
-    *want = o;                                                                                                    \
-    return false;                                                                                                 \
-  }                                                                                                               \
-  MSL_FETCH(AS, exchange, v) MSL_FETCH(AS, fetch_add, (T)(o + v)) MSL_FETCH(AS, fetch_sub, (T)(o - v))            \
-  MSL_FETCH(AS, fetch_max, o < v ? v : o) MSL_FETCH(AS, fetch_min, v < o ? v : o)                                 \
-  MSL_FETCH(AS, fetch_or, o | v) MSL_FETCH(AS, fetch_and, o & v) MSL_FETCH(AS, fetch_xor, o ^ v)
-MSL_ATOMIC(MSL_DEVICE)
-#ifdef MSL_CHECK
-MSL_ATOMIC(MSL_THREADGROUP)
-#endif
+template <class T> MSL_QUIET __attribute__((noinline)) T atomic_load_explicit(const volatile _atomic<T>* p, memory_order) {
+  msl_atomic_access((const void*)p, sizeof(T), false);
+  return p->v;
+}
+template <class T, class U> MSL_QUIET __attribute__((noinline)) void atomic_store_explicit(volatile _atomic<T>* p, U u, memory_order) {
+  msl_atomic_access((const void*)p, sizeof(T), true);
+  p->v = (T)u;
+}
+template <class T, class U> MSL_QUIET __attribute__((noinline)) bool atomic_compare_exchange_weak_explicit(
+    volatile _atomic<T>* p, T* want, U u, memory_order, memory_order) {
+  msl_atomic_access((const void*)p, sizeof(T), true);
+  T o = p->v;
+  if (__builtin_memcmp(&o, want, sizeof o) == 0) { p->v = (T)u; return true; }
+  *want = o;
+  return false;
+}
+MSL_FETCH(exchange, v) MSL_FETCH(fetch_add, (T)(o + v)) MSL_FETCH(fetch_sub, (T)(o - v))
+MSL_FETCH(fetch_max, o < v ? v : o) MSL_FETCH(fetch_min, v < o ? v : o)
+MSL_FETCH(fetch_or, o | v) MSL_FETCH(fetch_and, o & v) MSL_FETCH(fetch_xor, o ^ v)
 }  // namespace metal
 
 // ---- arguments of the generated entry point: a buffer as pointer or reference, a position as 1 to 3 components
@@ -225,9 +210,9 @@ struct msl_position {
 };
 
 // ---- keywords
-#define device MSL_DEVICE
-#define constant MSL_CONSTANT const
-#define threadgroup MSL_THREADGROUP
+#define device
+#define constant const
+#define threadgroup
 #define thread
 #define kernel
 #define METAL_FUNC inline __attribute__((always_inline))
@@ -270,6 +255,3 @@ struct msl_position {
 #define bool2(...) msl::make<bool2>(__VA_ARGS__)
 #define bool3(...) msl::make<bool3>(__VA_ARGS__)
 #define bool4(...) msl::make<bool4>(__VA_ARGS__)
-#ifdef MSL_CHECK
-#pragma clang poison double goto new delete throw try virtual dynamic_cast typeid asm
-#endif

@@ -1,6 +1,5 @@
 // Metal's scalar, vector and packed types for clang, with no host header behind them.
-//   -DMSL_CHECK   address spaces are real: `device` is 1, `constant` 2, `threadgroup` 3 (type-checked, never run)
-//   otherwise     address spaces are erased and the code runs on the CPU (runtime.cpp)
+// Address spaces are erased: the code runs on the CPU (runtime.cpp). What it is checked against stands in ../spec.
 #pragma once
 
 typedef unsigned char uchar;
@@ -25,16 +24,6 @@ constexpr half operator""h(long double v) { return (half)v; }
 constexpr half operator""h(unsigned long long v) { return (half)v; }
 constexpr half operator""H(long double v) { return (half)v; }
 constexpr bfloat operator""bf(long double v) { return (bfloat)(float)v; }
-
-#ifdef MSL_CHECK
-#define MSL_DEVICE __attribute__((address_space(1)))
-#define MSL_CONSTANT __attribute__((address_space(2)))
-#define MSL_THREADGROUP __attribute__((address_space(3)))
-#else
-#define MSL_DEVICE
-#define MSL_CONSTANT
-#define MSL_THREADGROUP
-#endif
 
 // ---- type traits (Metal has its own <metal_type_traits>; there is no std)
 namespace metal {
@@ -72,11 +61,6 @@ template <class A, class B> struct is_same : bool_constant<is_same_v<A, B>> {};
 template <class A, class B> struct is_convertible : bool_constant<is_convertible_v<A, B>> {};
 template <class T> T&& declval();
 template <class T> T msl_plain(const T&);  // the type without const and address space
-#ifdef MSL_CHECK
-template <class T> T msl_plain(const MSL_DEVICE T&);
-template <class T> T msl_plain(const MSL_CONSTANT T&);
-template <class T> T msl_plain(const MSL_THREADGROUP T&);
-#endif
 template <class T> using remove_addrspace_t = decltype(msl_plain(*(T*)nullptr));
 template <class T> using uniform = T;
 template <class T> constexpr T make_uniform(T v) { return v; }
@@ -135,20 +119,10 @@ template <class V, class R = V> using if_scalar = ::metal::enable_if_t<count<V> 
     packed_##T##3() = default;                                                           \
     packed_##T##3(T a, T b, T c) : x(a), y(b), z(c) {}                                   \
     packed_##T##3(T##3 v) : x(v.x), y(v.y), z(v.z) {}                                    \
-    MSL_PACKED_COPY(packed_##T##3)                                                       \
     operator T##3() const { return T##3{x, y, z}; }                                      \
     T operator[](int i) const { return i == 0 ? x : i == 1 ? y : z; }                    \
   };                                                                                     \
   template <> struct msl::traits<packed_##T##3> : msl::vector_traits<T, 3> {};
-#ifdef MSL_CHECK
-#define MSL_PACKED_COPY(P)                                                               \
-  P(const P&) = default;                                                                 \
-  P(const MSL_DEVICE P& o) : x(o.x), y(o.y), z(o.z) {}                                   \
-  P(const MSL_CONSTANT P& o) : x(o.x), y(o.y), z(o.z) {}                                 \
-  P(const MSL_THREADGROUP P& o) : x(o.x), y(o.y), z(o.z) {}
-#else
-#define MSL_PACKED_COPY(P)
-#endif
 MSL_VECTOR(char) MSL_VECTOR(uchar) MSL_VECTOR(short) MSL_VECTOR(ushort) MSL_VECTOR(int) MSL_VECTOR(uint)
 MSL_VECTOR(long) MSL_VECTOR(ulong) MSL_VECTOR(half) MSL_VECTOR(float) MSL_VECTOR(bfloat) MSL_VECTOR(bool)
 MSL_PACKED(char) MSL_PACKED(uchar) MSL_PACKED(short) MSL_PACKED(ushort) MSL_PACKED(int) MSL_PACKED(uint)
