@@ -5,8 +5,6 @@ values of a depth are random numbers put straight into the state, since the time
 prompts are really read. `llama_bench` runs the other program of a comparison.
 """
 
-from __future__ import annotations
-
 import platform
 import re
 import subprocess

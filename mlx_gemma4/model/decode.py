@@ -22,9 +22,9 @@ from ..ops import matvec, parts, stock
 from ..ops.choose import TOP_K
 from ..ops.dispatch import Kernels
 from ..ops.embed import EMBED, PLE_INPUTS
-from ..ops.epilogue import FP32, SHRINK, Epilogue
-from ..ops.norms import ADD_NORM
-from ..ops.qkv import QKV_POST, ROTATIONS
+from ..ops.epilogue import FP32, SHRINK, Epilogue, Folded
+from ..ops.norms import ADD_NORM, NormOptions
+from ..ops.qkv import QKV_POST, ROTATIONS, QKVArrays, QKVOptions
 from ..ops.quantized_attention import QUANTIZED_ATTENTION
 from .spans import Places, Spans, in_sight, numbers_at, placed, spans_of
 from .weights import Layer, Loaded
@@ -123,22 +123,20 @@ def forward(
         )  # [layers, T, P]
         per_layer = [made[i : i + 1].reshape(*made.shape[1:]) for i in range(len(w.layers))]  # made[i] would gather
     # x + rms(x) 0, which is x, and the first norm of it
-    x, h = run(ADD_NORM, x, x, constants.nothing, next_norm=w.layers[0].attn_norm, eps=c.eps, out=model.kv_dtype)
+    x, h = run(ADD_NORM, x, x, constants.nothing, NormOptions(c.eps, w.layers[0].attn_norm, out=model.kv_dtype))
     tails: dict[int, parts.KVPart] = {}
     eps, out = c.eps, model.kv_dtype
     for i, layer in enumerate(w.layers):
         a = _attention(run, model, i, h, inputs, places, tails, rope[c.layers[i].sliding])
-        x, h = run(ADD_NORM, x, a, layer.post_attention_norm, next_norm=layer.ffn_norm, eps=eps, out=out)
+        x, h = run(ADD_NORM, x, a, layer.post_attention_norm, NormOptions(eps, layer.ffn_norm, out=out))
         experts = None if layer.ffn_gate_inp is None else _experts(run, model, layer, x)
         m, norm, shrunk = _mlp(run, layer, h), layer.post_ffw_norm, SHRINK
         if per_layer:
             assert layer.post_norm is not None
-            x, _ = run(ADD_NORM, x, m, norm, eps=eps, shrunk=shrunk)
+            x, _ = run(ADD_NORM, x, m, norm, NormOptions(eps, shrunk=shrunk))
             m, norm, shrunk = _per_layer(run, layer, x, per_layer[i]), layer.post_norm, 1.0
         following, scale = w.layers[i + 1].attn_norm if i + 1 < len(w.layers) else w.output_norm, constants.scales[i]
-        x, h = run(
-            ADD_NORM, x, m, norm, next_norm=following, scale=scale, experts=experts, shrunk=shrunk, eps=eps, out=out
-        )
+        x, h = run(ADD_NORM, x, m, norm, NormOptions(eps, following, scale, experts, shrunk, out))
     logits = run.product(h, w.output, FP32)
     return logits, list(tails.values())
 
@@ -164,22 +162,11 @@ def _attention(
     if own:
         k = None if layer.attn_k is None else run.product(h, layer.attn_k, FP32)
         v = None if layer.attn_v is None else run.product(h, layer.attn_v, FP32)
+    v_is_k, tail = own and v is None and not joined_v, inputs["tails"][i] if own else None
     q, tail_keys, tail_values = run(
         QKV_POST,
-        q,
-        k,
-        v,
-        layer.attn_q_norm,
-        layer.attn_k_norm,
-        rope,
-        inputs["tails"][i] if own else None,
-        places.count if own else None,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        eps=c.eps,
-        dtype=model.kv_dtype,
-        value_norm=c.value_norm,
-        v_is_k=own and v is None and not joined_v,
+        QKVArrays(q, k, v, layer.attn_q_norm, layer.attn_k_norm, rope, tail, places.count if own else None),
+        QKVOptions(shape.heads, shape.kv_heads, c.eps, model.kv_dtype, c.value_norm, v_is_k),
     )
     if tail_keys is not None and tail_values is not None:
         tails[i] = tail_keys, tail_values
@@ -201,7 +188,7 @@ def _mlp(run: Kernels, layer: Layer, h: mx.array) -> mx.array:
     if isinstance(joined, mx.array):  # `dense` takes one after the other
         gate, up = mx.split(joined, 2)
     if gate is not None and up is not None:
-        product = run.product(h, gate, Epilogue(factor=SHRINK), times=run.product(h, up))
+        product = run.product(h, gate, Epilogue(factor=SHRINK), Folded(times=run.product(h, up)))
     else:
         assert joined is not None
         product = run.product(h, joined, Epilogue(glu=True, factor=SHRINK))
@@ -211,7 +198,7 @@ def _mlp(run: Kernels, layer: Layer, h: mx.array) -> mx.array:
 def _per_layer(run: Kernels, layer: Layer, x: mx.array, p: mx.array) -> mx.array:
     """Return what the layer's embedding of the tokens, p [T, P], adds to the residual x, before its norm."""
     assert layer.inp_gate is not None and layer.proj is not None
-    return run.product(run.product(x, layer.inp_gate, times=p), layer.proj)
+    return run.product(run.product(x, layer.inp_gate, folded=Folded(times=p)), layer.proj)
 
 
 def _experts(run: Kernels, model: Loaded, layer: Layer, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
@@ -222,17 +209,17 @@ def _experts(run: Kernels, model: Loaded, layer: Layer, x: mx.array) -> tuple[mx
     c = model.config
     assert layer.ffn_gate_inp is not None and layer.ffn_down_exps is not None
     router = Epilogue(factor=c.hidden**-0.5, eps=c.eps)
-    scores = run.product(x, layer.ffn_gate_inp, router, norm=layer.ffn_gate_inp_scale)
+    scores = run.product(x, layer.ffn_gate_inp, router, Folded(layer.ffn_gate_inp_scale))
     chosen, share = run(TOP_K, scores, c.experts_used, scale=layer.ffn_down_exps_scale)
     ids = chosen.reshape(-1)  # of the one token
     norm, small = layer.pre_ffw_norm_2, Epilogue(factor=SHRINK, out=model.kv_dtype, eps=c.eps)
     if layer.ffn_gate_up_exps is not None:
-        h = run.product(x, layer.ffn_gate_up_exps, small._replace(glu=True), norm=norm, ids=ids)  # [used, F]
+        h = run.product(x, layer.ffn_gate_up_exps, small._replace(glu=True), Folded(norm, ids=ids))  # [used, F]
     else:
         assert layer.ffn_gate_exps is not None and layer.ffn_up_exps is not None
-        up = run.product(x, layer.ffn_up_exps, Epilogue(eps=c.eps), norm=norm, ids=ids)
-        h = run.product(x, layer.ffn_gate_exps, small, norm=norm, times=up, ids=ids)
-    out = run.product(h, layer.ffn_down_exps, FP32, ids=ids)  # [used, hidden]
+        up = run.product(x, layer.ffn_up_exps, Epilogue(eps=c.eps), Folded(norm, ids=ids))
+        h = run.product(x, layer.ffn_gate_exps, small, Folded(norm, up, ids))
+    out = run.product(h, layer.ffn_down_exps, FP32, Folded(ids=ids))  # [used, hidden]
     assert layer.post_ffw_norm_1 is not None and layer.post_ffw_norm_2 is not None
     return out[None], share, layer.post_ffw_norm_1, layer.post_ffw_norm_2
 

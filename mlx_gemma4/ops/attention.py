@@ -4,8 +4,6 @@ In and out: MLX arrays for one token, or a handful (T up to 8). One launch, or t
 threadgroups. Knows no model and no KV state.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -17,7 +15,7 @@ from ..gpu.render import Launch, Launcher, prepare, render
 from .cases import COUNT, Case, Check, Heads, Sizes, attention_inputs, case, cases, state_dtype
 from .long_attention import long_attention, long_launch_config
 from .op import Op
-from .parts import TAIL, KVPart, PartShapes, prepare_merge, shapes_of
+from .parts import TAIL, KVPart, PartShapes, QueryShape, prepare_merge, shapes_of
 from .tuning import Tuning, this_gpu
 
 SHORT = 64  # tokens up to which attention is one launch
@@ -125,7 +123,7 @@ def attention_sums(launcher: Launcher, q: mx.array, parts: Sequence[KVPart], spa
 @lru_cache(maxsize=4096)  # hundreds of launches a token: the GPU must not wait for the host
 def _prepared(
     launcher: Launcher,
-    shape: tuple[int, int, int],
+    shape: QueryShape,
     dtype: mx.Dtype,
     parts: PartShapes,
     scale: float,

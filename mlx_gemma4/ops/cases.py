@@ -5,8 +5,6 @@ its own with `@cases`; the doctor runs them. Knows no model. Numbers are scaled 
 trained model's are: an error can't hide behind a saturated GELU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +18,7 @@ from ..gpu.render import Launcher
 from ..memory import on_cpu
 from ..quant import formats
 from ..quant.formats import FLOATS, FORMATS, Packed
-from .epilogue import Epilogue
+from .epilogue import Epilogue, Folded
 from .op import Op, OpKey, P
 from .parts import KVPart
 
@@ -205,16 +203,13 @@ def attention_inputs(
     return random_queries(h, dtype), made, mx.array([span for _, *span in parts], mx.int32)
 
 
-def product_inputs(p: Product, most_rows: int | None) -> tuple[mx.array, mx.array | Packed, dict[str, Any]]:
+def product_inputs(p: Product, most_rows: int | None) -> tuple[mx.array, Any, Epilogue, Folded]:
     """Return x, a weight of at most so many rows, and the options of `matvec.matvec` or `dense.dense`."""
     *_, n, k = p.shape
     made = (*([min(p.shape[0], 4 * p.used)] if p.used else []), min(n, most_rows or n), k)
     dtype, out = (state_dtype() if narrow else mx.float32 for narrow in (p.narrow, p.narrow_out))
-    options: dict[str, Any] = {"epilogue": Epilogue(p.glu, p.factor, out, EPS)}
-    if p.norm:
-        options["norm"] = norm_weight(k)
-    if p.times:
-        options["times"] = normal(p.used or p.tokens, made[-2], dtype=dtype)
-    if p.used:
-        options["ids"] = mx.random.permutation(made[0])[: p.used].astype(mx.int32)
-    return normal(p.used if p.own_x else p.tokens, k, dtype=dtype), weight(p.type, made), options
+    norm = norm_weight(k) if p.norm else None
+    times = normal(p.used or p.tokens, made[-2], dtype=dtype) if p.times else None
+    ids = mx.random.permutation(made[0])[: p.used].astype(mx.int32) if p.used else None
+    x = normal(p.used if p.own_x else p.tokens, k, dtype=dtype)
+    return x, weight(p.type, made), Epilogue(p.glu, p.factor, out, EPS), Folded(norm, times, ids)

@@ -1,7 +1,5 @@
 """The choice of experts and of the likeliest token: choose.metal, each kernel beside its reference."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A few tokens through an unpacked weight: dense.metal. Its reference is `epilogue.product_reference`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -11,33 +9,24 @@ import mlx.core as mx
 from ..gpu.render import Launcher, absent, prepare, render, result_defines
 from ..quant.formats import FLOATS
 from .cases import Case, Check, Product, Sizes, case, cases, product_inputs
-from .epilogue import PLAIN, Epilogue, product_reference
+from .epilogue import ALONE, PLAIN, Epilogue, Folded, product_reference
 from .op import Op
 
 FOUR_ROWS_FROM = 4096  # from which on a simdgroup takes four, and reads x once for them
 FEW_ROWS = 512  # of an unpacked weight, for which all simdgroups of a threadgroup share a row
 
 
-def dense(
-    launcher: Launcher,
-    x: mx.array,
-    w: mx.array,
-    epilogue: Epilogue = PLAIN,
-    *,
-    norm: mx.array | None = None,
-    times: mx.array | None = None,
-) -> Any:
-    """`matvec.matvec` without glu for an unpacked weight.
+def dense(launcher: Launcher, x: mx.array, w: mx.array, epilogue: Epilogue = PLAIN, folded: Folded = ALONE) -> Any:
+    """`matvec.matvec` without glu and experts for an unpacked weight.
 
     Args:
         x: [T, K], K a multiple of 8.
         w: [N, K], any float type.
-        norm, times: as there.
 
     Returns:
         [T, N]
     """
-    tokens, n, out = x.shape[0], w.shape[0], epilogue.out or x.dtype
+    tokens, n, out, (norm, times, _) = x.shape[0], w.shape[0], epilogue.out or x.dtype, folded
     split, rows = 4 if n <= FEW_ROWS else 1, 4 if n >= FOUR_ROWS_FROM else 1
     arrays = {"x": x, "w": w, "norm": norm, "times": times}
     defines = {**result_defines(out), "W_TYPE": w.dtype, "SG": 4, "SPLIT": split, "ROWS": rows, "EPS": epilogue.eps}
@@ -53,8 +42,8 @@ DENSE = Op("dense", dense, product_reference)
 @cases
 def dense_cases(s: Sizes) -> Iterator[Check]:
     def make(p: Product) -> Case:
-        x, w, options = product_inputs(p, s.rows)
-        return case(DENSE, w.nbytes, x, w, **options)
+        x, w, *options = product_inputs(p, s.rows)
+        return case(DENSE, w.nbytes, x, w, *options)
 
     for p in dict.fromkeys(s.products):
         if p.type in FLOATS:

@@ -20,7 +20,7 @@ from ..quant.formats import Packed
 from . import long_attention, many_rows, stock
 from .attention import ATTENTION, LONG_ATTENTION
 from .dense import DENSE, dense
-from .epilogue import PLAIN, Epilogue, product_reference
+from .epilogue import ALONE, PLAIN, Epilogue, Folded, product_reference
 from .expand import EXPAND
 from .grouped import GROUPED, grouped, grouped_reference
 from .halve import HALVE
@@ -90,26 +90,14 @@ class Kernels:
         long = partial(long_attention.long_attention, self.launcher, q, parts, spans, scale=scale)
         return self.attempt(long, plain, LONG_ATTENTION.key)
 
-    def product(
-        self,
-        x: mx.array,
-        w: Weight,
-        epilogue: Epilogue = PLAIN,
-        *,
-        norm: mx.array | None = None,
-        times: mx.array | None = None,
-        ids: mx.array | None = None,
-    ) -> mx.array:
+    def product(self, x: mx.array, w: Weight, epilogue: Epilogue = PLAIN, folded: Folded = ALONE) -> mx.array:
         """`matvec.matvec` for any weight: a few rows, and whatever is folded into their product."""
-
-        def reference() -> mx.array:
-            return product_reference(x, w, epilogue, norm=norm, times=times, ids=ids)
-
-        if isinstance(w, Packed) and (ids is not None or x.shape[0] <= MAX_TOKENS) and is_readable(w):
-            kernel = partial(matvec, self.launcher, x, w, epilogue, norm=norm, times=times, ids=ids)
+        reference = partial(product_reference, x, w, epilogue, folded)
+        if isinstance(w, Packed) and (folded.ids is not None or x.shape[0] <= MAX_TOKENS) and is_readable(w):
+            kernel = partial(matvec, self.launcher, x, w, epilogue, folded)
             return self.attempt(kernel, reference, _key(MATVEC, w))
         if isinstance(w, mx.array) and w.ndim == 2 and w.shape[-1] % 8 == 0 and not epilogue.glu:
-            kernel = partial(dense, self.launcher, x, w, epilogue, norm=norm, times=times)
+            kernel = partial(dense, self.launcher, x, w, epilogue, folded)
             return self.attempt(kernel, reference, DENSE.key)
         return reference()
 

@@ -1,7 +1,5 @@
 """Embedding rows, and the inputs of per-layer embeddings: embed.metal, each kernel beside its reference."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """What a product does beside multiplying: a norm before, GEGLU or a factor after; and its reference in stock MLX."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -22,21 +20,22 @@ class Epilogue(NamedTuple):
     eps: float = 1e-6  # of the norm of x, where there is one
 
 
+class Folded(NamedTuple):
+    """The arrays that a product takes beside x and the weight."""
+
+    norm: mx.array | None = None  # fp32 [K]: x goes through RMSNorm with this weight first
+    times: mx.array | None = None  # [T, N], with `ids` [E', N], in x's dtype: the result is gelu(x wᵀ) * times
+    ids: mx.array | None = None  # int32 [E'], the experts to take
+
+
 PLAIN = Epilogue()
 FP32 = Epilogue(out=mx.float32)
+ALONE = Folded()
 
 
-def product_reference(
-    x: mx.array,
-    w: Weight,
-    epilogue: Epilogue = PLAIN,
-    *,
-    norm: mx.array | None = None,
-    times: mx.array | None = None,
-    ids: mx.array | None = None,
-) -> mx.array:
+def product_reference(x: mx.array, w: Weight, epilogue: Epilogue = PLAIN, folded: Folded = ALONE) -> mx.array:
     """`matvec.matvec` in stock MLX, for any weight."""
-    h = x.astype(mx.float32)
+    h, (norm, times, ids) = x.astype(mx.float32), folded
     h = h if norm is None else stock.rms_norm(h, norm, epilogue.eps)
     if ids is None:
         y = stock.linear(h, w)

@@ -1,7 +1,5 @@
 """A packed weight's numbers, for a matmul of MLX's own: expand.metal and its reference."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import cache, partial
 from math import prod

@@ -4,8 +4,6 @@ Experts have tens of rows each, too few for a matmul of their own: the kernel ta
 where it multiplies it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any

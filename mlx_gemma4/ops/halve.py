@@ -4,8 +4,6 @@ fp16 keeps 11 bits but reaches only from 6e-8 to 65504. So each row is divided b
 magnitude, and results are multiplied by it again: exact both ways.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from typing import Any

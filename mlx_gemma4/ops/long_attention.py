@@ -4,8 +4,6 @@ In and out: MLX arrays. One launch, and the merge of attention.metal. `attention
 Knows no model and no KV state.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..gpu.render import Launch, Launcher, prepare, render
-from .parts import KVPart, PartShapes, prepare_merge, shapes_of
+from .parts import KVPart, PartShapes, QueryShape, prepare_merge, shapes_of
 from .tuning import Tuning, this_gpu
 
 LONG = 8192  # tokens of capacity from which on matrix units pay: fewer fill too few threadgroups
@@ -103,7 +101,7 @@ def long_attention(
 @lru_cache(maxsize=4096)  # several launches a token: the GPU must not wait for the host
 def _prepared(
     launcher: Launcher,
-    shape: tuple[int, int, int],
+    shape: QueryShape,
     parts: PartShapes,
     scale: float,
     out: mx.Dtype,
@@ -116,9 +114,8 @@ def _prepared(
     defines = {"D": dim, "GQA": heads // kv_heads, "SG": config.simdgroups, "TILES": config.tiles}
     defines |= {"SHARE": 16 * config.simdgroups * config.share, "BATCH": config.batch, "RESIDENT": config.resident}
     described, absent = parts.describe()
-    kernel = render(
-        "long_attention", "long_attention.metal", mx.float16, defines | {"SCALE": float(scale)} | described, absent
-    )
+    defines |= {"SCALE": float(scale), **described}
+    kernel = render("long_attention", "long_attention.metal", mx.float16, defines, absent)
     pieces = config.pieces(lengths)
     groups = (-(-rows // (8 * config.tiles)), pieces, kv_heads)
     results = ((total, pieces, dim), mx.float32), ((total, pieces, 2), mx.float32)

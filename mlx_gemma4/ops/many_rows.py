@@ -10,15 +10,13 @@ Rows of x go in as fp16 with a scale each (halve.py). Of weights, magnitudes ove
 them.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import mlx.core as mx
 
 from ..gpu.render import Launcher
 from ..quant.formats import Packed
-from .epilogue import FP32
+from .epilogue import FP32, Folded
 from .expand import expand
 from .halve import halve, unhalved
 from .matvec import MAX_TOKENS, matvec
@@ -54,7 +52,7 @@ def few_expert_rows(launcher: Launcher, x: mx.array, w: Packed, chosen: mx.array
     """`grouped` by the mat-vec, a row for each chosen [T, E'] expert of each token."""
     rows = mx.contiguous(mx.broadcast_to(x, (*chosen.shape, x.shape[-1])).reshape(chosen.size, -1))
     h, scale = halve(launcher, rows)
-    y = matvec(launcher, h, w, FP32, ids=chosen.reshape(-1).astype(mx.int32))
+    y = matvec(launcher, h, w, FP32, Folded(ids=chosen.reshape(-1).astype(mx.int32)))
     return unhalved(y, scale).astype(x.dtype).reshape(*chosen.shape, -1)
 
 

@@ -4,8 +4,6 @@ In: activations and a packed weight. Out: activations, with a norm, GEGLU or a f
 `epilogue.product_reference`, for any weight.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +15,7 @@ import mlx.core as mx
 from ..gpu.render import Launch, Launcher, prepare, render, result_defines
 from ..quant.formats import FORMATS, Format, Packed
 from .cases import Case, Check, Product, Sizes, cases, product_inputs
-from .epilogue import PLAIN, Epilogue, product_reference
+from .epilogue import ALONE, PLAIN, Epilogue, Folded, product_reference
 from .op import Op, OpKey
 from .packed import absent_planes, format_defines
 from .tuning import Tuning, this_gpu
@@ -93,10 +91,8 @@ def matvec(
     x: mx.array,
     w: Packed,
     epilogue: Epilogue = PLAIN,
+    folded: Folded = ALONE,
     *,
-    norm: mx.array | None = None,
-    times: mx.array | None = None,
-    ids: mx.array | None = None,
     config: Tiling | None = None,
 ) -> Any:
     """A few tokens through a packed weight.
@@ -104,16 +100,14 @@ def matvec(
     Args:
         x: [T, K], T from 1 to 4; with `ids`, one token: [1, K] for all experts, or [E', K], one row each.
         w: [N, K], or with `ids` [E, N, K].
-        norm: fp32 [K]: x goes through RMSNorm with this weight first.
-        times: [T, N], with `ids` [E', N], in x's dtype: the result is gelu(x wᵀ) * times.
-        ids: int32 [E'], the experts to take.
         config: in place of `tiling`'s.
 
     Returns:
         [T, N], [T, N / 2] with glu, [E', ..] with ids.
     """
-    slots, folded = 0 if ids is None else ids.size, (norm is not None, times is not None)
-    launch = _prepared(launcher, w.format.name, w.shape[-2:], x.dtype, x.shape[0], slots, folded, epilogue, config)
+    norm, times, ids = folded
+    slots, there = 0 if ids is None else ids.size, (norm is not None, times is not None)
+    launch = _prepared(launcher, w.format.name, w.shape[-2:], x.dtype, x.shape[0], slots, there, epilogue, config)
     arrays = {"x": x, "norm": norm, "codes": w.codes, "group_scales": w.group_scales, "block_scales": w.block_scales}
     return launch.by_name({**arrays, "ids": ids, "times": times})[0]
 
@@ -124,20 +118,13 @@ def _prepared(
     name: str,
     shape: tuple[int, int],
     dtype: mx.Dtype,
-    rows: int,
-    slots: int,
-    folded: tuple[bool, bool],
+    rows: int,  # of x
+    slots: int,  # experts to take, 0 if the weight has none
+    there: tuple[bool, bool],  # norm is there, times is there
     epilogue: Epilogue,
     config: Tiling | None,
 ) -> Launch:
-    """The launch of `matvec`.
-
-    Args:
-        rows: of x.
-        slots: experts to take, 0 if the weight has none.
-        folded: norm is there, times is there.
-    """
-    (n, k), fmt, (norm, times), glu = shape, FORMATS[name], folded, epilogue.glu
+    (n, k), fmt, (norm, times), glu = shape, FORMATS[name], there, epilogue.glu
     tokens, experts, out = 1 if slots else rows, slots or 1, epilogue.out or dtype
     config = config or tiling(fmt, n * experts, k, tokens)
     while k % config.chunk:
@@ -165,18 +152,18 @@ MATVEC = Op("matvec", matvec, product_reference)
 @cases
 def matvec_cases(s: Sizes) -> Iterator[Check]:
     def make(p: Product) -> Case:
-        x, w, options = product_inputs(p, s.rows)
+        x, w, epilogue, folded = product_inputs(p, s.rows)
         assert isinstance(w, Packed)
         config = tiling(w.format, p.shape[-2] * (p.used or 1), p.shape[-1], p.tokens)  # as for all rows
 
         def reference() -> mx.array:
             if p.tokens == 1:
-                return product_reference(x, w, **options)
+                return product_reference(x, w, epilogue, folded)
             # MLX has a kernel of its own for several rows, which NVIDIA's compiler takes very long for.
-            return mx.concatenate([product_reference(x[i : i + 1], w, **options) for i in range(p.tokens)])
+            return mx.concatenate([product_reference(x[i : i + 1], w, epilogue, folded) for i in range(p.tokens)])
 
         n_bytes = w.nbytes * p.used // w.shape[0] if p.used else w.nbytes
-        return Case(lambda launcher: matvec(launcher, x, w, config=config, **options), reference, n_bytes)
+        return Case(lambda launcher: matvec(launcher, x, w, epilogue, folded, config=config), reference, n_bytes)
 
     for p in dict.fromkeys(s.packed):
         yield Check(OpKey(MATVEC.name, p.type), f"{p}", partial(make, p))

@@ -3,11 +3,9 @@
 In and out: MLX arrays for one token, or a handful (T up to 8). Knows no model. Weights of norms are fp32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -18,34 +16,32 @@ from .epilogue import SHRINK
 from .op import Op
 
 
-def add_norm(
-    launcher: Launcher,
-    x: mx.array,
-    h: mx.array,
-    post: mx.array,
-    *,
-    eps: float,
-    next_norm: mx.array | None = None,
-    scale: mx.array | None = None,
-    experts: tuple[mx.array, mx.array, mx.array, mx.array] | None = None,
-    shrunk: float = 1.0,
-    out: mx.Dtype | None = None,
-) -> tuple[Any, Any]:
+class NormOptions(NamedTuple):
+    """What `add_norm` does beside."""
+
+    eps: float
+    next_norm: mx.array | None = None  # fp32 [K]
+    scale: mx.array | None = None  # fp32 [1 or more], of which the first counts
+    # (outputs [T, used, K] in h's dtype, their shares fp32 [T, used], norm1, norm2): in place of h stands
+    # rms(h) norm1 + rms(sum of share * output) norm2.
+    experts: tuple[mx.array, mx.array, mx.array, mx.array] | None = None
+    shrunk: float = 1.0  # h and the experts' outputs are so many times their true value, which their norms' eps follows
+    # Of the second result, h's by default. What fp16 can't hold becomes the largest number that it can.
+    out: mx.Dtype | None = None
+
+
+def add_norm(launcher: Launcher, x: mx.array, h: mx.array, post: mx.array, options: NormOptions) -> tuple[Any, Any]:
     """x + rms(h) post, times the layer's scalar, and that under the next norm.
 
     Args:
         x: [T, K], the residual; K a multiple of 8.
         h: [T, K], in any float type.
-        post, next_norm: fp32 [K].
-        scale: fp32 [1 or more], of which the first counts.
-        experts: (outputs [T, used, K] in h's dtype, their shares fp32 [T, used], norm1, norm2): in place of h stands
-            rms(h) norm1 + rms(sum of share * output) norm2.
-        shrunk: h and the experts' outputs are so many times their true value, which their norms' eps follows.
-        out: dtype of the second result, h's by default. What fp16 can't hold becomes the largest number that it can.
+        post: fp32 [K].
 
     Returns:
         the new residual [T, K] in x's dtype; rms of it times next_norm, without next_norm the residual again.
     """
+    eps, next_norm, scale, experts, shrunk, out = options
     (tokens, k), out = x.shape, out or h.dtype
     simdgroups = min(32, -(-k // 256))
     outputs, share, norm1, norm2 = experts or (None,) * 4
@@ -62,19 +58,9 @@ def add_norm(
     return done[0], done[-1]
 
 
-def add_norm_reference(
-    x: mx.array,
-    h: mx.array,
-    post: mx.array,
-    *,
-    eps: float,
-    next_norm: mx.array | None = None,
-    scale: mx.array | None = None,
-    experts: tuple[mx.array, mx.array, mx.array, mx.array] | None = None,
-    shrunk: float = 1.0,
-    out: mx.Dtype | None = None,
-) -> tuple[mx.array, mx.array]:
+def add_norm_reference(x: mx.array, h: mx.array, post: mx.array, options: NormOptions) -> tuple[mx.array, mx.array]:
     """`add_norm` in stock MLX."""
+    eps, next_norm, scale, experts, shrunk, out = options
     c = h.astype(mx.float32)
     if experts is not None:
         outputs, share, norm1, norm2 = experts
@@ -95,13 +81,12 @@ def add_norm_cases(s: Sizes) -> Iterator[Check]:
     k = s.hidden
 
     def make(scaled: bool, used: int) -> Case:
-        options: dict[str, Any] = {"eps": EPS, "scale": mx.array([0.37]) if scaled else None}
+        scale, experts = mx.array([0.37]) if scaled else None, None
         if used:
-            share = mx.softmax(normal(1, used), axis=-1)
-            options["experts"] = (normal(1, used, k), share, norm_weight(k), norm_weight(k))
-        options |= {"next_norm": norm_weight(k), "shrunk": SHRINK, "out": state_dtype()}
+            experts = normal(1, used, k), mx.softmax(normal(1, used), axis=-1), norm_weight(k), norm_weight(k)
+        options = NormOptions(EPS, norm_weight(k), scale, experts, SHRINK, state_dtype())
         n_bytes = 4 * k * (5 + (used + 2 if used else 0)) + state_dtype().size * k
-        return case(ADD_NORM, n_bytes, normal(1, k) * 20, normal(1, k), norm_weight(k), **options)
+        return case(ADD_NORM, n_bytes, normal(1, k) * 20, normal(1, k), norm_weight(k), options)
 
     for scaled, used in dict.fromkeys([(False, 0), (True, 0), (True, s.used)]) if k else ():
         shape = f"{k}" + ", scaled" * scaled + f", {used} experts" * (used > 0)

@@ -8,8 +8,6 @@ A wrong kernel here would spoil a model without a trace. So in every process eac
 blocks; a type whose kernel fails or differs from the reference is packed by the reference.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -91,10 +89,8 @@ def pack_kernel(type: str) -> Kernel:
     }
     defines |= {f"BLOCK_SCALE_{i}": (*layout.block_scales, 0)[i] for i in range(2) if layout.block_scales}
     if layout.group_scales:
-        defines |= {
-            f"GROUP_SCALE_{layout.group_scales[0].__name__.upper()}": 1,
-            "GROUP_SCALE_AT": layout.group_scales[1],
-        }
+        kind, at = layout.group_scales
+        defines |= {f"GROUP_SCALE_{kind.__name__.upper()}": 1, "GROUP_SCALE_AT": at}
     assert max(layout.group_scale_bytes, len(layout.block_scales)) <= layout.size * bits // 32, "a thread for each"
     return render("pack", "pack.metal", mx.float32, defines, absent_planes(FORMATS[type]))
 
@@ -111,12 +107,10 @@ def pack_blocks(launcher: Launcher, raw: mx.array, type: str) -> Planes:
 def _planes(type: str) -> dict[str, tuple[int, mx.Dtype]]:
     """The planes of a type: elements that a block makes, and their dtype."""
     layout = FORMATS[type].layout
-    codes = layout.size * layout.bits // 32
-    scales = {
-        "group_scales": (layout.group_scale_bytes, mx.uint8),
-        "block_scales": (len(layout.block_scales), mx.float16),
-    }
-    return {"codes": (codes, mx.uint32), **{name: plane for name, plane in scales.items() if plane[0]}}
+    made = {"codes": (layout.size * layout.bits // 32, mx.uint32)}
+    made["group_scales"] = layout.group_scale_bytes, mx.uint8
+    made["block_scales"] = len(layout.block_scales), mx.float16
+    return {name: plane for name, plane in made.items() if plane[0]}
 
 
 @cache

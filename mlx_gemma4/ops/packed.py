@@ -1,7 +1,5 @@
 """Packed weights as kernels read them: a format as constants of the Metal texts (packed.metal), planes as inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import mlx.core as mx

@@ -1,7 +1,5 @@
 """Keys and values in several parts, and the merge of partial softmaxes: what all attention kernels share."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +10,7 @@ from ..gpu.render import Launch, Launcher, prepare, render
 TAIL = 64  # tokens that the mutable end of a layer's keys and values can hold
 MAX_PARTS = 8  # of keys and values; Metal takes 31 buffers a kernel, and a part needs three
 
+QueryShape = tuple[int, int, int]  # T, H, D
 KVPart = tuple[mx.array, mx.array]  # keys and values, [G, capacity, D] or [1, G, capacity, D] each
 
 
@@ -32,9 +31,7 @@ def shapes_of(parts: Sequence[KVPart]) -> PartShapes:
     return PartShapes(parts[0][0].shape[-3], tuple(k.shape[-2] for k, _ in parts), tuple(k.ndim for k, _ in parts))
 
 
-def prepare_merge(
-    launcher: Launcher, shape: tuple[int, int, int], dtype: mx.Dtype, out: mx.Dtype, simdgroups: int
-) -> Launch:
+def prepare_merge(launcher: Launcher, shape: QueryShape, dtype: mx.Dtype, out: mx.Dtype, simdgroups: int) -> Launch:
     """The launch that adds up the pieces of queries [T, H, D], by so many simdgroups a threadgroup."""
     tokens, heads, dim = shape
     kernel = render("merge", "attention.metal", dtype, {"U": out, "D": dim, "SG": simdgroups})

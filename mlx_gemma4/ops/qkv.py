@@ -3,12 +3,10 @@
 In and out: MLX arrays for one token, or a handful (T up to 8). Knows no model and no KV state.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -45,43 +43,39 @@ def rotations_reference(position: mx.array, wavelengths: mx.array, *, tokens: in
 ROTATIONS = Op("rotations", rotations, rotations_reference)
 
 
-def qkv_post(
-    launcher: Launcher,
-    q: mx.array,
-    k: mx.array | None,
-    v: mx.array | None,
-    q_norm: mx.array,
-    k_norm: mx.array | None,
-    rope: mx.array,
-    tail: KVPart | None,
-    count: mx.array | None,
-    *,
-    heads: int,
-    kv_heads: int,
-    eps: float,
-    dtype: mx.Dtype,
-    value_norm: bool = True,
-    v_is_k: bool = False,
-) -> tuple[Any, Any, Any]:
+class QKVArrays(NamedTuple):
+    """The arrays that `qkv_post` takes."""
+
+    q: mx.array  # [T, H D]; with a tail and no k (and v) these stand behind it: [T, (H + G) D] or [T, (H + 2 G) D]
+    k: mx.array | None  # [T, G D], as v
+    v: mx.array | None
+    q_norm: mx.array  # fp32 [D], as k_norm
+    k_norm: mx.array | None
+    rope: mx.array  # fp32 [T, 2, D / 2], what `rotations` gives
+    # Keys and values [G, TAIL, D] or [1, G, TAIL, D] in the results' dtype. None: the layer has none and makes q alone.
+    tail: KVPart | None
+    in_tail: mx.array | None  # int32 [1], tokens of the tail in use; with T more at most TAIL
+
+
+class QKVOptions(NamedTuple):
+    """Sizes and kinds for `qkv_post`."""
+
+    heads: int
+    kv_heads: int
+    eps: float
+    dtype: mx.Dtype  # of the results
+    value_norm: bool = True  # values go through RMSNorm (without a weight)
+    v_is_k: bool = False  # there is no v: values are the raw keys
+
+
+def qkv_post(launcher: Launcher, given: QKVArrays, options: QKVOptions) -> tuple[Any, Any, Any]:
     """Norms and RoPE on the raw products of q, k and v, and the new keys and values behind those of the tail.
 
-    Args:
-        q: [T, H D], or with `k` (and `v`) None and a tail: those stand behind it in its rows, [T, (H + G) D] or
-            [T, (H + 2 G) D].
-        k, v: [T, G D] or None.
-        q_norm, k_norm: fp32 [D].
-        rope: fp32 [T, 2, D / 2], what `rotations` gives.
-        tail: keys and values [G, TAIL, D] or [1, G, TAIL, D] in `dtype`; None: the layer has none of its own and
-            makes q alone.
-        count: int32 [1], tokens in the tail; count + T is at most TAIL.
-        dtype: of the results.
-        value_norm: values go through RMSNorm (without a weight).
-        v_is_k: there is no v: values are the raw keys.
-
     Returns:
-        q [T, H, D], and the new tail's keys and values (None without a tail), of which only the first count + T tokens
+        q [T, H, D], and the new tail's keys and values (None without a tail), of which the first in_tail + T tokens
         are defined.
     """
+    (q, k, v, q_norm, k_norm, rope, tail, count), (heads, kv_heads, eps, dtype, value_norm, v_is_k) = given, options
     tokens, dim = q.shape[0], q_norm.size
     has_kv = tail is not None
     flags = {"KV": has_kv, "VALUE_NORM": value_norm, "V_IS_K": v_is_k and has_kv}
@@ -101,24 +95,9 @@ def qkv_post(
     return (out[0], out[1], out[2]) if has_kv else (out[0], None, None)
 
 
-def qkv_post_reference(
-    q: mx.array,
-    k: mx.array | None,
-    v: mx.array | None,
-    q_norm: mx.array,
-    k_norm: mx.array | None,
-    rope: mx.array,
-    tail: KVPart | None,
-    count: mx.array | None,
-    *,
-    heads: int,
-    kv_heads: int,
-    eps: float,
-    dtype: mx.Dtype,
-    value_norm: bool = True,
-    v_is_k: bool = False,
-) -> tuple[mx.array, mx.array | None, mx.array | None]:
+def qkv_post_reference(given: QKVArrays, options: QKVOptions) -> tuple[mx.array, mx.array | None, mx.array | None]:
     """`qkv_post` in stock MLX."""
+    (q, k, v, q_norm, k_norm, rope, tail, count), (heads, kv_heads, eps, dtype, value_norm, v_is_k) = given, options
     tokens, dim = q.shape[0], q_norm.size
 
     def apart(x: mx.array, n: int) -> mx.array:  # fp32 [1, n, T, D]
@@ -183,9 +162,8 @@ def qkv_post_cases(s: Sizes) -> Iterator[Check]:
         if h.has_kv:
             tail, count, k_norm = random_kv(h, TAIL, dtype), mx.array([COUNT], mx.int32), norm_weight(dim)
             n_bytes += 2 * h.kv_heads * dim * dtype.size * (2 * COUNT + 1)
-        arrays = (q, k, v, norm_weight(dim), k_norm, rope, tail, count)
-        options: dict[str, Any] = {"heads": h.heads, "kv_heads": h.kv_heads, "eps": EPS, "dtype": dtype}
-        made = case(QKV_POST, n_bytes, *arrays, **options, value_norm=h.value_norm, v_is_k=h.v_is_k)
+        given = QKVArrays(q, k, v, norm_weight(dim), k_norm, rope, tail, count)
+        made = case(QKV_POST, n_bytes, given, QKVOptions(h.heads, h.kv_heads, EPS, dtype, h.value_norm, h.v_is_k))
         return replace(made, compared=lambda y: [y[0], *(a[..., : COUNT + 1, :] for a in y[1:])])
 
     for h in dict.fromkeys(s.heads):

@@ -1,7 +1,5 @@
 """The quantization of keys and values in one launch; its reference is `kv.quantization.quantize`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache, partial

@@ -4,8 +4,6 @@ In and out: MLX arrays. `quantized_attention` launches a kernel over the codes, 
 that merges the pieces of both. Knows no model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -19,7 +17,7 @@ from ..kv.quantization import QuantizedKV
 from .attention import attention_reference, attention_sums
 from .cases import COUNT, Case, Check, Heads, Sizes, case, cases, normal, random_kv, random_queries, state_dtype
 from .op import Op
-from .parts import TAIL, KVPart
+from .parts import TAIL, KVPart, QueryShape
 from .quantize_kv import DIMS, code_book
 from .tuning import Tuning, this_gpu
 
@@ -90,18 +88,16 @@ def quantized_attention(
     bits, centered = quantization.bits_of(quantized[0], q.shape[-1]), rotation.shape[0] > 2
     cached = q.shape, q.dtype, kv_heads, bits, centered, lengths, scale, out or q.dtype, config
     launch, merge = _prepared(launcher, *cached)
-    arrays = [
-        a
-        for codes, scales in quantized
-        for a in (codes.reshape(kv_heads, codes.shape[-3], -1), scales.reshape(kv_heads, -1, 2))
-    ]
+    arrays: list[mx.array] = []
+    for codes, scales in quantized:
+        arrays += codes.reshape(kv_heads, codes.shape[-3], -1), scales.reshape(kv_heads, -1, 2)
     return merge(*launch(q, rotation, *arrays), *attention_sums(launcher, q, [tail], spans, scale=scale), rotation)[0]
 
 
 @lru_cache(maxsize=4096)  # several launches a token: the GPU must not wait for the host
 def _prepared(
     launcher: Launcher,
-    shape: tuple[int, int, int],
+    shape: QueryShape,
     dtype: mx.Dtype,
     kv_heads: int,
     bits: int,

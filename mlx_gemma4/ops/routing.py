@@ -5,8 +5,6 @@ In: the experts chosen for each token. Out: an order of rows and tiles of it, fo
 activations.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

@@ -4,8 +4,6 @@ In: activations and weights: a dense `mx.array` [.., N, K], a `Packed` one strai
 one from an MLX safetensors folder. Out: activations in the dtype they came in. Knows no model.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -253,52 +251,38 @@ def _numpy_multiplies(rows: int, weights: int = 0) -> bool:
 def _affine_matmul(x: mx.array, w: Affine, chosen: mx.array | None = None) -> mx.array:
     """In fp32, as `_packed_matmul` and for its reason."""
     x, scales, biases = (a.astype(mx.float32) for a in (x, w.scales, w.biases))
-    return _quantized_matmul(x, w.codes, scales, biases, chosen, w.bits, group=w.group)
+    return _quantized_matmul(x, w.codes, scales, biases, chosen, bits=w.bits, group_size=w.group)
 
 
 def _packed_matmul(x: mx.array, w: Packed, chosen: mx.array | None) -> mx.array:
     """x @ wᵀ for a packed weight, in fp32 (fp16 scales would cost accuracy): [N, K], or gathered experts."""
-    out_dtype, x = x.dtype, x.astype(mx.float32)
+    out_dtype, x, bits = x.dtype, x.astype(mx.float32), w.format.bits
     if w.format.name == "MXFP4":
         assert w.group_scales is not None
-        out = _quantized_matmul(x, w.codes, w.group_scales, None, chosen, w.format.bits, mode="mxfp4")
+        out = _quantized_matmul(x, w.codes, w.group_scales, None, chosen, bits=bits, mode="mxfp4")
     elif w.format.lut is not None:
         dense = dequantize(w)
         out = x @ dense.T if chosen is None else mx.gather_mm(x, dense.swapaxes(-1, -2), rhs_indices=chosen)
+    elif w.format.group == 32:
+        out = _quantized_matmul(x, w.codes, *affine_parts(w), chosen, bits=bits)
     else:
-        scales, biases = affine_parts(w)
-        if w.format.group == 32:
-            out = _quantized_matmul(x, w.codes, scales, biases, chosen, w.format.bits)
-        else:
-            # MLX has no groups of 16. The product over groups of 32 is taken twice, with the other
-            # half of each group set to zero in x and with this half's scales: exact, nothing expanded.
-            halves = x.reshape(*x.shape[:-1], -1, 2, 16)
-            keep = mx.eye(2)[:, :, None]  # [half, half, 1]
-            out = mx.zeros((), mx.float32)
-            for half in range(2):
-                out = out + _quantized_matmul(
-                    (halves * keep[half]).reshape(x.shape),
-                    w.codes,
-                    mx.contiguous(scales[..., half::2]),
-                    mx.contiguous(biases[..., half::2]),
-                    chosen,
-                    w.format.bits,
-                )
+        # MLX has no groups of 16. The product over groups of 32 is taken twice, with the other
+        # half of each group set to zero in x and with this half's scales: exact, nothing expanded.
+        halves, both = x.reshape(*x.shape[:-1], -1, 2, 16), affine_parts(w)
+        keep = mx.eye(2)[:, :, None]  # [half, half, 1]
+        out = mx.zeros((), mx.float32)
+        for half in range(2):
+            scales, biases = (mx.contiguous(a[..., half::2]) for a in both)
+            kept = (halves * keep[half]).reshape(x.shape)
+            out = out + _quantized_matmul(kept, w.codes, scales, biases, chosen, bits=bits)
     return out.astype(out_dtype)
 
 
 def _quantized_matmul(
-    x: mx.array,
-    codes: mx.array,
-    scales: mx.array,
-    biases: mx.array | None,
-    chosen: mx.array | None,
-    bits: int,
-    group: int = 32,
-    mode: str = "affine",
+    x: mx.array, codes: mx.array, scales: mx.array, biases: mx.array | None, chosen: mx.array | None, **options: Any
 ) -> mx.array:
-    """MLX's own product, plain or gathered by expert."""
-    options: dict[str, Any] = {"transpose": True, "group_size": group, "bits": bits, "mode": mode}
+    """MLX's own product, plain or gathered by expert; `options` are its bits, group_size (else 32) and mode."""
+    options = {"transpose": True, "group_size": 32, "mode": "affine", **options}
     if chosen is None:
         return mx.quantized_matmul(x, codes, scales, biases, **options)
     return mx.gather_qmm(x, codes, scales, biases, rhs_indices=chosen, **options)

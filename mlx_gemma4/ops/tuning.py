@@ -1,7 +1,5 @@
 """Numbers that launch configurations are fitted to, of a family of GPUs."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass, replace
 from functools import cache

@@ -4,8 +4,6 @@ In: a request's fields. Out: messages and options for a job; and of what the job
 Requests and answers are described at https://docs.anthropic.com/en/api/messages.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import uuid

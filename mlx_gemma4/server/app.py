@@ -3,8 +3,6 @@
 In: a loaded model and `Settings`. Out: a Starlette application, with the engine as `app.state.engine`.
 """
 
-from __future__ import annotations
-
 import hmac
 import ipaddress
 import time
@@ -73,14 +71,7 @@ def create_app(lm: LanguageModel, settings: Settings | None = None) -> Starlette
     """Return the application for a model. The engine's threads end with its lifespan, or by `engine.close`."""
     settings = settings or Settings()
     metrics = Metrics()
-    engine = Engine(
-        lm,
-        parallel=settings.parallel,
-        queue=settings.queue,
-        max_kv_bytes=settings.max_kv_bytes,
-        kv=settings.kv,
-        metrics=metrics,
-    )
+    engine = Engine(lm, metrics, settings.parallel, settings.queue, settings.max_kv_bytes, settings.kv)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -202,8 +193,7 @@ async def _health(request: Request) -> Response:
 
 
 async def _metrics(request: Request) -> Response:
-    engine: Engine = request.app.state.engine
-    return Response(engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(request.app.state.engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def _openapi(request: Request) -> Response:
@@ -213,13 +203,13 @@ async def _openapi(request: Request) -> Response:
 
 
 def _card(request: Request) -> dict[str, Any]:
-    engine: Engine = request.app.state.engine
+    state = request.app.state
     return {
-        "id": request.app.state.settings.model_name,
+        "id": state.settings.model_name,
         "object": "model",
-        "created": request.app.state.started,
+        "created": state.started,
         "owned_by": "mlx-gemma4",
-        "context_length": engine.lm.config.context,
+        "context_length": state.engine.lm.config.context,
     }
 
 

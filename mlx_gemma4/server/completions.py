@@ -4,8 +4,6 @@ In: requests as OpenAI's API reference has them, with `top_k, min_p, repetition_
 Out: replies in the same form, whole or as a stream of chunks.
 """
 
-from __future__ import annotations
-
 import json
 import time
 import uuid
@@ -21,10 +19,9 @@ from starlette.responses import Response
 from ..chat_format.replies import Thinking, ToolCall
 from ..conversation.reply import ReplyOptions
 from ..generation.sampling import Token
-from ..tokens.tokenizer import Tokenizer
 from . import fields
 from . import options as read
-from .endpoint import Collector, Context, Endpoint, chat_logprobs, logprob, reading
+from .endpoint import Collector, Context, Endpoint, chat_logprobs, reading
 from .engine import GenerationRequest, Update
 from .fields import Body, wrong
 from .wire import EventStream, WholeReply, sse
@@ -145,12 +142,11 @@ async def chat_completions(body: ChatRequest, context: Context) -> Response:
     )
     with_usage = _with_usage(body)
     requests = _choices(_messages(body), options, body.n or 1, body.parallel_tool_calls is False)
-    job = engine.submit(requests)
-    collected, head = Collector(job), _head(body, context, "chatcmpl", "chat.completion")
-    tokenizer = engine.lm.tokenizer if body.logprobs else None
+    job, head = engine.submit(requests), _head(body, context, "chatcmpl", "chat.completion")
+    collected = Collector(job, engine.lm.tokenizer if body.logprobs else None)
     if body.stream:
-        return EventStream(job, _chat_chunks(collected, head, tokenizer, with_usage))
-    return WholeReply(job, _chat_body(collected, head, tokenizer))
+        return EventStream(job, _chat_chunks(collected, head, with_usage))
+    return WholeReply(job, _chat_body(collected, head))
 
 
 async def completions(body: CompletionRequest, context: Context) -> Response:
@@ -164,13 +160,13 @@ async def completions(body: CompletionRequest, context: Context) -> Response:
     options = ReplyOptions(logprobs=body.logprobs, **_options(body, context))
     with_usage = _with_usage(body)
     requests = [one for prompt in prompts for one in _choices(prompt, options, choices, False)]
-    echoes = [_echo(one.prompt, engine.lm.tokenizer) if body.echo else "" for one in requests]
-    job = engine.submit(requests, "prompt")
-    collected, head = Collector(job), _head(body, context, "cmpl", "text_completion")
-    tokenizer = None if body.logprobs is None else engine.lm.tokenizer
+    texts = (one if isinstance(one, str) else engine.lm.tokenizer.decode(one) for one in prompts)
+    echoes = [text if body.echo else "" for text in texts for _ in range(choices)]
+    job, head = engine.submit(requests, "prompt"), _head(body, context, "cmpl", "text_completion")
+    collected = Collector(job, None if body.logprobs is None else engine.lm.tokenizer)
     if body.stream:
-        return EventStream(job, _text_chunks(collected, head, tokenizer, echoes, choices, with_usage))
-    return WholeReply(job, _text_body(collected, head, tokenizer, echoes, choices))
+        return EventStream(job, _text_chunks(collected, head, echoes, choices, with_usage))
+    return WholeReply(job, _text_body(collected, head, echoes, choices))
 
 
 CHAT = Endpoint("/v1/chat/completions", "Reply to a conversation", ChatRequest, _CHAT_REPLY, chat_completions)
@@ -248,18 +244,13 @@ def _prompts(value: Any, vocab: int) -> list[str | list[int]]:
     return prompts
 
 
-def _echo(prompt: Any, tokenizer: Tokenizer) -> str:
-    return prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-
-
 # What is sent
 
 
-async def _chat_body(collected: Collector, head: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """The whole reply. `tokenizer`: to tell log-probabilities, or None."""
+async def _chat_body(collected: Collector, head: dict[str, Any]) -> dict[str, Any]:
     async for _ in collected.updates():
         pass
-    choices = []
+    choices, tokenizer = [], collected.tokenizer
     for i, reply in enumerate(collected.replies):
         message: dict[str, Any] = {"role": "assistant", "content": reply.text or (None if reply.tool_calls else "")}
         if reply.thinking:
@@ -271,15 +262,13 @@ async def _chat_body(collected: Collector, head: dict[str, Any], tokenizer: Toke
     return {**head, "choices": choices, "usage": collected.usage(len(choices))}
 
 
-async def _chat_chunks(
-    collected: Collector, head: dict[str, Any], tokenizer: Tokenizer | None, with_usage: bool
-) -> AsyncIterator[bytes]:
-    """The reply as server-sent events."""
-    calls, choice = 0, -1
+async def _chat_chunks(collected: Collector, head: dict[str, Any], with_usage: bool) -> AsyncIterator[bytes]:
+    calls, choice, tokenizer = 0, -1, collected.tokenizer
+    head = {**head, "object": "chat.completion.chunk"}
 
     def chunk(delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> bytes:
         one = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return sse({**head, "object": "chat.completion.chunk", "choices": [one]})
+        return sse({**head, "choices": [one]})
 
     async for update in collected.updates():
         if update.choice > choice:
@@ -303,34 +292,24 @@ async def _chat_chunks(
         if update.reply:
             yield chunk({}, update.reply.finish_reason)
     if with_usage:
-        usage = collected.usage(len(collected.replies))
-        yield sse({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
+        yield sse({**head, "choices": [], "usage": collected.usage(len(collected.replies))})
     yield sse(b"[DONE]")
 
 
-async def _text_body(
-    collected: Collector, head: dict[str, Any], tokenizer: Tokenizer | None, echoes: list[str], choices: int
-) -> dict[str, Any]:
-    """The whole text completion."""
+async def _text_body(collected: Collector, head: dict[str, Any], echoes: list[str], choices: int) -> dict[str, Any]:
     texts = list(echoes)
     async for update in collected.updates():
         texts[update.choice] += _plain(update)
     replies = [
-        _text_choice(i, texts[i], reply.finish_reason, _text_logprobs(tokenizer, collected.answers.get(i, [])))
+        _text_choice(i, texts[i], reply.finish_reason, _text_logprobs(collected, collected.answers.get(i, [])))
         for i, reply in enumerate(collected.replies)
     ]
     return {**head, "choices": replies, "usage": collected.usage(choices)}
 
 
 async def _text_chunks(
-    collected: Collector,
-    head: dict[str, Any],
-    tokenizer: Tokenizer | None,
-    echoes: list[str],
-    choices: int,
-    with_usage: bool,
+    collected: Collector, head: dict[str, Any], echoes: list[str], choices: int, with_usage: bool
 ) -> AsyncIterator[bytes]:
-    """The text completion as server-sent events."""
     choice = -1
     async for update in collected.updates():
         if update.reading:
@@ -340,7 +319,7 @@ async def _text_chunks(
             choice, text = update.choice, echoes[update.choice] + text
         finish = update.reply.finish_reason if update.reply else None
         token = [update.token] if update.token and update.channel == "answer" else []
-        logprobs = _text_logprobs(tokenizer, token) if token else None
+        logprobs = _text_logprobs(collected, token) if token else None
         if text or finish or logprobs:
             yield sse({**head, "choices": [_text_choice(update.choice, text, finish, logprobs)]})
     if with_usage:
@@ -363,18 +342,15 @@ def _text_choice(index: int, text: str, finish: str | None, logprobs: Any) -> di
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
 
-def _text_logprobs(tokenizer: Tokenizer | None, tokens: Sequence[Token]) -> dict[str, Any] | None:
+def _text_logprobs(collected: Collector, tokens: Sequence[Token]) -> dict[str, Any] | None:
     """OpenAI's older form. Offsets count from the reply's beginning, in characters."""
-    if tokenizer is None:
+    if (tokenizer := collected.tokenizer) is None:
         return None
-    texts = [tokenizer.piece(token.id, skip_special=False).decode("utf-8", "replace") for token in tokens]
-    top = [
-        {tokenizer.piece(id, skip_special=False).decode("utf-8", "replace"): logprob(value) for id, value in token.top}
-        for token in tokens
-    ]
+    content = chat_logprobs(tokenizer, tokens)["content"]
+    texts = [entry["token"] for entry in content]
     return {
         "tokens": texts,
-        "token_logprobs": [logprob(token.logprob) for token in tokens],
-        "top_logprobs": top,
+        "token_logprobs": [entry["logprob"] for entry in content],
+        "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in content],
         "text_offset": list(accumulate((len(text) for text in texts[:-1]), initial=0)) if texts else [],
     }

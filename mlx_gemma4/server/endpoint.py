@@ -3,8 +3,6 @@
 In: HTTP requests. Out: the response of an `Endpoint`'s function, which gets the body as its model has it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -51,8 +49,9 @@ class Endpoint:
 class Collector:
     """What a job has made so far: whole replies, and what usage and log-probabilities are told of."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, tokenizer: Tokenizer | None = None) -> None:
+        """tokenizer: to tell log-probabilities, or None."""
+        self.job, self.tokenizer = job, tokenizer
         self.replies: list[Reply] = []
         self.answers: dict[int, list[Token]] = {}  # the tokens of each choice's answer
         self._thought = 0  # tokens of thinking
@@ -86,17 +85,13 @@ def reading(progress: tuple[int, int]) -> bytes:
     return b": read %d of %d tokens\n\n" % progress
 
 
-def logprob(value: float | None) -> float:
-    """A log-probability as JSON can hold it: what was impossible is -9999, as with OpenAI."""
-    return -9999.0 if value is None or not math.isfinite(value) else value
-
-
 def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict[str, Any]:
-    """Log-probabilities of tokens, as OpenAI's chat completions and responses have them."""
+    """Log-probabilities of tokens, as OpenAI's chat completions and responses have them; -9999: it was impossible."""
 
     def entry(id: int, value: float | None) -> dict[str, Any]:
         piece = tokenizer.piece(id, skip_special=False)
-        return {"token": piece.decode("utf-8", "replace"), "logprob": logprob(value), "bytes": list(piece)}
+        logprob = -9999.0 if value is None or not math.isfinite(value) else value
+        return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}
 
     content = [
         {**entry(token.id, token.logprob), "top_logprobs": [entry(*likely) for likely in token.top]} for token in tokens

@@ -104,14 +104,7 @@ class Engine:
     """Threads that make replies, and the queue before them."""
 
     def __init__(
-        self,
-        lm: LanguageModel,
-        *,
-        parallel: int = 4,
-        queue: int = 32,
-        max_kv_bytes: int | None = None,
-        kv: str = "full",
-        metrics: Metrics | None = None,
+        self, lm: LanguageModel, metrics: Metrics, parallel: int, queue: int, max_kv_bytes: int | None, kv: str
     ) -> None:
         """
         Args:
@@ -119,8 +112,7 @@ class Engine:
             queue: requests that may wait beside them.
             max_kv_bytes, kv: see PrefixCache.
         """
-        self.lm, self.parallel, self.queue = lm, parallel, queue
-        self.metrics = metrics or Metrics()
+        self.lm, self.metrics, self.parallel, self.queue = lm, metrics, parallel, queue
         self.store = PrefixCache(lm.model, max_kv_bytes, kv)
         self.draining = False
         self._waiting: deque[Job] = deque()
@@ -154,16 +146,13 @@ class Engine:
         job = Job(self, requests, field, format_field)
         with self._changed:
             if self.draining:
-                raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=10)
+                raise ApiError(503, "the server is shutting down", code="shutting_down", wait=10)
             if len(self._waiting) + len(self._running) >= self.parallel + self.queue:
                 self.metrics.refused.inc()
-                wait = round(self._seconds * len(self._waiting) / self.parallel)
-                raise ApiError(
-                    429,
-                    f"{len(self._running)} requests are being answered and {len(self._waiting)} are waiting; try later",
-                    code="rate_limit_exceeded",
-                    retry_after=min(max(wait, 1), 60),
-                )
+                running, waiting = len(self._running), len(self._waiting)
+                message = f"{running} requests are being answered and {waiting} are waiting; try later"
+                wait = min(max(round(self._seconds * waiting / self.parallel), 1), 60)
+                raise ApiError(429, message, code="rate_limit_exceeded", wait=wait)
             self._waiting.append(job)
             self._changed.notify_all()
         return job

@@ -4,22 +4,12 @@ In: a JSON object. Out: a `Body`, or an ApiError (400) whose `param` is the fiel
 Null is the same as absent. Fields that no model declares are kept, and the log names them.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    WithJsonSchema,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails
 
 from .wire import ApiError
@@ -73,13 +63,12 @@ TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Whole]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+_STOPS = {"type": "array", "maxItems": MAX_STOPS, "items": {"type": "string", "minLength": 1, "maxLength": 1000}}
 Stops = Annotated[
     list[str],
     Field(max_length=MAX_STOPS, fail_fast=True),
     AfterValidator(_check_stops),
-    WithJsonSchema(
-        {"type": "array", "maxItems": MAX_STOPS, "items": {"type": "string", "minLength": 1, "maxLength": 1000}}
-    ),
+    WithJsonSchema(_STOPS),
 ]
 ToolChoice = Literal["auto", "none", "required"]
 Arguments = Object | str | None  # of a call: an object, or JSON in a string
@@ -196,10 +185,7 @@ def _unknown(body: Body, path: str = "") -> Iterator[str]:
 def _first_error(error: ValidationError, values: dict[str, Any]) -> ApiError:
     """The first field that is wrong. Of a union, pydantic tells what each member lacks: the deepest says most."""
     errors = error.errors(include_url=False)
-    first_type = (
-        *errors[0]["loc"][:-1],
-        "type",
-    )  # a wrong type goes first: it decides which other fields there must be
+    first_type = (*errors[0]["loc"][:-1], "type")  # goes first: it decides which other fields there must be
     found = [(_path(each, values), each) for each in sorted(errors, key=lambda each: each["loc"] != first_type)]
     first = found[0][0]
     path = max((path for path, _ in found if path[: len(first)] == first), key=len)

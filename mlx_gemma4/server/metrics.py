@@ -3,8 +3,6 @@
 In: counts and times, from any thread. Out: `text`. A registry for each server, so that tests can have several.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest

@@ -3,8 +3,6 @@
 In: the endpoints. Out: `document`. Requests may hold more than it says: unknown fields are ignored.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

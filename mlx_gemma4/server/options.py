@@ -4,8 +4,6 @@ In: checked fields of a request. Out: options, and messages with their text as o
 them. What only the model or other fields show to be wrong is an ApiError that names its field.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ In: requests as OpenAI's API reference has them. Out: a response's items, whole 
 to an earlier one (`previous_response_id`, `conversation`) is refused, for nothing is kept.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import time

@@ -3,8 +3,6 @@
 In: Starlette requests and what a job yields. Out: JSON and event streams. Does not know what the fields mean.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging
@@ -30,18 +28,16 @@ _ANTHROPIC_KINDS = _OPENAI_KINDS | {404: "not_found_error", 413: "request_too_la
 
 
 class ApiError(Exception):
-    """A request that can't be answered: its status, and for its body the message, the field (`param`) and a code."""
+    """A request that can't be answered: its status, and for its body the message, the field (`param`) and a code.
+
+    `wait`: seconds after which to try again, for the header Retry-After.
+    """
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: int | None = None,
+        self, status: int, message: str, param: str | None = None, code: str | None = None, wait: int | None = None
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+        self.status, self.message, self.param, self.code, self.wait = status, message, param, code, wait
 
 
 def as_api_error(error: BaseException) -> ApiError:
@@ -60,7 +56,7 @@ def for_clients(error: BaseException, path: str) -> tuple[ApiError, dict[str, An
     other = "invalid_request_error" if found.status < 500 else None
     if path.startswith("/v1/messages"):
         if found.status == 503:  # shutting down: 529 is what these clients know
-            found = ApiError(529, found.message, retry_after=found.retry_after)
+            found = ApiError(529, found.message, wait=found.wait)
         kind = _ANTHROPIC_KINDS.get(found.status, other or "api_error")
         return found, {"type": "error", "error": {"type": kind, "message": found.message}}
     kind = _OPENAI_KINDS.get(found.status, other or "server_error")
@@ -71,7 +67,7 @@ def for_clients(error: BaseException, path: str) -> tuple[ApiError, dict[str, An
 def error_response(error: BaseException, path: str) -> Response:
     """The response to a request for `path` that failed."""
     found, body = for_clients(error, path)
-    headers = {} if found.retry_after is None else {"retry-after": str(found.retry_after)}
+    headers = {} if found.wait is None else {"retry-after": str(found.wait)}
     return json_response(body, found.status, headers)
 
 
@@ -179,16 +175,12 @@ class EventStream(Response):
     """Server-sent events as a job makes them.
 
     Nothing is sent before the first event exists, so that an earlier error has its own status. A later one is sent as
-    an event.
+    an event. The events are `sse` values, or lines that begin with ":" while a prompt is read.
     """
 
     media_type = "text/event-stream"
 
     def __init__(self, job: Cancellable, events: AsyncIterator[bytes]) -> None:
-        """
-        Args:
-            events: `sse` values; they should come soon also while a prompt is read (a line beginning with ":" will do).
-        """
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self.job, self.events = job, events

@@ -23,7 +23,7 @@ from kernel_cases import exact, random, weight
 
 from mlx_gemma4.gpu import cuda_compiler, render
 from mlx_gemma4.ops import matvec
-from mlx_gemma4.ops.epilogue import Epilogue
+from mlx_gemma4.ops.epilogue import Epilogue, Folded
 from mlx_gemma4.quant.formats import FORMATS, Packed
 
 LIMITS = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 1e-3}
@@ -105,7 +105,7 @@ def test_gate_up(name: str, dtype: mx.Dtype, launcher: render.Launcher) -> None:
     w, values = weight(name, 2 * 35, 512)
     x, norm = random(4, 2, 512, dtype=dtype), mx.abs(random(5, 512)) + 0.5
     gate, up = np.split(rms(exact(x), exact(norm)) @ values.T, 2, axis=-1)
-    got = matvec.matvec(launcher, x, w, Epilogue(glu=True, factor=1 / 16), norm=norm, config=CONFIGS[0])
+    got = matvec.matvec(launcher, x, w, Epilogue(glu=True, factor=1 / 16), Folded(norm), config=CONFIGS[0])
     close(got, gelu(gate) * up / 16, dtype)
 
 
@@ -113,7 +113,7 @@ def test_gelu_times(launcher: render.Launcher) -> None:
     """The gate of per-layer embeddings: GELU, times the token's own embedding."""
     w, values = weight("Q5_K", 40, 512)
     x, times = random(9, 2, 512, dtype=mx.float16), random(10, 2, 40, dtype=mx.float16)
-    got = matvec.matvec(launcher, x, w, times=times, config=CONFIGS[0])
+    got = matvec.matvec(launcher, x, w, folded=Folded(times=times), config=CONFIGS[0])
     close(got, gelu(exact(x) @ values.T) * exact(times), mx.float16)
 
 
@@ -121,7 +121,7 @@ def test_experts_whose_gate_and_up_are_apart(launcher: render.Launcher) -> None:
     """Up's rows of each chosen expert, then gate's: GELU, times those."""
     w, values = weight("Q4_K", 3, 24, 256)
     x, times, ids = random(9, 1, 256), random(10, 2, 24), mx.array([2, 0], mx.int32)
-    got = matvec.matvec(launcher, x, w, Epilogue(factor=1 / 16), times=times, ids=ids)
+    got = matvec.matvec(launcher, x, w, Epilogue(factor=1 / 16), Folded(times=times, ids=ids))
     want = values[[2, 0]] @ exact(x)[0]
     close(got, gelu(want) * exact(times) / 16, mx.float32)
 
@@ -144,10 +144,10 @@ def test_experts(name: str, launcher: render.Launcher) -> None:
     for rows in (1, 3):
         x = random(7, rows, k, dtype=mx.float16)
         products = np.einsum("enk,ek->en", values[[3, 0, 4]], np.broadcast_to(exact(x), (3, k)))
-        got = matvec.matvec(launcher, x, w, ids=ids, config=CONFIGS[0])
+        got = matvec.matvec(launcher, x, w, folded=Folded(ids=ids), config=CONFIGS[0])
         close(got, products, mx.float16)
         gate, up = np.split(products, 2, axis=-1)
-        got = matvec.matvec(launcher, x, w, Epilogue(glu=True), ids=ids, config=CONFIGS[1])
+        got = matvec.matvec(launcher, x, w, Epilogue(glu=True), Folded(ids=ids), config=CONFIGS[1])
         close(got, gelu(gate) * up, mx.float16)
 
 
@@ -171,7 +171,7 @@ def test_staged_x_has_no_race(name: str) -> None:
     x, norm = random(12, 1, 1280), mx.abs(random(13, 1280)) + 0.5
     config = matvec.Tiling(lanes=8, rows=4, split=3, simdgroups=6)
     want = rms(exact(x), exact(norm)) @ values.T
-    close(matvec.matvec(racing, x, w, norm=norm, config=config), want, mx.float32)
+    close(matvec.matvec(racing, x, w, folded=Folded(norm), config=config), want, mx.float32)
 
 
 def test_cuda_text_keeps_threadgroup_memory_shared() -> None:

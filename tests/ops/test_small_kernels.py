@@ -16,7 +16,7 @@ from kernel_cases import DTYPES, check, eager, metal, normal, racing
 
 from mlx_gemma4.files.gguf import TENSOR_TYPES
 from mlx_gemma4.ops import attention, choose, dense, embed, norms, qkv
-from mlx_gemma4.ops.epilogue import Epilogue, product_reference
+from mlx_gemma4.ops.epilogue import Epilogue, Folded, product_reference
 from mlx_gemma4.quant import formats
 
 EPS = 1e-6
@@ -206,14 +206,12 @@ def check_qkv(
     old = (normal(g, attention.TAIL, dim, dtype=kv_dtype, seed=s) for s in (3, 4))
     tail = tuple(mx.where(used, a, mx.array(float("nan"), kv_dtype)) for a in old)
     alone = kind == "q alone"
-    arguments = (
+    arrays = qkv.QKVArrays(
         *(q, k, v, 1 + normal(dim, seed=5), None if alone else 1 + normal(dim, seed=6), rope),
         *(None if alone else tail, None if alone else mx.array([count], mx.int32)),
     )
-    options = {"heads": h, "kv_heads": g, "eps": EPS, "dtype": kv_dtype}
-    options |= {"value_norm": kind != "gemma3", "v_is_k": kind.startswith("k=v")}
-    got = qkv.qkv_post(launcher, *arguments, **options)
-    want = qkv.qkv_post_reference(*arguments, **options)
+    options = qkv.QKVOptions(h, g, EPS, kv_dtype, value_norm=kind != "gemma3", v_is_k=kind.startswith("k=v"))
+    got, want = qkv.qkv_post(launcher, arrays, options), qkv.qkv_post_reference(arrays, options)
     limit = kv_dtype if dtype == mx.float32 else dtype
     check(got[0], want[0], limit)
     assert (got[1] is None) == alone == (want[1] is None)
@@ -257,7 +255,7 @@ def test_rotations_turn_as_stock_rope() -> None:
     x, norm, position = normal(3, 2 * 64), mx.ones(64), mx.array([777], mx.int32)
     rope = qkv.rotations_reference(position, wavelengths(64), tokens=3)
     got, *_ = qkv.qkv_post_reference(
-        x, None, None, norm, None, rope, None, None, heads=2, kv_heads=1, eps=EPS, dtype=mx.float32
+        qkv.QKVArrays(x, None, None, norm, None, rope, None, None), qkv.QKVOptions(2, 1, EPS, mx.float32)
     )
     heads = mx.fast.rms_norm(x.reshape(1, 3, 2, 64), norm, EPS).swapaxes(1, 2)
     options: dict[str, Any] = {"traditional": False, "base": None, "scale": 1.0, "offset": 777}
@@ -280,8 +278,8 @@ def add_norm(
         "scale": {"scale": mx.array([0.37])},
         "experts": {"experts": (normal(tokens, 3, k, dtype=dtypes[1], seed=7), share, norm1, norm2)},
     }
-    chosen = {"eps": EPS, **{name: a for option in options for name, a in kwargs[option].items()}}
-    got, want = norms.add_norm(launcher, x, h, post, **chosen), norms.add_norm_reference(x, h, post, **chosen)
+    chosen = norms.NormOptions(EPS, **{name: a for option in options for name, a in kwargs[option].items()})
+    got, want = norms.add_norm(launcher, x, h, post, chosen), norms.add_norm_reference(x, h, post, chosen)
     check(got[0], want[0], dtypes[0])
     if "next" in options:
         check(got[1], want[1], dtypes[1])
@@ -322,11 +320,10 @@ def test_dense(dtype: mx.Dtype, w_dtype: mx.Dtype) -> None:
 def test_dense_with_norm_and_times(dtype: mx.Dtype) -> None:
     """The router's product, and the gate of the per-layer embedding."""
     x, w = normal(2, 264, dtype=dtype) * 5, normal(33, 264, seed=1) * 0.1
-    epilogue = Epilogue(factor=264**-0.5, out=mx.float32, eps=EPS)
-    router: dict[str, Any] = {"epilogue": epilogue, "norm": 1 + normal(264, seed=2)}
-    check(dense.dense(metal, x, w, **router), product_reference(x, w, **router), mx.float32)
-    gate: dict[str, Any] = {"times": normal(2, 33, dtype=dtype, seed=3), "epilogue": Epilogue(factor=1 / 16)}
-    check(dense.dense(metal, x, w, **gate), product_reference(x, w, **gate), dtype)
+    router = Epilogue(factor=264**-0.5, out=mx.float32, eps=EPS), Folded(norm=1 + normal(264, seed=2))
+    check(dense.dense(metal, x, w, *router), product_reference(x, w, *router), mx.float32)
+    gate = Epilogue(factor=1 / 16), Folded(times=normal(2, 33, dtype=dtype, seed=3))
+    check(dense.dense(metal, x, w, *gate), product_reference(x, w, *gate), dtype)
 
 
 # ---------------------------------------------------------------- choices
@@ -430,6 +427,6 @@ def test_no_races_and_no_access_out_of_bounds() -> None:
     ids, weights = mx.array([3, 0, 4], mx.int32), table("Q6_K", 5, 512)
     embed.embed(racing, ids, weights, 7.5)
     embed.ple_inputs(racing, ids, normal(3, 512), normal(256), weights, 1.0, eps=EPS)
-    dense.dense(racing, normal(2, 40), normal(5, 40), norm=normal(40), times=normal(2, 5))
+    dense.dense(racing, normal(2, 40), normal(5, 40), folded=Folded(normal(40), normal(2, 5)))
     choose.top_k(racing, normal(4, 60), 8)
     choose.argmax(racing, normal(2, 5000))
