@@ -99,7 +99,7 @@ def tilings(k: int) -> list[Tiling]:
 
 def tune(model: str, p: Product, launcher: Launcher) -> float:
     """Print the lines of one shape. Return the largest difference from the default tiling's result."""
-    x, w, *options = product_inputs(p, None)
+    x, w, epilogue, folded = product_inputs(p, None)
     assert isinstance(w, Packed)
     copies: list[Packed] = [w]
     for _ in range(min(64, int(COPIES // w.nbytes))):
@@ -109,13 +109,13 @@ def tune(model: str, p: Product, launcher: Launcher) -> float:
     mx.eval(x, [a for c in copies for a in (c.codes, c.group_scales, c.block_scales) if a is not None])
     own = tiling(w.format, p.shape[-2] * (p.used or 1), p.shape[-1], p.tokens)
     n_bytes = w.nbytes * p.used // w.shape[0] if p.used else w.nbytes
-    want = matvec(launcher, x, w, *options, config=own).astype(mx.float32)
+    want = matvec(launcher, x, w, epilogue, folded, config=own).astype(mx.float32)
     results: list[tuple[float, Tiling]] = []
     worst = 0.0
     for config in dict.fromkeys([own, *tilings(p.shape[-1])]):
 
         def call(launcher: Launcher, v: mx.array, i: int, config: Tiling = config) -> Any:
-            return matvec(launcher, v, copies[i % len(copies)], *options, config=config)
+            return matvec(launcher, v, copies[i % len(copies)], epilogue, folded, config=config)
 
         got = call(launcher, x, 0).astype(mx.float32)
         difference: Any = (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item()

@@ -250,20 +250,18 @@ def launches(model: Model, state: KVState) -> int | None:
 def host_time(model: Model, state: KVState, steps: int = 9) -> float:
     """Seconds of host time to build and schedule one step, without waiting for it: the median of several."""
     state, token, times = state.fork(), mx.array([1]), []
-    if model.replays:
-        step = model.step(1, state)
-        for _ in range(steps):
-            start = time.perf_counter()
-            step = model.step(step, state)
-            times.append(time.perf_counter() - start)
-            step.token()
-        return median(times)
+    step = model.step(1, state) if model.replays else None
     for _ in range(steps):
         start = time.perf_counter()
-        with execution():
-            token = mx.argmax(model.forward(token, state))[None]
-            mx.async_eval(token)
+        if step:
+            step = model.step(step, state)
+        else:
+            with execution():
+                token = mx.argmax(model.forward(token, state))[None]
+                mx.async_eval(token)
         times.append(time.perf_counter() - start)
+        if step:
+            step.token()
         mx.eval(token)
     return median(times)
 
@@ -351,8 +349,7 @@ def table(result: dict[str, Any]) -> Iterator[str]:
         if v["llama.cpp"]:
             shown += [_shown(c["llama_cpp"], 1, ".1f"), _shown(c["ratio"], 1, ".3f")]
             shown.append(_shown(c.get("llama_cpp_kv_memory"), 1e-6, ".1f"))
-        title = f"{'prompt of' if c['kind'] == 'prefill' else 'reply at'} {c['context']}"
-        yield f"{title:<18}" + "".join(f"{s:>10}" for s in shown)
+        yield f"{Cell(c['kind'], c['context']).title:<18}" + "".join(f"{s:>10}" for s in shown)
 
 
 def _shown(value: float | None, times: int | float, form: str, suffix: str = "") -> str:

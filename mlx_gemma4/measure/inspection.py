@@ -83,11 +83,10 @@ def inspect(path: Path, context: int | None = None) -> Report:
         context = min(DEFAULT_CONTEXT, config.context)
     if context > config.context:
         raise InputError(f"--context {context}: the model's own is {config.context}; take no more")
-    rows: dict[str, TypeRow] = {}
-    for entry in entries.values():
-        row = rows.get(entry.type, TypeRow(entry.type, 0, 0, 0))
-        total = row.weights + prod(entry.shape), row.n_bytes + entry.n_bytes
-        rows[entry.type] = TypeRow(entry.type, row.tensors + 1, *total)
+    rows = []
+    for type in dict.fromkeys(entry.type for entry in entries.values()):
+        some = [entry for entry in entries.values() if entry.type == type]
+        rows.append(TypeRow(type, len(some), sum(prod(e.shape) for e in some), sum(e.n_bytes for e in some)))
     wanted = tensor_specs(config)
     used = {name: entry for name, entry in entries.items() if name in wanted}
     weights, available = sum(e.n_bytes for e in used.values()), available_memory()
@@ -97,7 +96,7 @@ def inspect(path: Path, context: int | None = None) -> Report:
         sum(e.n_bytes for e in entries.values()),
         name,
         config,
-        sorted(rows.values(), key=lambda r: -r.n_bytes),
+        sorted(rows, key=lambda r: -r.n_bytes),
         [name for name in entries if name not in wanted],
         _problems(entries, wanted),
         context,

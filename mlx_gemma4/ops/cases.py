@@ -47,10 +47,9 @@ class Product:
 
     def __str__(self) -> str:
         folded = [name for name in ("norm", "glu", "times") if getattr(self, name)]
+        used = [f"{self.used} used"] if self.used else []
         tokens = [f"T={self.tokens}"] if self.tokens > 1 else []
-        return " ".join(
-            ["x".join(map(str, self.shape)), *([f"{self.used} used"] if self.used else []), *folded, *tokens]
-        )
+        return " ".join(["x".join(map(str, self.shape)), *used, *folded, *tokens])
 
 
 @dataclass(frozen=True)

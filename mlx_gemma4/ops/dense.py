@@ -42,8 +42,8 @@ DENSE = Op("dense", dense, product_reference)
 @cases
 def dense_cases(s: Sizes) -> Iterator[Check]:
     def make(p: Product) -> Case:
-        x, w, *options = product_inputs(p, s.rows)
-        return case(DENSE, w.nbytes, x, w, *options)
+        x, w, epilogue, folded = product_inputs(p, s.rows)
+        return case(DENSE, w.nbytes, x, w, epilogue, folded)
 
     for p in dict.fromkeys(s.products):
         if p.type in FLOATS:

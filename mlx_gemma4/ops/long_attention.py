@@ -111,7 +111,7 @@ def _prepared(
     (tokens, heads, dim), (kv_heads, lengths, _) = shape, parts
     rows, total = heads // kv_heads * tokens, tokens * heads
     config = config or long_launch_config(lengths, rows, kv_heads, dim)
-    defines = {"D": dim, "GQA": heads // kv_heads, "SG": config.simdgroups, "TILES": config.tiles}
+    defines: dict[str, Any] = {"D": dim, "GQA": heads // kv_heads, "SG": config.simdgroups, "TILES": config.tiles}
     defines |= {"SHARE": 16 * config.simdgroups * config.share, "BATCH": config.batch, "RESIDENT": config.resident}
     described, absent = parts.describe()
     defines |= {"SCALE": float(scale), **described}

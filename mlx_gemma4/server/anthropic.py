@@ -130,10 +130,10 @@ _REPLY = {
 async def messages(body: MessagesRequest, context: Context) -> Response:
     """Reply to a conversation, whole or as events."""
     request = read_request(body, context.engine.lm)
-    id, job = f"msg_{uuid.uuid4().hex[:24]}", context.engine.submit([request], format_field="output_config.format")
-    if body.stream:
-        return EventStream(job, _events(id, body.model, job))
-    return WholeReply(job, _whole(id, body.model, job))
+    job = context.engine.submit([request], format_field="output_config.format")
+    head: dict[str, Any] = {"id": f"msg_{uuid.uuid4().hex[:24]}", "type": "message", "role": "assistant"}
+    head |= {"model": body.model, "content": [], "stop_reason": None, "stop_sequence": None}
+    return EventStream(job, _events(head, job)) if body.stream else WholeReply(job, _whole(head, job))
 
 
 async def count_tokens(body: CountRequest, context: Context) -> Response:
@@ -230,21 +230,18 @@ def _tool_choice(choice: Choice | None, names: list[str]) -> tuple[str, bool]:
 # What is sent
 
 
-async def _whole(id: str, model: str, job: Job) -> dict[str, Any]:
+async def _whole(head: dict[str, Any], job: Job) -> dict[str, Any]:
     """The whole reply, its blocks in the order in which they were made."""
     blocks, reply = _Blocks(), Reply()
     async for update in job.updates():
         reply = update.reply or reply
         for event in update.events:
             list(blocks.push(event))
-    return _message(id, model, _usage(reply.statistics)) | {
-        "content": blocks.content,
-        **_ending(reply, job.requests[0]),
-    }
+    made = {"content": blocks.content, **_ending(reply, job.requests[0]), "usage": _usage(reply.statistics)}
+    return head | made
 
 
 def _ending(reply: Reply, request: GenerationRequest) -> dict[str, Any]:
-    """Why the reply ended."""
     reason = {"tool_calls": "tool_use"}.get(reply.finish_reason, "end_turn")
     if reply.stop_string is not None:
         reason = "stop_sequence"
@@ -252,19 +249,6 @@ def _ending(reply: Reply, request: GenerationRequest) -> dict[str, Any]:
         cut_by_context = reply.statistics.reply_tokens < (request.options.max_tokens or 0)
         reason = "model_context_window_exceeded" if cut_by_context else "max_tokens"
     return {"stop_reason": reason, "stop_sequence": reply.stop_string}
-
-
-def _message(id: str, model: str, usage: dict[str, int]) -> dict[str, Any]:
-    return {
-        "id": id,
-        "type": "message",
-        "role": "assistant",
-        "model": model,
-        "content": [],
-        "stop_reason": None,
-        "stop_sequence": None,
-        "usage": usage,
-    }
 
 
 def _kind(event: Event) -> str:
@@ -288,7 +272,7 @@ def _usage(statistics: Statistics) -> dict[str, int]:
     }
 
 
-async def _events(id: str, model: str, job: Job) -> AsyncIterator[bytes]:
+async def _events(head: dict[str, Any], job: Job) -> AsyncIterator[bytes]:
     """A reply's events, as it is made. While the prompt is read, a ping for every chunk of it."""
     begun = False
     blocks = _Blocks()
@@ -296,8 +280,7 @@ async def _events(id: str, model: str, job: Job) -> AsyncIterator[bytes]:
         if not begun:
             begun = True
             tokens = update.reading[1] if update.reading else 0
-            start = {"input_tokens": tokens, "output_tokens": 0}
-            yield _event("message_start", message=_message(id, model, start))
+            yield _event("message_start", message=head | {"usage": {"input_tokens": tokens, "output_tokens": 0}})
             yield _event("ping")
         elif update.reading:
             yield _event("ping")
@@ -307,9 +290,8 @@ async def _events(id: str, model: str, job: Job) -> AsyncIterator[bytes]:
         if update.reply:
             for made in blocks.close():
                 yield made
-            yield _event(
-                "message_delta", delta=_ending(update.reply, job.requests[0]), usage=_usage(update.reply.statistics)
-            )
+            ending, usage = _ending(update.reply, job.requests[0]), _usage(update.reply.statistics)
+            yield _event("message_delta", delta=ending, usage=usage)
             yield _event("message_stop")
 
 

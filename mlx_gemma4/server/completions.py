@@ -193,7 +193,6 @@ def _head(body: fields.OpenAIRequest, context: Context, prefix: str, kind: str) 
 
 
 def _messages(body: ChatRequest) -> list[dict[str, Any]]:
-    """The conversation as chat templates want it."""
     messages: list[dict[str, Any]] = []
     names: dict[str | None, str] = {}  # of called functions, by the call's id
     for message in body.messages:

@@ -15,9 +15,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "mlx_gemma4_requests", "HTTP requests answered.", ["path", "status"], registry=self.registry
-        )
+        self.requests = self._counter("requests", "HTTP requests answered.", "path", "status")
         self.refused = self._counter("refused", "Requests refused because the queue was full.")
         self.cancelled = self._counter("cancelled", "Requests whose client went away while they were answered.")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens read.")
@@ -34,8 +32,8 @@ class Metrics:
         """All of it, in the exposition format 0.0.4."""
         return generate_latest(self.registry)
 
-    def _counter(self, name: str, about: str) -> Counter:
-        return Counter(f"mlx_gemma4_{name}", about, registry=self.registry)
+    def _counter(self, name: str, about: str, *labels: str) -> Counter:
+        return Counter(f"mlx_gemma4_{name}", about, labels, registry=self.registry)
 
     def _histogram(self, name: str, about: str) -> Histogram:
         return Histogram(f"mlx_gemma4_{name}", about, buckets=_BOUNDS, registry=self.registry)
