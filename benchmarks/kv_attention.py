@@ -176,19 +176,20 @@ def configs(kind: str, heads: tuple[int, int], layer: Layer, tune: bool) -> list
         lengths.append(TAIL)
         found.append(attention.launch_config(lengths, rows, kv_heads))
         if tune:
+            own = long_attention.long_launch_config(lengths, rows, kv_heads, DIM)
             options: list[dict[str, Any]] = [
-                {"waves": 2},
-                {"waves": 0.5},
-                {"resident": 1, "batch": 8},
-                {"simdgroups": 4, "batch": 4},
-                {"simdgroups": 4, "batch": 8, "resident": 3},
-                {"simdgroups": 2, "batch": 4, "resident": 4},
+                {"share": max(1, own.share // 2)},
+                {"share": 2 * own.share},
+                {"resident": 1, "batch": 8, "share": 2 * own.share},
+                {"simdgroups": 4, "batch": 4, "resident": 4, "share": own.share},
+                {"simdgroups": 4, "batch": 8, "resident": 3, "share": 4 * own.share // 3},
+                {"simdgroups": 2, "batch": 4, "resident": 4, "share": 4 * own.share},
                 {"batch": 4},
                 {"batch": 8},
             ]
-            options += [{"tiles": 1}, {"simdgroups": 4, "batch": 4, "resident": 3}] if rows > 8 else []
-            made = [long_attention.long_launch_config(lengths, rows, kv_heads, DIM, **o) for o in options]
-            own = long_attention.long_launch_config(lengths, rows, kv_heads, DIM)
+            three = {"simdgroups": 4, "batch": 4, "resident": 3, "share": 4 * own.share // 3}
+            options += [{"tiles": 1, "share": 2 * own.share}, three] if rows > 8 else []
+            made = [replace(own, **o) for o in options]
             found += [config for config in dict.fromkeys(made) if config != own]
             found += [replace(own, merging=n) for n in (8, 16, 32) if n != own.merging]
     elif tune:

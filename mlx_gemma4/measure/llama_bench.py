@@ -3,20 +3,15 @@
 In: the program's path, a GGUF and a `BenchPlan`. Out: its samples, in tokens per second, as it makes them.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import InputError
-
-if TYPE_CHECKING:
-    from .bench import BenchPlan
-
+from .bench import BenchPlan
 
 KV_BUFFER = re.compile(r"KV buffer size = +([0-9.]+) MiB")  # several per context: with and without a window
 IS_IT = "is this llama-bench, with -o jsonl and -d?"

@@ -30,14 +30,10 @@ class LaunchConfig:
     keys: int = 4  # tokens a lane scores at once
     threadgroups: int = 0  # that share the length, at most about so many; 0: it is one piece, which needs no merge
 
-    @property
-    def block(self) -> int:
-        """Tokens that a threadgroup takes at a time."""
-        return 4 * self.keys * self.simdgroups
-
     def blocks(self, lengths: Sequence[int], share: int = 1) -> int:
         """Pieces of `share` blocks in parts with room for so many tokens: none lies in two parts."""
-        return sum(-(-length // (self.block * share)) for length in lengths)
+        block = 4 * self.keys * self.simdgroups  # tokens that a threadgroup takes at a time
+        return sum(-(-length // (block * share)) for length in lengths)
 
     def share(self, lengths: Sequence[int], across: int) -> int:
         """Blocks of a piece, for `across` threadgroups to work on each piece."""

@@ -35,29 +35,17 @@ class LongLaunchConfig:
 
 
 def long_launch_config(
-    lengths: Sequence[int],
-    rows: int,
-    kv_heads: int,
-    dim: int,
-    *,
-    simdgroups: int = 8,
-    tiles: int = 0,
-    batch: int = 0,
-    resident: int = 0,
-    waves: float = 1.0,
-    gpu: Tuning | None = None,
+    lengths: Sequence[int], rows: int, kv_heads: int, dim: int, gpu: Tuning | None = None
 ) -> LongLaunchConfig:
     """The configuration for `rows` queries a KV head over parts with these capacities.
 
     The smallest pieces of which a large GPU holds all at once (one wave); what is smaller would be more to merge. As
     many threadgroups as fill a core with 16 simdgroups of 128 registers each: two tiles of queries take so many that
-    loads come in smaller batches. The options are for measurements; 0: what follows from the rest.
+    loads come in smaller batches.
     """
-    simdgroups = max(n for n in range(1, simdgroups + 1) if dim // 64 % n == 0)
-    tiles = tiles or (1 if rows <= 8 else 2)
-    batch = batch if batch and dim // 16 % batch == 0 else 8 if tiles == 1 and dim % 128 == 0 else 4
-    resident = resident or 16 // simdgroups
-    across, room = -(-rows // (8 * tiles)) * kv_heads, int((gpu or this_gpu()).cores * resident * waves)
+    simdgroups, tiles = max(n for n in range(1, 9) if dim // 64 % n == 0), 1 if rows <= 8 else 2
+    batch, resident = 8 if tiles == 1 and dim % 128 == 0 else 4, 16 // simdgroups
+    across, room = -(-rows // (8 * tiles)) * kv_heads, (gpu or this_gpu()).cores * resident
     share = max(1, sum(lengths) * across // (16 * simdgroups * room))
     config = LongLaunchConfig(simdgroups, tiles, share, batch, resident)
     while config.pieces(lengths) * across > room and config.pieces(lengths) > len(lengths):

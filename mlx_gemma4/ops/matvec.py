@@ -78,10 +78,8 @@ def _even(chunks: int, lanes: int) -> float:
 
 def _worth(gpu: Tuning, n: int, chunks: int, lanes: int, rows: int, split: int) -> float:
     """A figure of merit for a split: even lanes, full waves of threadgroups, steps enough to pay for the first."""
-    steps, waves = (
-        -(-chunks // (lanes * split)),
-        n * split * lanes / (32 * rows) / (gpu.cores * gpu.simdgroups_per_core * 2 // rows),
-    )
+    steps = -(-chunks // (lanes * split))
+    waves = n * split * lanes / (32 * rows) / (gpu.cores * gpu.simdgroups_per_core * 2 // rows)
     filled: float = (waves / math.ceil(waves)) ** gpu.last_wave if waves > 1 else waves**0.5
     return _even(chunks, lanes * split) * filled * steps / (steps + gpu.step_overhead) if waves < 1.2 else 0.0
 

@@ -146,8 +146,12 @@ def _by_kernel(
     if shape[-1] % layout.size or total != prod(shape) // layout.size * layout.n_bytes:
         raise ValueError(f"{total} bytes of {type} are no tensor of shape {shape}")
     step = PIECE // layout.n_bytes * layout.n_bytes
-    whole = _empty(total, type) if total > step else {}
+    whole: Planes = {}
     made: Planes = {}
+    if total > step:  # there before any blocks are, for the reason at the end
+        planes = _planes(type).items()
+        whole = {name: mx.zeros((total // layout.n_bytes * n,), dtype) for name, (n, dtype) in planes}
+        mx.eval(whole)
     for start in range(0, total, step):
         stop = min(start + step, total)
         piece = _copied(slabs, start, stop)  # while the GPU is at the one before
@@ -164,20 +168,12 @@ def _by_kernel(
         whole = made
     rows, per_row = shape[:-1], shape[-1] // layout.size
     shapes = {"block_scales": (*rows, per_row, len(layout.block_scales))}
-    planes = {name: a.reshape(shapes.get(name, (*rows, -1))) for name, a in whole.items()}
-    mx.eval(planes)
+    shaped = {name: a.reshape(shapes.get(name, (*rows, -1))) for name, a in whole.items()}
+    mx.eval(shaped)
     del made, whole
     # On NVIDIA, MLX's cache has the blocks' memory, which is the host's too; a later result must not lie in it.
     mx.clear_cache()
-    return Packed(form, shape, planes["codes"], planes.get("group_scales"), planes.get("block_scales"))
-
-
-def _empty(total: int, type: str) -> Planes:
-    """Planes for `total` bytes of blocks, there before any blocks are, for the reason at the end of `_by_kernel`."""
-    blocks = total // FORMATS[type].layout.n_bytes
-    whole = {name: mx.zeros((blocks * n,), dtype) for name, (n, dtype) in _planes(type).items()}
-    mx.eval(whole)
-    return whole
+    return Packed(form, shape, shaped["codes"], shaped.get("group_scales"), shaped.get("block_scales"))
 
 
 def _place(made: Planes, whole: Planes, start: int, type: str) -> None:
