@@ -4,8 +4,6 @@ In: two functions of the same arguments. Out: an `Op` that `dispatch.Kernels` ru
 this folder declares its own. Knows no backend.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +23,7 @@ class OpKey(NamedTuple):
         return f"{self.op} {self.variant}".rstrip()
 
     @classmethod
-    def parse(cls, text: str) -> OpKey:
+    def parse(cls, text: str) -> "OpKey":
         """The key that prints as `text`."""
         op, _, variant = text.partition(" ")
         return cls(op, variant)

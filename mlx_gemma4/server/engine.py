@@ -5,8 +5,6 @@ token and chunk by chunk (`execution()` serves them in order of arrival), so a s
 one. A cancelled job leaves its thread within one token, or one chunk of a prompt.
 """
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import time
@@ -57,7 +55,7 @@ class _Cancelled(Exception):
 class Job:
     """One HTTP request: replies made one after the other. Its updates are for the event loop that submitted it."""
 
-    def __init__(self, engine: Engine, requests: Sequence[GenerationRequest], field: str, format_field: str) -> None:
+    def __init__(self, engine: "Engine", requests: Sequence[GenerationRequest], field: str, format_field: str) -> None:
         self.engine, self.requests, self.field = engine, requests, field
         self.cancelled = False
         self.submitted = time.monotonic()

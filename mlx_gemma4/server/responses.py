@@ -268,7 +268,6 @@ class _Output:
 
 
 def _finished(head: dict[str, Any], collected: Collector, output: _Output) -> dict[str, Any]:
-    """The response as it is in the end."""
     usage = collected.usage(1)
     cut = collected.replies[0].finish_reason == "length"
     if cut and output.items:
