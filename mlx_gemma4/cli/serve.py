@@ -17,15 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from ..errors import InputError
-from .options import (
-    SamplingOf,
-    echo,
-    kv_option,
-    load_with_progress,
-    model_option,
-    output_options,
-    sampling_options,
-)
+from .options import SamplingOf, echo, kv_option, load_with_progress, model_option, output_options, sampling_options
 
 if TYPE_CHECKING:
     import uvicorn
@@ -96,12 +88,7 @@ def serve(
     for name in ("httpx", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.WARNING)
     settings = Settings(
-        host=host,
-        api_key=api_key or None,
-        parallel=parallel,
-        queue=queue,
-        max_tokens=max_tokens,
-        kv=kv,
+        host=host, api_key=api_key or None, parallel=parallel, queue=queue, max_tokens=max_tokens, kv=kv
     )
     listening = _listen(host, port)  # before the model is loaded, so that an error shows at once
     lm, _ = load_with_progress(model)

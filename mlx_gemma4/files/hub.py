@@ -199,13 +199,7 @@ def _whole(snapshot: Path, files: Sequence[str]) -> bool:
 
 def _fetch_file(repo: str, file: str, commit: str, count: Callable[[int], None]) -> Path:
     """Return the path of one file of a repository in the cache; download it if necessary."""
-    from huggingface_hub import (
-        get_hf_file_metadata,
-        get_token,
-        hf_hub_download,
-        hf_hub_url,
-        try_to_load_from_cache,
-    )
+    from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     here = try_to_load_from_cache(repo, file, revision=commit)
     if not isinstance(here, str):
