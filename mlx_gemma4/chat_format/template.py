@@ -237,7 +237,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         )
         marked = jinja2.pass_context(lambda _context, value: _marked(value))  # so that no result is compiled in
         self.filters.update(tojson=_tojson, _counted=_counted, _bounded=_bounded, _marked=marked)
-        self.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+        self.globals.update(raise_exception=_raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
         """Parse, and have all loops counted, all operands of + and ~ bounded, and strings compared with stand-ins."""
@@ -317,10 +317,6 @@ def _tojson(
 
 def _raise_exception(message: str) -> None:
     raise InputError(f"the model's chat template refuses these messages: {message}")
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
 
 
 @functools.lru_cache(maxsize=16)

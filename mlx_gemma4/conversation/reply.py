@@ -361,10 +361,8 @@ def as_held(tokenizer: Tokenizer, ids: list[int], held: list[int]) -> list[int]:
 def _runs(tokenizer: Tokenizer, ids: list[int]) -> Iterator[list[int]]:
     """Split into control tokens, one by one, and the stretches of text between them."""
     for control, run in groupby(ids, tokenizer.control_ids.__contains__):
-        if control:
-            yield from ([token] for token in run)
-        else:
-            yield list(run)
+        tokens = list(run)
+        yield from ([token] for token in tokens) if control else [tokens]
 
 
 def _spelled(tokenizer: Tokenizer, ids: list[int]) -> bytes:

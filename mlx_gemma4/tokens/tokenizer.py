@@ -22,7 +22,6 @@ This module knows nothing about chat: see chat_format.
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from ..errors import InputError
+from ..paths import read_object
 
 SPACE = "\u2581"  # SentencePiece's form of a space
 # Values of tokenizer.ggml.token_type.
@@ -65,21 +65,12 @@ class Splitter:
         done = 0
         for match in self._starts.finditer(text) if self._starts else ():
             at = match.start()
-            found = self._longest(text, at) if at >= done else 0
+            candidates = (text[at : at + n] for n in self._lengths[text[at]])
+            found = next((c for c in candidates if c in self._ids), None) if at >= done else None
             if found:
-                if at > done:
-                    parts.append(text[done:at])
-                parts.append(self._ids[text[at : at + found]])
-                done = at + found
-        if done < len(text):
-            parts.append(text[done:])
-        return parts
-
-    def _longest(self, text: str, at: int) -> int:
-        for length in self._lengths[text[at]]:
-            if text[at : at + length] in self._ids:
-                return length
-        return 0
+                parts += [text[done:at], self._ids[found]] if at > done else [self._ids[found]]
+                done = at + len(found)
+        return [*parts, text[done:]] if done < len(text) else parts
 
 
 class Tokenizer:
@@ -162,10 +153,9 @@ class Tokenizer:
         """Return the UTF-8 bytes of one id, perhaps only a part of a character."""
         if skip_special and token in self.control_ids:
             return b""
-        cached = self._pieces.get(token)
-        if cached is None:
-            cached = self._pieces[token] = self._make_piece(token)
-        return cached
+        if token not in self._pieces:
+            self._pieces[token] = self._make_piece(token)
+        return self._pieces[token]
 
     def _make_piece(self, token: int) -> bytes:
         if not 0 <= token < self.vocab_size:
@@ -373,7 +363,7 @@ def _from_folder(folder: Path) -> Tokenizer:
 
 
 def _folder_tokenizer(folder: Path, tokens: list[str], types: list[int], engine: tokenizers.Tokenizer) -> Tokenizer:
-    config, generation = _json(folder / "tokenizer_config.json"), _json(folder / "generation_config.json")
+    config, generation = _object(folder / "tokenizer_config.json"), _object(folder / "generation_config.json")
     bos = config.get("bos_token")
     bos = bos.get("content") if isinstance(bos, dict) else bos
     eos = generation.get("eos_token_id")
@@ -393,14 +383,5 @@ def _folder_tokenizer(folder: Path, tokens: list[str], types: list[int], engine:
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, {} if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} isn't JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object")
-    return value
+def _object(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.is_file() else {}
