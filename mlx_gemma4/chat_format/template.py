@@ -272,12 +272,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         sizes = [x if isinstance(x, int) else len(x) if hasattr(x, "__len__") else 1 for x in (left, right)]
         numbers = isinstance(left, int | float) and isinstance(right, int | float)
-        if operator == "*" and not numbers and sizes[0] * sizes[1] > _MAX_TEXT:
+        repeats = operator == "*" and not numbers and sizes[0] * sizes[1] > _MAX_TEXT
+        if repeats or (operator == "%" and isinstance(left, str) and re.search(r"\d{6}|\*", left)):
             raise InputError("the model's chat template makes too long a string: its code may be broken")
         if operator == "**" and abs(sizes[1]) > 64:
             raise InputError("the model's chat template makes too large a number: its code may be broken")
-        if operator == "%" and isinstance(left, str) and re.search(r"\d{6}|\*", left):
-            raise InputError("the model's chat template makes too long a string: its code may be broken")
         return super().call_binop(context, operator, left, right)
 
 

@@ -387,17 +387,14 @@ def _cut(stops: StopStrings, events: list[Event], *, last: bool = False) -> list
     for event in events:
         if isinstance(event, Text):
             text, stopped = stops.push(event.text)
-            found += [Text(text)] if text else []
+            found.append(Text(text))
             if stopped:
-                return found
+                break
         else:
-            found += [*_held_back(stops), event]
-    return found + (_held_back(stops) if last else [])
-
-
-def _held_back(stops: StopStrings) -> list[Event]:
-    text = stops.finish()
-    return [Text(text)] if text else []
+            found += [Text(stops.finish()), event]
+    if last:
+        found.append(Text(stops.finish()))
+    return [event for event in found if event != Text("")]
 
 
 def _constraint(lm: LanguageModel, options: ReplyOptions) -> Constraint | None:

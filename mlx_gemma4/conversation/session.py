@@ -148,12 +148,10 @@ class Session:
 
     def rewind(self) -> None:
         """Remove from the state what the messages don't hold. Each reply begins with this, too."""
-        if not self.state.length:
-            return
-        ids: list[int] = []
-        if any(message.get("role") != "system" for message in self.messages):
-            ids = prompt_ids(self.lm, self.messages, self.options, reply=False)
-        go_back(self.state, as_held(self.lm.tokenizer, ids, self.state.tokens))
+        if self.state.length:
+            begun = any(message.get("role") != "system" for message in self.messages)
+            ids = prompt_ids(self.lm, self.messages, self.options, reply=False) if begun else []
+            go_back(self.state, as_held(self.lm.tokenizer, ids, self.state.tokens))
 
     def save(self, path: str | Path, *, state: bool = True) -> None:
         """Write the conversation as JSON to `path`, and the KV state to a file beside it, `path` with `.kv` added.
@@ -238,10 +236,8 @@ def _state_file(path: Path) -> Path:
 
 
 def _read_state(lm: LanguageModel, path: Path) -> KVState | None:
-    if not path.is_file():
-        return None
     try:
-        return lm.model.load_state(path)
+        return lm.model.load_state(path) if path.is_file() else None
     except InputError as error:
         log.warning("%s The conversation is read again instead.", error)
         return None

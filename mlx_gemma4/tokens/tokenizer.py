@@ -222,13 +222,11 @@ class _Vocab:
 
     def __init__(self, tokens: list[str], types: list[int]) -> None:
         self.ids = {text: i for i, text in enumerate(tokens)}
-        if len(self.ids) != len(tokens):
-            twice = len(tokens) - len(self.ids)
+        if twice := len(tokens) - len(self.ids):
             raise InputError(f"the tokenizer lists {twice} tokens twice: convert the model again")
         bytes_ = [text for text, kind in zip(tokens, types, strict=True) if kind == BYTE]
-        for text in bytes_:
-            if not _BYTE.fullmatch(text):
-                raise InputError(f"the tokenizer has a byte token {text!r}, not <0xXX>: convert the model again")
+        if wrong := [text for text in bytes_ if not _BYTE.fullmatch(text)]:
+            raise InputError(f"the tokenizer has a byte token {wrong[0]!r}, not <0xXX>: convert the model again")
         self.all_bytes = len(bytes_) == 256
         self.control = _control_ids(tokens, types)
         self.never = {*bytes_, *(tokens[i] for i in self.control)}  # tokens that no merge may make
@@ -286,10 +284,8 @@ def _llama_encoder(vocab: _Vocab, scores: list[float], prefix: bool) -> Encoder:
     ids = vocab.ids
     # Text that is a user-defined token doesn't get as far as merging, unless the token has spaces as U+2581.
     barred = vocab.never.union(text for text in vocab.user if SPACE not in text)
-    mergeable = [
-        (-score, text) for text, score in zip(ids, scores, strict=True) if len(text) > 1 and text not in barred
-    ]
-    mergeable.sort()
+    scored = zip(ids, scores, strict=True)
+    mergeable = sorted((-score, text) for text, score in scored if len(text) > 1 and text not in barred)
     halves = ids.keys() | {character for _, text in mergeable for character in text}
     pairs = [
         (left, right)
@@ -359,10 +355,6 @@ def _from_folder(folder: Path) -> Tokenizer:
     # Markers that the file doesn't call special are made special, so that none is found in typed text.
     engine.add_special_tokens([tokenizers.AddedToken(tokens[i], special=True) for i in added if types[i] == CONTROL])
     engine.encode_special_tokens = True
-    return _folder_tokenizer(folder, tokens, types, engine)
-
-
-def _folder_tokenizer(folder: Path, tokens: list[str], types: list[int], engine: tokenizers.Tokenizer) -> Tokenizer:
     config, generation = _object(folder / "tokenizer_config.json"), _object(folder / "generation_config.json")
     bos = config.get("bos_token")
     bos = bos.get("content") if isinstance(bos, dict) else bos
