@@ -204,7 +204,8 @@ class Repl:
         said = self.session.undo()
         if said is None:
             raise InputError("there is nothing to take back")
-        self.env.echo(f"Took back: {_short(said)}")
+        line = " ".join(said.split())
+        self.env.echo(f"Took back: {line if len(line) <= 60 else line[:59] + '…'}")
 
     def _retry(self, argument: str) -> None:
         options, sampling = self.options, self.options.sampling
@@ -350,11 +351,6 @@ def _turns(session: Session) -> str:
 
 def _counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 60 else line[:59] + "…"
 
 
 def _megabytes(count: int) -> str:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -117,7 +117,8 @@ def serve(
         server.run(sockets=[listening])
     if not app.state.engine.close():
         logging.warning("A reply didn't stop in time; ending without it.")
-        _exit_without_threads()
+        sys.stderr.flush()
+        os._exit(1)  # Python's own exit would free what a thread uses that still runs a kernel
 
 
 def _stop(
@@ -132,12 +133,6 @@ def _stop(
             echo(f"Finishing {running} replies, for {grace} s at most; Ctrl-C again ends at once.")
         engine.drain()
     handle_exit(sig, frame)
-
-
-def _exit_without_threads() -> NoReturn:
-    """End the process although a thread still runs a kernel: Python's own exit would free what that thread uses."""
-    sys.stderr.flush()
-    os._exit(1)
 
 
 def model_name(model: str | None, lm: LanguageModel) -> str:

@@ -266,11 +266,8 @@ async def astream(
     >>> len(asyncio.run(main()))
     9
     """
-
-    def start(check: OnPrompt) -> Iterator[Chunk]:
-        return stream(lm, prompt, options, on_prompt=check, **rest)
-
-    async with aclosing(in_thread(start, on_prompt)) as chunks:
+    made = in_thread(lambda check: stream(lm, prompt, options, on_prompt=check, **rest), on_prompt)
+    async with aclosing(made) as chunks:
         async for chunk in chunks:
             yield chunk
 

@@ -222,13 +222,9 @@ class Session:
             chunks.close()
             if begun and self.reply:
                 self.messages[-1] = self.reply.message
-                self._mark()
-
-    def _mark(self) -> None:
-        """Mark the state's end to rewind to later, and thin out the marks."""
-        self.state.mark()
-        window = window_bytes(self.lm.config, self.state.dtype)
-        thin(self.state, min(MAX_MARKS, max(4, _MARK_BYTES // max(window, 1))))
+                self.state.mark()  # to rewind to later
+                window = window_bytes(self.lm.config, self.state.dtype)
+                thin(self.state, min(MAX_MARKS, max(4, _MARK_BYTES // max(window, 1))))
 
 
 def _state_file(path: Path) -> Path:

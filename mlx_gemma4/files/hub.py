@@ -147,9 +147,8 @@ def _fetch_model(repo: str, quant: str, progress: Progress | None) -> Path:
     wanted = files or choose(repo, list(sizes), quant).files
     done, total, paths = 0, sum(sizes[file] for file in wanted), []
     for file in wanted:
-        before = done
 
-        def count(n: int, before: int = before) -> None:
+        def count(n: int, before: int = done) -> None:
             if progress:
                 progress(before + n, max(total, before + n))
 

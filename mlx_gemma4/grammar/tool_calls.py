@@ -173,13 +173,10 @@ class _Rules:
         parts = [regex for regex in parts if self.compiles(regex, at)] or ["(?s:.*)"]
         return f"{self.quote} {self.terminal(' & '.join(_slashed(regex) for regex in parts))} {self.quote}"
 
-    def number(self, schema: Mapping[str, Any], at: str) -> str:
-        return self.numeric(schema, "number", _NUMBER)
-
     def integer(self, schema: Mapping[str, Any], at: str) -> str:
-        return self.numeric(schema, "integer", _INTEGER)
+        return self.number(schema, at, "integer", _INTEGER)
 
-    def numeric(self, schema: Mapping[str, Any], kind: str, plain: str) -> str:
+    def number(self, schema: Mapping[str, Any], at: str, kind: str = "number", plain: str = _NUMBER) -> str:
         bounds = {key: schema[key] for key in _BOUNDS if key in schema}
         # With bounds: the library's own rule for JSON, whose numbers look the same.
         if not bounds:
