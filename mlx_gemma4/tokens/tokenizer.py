@@ -1,7 +1,7 @@
 """Text to token ids and back, from the vocabulary that a model file carries.
 
 In: the metadata of a GGUF (`Tokenizer.from_gguf`) or a Hugging Face folder (`Tokenizer.from_folder`).
-Out: a `Tokenizer` (text -> ids, ids -> text) and a `StreamDecoder` (one id at a time -> text).
+Out: a `Tokenizer`: text -> ids, ids -> text.
 
 Two kinds of GGUF vocabulary are read, both with the results of llama.cpp (src/llama-vocab.cpp):
 
@@ -21,7 +21,6 @@ This module knows nothing about chat: see chat_format.
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +42,6 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # Tokens that end a reply, beside those the file names: ids 1, 106 and 50 in Gemma 4, 1 and 106 in Gemma 3.
 # Found by text, since 50 is an unused token in Gemma 3 and a trimmed vocabulary has other ids.
 _ENDS = ("<eos>", "<turn|>", "<|tool_response>", "<end_of_turn>")
-
 
 Encoder = Callable[[str], "list[int]"]
 
@@ -170,23 +168,6 @@ class Tokenizer:
     def token_id(self, text: str) -> int | None:
         """Return the id of a control token such as "<|turn>", or None if this vocabulary has no such token."""
         return self._control.get(text)
-
-
-class StreamDecoder:
-    """Decodes ids that come one at a time. All results of `push` and `finish`, joined, equal `decode` of all ids."""
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token: int) -> str:
-        """Return the characters that `token` completes; an incomplete character is held back."""
-        return self._utf8.decode(self._tokenizer.piece(token, skip_special=self._skip_special))
-
-    def finish(self) -> str:
-        """Return what was held back: "", or U+FFFD if the ids ended inside a character."""
-        return self._utf8.decode(b"", final=True)
 
 
 def _from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
