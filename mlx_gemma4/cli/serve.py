@@ -39,20 +39,13 @@ def _size(value: str) -> int:
 
 @click.command()
 @model_option
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; others need --api-key.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@click.option("--host", default="127.0.0.1", help="Address to listen at; others need --api-key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, help="0 takes a free one.")
 @click.option("--api-key", metavar="KEY", envvar="MLX_GEMMA4_API_KEY", show_envvar=True, help="Ask clients for this.")
-@click.option("--parallel", type=click.IntRange(1, 64), default=4, show_default=True, help="Replies made at a time.")
+@click.option("--parallel", type=click.IntRange(1, 64), default=4, help="Replies made at a time.")
+@click.option("--queue", type=click.IntRange(0, 10_000), default=32, help="Requests that may wait for that.")
 @click.option(
-    "--queue", type=click.IntRange(0, 10_000), default=32, show_default=True, help="Requests that may wait for that."
-)
-@click.option(
-    "-n",
-    "--max-tokens",
-    type=click.IntRange(1),
-    default=4096,
-    show_default=True,
-    help="Length of a reply whose request doesn't say.",
+    "-n", "--max-tokens", type=click.IntRange(1), default=4096, help="Length of a reply whose request doesn't say."
 )
 @click.option(
     "--max-kv-bytes",
@@ -60,7 +53,7 @@ def _size(value: str) -> int:
     metavar="SIZE",
     help="Memory for conversations, kept and in use, as 4GB.  [default: half of what is free]",
 )
-@click.option("--grace", type=click.IntRange(0), default=30, show_default=True, help="Seconds that Ctrl-C waits.")
+@click.option("--grace", type=click.IntRange(0), default=30, help="Seconds that Ctrl-C waits.")
 @kv_option
 @sampling_options
 @output_options
