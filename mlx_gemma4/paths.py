@@ -1,13 +1,16 @@
-"""The folders for this program's own files, and writing a file whole or not at all."""
+"""The folders for this program's own files, writing a file whole or not at all, and reading JSON."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from .errors import InputError
 
 
 def cache_folder() -> Path:
@@ -45,3 +48,14 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a model's JSON file. Raises InputError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: can't be read as JSON ({error}); download the model again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds no JSON object; download the model again")
+    return value

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,28 +86,24 @@ class _Reader:
 
     def _object(self, end: str, depth: int) -> dict[str, Any]:
         """Read pairs up to `end`; the position is at the bracket that opens them."""
-        self.at += 1
         found: dict[str, Any] = {}
-        while self._peek() != end:
+        for _ in self._items(end):
             key = self._string() if self._peek() in (QUOTE, '"', "'") else self._match(_KEY)
             if self._peek() not in (":", "="):
                 raise _Unreadable
             self.at += 1
             found[key] = self._value(depth + 1)
-            if not self._more(end):
-                break
-        self._expect(end)
         return found
 
-    def _array(self, depth: int) -> list[Any]:
+    def _items(self, end: str) -> Iterator[None]:
+        """Stop at each item of a list, whose opening bracket is here and whose closing one is `end`."""
         self.at += 1
-        found: list[Any] = []
-        while self._peek() != "]":
-            found.append(self._value(depth + 1))
-            if not self._more("]"):
+        while self._peek() != end:
+            yield
+            if self._peek() != ",":
                 break
-        self._expect("]")
-        return found
+            self.at += 1
+        self._expect(end)
 
     def _value(self, depth: int) -> Any:
         if depth > MAX_DEPTH:
@@ -117,7 +114,7 @@ class _Reader:
         if first == "{":
             return self._object("}", depth)
         if first == "[":
-            return self._array(depth)
+            return [self._value(depth + 1) for _ in self._items("]")]
         return _word(self._match(_WORD).strip())
 
     def _string(self) -> str:
@@ -135,13 +132,6 @@ class _Reader:
         self.at = found.end()
         text = _ESCAPE.sub(_unescaped, found[1].replace(QUOTE, '"'))
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-    def _more(self, end: str) -> bool:
-        """Skip a comma, if there is one; return True if another value follows."""
-        if self._peek() != ",":
-            return False
-        self.at += 1
-        return self._peek() != end
 
     def _peek(self) -> str:
         """Skip space, and return the next character, "" at the end."""

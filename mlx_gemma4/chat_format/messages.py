@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..errors import InputError
@@ -79,10 +80,8 @@ def _with_object(call: Any) -> Any:
         return call
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
-        try:
+        with suppress(ValueError):
             arguments = json.loads(arguments)
-        except ValueError:
-            arguments = {"arguments": arguments}
         if not isinstance(arguments, dict):
             arguments = {"arguments": arguments}
     return {**call, "function": {**function, "arguments": arguments}}
@@ -144,9 +143,7 @@ def _plain(content: Any) -> Any:
     if isinstance(content, list | tuple):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
     if isinstance(content, str):
-        try:
+        with suppress(ValueError):
             value = json.loads(content)
-        except ValueError:
-            return content
-        return value if isinstance(value, dict | list) else content
+            return value if isinstance(value, dict | list) else content
     return content

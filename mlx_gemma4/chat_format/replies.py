@@ -38,19 +38,12 @@ class Thinking:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A complete call of a function.
+    """A complete call of a function."""
 
-    Attributes:
-        id: made here, and unique; two calls that differ only in it are equal.
-        name: as the model wrote it; may hold dots, dashes or colons.
-        arguments: JSON values: dicts, lists, str, int, float, bool, None.
-        raw: the text between the tokens of the call, with `"` for `<|"|>`.
-    """
-
-    id: str = field(compare=False)
-    name: str
-    arguments: dict[str, Any]
-    raw: str
+    id: str = field(compare=False)  # made here, and unique
+    name: str  # as the model wrote it; may hold dots, dashes or colons
+    arguments: dict[str, Any]  # JSON values: dicts, lists, str, int, float, bool, None
+    raw: str  # the text between the tokens of the call, with `"` for `<|"|>`
 
 
 Event = Text | Thinking | ToolCall
@@ -73,14 +66,10 @@ class ReplyParser:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, thinking_open: bool = False) -> None:
-        """
-        Args:
-            thinking_open: the prompt ends inside a thinking channel (see `ends_in_thinking`).
-        """
+        """`thinking_open`: the prompt ends inside a thinking channel (see `ends_in_thinking`)."""
         self._tokenizer = tokenizer
         names = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>')
-        found = {name: tokenizer.token_id(name) for name in names}
-        self._open, self._close, self._call, self._called, self._quote = (found[name] for name in names)
+        self._open, self._close, self._call, self._called, self._quote = map(tokenizer.token_id, names)
         self._mode: Literal["text", "thinking"] = "thinking" if thinking_open else "text"
         self._header: str | None = None  # a channel's first characters, while they may be `_HEADER`
         self._source: str | None = None  # text of the open call
@@ -107,9 +96,7 @@ class ReplyParser:
 
     def finish(self) -> list[Event]:
         """Return what was held back."""
-        events = self._text(self._utf8.decode(b"", final=True))
-        events += self._end_call()
-        return _merged(events)
+        return _merged(self._text(self._utf8.decode(b"", final=True)) + self._end_call())
 
     def _text(self, text: str) -> list[Event]:
         if not text:

@@ -237,7 +237,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         )
         marked = jinja2.pass_context(lambda _context, value: _marked(value))  # so that no result is compiled in
         self.filters.update(tojson=_tojson, _counted=_counted, _bounded=_bounded, _marked=marked)
-        self.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+        self.globals.update(raise_exception=_raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
         """Parse, and have all loops counted, all operands of + and ~ bounded, and strings compared with stand-ins."""
@@ -272,12 +272,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         sizes = [x if isinstance(x, int) else len(x) if hasattr(x, "__len__") else 1 for x in (left, right)]
         numbers = isinstance(left, int | float) and isinstance(right, int | float)
-        if operator == "*" and not numbers and sizes[0] * sizes[1] > _MAX_TEXT:
+        repeats = operator == "*" and not numbers and sizes[0] * sizes[1] > _MAX_TEXT
+        if repeats or (operator == "%" and isinstance(left, str) and re.search(r"\d{6}|\*", left)):
             raise InputError("the model's chat template makes too long a string: its code may be broken")
         if operator == "**" and abs(sizes[1]) > 64:
             raise InputError("the model's chat template makes too large a number: its code may be broken")
-        if operator == "%" and isinstance(left, str) and re.search(r"\d{6}|\*", left):
-            raise InputError("the model's chat template makes too long a string: its code may be broken")
         return super().call_binop(context, operator, left, right)
 
 
@@ -317,10 +316,6 @@ def _tojson(
 
 def _raise_exception(message: str) -> None:
     raise InputError(f"the model's chat template refuses these messages: {message}")
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
 
 
 @functools.lru_cache(maxsize=16)

@@ -30,22 +30,15 @@ def _numbers(least: int) -> Callable[[str], tuple[int, ...]]:
 
 @click.command()
 @model_option
-@click.option(
-    "--prompt-sizes",
-    type=_numbers(1),
-    metavar="N,N,..",
-    default="512",
-    show_default=True,
-    help='Prompts to read; "": none.',
-)
+@click.option("--prompt-sizes", type=_numbers(1), metavar="N,N,..", default="512", help='Prompts to read; "": none.')
 @click.option(
     "--depths",
     type=_numbers(0),
     metavar="N,N,..",
     help="Decode behind so many tokens.  [default: 0,512,2048,8192, as the context allows]",
 )
-@click.option("--reply", type=click.IntRange(2), default=64, show_default=True, help="Tokens decoded a repetition.")
-@click.option("--repetitions", type=click.IntRange(1), default=5, show_default=True, help="The median counts.")
+@click.option("--reply", type=click.IntRange(2), default=64, help="Tokens decoded a repetition.")
+@click.option("--repetitions", type=click.IntRange(1), default=5, help="The median counts.")
 @kv_option
 @click.option("--vs", metavar="LLAMA-BENCH", help="Run llama.cpp's llama-bench on the same file in turns with ours.")
 @click.option("--json", "json_file", metavar="FILE", help="Write all figures there.")

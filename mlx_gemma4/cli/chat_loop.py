@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -98,18 +98,13 @@ def _repl_env(rich: bool, sampling: SamplingOf, kv: str) -> ReplEnv:
     return ReplEnv(
         view=screen if rich else lambda unfolded: PlainReply(),
         echo=(lambda line: console.print(printable(line), markup=False, highlight=False)) if rich else click.echo,
-        stoppable=_stoppable,
+        stoppable=stoppable if sys.stdin.isatty() else lambda: nullcontext(lambda: False),  # Ctrl-C ends a pipe
         reading=lambda: progress("Reading", 1, " tokens"),
         load=lambda name: load_with_progress(name)[0],
         sampling=sampling,
         state=lambda lm: lm.model.new_state(kv=kv),
         drafts=rich,
     )
-
-
-def _stoppable() -> AbstractContextManager[Callable[[], bool]]:
-    """In a pipe, Ctrl-C ends the whole program."""
-    return stoppable() if sys.stdin.isatty() else nullcontext(lambda: False)
 
 
 class PlainReply:

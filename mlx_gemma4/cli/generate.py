@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.command()
 @conversation_options
 @click.option("-p", "--prompt", required=True, metavar="TEXT", help="What to answer; - reads standard input.")
-@click.option("-n", "--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Length of the reply.")
+@click.option("-n", "--max-tokens", type=click.IntRange(1), default=256, help="Length of the reply.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the reply before this text. May be repeated.")
 @click.option("--json-schema", "schema_file", metavar="FILE", help="Make the reply JSON that obeys this JSON schema.")
 @sampling_options

@@ -51,7 +51,7 @@ class _Commands(click.Group):
             ctx.exit(1)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="mlx-gemma4")
 def main() -> None:
     """Gemma 4 on Apple Silicon, straight from GGUF files."""

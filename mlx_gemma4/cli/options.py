@@ -51,7 +51,6 @@ kv_option = click.option(  # kv: str
     "--kv",
     type=click.Choice(["full", "q8", "tq4"]),  # kv.quantization.KINDS, which takes MLX
     default="full",
-    show_default=True,
     help="Keys and values of global layers: as they are, or in 8 or 4 bits.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

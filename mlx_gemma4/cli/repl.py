@@ -39,27 +39,17 @@ class View(Protocol):
 
 @dataclass(frozen=True)
 class ReplEnv:
-    """The surroundings of a conversation: terminal or pipe, and the command's options.
+    """The surroundings of a conversation: terminal or pipe, and the command's options."""
 
-    Attributes:
-        view: make the view of a reply; True: thoughts stay on it.
-        echo: print a line.
-        stoppable: context of a reply; its function returns True once the reply should stop.
-        reading: context in which a prompt is read; its function is called with (tokens read, tokens in all).
-        load: load a model by its name.
-        sampling: return the sampling for a model.
-        state: make an empty KV state for a model.
-        drafts: a prompt can begin with a text.
-    """
-
-    view: Callable[[bool], View]
-    echo: Callable[[str], None]
+    view: Callable[[bool], View]  # of a reply; True: thoughts stay on it
+    echo: Callable[[str], None]  # print a line
+    # Context of a reply; its function returns True once the reply should stop.
     stoppable: Callable[[], AbstractContextManager[Callable[[], bool]]]
-    reading: Callable[[], AbstractContextManager[OnPrompt]]
-    load: Callable[[str], LanguageModel]
+    reading: Callable[[], AbstractContextManager[OnPrompt]]  # context in which a prompt is read
+    load: Callable[[str], LanguageModel]  # a model by its name
     sampling: SamplingOf
-    state: Callable[[LanguageModel], KVState]
-    drafts: bool
+    state: Callable[[LanguageModel], KVState]  # a new one
+    drafts: bool  # a prompt can begin with a text
 
     def session(self, lm: LanguageModel, messages: Sequence[Message], options: ReplyOptions) -> Session:
         """Begin a conversation of which the model has read nothing yet."""
@@ -131,12 +121,6 @@ class Repl:
             return None
         return {"/think": ["on", "off"], "/fork": list(self.branches)}.get(command, [])
 
-    def set_options(self, options: ReplyOptions) -> None:
-        """Use these options from now on, in all branches."""
-        self.options = options
-        for session in self.branches.values():
-            session.options = options
-
     def close(self) -> None:
         for session in self.branches.values():
             session.close()
@@ -153,6 +137,7 @@ class Repl:
     def _answer(self, start: Callable[[OnPrompt], Generator[Event, None, None]]) -> None:
         """Show a reply as it is made, until it ends or is stopped."""
         with self.env.stoppable() as stopped, closing(self.env.view(self.unfolded)) as view:
+            begun = False
             try:
                 with self.env.reading() as update:
 
@@ -163,19 +148,16 @@ class Repl:
 
                     events = start(check)
                     first = next(events, None)
+                begun = True
+                with closing(events):
+                    self._show(view, chain([first] if first else [], events), stopped)
             except KeyboardInterrupt:
                 if not stopped():
                     raise
+            if begun:
+                self._note_the_end(view)
+            else:
                 view.note("Stopped before the reply began; the conversation is as it was.")
-                return
-            try:
-                self._show(view, chain([first] if first else [], events), stopped)
-            except KeyboardInterrupt:
-                if not stopped():
-                    raise
-            finally:
-                events.close()
-            self._note_the_end(view)
 
     def _show(self, view: View, events: Iterable[Event], stopped: Callable[[], bool]) -> None:
         counted = 0  # tokens of the reply before the current event's stretch
@@ -222,7 +204,8 @@ class Repl:
         said = self.session.undo()
         if said is None:
             raise InputError("there is nothing to take back")
-        self.env.echo(f"Took back: {_short(said)}")
+        line = " ".join(said.split())
+        self.env.echo(f"Took back: {line if len(line) <= 60 else line[:59] + '…'}")
 
     def _retry(self, argument: str) -> None:
         options, sampling = self.options, self.options.sampling
@@ -293,7 +276,9 @@ class Repl:
 
     def _think(self, argument: str) -> None:
         if argument in ("on", "off"):
-            self.set_options(replace(self.options, think=argument == "on"))
+            self.options = replace(self.options, think=argument == "on")
+            for session in self.branches.values():
+                session.options = self.options
             self.env.echo(f"Thinking is {argument} from the next message.")
             return
         if argument:
@@ -366,11 +351,6 @@ def _turns(session: Session) -> str:
 
 def _counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 60 else line[:59] + "…"
 
 
 def _megabytes(count: int) -> str:

@@ -220,9 +220,8 @@ class ReplyScreen:
         open_blocks = blocks(self._open[: len(self._open) - len(partial)] if marker else self._open)
         lines = self._laid_out(open_blocks)
         self._gap = gap
-        if any(
-            block.kind == "table_open" for block in open_blocks
-        ):  # columns may still move: nothing may scroll away yet
+        if any(block.kind == "table_open" for block in open_blocks):
+            # Columns may still move: nothing may scroll away yet.
             lines = lines[-max(1, self._console.height - 1) :]
         self._region.draw(final + lines)
         self._region.settle(len(final))

@@ -12,20 +12,12 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import InputError
-from .options import (
-    SamplingOf,
-    echo,
-    kv_option,
-    load_with_progress,
-    model_option,
-    output_options,
-    sampling_options,
-)
+from .options import SamplingOf, echo, kv_option, load_with_progress, model_option, output_options, sampling_options
 
 if TYPE_CHECKING:
     import uvicorn
@@ -47,20 +39,13 @@ def _size(value: str) -> int:
 
 @click.command()
 @model_option
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; others need --api-key.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@click.option("--host", default="127.0.0.1", help="Address to listen at; others need --api-key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, help="0 takes a free one.")
 @click.option("--api-key", metavar="KEY", envvar="MLX_GEMMA4_API_KEY", show_envvar=True, help="Ask clients for this.")
-@click.option("--parallel", type=click.IntRange(1, 64), default=4, show_default=True, help="Replies made at a time.")
+@click.option("--parallel", type=click.IntRange(1, 64), default=4, help="Replies made at a time.")
+@click.option("--queue", type=click.IntRange(0, 10_000), default=32, help="Requests that may wait for that.")
 @click.option(
-    "--queue", type=click.IntRange(0, 10_000), default=32, show_default=True, help="Requests that may wait for that."
-)
-@click.option(
-    "-n",
-    "--max-tokens",
-    type=click.IntRange(1),
-    default=4096,
-    show_default=True,
-    help="Length of a reply whose request doesn't say.",
+    "-n", "--max-tokens", type=click.IntRange(1), default=4096, help="Length of a reply whose request doesn't say."
 )
 @click.option(
     "--max-kv-bytes",
@@ -68,7 +53,7 @@ def _size(value: str) -> int:
     metavar="SIZE",
     help="Memory for conversations, kept and in use, as 4GB.  [default: half of what is free]",
 )
-@click.option("--grace", type=click.IntRange(0), default=30, show_default=True, help="Seconds that Ctrl-C waits.")
+@click.option("--grace", type=click.IntRange(0), default=30, help="Seconds that Ctrl-C waits.")
 @kv_option
 @sampling_options
 @output_options
@@ -96,12 +81,7 @@ def serve(
     for name in ("httpx", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.WARNING)
     settings = Settings(
-        host=host,
-        api_key=api_key or None,
-        parallel=parallel,
-        queue=queue,
-        max_tokens=max_tokens,
-        kv=kv,
+        host=host, api_key=api_key or None, parallel=parallel, queue=queue, max_tokens=max_tokens, kv=kv
     )
     listening = _listen(host, port)  # before the model is loaded, so that an error shows at once
     lm, _ = load_with_progress(model)
@@ -130,7 +110,8 @@ def serve(
         server.run(sockets=[listening])
     if not app.state.engine.close():
         logging.warning("A reply didn't stop in time; ending without it.")
-        _exit_without_threads()
+        sys.stderr.flush()
+        os._exit(1)  # Python's own exit would free what a thread uses that still runs a kernel
 
 
 def _stop(
@@ -145,12 +126,6 @@ def _stop(
             echo(f"Finishing {running} replies, for {grace} s at most; Ctrl-C again ends at once.")
         engine.drain()
     handle_exit(sig, frame)
-
-
-def _exit_without_threads() -> NoReturn:
-    """End the process although a thread still runs a kernel: Python's own exit would free what that thread uses."""
-    sys.stderr.flush()
-    os._exit(1)
 
 
 def model_name(model: str | None, lm: LanguageModel) -> str:

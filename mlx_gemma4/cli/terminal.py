@@ -20,7 +20,7 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion, Path
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.styles import Style
 
 from ..paths import state_folder
@@ -69,16 +69,9 @@ class TerminalPrompt:
 def _keys() -> KeyBindings:
     """Bind Enter to send, Alt+Enter and Ctrl-J to begin a new line. Pasted text stays one message."""
     keys = KeyBindings()
-
-    @keys.add("enter")
-    def send(event: KeyPressEvent) -> None:
-        event.current_buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    @keys.add("c-j")
-    def new_line(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
+    keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
+    for combination in (("escape", "enter"), ("c-j",)):
+        keys.add(*combination)(lambda event: event.current_buffer.insert_text("\n"))
     return keys
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -21,16 +21,15 @@ class _Left(Exception):
 
 
 async def in_thread(
-    start: Callable[[OnPrompt], Iterator[T]], on_prompt: OnPrompt | None = None
+    start: Callable[[OnPrompt], Generator[T, None, None]], on_prompt: OnPrompt | None = None
 ) -> AsyncGenerator[T, None]:
     """Yield the items of an iterator that runs in a thread; each is made when the one before has been handled.
 
     Args:
-        start: makes the iterator, in that thread; takes the function to call while a prompt is read.
+        start: makes the iterator; takes the function to call while a prompt is read.
         on_prompt: is called by that function.
     """
     loop, left = asyncio.get_running_loop(), threading.Event()
-    made: list[Iterator[T]] = []
 
     def check(done: int, total: int) -> None:
         if left.is_set():
@@ -38,19 +37,11 @@ async def in_thread(
         if on_prompt:
             on_prompt(done, total)
 
-    def step() -> T | None:
-        if not made:
-            made.append(start(check))
-        return next(made[0], None)
-
-    def close() -> None:
-        if made and isinstance(made[0], Generator):
-            made[0].close()
-
+    items = start(check)
     with ThreadPoolExecutor(1, "reply") as thread:
         try:
-            while (item := await loop.run_in_executor(thread, step)) is not None:
+            while (item := await loop.run_in_executor(thread, next, items, None)) is not None:
                 yield item
         finally:
             left.set()
-            await asyncio.shield(loop.run_in_executor(thread, close))  # after the step, if it is still under way
+            await asyncio.shield(loop.run_in_executor(thread, items.close))  # after the step, if it is still under way

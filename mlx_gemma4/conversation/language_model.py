@@ -5,7 +5,6 @@ In: a path, or a repository's name. Out: a `LanguageModel`, which also encodes p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -13,17 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..chat_format.template import encode_chat
-from ..config import Config, config_from_gguf, config_from_json
+from ..config import Config
 from ..doctor.verdict import check_model, usable_kernels
 from ..errors import InputError
-from ..files.gguf import open_gguf
 from ..files.hub import resolve
 from ..generation.sampling import Sampling
-from ..loading.from_gguf import GGUFSource
-from ..loading.from_safetensors import FolderSource
 from ..loading.loader import Progress, load_model
+from ..loading.opened import open_model
 from ..memory import MemoryPlan
 from ..model.model import Model
+from ..paths import read_object
 from ..tokens.tokenizer import Tokenizer
 
 # The keys under general.sampling, with the value of those that a file leaves out: Google's choice for Gemma 4.
@@ -108,51 +106,21 @@ def load(
     2048
     """
     path = demo_path() if path is None else resolve(path)
-    if path.is_dir():
-        return _load_folder(path, weights, fuse, progress)
-    with open_gguf(path) as file:
-        config = config_from_gguf(file.metadata, str(path))
-        tokenizer = Tokenizer.from_gguf(file.metadata, str(path))
-        model, plan = load_model(config, GGUFSource(file), weights, fuse, progress, usable_kernels())
+    with open_model(path) as (config, source, metadata):
+        tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(metadata, str(path))
+        model, plan = load_model(config, source, weights, fuse, progress, usable_kernels())
         check_model(model)
-        sampling = _sampling_defaults(
-            {key: file.metadata.get(f"general.sampling.{key}") for key in SAMPLING_KEYS}, path
-        )
-    return LanguageModel(path, config, model, tokenizer, sampling, plan)
+    return LanguageModel(path, config, model, tokenizer, _sampling_defaults(path, metadata), plan)
 
 
-def _load_folder(
-    path: Path, weights: Literal["auto", "packed", "dense"], fuse: bool, progress: Progress | None
-) -> LanguageModel:
-    """Load a folder as mlx-lm and Hugging Face write it."""
-    config_file = path / "config.json"
-    if not config_file.is_file():
-        raise InputError(f"{path}: this folder has no config.json; give a .gguf file or a model's folder")
-    contents = _read_json(config_file)
-    config = config_from_json(contents, str(config_file))
-    tokenizer = Tokenizer.from_folder(path)
-    source = FolderSource(path, config, contents.get("quantization") or {})
-    model, plan = load_model(config, source, weights, fuse, progress, usable_kernels())
-    check_model(model)
-    generation = path / "generation_config.json"
-    values = _read_json(generation) if generation.is_file() else {}
-    values |= {"temp": values.get("temperature"), "penalty_repeat": values.get("repetition_penalty")}
-    return LanguageModel(path, config, model, tokenizer, _sampling_defaults(values, generation), plan)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: can't be read as JSON ({error}); download the model again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: is not a JSON object; download the model again")
-    return value
-
-
-def _sampling_defaults(values: Mapping[str, Any], source: Path) -> Sampling:
-    """Return the sampling that a file recommends, completed from SAMPLING_KEYS."""
-    chosen = SAMPLING_KEYS | {key: value for key in SAMPLING_KEYS if (value := values.get(key)) is not None}
+def _sampling_defaults(path: Path, metadata: Mapping[str, Any]) -> Sampling:
+    """Return the sampling that a file or folder recommends, completed from SAMPLING_KEYS."""
+    source, given = path, {key: metadata.get(f"general.sampling.{key}") for key in SAMPLING_KEYS}
+    if path.is_dir():
+        source = path / "generation_config.json"
+        given = read_object(source) if source.is_file() else {}
+        given |= {"temp": given.get("temperature"), "penalty_repeat": given.get("repetition_penalty")}
+    chosen = SAMPLING_KEYS | {key: value for key in SAMPLING_KEYS if (value := given.get(key)) is not None}
     try:
         return Sampling(
             temperature=float(chosen["temp"]),

@@ -16,7 +16,7 @@ from ..chat_format.messages import for_template
 from ..chat_format.template import Message, encode_chat, render_chat
 from ..errors import InputError
 from ..kv.state import KVState
-from ..tokens.tokenizer import StreamDecoder, Tokenizer
+from ..tokens.tokenizer import Tokenizer
 from .language_model import LanguageModel
 
 
@@ -39,7 +39,7 @@ def for_mlx_lm(lm: LanguageModel) -> tuple[MlxLmModel, Any]:
     except ImportError as error:
         raise InputError("mlx-lm is not installed; pip install mlx-lm") from error
     tokenizer = MlxLmTokenizer(lm.tokenizer)
-    return MlxLmModel(lm), TokenizerWrapper(tokenizer, _Detokenizer, eos_token_ids=lm.tokenizer.stop_ids)
+    return MlxLmModel(lm), TokenizerWrapper(tokenizer, eos_token_ids=lm.tokenizer.stop_ids)
 
 
 class MlxLmModel:
@@ -95,6 +95,7 @@ class MlxLmTokenizer:
     """The tokenizer as mlx-lm wraps it in its own."""
 
     bos_token, eos_token = "<bos>", "<eos>"
+    clean_up_tokenization_spaces = False  # for mlx-lm's streaming detokenizer
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.inner = tokenizer
@@ -131,29 +132,3 @@ class MlxLmTokenizer:
         if tokenize:
             return encode_chat(self.inner, known, add_generation_prompt=add_generation_prompt, **given)
         return render_chat(self.chat_template, known, add_generation_prompt=add_generation_prompt, **given)
-
-
-class _Detokenizer:
-    """mlx-lm's streaming detokenizer, in linear time."""
-
-    def __init__(self, tokenizer: MlxLmTokenizer) -> None:
-        self._tokenizer = tokenizer.inner
-        self.reset()
-
-    def reset(self) -> None:
-        self.tokens: list[int] = []
-        self.text, self.offset = "", 0
-        self._decoder = StreamDecoder(self._tokenizer, skip_special=False)
-
-    def add_token(self, token: int) -> None:
-        self.tokens.append(token)
-        self.text += self._decoder.push(token)
-
-    def finalize(self) -> None:
-        self.text += self._decoder.finish()
-
-    @property
-    def last_segment(self) -> str:
-        """Text that is new since this was last read."""
-        segment, self.offset = self.text[self.offset :], len(self.text)
-        return segment

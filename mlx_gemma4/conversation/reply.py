@@ -266,11 +266,8 @@ async def astream(
     >>> len(asyncio.run(main()))
     9
     """
-
-    def start(check: OnPrompt) -> Iterator[Chunk]:
-        return stream(lm, prompt, options, on_prompt=check, **rest)
-
-    async with aclosing(in_thread(start, on_prompt)) as chunks:
+    made = in_thread(lambda check: stream(lm, prompt, options, on_prompt=check, **rest), on_prompt)
+    async with aclosing(made) as chunks:
         async for chunk in chunks:
             yield chunk
 
@@ -361,10 +358,8 @@ def as_held(tokenizer: Tokenizer, ids: list[int], held: list[int]) -> list[int]:
 def _runs(tokenizer: Tokenizer, ids: list[int]) -> Iterator[list[int]]:
     """Split into control tokens, one by one, and the stretches of text between them."""
     for control, run in groupby(ids, tokenizer.control_ids.__contains__):
-        if control:
-            yield from ([token] for token in run)
-        else:
-            yield list(run)
+        tokens = list(run)
+        yield from ([token] for token in tokens) if control else [tokens]
 
 
 def _spelled(tokenizer: Tokenizer, ids: list[int]) -> bytes:
@@ -389,17 +384,14 @@ def _cut(stops: StopStrings, events: list[Event], *, last: bool = False) -> list
     for event in events:
         if isinstance(event, Text):
             text, stopped = stops.push(event.text)
-            found += [Text(text)] if text else []
+            found.append(Text(text))
             if stopped:
-                return found
+                break
         else:
-            found += [*_held_back(stops), event]
-    return found + (_held_back(stops) if last else [])
-
-
-def _held_back(stops: StopStrings) -> list[Event]:
-    text = stops.finish()
-    return [Text(text)] if text else []
+            found += [Text(stops.finish()), event]
+    if last:
+        found.append(Text(stops.finish()))
+    return [event for event in found if event != Text("")]
 
 
 def _constraint(lm: LanguageModel, options: ReplyOptions) -> Constraint | None:

@@ -148,12 +148,10 @@ class Session:
 
     def rewind(self) -> None:
         """Remove from the state what the messages don't hold. Each reply begins with this, too."""
-        if not self.state.length:
-            return
-        ids: list[int] = []
-        if any(message.get("role") != "system" for message in self.messages):
-            ids = prompt_ids(self.lm, self.messages, self.options, reply=False)
-        go_back(self.state, as_held(self.lm.tokenizer, ids, self.state.tokens))
+        if self.state.length:
+            begun = any(message.get("role") != "system" for message in self.messages)
+            ids = prompt_ids(self.lm, self.messages, self.options, reply=False) if begun else []
+            go_back(self.state, as_held(self.lm.tokenizer, ids, self.state.tokens))
 
     def save(self, path: str | Path, *, state: bool = True) -> None:
         """Write the conversation as JSON to `path`, and the KV state to a file beside it, `path` with `.kv` added.
@@ -224,13 +222,9 @@ class Session:
             chunks.close()
             if begun and self.reply:
                 self.messages[-1] = self.reply.message
-                self._mark()
-
-    def _mark(self) -> None:
-        """Mark the state's end to rewind to later, and thin out the marks."""
-        self.state.mark()
-        window = window_bytes(self.lm.config, self.state.dtype)
-        thin(self.state, min(MAX_MARKS, max(4, _MARK_BYTES // max(window, 1))))
+                self.state.mark()  # to rewind to later
+                window = window_bytes(self.lm.config, self.state.dtype)
+                thin(self.state, min(MAX_MARKS, max(4, _MARK_BYTES // max(window, 1))))
 
 
 def _state_file(path: Path) -> Path:
@@ -238,10 +232,8 @@ def _state_file(path: Path) -> Path:
 
 
 def _read_state(lm: LanguageModel, path: Path) -> KVState | None:
-    if not path.is_file():
-        return None
     try:
-        return lm.model.load_state(path)
+        return lm.model.load_state(path) if path.is_file() else None
     except InputError as error:
         log.warning("%s The conversation is read again instead.", error)
         return None

@@ -12,7 +12,7 @@ import mmap
 import re
 import struct
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
@@ -128,19 +128,14 @@ class GGUFFile:
 def open_gguf(path: str | Path) -> GGUFFile:
     """Open a GGUF file, or all parts of a split one when given any of them. Raises InputError only."""
     path = Path(path)
-    splits: list[SplitFile] = []
-    try:
-        first = read_file(path)
-        splits.append(first)
+    with ExitStack() as maps:
+        first = read_file(path, maps)
         names = split_paths(path, first.metadata)
+        splits = [first if p == path else read_file(p, maps) for p in names]
         if len(names) > 1:
-            splits = [first if p == path else read_file(p) for p in names]
             check_splits(names, splits)
         tensors = join_tensors(names, splits)
-    except BaseException:
-        for split in splits:
-            split.map.close()
-        raise
+        maps.pop_all()  # they stay open
     return GGUFFile(path, splits[0].metadata, tensors, [split.map for split in splits])
 
 
@@ -204,15 +199,10 @@ def join_tensors(names: list[Path], splits: list[SplitFile]) -> dict[str, Tensor
 # ---- one file ----
 
 
-def read_file(path: Path) -> SplitFile:
-    """Map one file and parse its header; the map stays open unless this raises."""
-    buf = open_map(path)
-    try:
-        metadata, tensors = read_header(Reader(path, buf))
-    except BaseException:
-        buf.close()
-        raise
-    return SplitFile(buf, metadata, tensors)
+def read_file(path: Path, maps: ExitStack) -> SplitFile:
+    """Map one file, which `maps` closes, and parse its header."""
+    buf = maps.enter_context(open_map(path))
+    return SplitFile(buf, *read_header(Reader(path, buf)))
 
 
 def open_map(path: Path) -> mmap.mmap:

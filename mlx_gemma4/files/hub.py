@@ -147,9 +147,8 @@ def _fetch_model(repo: str, quant: str, progress: Progress | None) -> Path:
     wanted = files or choose(repo, list(sizes), quant).files
     done, total, paths = 0, sum(sizes[file] for file in wanted), []
     for file in wanted:
-        before = done
 
-        def count(n: int, before: int = before) -> None:
+        def count(n: int, before: int = done) -> None:
             if progress:
                 progress(before + n, max(total, before + n))
 
@@ -199,13 +198,7 @@ def _whole(snapshot: Path, files: Sequence[str]) -> bool:
 
 def _fetch_file(repo: str, file: str, commit: str, count: Callable[[int], None]) -> Path:
     """Return the path of one file of a repository in the cache; download it if necessary."""
-    from huggingface_hub import (
-        get_hf_file_metadata,
-        get_token,
-        hf_hub_download,
-        hf_hub_url,
-        try_to_load_from_cache,
-    )
+    from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     here = try_to_load_from_cache(repo, file, revision=commit)
     if not isinstance(here, str):

@@ -15,6 +15,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from typing import Any, NamedTuple, TypeVar
 
@@ -47,8 +48,7 @@ class Grammar:
         Args:
             source: a grammar in llguidance's own form.
             think: allow thought channels first.
-            lazy: allow any text before, between and after matches of the grammar, which begin with the token
-                `<|tool_call>`.
+            lazy: allow any text around matches of the grammar, which begin with the token `<|tool_call>`.
             say: the name of the grammar in errors.
         """
         self._vocabulary = vocabulary(tokenizer)
@@ -101,12 +101,12 @@ class Grammar:
         engine = self._vocabulary.engine
         matcher = _on_large_stack(lambda: llguidance.LLMatcher(engine, self._source, log_level=0), self._say)
         if matcher.is_error():
-            raise InputError(f"{self._say}: {_one_line(matcher.get_error())}", field=self._say)
+            raise _error(self._say, _one_line(matcher.get_error()))
         return matcher
 
     def _check(self, failed: bool) -> None:
         if failed:
-            raise InputError(f"{self._say}: {_one_line(self._matcher.get_error())}; make it simpler", field=self._say)
+            raise _error(self._say, f"{_one_line(self._matcher.get_error())}; make it simpler")
 
 
 def json_schema(tokenizer: Tokenizer, schema: Mapping[str, Any] | bool | str, *, think: bool = False) -> Grammar:
@@ -118,16 +118,17 @@ def json_schema(tokenizer: Tokenizer, schema: Mapping[str, Any] | bool | str, *,
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"schema: is not JSON ({error})", field="schema") from error
+            raise _error("schema", f"is not JSON ({error})") from error
     schema = {} if schema is True else schema
     if not isinstance(schema, Mapping):
-        raise InputError("schema: must be a JSON object", field="schema")
+        raise _error("schema", "must be a JSON object")
     _check_schema(schema, "schema")
     source = _schema_source(schema)
     try:
         return Grammar(tokenizer, source, think=think, say="schema")
     except InputError as error:
-        place = _place(vocabulary(tokenizer).engine, schema, "")
+        shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        place = _place(vocabulary(tokenizer).engine, schema, "", shared)
         message = str(error).replace("schema:", f"schema at {place}:", 1) if place else str(error)
         raise InputError(message, field="schema") from error
 
@@ -135,7 +136,7 @@ def json_schema(tokenizer: Tokenizer, schema: Mapping[str, Any] | bool | str, *,
 def regex(tokenizer: Tokenizer, pattern: str, *, think: bool = False) -> Grammar:
     """Return the grammar of texts that a regular expression (Rust's syntax) matches whole. Raises InputError."""
     if len(pattern) > MAX_REGEX:
-        raise InputError(f"regex: has {len(pattern)} characters; at most {MAX_REGEX} are allowed", field="regex")
+        raise _error("regex", f"has {len(pattern)} characters; at most {MAX_REGEX} are allowed")
     return Grammar(tokenizer, llguidance.LLMatcher.grammar_from_regex(pattern), think=think, say="regex")
 
 
@@ -143,9 +144,7 @@ def lark(tokenizer: Tokenizer, grammar: str, *, think: bool = False) -> Grammar:
     """Return a context-free grammar written in llguidance's variant of Lark. Raises InputError."""
     longest = max(map(len, grammar.splitlines()), default=0)
     if len(grammar) > MAX_LARK or longest > MAX_REGEX:
-        raise InputError(
-            f"grammar: over {MAX_LARK} characters, or over {MAX_REGEX} in a line; make it shorter", field="grammar"
-        )
+        raise _error("grammar", f"over {MAX_LARK} characters, or over {MAX_REGEX} in a line; make it shorter")
     _check_multiples(re.findall(r'"multipleOf"\s*:\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)', grammar), "grammar")
     return Grammar(tokenizer, llguidance.LLMatcher.grammar_from_lark(grammar), think=think)
 
@@ -171,17 +170,13 @@ def tool_calls(
     """
     missing = [text for text in (CALL, "<tool_call|>", '<|"|>') if tokenizer.token_id(text) is None]
     if missing:
-        raise InputError(
-            f"tools: this model can't call any: its vocabulary has no {' and no '.join(missing)}", field="tools"
-        )
+        raise _error("tools", f"this model can't call any: its vocabulary has no {' and no '.join(missing)}")
     for tool in tools:
         if isinstance(tool, Mapping):
             _check_schema(tool, "tools")
     source = tool_call_lark(tokenizer, tools, choice, parallel)
     if len(source) > 4 * MAX_SOURCE:
-        raise InputError(
-            f"tools: their schemas make a grammar of {len(source)} characters; make them simpler", field="tools"
-        )
+        raise _error("tools", f"their schemas make a grammar of {len(source)} characters; make them simpler")
     source = llguidance.LLMatcher.grammar_from_lark(source)
     return Grammar(tokenizer, source, think=think, lazy=choice == "auto", say="tools")
 
@@ -240,26 +235,22 @@ def _allow(words: np.ndarray, *tokens: int | None) -> np.ndarray:
 
 def _on_large_stack(work: Callable[[], T], say: str) -> T:
     """Run `work` in a thread with a stack for deep recursion: an overflow would end the process. `say`: for errors."""
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:  # the library's panics are not Exceptions
-            errors.append(error)
-
     with _lock:
         before = threading.stack_size(_STACK)
         try:
-            thread = threading.Thread(target=run)
-            thread.start()
+            thread = ThreadPoolExecutor(1)
+            result = thread.submit(work)
         finally:
             threading.stack_size(before)
-    thread.join()
-    if errors:
-        raise InputError(f"{say}: can't be used ({errors[0]})", field=say) from errors[0]
-    return results[0]
+    with thread:
+        error = result.exception()  # the library's panics are not Exceptions
+    if error:
+        raise _error(say, f"can't be used ({error})") from error
+    return result.result()
+
+
+def _error(say: str, what: str) -> InputError:
+    return InputError(f"{say}: {what}", field=say)
 
 
 def _one_line(message: str) -> str:
@@ -273,7 +264,7 @@ def _schema_source(schema: Mapping[str, Any]) -> str:
     try:
         return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_BLANKS)  # type: ignore[arg-type]
     except ValueError as error:  # the library parses it again; it rejects lone surrogates and deep nesting
-        raise InputError(f"schema: can't be read ({error})", field="schema") from error
+        raise _error("schema", f"can't be read ({error})") from error
 
 
 def _check_schema(schema: Mapping[str, Any], say: str) -> None:
@@ -281,9 +272,9 @@ def _check_schema(schema: Mapping[str, Any], say: str) -> None:
     try:
         text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{say}: can't be written as JSON ({error})", field=say) from error
+        raise _error(say, f"can't be written as JSON ({error})") from error
     if len(text) > MAX_SOURCE:
-        raise InputError(f"{say}: has {len(text)} characters as JSON; at most {MAX_SOURCE} are allowed", field=say)
+        raise _error(say, f"has {len(text)} characters as JSON; at most {MAX_SOURCE} are allowed")
     multiples: list[str] = []
     left: list[Any] = [schema]
     while left:
@@ -293,7 +284,7 @@ def _check_schema(schema: Mapping[str, Any], say: str) -> None:
             continue
         patterns = [part.get("pattern"), *(p if isinstance(p := part.get("patternProperties"), Mapping) else [])]
         if any(isinstance(p, str) and len(p) > MAX_REGEX for p in patterns):
-            raise InputError(f"{say}: a pattern has over {MAX_REGEX} characters", field=say)
+            raise _error(say, f"a pattern has over {MAX_REGEX} characters")
         multiples += [str(x) for x in [part.get("multipleOf")] if type(x) in (int, float)]
     _check_multiples(multiples, say)
 
@@ -302,20 +293,15 @@ def _check_multiples(multiples: Sequence[str], say: str) -> None:
     """Refuse numbers under `multipleOf` with a large common multiple, powers of ten aside: each step is a state."""
     digits = ["".join(map(str, Decimal(x).normalize().as_tuple().digits)) for x in multiples]
     if any(len(x) > 6 for x in digits) or math.lcm(*(int(x) or 1 for x in digits)) > _MAX_MULTIPLE:
-        raise InputError(f"{say}: multipleOf {', '.join(multiples)[:60]} have too large a common multiple", field=say)
+        raise _error(say, f"multipleOf {', '.join(multiples)[:60]} have too large a common multiple")
 
 
-def _place(engine: Any, schema: Any, at: str) -> str:
-    """Return the pointer to the smallest part of a schema that fails by itself."""
-    shared = {key: schema[key] for key in ("$defs", "definitions") if isinstance(schema, Mapping) and key in schema}
-    return _find(engine, schema, at, shared)
-
-
-def _find(engine: Any, schema: Any, at: str, shared: Mapping[str, Any]) -> str:
+def _place(engine: Any, schema: Any, at: str, shared: Mapping[str, Any]) -> str:
+    """Return the pointer to the smallest part of a schema that fails by itself. `shared`: definitions it may use."""
     for key, part in _parts(schema):
         source = _schema_source({**shared, **part})
         if _on_large_stack(lambda s=source: llguidance.LLMatcher.validate_grammar(s, engine), "schema"):  # type: ignore[misc]
-            return _find(engine, part, f"{at}/{key}", shared)
+            return _place(engine, part, f"{at}/{key}", shared)
     return at
 
 

@@ -114,11 +114,10 @@ class _Rules:
     """
 
     def __init__(self, quote: str) -> None:
-        self.quote = quote
+        self.quote, self.tool = quote, ""
         self.lines: list[str] = []
         self.made = 0  # names given so far
         self.refs: dict[str, str] = {}  # of the current tool: pointer -> rule
-        self.tool: str = ""
         self.root: Mapping[str, Any] = {}
         self.names: dict[str, str] = {}  # body of a rule or terminal -> its name
 
@@ -165,9 +164,7 @@ class _Rules:
         return self.either(getattr(self, kind)(schema, at) for kind in kinds)
 
     def string(self, schema: Mapping[str, Any], at: str) -> str:
-        parts = []
-        if "pattern" in schema:
-            parts.append(_unanchored(schema["pattern"]))
+        parts = [_unanchored(schema["pattern"])] if "pattern" in schema else []
         if schema.get("format") in _FORMATS:
             parts.append(_FORMATS[schema["format"]])
         low, high = schema.get("minLength"), schema.get("maxLength")
@@ -176,13 +173,10 @@ class _Rules:
         parts = [regex for regex in parts if self.compiles(regex, at)] or ["(?s:.*)"]
         return f"{self.quote} {self.terminal(' & '.join(_slashed(regex) for regex in parts))} {self.quote}"
 
-    def number(self, schema: Mapping[str, Any], at: str) -> str:
-        return self.numeric(schema, "number", _NUMBER)
-
     def integer(self, schema: Mapping[str, Any], at: str) -> str:
-        return self.numeric(schema, "integer", _INTEGER)
+        return self.number(schema, at, "integer", _INTEGER)
 
-    def numeric(self, schema: Mapping[str, Any], kind: str, plain: str) -> str:
+    def number(self, schema: Mapping[str, Any], at: str, kind: str = "number", plain: str = _NUMBER) -> str:
         bounds = {key: schema[key] for key in _BOUNDS if key in schema}
         # With bounds: the library's own rule for JSON, whose numbers look the same.
         if not bounds:
@@ -224,21 +218,18 @@ class _Rules:
         other = self.others(schema, keys, more, at)
         if not keys:
             return self.rule(f'"{{" ({other} ("," {other})*)? "}}"' if other else '"{" "}"')
-        members = [(self.member(key, properties[key], at), i) for i, key in enumerate(keys)]
+        members = [f'{self.key(key)} ":" {self.value(properties[key], f"{at}/properties/{key}")}' for key in keys]
         name, rest = self.new_name("o"), self.new_name("o")
         self.lines.append(f'{name}: "{{" {name}_::0x0 "}}"')
         for rule, comma in ((f"{name}_", ""), (rest, '"," ')):
             options = [f'"" %if is_ones([0:{wanted}])' if wanted else '""']
-            for text, bit in members:
+            for bit, text in enumerate(members):
                 once = f"{rest}::set_bit({bit}) %if bit_clear({bit})"
                 options.append(f"{comma}{text} {once if bit < _BITS else rest + '::_'}")
             if other:
                 options.append(f"{comma}{other} {rest}::_")
             self.lines.append(f"{rule}::_: " + "\n | ".join(options))
         return name
-
-    def member(self, key: str, schema: Any, at: str) -> str:
-        return f'{self.key(key)} ":" {self.value(schema, f"{at}/properties/{key}")}'
 
     def others(self, schema: Mapping[str, Any], keys: Sequence[str], more: Any, at: str) -> str:
         """A pair with an undeclared key, by `patternProperties` or else by `more`; "" if none is allowed."""
@@ -319,13 +310,10 @@ class _Rules:
             return False
         return True
 
-    def rule(self, body: str) -> str:
-        return self.named("v", body)
-
     def terminal(self, body: str) -> str:
-        return self.named("T", body)
+        return self.rule(body, "T")
 
-    def named(self, prefix: str, body: str) -> str:
+    def rule(self, body: str, prefix: str = "v") -> str:
         if body not in self.names:
             self.names[body] = self.new_name(prefix)
             self.lines.append(f"{self.names[body]}: {body}")

@@ -21,15 +21,13 @@ import mlx.core as mx
 import numpy as np
 
 from .. import __version__
-from ..config import config_from_gguf
 from ..doctor.verdict import MLX, device_name, recall, usable_kernels
 from ..errors import InputError
 from ..execution import execution
-from ..files.gguf import open_gguf
 from ..generation.loop import PREFILL_CHUNK, Sampling, Statistics, generate_tokens, prefill_chunk
 from ..kv.state import KVState
-from ..loading.from_gguf import GGUFSource
 from ..loading.loader import Progress, load_model
+from ..loading.opened import open_model
 from ..memory import available_memory
 from ..model.model import Model
 from ..ops.dispatch import Kernels
@@ -106,18 +104,10 @@ class Subject:
 def load_subject(path: Path, progress: Progress | None = None) -> Subject:
     """Load the model alone: speed needs no tokenizer, and a synthetic file has none."""
     start = time.perf_counter()
-    if path.is_dir():
-        from ..conversation.language_model import load
-
-        lm = load(path, progress=progress)
-        model, plan, label = lm.model, lm.plan, ""
-    else:
-        with open_gguf(path) as file:
-            config = config_from_gguf(file.metadata, str(path))
-            model, plan = load_model(config, GGUFSource(file), "auto", True, progress, usable_kernels())
-            label = str(file.metadata.get("general.name", ""))
-    seconds = time.perf_counter() - start
-    return Subject(path, size_label(label, path.stem), model, plan.holding, seconds)
+    with open_model(path) as (config, source, metadata):
+        model, plan = load_model(config, source, "auto", True, progress, usable_kernels())
+    label = size_label(str(metadata.get("general.name", "")), path.stem)
+    return Subject(path, label, model, plan.holding, time.perf_counter() - start)
 
 
 def size_label(*names: str) -> str:

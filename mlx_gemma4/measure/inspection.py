@@ -3,7 +3,8 @@
 In: the path of a GGUF or of a folder of safetensors. Out: a `Report`, and the lines that `mlx-gemma4 inspect` prints.
 """
 
-import json
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,14 +14,13 @@ from textwrap import wrap
 
 import mlx.core as mx
 
-from ..config import Config, config_from_gguf, config_from_json
+from ..config import Config
 from ..errors import InputError
-from ..files.gguf import TENSOR_TYPES, open_gguf
+from ..files.gguf import TENSOR_TYPES
 from ..generation.loop import PREFILL_CHUNK
 from ..kv.quantization import KINDS, check_kind, vector_bytes
 from ..kv.state import kv_bytes
-from ..loading.from_gguf import GGUFSource
-from ..loading.from_safetensors import FolderSource
+from ..loading.opened import open_model
 from ..loading.tensors import Entry, Spec, tensor_specs
 from ..memory import HEADROOM, available_memory, on_cpu
 from ..quant.formats import SUPPORTED
@@ -115,18 +115,8 @@ def _problems(entries: Mapping[str, Entry], wanted: Mapping[str, Spec]) -> list[
 
 def _header(path: Path) -> tuple[Config, Mapping[str, Entry], str]:
     """Return the configuration, the tensors by GGUF name, and the model's name ("" for a folder)."""
-    if not path.is_dir():
-        with open_gguf(path) as file:
-            name = str(file.metadata.get("general.name", ""))
-            return config_from_gguf(file.metadata, str(path)), GGUFSource(file).entries, name
-    try:
-        contents = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path / 'config.json'}: can't be read as JSON ({error}); is this a model's folder?"
-        ) from None
-    config = config_from_json(contents, str(path / "config.json"))
-    return config, FolderSource(path, config, contents.get("quantization") or {}).entries, ""
+    with open_model(path) as (config, source, metadata):
+        return config, source.entries, str(metadata.get("general.name", ""))
 
 
 def weights_per_token(config: Config, entries: Mapping[str, Entry]) -> int:

@@ -1,7 +1,7 @@
 """Text to token ids and back, from the vocabulary that a model file carries.
 
 In: the metadata of a GGUF (`Tokenizer.from_gguf`) or a Hugging Face folder (`Tokenizer.from_folder`).
-Out: a `Tokenizer` (text -> ids, ids -> text) and a `StreamDecoder` (one id at a time -> text).
+Out: a `Tokenizer`: text -> ids, ids -> text.
 
 Two kinds of GGUF vocabulary are read, both with the results of llama.cpp (src/llama-vocab.cpp):
 
@@ -21,8 +21,6 @@ This module knows nothing about chat: see chat_format.
 
 from __future__ import annotations
 
-import codecs
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +30,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from ..errors import InputError
+from ..paths import read_object
 
 SPACE = "\u2581"  # SentencePiece's form of a space
 # Values of tokenizer.ggml.token_type.
@@ -43,7 +42,6 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # Tokens that end a reply, beside those the file names: ids 1, 106 and 50 in Gemma 4, 1 and 106 in Gemma 3.
 # Found by text, since 50 is an unused token in Gemma 3 and a trimmed vocabulary has other ids.
 _ENDS = ("<eos>", "<turn|>", "<|tool_response>", "<end_of_turn>")
-
 
 Encoder = Callable[[str], "list[int]"]
 
@@ -65,21 +63,12 @@ class Splitter:
         done = 0
         for match in self._starts.finditer(text) if self._starts else ():
             at = match.start()
-            found = self._longest(text, at) if at >= done else 0
+            candidates = (text[at : at + n] for n in self._lengths[text[at]])
+            found = next((c for c in candidates if c in self._ids), None) if at >= done else None
             if found:
-                if at > done:
-                    parts.append(text[done:at])
-                parts.append(self._ids[text[at : at + found]])
-                done = at + found
-        if done < len(text):
-            parts.append(text[done:])
-        return parts
-
-    def _longest(self, text: str, at: int) -> int:
-        for length in self._lengths[text[at]]:
-            if text[at : at + length] in self._ids:
-                return length
-        return 0
+                parts += [text[done:at], self._ids[found]] if at > done else [self._ids[found]]
+                done = at + len(found)
+        return [*parts, text[done:]] if done < len(text) else parts
 
 
 class Tokenizer:
@@ -162,10 +151,9 @@ class Tokenizer:
         """Return the UTF-8 bytes of one id, perhaps only a part of a character."""
         if skip_special and token in self.control_ids:
             return b""
-        cached = self._pieces.get(token)
-        if cached is None:
-            cached = self._pieces[token] = self._make_piece(token)
-        return cached
+        if token not in self._pieces:
+            self._pieces[token] = self._make_piece(token)
+        return self._pieces[token]
 
     def _make_piece(self, token: int) -> bytes:
         if not 0 <= token < self.vocab_size:
@@ -180,23 +168,6 @@ class Tokenizer:
     def token_id(self, text: str) -> int | None:
         """Return the id of a control token such as "<|turn>", or None if this vocabulary has no such token."""
         return self._control.get(text)
-
-
-class StreamDecoder:
-    """Decodes ids that come one at a time. All results of `push` and `finish`, joined, equal `decode` of all ids."""
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token: int) -> str:
-        """Return the characters that `token` completes; an incomplete character is held back."""
-        return self._utf8.decode(self._tokenizer.piece(token, skip_special=self._skip_special))
-
-    def finish(self) -> str:
-        """Return what was held back: "", or U+FFFD if the ids ended inside a character."""
-        return self._utf8.decode(b"", final=True)
 
 
 def _from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -232,13 +203,11 @@ class _Vocab:
 
     def __init__(self, tokens: list[str], types: list[int]) -> None:
         self.ids = {text: i for i, text in enumerate(tokens)}
-        if len(self.ids) != len(tokens):
-            twice = len(tokens) - len(self.ids)
+        if twice := len(tokens) - len(self.ids):
             raise InputError(f"the tokenizer lists {twice} tokens twice: convert the model again")
         bytes_ = [text for text, kind in zip(tokens, types, strict=True) if kind == BYTE]
-        for text in bytes_:
-            if not _BYTE.fullmatch(text):
-                raise InputError(f"the tokenizer has a byte token {text!r}, not <0xXX>: convert the model again")
+        if wrong := [text for text in bytes_ if not _BYTE.fullmatch(text)]:
+            raise InputError(f"the tokenizer has a byte token {wrong[0]!r}, not <0xXX>: convert the model again")
         self.all_bytes = len(bytes_) == 256
         self.control = _control_ids(tokens, types)
         self.never = {*bytes_, *(tokens[i] for i in self.control)}  # tokens that no merge may make
@@ -296,10 +265,8 @@ def _llama_encoder(vocab: _Vocab, scores: list[float], prefix: bool) -> Encoder:
     ids = vocab.ids
     # Text that is a user-defined token doesn't get as far as merging, unless the token has spaces as U+2581.
     barred = vocab.never.union(text for text in vocab.user if SPACE not in text)
-    mergeable = [
-        (-score, text) for text, score in zip(ids, scores, strict=True) if len(text) > 1 and text not in barred
-    ]
-    mergeable.sort()
+    scored = zip(ids, scores, strict=True)
+    mergeable = sorted((-score, text) for text, score in scored if len(text) > 1 and text not in barred)
     halves = ids.keys() | {character for _, text in mergeable for character in text}
     pairs = [
         (left, right)
@@ -369,11 +336,7 @@ def _from_folder(folder: Path) -> Tokenizer:
     # Markers that the file doesn't call special are made special, so that none is found in typed text.
     engine.add_special_tokens([tokenizers.AddedToken(tokens[i], special=True) for i in added if types[i] == CONTROL])
     engine.encode_special_tokens = True
-    return _folder_tokenizer(folder, tokens, types, engine)
-
-
-def _folder_tokenizer(folder: Path, tokens: list[str], types: list[int], engine: tokenizers.Tokenizer) -> Tokenizer:
-    config, generation = _json(folder / "tokenizer_config.json"), _json(folder / "generation_config.json")
+    config, generation = _object(folder / "tokenizer_config.json"), _object(folder / "generation_config.json")
     bos = config.get("bos_token")
     bos = bos.get("content") if isinstance(bos, dict) else bos
     eos = generation.get("eos_token_id")
@@ -393,14 +356,5 @@ def _folder_tokenizer(folder: Path, tokens: list[str], types: list[int], engine:
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, {} if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} isn't JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object")
-    return value
+def _object(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.is_file() else {}

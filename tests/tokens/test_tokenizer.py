@@ -18,7 +18,7 @@ from plain_bpe import PlainBPE
 
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.files.gguf import open_gguf
-from mlx_gemma4.tokens.tokenizer import Splitter, StreamDecoder, Tokenizer
+from mlx_gemma4.tokens.tokenizer import Splitter, Tokenizer
 
 KINDS = ["gemma4", "llama"]
 UNUSUAL = {"llama-ties": "equal scores", "gemma4-gaps": "merges that can't be used"}  # refused
@@ -92,30 +92,6 @@ def test_round_trip(kind: str, text: str) -> None:
     assert tokenizer.control_ids.isdisjoint(ids)
     back = tokenizer.decode(ids)
     assert back == text.replace("▁", " ")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@given(data=st.data(), skip=st.booleans())
-@settings(max_examples=150, deadline=None)
-def test_stream_is_decode(kind: str, data: st.DataObject, skip: bool) -> None:
-    tokenizer = vocabs.tokenizer(kind)
-    byte = tokenizer.encode("\x01", add_bos=False)[-1] - 1  # id of <0x00>
-    token = st.one_of(st.integers(0, tokenizer.vocab_size + 3), st.integers(byte + 0x80, byte + 255))
-    ids = data.draw(st.one_of(st.lists(token), texts.map(tokenizer.encode)))
-    stream = StreamDecoder(tokenizer, skip_special=skip)
-    pieces = [stream.push(i) for i in ids]
-    assert "".join(pieces) + stream.finish() == tokenizer.decode(ids, skip_special=skip)
-
-
-def test_stream_holds_back_what_is_in_progress() -> None:
-    tokenizer = vocabs.tokenizer("llama")
-    ids = tokenizer.encode("a🙂b", add_bos=False)
-    assert len(ids) == 6
-    stream = StreamDecoder(tokenizer)
-    assert [stream.push(i) for i in ids] == ["a", "", "", "", "🙂", "b"]
-    assert stream.finish() == ""
-    assert stream.push(ids[1]) == ""
-    assert stream.finish() == "\ufffd"
 
 
 @pytest.mark.parametrize("kind", ["gemma4", "llama"])
