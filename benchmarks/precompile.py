@@ -34,7 +34,6 @@ from mlx_gemma4.loading.tensors import Entry
 from mlx_gemma4.memory import MemoryPlan
 from mlx_gemma4.model import decode
 from mlx_gemma4.model.model import Model
-from mlx_gemma4.model.replay import Replayer
 from mlx_gemma4.ops import cases
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.expand import expand
@@ -131,8 +130,8 @@ def launch_all(model: Model, run: Kernels) -> None:
     weights = [w for layer in model.weights.layers for w in vars(layer).values()]
     for w in {(w.format.name, w.shape[-1]): w for w in weights if isinstance(w, formats.Packed)}.values():
         expand(run.launcher, w)
-    step, stepper = decode.make_step(model.loaded, run), model.stepper
-    assert isinstance(stepper, Replayer)
+    step, replayer = decode.make_step(model.loaded, run), model.replayer
+    assert replayer
     add_rotations(model)
     with execution():
         for kv, depth in [*(("full", n) for n in DEPTHS), *itertools.product(("q8", "tq4"), QUANTIZED_DEPTHS)]:
@@ -140,7 +139,7 @@ def launch_all(model: Model, run: Kernels) -> None:
             for state in states:
                 lazy_fill(state, depth)
             step(mx.array([1]), states[0])
-            stepper.take_on(states[1])
+            replayer.take_on(states[1])
 
 
 def main() -> int:

@@ -28,7 +28,8 @@ from ..doctor.verdict import MLX, device_name, recall, usable_kernels
 from ..errors import InputError
 from ..execution import execution
 from ..files.gguf import open_gguf
-from ..generation.loop import PREFILL_CHUNK, Sampling, Statistics, generate_tokens, prefill_chunk
+from ..generation.loop import PREFILL_CHUNK, Statistics, generate_tokens, prefill_chunk
+from ..generation.sampling import Sampling
 from ..kv.state import KVState
 from ..loading.from_gguf import GGUFSource
 from ..loading.loader import Progress, load_model

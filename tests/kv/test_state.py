@@ -15,7 +15,8 @@ from plain_state import LAYOUTS, PlainState, SmallModel, read, same_contents, sm
 from mlx_gemma4.config import Config
 from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.errors import InputError
-from mlx_gemma4.generation.loop import Sampling, generate_tokens
+from mlx_gemma4.generation.loop import generate_tokens
+from mlx_gemma4.generation.sampling import Sampling
 from mlx_gemma4.kv.quantization import KINDS
 from mlx_gemma4.kv.segments import SegmentLayout
 from mlx_gemma4.kv.state import KVState, kv_bytes, window_bytes
