@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 import mlx.core as mx
 
-from mlx_gemma4.doctor import checks, sizes, verdict
+from mlx_gemma4.doctor import sizes, verdict
 from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.execution import execution
 from mlx_gemma4.gpu import cuda_compiler, cuda_graph, render
@@ -125,7 +125,7 @@ def add_rotations(model: Model) -> None:
 
 def launch_all(model: Model, run: Kernels) -> None:
     """Launch each kernel that loading, prompts and decode steps need."""
-    for check in checks.checks(sizes.sizes_of(model), verdict.QUICK_LENGTHS, verdict.QUICK_ROWS):
+    for check in sizes.checks(sizes.sizes_of(model), verdict.QUICK_LENGTHS, verdict.QUICK_ROWS):
         check.make().kernel(run.launcher)
     weights = [w for layer in model.weights.layers for w in vars(layer).values()]
     for w in {(w.format.name, w.shape[-1]): w for w in weights if isinstance(w, formats.Packed)}.values():

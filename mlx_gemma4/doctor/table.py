@@ -16,8 +16,8 @@ from ..ops import matvec
 from ..ops.cases import Check, Heads, Product, Sizes
 from ..ops.epilogue import SHRINK
 from ..quant.formats import FORMATS
-from .checks import checks
 from .published import PUBLISHED, Shape
+from .sizes import checks
 from .verdict import (
     LENGTHS,
     MLX,
@@ -45,9 +45,11 @@ WITHOUT_KERNEL = (
 
 
 def real_sizes() -> dict[str, Sizes]:
-    """The published models, in the types of a Q4_K_M file, and every format."""
+    """The published models, in the types of a Q4_K_M file; every format and F16 at one shape, and several tokens."""
     models = {name: sizes_of_shape(shape) for name, shape in PUBLISHED.items()}
-    return models | {"any": Sizes(0, 0, (), _every_format(), "")}
+    formats = [Product(name, (5376, 8192), narrow=name in FORMATS) for name in (*FORMATS, "F16")]
+    formats.append(Product("Q4_K", (5376, 8192), tokens=matvec.MAX_TOKENS, narrow=True))
+    return models | {"any": Sizes(0, 0, (), tuple(formats), "")}
 
 
 def sizes_of_shape(m: Shape) -> Sizes:
@@ -78,12 +80,6 @@ def sizes_of_shape(m: Shape) -> Sizes:
     tables = ("Q6_K", "Q5_K" if m.ple else "")
     experts = (m.experts, m.experts_used)
     return Sizes(m.hidden, m.vocab, tuple(heads), tuple(products), *tables, m.layers, m.ple, *experts)
-
-
-def _every_format() -> tuple[Product, ...]:
-    """Products of each format at one shape; of F16; of several tokens at once."""
-    some = [Product(name, (5376, 8192), narrow=name in FORMATS) for name in (*FORMATS, "F16")]
-    return (*some, Product("Q4_K", (5376, 8192), tokens=matvec.MAX_TOKENS, narrow=True))
 
 
 def small_sizes() -> dict[str, Sizes]:
@@ -143,17 +139,13 @@ def examine(
         table = [{"model": name, **asdict(result)} for name, result in results]
         echo(json.dumps({"machine": machine(), "gpu": launcher is not None, "off": failed, "checks": table}))
     else:
-        _print_end(echo, failed, launcher is not None)
+        for op, shape in WITHOUT_KERNEL if launcher else ():
+            echo(_line(op, "", shape, "", "", "", "no kernel: stock operations"))
+        if failed:
+            echo(switched_off(failed)[0].upper() + switched_off(failed)[1:])
+        elif launcher:
+            echo("All kernels are right. This is remembered until MLX, the kernels or the device change.")
     return not failed and not (launcher is None and any(r.verdict != "runs as stock operations" for _, r in results))
-
-
-def _print_end(echo: Callable[[str], None], failed: dict[str, str], gpu: bool) -> None:
-    for op, shape in WITHOUT_KERNEL if gpu else ():
-        echo(_line(op, "", shape, "", "", "", "no kernel: stock operations"))
-    if failed:
-        echo(switched_off(failed)[0].upper() + switched_off(failed)[1:])
-    elif gpu:
-        echo("All kernels are right. This is remembered until MLX, the kernels or the device change.")
 
 
 def _row(model: str, r: Result) -> str:

@@ -32,8 +32,7 @@ from ..ops.dispatch import REPLAY, Kernels
 from ..ops.op import OpKey
 from ..ops.parts import TAIL
 from ..paths import cache_folder, whole_file
-from .checks import checks
-from .sizes import sizes_of
+from .sizes import checks, sizes_of
 
 log = logging.getLogger("mlx_gemma4")
 MLX = str(getattr(mx, "__version__", "?"))  # its type hints know no version
@@ -142,13 +141,9 @@ class Result:
     rate: float | None = None  # GB/s of the bytes that must move
 
 
+@execution()
 def run_check(check: Check, launcher: Launcher | None, timed: bool = False) -> Result:
     """Run a kernel and its reference and compare; without a launcher, run the reference alone."""
-    with execution():
-        return _run_check(check, launcher, timed)
-
-
-def _run_check(check: Check, launcher: Launcher | None, timed: bool) -> Result:
     op, shape = str(check.op), check.shape
     try:
         case = check.make()

@@ -108,9 +108,8 @@ class Model:
         """
         digest = hashlib.sha256(repr(self.config).encode())
         with execution():
-            rows = [
-                stock.embed(mx.arange(0, self.config.vocab, max(1, self.config.vocab // 16)), self.weights.token_embd)
-            ]
+            some = mx.arange(0, self.config.vocab, max(1, self.config.vocab // 16))
+            rows = [stock.embed(some, self.weights.token_embd)]
             for layer in self.weights.layers:
                 rows.append(layer.attn_norm)
                 for weight in (layer.attn_q, layer.attn_k, layer.attn_output, layer.ffn_down):
