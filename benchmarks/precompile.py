@@ -78,9 +78,8 @@ def lazy_model(name: str, run: Kernels, packed: bool = True) -> Model:
         tensors = {name: (shape, type if type == "F32" else "BF16") for name, (shape, type) in tensors.items()}
     # No memory is taken, so none need be free.
     with patch.object(loader, "make_plan", lambda *_: MemoryPlan("packed", 0, 1 << 40)):
-        return load_model(make_synthetic.config_of(PUBLISHED[name]), LazySource(name, tensors), "packed", kernels=run)[
-            0
-        ]
+        config = make_synthetic.config_of(PUBLISHED[name])
+        return load_model(config, LazySource(name, tensors), "packed", kernels=run)[0]
 
 
 def lazy_fill(state: KVState, length: int) -> None:

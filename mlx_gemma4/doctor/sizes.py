@@ -87,11 +87,9 @@ def _layer_products(layer: Layer, used: int, hidden: int) -> list[Product]:
 
 def _as_launched(p: Product) -> list[Product]:
     """Split a product into those that kernels run: gate and up of an unpacked weight apart, its experts not at all."""
-    if p.type in FORMATS:
-        return [p]
-    if p.type not in FLOATS or len(p.shape) > 2:
+    if p.type not in FORMATS and (p.type not in FLOATS or len(p.shape) > 2):
         return []
-    if not p.glu:
+    if p.type in FORMATS or not p.glu:
         return [p]
     half = (p.shape[0] // 2, p.shape[1])
     return [replace(p, shape=half, glu=False, factor=1.0), replace(p, shape=half, glu=False, times=True)]

@@ -16,21 +16,10 @@ from ..ops import matvec
 from ..ops.cases import Check, Heads, Product, Sizes
 from ..ops.epilogue import SHRINK
 from ..quant.formats import FORMATS
+from . import verdict
 from .published import PUBLISHED, Shape
 from .sizes import checks
-from .verdict import (
-    LENGTHS,
-    MLX,
-    QUICK_LENGTHS,
-    Result,
-    Verdict,
-    device_name,
-    machine,
-    remember,
-    run_check,
-    switched_off,
-    usable_kernels,
-)
+from .verdict import Result, Verdict
 
 # Inputs without a kernel, on every machine: stock operations run them.
 WITHOUT_KERNEL = (
@@ -115,10 +104,10 @@ def examine(
     """
     launcher = render.default_launcher()
     models = models or (real_sizes() if launcher else small_sizes())
-    note = f"{device_name()}, MLX {MLX}: "
+    note = f"{verdict.device_name()}, MLX {verdict.MLX}: "
     if launcher is None:
         note += "no GPU, so stock operations run everything; here they are, at small shapes"
-    elif usable_kernels() is None:
+    elif verdict.usable_kernels() is None:
         note += "MLX_GEMMA4_KERNELS=off, so stock operations run everything; here are the kernels all the same"
     else:
         note += "each kernel beside stock operations, on random numbers (NVIDIA's compiler takes minutes for them)"
@@ -126,23 +115,23 @@ def examine(
         echo(note)
         echo(_line("kernel", "model", "shape", "error", "time", "GB/s", "verdict"))
     results = []
-    for name, check in all_checks(models, LENGTHS if launcher else QUICK_LENGTHS):
-        result = run_check(check, launcher, timed)
+    for name, check in all_checks(models, verdict.LENGTHS if launcher else verdict.QUICK_LENGTHS):
+        result = verdict.run_check(check, launcher, timed)
         results.append((name, result))
         mx.clear_cache()  # the next arrays have other sizes
         if not as_json:
             echo(_row(name, result))
     failed = {r.op: r.verdict for _, r in reversed(results) if r.failed}
     if launcher:
-        remember(Verdict({f"{r.op}: {r.shape}" for _, r in results}, failed))
+        verdict.remember(Verdict({f"{r.op}: {r.shape}" for _, r in results}, failed))
     if as_json:
         table = [{"model": name, **asdict(result)} for name, result in results]
-        echo(json.dumps({"machine": machine(), "gpu": launcher is not None, "off": failed, "checks": table}))
+        echo(json.dumps({"machine": verdict.machine(), "gpu": launcher is not None, "off": failed, "checks": table}))
     else:
         for op, shape in WITHOUT_KERNEL if launcher else ():
             echo(_line(op, "", shape, "", "", "", "no kernel: stock operations"))
         if failed:
-            echo(switched_off(failed)[0].upper() + switched_off(failed)[1:])
+            echo(verdict.switched_off(failed)[0].upper() + verdict.switched_off(failed)[1:])
         elif launcher:
             echo("All kernels are right. This is remembered until MLX, the kernels or the device change.")
     return not failed and not (launcher is None and any(r.verdict != "runs as stock operations" for _, r in results))

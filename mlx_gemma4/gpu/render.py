@@ -21,7 +21,8 @@ from ..memory import on_cpu
 from . import cuda_compiler
 
 Launcher = Callable[..., Callable[..., Sequence[Any]]]
-Defines = Mapping[str, str | int | float | mx.Dtype]
+Define = str | int | float | mx.Dtype
+Defines = Mapping[str, Define]
 Output = tuple[tuple[int, ...], mx.Dtype]  # shape and dtype of a result
 
 _IN_WHEEL, _IN_TREE = Path(__file__).parents[1] / "metal", Path(__file__).parents[2] / "kernels"
@@ -111,11 +112,7 @@ def render(entry: str, file: str, dtype: mx.Dtype, defines: Defines, absent: Seq
 
 @cache
 def _render(
-    entry: str,
-    file: str,
-    dtype: mx.Dtype,
-    defines: tuple[tuple[str, str | int | float | mx.Dtype], ...],
-    absent: tuple[str, ...],
+    entry: str, file: str, dtype: mx.Dtype, defines: tuple[tuple[str, Define], ...], absent: tuple[str, ...]
 ) -> Kernel:
     helpers, *kernels = re.split(r"(?m)^(?=// kernel: )", _text(file))
     body = next(k for k in kernels if k.startswith(f"// kernel: {entry}("))
@@ -131,7 +128,7 @@ def _render(
     return Kernel(f"{entry}_{digest}", inputs, outputs, header, body)
 
 
-def _constant(value: str | int | float | mx.Dtype) -> str:
+def _constant(value: Define) -> str:
     if isinstance(value, mx.Dtype):
         return METAL_TYPES[value]
     return float_literal(value) if isinstance(value, float) else str(int(value) if isinstance(value, bool) else value)

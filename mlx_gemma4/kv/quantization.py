@@ -101,8 +101,7 @@ def rotations(
 
 def rotate(x: mx.array, rotation: mx.array) -> mx.array:
     """Return x in the space of the codes, fp32 [.., D]; `rotation` [D] is a row of `rotations`, or 1 / that."""
-    made: mx.array = hadamard(x.astype(mx.float32) * rotation) * x.shape[-1] ** -0.5
-    return made
+    return hadamard(x.astype(mx.float32) * rotation) * float(x.shape[-1] ** -0.5)
 
 
 def rotate_pair(keys: mx.array, values: mx.array, rotation: mx.array) -> tuple[mx.array, mx.array]:
@@ -112,8 +111,7 @@ def rotate_pair(keys: mx.array, values: mx.array, rotation: mx.array) -> tuple[m
 
 def unrotate(x: mx.array, rotation: mx.array) -> mx.array:
     """Undo `rotate`, the rotation being signs."""
-    made: mx.array = hadamard(x.astype(mx.float32)) * (rotation * x.shape[-1] ** -0.5)
-    return made
+    return hadamard(x.astype(mx.float32)) * (rotation * float(x.shape[-1] ** -0.5))
 
 
 def quantize(keys: mx.array, values: mx.array, rotation: mx.array, kind: str) -> QuantizedKV:
@@ -177,8 +175,7 @@ def _decoder(bits: int, dim: int, dtype: mx.Dtype) -> Callable[..., mx.array]:
             for i, magnitude in enumerate(LEVELS[1:], 1):
                 level = mx.where((code & 7) >= i, magnitude, level)
             level = mx.where(code >= 8, -level, level)
-        made: mx.array = (level * (scales.astype(mx.float32) * dim**-0.5)).astype(dtype)
-        return made
+        return (level * (scales.astype(mx.float32) * float(dim**-0.5))).astype(dtype)
 
     # Compiled, a GPU does it in one pass. On a CPU that would take a C++ compiler.
     return values if on_cpu() else mx.compile(values, shapeless=True)

@@ -203,15 +203,10 @@ class KVState:
     def arrays(self) -> list[mx.array]:
         """All keys and values, each array once, to evaluate or to measure them."""
         self.settle()
-        found: dict[int, mx.array] = {}
-        for kv in self._layers.values():
-            for a in (kv.tail_keys, kv.tail_values):
-                found[id(a)] = a
         held = [s for kv in self._layers.values() for s in kv.segments]
         held += [s for mark in self._marks.values() for window in mark.windows.values() for s in window]
-        for s in held:
-            found[id(s.keys)], found[id(s.values)] = s.keys, s.values
-        return list(found.values())
+        pairs = [(kv.tail_keys, kv.tail_values) for kv in self._layers.values()] + [(s.keys, s.values) for s in held]
+        return list({id(a): a for pair in pairs for a in pair}.values())
 
     @property
     def nbytes(self) -> int:

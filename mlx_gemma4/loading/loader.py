@@ -73,11 +73,7 @@ def load_model(
 
 
 def _account(source: Source, specs: dict[str, Spec]) -> dict[str, Spec]:
-    """Match the file's tensors with those called for, and log the unused ones.
-
-    Returns:
-        the specs of the tensors that the file has; the embedding is a table where another tensor is the head.
-    """
+    """Return the specs of the tensors that the file has; log those that it has beside them."""
     needed = dict(specs)
     for joined in (name for name in specs if name.endswith("ffn_gate_up_exps.weight")):
         # Experts' gate and up: whichever form the file has must be whole.
@@ -104,7 +100,7 @@ def _account(source: Source, specs: dict[str, Spec]) -> dict[str, Spec]:
     unused = [name for name in source.entries if name not in present]
     if unused:
         log.info("Unused tensors (%d): %s", len(unused), ", ".join(unused))
-    if "output.weight" in present:
+    if "output.weight" in present:  # the embedding is not the head too
         present["token_embd.weight"] = Spec(present["token_embd.weight"].shape, "table")
     return present
 
