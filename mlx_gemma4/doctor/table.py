@@ -6,7 +6,7 @@ In: this machine's launcher. Out: a table of checks, printed line by line, and t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
 import mlx.core as mx
@@ -81,14 +81,13 @@ def small_sizes() -> dict[str, Sizes]:
 # ---------------------------------------------------------------- the table
 
 
-def all_checks(models: dict[str, Sizes], lengths: Sequence[int]) -> Iterator[tuple[str, Check]]:
-    """Yield each check once, with the first model that needs it."""
-    seen: set[str] = set()
+def all_checks(models: dict[str, Sizes], lengths: Sequence[int]) -> list[tuple[str, Check]]:
+    """Return each check once, with the first model that needs it."""
+    found: dict[str, tuple[str, Check]] = {}
     for name, sizes in models.items():
         for check in checks(sizes, lengths):
-            if check.key not in seen:
-                seen.add(check.key)
-                yield name, check
+            found.setdefault(check.key, (name, check))
+    return list(found.values())
 
 
 def examine(

@@ -67,8 +67,8 @@ def usable_kernels() -> Kernels | None:
 
 def kernels_of(launcher: Launcher, off: frozenset[OpKey] = frozenset()) -> Kernels:
     """Return a backend's kernels with the fastest steps it can run: traced where possible, replayed on NVIDIA."""
-    player = cuda_graph.Player if launcher is render.cuda_launcher else None
-    return Kernels(launcher, off, render.is_lazy(launcher), player)
+    lazy = launcher in (mx.fast.metal_kernel, render.cuda_launcher)  # launches wait to be evaluated
+    return Kernels(launcher, off, lazy, cuda_graph.Player if launcher is render.cuda_launcher else None)
 
 
 def verdict_file() -> Path:
@@ -89,7 +89,8 @@ def kernel_text() -> str:
     """Return a digest of everything that kernels are made of."""
     package = Path(__file__).parents[1]
     sources = sorted(file for folder in ("gpu", "ops", "model") for file in (package / folder).glob("*.py"))
-    files = [*render.metal_files(), *sources, package / "kv" / "quantization.py"]
+    texts = sorted(file for file in render.FOLDER.iterdir() if file.suffix in (".metal", ".h"))
+    files = [*texts, *sources, package / "kv" / "quantization.py"]
     return sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

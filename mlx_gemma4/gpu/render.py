@@ -86,11 +86,6 @@ def float_literal(x: float) -> str:
     return f"{float(x)!r}f"
 
 
-def metal_files() -> list[Path]:
-    """All kernel sources, Metal and CUDA headers included."""
-    return sorted(f for f in FOLDER.iterdir() if f.suffix in (".metal", ".h"))
-
-
 @cache
 def _text(file: str) -> str:
     return (FOLDER / file).read_text()
@@ -156,11 +151,6 @@ def default_launcher() -> Launcher | None:
     if on_cpu():
         return None
     return cast(Launcher, mx.fast.metal_kernel if mx.metal.is_available() else cuda_launcher)
-
-
-def is_lazy(launcher: Launcher) -> bool:
-    """Returns True if launches wait to be evaluated, as MLX's own do, so that steps can be traced."""
-    return launcher in (mx.fast.metal_kernel, cuda_launcher)
 
 
 @cache

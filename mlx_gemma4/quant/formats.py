@@ -26,7 +26,6 @@ from ..memory import on_cpu
 from .repack import BlockLayout, GroupScalesReader, Plane, iq4_xs, plain, q3_k, q4_k, rearrange
 
 Shape = tuple[int, ...]
-GroupScaleKind = Literal["", "scale-min", "scale-32", "int8", "e8m0"]
 BLOCKS = {t.name: t for t in TENSOR_TYPES.values()}
 
 
@@ -51,7 +50,7 @@ class Format:
     has_min: bool
     scale_block: int  # weights per fp16 d (and m), 0 if there is none
     lut: tuple[int, ...] | None
-    group_scale_kind: GroupScaleKind
+    group_scale_kind: Literal["", "scale-min", "scale-32", "int8", "e8m0"]
     codes_at: tuple[Plane, ...]  # from the lowest bits of a code up
     block_scales_at: tuple[int, ...]  # the bytes of a block where d and m begin
     group_scales_at: tuple[GroupScalesReader, int] | None  # their reader, and the byte where they begin
@@ -179,13 +178,8 @@ class _Target:
     """The memory of a new MLX array, writable as `bytes` until `array` is called."""
 
     def __init__(self, shape: Shape, dtype: mx.Dtype) -> None:
-        self._array: mx.array | None = None
-        if _writes_show():
-            self._array = mx.zeros(shape, dtype)
-            mx.eval(self._array)
-            self._view = np.asarray(self._array)
-        else:
-            self._view = np.empty(shape, _NUMPY[dtype])
+        self._array = mx.zeros(shape, dtype) if _writes_show() else None
+        self._view = np.empty(shape, _NUMPY[dtype]) if self._array is None else np.asarray(self._array)
         self.bytes = self._view.reshape(-1).view(np.uint8)
 
     def array(self) -> mx.array:
