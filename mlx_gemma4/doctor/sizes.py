@@ -1,7 +1,7 @@
 """The sizes of a loaded model that decide which kernels it needs, and at which shapes; and the checks of these.
 
-In: a loaded model. Out: `Sizes`, with a `Product` and a `Heads` for each kind that the model has. In: sizes. Out: the
-`Check`s that each module of mlx_gemma4/ops declares for its own kernels.
+In: a loaded model. Out: `Sizes`, with a `Product` and a `Heads` for each kind that the model has, and from such sizes
+the `Check`s that each module of mlx_gemma4/ops declares for its own kernels.
 """
 
 from __future__ import annotations
