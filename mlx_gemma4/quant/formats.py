@@ -60,14 +60,8 @@ class Format:
         """The places in a block, for `repack`."""
         block = BLOCKS[self.name]
         group_scale_bytes = block.block_size // self.group * self.group_scale_bits // 8
-        return BlockLayout(
-            block.block_size,
-            block.block_bytes,
-            self.codes_at,
-            self.block_scales_at,
-            self.group_scales_at,
-            group_scale_bytes,
-        )
+        places = self.codes_at, self.block_scales_at, self.group_scales_at
+        return BlockLayout(block.block_size, block.block_bytes, *places, group_scale_bytes)
 
 
 # The 16 values of ggml's non-linear 4-bit types, and those of FP4 (E2M1), doubled to make them integers.
@@ -165,13 +159,8 @@ def pack_on_cpu(
         return None if target is None else target.bytes.reshape(n_blocks, -1)
 
     rearrange(layout, flat, codes.bytes.reshape(n_blocks, -1), blocks(group_scales), blocks(block_scales), on_read)
-    return Packed(
-        form,
-        shape,
-        codes.array(),
-        group_scales.array() if group_scales else None,
-        block_scales.array() if block_scales else None,
-    )
+    scales = (target.array() if target else None for target in (group_scales, block_scales))
+    return Packed(form, shape, codes.array(), *scales)
 
 
 class _Target:
