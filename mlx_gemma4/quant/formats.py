@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -195,13 +195,13 @@ def _writes_show() -> bool:
     return bool(mx.all(a == 3).item())
 
 
-def dense(raw: np.ndarray, type: str, shape: Shape, dtype: Any = np.float32) -> mx.array:
+def dense(raw: np.ndarray, type: str, shape: Shape, dtype: mx.Dtype | None = mx.float32) -> mx.array:
     """Return a tensor's numbers, exact in fp32.
 
     Args:
         raw, shape: as for `pack_on_cpu`.
         type: any in SUPPORTED.
-        dtype: of the result, MLX's or numpy's; None keeps F16 and BF16 and gives fp32 for all other types.
+        dtype: of the result; None keeps F16 and BF16 and gives fp32 for all other types.
     """
     if type in FLOATS:
         bits = np.dtype("<u4" if type == "F32" else "<u2")
@@ -209,9 +209,7 @@ def dense(raw: np.ndarray, type: str, shape: Shape, dtype: Any = np.float32) -> 
         out = whole.view(FLOATS[type]).reshape(shape)
     else:
         out = dequantize(pack_on_cpu(raw, type, shape))
-    if dtype is None:
-        return out
-    return out.astype(dtype if isinstance(dtype, mx.Dtype) else getattr(mx, np.dtype(dtype).name))
+    return out if dtype is None else out.astype(dtype)
 
 
 def dequantize(w: Packed, dtype: mx.Dtype = mx.float32, rows: mx.array | None = None) -> mx.array:
