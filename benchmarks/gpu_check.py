@@ -33,7 +33,8 @@ import numpy as np
 from mlx_gemma4.conversation.language_model import demo_path, load
 from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.doctor.verdict import MLX, kernels_of
-from mlx_gemma4.generation.loop import Sampling, generate_tokens
+from mlx_gemma4.generation.loop import generate_tokens
+from mlx_gemma4.generation.sampling import Sampling
 from mlx_gemma4.gpu.render import default_launcher
 from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.model import forward

@@ -10,9 +10,11 @@ during the last chunk.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -25,8 +27,11 @@ from mlx_gemma4.kv.state import KVState, kv_bytes
 from mlx_gemma4.memory import on_cpu
 from mlx_gemma4.ops.quantize_kv import quantize_kv
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import make_synthetic
+
 MODEL = PUBLISHED["31B"]
-CONFIG = MODEL.config
+CONFIG = make_synthetic.config_of(MODEL)
 CHUNK = 512  # tokens read at once
 
 

@@ -18,7 +18,8 @@ import numpy as np
 
 from mlx_gemma4 import load
 from mlx_gemma4.conversation.language_model import LanguageModel
-from mlx_gemma4.generation.loop import Sampling, generate_tokens
+from mlx_gemma4.generation.loop import generate_tokens
+from mlx_gemma4.generation.sampling import Sampling
 from mlx_gemma4.model.model import Model
 
 CHUNK = 512  # tokens read at once

@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 import mlx.core as mx
 
-from mlx_gemma4.doctor import checks, sizes, verdict
+from mlx_gemma4.doctor import sizes, verdict
 from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.execution import execution
 from mlx_gemma4.gpu import cuda_compiler, cuda_graph, render
@@ -34,7 +34,6 @@ from mlx_gemma4.loading.tensors import Entry
 from mlx_gemma4.memory import MemoryPlan
 from mlx_gemma4.model import decode
 from mlx_gemma4.model.model import Model
-from mlx_gemma4.model.replay import Replayer
 from mlx_gemma4.ops import cases
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.expand import expand
@@ -79,7 +78,8 @@ def lazy_model(name: str, run: Kernels, packed: bool = True) -> Model:
         tensors = {name: (shape, type if type == "F32" else "BF16") for name, (shape, type) in tensors.items()}
     # No memory is taken, so none need be free.
     with patch.object(loader, "make_plan", lambda *_: MemoryPlan("packed", 0, 1 << 40)):
-        return load_model(PUBLISHED[name].config, LazySource(name, tensors), "packed", kernels=run)[0]
+        config = make_synthetic.config_of(PUBLISHED[name])
+        return load_model(config, LazySource(name, tensors), "packed", kernels=run)[0]
 
 
 def lazy_fill(state: KVState, length: int) -> None:
@@ -126,13 +126,13 @@ def add_rotations(model: Model) -> None:
 
 def launch_all(model: Model, run: Kernels) -> None:
     """Launch each kernel that loading, prompts and decode steps need."""
-    for check in checks.checks(sizes.sizes_of(model), verdict.QUICK_LENGTHS, verdict.QUICK_ROWS):
+    for check in sizes.checks(sizes.sizes_of(model), verdict.QUICK_LENGTHS, verdict.QUICK_ROWS):
         check.make().kernel(run.launcher)
     weights = [w for layer in model.weights.layers for w in vars(layer).values()]
     for w in {(w.format.name, w.shape[-1]): w for w in weights if isinstance(w, formats.Packed)}.values():
         expand(run.launcher, w)
-    step, stepper = decode.make_step(model.loaded, run), model.stepper
-    assert isinstance(stepper, Replayer)
+    step, replayer = decode.make_step(model.loaded, run), model.replayer
+    assert replayer
     add_rotations(model)
     with execution():
         for kv, depth in [*(("full", n) for n in DEPTHS), *itertools.product(("q8", "tq4"), QUANTIZED_DEPTHS)]:
@@ -140,7 +140,7 @@ def launch_all(model: Model, run: Kernels) -> None:
             for state in states:
                 lazy_fill(state, depth)
             step(mx.array([1]), states[0])
-            stepper.take_on(states[1])
+            replayer.take_on(states[1])
 
 
 def main() -> int:

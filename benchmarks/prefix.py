@@ -19,8 +19,9 @@ import numpy as np
 from mlx_gemma4 import load
 from mlx_gemma4.doctor.verdict import MLX
 from mlx_gemma4.execution import execution
-from mlx_gemma4.generation.loop import Sampling, generate_tokens
+from mlx_gemma4.generation.loop import generate_tokens
 from mlx_gemma4.generation.prefix import PrefixCache
+from mlx_gemma4.generation.sampling import Sampling
 from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.model.model import Model
 

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mlx_gemma4.generation.loop import Sampling, generate_tokens
+from mlx_gemma4.generation.loop import generate_tokens
+from mlx_gemma4.generation.sampling import Sampling
 from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.measure.bench import fill, load_subject
 from mlx_gemma4.model.model import Model

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mlx_gemma4.config import Config, config_from_gguf
 from mlx_gemma4.doctor.published import PUBLISHED, Shape
 from mlx_gemma4.files.gguf import TENSOR_TYPES, open_gguf
 from mlx_gemma4.loading.tensors import tensor_specs
@@ -29,9 +30,55 @@ SCALES = {
 }
 
 
+def metadata(model: Shape, name: str) -> dict[str, Any]:
+    """Return the GGUF metadata of a model of this shape, arrays as numpy's."""
+    sliding = [(i + 1) % model.every != 0 for i in range(model.layers)]
+    experts = {
+        "expert_count": model.experts,
+        "expert_used_count": model.experts_used,
+        "expert_feed_forward_length": model.expert_ffn,
+    }
+    keys = {
+        "block_count": model.layers,
+        "context_length": model.context,
+        "embedding_length": model.hidden,
+        "feed_forward_length": np.array(model.ffns, np.int32),
+        "attention.head_count": model.heads,
+        "attention.head_count_kv": np.array([model.kv_heads[not s] for s in sliding], np.int32),
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "attention.key_length": model.head_dims[1],
+        "attention.value_length": model.head_dims[1],
+        "attention.key_length_swa": model.head_dims[0],
+        "attention.value_length_swa": model.head_dims[0],
+        "attention.sliding_window": model.window,
+        "attention.sliding_window_pattern": np.array(sliding),
+        "attention.shared_kv_layers": model.shared,
+        "rope.freq_base": 1e6,
+        "rope.freq_base_swa": 1e4,
+        "rope.dimension_count": model.head_dims[1],
+        "rope.dimension_count_swa": model.head_dims[0],
+        "embedding_length_per_layer_input": model.ple,
+        "final_logit_softcapping": 30.0,
+        "vocab_size": model.vocab,
+        **(experts if model.experts else {}),
+    }
+    general = {
+        "general.architecture": "gemma4",
+        "general.name": f"synthetic {name}",
+        "general.quantization_version": 2,
+        "general.file_type": 15,
+    }
+    return general | {f"gemma4.{key}": value for key, value in keys.items()}
+
+
+def config_of(model: Shape) -> Config:
+    """Return the configuration that a file of a shape gives."""
+    return config_from_gguf(metadata(model, "model"), "published")
+
+
 def tensors(model: Shape) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return name -> (shape, type), in the order of a forward pass."""
-    config, chosen = model.config, {}
+    config, chosen = config_of(model), {}
     n = len(config.layers)
     for name, spec in tensor_specs(config).items():
         layer = int(name.split(".")[1]) if name.startswith("blk.") else 0
@@ -94,7 +141,7 @@ def write_value(out: BinaryIO, value: Any) -> None:
 
 def write(model: str, path: Path, tokenizer: Path | None = None) -> None:
     """Write a file of the shape of a model in PUBLISHED."""
-    keys, chosen = PUBLISHED[model].metadata(model.lower()), tensors(PUBLISHED[model])
+    keys, chosen = metadata(PUBLISHED[model], model.lower()), tensors(PUBLISHED[model])
     if tokenizer:
         with open_gguf(tokenizer) as other:
             keys |= {key: value for key, value in other.metadata.items() if key.startswith("tokenizer.")}

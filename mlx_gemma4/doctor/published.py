@@ -1,17 +1,12 @@
 """The shapes of the published Gemma 4 models: the only table of them.
 
-In: nothing. Out: `PUBLISHED`, and of each model the metadata that its GGUF holds. The doctor, the benchmarks, the tests
-and examples/make_synthetic.py read it; loading a model does not, for a file tells its own shape (config.py).
+In: nothing. Out: `PUBLISHED`. The doctor, the benchmarks, the tests and examples/make_synthetic.py read it; loading a
+model does not, for a file tells its own shape (config.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-
-from ..config import Config, config_from_gguf
 
 
 @dataclass(frozen=True)
@@ -39,51 +34,6 @@ class Shape:
     def ffns(self) -> tuple[int, ...]:
         """The width of each layer's dense MLP."""
         return tuple(self.ffn * (1 + (self.wide_shared and i >= self.layers - self.shared)) for i in range(self.layers))
-
-    def metadata(self, name: str) -> dict[str, Any]:
-        """Return the GGUF metadata of a model of this shape, arrays as numpy's."""
-        sliding = [(i + 1) % self.every != 0 for i in range(self.layers)]
-        experts = {
-            "expert_count": self.experts,
-            "expert_used_count": self.experts_used,
-            "expert_feed_forward_length": self.expert_ffn,
-        }
-        keys = {
-            "block_count": self.layers,
-            "context_length": self.context,
-            "embedding_length": self.hidden,
-            "feed_forward_length": np.array(self.ffns, np.int32),
-            "attention.head_count": self.heads,
-            "attention.head_count_kv": np.array([self.kv_heads[not s] for s in sliding], np.int32),
-            "attention.layer_norm_rms_epsilon": 1e-6,
-            "attention.key_length": self.head_dims[1],
-            "attention.value_length": self.head_dims[1],
-            "attention.key_length_swa": self.head_dims[0],
-            "attention.value_length_swa": self.head_dims[0],
-            "attention.sliding_window": self.window,
-            "attention.sliding_window_pattern": np.array(sliding),
-            "attention.shared_kv_layers": self.shared,
-            "rope.freq_base": 1e6,
-            "rope.freq_base_swa": 1e4,
-            "rope.dimension_count": self.head_dims[1],
-            "rope.dimension_count_swa": self.head_dims[0],
-            "embedding_length_per_layer_input": self.ple,
-            "final_logit_softcapping": 30.0,
-            "vocab_size": self.vocab,
-            **(experts if self.experts else {}),
-        }
-        general = {
-            "general.architecture": "gemma4",
-            "general.name": f"synthetic {name}",
-            "general.quantization_version": 2,
-            "general.file_type": 15,
-        }
-        return general | {f"gemma4.{key}": value for key, value in keys.items()}
-
-    @property
-    def config(self) -> Config:
-        """The configuration that such a file gives."""
-        return config_from_gguf(self.metadata("model"), "published")
 
 
 PUBLISHED = {

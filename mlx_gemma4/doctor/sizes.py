@@ -1,23 +1,41 @@
-"""The sizes of a loaded model that decide which kernels it needs, and at which shapes.
+"""The sizes of a loaded model that decide which kernels it needs, and at which shapes; and the checks of these.
 
-In: a loaded model. Out: `Sizes`, with a `Product` and a `Heads` for each kind that the model has.
+In: a loaded model. Out: `Sizes`, with a `Product` and a `Heads` for each kind that the model has, and from such sizes
+the `Check`s that each module of mlx_gemma4/ops declares for its own kernels.
 """
 
 from __future__ import annotations
 
+import pkgutil
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import Any
 
 import mlx.core as mx
 
+from .. import ops
+from ..model.model import Model
+from ..model.weights import Layer
 from ..ops import matvec
-from ..ops.cases import Heads, Product, Sizes
+from ..ops.cases import ALL_CASES, Check, Heads, Product, Sizes
 from ..ops.epilogue import SHRINK
 from ..quant.formats import FLOATS, FORMATS, Packed
 
-if TYPE_CHECKING:
-    from ..model.model import Model
-    from ..model.weights import Layer
+for _module in pkgutil.iter_modules(ops.__path__):
+    import_module(f"{ops.__name__}.{_module.name}")  # registers its cases
+
+
+def checks(s: Sizes, lengths: Sequence[int], rows: int | None = None) -> Iterator[Check]:
+    """Yield a check of each kernel that a model of these sizes needs, by operation.
+
+    Args:
+        lengths: contexts in tokens at which to check global attention.
+        rows: quick checks: the most rows of a weight to make; its kernel is launched as for all of them.
+    """
+    s = replace(s, lengths=tuple(lengths), rows=rows)
+    for cases in sorted(ALL_CASES, key=lambda cases: cases.__name__):
+        yield from cases(s)
 
 
 def sizes_of(model: Model) -> Sizes:
@@ -38,9 +56,8 @@ def sizes_of(model: Model) -> Sizes:
         products += _layer_products(layer, c.experts_used, c.hidden)
     usable = [used for p in products for used in _as_launched(p)]
     plain = {p.type: p.shape for p in reversed(usable) if p.type in FORMATS and len(p.shape) == 2}
-    usable += [
-        Product(type, shape, tokens=matvec.MAX_TOKENS, narrow=True) for type, shape in plain.items()
-    ]  # short prompts
+    # Short prompts
+    usable += [Product(type, shape, tokens=matvec.MAX_TOKENS, narrow=True) for type, shape in plain.items()]
     ple_table = "" if w.per_layer_token_embd is None else _type(w.per_layer_token_embd)
     experts = (c.experts, c.experts_used if c.experts else 0)
     tables = (_type(w.token_embd), ple_table)
@@ -70,11 +87,9 @@ def _layer_products(layer: Layer, used: int, hidden: int) -> list[Product]:
 
 def _as_launched(p: Product) -> list[Product]:
     """Split a product into those that kernels run: gate and up of an unpacked weight apart, its experts not at all."""
-    if p.type in FORMATS:
-        return [p]
-    if p.type not in FLOATS or len(p.shape) > 2:
+    if p.type not in FORMATS and (p.type not in FLOATS or len(p.shape) > 2):
         return []
-    if not p.glu:
+    if p.type in FORMATS or not p.glu:
         return [p]
     half = (p.shape[0] // 2, p.shape[1])
     return [replace(p, shape=half, glu=False, factor=1.0), replace(p, shape=half, glu=False, times=True)]

@@ -6,7 +6,7 @@ In: this machine's launcher. Out: a table of checks, printed line by line, and t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
 import mlx.core as mx
@@ -16,21 +16,10 @@ from ..ops import matvec
 from ..ops.cases import Check, Heads, Product, Sizes
 from ..ops.epilogue import SHRINK
 from ..quant.formats import FORMATS
-from .checks import checks
+from . import verdict
 from .published import PUBLISHED, Shape
-from .verdict import (
-    LENGTHS,
-    MLX,
-    QUICK_LENGTHS,
-    Result,
-    Verdict,
-    device_name,
-    machine,
-    remember,
-    run_check,
-    switched_off,
-    usable_kernels,
-)
+from .sizes import checks
+from .verdict import Result, Verdict
 
 # Inputs without a kernel, on every machine: stock operations run them.
 WITHOUT_KERNEL = (
@@ -45,9 +34,11 @@ WITHOUT_KERNEL = (
 
 
 def real_sizes() -> dict[str, Sizes]:
-    """The published models, in the types of a Q4_K_M file, and every format."""
+    """The published models, in the types of a Q4_K_M file; every format and F16 at one shape, and several tokens."""
     models = {name: sizes_of_shape(shape) for name, shape in PUBLISHED.items()}
-    return models | {"any": Sizes(0, 0, (), _every_format(), "")}
+    formats = [Product(name, (5376, 8192), narrow=name in FORMATS) for name in (*FORMATS, "F16")]
+    formats.append(Product("Q4_K", (5376, 8192), tokens=matvec.MAX_TOKENS, narrow=True))
+    return models | {"any": Sizes(0, 0, (), tuple(formats), "")}
 
 
 def sizes_of_shape(m: Shape) -> Sizes:
@@ -80,12 +71,6 @@ def sizes_of_shape(m: Shape) -> Sizes:
     return Sizes(m.hidden, m.vocab, tuple(heads), tuple(products), *tables, m.layers, m.ple, *experts)
 
 
-def _every_format() -> tuple[Product, ...]:
-    """Products of each format at one shape; of F16; of several tokens at once."""
-    some = [Product(name, (5376, 8192), narrow=name in FORMATS) for name in (*FORMATS, "F16")]
-    return (*some, Product("Q4_K", (5376, 8192), tokens=matvec.MAX_TOKENS, narrow=True))
-
-
 def small_sizes() -> dict[str, Sizes]:
     """Small sizes for machines without a GPU: enough to see each reference run."""
     small = Shape(2, 256, 4, (2, 1), 512, 128, 2, 0, False, 256, 8, 2, 96, head_dims=(64, 128), vocab=512)
@@ -96,14 +81,13 @@ def small_sizes() -> dict[str, Sizes]:
 # ---------------------------------------------------------------- the table
 
 
-def all_checks(models: dict[str, Sizes], lengths: Sequence[int]) -> Iterator[tuple[str, Check]]:
-    """Yield each check once, with the first model that needs it."""
-    seen: set[str] = set()
+def all_checks(models: dict[str, Sizes], lengths: Sequence[int]) -> list[tuple[str, Check]]:
+    """Return each check once, with the first model that needs it."""
+    found: dict[str, tuple[str, Check]] = {}
     for name, sizes in models.items():
         for check in checks(sizes, lengths):
-            if check.key not in seen:
-                seen.add(check.key)
-                yield name, check
+            found.setdefault(check.key, (name, check))
+    return list(found.values())
 
 
 def examine(
@@ -119,10 +103,10 @@ def examine(
     """
     launcher = render.default_launcher()
     models = models or (real_sizes() if launcher else small_sizes())
-    note = f"{device_name()}, MLX {MLX}: "
+    note = f"{verdict.device_name()}, MLX {verdict.MLX}: "
     if launcher is None:
         note += "no GPU, so stock operations run everything; here they are, at small shapes"
-    elif usable_kernels() is None:
+    elif verdict.usable_kernels() is None:
         note += "MLX_GEMMA4_KERNELS=off, so stock operations run everything; here are the kernels all the same"
     else:
         note += "each kernel beside stock operations, on random numbers (NVIDIA's compiler takes minutes for them)"
@@ -130,30 +114,26 @@ def examine(
         echo(note)
         echo(_line("kernel", "model", "shape", "error", "time", "GB/s", "verdict"))
     results = []
-    for name, check in all_checks(models, LENGTHS if launcher else QUICK_LENGTHS):
-        result = run_check(check, launcher, timed)
+    for name, check in all_checks(models, verdict.LENGTHS if launcher else verdict.QUICK_LENGTHS):
+        result = verdict.run_check(check, launcher, timed)
         results.append((name, result))
         mx.clear_cache()  # the next arrays have other sizes
         if not as_json:
             echo(_row(name, result))
     failed = {r.op: r.verdict for _, r in reversed(results) if r.failed}
     if launcher:
-        remember(Verdict({f"{r.op}: {r.shape}" for _, r in results}, failed))
+        verdict.remember(Verdict({f"{r.op}: {r.shape}" for _, r in results}, failed))
     if as_json:
         table = [{"model": name, **asdict(result)} for name, result in results]
-        echo(json.dumps({"machine": machine(), "gpu": launcher is not None, "off": failed, "checks": table}))
+        echo(json.dumps({"machine": verdict.machine(), "gpu": launcher is not None, "off": failed, "checks": table}))
     else:
-        _print_end(echo, failed, launcher is not None)
+        for op, shape in WITHOUT_KERNEL if launcher else ():
+            echo(_line(op, "", shape, "", "", "", "no kernel: stock operations"))
+        if failed:
+            echo(verdict.switched_off(failed)[0].upper() + verdict.switched_off(failed)[1:])
+        elif launcher:
+            echo("All kernels are right. This is remembered until MLX, the kernels or the device change.")
     return not failed and not (launcher is None and any(r.verdict != "runs as stock operations" for _, r in results))
-
-
-def _print_end(echo: Callable[[str], None], failed: dict[str, str], gpu: bool) -> None:
-    for op, shape in WITHOUT_KERNEL if gpu else ():
-        echo(_line(op, "", shape, "", "", "", "no kernel: stock operations"))
-    if failed:
-        echo(switched_off(failed)[0].upper() + switched_off(failed)[1:])
-    elif gpu:
-        echo("All kernels are right. This is remembered until MLX, the kernels or the device change.")
 
 
 def _row(model: str, r: Result) -> str:

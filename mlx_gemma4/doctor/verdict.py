@@ -32,8 +32,7 @@ from ..ops.dispatch import REPLAY, Kernels
 from ..ops.op import OpKey
 from ..ops.parts import TAIL
 from ..paths import cache_folder, whole_file
-from .checks import checks
-from .sizes import sizes_of
+from .sizes import checks, sizes_of
 
 log = logging.getLogger("mlx_gemma4")
 MLX = str(getattr(mx, "__version__", "?"))  # its type hints know no version
@@ -68,8 +67,8 @@ def usable_kernels() -> Kernels | None:
 
 def kernels_of(launcher: Launcher, off: frozenset[OpKey] = frozenset()) -> Kernels:
     """Return a backend's kernels with the fastest steps it can run: traced where possible, replayed on NVIDIA."""
-    player = cuda_graph.Player if launcher is render.cuda_launcher else None
-    return Kernels(launcher, off, render.is_lazy(launcher), player)
+    lazy = launcher in (mx.fast.metal_kernel, render.cuda_launcher)  # launches wait to be evaluated
+    return Kernels(launcher, off, lazy, cuda_graph.Player if launcher is render.cuda_launcher else None)
 
 
 def verdict_file() -> Path:
@@ -90,7 +89,8 @@ def kernel_text() -> str:
     """Return a digest of everything that kernels are made of."""
     package = Path(__file__).parents[1]
     sources = sorted(file for folder in ("gpu", "ops", "model") for file in (package / folder).glob("*.py"))
-    files = [*render.metal_files(), *sources, package / "kv" / "quantization.py"]
+    texts = sorted(file for file in render.FOLDER.iterdir() if file.suffix in (".metal", ".h"))
+    files = [*texts, *sources, package / "kv" / "quantization.py"]
     return sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -142,13 +142,9 @@ class Result:
     rate: float | None = None  # GB/s of the bytes that must move
 
 
+@execution()
 def run_check(check: Check, launcher: Launcher | None, timed: bool = False) -> Result:
     """Run a kernel and its reference and compare; without a launcher, run the reference alone."""
-    with execution():
-        return _run_check(check, launcher, timed)
-
-
-def _run_check(check: Check, launcher: Launcher | None, timed: bool) -> Result:
     op, shape = str(check.op), check.shape
     try:
         case = check.make()

@@ -22,17 +22,6 @@ from ..model.model import Model
 from ..model.step import LazyStep, Step, ids_of
 from .sampling import REPETITION_WINDOW, Sample, Sampler, Sampling, Token
 
-__all__ = [
-    "PREFILL_CHUNK",
-    "Constraint",
-    "Sampling",
-    "Statistics",
-    "Token",
-    "check_length",
-    "generate_tokens",
-    "prefill_chunk",
-]
-
 PREFILL_CHUNK = 1024  # tokens read at a time: bounds the memory that a long prompt takes
 CHUNK_ROWS = 32 * PREFILL_CHUNK  # query heads x tokens of a chunk, at most, where chunks may be larger
 

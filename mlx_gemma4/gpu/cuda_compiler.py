@@ -220,13 +220,10 @@ def _version() -> str:
 @cache
 def _headers() -> str:
     """Return the compiler's argument for CUDA's headers, of its Python packages or else of a toolkit."""
-    spec = find_spec("nvidia")
-    packages = [Path(p) / d / "include" for p in (spec and spec.submodule_search_locations) or () for d in _PACKAGES]
+    spec, names = find_spec("nvidia"), ("cu13", "cuda_runtime")  # where CUDA 13's and 12's packages have them
+    packages = [Path(p) / d / "include" for p in (spec and spec.submodule_search_locations) or () for d in names]
     toolkits = [Path(os.environ[v]) / "include" for v in ("CUDA_HOME", "CUDA_PATH") if v in os.environ]
     there = [d for d in (*packages, *toolkits, Path("/usr/local/cuda/include")) if (d / "cuda_fp16.h").is_file()]
     if not there:
         raise RuntimeError("CUDA's headers (cuda_fp16.h) are missing; install mlx[cuda13], or set CUDA_HOME")
     return f"-I{there[0]}"
-
-
-_PACKAGES = ("cu13", "cuda_runtime")  # where CUDA 13's and 12's have them

@@ -100,7 +100,9 @@ class Player:
         self._done = [c_void_p() for _ in range(STARTS)]  # events
         for event in self._done:
             _do("cuEventCreate", byref(event), 2)  # no timing
-        self._early = _compute_capability() >= 9  # launches may begin before what they wait for ends
+        major = c_int()
+        _do("cuDeviceGetAttribute", byref(major), 75, 0)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+        self._early = major.value >= 9  # launches may begin before what they wait for ends
         self._starts = 0
         self._best = 0  # address of the likeliest token
         self._arena = mx.zeros(0, mx.uint8)
@@ -330,13 +332,6 @@ def _context() -> c_void_p:
     _do("cuInit", 0)
     _do("cuDevicePrimaryCtxRetain", byref(context), 0)
     return context
-
-
-def _compute_capability() -> int:
-    """Return the GPU's compute capability, major."""
-    found = c_int()
-    _do("cuDeviceGetAttribute", byref(found), 75, 0)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-    return found.value
 
 
 def _enter() -> None:

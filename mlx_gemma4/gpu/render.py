@@ -21,7 +21,8 @@ from ..memory import on_cpu
 from . import cuda_compiler
 
 Launcher = Callable[..., Callable[..., Sequence[Any]]]
-Defines = Mapping[str, str | int | float | mx.Dtype]
+Define = str | int | float | mx.Dtype
+Defines = Mapping[str, Define]
 Output = tuple[tuple[int, ...], mx.Dtype]  # shape and dtype of a result
 
 _IN_WHEEL, _IN_TREE = Path(__file__).parents[1] / "metal", Path(__file__).parents[2] / "kernels"
@@ -85,11 +86,6 @@ def float_literal(x: float) -> str:
     return f"{float(x)!r}f"
 
 
-def metal_files() -> list[Path]:
-    """All kernel sources, Metal and CUDA headers included."""
-    return sorted(f for f in FOLDER.iterdir() if f.suffix in (".metal", ".h"))
-
-
 @cache
 def _text(file: str) -> str:
     return (FOLDER / file).read_text()
@@ -111,11 +107,7 @@ def render(entry: str, file: str, dtype: mx.Dtype, defines: Defines, absent: Seq
 
 @cache
 def _render(
-    entry: str,
-    file: str,
-    dtype: mx.Dtype,
-    defines: tuple[tuple[str, str | int | float | mx.Dtype], ...],
-    absent: tuple[str, ...],
+    entry: str, file: str, dtype: mx.Dtype, defines: tuple[tuple[str, Define], ...], absent: tuple[str, ...]
 ) -> Kernel:
     helpers, *kernels = re.split(r"(?m)^(?=// kernel: )", _text(file))
     body = next(k for k in kernels if k.startswith(f"// kernel: {entry}("))
@@ -131,7 +123,7 @@ def _render(
     return Kernel(f"{entry}_{digest}", inputs, outputs, header, body)
 
 
-def _constant(value: str | int | float | mx.Dtype) -> str:
+def _constant(value: Define) -> str:
     if isinstance(value, mx.Dtype):
         return METAL_TYPES[value]
     return float_literal(value) if isinstance(value, float) else str(int(value) if isinstance(value, bool) else value)
@@ -159,11 +151,6 @@ def default_launcher() -> Launcher | None:
     if on_cpu():
         return None
     return cast(Launcher, mx.fast.metal_kernel if mx.metal.is_available() else cuda_launcher)
-
-
-def is_lazy(launcher: Launcher) -> bool:
-    """Returns True if launches wait to be evaluated, as MLX's own do, so that steps can be traced."""
-    return launcher in (mx.fast.metal_kernel, cuda_launcher)
 
 
 @cache

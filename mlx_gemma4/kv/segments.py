@@ -125,29 +125,20 @@ def gather(sources: Sequence[Segment], start: int, stop: int, quantizer: KVQuant
     serials = (start, stop, *(s.serial for s in used))
     known = _joined.get(serials)
     if known is None:
-        if quantizer is not None:
-            used = [quantizer.quantized(_between(s, start, stop)) for s in used]
-        keys, values = (_rows(used, start, stop, which) for which in ("keys", "values"))
+        pieces, at = [], start
+        for s in used:
+            end = min(stop, s.stop)
+            rows = slice(at - s.start, end - s.start)
+            piece = Segment(at, end, s.keys[:, :, rows], s.values[:, :, rows], s.serial)
+            pieces.append(quantizer.quantized(piece) if quantizer else piece)
+            at = end
+        keys, values = _joint([p.keys for p in pieces]), _joint([p.values for p in pieces])
         known = _joined[serials] = Segment(start, stop, keys, values)
     return known
 
 
-def _between(s: Segment, start: int, stop: int) -> Segment:
-    """Return what a segment holds of the tokens start..stop."""
-    first, last = max(s.start, start), min(s.stop, stop)
-    rows = slice(first - s.start, last - s.start)
-    return Segment(first, last, s.keys[:, :, rows], s.values[:, :, rows], s.serial)
-
-
-def _rows(used: Sequence[Segment], start: int, stop: int, which: str) -> mx.array:
-    """Return tokens start..stop of consecutive segments' keys or values, contiguous."""
-    pieces, at = [], start
-    for s in used:
-        end = min(stop, s.stop)
-        array: mx.array = getattr(s, which)
-        pieces.append(array[:, :, at - s.start : end - s.start])
-        at = end
-    return mx.contiguous(pieces[0]) if len(pieces) == 1 else mx.concatenate(pieces, axis=2)
+def _joint(arrays: list[mx.array]) -> mx.array:
+    return mx.contiguous(arrays[0]) if len(arrays) == 1 else mx.concatenate(arrays, axis=2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,8 +248,7 @@ def arranged(
     """
     whole = stop // layout.tail * layout.tail  # tokens in full blocks
     # Tokens of the open block of which there are only codes stay quantized, in the last segment.
-    skip = min(stop, max((s.stop for s in sources if s.quantized), default=0)) - whole
-    skip = max(0, skip)
+    skip = max(0, min(stop, max((s.stop for s in sources if s.quantized), default=0)) - whole)
     if window is None:
         start, ends = 0, layout.ends(stop)
         if skip:
@@ -275,7 +265,9 @@ def arranged(
     if stop == whole + skip:
         tail_keys = tail_values = mx.zeros_like(like.tail_keys)
     else:
-        tail_keys, tail_values = _padded(gather(sources, whole + skip, stop), skip, layout.tail)
+        rest, n = gather(sources, whole + skip, stop), stop - whole - skip
+        pad = [(0, 0), (0, 0), (skip, layout.tail - skip - n), (0, 0)]
+        tail_keys, tail_values = mx.pad(rest.keys[:, :, :n], pad), mx.pad(rest.values[:, :, :n], pad)
     return LayerKV(tuple(segments), tail_keys, tail_values, stop - whole, stop, like.quantizer, skip)
 
 
@@ -286,10 +278,3 @@ def covered_from(sources: Iterable[Segment], stop: int) -> int:
         if s.start < at <= s.stop:
             at = s.start
     return at
-
-
-def _padded(segment: Segment, skip: int, size: int) -> tuple[mx.array, mx.array]:
-    """Return a segment's keys and values in the rows from `skip` on of a tail of `size`, the others zeros."""
-    n = segment.stop - segment.start
-    pad = [(0, 0), (0, 0), (skip, size - skip - n), (0, 0)]
-    return mx.pad(segment.keys[:, :, :n], pad), mx.pad(segment.values[:, :, :n], pad)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import mlx.core as mx
@@ -16,9 +17,8 @@ import mlx.core as mx
 from ..config import Config
 from ..errors import InputError
 from ..execution import execution
-from . import marks, quantization
-from .marks import Mark, Past
-from .segments import KVQuantizer, KVView, LayerKV, SegmentLayout, appended, arranged, empty, grown, reading
+from . import quantization, segments
+from .segments import KVQuantizer, KVView, LayerKV, Segment, SegmentLayout
 
 
 class PendingToken(Protocol):
@@ -35,6 +35,17 @@ class Borrower(Protocol):
 
     def forget(self) -> None:
         """Let go of the state without checking its tails in."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """A position that a state can rewind to: holds what the sliding layers' windows were there.
+
+    Global layers keep all tokens, so a mark holds nothing of them.
+    """
+
+    position: int
+    windows: dict[int, tuple[Segment, ...]] = field(repr=False)  # layer -> what its window holds there
 
 
 class KVState:
@@ -81,7 +92,7 @@ class KVState:
         self.borrower: Borrower | None = None  # who has the tails checked out; then those in _layers are out of date
         with execution():
             self._layers = {
-                i: empty(shape.kv_heads, shape.head_dim, self.layout, dtype, (quantizers or {}).get(i))
+                i: segments.empty(shape.kv_heads, shape.head_dim, self.layout, dtype, (quantizers or {}).get(i))
                 for i, shape in enumerate(config.layers)
                 if shape.kv_layer == i
             }
@@ -96,7 +107,8 @@ class KVState:
     def checkin(self, tails: dict[int, tuple[mx.array, mx.array]]) -> None:
         """Take keys and values of the tails, [1, kv_heads, .., D], as the steps since have left them."""
         self._layers = {
-            i: grown(kv, *tails[i], self._length, self.layout, self._window(i)) for i, kv in self._layers.items()
+            i: segments.grown(kv, *tails[i], self._length, self.layout, self._window(i))
+            for i, kv in self._layers.items()
         }
         self.borrower = None
 
@@ -111,9 +123,9 @@ class KVState:
         """Add keys and values of the next tokens, [1, kv_heads, T, D], to a layer. They count from `advance` on."""
         self.settle()
         k, v, kv = k.astype(self.dtype), v.astype(self.dtype), self._layers[layer]
-        self._staged[layer] = appended(kv, k, v, self.layout, self._window(layer))
+        self._staged[layer] = segments.appended(kv, k, v, self.layout, self._window(layer))
         if kv.quantizer and kv.count % self.layout.tail + k.shape[2] > self.layout.tail:
-            self._reading[layer] = reading(kv, k, v, self.layout)
+            self._reading[layer] = segments.reading(kv, k, v, self.layout)
 
     def view(self, layer: int, queries: int) -> list[KVView]:
         """Return what the last `queries` tokens may see of a layer, in at most 8 parts."""
@@ -191,15 +203,10 @@ class KVState:
     def arrays(self) -> list[mx.array]:
         """All keys and values, each array once, to evaluate or to measure them."""
         self.settle()
-        found: dict[int, mx.array] = {}
-        for kv in self._layers.values():
-            for a in (kv.tail_keys, kv.tail_values):
-                found[id(a)] = a
         held = [s for kv in self._layers.values() for s in kv.segments]
         held += [s for mark in self._marks.values() for window in mark.windows.values() for s in window]
-        for s in held:
-            found[id(s.keys)], found[id(s.values)] = s.keys, s.values
-        return list(found.values())
+        pairs = [(kv.tail_keys, kv.tail_values) for kv in self._layers.values()] + [(s.keys, s.values) for s in held]
+        return list({id(a): a for pair in pairs for a in pair}.values())
 
     @property
     def nbytes(self) -> int:
@@ -223,10 +230,19 @@ class KVState:
             InputError: the sliding windows at that position are gone already.
         """
         self.check_room(0)
-        position, past = self._length if position is None else position, self._past
-        marks.require(past, position, "mark")
+        position = self._length if position is None else position
+        self._require(position, "mark")
         if position not in self._marks:
-            self._marks[position] = marks.marked(past, position)
+            # Where there is slack, the mark takes it along: it covers the tokens just before it too.
+            low, windows = self._needed_from(position) - self.layout.tail, {}
+            for i in self._sliding:
+                used: list[Segment] = []
+                for s in sorted(self._pieces(i), key=lambda s: (s.start, -s.stop)):
+                    stop = min(s.stop, position)  # what follows may be rewound and read anew
+                    if s.start < stop and stop > low and (not used or stop > used[-1].stop):
+                        used.append(s if stop == s.stop else Segment(s.start, stop, s.keys, s.values))
+                windows[i] = tuple(used)
+            self._marks[position] = Mark(position, windows)
         return self._marks[position]
 
     def unmark(self, mark: Mark) -> None:
@@ -242,7 +258,14 @@ class KVState:
 
     def reach(self, limit: int) -> int:
         """Return the last position, at most `limit`, that `rewind` can go to."""
-        return marks.reach(self._past, limit)
+        limit = min(limit, self._length)
+        if self._covers(limit):
+            return limit
+        # Below a mark nothing is held but its own slack; what was read first may still be whole.
+        from_start = 0
+        for s in sorted(self._pieces(self._sliding[0]), key=lambda s: s.start):
+            from_start = max(from_start, s.stop) if s.start <= from_start else from_start
+        return max([*(p for p in self._marks if p < limit), min(limit, from_start)])
 
     def rewind(self, to: Mark | int) -> None:
         """Go back to a mark, or to a length that a mark or the present windows cover, as if nothing had followed.
@@ -257,14 +280,14 @@ class KVState:
         if isinstance(to, Mark) and self._marks.get(to.position) is not to:
             raise InputError(f"the mark at {to.position} is not one of this state's, or was rewound past")
         position = to.position if isinstance(to, Mark) else to
-        marks.require(self._past, position, "rewind")
+        self._require(position, "rewind")
         if position == self._length:
             return
         with execution():
-            layers = {}
-            for i, kv in self._layers.items():
-                pieces = marks.pieces(kv, i, self._marks)
-                layers[i] = arranged(pieces, position, kv, self.layout, self._window(i), position)
+            layers = {
+                i: segments.arranged(self._pieces(i), position, kv, self.layout, self._window(i), position)
+                for i, kv in self._layers.items()
+            }
             tokens = self.tokens[:position]
             self._layers, self._staged, self._reading = layers, {}, {}
             self._tokens, self._unread, self._length = tokens, [], position
@@ -285,10 +308,40 @@ class KVState:
         return self.config.window if self.config.layers[layer].sliding else None
 
     @property
-    def _past(self) -> Past:
+    def _sliding(self) -> list[int]:
+        return [i for i in self._layers if self.config.layers[i].sliding]
+
+    def _pieces(self, layer: int) -> tuple[Segment, ...]:
+        """Return all that is held of a layer's past, the marks' windows included. They may overlap."""
+        marked = (s for mark in self._marks.values() for s in mark.windows.get(layer, ()))
+        return (*self._layers[layer].pieces, *marked)
+
+    def _needed_from(self, position: int) -> int:
+        """First position that sliding layers must hold to go on at another: the window's, or the tail's if lower."""
+        return min(max(0, position - self.config.window + 1), position // self.layout.tail * self.layout.tail)
+
+    def _covers(self, position: int) -> bool:
+        """Return True if the state can go on at a position. All sliding layers hold the same positions."""
         self.settle()
-        sliding = {i: kv for i, kv in self._layers.items() if self.config.layers[i].sliding}
-        return Past(sliding, self._marks, self.layout, self.config.window, self._length)
+        if position == self._length or not self._sliding:
+            return True
+        return segments.covered_from(self._pieces(self._sliding[0]), position) <= self._needed_from(position)
+
+    def _require(self, position: int, verb: str) -> None:
+        """Raise InputError for a position that lies ahead or is not covered."""
+        if not 0 <= position <= self._length:
+            raise InputError(f"can't {verb} position {position}: the state holds {self._length} tokens")
+        if self._covers(position):
+            return
+        marks = ", ".join(map(str, sorted(self._marks))) or "none"
+        low = self._length
+        while low > 0 and self._covers(low - 1):
+            low -= 1
+        raise InputError(
+            f"can't {verb} position {position} of {self._length}: the sliding windows of {self.config.window} tokens "
+            f"there are gone and no mark covers it; it can go back to {low}, and before that to "
+            f"{self.reach(position)} (marks: {marks})"
+        )
 
 
 def total_nbytes(states: Iterable[KVState]) -> int:

@@ -47,7 +47,7 @@ class GGUFSource:
         else:
             raw = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-2).reshape(-1, first.row_bytes)
             wide = spec.role == "vector" or holding == "dense" or (spec.role == "matrix" and on_cpu())
-            weight = formats.dense(raw, first.type, shape, np.float32 if wide else None)
+            weight = formats.dense(raw, first.type, shape, mx.float32 if wide else None)
             mx.eval(weight)
         for name in names:
             self._file.release(name)

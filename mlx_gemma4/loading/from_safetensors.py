@@ -88,7 +88,8 @@ class FolderSource:
             if f"{stem}.biases" not in arrays:
                 raise InputError(f"{path}: {stem} is quantized without biases; only mlx-lm's affine kind can be read")
             parts = self._arrays[key] = (array, arrays[f"{stem}.scales"], arrays[f"{stem}.biases"])
-            group = _group_size(quantization, stem)
+            own = quantization.get(stem)  # the module's own entry in config.json, or the entry for all modules
+            group = int((own if isinstance(own, Mapping) else quantization).get("group_size", 64))
             k = parts[1].shape[-1] * group
             kind = f"affine {array.shape[-1] * 32 // k} bits by {group}"
             self.entries[key] = Entry((*array.shape[:-1], k), kind, sum(a.nbytes for a in parts), quantized=True)
@@ -140,9 +141,3 @@ def gguf_name(name: str) -> str:
     if stem is None:
         return name
     return prefix + (stem if stem.endswith(".scale") else f"{stem}.weight")
-
-
-def _group_size(quantization: Mapping[str, Any], module: str) -> int:
-    """Weights that share a scale in a module: its own entry in config.json, or the entry for all modules."""
-    own = quantization.get(module)
-    return int((own if isinstance(own, Mapping) else quantization).get("group_size", 64))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from typing import Any, Literal
 
@@ -72,21 +73,15 @@ def load_model(
 
 
 def _account(source: Source, specs: dict[str, Spec]) -> dict[str, Spec]:
-    """Match the file's tensors with those called for, and log the unused ones.
-
-    Returns:
-        the specs of the tensors that the file has; the embedding is a table where another tensor is the head.
-    """
+    """Return the specs of the tensors that the file has; log those that it has beside them."""
     needed = dict(specs)
-    for name in specs:
+    for joined in (name for name in specs if name.endswith("ffn_gate_up_exps.weight")):
         # Experts' gate and up: whichever form the file has must be whole.
-        if name.endswith("ffn_gate_up_exps.weight") and name not in source.entries:
-            for half in ("gate", "up"):
-                apart = name.replace("gate_up", half)
-                needed[apart] = Spec(specs[apart].shape, specs[apart].role)
-        elif name.endswith("ffn_gate_up_exps.weight"):
-            for half in ("gate", "up"):
-                del needed[name.replace("gate_up", half)]
+        for apart in (joined.replace("gate_up", half) for half in ("gate", "up")):
+            if joined in source.entries:
+                del needed[apart]
+            else:
+                needed[apart] = replace(specs[apart], optional=False)
     missing = [name for name, spec in needed.items() if not spec.optional and name not in source.entries]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -105,7 +100,7 @@ def _account(source: Source, specs: dict[str, Spec]) -> dict[str, Spec]:
     unused = [name for name in source.entries if name not in present]
     if unused:
         log.info("Unused tensors (%d): %s", len(unused), ", ".join(unused))
-    if "output.weight" in present:
+    if "output.weight" in present:  # the embedding is not the head too
         present["token_embd.weight"] = Spec(present["token_embd.weight"].shape, "table")
     return present
 

@@ -24,7 +24,8 @@ from .. import __version__
 from ..doctor.verdict import MLX, device_name, recall, usable_kernels
 from ..errors import InputError
 from ..execution import execution
-from ..generation.loop import PREFILL_CHUNK, Sampling, Statistics, generate_tokens, prefill_chunk
+from ..generation.loop import PREFILL_CHUNK, Statistics, generate_tokens, prefill_chunk
+from ..generation.sampling import Sampling
 from ..kv.state import KVState
 from ..loading.loader import Progress, load_model
 from ..loading.opened import open_model

@@ -31,6 +31,7 @@ from .weights import Layer, Loaded
 
 MAX_TOKENS = matvec.MAX_TOKENS
 TRACES = 8  # kept of a model's steps: a conversation needs one at a time
+Tails = dict[int, parts.KVPart]  # by layer with keys and values of its own
 
 
 def can_step(c: Config, tokens: int) -> bool:
@@ -49,7 +50,7 @@ class Inputs(TypedDict):
     spans: tuple[mx.array, mx.array]  # `Spans.arrays`
     lengths: dict[bool, int]  # `Spans.lengths`
     segments: dict[int, list[parts.KVPart]]  # by layer with keys and values of its own: those in sight before the tail
-    tails: dict[int, parts.KVPart]  # by such a layer
+    tails: Tails
     rotations: dict[int, mx.array]  # by such a layer whose segments are quantized: `kv.quantization.rotations`
 
 
@@ -124,7 +125,7 @@ def forward(
         per_layer = [made[i : i + 1].reshape(*made.shape[1:]) for i in range(len(w.layers))]  # made[i] would gather
     # x + rms(x) 0, which is x, and the first norm of it
     x, h = run(ADD_NORM, x, x, constants.nothing, NormOptions(c.eps, w.layers[0].attn_norm, out=model.kv_dtype))
-    tails: dict[int, parts.KVPart] = {}
+    tails: Tails = {}
     eps, out = c.eps, model.kv_dtype
     for i, layer in enumerate(w.layers):
         a = _attention(run, model, i, h, inputs, places, tails, rope[c.layers[i].sliding])
@@ -142,14 +143,7 @@ def forward(
 
 
 def _attention(
-    run: Kernels,
-    model: Loaded,
-    i: int,
-    h: mx.array,
-    inputs: Inputs,
-    places: Places,
-    tails: dict[int, parts.KVPart],
-    rope: mx.array,
+    run: Kernels, model: Loaded, i: int, h: mx.array, inputs: Inputs, places: Places, tails: Tails, rope: mx.array
 ) -> mx.array:
     """Return layer i's attention, fp32 [T, hidden], of h [T, hidden] after its norm; put its new tail into `tails`."""
     c, layer, shape = model.config, model.weights.layers[i], model.config.layers[i]

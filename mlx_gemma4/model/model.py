@@ -28,8 +28,8 @@ from ..ops.dispatch import Kernels
 from ..ops.quantize_kv import QUANTIZE_KV
 from .decode import can_step, make_step
 from .forward import head, rope_wavelengths, run_layers
-from .replay import make_stepper
-from .step import LazyStepper, NextToken, Step
+from .replay import Replayer
+from .step import LazyStep, NextToken, Step, ids_of
 from .weights import Loaded, Weights
 
 log = logging.getLogger("mlx_gemma4")
@@ -49,8 +49,8 @@ class Model:
         self.loaded = Loaded(config, weights, self.kv_dtype, waves, kernels)
         self.rotations: dict[int, mx.array] = {}  # of keys and values to be quantized; made for the first such state
         self._step = make_step(self.loaded, kernels) if kernels else None
-        lazy = LazyStepper(lambda ids, state: self._read(ids, state, 1))
-        self.stepper = make_stepper(self.loaded, kernels, lazy) if kernels else lazy
+        replayable = kernels and kernels.player and can_step(config, 1)
+        self.replayer = Replayer(self.loaded, kernels) if kernels and replayable else None
 
     def new_state(
         self,
@@ -108,9 +108,8 @@ class Model:
         """
         digest = hashlib.sha256(repr(self.config).encode())
         with execution():
-            rows = [
-                stock.embed(mx.arange(0, self.config.vocab, max(1, self.config.vocab // 16)), self.weights.token_embd)
-            ]
+            some = mx.arange(0, self.config.vocab, max(1, self.config.vocab // 16))
+            rows = [stock.embed(some, self.weights.token_embd)]
             for layer in self.weights.layers:
                 rows.append(layer.attn_norm)
                 for weight in (layer.attn_q, layer.attn_k, layer.attn_output, layer.ffn_down):
@@ -143,7 +142,7 @@ class Model:
         with execution() as outermost:
             state.check_room(ids.size)
             if ids.size == 1 and self.replays:
-                logits = self.stepper.step(int(ids), state).logits()[None]
+                logits = self._start(int(ids), state).logits()[None]
             else:
                 logits = self._read(ids, state, ids.size if all_logits else 1)
             logits = logits if all_logits else logits[-1]
@@ -153,14 +152,21 @@ class Model:
 
     @property
     def replays(self) -> bool:
-        """True if `step` takes the step before it, still under way, for its token (see `Stepper.replays`)."""
-        return self.stepper.replays
+        """True if a step costs the host next to nothing and may start with the `Step` before it, still under way.
+
+        Then `logits` waits for the device, and is not to be asked of a step whose token another has started with.
+        """
+        return self.replayer is not None and self.replayer.replays
 
     def step(self, token: NextToken, state: KVState) -> Step:
         """Start `forward` of one token, whose logits or likeliest token are asked for later."""
         with execution():
             state.check_room(1)
-            return self.stepper.step(token, state)
+            return self._start(token, state)
+
+    def _start(self, token: NextToken, state: KVState) -> Step:
+        replayed = self.replayer.start(token, state) if self.replayer and self.replayer.replays else None
+        return replayed or LazyStep(self._read(ids_of(token), state, 1)[0])
 
     def prefill(self, ids: mx.array, state: KVState) -> None:
         """Read tokens, int [T], into the state without their logits: only keys and values are made."""

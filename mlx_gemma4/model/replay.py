@@ -1,6 +1,6 @@
 """A decode step on an NVIDIA GPU, recorded once and replayed: one launch for the host, whatever it holds.
 
-In: the step as launches of kernels (decode.py), a `Player` for them. Out: a `Stepper`. The next step may be started
+In: the step as launches of kernels (decode.py), a `Player` for them. Out: `Step`s. The next step may be started
 with the token of the one before while the host does not know it yet. A step writes the newest keys and values in place,
 in tails of its own, for one KV state at a time, whose tails it has checked out. Whenever anything else looks at that
 state's layers, the state gets its tails back first (`settle`), so that nobody sees them change.
@@ -23,9 +23,9 @@ from ..kv.state import KVState
 from ..ops import stock
 from ..ops.choose import ARGMAX
 from ..ops.dispatch import REPLAY, Kernels
-from .decode import Constants, can_step, forward, inputs_of, with_room
+from .decode import Constants, forward, inputs_of, with_room
 from .spans import Spans, placed
-from .step import NextToken, Step, Stepper, known
+from .step import NextToken, known
 from .weights import Loaded
 
 log = logging.getLogger("mlx_gemma4")
@@ -34,11 +34,6 @@ log = logging.getLogger("mlx_gemma4")
 # some ten steps take. So on NVIDIA a few hundred new tokens may not be quantized yet where others would have them so.
 WORKING = 512
 WORKING_BYTES = 256 << 20  # of all these tails, at most, where fewer tokens would do
-
-
-def make_stepper(model: Loaded, run: Kernels, otherwise: Stepper) -> Stepper:
-    """Return what replays steps where `run.player` can and the model allows, else `otherwise`."""
-    return Replayer(model, run, otherwise) if run.player and can_step(model.config, 1) else otherwise
 
 
 class ReplayedStep:
@@ -64,8 +59,8 @@ class ReplayedStep:
 class Replayer:
     """A model's recorded step, and the state whose tails it holds. To be called under the execution lock."""
 
-    def __init__(self, model: Loaded, run: Kernels, otherwise: Stepper) -> None:
-        self._model, self._run, self._otherwise = model, run, otherwise
+    def __init__(self, model: Loaded, run: Kernels) -> None:
+        self._model, self._run = model, run
         self._constants = Constants.of(model)
         self._finished = mx.compile(lambda logits: stock.softcap(logits, model.config.softcap).squeeze(0))
         self._player: Player | None = None
@@ -84,10 +79,6 @@ class Replayer:
     def replays(self) -> bool:
         """False once recording has failed, or where `doctor` has switched it off."""
         return not self._broken and REPLAY not in self._run.off
-
-    def step(self, token: NextToken, state: KVState) -> Step:
-        started = self.start(token, state) if self.replays else None
-        return started or self._otherwise.step(token, state)
 
     def start(self, token: NextToken, state: KVState) -> ReplayedStep | None:
         """Start a replayed step; None: it is to be done the other way.

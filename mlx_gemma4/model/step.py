@@ -1,18 +1,15 @@
-"""A decode step that has been started, and what starts it.
+"""A decode step that has been started, which is asked later for its logits or its likeliest token.
 
-In: a token and a `KVState`. Out: a `Step`, which is asked later for its logits or its likeliest token. `LazyStepper` is
-the plain way, for every device. On NVIDIA GPUs replay.py offers another behind the same `Stepper`.
+`LazyStep` is the plain way, for every device. On NVIDIA GPUs replay.py offers another behind the same `Step`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
 import mlx.core as mx
 
 from ..execution import execution
-from ..kv.state import KVState
 
 
 class Step(Protocol):
@@ -26,20 +23,6 @@ class Step(Protocol):
 
 
 NextToken: TypeAlias = "int | mx.array | Step"  # an array: int []; a step: its likeliest token
-
-
-class Stepper(Protocol):
-    """Starts steps. To be called under the execution lock."""
-
-    @property
-    def replays(self) -> bool:
-        """True if a step costs the host next to nothing and may start with the `Step` before it, still under way.
-
-        Then `logits` waits for the device, and is not to be asked of a step whose token another has started with.
-        """
-
-    def step(self, token: NextToken, state: KVState) -> Step:
-        """Start reading a token into a state."""
 
 
 class LazyStep:
@@ -56,18 +39,6 @@ class LazyStep:
 
     def logits(self) -> mx.array:
         return self._logits
-
-
-class LazyStepper:
-    """Starts steps by a function (ids int [1], state) -> logits fp32 [1, vocab]."""
-
-    replays = False
-
-    def __init__(self, read: Callable[[mx.array, KVState], mx.array]) -> None:
-        self._read = read
-
-    def step(self, token: NextToken, state: KVState) -> Step:
-        return LazyStep(self._read(ids_of(token), state)[0])
 
 
 def ids_of(token: NextToken) -> mx.array:

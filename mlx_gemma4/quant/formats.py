@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -26,7 +26,6 @@ from ..memory import on_cpu
 from .repack import BlockLayout, GroupScalesReader, Plane, iq4_xs, plain, q3_k, q4_k, rearrange
 
 Shape = tuple[int, ...]
-GroupScaleKind = Literal["", "scale-min", "scale-32", "int8", "e8m0"]
 BLOCKS = {t.name: t for t in TENSOR_TYPES.values()}
 
 
@@ -51,7 +50,7 @@ class Format:
     has_min: bool
     scale_block: int  # weights per fp16 d (and m), 0 if there is none
     lut: tuple[int, ...] | None
-    group_scale_kind: GroupScaleKind
+    group_scale_kind: Literal["", "scale-min", "scale-32", "int8", "e8m0"]
     codes_at: tuple[Plane, ...]  # from the lowest bits of a code up
     block_scales_at: tuple[int, ...]  # the bytes of a block where d and m begin
     group_scales_at: tuple[GroupScalesReader, int] | None  # their reader, and the byte where they begin
@@ -61,14 +60,8 @@ class Format:
         """The places in a block, for `repack`."""
         block = BLOCKS[self.name]
         group_scale_bytes = block.block_size // self.group * self.group_scale_bits // 8
-        return BlockLayout(
-            block.block_size,
-            block.block_bytes,
-            self.codes_at,
-            self.block_scales_at,
-            self.group_scales_at,
-            group_scale_bytes,
-        )
+        places = self.codes_at, self.block_scales_at, self.group_scales_at
+        return BlockLayout(block.block_size, block.block_bytes, *places, group_scale_bytes)
 
 
 # The 16 values of ggml's non-linear 4-bit types, and those of FP4 (E2M1), doubled to make them integers.
@@ -166,26 +159,16 @@ def pack_on_cpu(
         return None if target is None else target.bytes.reshape(n_blocks, -1)
 
     rearrange(layout, flat, codes.bytes.reshape(n_blocks, -1), blocks(group_scales), blocks(block_scales), on_read)
-    return Packed(
-        form,
-        shape,
-        codes.array(),
-        group_scales.array() if group_scales else None,
-        block_scales.array() if block_scales else None,
-    )
+    scales = (target.array() if target else None for target in (group_scales, block_scales))
+    return Packed(form, shape, codes.array(), *scales)
 
 
 class _Target:
     """The memory of a new MLX array, writable as `bytes` until `array` is called."""
 
     def __init__(self, shape: Shape, dtype: mx.Dtype) -> None:
-        self._array: mx.array | None = None
-        if _writes_show():
-            self._array = mx.zeros(shape, dtype)
-            mx.eval(self._array)
-            self._view = np.asarray(self._array)
-        else:
-            self._view = np.empty(shape, _NUMPY[dtype])
+        self._array = mx.zeros(shape, dtype) if _writes_show() else None
+        self._view = np.empty(shape, _NUMPY[dtype]) if self._array is None else np.asarray(self._array)
         self.bytes = self._view.reshape(-1).view(np.uint8)
 
     def array(self) -> mx.array:
@@ -212,13 +195,13 @@ def _writes_show() -> bool:
     return bool(mx.all(a == 3).item())
 
 
-def dense(raw: np.ndarray, type: str, shape: Shape, dtype: Any = np.float32) -> mx.array:
+def dense(raw: np.ndarray, type: str, shape: Shape, dtype: mx.Dtype | None = mx.float32) -> mx.array:
     """Return a tensor's numbers, exact in fp32.
 
     Args:
         raw, shape: as for `pack_on_cpu`.
         type: any in SUPPORTED.
-        dtype: of the result, MLX's or numpy's; None keeps F16 and BF16 and gives fp32 for all other types.
+        dtype: of the result; None keeps F16 and BF16 and gives fp32 for all other types.
     """
     if type in FLOATS:
         bits = np.dtype("<u4" if type == "F32" else "<u2")
@@ -226,9 +209,7 @@ def dense(raw: np.ndarray, type: str, shape: Shape, dtype: Any = np.float32) -> 
         out = whole.view(FLOATS[type]).reshape(shape)
     else:
         out = dequantize(pack_on_cpu(raw, type, shape))
-    if dtype is None:
-        return out
-    return out.astype(dtype if isinstance(dtype, mx.Dtype) else getattr(mx, np.dtype(dtype).name))
+    return out if dtype is None else out.astype(dtype)
 
 
 def dequantize(w: Packed, dtype: mx.Dtype = mx.float32, rows: mx.array | None = None) -> mx.array:

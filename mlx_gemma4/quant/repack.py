@@ -187,9 +187,5 @@ def _threads() -> ThreadPoolExecutor:
 
 def in_threads(work: Callable[[int], None], starts: range) -> None:
     """work(start) for each start, on all cores; numpy lets other threads run while it works on an array."""
-    if len(starts) < 2:
-        for start in starts:
-            work(start)
-    else:
-        for _ in _threads().map(work, starts):
-            pass
+    for _ in map(work, starts) if len(starts) < 2 else _threads().map(work, starts):
+        pass

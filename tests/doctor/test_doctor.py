@@ -18,8 +18,7 @@ from recorded import HERE, prompts
 
 from mlx_gemma4 import load
 from mlx_gemma4.doctor import table, verdict
-from mlx_gemma4.doctor.checks import checks
-from mlx_gemma4.doctor.sizes import sizes_of
+from mlx_gemma4.doctor.sizes import checks, sizes_of
 from mlx_gemma4.gpu import render
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.ops.cases import Check, Product, Sizes

@@ -17,8 +17,9 @@ from mlx_gemma4 import load
 from mlx_gemma4.chat_format.template import encode_chat
 from mlx_gemma4.cli.main import main
 from mlx_gemma4.errors import InputError
-from mlx_gemma4.generation.loop import PREFILL_CHUNK, Sampling, Statistics, generate_tokens
+from mlx_gemma4.generation.loop import PREFILL_CHUNK, Statistics, generate_tokens
 from mlx_gemma4.generation.prefix import MAX_MARKS, PrefixCache
+from mlx_gemma4.generation.sampling import Sampling
 from mlx_gemma4.kv.segments import SegmentLayout
 from mlx_gemma4.kv.state import kv_bytes, total_nbytes, window_bytes
 

@@ -10,8 +10,8 @@ import pytest
 from recorded import HERE
 
 from mlx_gemma4 import InputError, Sampling, load
-from mlx_gemma4.generation.loop import Statistics, Token, generate_tokens
-from mlx_gemma4.generation.sampling import Sampler, log_probabilities, unpack_mask
+from mlx_gemma4.generation.loop import Statistics, generate_tokens
+from mlx_gemma4.generation.sampling import Sampler, Token, log_probabilities, unpack_mask
 
 GREEDY = Sampling(temperature=0)
 

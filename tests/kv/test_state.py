@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import make_synthetic
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from plain_state import LAYOUTS, PlainState, SmallModel, read, same_contents, sm
 from mlx_gemma4.config import Config
 from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.errors import InputError
-from mlx_gemma4.generation.loop import Sampling, generate_tokens
+from mlx_gemma4.generation.loop import generate_tokens
+from mlx_gemma4.generation.sampling import Sampling
 from mlx_gemma4.kv.quantization import KINDS
 from mlx_gemma4.kv.segments import SegmentLayout
 from mlx_gemma4.kv.state import KVState, kv_bytes, window_bytes
@@ -317,7 +319,7 @@ def memory_rows() -> list[str]:
     """The table in docs/kv-state.md: MB of a state in fp16 at several lengths, and of a mark."""
     rows = []
     for name, shape in PUBLISHED.items():
-        config = shape.config
+        config = make_synthetic.config_of(shape)
         for kv in KINDS if name == "31B" else ("full",):
             sizes = [kv_bytes(config, mx.float16, n, kv=kv) / 1e6 for n in (2048, 8192, 32768, 131072)]
             cells = (name + f", {kv}" * (kv != "full"), *(f"{size:,.0f}" for size in (*sizes, _window(config))))

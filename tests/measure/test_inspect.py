@@ -86,7 +86,7 @@ def synthetic(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Report]:
             name: Entry(shape, type, prod(shape) // sizes[type][0] * sizes[type][1])
             for name, (shape, type) in made.items()
         }
-        monkeypatch.setattr(inspection, "_header", lambda _: (shape.config, entries, kind))
+        monkeypatch.setattr(inspection, "_header", lambda _: (make_synthetic.config_of(shape), entries, kind))
         return inspect(Path(kind), context)
 
     return report

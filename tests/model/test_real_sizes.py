@@ -80,8 +80,8 @@ def test_a_step_of_a_real_size_can_be_recorded(kind: str, kv: str, depth: int, m
         for _ in range(2):
             state = model.new_state(kv=kv)
             lazy_fill(state, depth)
-            assert isinstance(model.stepper, replay.Replayer)
-            assert model.stepper.start(1, state)
+            assert model.replayer
+            assert model.replayer.start(1, state)
             found.append([(x.kernel.name, x.grid, x.outputs) for x in Sink.launches])
     assert found[0] == found[1]
     rows = sum(s.kv_heads * s.head_dim for i, s in enumerate(model.config.layers) if s.kv_layer == i)

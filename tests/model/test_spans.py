@@ -6,16 +6,15 @@ import pytest
 from plain_state import LAYOUTS, read, small_model, some_tokens
 
 from mlx_gemma4.model.decode import with_room
-from mlx_gemma4.model.spans import FIXED, Linear, Span, in_sight, spans_of
+from mlx_gemma4.model.spans import FIXED, Spans, in_sight, spans_of
 
 
 def test_the_examples() -> None:
-    end, tail = Linear(FIXED, 64), Linear(-63, 0)
-    assert Linear(-64, 0).at(70) == 6
-    assert Span(Linear(FIXED, 0), end).at(70) == (0, 64)
-    assert Span(Linear(FIXED, 0), tail).at(70) == (0, 7)
-    assert [Span(Linear(-15, 0), end).at(n) for n in (70, 80)] == [(55, 64), (64, 64)]
-    assert [Span(Linear(-79, 0), tail).at(n) for n in (70, 80)] == [(0, 7), (1, 17)]
+    of_global = [((FIXED, FIXED), (0, 64)), ((FIXED, -63), (0, 0))]
+    with_window = [((-15, FIXED), (0, 64)), ((-79, -63), (0, 0))]
+    spans = Spans([((0, -64), (0, 0)), *of_global, *with_window], {False: 2, True: 2})
+    assert spans.at(70).tolist() == [70, 6, 0, 64, 0, 7, 55, 64, 0, 7]
+    assert spans.at(80).tolist()[6:] == [64, 64, 1, 17]
 
 
 @pytest.mark.parametrize("window", [5, 13, 64])
