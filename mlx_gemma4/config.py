@@ -4,8 +4,6 @@ In: the metadata of a GGUF (`gemma4` or `gemma3`), or the `config.json` of a saf
 Out: a `Config`, one `LayerConfig` a layer. No model size is hard-coded: the metadata gives every number.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +57,45 @@ class Config:
     def value_norm(self) -> bool:
         """Gemma 4 normalises values (without a weight); Gemma 3 does not."""
         return self.architecture == "gemma4"
+
+
+class _Reader:
+    """Typed look-ups in metadata whose errors name the key."""
+
+    def __init__(self, metadata: Mapping[str, Any], prefix: str, source: str) -> None:
+        self.metadata, self.prefix, self.source = metadata, prefix, source
+
+    def error(self, key: str, what: str) -> InputError:
+        return InputError(f"{self.source}: {self.prefix}{key} {what}; the file is damaged or not a Gemma text model")
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.metadata.get(self.prefix + key, default)
+        if value is None:
+            raise self.error(key, "is missing")
+        if isinstance(value, (str, bytes)) or hasattr(value, "__len__"):
+            raise self.error(key, "is not a number")
+        value = float(value)
+        if not abs(value) < 1e30:
+            raise self.error(key, f"is {value}")
+        return value
+
+    def count(self, key: str, default: int | None = None, *, least: int = 1, most: int = 1 << 31) -> int:
+        value = self.number(key, default)
+        if value != int(value) or not least <= value <= most:
+            raise self.error(key, f"is {value:g}")
+        return int(value)
+
+    def counts(self, key: str, n: int) -> list[int]:
+        """One count a layer, from a scalar or an array of n."""
+        value: Any = self.metadata.get(self.prefix + key)
+        if not hasattr(value, "__len__") or isinstance(value, (str, bytes)):
+            return [self.count(key)] * n
+        if len(value) != n:
+            raise self.error(key, f"has {len(value)} entries for {n} layers")
+        counts = [int(v) for v in value]
+        if min(counts) < 1 or max(counts) > 1 << 31:
+            raise self.error(key, "holds a count that cannot be")
+        return counts
 
 
 def config_from_gguf(metadata: Mapping[str, Any], source: str) -> Config:
@@ -255,42 +292,3 @@ def _checked(source: str, config: Config) -> Config:
     if config.experts and not 0 < config.experts_used <= config.experts:
         raise InputError(f"{source}: {config.experts_used} experts used of {config.experts}")
     return config
-
-
-class _Reader:
-    """Typed look-ups in metadata whose errors name the key."""
-
-    def __init__(self, metadata: Mapping[str, Any], prefix: str, source: str) -> None:
-        self.metadata, self.prefix, self.source = metadata, prefix, source
-
-    def error(self, key: str, what: str) -> InputError:
-        return InputError(f"{self.source}: {self.prefix}{key} {what}; the file is damaged or not a Gemma text model")
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.metadata.get(self.prefix + key, default)
-        if value is None:
-            raise self.error(key, "is missing")
-        if isinstance(value, (str, bytes)) or hasattr(value, "__len__"):
-            raise self.error(key, "is not a number")
-        value = float(value)
-        if not abs(value) < 1e30:
-            raise self.error(key, f"is {value}")
-        return value
-
-    def count(self, key: str, default: int | None = None, *, least: int = 1, most: int = 1 << 31) -> int:
-        value = self.number(key, default)
-        if value != int(value) or not least <= value <= most:
-            raise self.error(key, f"is {value:g}")
-        return int(value)
-
-    def counts(self, key: str, n: int) -> list[int]:
-        """One count a layer, from a scalar or an array of n."""
-        value: Any = self.metadata.get(self.prefix + key)
-        if not hasattr(value, "__len__") or isinstance(value, (str, bytes)):
-            return [self.count(key)] * n
-        if len(value) != n:
-            raise self.error(key, f"has {len(value)} entries for {n} layers")
-        counts = [int(v) for v in value]
-        if min(counts) < 1 or max(counts) > 1 << 31:
-            raise self.error(key, "holds a count that cannot be")
-        return counts

@@ -5,8 +5,6 @@ stopped. The file ends with a SHA-256 of all before it: one flipped bit anywhere
 `mx.save_safetensors` can't write it: it puts tensors in an order of its own, so that no checksum comes last.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

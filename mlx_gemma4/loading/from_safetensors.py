@@ -3,8 +3,6 @@
 In: a folder. Out: a source for the loader. Weights are bf16, fp16 or fp32, or quantized by mlx-lm.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ In: a `Config` and a `Source` (from_gguf or from_safetensors). Out: a `Model` wh
 is loaded here.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from dataclasses import replace

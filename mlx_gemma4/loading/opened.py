@@ -3,8 +3,6 @@
 In: the path of a GGUF file or of a folder of safetensors. Out: a `Config` and a `Source` for `load_model`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
