@@ -127,8 +127,6 @@ def open_gguf(path: str | Path) -> GGUFFile:
         first = read_file(path, maps)
         names = split_paths(path, first.metadata)
         splits = [first if p == path else read_file(p, maps) for p in names]
-        if len(names) > 1:
-            check_splits(names, splits)
         tensors = join_tensors(names, splits)
         maps.pop_all()  # they stay open
     return GGUFFile(path, splits[0].metadata, tensors, [split.map for split in splits])
@@ -166,28 +164,26 @@ def split_paths(path: Path, metadata: dict[str, Any]) -> list[Path]:
     return names
 
 
-def check_splits(names: list[Path], splits: list[SplitFile]) -> None:
-    """Check that each part's number agrees with its name, and that together they have all tensors."""
+def join_tensors(names: list[Path], splits: list[SplitFile]) -> dict[str, TensorInfo]:
+    """Return one directory of all parts' tensors; a name may occur once.
+
+    Each part's number must agree with its name, and together they must have all tensors.
+    """
+    tensors: dict[str, TensorInfo] = {}
     for i, (path, split) in enumerate(zip(names, splits, strict=True)):
         found = split.metadata.get("split.no"), split.metadata.get("split.count")
-        if found != (i, len(names)):
+        if len(names) > 1 and found != (i, len(names)):
             raise InputError(
                 f"{path}: should be part {i + 1} of {len(names)} but says split.no={found[0]}, split.count={found[1]};"
                 " the parts are mixed up, download them again"
             )
-    total, found_total = splits[0].metadata.get("split.tensors.count"), sum(len(s.tensors) for s in splits)
-    if total is not None and total != found_total:
-        raise InputError(f"{names[0]}: the parts hold {found_total} tensors, not {total}; download them again")
-
-
-def join_tensors(names: list[Path], splits: list[SplitFile]) -> dict[str, TensorInfo]:
-    """Return one directory of all parts' tensors; a name may occur once."""
-    tensors: dict[str, TensorInfo] = {}
-    for i, (path, split) in enumerate(zip(names, splits, strict=True)):
         for t in split.tensors:
             if t.name in tensors:
                 raise InputError(f"{path}: two tensors are named {t.name!r}; the file is damaged")
             tensors[t.name] = replace(t, part=i)
+    total = splits[0].metadata.get("split.tensors.count", len(tensors))
+    if len(names) > 1 and total != len(tensors):
+        raise InputError(f"{names[0]}: the parts hold {len(tensors)} tensors, not {total}; download them again")
     return tensors
 
 

@@ -177,14 +177,6 @@ class LayerKV:
         return found
 
 
-def empty(
-    kv_heads: int, head_dim: int, layout: SegmentLayout, dtype: mx.Dtype, quantizer: KVQuantizer | None = None
-) -> LayerKV:
-    """Return a layer that has read nothing."""
-    tail = mx.zeros((1, kv_heads, layout.tail, head_dim), dtype)
-    return LayerKV((), tail, tail, 0, 0, quantizer)
-
-
 def appended(kv: LayerKV, keys: mx.array, values: mx.array, layout: SegmentLayout, window: int | None) -> LayerKV:
     """Return a layer with the keys and values of the next tokens, [1, kv_heads, T, D], added.
 
