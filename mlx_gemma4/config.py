@@ -164,15 +164,7 @@ def config_from_gguf(metadata: Mapping[str, Any], source: str) -> Config:
 
 
 def config_from_json(config: Mapping[str, Any], source: str) -> Config:
-    """Read the configuration from a Hugging Face `config.json` (text part, if it has several).
-
-    Args:
-        config: the parsed file.
-        source: its name, for errors.
-
-    Raises:
-        InputError: another architecture, a key that is missing or cannot be true.
-    """
+    """Do as `config_from_gguf` with a parsed `config.json` of Hugging Face (its text part, if it has several)."""
     text = config.get("text_config", config)
     if not isinstance(text, Mapping):
         raise InputError(f"{source}: text_config is not an object; is this a model's config.json?")

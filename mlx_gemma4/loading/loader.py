@@ -145,24 +145,21 @@ def _kv_bytes_per_token(config: Config) -> int:
 def _fusions(source: Source, present: dict[str, Spec], layers: int) -> dict[str, list[str]]:
     """Return the tensors to join, in the order of their rows: target name -> [gate, up] or [q, k] or [q, k, v].
 
-    Rows of different types can't share an array. Those of a configuration's gate and up, or q, k and v, are as long.
+    Rows of different types can't share an array. Those of gate and up are equally long, and those of q, k and v.
     """
     joined: dict[str, list[str]] = {}
-
-    def alike(*names: str) -> bool:
-        return len({source.entries[name].type for name in names}) == 1
-
+    types = {name: source.entries[name].type for name in present}
     for suffix, what in ((".weight", "MLP layers"), ("_exps.weight", "expert layers")):
         pairs = [[f"blk.{i}.ffn_{half}{suffix}" for half in ("gate", "up")] for i in range(layers)]
-        pairs = [pair for pair in pairs if pair[0] in present and pair[1] in present]
-        fused = [pair for pair in pairs if alike(*pair)]
-        joined |= {gate.replace("gate", "gate_up"): [gate, up] for gate, up in fused}
+        pairs = [pair for pair in pairs if all(name in types for name in pair)]
+        fused = {gate.replace("gate", "gate_up"): [gate, up] for gate, up in pairs if types[gate] == types[up]}
+        joined |= fused
         if pairs:
             log.info("Fused gate+up on %d %s (%d left unfused)", len(fused), what, len(pairs) - len(fused))
     for i in range(layers):
         q, k, v = (f"blk.{i}.attn_{x}.weight" for x in "qkv")
-        if k in present and alike(q, k):
-            joined[f"blk.{i}.attn_qk.weight"] = [q, k, v] if v in present and alike(k, v) else [q, k]
+        if types.get(k) == types[q]:
+            joined[f"blk.{i}.attn_qk.weight"] = [q, k, v] if types.get(v) == types[q] else [q, k]
     return joined
 
 
