@@ -75,13 +75,14 @@ def resolve(name: str | Path, *, update: bool = False, progress: Progress | None
     match, path = NAME.fullmatch(str(name)), Path(name).expanduser()
     if match is None or path.exists() or (path.suffix.lower() == ".gguf" and match["quant"] is None):
         return path
+
+    from huggingface_hub.errors import HFValidationError
+
     repo, quant = match["repo"], match["quant"] or ""
     here = _cached(repo, quant)
     # Without a quantization, the cached one may differ from the hub's default.
     if here and not update and (quant or here.is_dir() or PREFERRED[0] in here.name.upper()):
         return here
-    from huggingface_hub.errors import HFValidationError
-
     try:
         return _fetch_model(repo, quant, progress)
     except (InputError, HFValidationError, _transport_error(), OSError) as error:
