@@ -114,7 +114,7 @@ def load_state(path: str | Path, fingerprint: str, empty: Callable[[str, mx.Dtyp
         try:
             loaded = mx.load(str(path), format="safetensors", return_metadata=True)
             arrays, about = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise InputError(f"{path}: is not a saved KV state; give a file that --state or save() wrote") from error
         if about.get("format") != FORMAT or about.get("version") != VERSION:
             raise InputError(
