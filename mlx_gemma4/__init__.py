@@ -12,8 +12,6 @@ awaited (`conversation.reply`). A `Session` is a conversation that continues (`c
 whole tree.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -50,31 +48,13 @@ _MODULES = {
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
+# fmt: off
 __all__ = [
-    "Chunk",
-    "Event",
-    "InputError",
-    "LanguageModel",
-    "PrefixCache",
-    "Reply",
-    "ReplyOptions",
-    "Sampling",
-    "Session",
-    "Statistics",
-    "Text",
-    "Thinking",
-    "Token",
-    "ToolCall",
-    "achat",
-    "astream",
-    "chat",
-    "for_mlx_lm",
-    "generate",
-    "load",
-    "prompt_ids",
-    "stream",
-    "tool_result",
+    "Chunk", "Event", "InputError", "LanguageModel", "PrefixCache", "Reply", "ReplyOptions", "Sampling", "Session",
+    "Statistics", "Text", "Thinking", "Token", "ToolCall", "achat", "astream", "chat", "for_mlx_lm", "generate",
+    "load", "prompt_ids", "stream", "tool_result",
 ]
+# fmt: on
 
 
 def __getattr__(name: str) -> Any:

@@ -4,10 +4,8 @@ In: the metadata of a GGUF (`gemma4` or `gemma3`), or the `config.json` of a saf
 Out: a `Config`, one `LayerConfig` a layer. No model size is hard-coded: the metadata gives every number.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import InputError
@@ -61,6 +59,52 @@ class Config:
         return self.architecture == "gemma4"
 
 
+class _Reader:
+    """Typed look-ups in metadata whose errors name the key."""
+
+    def __init__(self, metadata: Mapping[str, Any], prefix: str, source: str) -> None:
+        self.metadata, self.prefix, self.source = metadata, prefix, source
+
+    def error(self, key: str, what: str) -> InputError:
+        return InputError(f"{self.source}: {self.prefix}{key} {what}; the file is damaged or not a Gemma text model")
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.metadata.get(self.prefix + key, default)
+        if value is None:
+            raise self.error(key, "is missing")
+        if hasattr(value, "__len__"):
+            raise self.error(key, "is not a number")
+        value = float(value)
+        if not abs(value) < 1e30:
+            raise self.error(key, f"is {value}")
+        return value
+
+    def count(self, key: str, default: int | None = None, *, least: int = 1, most: int = 1 << 31) -> int:
+        value = self.number(key, default)
+        if value != int(value) or not least <= value <= most:
+            raise self.error(key, f"is {value:g}")
+        return int(value)
+
+    def used(self, key: str, experts: int) -> int:
+        """The number of experts that a token uses, of so many."""
+        used = self.count(key) if experts else 0
+        if used > experts:
+            raise InputError(f"{self.source}: {used} experts used of {experts}")
+        return used
+
+    def counts(self, key: str, n: int) -> list[int]:
+        """One count a layer, from a scalar or an array of n."""
+        value: Any = self.metadata.get(self.prefix + key)
+        if not hasattr(value, "__len__") or isinstance(value, (str, bytes)):
+            return [self.count(key)] * n
+        if len(value) != n:
+            raise self.error(key, f"has {len(value)} entries for {n} layers")
+        counts = [int(v) for v in value]
+        if min(counts) < 1 or max(counts) > 1 << 31:
+            raise self.error(key, "holds a count that cannot be")
+        return counts
+
+
 def config_from_gguf(metadata: Mapping[str, Any], source: str) -> Config:
     """Read the configuration from GGUF metadata.
 
@@ -93,16 +137,12 @@ def config_from_gguf(metadata: Mapping[str, Any], source: str) -> Config:
         dim = hidden // heads[0] if n == 62 else head_dim
         attention_scale = read.number("attention.scale", dim**-0.5)
     experts = read.count("expert_count", 0, least=0)
-    layers = _layers(
-        read,
-        sliding,
-        heads,
-        kv_heads=read.counts("attention.head_count_kv", n),
-        head_dims=[head_dim_sliding if s else head_dim for s in sliding],
-        ffn=read.counts("feed_forward_length", n),
-        shared=read.count("attention.shared_kv_layers", 0, least=0),
-    )
-    config = Config(
+    kv_heads, ffn = read.counts("attention.head_count_kv", n), read.counts("feed_forward_length", n)
+    layers = [
+        LayerConfig(s, heads[i], kv_heads[i], head_dim_sliding if s else head_dim, ffn[i], i)
+        for i, s in enumerate(sliding)
+    ]
+    return Config(
         architecture=architecture,
         vocab=read.count("vocab_size", len(tokens) if tokens is not None else None),
         hidden=hidden,
@@ -117,23 +157,14 @@ def config_from_gguf(metadata: Mapping[str, Any], source: str) -> Config:
         rope_rotated=1.0 if architecture == "gemma3" else None,
         ple=read.count("embedding_length_per_layer_input", 0, least=0),
         experts=experts,
-        experts_used=read.count("expert_used_count") if experts else 0,
+        experts_used=read.used("expert_used_count", experts),
         expert_ffn=read.counts("expert_feed_forward_length", n)[0] if experts else 0,
-        layers=layers,
+        layers=_shared(read, layers, read.count("attention.shared_kv_layers", 0, least=0)),
     )
-    return _checked(source, config)
 
 
 def config_from_json(config: Mapping[str, Any], source: str) -> Config:
-    """Read the configuration from a Hugging Face `config.json` (text part, if it has several).
-
-    Args:
-        config: the parsed file.
-        source: its name, for errors.
-
-    Raises:
-        InputError: another architecture, a key that is missing or cannot be true.
-    """
+    """Do as `config_from_gguf` with a parsed `config.json` of Hugging Face (its text part, if it has several)."""
     text = config.get("text_config", config)
     if not isinstance(text, Mapping):
         raise InputError(f"{source}: text_config is not an object; is this a model's config.json?")
@@ -145,9 +176,9 @@ def config_from_json(config: Mapping[str, Any], source: str) -> Config:
     ropes = text.get("rope_parameters") or {}
     full: Mapping[str, Any] = ropes.get("full_attention") or text.get("rope_scaling") or {}
     local: Mapping[str, Any] = ropes.get("sliding_attention", {})
-    moe = bool(text.get("enable_moe_block"))
+    experts = read.count("num_experts") if text.get("enable_moe_block") else 0
     head_dim = float(read.count("head_dim", 256))
-    result = Config(
+    return Config(
         architecture=kind,
         vocab=read.count("vocab_size"),
         hidden=read.count("hidden_size"),
@@ -161,12 +192,11 @@ def config_from_json(config: Mapping[str, Any], source: str) -> Config:
         rope_scale=float(full.get("factor", 1.0)),
         rope_rotated=float(full.get("partial_rotary_factor", 0.25 if kind == "gemma4" else 1.0)),
         ple=read.count("hidden_size_per_layer_input", 0, least=0) if kind == "gemma4" else 0,
-        experts=read.count("num_experts") if moe else 0,
-        experts_used=read.count("top_k_experts") if moe else 0,
-        expert_ffn=read.count("moe_intermediate_size") if moe else 0,
+        experts=experts,
+        experts_used=read.used("top_k_experts", experts),
+        expert_ffn=read.count("moe_intermediate_size") if experts else 0,
         layers=layers,
     )
-    return _checked(source, result)
 
 
 def _layers_from_json(text: Mapping[str, Any], read: _Reader, kind: str) -> tuple[LayerConfig, ...]:
@@ -185,112 +215,58 @@ def _layers_from_json(text: Mapping[str, Any], read: _Reader, kind: str) -> tupl
         global_dim = read.count("global_head_dim", head_dim if "per_layer_config" in text else 512)
         if text.get("attention_k_eq_v"):
             global_kv = read.count("num_global_key_value_heads", kv_heads)
-    head_dims = [head_dim if s else global_dim for s in sliding]
-    kv_counts = [kv_heads if s else global_kv for s in sliding]
-    # transformers 5.23 and later write the differences between layers by layer number instead.
-    for i, own in (text.get("per_layer_config") or {}).items():
-        if not (i.isdigit() and int(i) < n and isinstance(own, Mapping)):
-            raise read.error("per_layer_config", f"has an entry {i[:20]!r} that is none of the {n} layers")
-        layer = _Reader(own, "", read.source)
-        head_dims[int(i)] = layer.count("head_dim", head_dims[int(i)])
-        kv_counts[int(i)] = layer.count("num_key_value_heads", kv_counts[int(i)])
-    ffn, shared = read.count("intermediate_size"), read.count("num_kv_shared_layers", 0, least=0)
+    heads, ffn = read.count("num_attention_heads"), read.count("intermediate_size")
+    shared = read.count("num_kv_shared_layers", 0, least=0)
     wide = n - shared if shared and text.get("use_double_wide_mlp") else n  # first layer with an MLP of twice the width
-    widths = [2 * ffn if i >= wide else ffn for i in range(n)]
-    return _layers(read, sliding, [read.count("num_attention_heads")] * n, kv_counts, head_dims, widths, shared)
+    layers = []
+    for i, s in enumerate(sliding):
+        shape = (kv_heads, head_dim) if s else (global_kv, global_dim)
+        layers.append(LayerConfig(s, heads, *shape, 2 * ffn if i >= wide else ffn, i))
+    # transformers 5.23 and later write the differences between layers by layer number instead.
+    for key, own in (text.get("per_layer_config") or {}).items():
+        if not (key.isdigit() and int(key) < n and isinstance(own, Mapping)):
+            raise read.error("per_layer_config", f"has an entry {key[:20]!r} that is none of the {n} layers")
+        layer, differs = layers[int(key)], _Reader(own, "", read.source)
+        layers[int(key)] = replace(
+            layer,
+            head_dim=differs.count("head_dim", layer.head_dim),
+            kv_heads=differs.count("num_key_value_heads", layer.kv_heads),
+        )
+    return _shared(read, layers, shared)
 
 
 def _sliding_layers(read: _Reader, architecture: str, n: int) -> list[bool]:
     """True for each sliding layer: from an array of flags, or from a period whose last layer is global."""
-    pattern = read.metadata.get(read.prefix + "attention.sliding_window_pattern")
-    if pattern is None and architecture == "gemma3":
-        pattern = 6 if read.prefix + "attention.sliding_window" in read.metadata else 1
-    if pattern is None:
-        raise read.error("attention.sliding_window_pattern", "is missing")
-    if hasattr(pattern, "__len__"):
-        if len(pattern) != n:
-            raise read.error("attention.sliding_window_pattern", f"has {len(pattern)} entries for {n} layers")
-        return [bool(p) for p in pattern]
-    if int(pattern) < 1:
-        raise read.error("attention.sliding_window_pattern", "is not positive")
-    return [(i + 1) % int(pattern) != 0 for i in range(n)]
+    key, default = "attention.sliding_window_pattern", None
+    flags = read.metadata.get(read.prefix + key)
+    if flags is not None and hasattr(flags, "__len__"):
+        if len(flags) != n:
+            raise read.error(key, f"has {len(flags)} entries for {n} layers")
+        return [bool(flag) for flag in flags]
+    if architecture == "gemma3":
+        default = 6 if read.prefix + "attention.sliding_window" in read.metadata else 1
+    period = read.count(key, default)
+    return [(i + 1) % period != 0 for i in range(n)]
 
 
-def _layers(
-    read: _Reader,
-    sliding: list[bool],
-    heads: list[int],
-    kv_heads: list[int],
-    head_dims: list[int],
-    ffn: list[int],
-    shared: int,
-) -> tuple[LayerConfig, ...]:
-    """One LayerConfig a layer; the last `shared` layers read an earlier layer's keys and values."""
-    n = len(sliding)
-    if shared >= n:
+def _shared(read: _Reader, layers: list[LayerConfig], shared: int) -> tuple[LayerConfig, ...]:
+    """Return the layers, checked; the last `shared` of them read an earlier layer's keys and values."""
+    n, own = len(layers), len(layers) - shared
+    if own <= 0:
         raise InputError(f"{read.source}: all {n} layers share keys and values, none makes them; the file is damaged")
-    layers = []
-    for i in range(n):
-        own = i < n - shared
-        # A sharing layer reads the last layer of its own kind (sliding or global) that has keys and values.
-        sources = [i] if own else [j for j in range(n - shared) if sliding[j] == sliding[i]]
-        if not sources:
+    for i, layer in enumerate(layers):
+        if layer.heads % layer.kv_heads:
+            raise InputError(f"{read.source}: layer {i} has {layer.heads} query heads for {layer.kv_heads} KV heads")
+        if layer.head_dim % 2:
+            raise InputError(f"{read.source}: layer {i} has an odd head size, {layer.head_dim}")
+    for i, layer in enumerate(layers[own:], own):
+        # It reads the last layer of its own kind (sliding or global) that has keys and values.
+        j = max((j for j in range(own) if layers[j].sliding == layer.sliding), default=None)
+        if j is None:
             raise InputError(
                 f"{read.source}: layer {i} shares keys and values, but no earlier layer of its kind has any"
             )
-        layers.append(LayerConfig(sliding[i], heads[i], kv_heads[i], head_dims[i], ffn[i], sources[-1]))
+        if (layers[j].kv_heads, layers[j].head_dim) != (layer.kv_heads, layer.head_dim):
+            raise InputError(f"{read.source}: layer {i} shares the keys of layer {j}, but their shapes differ")
+        layers[i] = replace(layer, kv_layer=j)
     return tuple(layers)
-
-
-def _checked(source: str, config: Config) -> Config:
-    """Return the configuration, or raise InputError if its numbers contradict each other."""
-    for i, layer in enumerate(config.layers):
-        if layer.heads % layer.kv_heads:
-            raise InputError(f"{source}: layer {i} has {layer.heads} query heads for {layer.kv_heads} KV heads")
-        if layer.head_dim % 2:
-            raise InputError(f"{source}: layer {i} has an odd head size, {layer.head_dim}")
-        giver = config.layers[layer.kv_layer]
-        if (giver.kv_heads, giver.head_dim) != (layer.kv_heads, layer.head_dim):
-            raise InputError(f"{source}: layer {i} shares the keys of layer {layer.kv_layer}, but their shapes differ")
-    if config.experts and not 0 < config.experts_used <= config.experts:
-        raise InputError(f"{source}: {config.experts_used} experts used of {config.experts}")
-    return config
-
-
-class _Reader:
-    """Typed look-ups in metadata whose errors name the key."""
-
-    def __init__(self, metadata: Mapping[str, Any], prefix: str, source: str) -> None:
-        self.metadata, self.prefix, self.source = metadata, prefix, source
-
-    def error(self, key: str, what: str) -> InputError:
-        return InputError(f"{self.source}: {self.prefix}{key} {what}; the file is damaged or not a Gemma text model")
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.metadata.get(self.prefix + key, default)
-        if value is None:
-            raise self.error(key, "is missing")
-        if isinstance(value, (str, bytes)) or hasattr(value, "__len__"):
-            raise self.error(key, "is not a number")
-        value = float(value)
-        if not abs(value) < 1e30:
-            raise self.error(key, f"is {value}")
-        return value
-
-    def count(self, key: str, default: int | None = None, *, least: int = 1, most: int = 1 << 31) -> int:
-        value = self.number(key, default)
-        if value != int(value) or not least <= value <= most:
-            raise self.error(key, f"is {value:g}")
-        return int(value)
-
-    def counts(self, key: str, n: int) -> list[int]:
-        """One count a layer, from a scalar or an array of n."""
-        value: Any = self.metadata.get(self.prefix + key)
-        if not hasattr(value, "__len__") or isinstance(value, (str, bytes)):
-            return [self.count(key)] * n
-        if len(value) != n:
-            raise self.error(key, f"has {len(value)} entries for {n} layers")
-        counts = [int(v) for v in value]
-        if min(counts) < 1 or max(counts) > 1 << 31:
-            raise self.error(key, "holds a count that cannot be")
-        return counts

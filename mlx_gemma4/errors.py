@@ -1,7 +1,5 @@
 """The exception that users see: a mistake in their input, told in one line."""
 
-from __future__ import annotations
-
 
 class InputError(Exception):
     """The user's input (a file, a flag, a prompt) can't be used.

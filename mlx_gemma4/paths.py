@@ -1,7 +1,5 @@
 """The folders for this program's own files, writing a file whole or not at all, and reading JSON."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

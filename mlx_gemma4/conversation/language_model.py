@@ -17,8 +17,7 @@ from ..doctor.verdict import check_model, usable_kernels
 from ..errors import InputError
 from ..files.hub import resolve
 from ..generation.sampling import Sampling
-from ..loading.loader import Progress, load_model
-from ..loading.opened import open_model
+from ..loading.loader import Progress, load_model, open_model
 from ..memory import MemoryPlan
 from ..model.model import Model
 from ..paths import read_object

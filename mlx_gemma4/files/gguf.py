@@ -6,13 +6,11 @@ each length is checked against the bytes that are there before anything is read 
 `InputError` that names the file. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-from __future__ import annotations
-
 import mmap
 import re
 import struct
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
@@ -76,26 +74,28 @@ class TensorInfo:
     offset: int
 
 
-class GGUFFile:
+@dataclass(frozen=True, eq=False)
+class GGUFFile(AbstractContextManager["GGUFFile"]):
     """An open GGUF: `metadata`, `tensors` in file order, and their bytes.
 
     metadata: numbers and bools as Python's, strings as str, arrays of numbers or bools as numpy arrays, arrays of
-    strings as list[str]. Of a split file it is the first part's. `n_bytes` is the size of all parts together.
+    strings as list[str]. Of a split file it is the first part's.
     """
 
-    def __init__(
-        self, path: Path, metadata: dict[str, Any], tensors: dict[str, TensorInfo], maps: list[mmap.mmap]
-    ) -> None:
-        self.path = path
-        self.metadata = metadata
-        self.tensors = tensors
-        self.n_bytes = sum(map(len, maps))
-        self._maps = maps
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    maps: list[mmap.mmap]  # of its parts
+
+    @property
+    def n_bytes(self) -> int:
+        """The size of all parts together."""
+        return sum(map(len, self.maps))
 
     def raw(self, name: str) -> np.ndarray:
         """Return the tensor's bytes as they are in the file: uint8 [rows, row_bytes], read-only, not copied."""
         t = self.tensors[name]
-        flat = np.frombuffer(self._maps[t.part], np.uint8, t.n_bytes, t.offset)
+        flat = np.frombuffer(self.maps[t.part], np.uint8, t.n_bytes, t.offset)
         return flat.reshape(-1, t.row_bytes)
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
@@ -103,10 +103,8 @@ class GGUFFile:
 
         Whole pages are dropped, with neighbours' bytes; a later read fetches them from the file again.
         """
-        if not hasattr(mmap, "MADV_DONTNEED"):
-            return
         t = self.tensors[name]
-        buf = self._maps[t.part]
+        buf = self.maps[t.part]
         first = (t.offset + start) // mmap.PAGESIZE * mmap.PAGESIZE
         last = min(t.offset + (t.n_bytes if stop is None else stop), len(buf))
         if last > first:
@@ -114,12 +112,9 @@ class GGUFFile:
 
     def close(self) -> None:
         """Unmap the file. Arrays from `raw` keep their part mapped as long as they live."""
-        for buf in self._maps:
+        for buf in self.maps:
             with suppress(BufferError):  # an array still views it; the map is freed with the last of them
                 buf.close()
-
-    def __enter__(self) -> GGUFFile:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -132,8 +127,6 @@ def open_gguf(path: str | Path) -> GGUFFile:
         first = read_file(path, maps)
         names = split_paths(path, first.metadata)
         splits = [first if p == path else read_file(p, maps) for p in names]
-        if len(names) > 1:
-            check_splits(names, splits)
         tensors = join_tensors(names, splits)
         maps.pop_all()  # they stay open
     return GGUFFile(path, splits[0].metadata, tensors, [split.map for split in splits])
@@ -171,28 +164,26 @@ def split_paths(path: Path, metadata: dict[str, Any]) -> list[Path]:
     return names
 
 
-def check_splits(names: list[Path], splits: list[SplitFile]) -> None:
-    """Check that each part's number agrees with its name, and that together they have all tensors."""
+def join_tensors(names: list[Path], splits: list[SplitFile]) -> dict[str, TensorInfo]:
+    """Return one directory of all parts' tensors; a name may occur once.
+
+    Each part's number must agree with its name, and together they must have all tensors.
+    """
+    tensors: dict[str, TensorInfo] = {}
     for i, (path, split) in enumerate(zip(names, splits, strict=True)):
         found = split.metadata.get("split.no"), split.metadata.get("split.count")
-        if found != (i, len(names)):
+        if len(names) > 1 and found != (i, len(names)):
             raise InputError(
                 f"{path}: should be part {i + 1} of {len(names)} but says split.no={found[0]}, split.count={found[1]};"
                 " the parts are mixed up, download them again"
             )
-    total, found_total = splits[0].metadata.get("split.tensors.count"), sum(len(s.tensors) for s in splits)
-    if total is not None and total != found_total:
-        raise InputError(f"{names[0]}: the parts hold {found_total} tensors, not {total}; download them again")
-
-
-def join_tensors(names: list[Path], splits: list[SplitFile]) -> dict[str, TensorInfo]:
-    """Return one directory of all parts' tensors; a name may occur once."""
-    tensors: dict[str, TensorInfo] = {}
-    for i, (path, split) in enumerate(zip(names, splits, strict=True)):
         for t in split.tensors:
             if t.name in tensors:
                 raise InputError(f"{path}: two tensors are named {t.name!r}; the file is damaged")
-            tensors[t.name] = t if i == 0 else TensorInfo(t.name, t.shape, t.type, t.row_bytes, t.n_bytes, i, t.offset)
+            tensors[t.name] = replace(t, part=i)
+    total = splits[0].metadata.get("split.tensors.count", len(tensors))
+    if len(names) > 1 and total != len(tensors):
+        raise InputError(f"{names[0]}: the parts hold {len(tensors)} tensors, not {total}; download them again")
     return tensors
 
 

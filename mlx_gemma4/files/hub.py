@@ -5,8 +5,6 @@ huggingface_hub shares; that library also handles tokens and offline mode. It re
 ended; this module resumes it, and checks each file against the hash that the hub states.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json
@@ -15,8 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -78,18 +75,21 @@ def resolve(name: str | Path, *, update: bool = False, progress: Progress | None
     match, path = NAME.fullmatch(str(name)), Path(name).expanduser()
     if match is None or path.exists() or (path.suffix.lower() == ".gguf" and match["quant"] is None):
         return path
+
+    from huggingface_hub.errors import HFValidationError
+
     repo, quant = match["repo"], match["quant"] or ""
     here = _cached(repo, quant)
     # Without a quantization, the cached one may differ from the hub's default.
     if here and not update and (quant or here.is_dir() or PREFERRED[0] in here.name.upper()):
         return here
     try:
-        with _hub_errors(repo):
-            return _fetch_model(repo, quant, progress)
-    except InputError as error:
+        return _fetch_model(repo, quant, progress)
+    except (InputError, HFValidationError, _transport_error(), OSError) as error:
+        problem = error if isinstance(error, InputError) else InputError(f"{repo}: {_explained(error, repo)}")
         if here is None:
-            raise
-        log.warning("%s. Taking what is here: %s", error, here.name)
+            raise problem from None
+        log.warning("%s. Taking what is here: %s", problem, here.name)
         return here
 
 
@@ -227,82 +227,65 @@ def _fetch_blob(url: str, headers: dict[str, str], blob: Path, size: int, count:
             fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{url}: another program is downloading this; wait for it") from None
-        download = _Download(out, size)
-        missing, free = size - download.done, shutil.disk_usage(blob.parent).free
-        if free < missing:
+        done = out.seek(0, os.SEEK_END)
+        free = shutil.disk_usage(blob.parent).free
+        if free < size - done:
             raise InputError(
-                f"{url}: needs {missing / 1e9:.1f} GB of disk in {blob.parent} and {free / 1e9:.1f} GB are free; "
+                f"{url}: needs {(size - done) / 1e9:.1f} GB of disk in {blob.parent} and {free / 1e9:.1f} GB are free; "
                 "make room, or set HF_HOME to a folder with more",
                 exit_code=3,
             )
-        if download.done:
-            log.warning("Going on from %.2f of %.2f GB", download.done / 1e9, size / 1e9)
+        if done:
+            log.warning("Going on from %.2f of %.2f GB", done / 1e9, size / 1e9)
         elif size > LARGE:
             log.warning("Downloading %.2f GB: %s", size / 1e9, url)
-        download.run(url, headers, count)
-        hashed = SHA256.fullmatch(blob.name) is not None
-        if download.done != size or (hashed and download.digest.hexdigest() != blob.name):
+        digest = _fetch_rest(out, url, headers, size, count)
+        if out.tell() != size or (SHA256.fullmatch(blob.name) and digest != blob.name):
             partial.unlink()
             raise InputError(f"{url}: was damaged on its way; download it again")
         os.replace(partial, blob)
 
 
-class _Download:
-    """A growing file and the hash of its bytes."""
+def _fetch_rest(out: BinaryIO, url: str, headers: dict[str, str], size: int, count: Callable[[int], None]) -> str:
+    """Download the bytes that a file lacks, over several connections if necessary; return the SHA-256 of all.
 
-    def __init__(self, out: BinaryIO, size: int) -> None:
-        self.out, self.size = out, size
-        self.done, self.digest = 0, hashlib.sha256()
-        out.seek(0)
-        while chunk := out.read(CHUNK):
-            self._took(chunk)
-        if self.done > size:
-            self._restart()
+    Gives up after TRIES without a byte.
+    """
+    from huggingface_hub import get_session, hf_raise_for_status
 
-    def run(self, url: str, headers: dict[str, str], count: Callable[[int], None]) -> None:
-        """Fetch the missing bytes, over several connections if necessary. Gives up after TRIES without a byte."""
-        tries = 0
-        while self.done < self.size:
-            before, reason = self.done, "it ended early"
-            try:
-                self._fetch(url, headers, count)
-            except _transport_error() as error:
-                status = getattr(getattr(error, "response", None), "status_code", None)
-                if tries == TRIES or (status and status < 500 and status != 429):
-                    raise
-                reason = " ".join(str(error).split())[:120] or type(error).__name__
-            tries = 0 if self.done > before else tries + 1
-            if tries > TRIES:
-                raise InputError(f"{url}: the server sends nothing; try again later")
-            if self.done < self.size:
-                log.info("Connection lost (%s); going on from byte %d", reason, self.done)
-                time.sleep(WAIT * 2 ** min(tries, 4))
-
-    def _fetch(self, url: str, headers: dict[str, str], count: Callable[[int], None]) -> None:
-        """Fetch over one connection until it ends."""
-        from huggingface_hub import get_session, hf_raise_for_status
-
-        asked = {**headers, "Range": f"bytes={self.done}-"} if self.done else headers
-        with get_session().stream("GET", url, headers=asked, timeout=TIMEOUT, follow_redirects=True) as response:
-            if response.status_code >= 400:
-                response.read()
-            hf_raise_for_status(response)
-            part = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-            if self.done and (response.status_code != 206 or not part or int(part[1]) != self.done):
-                self._restart()  # a server without range requests sends the whole file
-            for chunk in response.iter_bytes(CHUNK):
-                self.out.write(chunk)
-                self._took(chunk)
-                count(self.done)
-            self.out.flush()
-
-    def _took(self, chunk: bytes) -> None:
-        self.digest.update(chunk)
-        self.done += len(chunk)
-
-    def _restart(self) -> None:
-        self.out.truncate(0)
-        self.done, self.digest = 0, hashlib.sha256()
+    digest, tries = hashlib.sha256(), 0
+    out.seek(0)
+    while chunk := out.read(CHUNK):
+        digest.update(chunk)
+    while out.tell() < size:
+        before, reason = out.tell(), "it ended early"
+        asked = {**headers, "Range": f"bytes={before}-"} if before else headers
+        try:
+            with get_session().stream("GET", url, headers=asked, timeout=TIMEOUT, follow_redirects=True) as response:
+                if response.status_code >= 400:
+                    response.read()
+                hf_raise_for_status(response)
+                if before and not response.headers.get("Content-Range", "").startswith(f"bytes {before}-"):
+                    out.truncate(0)  # a server without range requests sends the whole file
+                    out.seek(0)
+                    digest = hashlib.sha256()
+                for chunk in response.iter_bytes(CHUNK):
+                    out.write(chunk)
+                    digest.update(chunk)
+                    count(out.tell())
+        except _transport_error() as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if tries == TRIES or (status and status < 500 and status != 429):
+                raise
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+        tries = 0 if out.tell() > before else tries + 1
+        if tries > TRIES:
+            raise InputError(f"{url}: the server sends nothing; try again later")
+        if out.tell() < size:
+            log.info("Connection lost (%s); going on from byte %d", reason, out.tell())
+            time.sleep(WAIT * 2 ** min(tries, 4))
+    out.flush()
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- errors
@@ -316,34 +299,23 @@ def _transport_error() -> type[Exception]:
     return base
 
 
-@contextmanager
-def _hub_errors(repo: str) -> Iterator[None]:
-    """Turn huggingface_hub's exceptions into InputErrors of one line."""
+def _explained(error: Exception, repo: str) -> str:
+    """Return what one of huggingface_hub's exceptions says of a repository, and what to do."""
     from huggingface_hub import constants, errors
 
-    host = constants.ENDPOINT
-    try:
-        yield
-    except errors.GatedRepoError:
-        raise InputError(
-            f"{repo}: is gated; accept its terms at {host}/{repo}, then log in with `hf auth login` or set HF_TOKEN"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise InputError(
-            f"{repo}: neither a path here nor a repository that {host} shows; check the name, or log in with "
-            "`hf auth login` if it is private"
-        ) from None
-    except errors.HFValidationError as error:
-        raise InputError(f"{repo}: no name of a repository: {error}") from None
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
-        raise InputError(f"{repo}: isn't here whole and can't be downloaded now; unset HF_HUB_OFFLINE") from None
-    except _transport_error() as error:
+    host, login = constants.ENDPOINT, "log in with `hf auth login`"
+    if isinstance(error, errors.GatedRepoError):
+        return f"is gated; accept its terms at {host}/{repo}, then {login} or set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"neither a path here nor a repository that {host} shows; check the name, or {login} if it is private"
+    if isinstance(error, errors.HFValidationError):
+        return f"no name of a repository: {error}"
+    if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
+        return "isn't here whole and can't be downloaded now; unset HF_HUB_OFFLINE"
+    if isinstance(error, _transport_error()):
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
-            raise InputError(
-                f"{repo}: {host} refuses ({status}); log in with `hf auth login` or set HF_TOKEN"
-            ) from None
+            return f"{host} refuses ({status}); {login} or set HF_TOKEN"
         what = f"{host} answers {status}" if status else f"{host} can't be reached: {error or type(error).__name__}"
-        raise InputError(f"{repo}: {what}; try again later, a download goes on where it stopped") from None
-    except OSError as error:
-        raise InputError(f"{repo}: can't be kept in {_cache(repo)}: {error.strerror or error}") from None
+        return f"{what}; try again later, a download goes on where it stopped"
+    return f"can't be kept in {_cache(repo)}: {getattr(error, 'strerror', None) or error}"

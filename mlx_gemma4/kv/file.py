@@ -5,8 +5,6 @@ stopped. The file ends with a SHA-256 of all before it: one flipped bit anywhere
 `mx.save_safetensors` can't write it: it puts tensors in an order of its own, so that no checksum comes last.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -14,7 +12,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -26,9 +24,8 @@ from .segments import LayerKV, Segment, SegmentLayout
 from .state import KVState
 
 FORMAT, VERSION = "mlx-gemma4 KV state", "2"
-_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
+_NAMES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32"}  # of dtypes
 _ARRAYS = (("keys", "values"), ("codes", "scales"))  # of a segment, plain or quantized
-_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _DIGEST = hashlib.sha256().digest_size
 _STEP = 1 << 24  # bytes hashed at a time
 
@@ -112,55 +109,43 @@ def load_state(path: str | Path, fingerprint: str, empty: Callable[[str, mx.Dtyp
         InputError: no such file, one of another model or format, cut short, or damaged in any bit.
     """
     path = Path(path)
-    data = _checked(path)
-    try:
-        (size,) = struct.unpack("<Q", data[:8].tobytes())
-        header = json.loads(data[8 : 8 + size].tobytes())
-        about = header.pop("__metadata__")
-    except (ValueError, KeyError, struct.error) as error:
-        raise InputError(f"{path}: is not a saved KV state; give a file that --state or save() wrote") from error
-    if about.get("format") != FORMAT or about.get("version") != VERSION:
-        raise InputError(
-            f"{path}: is a {about.get('format')} of version {about.get('version')}, this program reads version "
-            f"{VERSION} of {FORMAT}; delete it and start anew"
-        )
-    if about["model"] != fingerprint:
-        raise InputError(f"{path}: was saved with another model; load that one, or delete the file and start anew")
-
-    def raw(name: str) -> np.ndarray[Any, Any]:
-        begin, end = header[name]["data_offsets"]
-        return data[8 + size + begin : 8 + size + end]
-
-    def array(name: str) -> mx.array:
-        entry = header[name]
-        dtype = _TYPES[entry["dtype"]]
-        *rows, last = entry["shape"]
-        return mx.array(raw(name).reshape(*rows, last * dtype.size)).view(dtype)
-
-    tokens = np.frombuffer(raw("tokens").tobytes(), np.int32).tolist()
-    layout, counts = SegmentLayout(*json.loads(about["layout"])), json.loads(about["counts"])
+    _check(path)
     with execution():
-        dtype = next(_TYPES[entry["dtype"]] for name, entry in header.items() if name.endswith(".tail.keys"))
+        try:
+            loaded = mx.load(str(path), format="safetensors", return_metadata=True)
+            arrays, about = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"{path}: is not a saved KV state; give a file that --state or save() wrote") from error
+        if about.get("format") != FORMAT or about.get("version") != VERSION:
+            raise InputError(
+                f"{path}: is a {about.get('format')} of version {about.get('version')}, this program reads version "
+                f"{VERSION} of {FORMAT}; delete it and start anew"
+            )
+        if about["model"] != fingerprint:
+            raise InputError(f"{path}: was saved with another model; load that one, or delete the file and start anew")
+        tokens = cast("list[int]", arrays["tokens"].tolist())
+        layout, counts = SegmentLayout(*json.loads(about["layout"])), json.loads(about["counts"])
+        dtype = next(a.dtype for name, a in arrays.items() if name.endswith(".tail.keys"))
         state, layers = empty(about["kv"], dtype, layout), {}
         for i, kv in state.layers.items():
             names, quantizer = _ARRAYS[kv.quantizer is not None], kv.quantizer
             if quantizer:  # another device's may differ in its last bits
-                quantizer = replace(quantizer, rotation=array(f"layer.{i}.rotation"))
-            starts = sorted(int(n.rsplit(".", 1)[1]) for n in header if n.startswith(f"layer.{i}.{names[0]}."))
+                quantizer = replace(quantizer, rotation=arrays[f"layer.{i}.rotation"])
+            starts = sorted(int(n.rsplit(".", 1)[1]) for n in arrays if n.startswith(f"layer.{i}.{names[0]}."))
             segments = []
             for start in starts:
-                keys, values = (array(f"layer.{i}.{which}.{start}") for which in names)
+                keys, values = (arrays[f"layer.{i}.{which}.{start}"] for which in names)
                 segments.append(Segment(start, start + keys.shape[2], keys, values))
-            tail = array(f"layer.{i}.tail.keys"), array(f"layer.{i}.tail.values")
+            tail = arrays[f"layer.{i}.tail.keys"], arrays[f"layer.{i}.tail.values"]
             count, skip = counts[str(i)]
             layers[i] = LayerKV(tuple(segments), *tail, count, len(tokens), quantizer, skip)
         state.restore(layers, tokens)
-        mx.eval(state.arrays)
+        mx.eval(arrays)
     return state
 
 
-def _checked(path: Path) -> np.ndarray[Any, Any]:
-    """Return the file's bytes, mapped, once their checksum is found right."""
+def _check(path: Path) -> None:
+    """Raise InputError unless the checksum at the file's end is right."""
     try:
         data = np.memmap(path, np.uint8, mode="r")
     except FileNotFoundError as error:
@@ -172,4 +157,3 @@ def _checked(path: Path) -> np.ndarray[Any, Any]:
         digest.update(data[start : min(start + _STEP, data.size - _DIGEST)].data)
     if data.size <= _DIGEST or digest.digest() != data[-_DIGEST:].tobytes():
         raise InputError(f"{path}: is not a KV state or is damaged (its checksum is wrong); give another file")
-    return data

@@ -10,8 +10,6 @@ Gaussian, with |x| for their standard deviation. So one code book serves all of 
 Attention works on y: rotating q and the result costs little, and the cache is never rotated back.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable

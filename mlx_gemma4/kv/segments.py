@@ -6,8 +6,6 @@ how a state came to be. A layer may keep its segments quantized (kv/quantization
 it is sealed. Nothing here knows token ids, marks or the order of layers.
 """
 
-from __future__ import annotations
-
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -57,10 +55,6 @@ class SegmentLayout:
 
 _serials = itertools.count()
 
-# Results of joining consecutive segments, by their serials: another state that joins the same ones takes the same
-# result, so that forks which grow side by side go on sharing. Read and written under the execution lock.
-_joined: weakref.WeakValueDictionary[tuple[int, ...], Segment] = weakref.WeakValueDictionary()
-
 
 @dataclass(frozen=True, eq=False)
 class Segment:
@@ -102,6 +96,11 @@ class KVView(NamedTuple):
     keys: mx.array  # [1, kv_heads, n, D], or codes
     values: mx.array  # or scales
     rotation: mx.array | None = None  # of codes: `kv.quantization.rotations` of the layer
+
+
+# Results of joining consecutive segments, by their serials: another state that joins the same ones takes the same
+# result, so that forks which grow side by side go on sharing. Read and written under the execution lock.
+_joined: weakref.WeakValueDictionary[tuple[int, ...], Segment] = weakref.WeakValueDictionary()
 
 
 def gather(sources: Sequence[Segment], start: int, stop: int, quantizer: KVQuantizer | None = None) -> Segment:
@@ -176,14 +175,6 @@ class LayerKV:
                 rotation = self.quantizer.rotation if self.quantizer and s.quantized else None
                 found.append(KVView(s.start + skip, keys, values, rotation))
         return found
-
-
-def empty(
-    kv_heads: int, head_dim: int, layout: SegmentLayout, dtype: mx.Dtype, quantizer: KVQuantizer | None = None
-) -> LayerKV:
-    """Return a layer that has read nothing."""
-    tail = mx.zeros((1, kv_heads, layout.tail, head_dim), dtype)
-    return LayerKV((), tail, tail, 0, 0, quantizer)
 
 
 def appended(kv: LayerKV, keys: mx.array, values: mx.array, layout: SegmentLayout, window: int | None) -> LayerKV:

@@ -87,15 +87,15 @@ class KVState:
         self._unread: list[int | mx.array | PendingToken] = []  # what follows _tokens, perhaps still being computed
         self._length = 0
         self._marks: dict[int, Mark] = {}
+        self._layers: dict[int, LayerKV] = {}
         self._staged: dict[int, LayerKV] = {}  # of a forward pass that is not through yet
         self._reading: dict[int, list[KVView]] = {}  # what that pass sees of quantized layers, if it has many tokens
         self.borrower: Borrower | None = None  # who has the tails checked out; then those in _layers are out of date
         with execution():
-            self._layers = {
-                i: segments.empty(shape.kv_heads, shape.head_dim, self.layout, dtype, (quantizers or {}).get(i))
-                for i, shape in enumerate(config.layers)
-                if shape.kv_layer == i
-            }
+            for i, shape in enumerate(config.layers):
+                if shape.kv_layer == i:
+                    tail = mx.zeros((1, shape.kv_heads, self.layout.tail, shape.head_dim), dtype)
+                    self._layers[i] = LayerKV((), tail, tail, 0, 0, (quantizers or {}).get(i))
 
     # Tails that steps go on in elsewhere
 

@@ -3,8 +3,6 @@
 In: an open GGUF. Out: weights, packed in the file's bits or dense. It knows nothing of a model's layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

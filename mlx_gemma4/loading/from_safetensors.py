@@ -3,12 +3,10 @@
 In: a folder. Out: a source for the loader. Weights are bf16, fp16 or fp32, or quantized by mlx-lm.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -124,9 +122,7 @@ def _mapped(path: Path) -> dict[str, mx.array]:
     arrays: dict[str, mx.array] = {}
     for shard in shards:
         try:
-            loaded = mx.load(str(shard))
-            assert isinstance(loaded, dict)
-            arrays.update(loaded)
+            arrays |= cast("dict[str, mx.array]", mx.load(str(shard)))
         except (RuntimeError, ValueError) as error:
             raise InputError(f"{shard}: can't be read ({error}); download it again") from error
     return arrays

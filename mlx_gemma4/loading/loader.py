@@ -1,30 +1,49 @@
-"""From a source of tensors to a model: account for every tensor, fuse gate and up, pack, and release the file.
+"""From a file or folder to a model: open it, account for every tensor, fuse gate and up, pack, and release the file.
 
-In: a `Config` and a `Source` (from_gguf or from_safetensors). Out: a `Model` whose weights are MLX arrays. Every model
-is loaded here.
+In: the path of a GGUF file or of a folder of safetensors. Out: its `Config` and its `Source` of tensors (from_gguf or
+from_safetensors), and from these a `Model` whose weights are MLX arrays. Every model is loaded here.
 """
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
-from ..config import Config
+from ..config import Config, config_from_gguf, config_from_json
 from ..errors import InputError
+from ..files.gguf import open_gguf
 from ..memory import MemoryPlan, make_plan, on_cpu
 from ..model.model import Model
 from ..model.weights import Layer, Weights
 from ..ops import pack
 from ..ops.dispatch import Kernels
 from ..ops.stock import Weight
+from ..paths import read_object
+from .from_gguf import GGUFSource
+from .from_safetensors import FolderSource
 from .tensors import Source, Spec, tensor_specs
 
 log = logging.getLogger("mlx_gemma4")
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
+
+
+@contextmanager
+def open_model(path: Path) -> Iterator[tuple[Config, Source, Mapping[str, Any]]]:
+    """Yield the configuration, the tensors unread, and a GGUF's metadata ({} for a folder). Raises InputError."""
+    if path.is_dir():
+        file = path / "config.json"
+        if not file.is_file():
+            raise InputError(f"{path}: this folder has no config.json; give a .gguf file or a model's folder")
+        contents = read_object(file)
+        config = config_from_json(contents, str(file))
+        yield config, FolderSource(path, config, contents.get("quantization") or {}), {}
+    else:
+        with open_gguf(path) as gguf:
+            yield config_from_gguf(gguf.metadata, str(path)), GGUFSource(gguf), gguf.metadata
 
 
 def load_model(
@@ -126,30 +145,21 @@ def _kv_bytes_per_token(config: Config) -> int:
 def _fusions(source: Source, present: dict[str, Spec], layers: int) -> dict[str, list[str]]:
     """Return the tensors to join, in the order of their rows: target name -> [gate, up] or [q, k] or [q, k, v].
 
-    Rows of different types can't share an array, so those joined agree in type and in the length of a row.
+    Rows of different types can't share an array. Those of gate and up are equally long, and those of q, k and v.
     """
     joined: dict[str, list[str]] = {}
-
-    def alike(*names: str) -> bool:
-        return len({(source.entries[name].type, source.entries[name].shape[-1]) for name in names}) == 1
-
+    types = {name: source.entries[name].type for name in present}
     for suffix, what in ((".weight", "MLP layers"), ("_exps.weight", "expert layers")):
-        fused = apart = 0
-        for i in range(layers):
-            gate, up = (f"blk.{i}.ffn_{half}{suffix}" for half in ("gate", "up"))
-            if gate not in present or up not in present:
-                continue
-            if alike(gate, up) and present[gate].shape == present[up].shape:
-                joined[f"blk.{i}.ffn_gate_up{suffix}"] = [gate, up]
-                fused += 1
-            else:
-                apart += 1
-        if fused or apart:
-            log.info("Fused gate+up on %d %s (%d left unfused)", fused, what, apart)
+        pairs = [[f"blk.{i}.ffn_{half}{suffix}" for half in ("gate", "up")] for i in range(layers)]
+        pairs = [pair for pair in pairs if all(name in types for name in pair)]
+        fused = {gate.replace("gate", "gate_up"): [gate, up] for gate, up in pairs if types[gate] == types[up]}
+        joined |= fused
+        if pairs:
+            log.info("Fused gate+up on %d %s (%d left unfused)", len(fused), what, len(pairs) - len(fused))
     for i in range(layers):
         q, k, v = (f"blk.{i}.attn_{x}.weight" for x in "qkv")
-        if k in present and alike(q, k):
-            joined[f"blk.{i}.attn_qk.weight"] = [q, k, v] if v in present and alike(k, v) else [q, k]
+        if types.get(k) == types[q]:
+            joined[f"blk.{i}.attn_qk.weight"] = [q, k, v] if types.get(v) == types[q] else [q, k]
     return joined
 
 

@@ -3,8 +3,6 @@
 In: a `Config`. Out: the name, shape and role of every tensor.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol

@@ -27,8 +27,7 @@ from ..execution import execution
 from ..generation.loop import PREFILL_CHUNK, Statistics, generate_tokens, prefill_chunk
 from ..generation.sampling import Sampling
 from ..kv.state import KVState
-from ..loading.loader import Progress, load_model
-from ..loading.opened import open_model
+from ..loading.loader import Progress, load_model, open_model
 from ..memory import available_memory
 from ..model.model import Model
 from ..ops.dispatch import Kernels

@@ -20,7 +20,7 @@ from ..files.gguf import TENSOR_TYPES
 from ..generation.loop import PREFILL_CHUNK
 from ..kv.quantization import KINDS, check_kind, vector_bytes
 from ..kv.state import kv_bytes
-from ..loading.opened import open_model
+from ..loading.loader import open_model
 from ..loading.tensors import Entry, Spec, tensor_specs
 from ..memory import HEADROOM, available_memory, on_cpu
 from ..quant.formats import SUPPORTED

@@ -125,11 +125,9 @@ class Packed:
 
     def __getitem__(self, index: mx.array | slice) -> Packed:
         """Return some rows (of [E, N, K]: experts), in the order of the index; no others are read."""
-        codes, group_scales, block_scales = (
-            None if a is None else a[index] for a in (self.codes, self.group_scales, self.block_scales)
-        )
-        assert codes is not None
-        return Packed(self.format, (*codes.shape[:-1], self.shape[-1]), codes, group_scales, block_scales)
+        codes, scales = self.codes[index], (self.group_scales, self.block_scales)
+        shape = *codes.shape[:-1], self.shape[-1]
+        return Packed(self.format, shape, codes, *(None if a is None else a[index] for a in scales))
 
 
 def pack_on_cpu(

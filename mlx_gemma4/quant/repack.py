@@ -8,8 +8,6 @@ Blocks are transposed first, so that a row holds the same byte of very many bloc
 operation on such rows, at the speed of numpy's SIMD loops and outside the interpreter's lock.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
