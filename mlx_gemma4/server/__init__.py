@@ -1,7 +1,8 @@
 """The server: OpenAI's and Anthropic's HTTP interfaces over one loaded model, and a page to chat in a browser.
 
 app.py           routes, who may ask, and errors of all requests
-endpoint.py      what an endpoint is; collects what a job makes
+settings.py      the settings, as `serve` has them
+endpoint.py      what an endpoint is; sends what a job makes, whole or as events
 fields.py        types of request bodies (pydantic), and errors that name a field
 options.py       fields that several endpoints share -> `ReplyOptions` and messages
 completions.py   /v1/chat/completions, /v1/completions

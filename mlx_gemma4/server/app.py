@@ -4,11 +4,9 @@ In: a loaded model and `Settings`. Out: a Starlette application, with the engine
 """
 
 import hmac
-import ipaddress
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,12 +19,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..conversation.language_model import LanguageModel
-from ..errors import InputError
 from . import anthropic, completions, openapi, responses
-from .endpoint import Context, Endpoint
+from .endpoint import Endpoint
 from .engine import Engine
-from .metrics import Metrics
 from .page import page
+from .settings import Settings, is_loopback
 from .wire import ApiError, error_response, json_response
 
 # An endpoint that takes POST requests is a module, a line here, and its tests.
@@ -40,47 +37,15 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 _OPEN = ("/", "/health")  # paths that need no key: they tell nothing about the model or about requests
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The server's settings, as `serve` has them from the command line."""
-
-    host: str = "127.0.0.1"
-    api_key: str | None = None
-    model_name: str = "gemma"  # in replies and /v1/models
-    parallel: int = 4  # replies made at a time
-    queue: int = 32  # requests that may wait beside them
-    max_kv_bytes: int | None = None  # of all KV states; None: no limit
-    kv: str = "full"  # how KV states hold keys and values
-    max_body_bytes: int = 8_000_000
-    max_tokens: int | None = None  # of a reply whose request doesn't say; None: what the context holds
-
-    def __post_init__(self) -> None:
-        if self.api_key is None and not is_loopback(self.host):
-            raise InputError(f"--host {self.host}: others can reach this address; give an --api-key, or use 127.0.0.1")
-
-
-def is_loopback(host: str) -> bool:
-    """Returns True if only programs on this machine can reach an address or name."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.rstrip(".").lower() == "localhost"
-
-
 def create_app(lm: LanguageModel, settings: Settings | None = None) -> Starlette:
     """Return the application for a model. The engine's threads end with its lifespan, or by `engine.close`."""
-    settings = settings or Settings()
-    metrics = Metrics()
-    engine = Engine(lm, metrics, settings.parallel, settings.queue, settings.max_kv_bytes, settings.kv)
+    engine = Engine(lm, settings or Settings())
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         engine.close()
 
-    metrics.gauge("running", "Requests being answered.", lambda: engine.load[0])
-    metrics.gauge("waiting", "Requests in the queue.", lambda: engine.load[1])
-    metrics.gauge("kv_bytes", "Bytes of KV states, kept and in use.", lambda: engine.store.nbytes)
     routes = [
         Route("/", _page),
         Route("/health", _health),
@@ -91,17 +56,16 @@ def create_app(lm: LanguageModel, settings: Settings | None = None) -> Starlette
         *(Route(endpoint.path, endpoint.handle, methods=["POST"]) for endpoint in ENDPOINTS),
     ]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
-    app.state.engine, app.state.settings, app.state.started = engine, settings, int(time.time())
-    app.state.context = Context(engine, settings.model_name, settings.max_tokens, settings.max_body_bytes)
-    app.add_middleware(_Gate, settings=settings, metrics=metrics, known={route.path for route in routes})
+    app.state.engine, app.state.started = engine, int(time.time())
+    app.add_middleware(_Gate, engine=engine, known={route.path for route in routes})
     return app
 
 
 class _Gate:
     """Checks who asks before anything of a request is read, turns exceptions into error responses, counts requests."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, known: set[str]) -> None:
-        self.app, self.settings, self.metrics, self.known = app, settings, metrics, known
+    def __init__(self, app: ASGIApp, engine: Engine, known: set[str]) -> None:
+        self.app, self.settings, self.metrics, self.known = app, engine.settings, engine.metrics, known
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -197,19 +161,19 @@ async def _metrics(request: Request) -> Response:
 
 
 async def _openapi(request: Request) -> Response:
-    state = request.app.state
-    vocab, with_key = state.engine.lm.config.vocab, state.settings.api_key is not None
-    return json_response(openapi.document(ENDPOINTS, vocab, with_key))
+    engine: Engine = request.app.state.engine
+    with_key = engine.settings.api_key is not None
+    return json_response(openapi.document(ENDPOINTS, engine.lm.config.vocab, with_key))
 
 
 def _card(request: Request) -> dict[str, Any]:
-    state = request.app.state
+    engine: Engine = request.app.state.engine
     return {
-        "id": state.settings.model_name,
+        "id": engine.settings.model_name,
         "object": "model",
-        "created": state.started,
+        "created": request.app.state.started,
         "owned_by": "mlx-gemma4",
-        "context_length": state.engine.lm.config.context,
+        "context_length": engine.lm.config.context,
     }
 
 
