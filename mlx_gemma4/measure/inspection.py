@@ -3,8 +3,7 @@
 In: the path of a GGUF or of a folder of safetensors. Out: a `Report`, and the lines that `mlx-gemma4 inspect` prints.
 """
 
-from __future__ import annotations
-
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -91,6 +90,11 @@ def inspect(path: Path, context: int | None = None) -> Report:
     used = {name: entry for name, entry in entries.items() if name in wanted}
     weights, available = sum(e.n_bytes for e in used.values()), available_memory()
     per_token = weights_per_token(config, used)
+    memory, dims = [], {shape.head_dim for shape in config.layers if not shape.sliding}
+    for kv in KINDS:
+        with suppress(InputError):  # of a kind that these head sizes don't allow
+            check_kind(kv, dims)
+            memory.append(_memory(config, kv, context, weights, available, per_token))
     return Report(
         str(path),
         sum(e.n_bytes for e in entries.values()),
@@ -102,7 +106,7 @@ def inspect(path: Path, context: int | None = None) -> Report:
         context,
         available,
         per_token,
-        [_memory(config, kv, context, weights, available, per_token) for kv in _kinds(config)],
+        memory,
     )
 
 
@@ -143,31 +147,16 @@ def kv_per_token(config: Config, kv: str, context: int, dtype: mx.Dtype) -> int:
     return total
 
 
-def _kinds(config: Config) -> list[str]:
-    """The kinds of --kv that this model's head sizes allow."""
-    possible, dims = [], {shape.head_dim for shape in config.layers if not shape.sliding}
-    for kv in KINDS:
-        with suppress(InputError):
-            check_kind(kv, dims)
-            possible.append(kv)
-    return possible
-
-
 def _memory(config: Config, kv: str, context: int, weights: int, available: int, per_token: int) -> Memory:
     dtype = mx.float32 if on_cpu() else mx.float16
 
-    def state(tokens: int) -> int:
-        return kv_bytes(config, dtype, tokens, PREFILL_CHUNK, kv=kv)
+    def in_all(tokens: int) -> int:
+        return weights + HEADROOM + kv_bytes(config, dtype, tokens, PREFILL_CHUNK, kv=kv)
 
-    def fits(tokens: int) -> bool:
-        return weights + HEADROOM + state(tokens) <= available
-
-    low, high = 0, config.context + 1  # low fits (or is 0), high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+    needed = in_all(context)
+    longest = bisect_right(range(1, config.context + 1), available, key=in_all)  # so many lengths fit
     read = per_token + kv_per_token(config, kv, context, mx.float16)
-    return Memory(kv, state(context), weights + HEADROOM + state(context), fits(context), low, read)
+    return Memory(kv, needed - weights - HEADROOM, needed, needed <= available, longest, read)
 
 
 # ---------------------------------------------------------------- for people

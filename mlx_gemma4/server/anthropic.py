@@ -26,9 +26,8 @@ from .fields import Body, wrong
 from .wire import json_response
 
 
-class TextBlock(Body):
+class TextBlock(fields.TextPart):
     type: Literal["text"]
-    text: str
 
 
 class ThinkingBlock(Body):
@@ -170,7 +169,7 @@ def read_messages(body: CountRequest) -> list[dict[str, Any]]:
     """The conversation as chat templates have it: a tool's result becomes a message of its own."""
     messages: list[dict[str, Any]] = []
     if body.system is not None:
-        messages.append({"role": "system", "content": _join(body.system)})
+        messages.append({"role": "system", "content": read.read_text(body.system)})
     called: dict[str, str] = {}  # names of called functions, by the call's id
     for i, message in enumerate(body.messages):
         blocks = [TextBlock(type="text", text=message.content)] if isinstance(message.content, str) else message.content
@@ -188,7 +187,7 @@ def read_messages(body: CountRequest) -> list[dict[str, Any]]:
                 if id not in called:
                     raise wrong(f"messages[{i}].content[{j}].tool_use_id", f"{id!r:.60} is the id of no call before it")
                 # Gemma has no mark for an error: it is said in words.
-                content = "Error: " * bool(block.is_error) + _join(block.content or "")
+                content = "Error: " * bool(block.is_error) + read.read_text(block.content)
                 messages.append(read.tool_message(id, called[id], content))
         if text:
             messages.append({"role": message.role, "content": "\n".join(text)})
@@ -197,10 +196,6 @@ def read_messages(body: CountRequest) -> list[dict[str, Any]]:
     if messages[-1]["role"] == "assistant":
         raise wrong("messages", "must end with the user's: a reply that is begun can't be continued here")
     return messages
-
-
-def _join(content: str | list[TextBlock]) -> str:
-    return content if isinstance(content, str) else "\n".join(block.text for block in content)
 
 
 def _think(body: CountRequest) -> bool:

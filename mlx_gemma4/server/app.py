@@ -112,7 +112,7 @@ class _Gate:
         if origin is not None and urlsplit(origin).netloc != host:
             raise ApiError(403, f"pages of {origin!r:.80} may not use this server")
         key = self.settings.api_key
-        if key is not None and path not in _OPEN and not any(_same(key, given) for given in _keys(headers)):
+        if key is not None and path not in _OPEN and not _has_key(headers, key):
             raise ApiError(401, "this server wants its API key, as 'Authorization: Bearer KEY'", code="invalid_api_key")
 
 
@@ -124,22 +124,19 @@ def _host_name(host: str) -> str:
         return ""
 
 
-def _keys(headers: Headers) -> list[str]:
-    """Keys in a request's headers, as OpenAI's and as Anthropic's clients send them."""
+def _has_key(headers: Headers, key: str) -> bool:
+    """Returns True if a request's headers hold the key, as OpenAI's or as Anthropic's clients send it."""
     kind, _, bearer = headers.get("authorization", "").partition(" ")
-    return ([bearer.strip()] if kind.lower() == "bearer" else []) + [headers.get("x-api-key", "")]
-
-
-def _same(key: str, given: str) -> bool:
+    given = (bearer.strip() if kind.lower() == "bearer" else "", headers.get("x-api-key", ""))
     # A header's bytes come as Latin-1; clients send UTF-8.
-    return hmac.compare_digest(key.encode("utf-8", "surrogateescape"), given.encode("latin-1"))
+    return any(hmac.compare_digest(key.encode("utf-8", "surrogateescape"), each.encode("latin-1")) for each in given)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
     """Starlette's own errors: no such path or method."""
     assert isinstance(error, HTTPException)
-    found = ApiError(error.status_code, f"{request.method} {request.url.path:.200}: {error.detail}")
-    response = error_response(found, request.url.path)
+    path = request.url.path
+    response = error_response(ApiError(error.status_code, f"{request.method} {path:.200}: {error.detail}"), path)
     response.headers.update(error.headers or {})  # 405 names the methods
     return response
 

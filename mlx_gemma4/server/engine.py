@@ -26,6 +26,9 @@ from .wire import ApiError
 
 Prompt = Sequence[Mapping[str, Any]] | list[int] | str  # messages; ids or text to go on with as they are
 Channel = Literal["answer", "thinking", "call", "control"]
+# What the tokens behind each of these are part of.
+_CHANNELS: dict[str, Channel] = {"<|channel>": "thinking", "<|tool_call>": "call"}
+_CHANNELS |= {"<channel|>": "answer", "<tool_call|>": "answer"}
 
 
 class Update(NamedTuple):
@@ -65,17 +68,14 @@ class Job:
     """
 
     def __init__(self, engine: "Engine", requests: Sequence[GenerationRequest], field: str, format_field: str) -> None:
-        self.engine, self.requests, self.field = engine, requests, field
+        self.engine, self.requests = engine, requests
         self.replies: list[Reply] = []
         self.answers: list[list[Token]] = [[] for _ in requests]
         self.thought = 0
         self.cancelled = False
         self.submitted = time.monotonic()
         # The HTTP request's fields for those of ReplyOptions that have other names there; None: the prompt's.
-        self._fields: dict[str | None, str] = {
-            None: field,
-            **dict.fromkeys(("schema", "regex", "grammar"), format_field),
-        }
+        self._fields = {None: field, "schema": format_field, "regex": format_field, "grammar": format_field}
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[Update | Exception | None] = asyncio.Queue()
 
@@ -105,7 +105,7 @@ class Job:
     def error(self, error: InputError) -> ApiError:
         """Return an error as the HTTP request's; one that is about no option is about the prompt."""
         if isinstance(error, TooLong | NoRoom):
-            return ApiError(400, str(error), self.field, "context_length_exceeded")
+            return ApiError(400, str(error), self._fields[None], "context_length_exceeded")
         return ApiError(400, str(error), self._fields.get(error.field, error.field))
 
     def post(self, item: Update | Exception | None) -> None:
@@ -125,14 +125,7 @@ class Engine:
         self.metrics.gauge("running", "Requests being answered.", lambda: self.load[0])
         self.metrics.gauge("waiting", "Requests in the queue.", lambda: self.load[1])
         self.metrics.gauge("kv_bytes", "Bytes of KV states, kept and in use.", lambda: self.store.nbytes)
-        # What the tokens behind each of these are part of.
-        channels: tuple[tuple[str, Channel], ...] = (
-            ("<|channel>", "thinking"),
-            ("<channel|>", "answer"),
-            ("<|tool_call>", "call"),
-            ("<tool_call|>", "answer"),
-        )
-        self._channels = {lm.tokenizer.token_id(name): channel for name, channel in channels}
+        self._channels = {lm.tokenizer.token_id(name): channel for name, channel in _CHANNELS.items()}
         self.draining = False
         self._waiting: deque[Job] = deque()
         self._running: set[Job] = set()

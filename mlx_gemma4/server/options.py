@@ -6,7 +6,7 @@ them. What only the model or other fields show to be wrong is an ApiError that n
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -100,7 +100,7 @@ def read_format(wanted: fields.Format | None, path: str = "response_format") -> 
 # Messages
 
 
-def read_text(content: fields.Content | None) -> str:
+def read_text(content: str | Sequence[fields.TextPart | fields.RefusalPart] | None) -> str:
     """A message's text, from a string or a list of text parts."""
     if content is None or isinstance(content, str):
         return content or ""
