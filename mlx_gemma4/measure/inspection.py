@@ -78,8 +78,7 @@ def inspect(path: Path, context: int | None = None) -> Report:
         InputError: the file can't be read, or the context is longer than the model's.
     """
     config, entries, name = _header(path)
-    if context is None:
-        context = min(DEFAULT_CONTEXT, config.context)
+    context = context or min(DEFAULT_CONTEXT, config.context)
     if context > config.context:
         raise InputError(f"--context {context}: the model's own is {config.context}; take no more")
     rows = []
@@ -87,8 +86,8 @@ def inspect(path: Path, context: int | None = None) -> Report:
         some = [entry for entry in entries.values() if entry.type == type]
         rows.append(TypeRow(type, len(some), sum(prod(e.shape) for e in some), sum(e.n_bytes for e in some)))
     wanted = tensor_specs(config)
-    used = {name: entry for name, entry in entries.items() if name in wanted}
-    weights, available = sum(e.n_bytes for e in used.values()), available_memory()
+    used = {name: entry.n_bytes for name, entry in entries.items() if name in wanted}
+    weights, available = sum(used.values()), available_memory()
     per_token = weights_per_token(config, used)
     memory, dims = [], {shape.head_dim for shape in config.layers if not shape.sliding}
     for kv in KINDS:
@@ -123,18 +122,20 @@ def _header(path: Path) -> tuple[Config, Mapping[str, Entry], str]:
         return config, source.entries, str(metadata.get("general.name", ""))
 
 
-def weights_per_token(config: Config, entries: Mapping[str, Entry]) -> int:
-    """Bytes of weights that a decoded token reads: one row of each embedding, the experts in use, all of the rest."""
+def weights_per_token(config: Config, sizes: Mapping[str, int]) -> int:
+    """Bytes of weights that a decoded token reads: one row of each embedding, the experts in use, all of the rest.
+
+    `sizes`: bytes of each tensor, by its GGUF name; a head that is the embedding may be there or not.
+    """
     total = 0.0
-    for name, entry in entries.items():
-        row = entry.n_bytes / config.vocab
-        if name == "token_embd.weight" and "output.weight" not in entries:
-            total += row  # beside its use as the head
+    for name, n_bytes in sizes.items():
+        row = n_bytes / config.vocab
+        if name == "token_embd.weight" and "output.weight" not in sizes:
+            total += row + n_bytes  # beside its use as the head
         elif name in ("token_embd.weight", "per_layer_token_embd.weight"):
-            total += row - entry.n_bytes
-        elif "_exps" in name:
-            total -= entry.n_bytes * (1 - config.experts_used / config.experts)
-        total += entry.n_bytes
+            total += row
+        else:
+            total += n_bytes * (config.experts_used / config.experts if "_exps" in name else 1)
     return round(total)
 
 

@@ -15,6 +15,7 @@ from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from ..chat_format.messages import tool_result
 from ..chat_format.replies import Event, Text, Thinking, ToolCall
 from ..conversation.language_model import LanguageModel
 from ..conversation.reply import Reply, ReplyOptions, prompt_ids
@@ -156,7 +157,7 @@ def read_request(body: MessagesRequest, lm: LanguageModel) -> GenerationRequest:
     options = ReplyOptions(
         max_tokens=body.max_tokens,
         sampling=read.read_sampling(body, lm),
-        stop=read.read_stops(body.stop_sequences),
+        stop=body.stop_sequences or (),
         think=_think(body),
         tools=tools,
         tool_choice=choice,
@@ -188,7 +189,7 @@ def read_messages(body: CountRequest) -> list[dict[str, Any]]:
                     raise wrong(f"messages[{i}].content[{j}].tool_use_id", f"{id!r:.60} is the id of no call before it")
                 # Gemma has no mark for an error: it is said in words.
                 content = "Error: " * bool(block.is_error) + read.read_text(block.content)
-                messages.append(read.tool_message(id, called[id], content))
+                messages.append(tool_result(id, called[id], content))
         if text:
             messages.append({"role": message.role, "content": "\n".join(text)})
     if messages[-1]["role"] == "system":

@@ -4,10 +4,10 @@ In: a loaded model and `Settings`. Out: a Starlette application, with the engine
 """
 
 import hmac
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -56,7 +56,14 @@ def create_app(lm: LanguageModel, settings: Settings | None = None) -> Starlette
         *(Route(endpoint.path, endpoint.handle, methods=["POST"]) for endpoint in ENDPOINTS),
     ]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
-    app.state.engine, app.state.started = engine, int(time.time())
+    app.state.engine = engine
+    app.state.card = {
+        "id": engine.settings.model_name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "mlx-gemma4",
+        "context_length": lm.config.context,
+    }
     app.add_middleware(_Gate, engine=engine, known={route.path for route in routes})
     return app
 
@@ -68,10 +75,8 @@ class _Gate:
         self.app, self.settings, self.metrics, self.known = app, engine.settings, engine.metrics, known
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self.app(scope, receive, send)
-            return
+        if scope["type"] != "http":  # there are no websockets here
+            return await self.app(scope, receive, send)
         path, status, headers = scope["path"], 0, Headers(scope=scope)
         unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
@@ -106,7 +111,7 @@ class _Gate:
         name was made to point to this machine (DNS rebinding), its name as Host.
         """
         host = headers.get("host", "")
-        if is_loopback(self.settings.host) and not is_loopback(_host_name(host)):
+        if is_loopback(self.settings.host) and not is_loopback(re.sub(r":\d*$", "", host)):
             raise ApiError(403, f"this server is for this machine alone; {host!r:.80} isn't a name of it")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
@@ -114,14 +119,6 @@ class _Gate:
         key = self.settings.api_key
         if key is not None and path not in _OPEN and not _has_key(headers, key):
             raise ApiError(401, "this server wants its API key, as 'Authorization: Bearer KEY'", code="invalid_api_key")
-
-
-def _host_name(host: str) -> str:
-    """The name in a Host header, without its port."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
 
 
 def _has_key(headers: Headers, key: str) -> bool:
@@ -159,27 +156,15 @@ async def _metrics(request: Request) -> Response:
 
 async def _openapi(request: Request) -> Response:
     engine: Engine = request.app.state.engine
-    with_key = engine.settings.api_key is not None
-    return json_response(openapi.document(ENDPOINTS, engine.lm.config.vocab, with_key))
-
-
-def _card(request: Request) -> dict[str, Any]:
-    engine: Engine = request.app.state.engine
-    return {
-        "id": engine.settings.model_name,
-        "object": "model",
-        "created": request.app.state.started,
-        "owned_by": "mlx-gemma4",
-        "context_length": engine.lm.config.context,
-    }
+    return json_response(openapi.document(ENDPOINTS, engine.lm.config.vocab, engine.settings.api_key is not None))
 
 
 async def _models(request: Request) -> Response:
-    return json_response({"object": "list", "data": [_card(request)]})
+    return json_response({"object": "list", "data": [request.app.state.card]})
 
 
 async def _model(request: Request) -> Response:
-    card = _card(request)
+    card = request.app.state.card
     if request.path_params["model"] != card["id"]:
         raise ApiError(404, f"there is one model here: {card['id']}", "model", "model_not_found")
     return json_response(card)

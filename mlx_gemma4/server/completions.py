@@ -7,7 +7,7 @@ Out: replies in the same form, whole or as a stream of chunks.
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -17,6 +17,7 @@ from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 from starlette.types import ASGIApp
 
+from ..chat_format.messages import tool_result
 from ..chat_format.replies import Thinking, ToolCall
 from ..conversation.reply import ReplyOptions
 from ..generation.sampling import Token
@@ -27,7 +28,6 @@ from .endpoint import Endpoint, Sent, answer, chat_logprobs, reading, usage
 from .engine import Engine, GenerationRequest, Job
 from .fields import Body, wrong
 
-_IGNORED = ("metadata", "user", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity")
 _UNSUPPORTED = ("audio", "functions", "function_call", "prediction", "web_search_options")
 _DONE = b"data: [DONE]\n\n"
 
@@ -77,7 +77,7 @@ class StreamOptions(Body):
 class CompletionOptions(fields.OpenAIRequest):
     """What chat and text completions both take."""
 
-    ignored = _IGNORED
+    ignored = (*fields.IGNORED, "metadata", "verbosity")
     n: fields.Choices | None = None
     max_tokens: fields.Length | None = None
     stream_options: SkipJsonSchema[StreamOptions | None] = None  # needs stream=true, which no schema can say
@@ -142,7 +142,7 @@ async def chat_completions(body: ChatRequest, engine: Engine) -> ASGIApp:
         **_options(body, engine, body.max_completion_tokens),
     )
     with_usage = _with_usage(body)
-    requests = _choices(_messages(body), options, body.n or 1, body.parallel_tool_calls is False)
+    requests = list(_choices(_messages(body), options, body.n or 1, body.parallel_tool_calls is False))
     job, head = engine.submit(requests), _head(body, engine, "chatcmpl", "chat.completion")
     tokenizer = engine.lm.tokenizer if body.logprobs else None
     chunks = _chat_chunks(job, head, tokenizer, with_usage)
@@ -159,7 +159,7 @@ async def completions(body: CompletionRequest, engine: Engine) -> ASGIApp:
         raise wrong("echo", "with logprobs isn't supported", "unsupported_value")
     options = ReplyOptions(logprobs=body.logprobs, **_options(body, engine))
     with_usage = _with_usage(body)
-    requests = [one for prompt in prompts for one in _choices(prompt, options, choices, False)]
+    requests = [one for prompt in prompts for one in _choices(prompt, options, choices)]
     texts = (one if isinstance(one, str) else engine.lm.tokenizer.decode(one) for one in prompts)
     begun = [text if body.echo else "" for text in texts for _ in range(choices)]
     job, head = engine.submit(requests, "prompt"), _head(body, engine, "cmpl", "text_completion")
@@ -180,7 +180,7 @@ def _options(body: CompletionOptions, engine: Engine, max_tokens: int | None = N
     return {
         "max_tokens": max_tokens or body.max_tokens or engine.settings.max_tokens,
         "sampling": read.read_sampling(body, engine.lm),
-        "stop": read.read_stops(body.stop),
+        "stop": body.stop or (),
         **read.read_format(body.response_format),
     }
 
@@ -203,22 +203,20 @@ def _messages(body: ChatRequest) -> list[dict[str, Any]]:
             messages.append(read.assistant_message(text, message.reasoning_content or message.reasoning, made))
         elif isinstance(message, ToolMessage):
             id = message.tool_call_id
-            messages.append(read.tool_message(id, message.name or names.get(id), text))
+            messages.append(tool_result(id or "", message.name or names.get(id, "unknown"), text))
         else:
             role = "system" if message.role == "developer" else message.role
             messages.append({"role": role, "content": text})
     return messages
 
 
-def _choices(prompt: Any, options: ReplyOptions, choices: int, one_call: bool) -> list[GenerationRequest]:
+def _choices(prompt: Any, options: ReplyOptions, choices: int, one_call: bool = False) -> Iterator[GenerationRequest]:
     """`choices` replies to one prompt. With a seed, choice i has seed + i."""
-    requests = []
     for i in range(choices):
         sampling = options.sampling
         if i and sampling and sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + i) % 2**63)
-        requests.append(GenerationRequest(prompt, replace(options, sampling=sampling), one_call))
-    return requests
+        yield GenerationRequest(prompt, replace(options, sampling=sampling), one_call)
 
 
 def _with_usage(body: CompletionOptions) -> bool:

@@ -9,7 +9,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -184,9 +184,8 @@ class Engine:
         """Take no more jobs, and cancel those that have not begun."""
         with self._changed:
             self.draining = True
-            waiting = list(self._waiting)
-        for job in waiting:
-            job.cancel()
+            for job in list(self._waiting):
+                job.cancel()
 
     def close(self, timeout: float = 10.0) -> bool:
         """Cancel everything and end the threads. Returns True if they ended within `timeout` seconds."""
@@ -231,18 +230,9 @@ class Engine:
 
     def _answer(self, job: Job, choice: int, request: GenerationRequest) -> None:
         """Make one of a job's replies."""
-
-        def reading(done: int, total: int) -> None:
-            if job.cancelled:
-                raise _Cancelled
-            job.post(Update(choice, reading=(done, total)))
-
-        prompt = request.prompt
-        if isinstance(prompt, str):
-            prompt = self.lm.encode_prompt(prompt, raw=True)
         inside: Channel = "answer"
         reply = None
-        with closing(self._chunks(job, prompt, request.options, reading)) as chunks:
+        with closing(self._chunks(job, choice, request)) as chunks:
             for chunk in chunks:
                 first, reply, token = reply is None, chunk.reply, chunk.token
                 if job.cancelled:
@@ -261,16 +251,23 @@ class Engine:
             self.metrics.reused_tokens.inc(reply.statistics.reused_tokens)
             self.metrics.reply_tokens.inc(reply.statistics.reply_tokens)
 
-    def _chunks(
-        self, job: Job, prompt: Any, options: ReplyOptions, reading: Callable[[int, int], None]
-    ) -> Generator[Chunk, None, None]:
+    def _chunks(self, job: Job, choice: int, request: GenerationRequest) -> Generator[Chunk, None, None]:
         """Yield one reply's chunks. While the KV budget has no room for it beside others, wait until one is done."""
+
+        def reading(done: int, total: int) -> None:
+            if job.cancelled:
+                raise _Cancelled
+            job.post(Update(choice, reading=(done, total)))
+
+        prompt: Any = request.prompt
+        if isinstance(prompt, str):
+            prompt = self.lm.encode_prompt(prompt, raw=True)
         try:
             while not job.cancelled:
                 with self._changed:
                     self._holding.add(job)
                     ended = self._ended
-                with closing(stream(self.lm, prompt, options, store=self.store, on_prompt=reading)) as chunks:
+                with closing(stream(self.lm, prompt, request.options, store=self.store, on_prompt=reading)) as chunks:
                     try:
                         first = next(chunks)
                     except NoRoom:

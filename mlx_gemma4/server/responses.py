@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from starlette.types import ASGIApp
 
+from ..chat_format.messages import tool_result
 from ..chat_format.replies import Event, Text, ToolCall
 from ..conversation.reply import ReplyOptions
 from ..generation.sampling import Token
@@ -24,8 +25,6 @@ from .endpoint import Endpoint, Sent, answer, chat_logprobs, reading, usage
 from .engine import Engine, GenerationRequest, Job
 from .fields import Body
 from .wire import ApiError
-
-_LOGPROBS = "message.output_text.logprobs"
 
 
 class InputMessage(Body):
@@ -83,10 +82,7 @@ class TextOptions(Body):
 class ResponsesRequest(fields.ConversationRequest):
     """The body of /v1/responses."""
 
-    ignored = (
-        *("user", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-        *("max_tool_calls", "stream_options"),
-    )
+    ignored = (*fields.IGNORED, "max_tool_calls", "stream_options")
     unsupported = ("previous_response_id", "conversation", "background", "prompt", "context_management")
     input: str | Annotated[fields.Items[Item], Field(min_length=1)]
     instructions: str | None = None
@@ -114,16 +110,15 @@ _REPLY = {
 
 async def responses(body: ResponsesRequest, engine: Engine) -> ASGIApp:
     """Respond to a conversation."""
-    reasoning = body.reasoning
     tools = read.read_tools({f"tools[{i}]": tool for i, tool in enumerate(body.tools or ())})
     options = ReplyOptions(
         max_tokens=body.max_output_tokens or engine.settings.max_tokens,
         sampling=read.read_sampling(body, engine.lm),
-        stop=read.read_stops(body.stop),
-        think=read.read_thinking(body, reasoning.effort if reasoning else body.reasoning_effort),
+        stop=body.stop or (),
+        think=read.read_thinking(body, body.reasoning.effort if body.reasoning else body.reasoning_effort),
         tools=tools,
         tool_choice=read.read_tool_choice(body.tool_choice, tools),
-        logprobs=(body.top_logprobs or 0) if _LOGPROBS in (body.include or ()) else None,
+        logprobs=(body.top_logprobs or 0) if "message.output_text.logprobs" in (body.include or ()) else None,
         **read.read_format(body.text.format if body.text else None, "text.format"),
     )
     request = GenerationRequest(_messages(body), options, body.parallel_tool_calls is False)
@@ -181,7 +176,7 @@ def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
             _own(messages).setdefault("tool_calls", []).append(read.tool_call(item.call_id, item.name, item.arguments))
         elif isinstance(item, FunctionOutput):
             id = item.call_id
-            messages.append(read.tool_message(id, names.get(id), read.read_text(item.output)))
+            messages.append(tool_result(id or "", names.get(id, "unknown"), read.read_text(item.output)))
         elif isinstance(item, ReasoningItem):
             _own(messages)["reasoning_content"] = "".join(part.text or "" for part in item.content or ())
         elif item.role == "assistant":

@@ -97,17 +97,16 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     return value
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    parts, size = [], 0
+async def _read_body(request: Request, max_bytes: int) -> bytearray:
+    body = bytearray()
     async for part in request.stream():
-        size += len(part)
-        if size > max_bytes:
+        body += part
+        if len(body) > max_bytes:
             raise ApiError(413, f"the body is over {max_bytes} bytes, the most that this server takes")
-        parts.append(part)
-    return b"".join(parts)
+    return body
 
 
-def _parse(body: bytes) -> Any:
+def _parse(body: bytearray) -> Any:
     try:
         text = body.decode("utf-8")
         depth = 0
