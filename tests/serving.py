@@ -14,8 +14,9 @@ import uvicorn
 from starlette.applications import Starlette
 
 from mlx_gemma4.conversation.language_model import LanguageModel
-from mlx_gemma4.server.app import Settings, create_app
+from mlx_gemma4.server.app import create_app
 from mlx_gemma4.server.engine import Engine
+from mlx_gemma4.server.settings import Settings
 
 
 class Serving(NamedTuple):

@@ -76,7 +76,8 @@ def serve(
     """
     import uvicorn
 
-    from ..server.app import Settings, create_app
+    from ..server.app import create_app
+    from ..server.settings import Settings
 
     for name in ("httpx", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.WARNING)

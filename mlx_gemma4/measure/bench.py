@@ -31,7 +31,7 @@ from ..loading.loader import Progress, load_model, open_model
 from ..memory import available_memory
 from ..model.model import Model
 from ..ops.dispatch import Kernels
-from .inspection import kv_per_token
+from .inspection import kv_per_token, weights_per_token
 
 DEPTHS = (0, 512, 2048, 8192)
 GREEDY = Sampling(temperature=0)
@@ -202,18 +202,12 @@ def fill(state: KVState, length: int) -> None:
 
 def weight_bytes(model: Model) -> int:
     """Bytes of weights that a decoded token reads: all, except one row of embeddings and only the experts used."""
-    c, w = model.config, model.weights
-    total: float = w.output.nbytes + w.output_norm.nbytes + w.token_embd.nbytes / c.vocab
-    for extra in (w.per_layer_model_proj, w.per_layer_proj_norm):
-        total += extra.nbytes if extra is not None else 0
-    if w.per_layer_token_embd is not None:
-        total += w.per_layer_token_embd.nbytes / c.vocab
-    for layer in w.layers:
-        for each in fields(layer):
-            weight = getattr(layer, each.name)
-            if weight is not None:
-                total += weight.nbytes * (c.experts_used / c.experts if "_exps" in each.name else 1)
-    return round(total)
+    held = {each.name: getattr(model.weights, each.name) for each in fields(model.weights)}
+    del held["layers"], held["rope_freqs"]
+    for i, layer in enumerate(model.weights.layers):
+        held |= {f"blk.{i}.{each.name}": getattr(layer, each.name) for each in fields(layer)}
+    sizes = {f"{name}.weight": weight.nbytes for name, weight in held.items() if weight is not None}
+    return weights_per_token(model.config, sizes)
 
 
 def launches(model: Model, state: KVState) -> int | None:

@@ -3,8 +3,7 @@
 In: the path of a GGUF or of a folder of safetensors. Out: a `Report`, and the lines that `mlx-gemma4 inspect` prints.
 """
 
-from __future__ import annotations
-
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -79,8 +78,7 @@ def inspect(path: Path, context: int | None = None) -> Report:
         InputError: the file can't be read, or the context is longer than the model's.
     """
     config, entries, name = _header(path)
-    if context is None:
-        context = min(DEFAULT_CONTEXT, config.context)
+    context = context or min(DEFAULT_CONTEXT, config.context)
     if context > config.context:
         raise InputError(f"--context {context}: the model's own is {config.context}; take no more")
     rows = []
@@ -88,9 +86,14 @@ def inspect(path: Path, context: int | None = None) -> Report:
         some = [entry for entry in entries.values() if entry.type == type]
         rows.append(TypeRow(type, len(some), sum(prod(e.shape) for e in some), sum(e.n_bytes for e in some)))
     wanted = tensor_specs(config)
-    used = {name: entry for name, entry in entries.items() if name in wanted}
-    weights, available = sum(e.n_bytes for e in used.values()), available_memory()
+    used = {name: entry.n_bytes for name, entry in entries.items() if name in wanted}
+    weights, available = sum(used.values()), available_memory()
     per_token = weights_per_token(config, used)
+    memory, dims = [], {shape.head_dim for shape in config.layers if not shape.sliding}
+    for kv in KINDS:
+        with suppress(InputError):  # of a kind that these head sizes don't allow
+            check_kind(kv, dims)
+            memory.append(_memory(config, kv, context, weights, available, per_token))
     return Report(
         str(path),
         sum(e.n_bytes for e in entries.values()),
@@ -102,7 +105,7 @@ def inspect(path: Path, context: int | None = None) -> Report:
         context,
         available,
         per_token,
-        [_memory(config, kv, context, weights, available, per_token) for kv in _kinds(config)],
+        memory,
     )
 
 
@@ -119,18 +122,20 @@ def _header(path: Path) -> tuple[Config, Mapping[str, Entry], str]:
         return config, source.entries, str(metadata.get("general.name", ""))
 
 
-def weights_per_token(config: Config, entries: Mapping[str, Entry]) -> int:
-    """Bytes of weights that a decoded token reads: one row of each embedding, the experts in use, all of the rest."""
+def weights_per_token(config: Config, sizes: Mapping[str, int]) -> int:
+    """Bytes of weights that a decoded token reads: one row of each embedding, the experts in use, all of the rest.
+
+    `sizes`: bytes of each tensor, by its GGUF name; a head that is the embedding may be there or not.
+    """
     total = 0.0
-    for name, entry in entries.items():
-        row = entry.n_bytes / config.vocab
-        if name == "token_embd.weight" and "output.weight" not in entries:
-            total += row  # beside its use as the head
+    for name, n_bytes in sizes.items():
+        row = n_bytes / config.vocab
+        if name == "token_embd.weight" and "output.weight" not in sizes:
+            total += row + n_bytes  # beside its use as the head
         elif name in ("token_embd.weight", "per_layer_token_embd.weight"):
-            total += row - entry.n_bytes
-        elif "_exps" in name:
-            total -= entry.n_bytes * (1 - config.experts_used / config.experts)
-        total += entry.n_bytes
+            total += row
+        else:
+            total += n_bytes * (config.experts_used / config.experts if "_exps" in name else 1)
     return round(total)
 
 
@@ -143,31 +148,16 @@ def kv_per_token(config: Config, kv: str, context: int, dtype: mx.Dtype) -> int:
     return total
 
 
-def _kinds(config: Config) -> list[str]:
-    """The kinds of --kv that this model's head sizes allow."""
-    possible, dims = [], {shape.head_dim for shape in config.layers if not shape.sliding}
-    for kv in KINDS:
-        with suppress(InputError):
-            check_kind(kv, dims)
-            possible.append(kv)
-    return possible
-
-
 def _memory(config: Config, kv: str, context: int, weights: int, available: int, per_token: int) -> Memory:
     dtype = mx.float32 if on_cpu() else mx.float16
 
-    def state(tokens: int) -> int:
-        return kv_bytes(config, dtype, tokens, PREFILL_CHUNK, kv=kv)
+    def in_all(tokens: int) -> int:
+        return weights + HEADROOM + kv_bytes(config, dtype, tokens, PREFILL_CHUNK, kv=kv)
 
-    def fits(tokens: int) -> bool:
-        return weights + HEADROOM + state(tokens) <= available
-
-    low, high = 0, config.context + 1  # low fits (or is 0), high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+    needed = in_all(context)
+    longest = bisect_right(range(1, config.context + 1), available, key=in_all)  # so many lengths fit
     read = per_token + kv_per_token(config, kv, context, mx.float16)
-    return Memory(kv, state(context), weights + HEADROOM + state(context), fits(context), low, read)
+    return Memory(kv, needed - weights - HEADROOM, needed, needed <= available, longest, read)
 
 
 # ---------------------------------------------------------------- for people

@@ -13,22 +13,22 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
+from ..chat_format.messages import tool_result
 from ..chat_format.replies import Event, Text, Thinking, ToolCall
 from ..conversation.language_model import LanguageModel
 from ..conversation.reply import Reply, ReplyOptions, prompt_ids
-from ..generation.loop import Statistics
 from . import fields
 from . import options as read
-from .endpoint import Context, Endpoint
-from .engine import GenerationRequest, Job
+from .endpoint import Endpoint, Sent, answer
+from .engine import Engine, GenerationRequest, Job
 from .fields import Body, wrong
-from .wire import EventStream, WholeReply, json_response, sse
+from .wire import json_response
 
 
-class TextBlock(Body):
+class TextBlock(fields.TextPart):
     type: Literal["text"]
-    text: str
 
 
 class ThinkingBlock(Body):
@@ -127,19 +127,17 @@ _REPLY = {
 }
 
 
-async def messages(body: MessagesRequest, context: Context) -> Response:
+async def messages(body: MessagesRequest, engine: Engine) -> ASGIApp:
     """Reply to a conversation, whole or as events."""
-    request = read_request(body, context.engine.lm)
-    job = context.engine.submit([request], format_field="output_config.format")
-    head: dict[str, Any] = {"id": f"msg_{uuid.uuid4().hex[:24]}", "type": "message", "role": "assistant"}
-    head |= {"model": body.model, "content": [], "stop_reason": None, "stop_sequence": None}
-    return EventStream(job, _events(head, job)) if body.stream else WholeReply(job, _whole(head, job))
+    job = engine.submit([read_request(body, engine.lm)], format_field="output_config.format")
+    made = _Message(job, body.model)
+    return answer(job, body.stream, made.events(), lambda: made.message)
 
 
-async def count_tokens(body: CountRequest, context: Context) -> Response:
+async def count_tokens(body: CountRequest, engine: Engine) -> Response:
     """Count a prompt's tokens."""
     options = ReplyOptions(tools=_tools(body), think=_think(body))
-    ids = await asyncio.to_thread(prompt_ids, context.engine.lm, read_messages(body), options)
+    ids = await asyncio.to_thread(prompt_ids, engine.lm, read_messages(body), options)
     return json_response({"input_tokens": len(ids)})
 
 
@@ -159,7 +157,7 @@ def read_request(body: MessagesRequest, lm: LanguageModel) -> GenerationRequest:
     options = ReplyOptions(
         max_tokens=body.max_tokens,
         sampling=read.read_sampling(body, lm),
-        stop=read.read_stops(body.stop_sequences),
+        stop=body.stop_sequences or (),
         think=_think(body),
         tools=tools,
         tool_choice=choice,
@@ -172,7 +170,7 @@ def read_messages(body: CountRequest) -> list[dict[str, Any]]:
     """The conversation as chat templates have it: a tool's result becomes a message of its own."""
     messages: list[dict[str, Any]] = []
     if body.system is not None:
-        messages.append({"role": "system", "content": _join(body.system)})
+        messages.append({"role": "system", "content": read.read_text(body.system)})
     called: dict[str, str] = {}  # names of called functions, by the call's id
     for i, message in enumerate(body.messages):
         blocks = [TextBlock(type="text", text=message.content)] if isinstance(message.content, str) else message.content
@@ -190,8 +188,8 @@ def read_messages(body: CountRequest) -> list[dict[str, Any]]:
                 if id not in called:
                     raise wrong(f"messages[{i}].content[{j}].tool_use_id", f"{id!r:.60} is the id of no call before it")
                 # Gemma has no mark for an error: it is said in words.
-                content = "Error: " * bool(block.is_error) + _join(block.content or "")
-                messages.append(read.tool_message(id, called[id], content))
+                content = "Error: " * bool(block.is_error) + read.read_text(block.content)
+                messages.append(tool_result(id, called[id], content))
         if text:
             messages.append({"role": message.role, "content": "\n".join(text)})
     if messages[-1]["role"] == "system":
@@ -199,10 +197,6 @@ def read_messages(body: CountRequest) -> list[dict[str, Any]]:
     if messages[-1]["role"] == "assistant":
         raise wrong("messages", "must end with the user's: a reply that is begun can't be continued here")
     return messages
-
-
-def _join(content: str | list[TextBlock]) -> str:
-    return content if isinstance(content, str) else "\n".join(block.text for block in content)
 
 
 def _think(body: CountRequest) -> bool:
@@ -230,15 +224,77 @@ def _tool_choice(choice: Choice | None, names: list[str]) -> tuple[str, bool]:
 # What is sent
 
 
-async def _whole(head: dict[str, Any], job: Job) -> dict[str, Any]:
-    """The whole reply, its blocks in the order in which they were made."""
-    blocks, reply = _Blocks(), Reply()
-    async for update in job.updates():
-        reply = update.reply or reply
-        for event in update.events:
-            list(blocks.push(event))
-    made = {"content": blocks.content, **_ending(reply, job.requests[0]), "usage": _usage(reply.statistics)}
-    return head | made
+class _Message:
+    """A message that grows, and the events that tell how. Each is to be sent before the next one is asked for."""
+
+    def __init__(self, job: Job, model: str) -> None:
+        self.job = job
+        self.message: dict[str, Any] = {"id": f"msg_{uuid.uuid4().hex[:24]}", "type": "message", "role": "assistant"}
+        self.message |= {"model": model, "content": [], "stop_reason": None, "stop_sequence": None}
+        self._blocks: list[dict[str, Any]] = self.message["content"]
+        self._open = False  # the last block may grow
+
+    async def events(self) -> AsyncIterator[Sent]:
+        """While the prompt is read, a ping for every chunk of it."""
+        begun = False
+        async for update in self.job.updates():
+            if not begun:
+                begun = True
+                usage = {"input_tokens": update.reading[1] if update.reading else 0, "output_tokens": 0}
+                yield {"type": "message_start", "message": self.message | {"usage": usage}}
+                yield {"type": "ping"}
+            elif update.reading:
+                yield {"type": "ping"}
+            for event in update.events:
+                for sent in self._push(event):
+                    yield sent
+            if update.reply:
+                for sent in self._close():
+                    yield sent
+                delta, statistics = _ending(update.reply, self.job.requests[0]), update.reply.statistics
+                usage = {
+                    "input_tokens": statistics.prompt_tokens,
+                    "cache_creation_input_tokens": 0,
+                    "cache_read_input_tokens": statistics.reused_tokens,
+                    "output_tokens": statistics.reply_tokens,
+                }
+                self.message |= {**delta, "usage": usage}
+                yield {"type": "message_delta", "delta": delta, "usage": usage}
+                yield {"type": "message_stop"}
+
+    def _push(self, event: Event) -> Iterator[Sent]:
+        """What an event of the reply brings."""
+        kind = {Text: "text", Thinking: "thinking", ToolCall: "tool_use"}[type(event)]
+        if not self._open or kind == "tool_use" or kind != self._blocks[-1]["type"]:
+            yield from self._close()
+            self._blocks.append({"type": kind})
+            self._open = True
+            if isinstance(event, ToolCall):
+                id = event.id.replace("call_", "toolu_", 1)
+                self._blocks[-1] |= {"id": id, "name": event.name, "input": {}}
+            else:
+                self._blocks[-1] |= {kind: ""} | ({"signature": ""} if kind == "thinking" else {})
+            yield self._about("content_block_start", content_block=self._blocks[-1])
+        if isinstance(event, ToolCall):
+            self._blocks[-1]["input"] = event.arguments
+            yield self._delta("input_json_delta", partial_json=json.dumps(event.arguments, ensure_ascii=False))
+        else:
+            self._blocks[-1][kind] += event.text
+            yield self._delta(f"{kind}_delta", **{kind: event.text})
+
+    def _close(self) -> Iterator[Sent]:
+        if not self._open:
+            return
+        if self._blocks[-1]["type"] == "thinking":
+            yield self._delta("signature_delta", signature="")
+        yield self._about("content_block_stop")
+        self._open = False
+
+    def _delta(self, type: str, **more: str) -> Sent:
+        return self._about("content_block_delta", delta={"type": type, **more})
+
+    def _about(self, type: str, **more: Any) -> Sent:
+        return {"type": type, "index": len(self._blocks) - 1, **more}
 
 
 def _ending(reply: Reply, request: GenerationRequest) -> dict[str, Any]:
@@ -249,84 +305,3 @@ def _ending(reply: Reply, request: GenerationRequest) -> dict[str, Any]:
         cut_by_context = reply.statistics.reply_tokens < (request.options.max_tokens or 0)
         reason = "model_context_window_exceeded" if cut_by_context else "max_tokens"
     return {"stop_reason": reason, "stop_sequence": reply.stop_string}
-
-
-def _kind(event: Event) -> str:
-    return {Text: "text", Thinking: "thinking", ToolCall: "tool_use"}[type(event)]
-
-
-def _block(event: Event) -> dict[str, Any]:
-    """An empty block of the kind that an event is part of."""
-    kind = _kind(event)
-    if isinstance(event, ToolCall):
-        return {"type": kind, "id": event.id.replace("call_", "toolu_", 1), "name": event.name, "input": {}}
-    return {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
-
-
-def _usage(statistics: Statistics) -> dict[str, int]:
-    return {
-        "input_tokens": statistics.prompt_tokens,
-        "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": statistics.reused_tokens,
-        "output_tokens": statistics.reply_tokens,
-    }
-
-
-async def _events(head: dict[str, Any], job: Job) -> AsyncIterator[bytes]:
-    """A reply's events, as it is made. While the prompt is read, a ping for every chunk of it."""
-    begun = False
-    blocks = _Blocks()
-    async for update in job.updates():
-        if not begun:
-            begun = True
-            tokens = update.reading[1] if update.reading else 0
-            yield _event("message_start", message=head | {"usage": {"input_tokens": tokens, "output_tokens": 0}})
-            yield _event("ping")
-        elif update.reading:
-            yield _event("ping")
-        for event in update.events:
-            for made in blocks.push(event):
-                yield made
-        if update.reply:
-            for made in blocks.close():
-                yield made
-            ending, usage = _ending(update.reply, job.requests[0]), _usage(update.reply.statistics)
-            yield _event("message_delta", delta=ending, usage=usage)
-            yield _event("message_stop")
-
-
-class _Blocks:
-    """The blocks of a reply, and the events that tell how they grow."""
-
-    def __init__(self) -> None:
-        self.content: list[dict[str, Any]] = []
-        self._open = False  # the last block may grow
-
-    def push(self, event: Event) -> Iterator[bytes]:
-        kind = _kind(event)
-        if not self._open or kind == "tool_use" or kind != self.content[-1]["type"]:
-            yield from self.close()
-            self.content.append(_block(event))
-            self._open = True
-            yield _event("content_block_start", index=len(self.content) - 1, content_block=_block(event))
-        if isinstance(event, ToolCall):
-            self.content[-1]["input"] = event.arguments
-            yield self._delta("input_json_delta", partial_json=json.dumps(event.arguments, ensure_ascii=False))
-        else:
-            self.content[-1][kind] += event.text
-            yield self._delta(f"{kind}_delta", **{kind: event.text})
-
-    def close(self) -> Iterator[bytes]:
-        if not self._open:
-            return
-        if self.content[-1]["type"] == "thinking":
-            yield self._delta("signature_delta", signature="")
-        yield _event("content_block_stop", index=len(self.content) - 1)
-        self._open = False
-
-    def _delta(self, type: str, **more: str) -> bytes:
-        return _event("content_block_delta", index=len(self.content) - 1, delta={"type": type, **more})
-
-
-def _event(type: str, **more: Any) -> bytes:
-    return sse({"type": type, **more}, type)

@@ -4,12 +4,10 @@ In: a loaded model and `Settings`. Out: a Starlette application, with the engine
 """
 
 import hmac
-import ipaddress
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -21,12 +19,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..conversation.language_model import LanguageModel
-from ..errors import InputError
 from . import anthropic, completions, openapi, responses
-from .endpoint import Context, Endpoint
+from .endpoint import Endpoint
 from .engine import Engine
-from .metrics import Metrics
 from .page import page
+from .settings import Settings, is_loopback
 from .wire import ApiError, error_response, json_response
 
 # An endpoint that takes POST requests is a module, a line here, and its tests.
@@ -40,47 +37,15 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 _OPEN = ("/", "/health")  # paths that need no key: they tell nothing about the model or about requests
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The server's settings, as `serve` has them from the command line."""
-
-    host: str = "127.0.0.1"
-    api_key: str | None = None
-    model_name: str = "gemma"  # in replies and /v1/models
-    parallel: int = 4  # replies made at a time
-    queue: int = 32  # requests that may wait beside them
-    max_kv_bytes: int | None = None  # of all KV states; None: no limit
-    kv: str = "full"  # how KV states hold keys and values
-    max_body_bytes: int = 8_000_000
-    max_tokens: int | None = None  # of a reply whose request doesn't say; None: what the context holds
-
-    def __post_init__(self) -> None:
-        if self.api_key is None and not is_loopback(self.host):
-            raise InputError(f"--host {self.host}: others can reach this address; give an --api-key, or use 127.0.0.1")
-
-
-def is_loopback(host: str) -> bool:
-    """Returns True if only programs on this machine can reach an address or name."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.rstrip(".").lower() == "localhost"
-
-
 def create_app(lm: LanguageModel, settings: Settings | None = None) -> Starlette:
     """Return the application for a model. The engine's threads end with its lifespan, or by `engine.close`."""
-    settings = settings or Settings()
-    metrics = Metrics()
-    engine = Engine(lm, metrics, settings.parallel, settings.queue, settings.max_kv_bytes, settings.kv)
+    engine = Engine(lm, settings or Settings())
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         engine.close()
 
-    metrics.gauge("running", "Requests being answered.", lambda: engine.load[0])
-    metrics.gauge("waiting", "Requests in the queue.", lambda: engine.load[1])
-    metrics.gauge("kv_bytes", "Bytes of KV states, kept and in use.", lambda: engine.store.nbytes)
     routes = [
         Route("/", _page),
         Route("/health", _health),
@@ -91,23 +56,27 @@ def create_app(lm: LanguageModel, settings: Settings | None = None) -> Starlette
         *(Route(endpoint.path, endpoint.handle, methods=["POST"]) for endpoint in ENDPOINTS),
     ]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
-    app.state.engine, app.state.settings, app.state.started = engine, settings, int(time.time())
-    app.state.context = Context(engine, settings.model_name, settings.max_tokens, settings.max_body_bytes)
-    app.add_middleware(_Gate, settings=settings, metrics=metrics, known={route.path for route in routes})
+    app.state.engine = engine
+    app.state.card = {
+        "id": engine.settings.model_name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "mlx-gemma4",
+        "context_length": lm.config.context,
+    }
+    app.add_middleware(_Gate, engine=engine, known={route.path for route in routes})
     return app
 
 
 class _Gate:
     """Checks who asks before anything of a request is read, turns exceptions into error responses, counts requests."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, known: set[str]) -> None:
-        self.app, self.settings, self.metrics, self.known = app, settings, metrics, known
+    def __init__(self, app: ASGIApp, engine: Engine, known: set[str]) -> None:
+        self.app, self.settings, self.metrics, self.known = app, engine.settings, engine.metrics, known
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self.app(scope, receive, send)
-            return
+        if scope["type"] != "http":  # there are no websockets here
+            return await self.app(scope, receive, send)
         path, status, headers = scope["path"], 0, Headers(scope=scope)
         unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
@@ -142,40 +111,29 @@ class _Gate:
         name was made to point to this machine (DNS rebinding), its name as Host.
         """
         host = headers.get("host", "")
-        if is_loopback(self.settings.host) and not is_loopback(_host_name(host)):
+        if is_loopback(self.settings.host) and not is_loopback(re.sub(r":\d*$", "", host)):
             raise ApiError(403, f"this server is for this machine alone; {host!r:.80} isn't a name of it")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
             raise ApiError(403, f"pages of {origin!r:.80} may not use this server")
         key = self.settings.api_key
-        if key is not None and path not in _OPEN and not any(_same(key, given) for given in _keys(headers)):
+        if key is not None and path not in _OPEN and not _has_key(headers, key):
             raise ApiError(401, "this server wants its API key, as 'Authorization: Bearer KEY'", code="invalid_api_key")
 
 
-def _host_name(host: str) -> str:
-    """The name in a Host header, without its port."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
-
-
-def _keys(headers: Headers) -> list[str]:
-    """Keys in a request's headers, as OpenAI's and as Anthropic's clients send them."""
+def _has_key(headers: Headers, key: str) -> bool:
+    """Returns True if a request's headers hold the key, as OpenAI's or as Anthropic's clients send it."""
     kind, _, bearer = headers.get("authorization", "").partition(" ")
-    return ([bearer.strip()] if kind.lower() == "bearer" else []) + [headers.get("x-api-key", "")]
-
-
-def _same(key: str, given: str) -> bool:
+    given = (bearer.strip() if kind.lower() == "bearer" else "", headers.get("x-api-key", ""))
     # A header's bytes come as Latin-1; clients send UTF-8.
-    return hmac.compare_digest(key.encode("utf-8", "surrogateescape"), given.encode("latin-1"))
+    return any(hmac.compare_digest(key.encode("utf-8", "surrogateescape"), each.encode("latin-1")) for each in given)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
     """Starlette's own errors: no such path or method."""
     assert isinstance(error, HTTPException)
-    found = ApiError(error.status_code, f"{request.method} {request.url.path:.200}: {error.detail}")
-    response = error_response(found, request.url.path)
+    path = request.url.path
+    response = error_response(ApiError(error.status_code, f"{request.method} {path:.200}: {error.detail}"), path)
     response.headers.update(error.headers or {})  # 405 names the methods
     return response
 
@@ -197,28 +155,16 @@ async def _metrics(request: Request) -> Response:
 
 
 async def _openapi(request: Request) -> Response:
-    state = request.app.state
-    vocab, with_key = state.engine.lm.config.vocab, state.settings.api_key is not None
-    return json_response(openapi.document(ENDPOINTS, vocab, with_key))
-
-
-def _card(request: Request) -> dict[str, Any]:
-    state = request.app.state
-    return {
-        "id": state.settings.model_name,
-        "object": "model",
-        "created": state.started,
-        "owned_by": "mlx-gemma4",
-        "context_length": state.engine.lm.config.context,
-    }
+    engine: Engine = request.app.state.engine
+    return json_response(openapi.document(ENDPOINTS, engine.lm.config.vocab, engine.settings.api_key is not None))
 
 
 async def _models(request: Request) -> Response:
-    return json_response({"object": "list", "data": [_card(request)]})
+    return json_response({"object": "list", "data": [request.app.state.card]})
 
 
 async def _model(request: Request) -> Response:
-    card = _card(request)
+    card = request.app.state.card
     if request.path_params["model"] != card["id"]:
         raise ApiError(404, f"there is one model here: {card['id']}", "model", "model_not_found")
     return json_response(card)

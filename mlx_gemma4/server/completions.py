@@ -7,27 +7,29 @@ Out: replies in the same form, whole or as a stream of chunks.
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
-from starlette.responses import Response
+from starlette.types import ASGIApp
 
+from ..chat_format.messages import tool_result
 from ..chat_format.replies import Thinking, ToolCall
 from ..conversation.reply import ReplyOptions
 from ..generation.sampling import Token
+from ..tokens.tokenizer import Tokenizer
 from . import fields
 from . import options as read
-from .endpoint import Collector, Context, Endpoint, chat_logprobs, reading
-from .engine import GenerationRequest, Update
+from .endpoint import Endpoint, Sent, answer, chat_logprobs, reading, usage
+from .engine import Engine, GenerationRequest, Job
 from .fields import Body, wrong
-from .wire import EventStream, WholeReply, sse
 
-_IGNORED = ("metadata", "user", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity")
 _UNSUPPORTED = ("audio", "functions", "function_call", "prediction", "web_search_options")
+_DONE = b"data: [DONE]\n\n"
 
 
 # Requests
@@ -75,7 +77,7 @@ class StreamOptions(Body):
 class CompletionOptions(fields.OpenAIRequest):
     """What chat and text completions both take."""
 
-    ignored = _IGNORED
+    ignored = (*fields.IGNORED, "metadata", "verbosity")
     n: fields.Choices | None = None
     max_tokens: fields.Length | None = None
     stream_options: SkipJsonSchema[StreamOptions | None] = None  # needs stream=true, which no schema can say
@@ -125,9 +127,8 @@ _TEXT_REPLY = {**_HEAD, "object": "text_completion", "choices": [{**_CHOICE, "te
 # Endpoints
 
 
-async def chat_completions(body: ChatRequest, context: Context) -> Response:
+async def chat_completions(body: ChatRequest, engine: Engine) -> ASGIApp:
     """Reply to a conversation."""
-    engine = context.engine
     if body.top_logprobs and not body.logprobs:
         raise wrong("top_logprobs", "needs logprobs=true")
     if any(kind != "text" for kind in body.modalities or ()):
@@ -138,35 +139,33 @@ async def chat_completions(body: ChatRequest, context: Context) -> Response:
         tools=tools,
         tool_choice=read.read_tool_choice(body.tool_choice, tools, "function"),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        **_options(body, context, body.max_completion_tokens),
+        **_options(body, engine, body.max_completion_tokens),
     )
     with_usage = _with_usage(body)
-    requests = _choices(_messages(body), options, body.n or 1, body.parallel_tool_calls is False)
-    job, head = engine.submit(requests), _head(body, context, "chatcmpl", "chat.completion")
-    collected = Collector(job, engine.lm.tokenizer if body.logprobs else None)
-    if body.stream:
-        return EventStream(job, _chat_chunks(collected, head, with_usage))
-    return WholeReply(job, _chat_body(collected, head))
+    requests = list(_choices(_messages(body), options, body.n or 1, body.parallel_tool_calls is False))
+    job, head = engine.submit(requests), _head(body, engine, "chatcmpl", "chat.completion")
+    tokenizer = engine.lm.tokenizer if body.logprobs else None
+    chunks = _chat_chunks(job, head, tokenizer, with_usage)
+    return answer(job, body.stream, chunks, partial(_chat_body, job, head, tokenizer))
 
 
-async def completions(body: CompletionRequest, context: Context) -> Response:
+async def completions(body: CompletionRequest, engine: Engine) -> ASGIApp:
     """Go on with a text, without a chat template."""
-    engine, choices = context.engine, body.n or 1
+    choices = body.n or 1
     prompts = _prompts(body.prompt, engine.lm.config.vocab)
     if (body.best_of or choices) != choices:
         raise wrong("best_of", "other than n isn't supported", "unsupported_value")
     if body.echo and body.logprobs is not None:
         raise wrong("echo", "with logprobs isn't supported", "unsupported_value")
-    options = ReplyOptions(logprobs=body.logprobs, **_options(body, context))
+    options = ReplyOptions(logprobs=body.logprobs, **_options(body, engine))
     with_usage = _with_usage(body)
-    requests = [one for prompt in prompts for one in _choices(prompt, options, choices, False)]
+    requests = [one for prompt in prompts for one in _choices(prompt, options, choices)]
     texts = (one if isinstance(one, str) else engine.lm.tokenizer.decode(one) for one in prompts)
-    echoes = [text if body.echo else "" for text in texts for _ in range(choices)]
-    job, head = engine.submit(requests, "prompt"), _head(body, context, "cmpl", "text_completion")
-    collected = Collector(job, None if body.logprobs is None else engine.lm.tokenizer)
-    if body.stream:
-        return EventStream(job, _text_chunks(collected, head, echoes, choices, with_usage))
-    return WholeReply(job, _text_body(collected, head, echoes, choices))
+    begun = [text if body.echo else "" for text in texts for _ in range(choices)]
+    job, head = engine.submit(requests, "prompt"), _head(body, engine, "cmpl", "text_completion")
+    tokenizer = None if body.logprobs is None else engine.lm.tokenizer
+    chunks = _text_chunks(job, head, tokenizer, begun, choices, with_usage)
+    return answer(job, body.stream, chunks, partial(_text_body, job, head, tokenizer, begun, choices))
 
 
 CHAT = Endpoint("/v1/chat/completions", "Reply to a conversation", ChatRequest, _CHAT_REPLY, chat_completions)
@@ -176,19 +175,19 @@ TEXT = Endpoint("/v1/completions", "Go on with a text", CompletionRequest, _TEXT
 # From a request to options
 
 
-def _options(body: CompletionOptions, context: Context, max_tokens: int | None = None) -> dict[str, Any]:
+def _options(body: CompletionOptions, engine: Engine, max_tokens: int | None = None) -> dict[str, Any]:
     """The options that chat and text completions share. `max_tokens`: what goes before the body's."""
     return {
-        "max_tokens": max_tokens or body.max_tokens or context.max_tokens,
-        "sampling": read.read_sampling(body, context.engine.lm),
-        "stop": read.read_stops(body.stop),
+        "max_tokens": max_tokens or body.max_tokens or engine.settings.max_tokens,
+        "sampling": read.read_sampling(body, engine.lm),
+        "stop": body.stop or (),
         **read.read_format(body.response_format),
     }
 
 
-def _head(body: fields.OpenAIRequest, context: Context, prefix: str, kind: str) -> dict[str, Any]:
+def _head(body: fields.OpenAIRequest, engine: Engine, prefix: str, kind: str) -> dict[str, Any]:
     """The fields that every chunk of a reply begins with."""
-    model = context.model_name if body.model is None else body.model
+    model = engine.settings.model_name if body.model is None else body.model
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
 
@@ -204,22 +203,20 @@ def _messages(body: ChatRequest) -> list[dict[str, Any]]:
             messages.append(read.assistant_message(text, message.reasoning_content or message.reasoning, made))
         elif isinstance(message, ToolMessage):
             id = message.tool_call_id
-            messages.append(read.tool_message(id, message.name or names.get(id), text))
+            messages.append(tool_result(id or "", message.name or names.get(id, "unknown"), text))
         else:
             role = "system" if message.role == "developer" else message.role
             messages.append({"role": role, "content": text})
     return messages
 
 
-def _choices(prompt: Any, options: ReplyOptions, choices: int, one_call: bool) -> list[GenerationRequest]:
+def _choices(prompt: Any, options: ReplyOptions, choices: int, one_call: bool = False) -> Iterator[GenerationRequest]:
     """`choices` replies to one prompt. With a seed, choice i has seed + i."""
-    requests = []
     for i in range(choices):
         sampling = options.sampling
         if i and sampling and sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + i) % 2**63)
-        requests.append(GenerationRequest(prompt, replace(options, sampling=sampling), one_call))
-    return requests
+        yield GenerationRequest(prompt, replace(options, sampling=sampling), one_call)
 
 
 def _with_usage(body: CompletionOptions) -> bool:
@@ -246,37 +243,36 @@ def _prompts(value: Any, vocab: int) -> list[str | list[int]]:
 # What is sent
 
 
-async def _chat_body(collected: Collector, head: dict[str, Any]) -> dict[str, Any]:
-    async for _ in collected.updates():
-        pass
-    choices, tokenizer = [], collected.tokenizer
-    for i, reply in enumerate(collected.replies):
+def _chat_body(job: Job, head: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    choices = []
+    for i, reply in enumerate(job.replies):
         message: dict[str, Any] = {"role": "assistant", "content": reply.text or (None if reply.tool_calls else "")}
         if reply.thinking:
             message["reasoning_content"] = reply.thinking
         if reply.tool_calls:
             message["tool_calls"] = [_call(call) for call in reply.tool_calls]
-        logprobs = chat_logprobs(tokenizer, collected.answers.get(i, [])) if tokenizer else None
+        logprobs = chat_logprobs(tokenizer, job.answers[i]) if tokenizer else None
         choices.append({"index": i, "message": message, "logprobs": logprobs, "finish_reason": reply.finish_reason})
-    return {**head, "choices": choices, "usage": collected.usage(len(choices))}
+    return {**head, "choices": choices, "usage": usage(job, len(choices))}
 
 
-async def _chat_chunks(collected: Collector, head: dict[str, Any], with_usage: bool) -> AsyncIterator[bytes]:
-    calls, choice, tokenizer = 0, -1, collected.tokenizer
+async def _chat_chunks(
+    job: Job, head: dict[str, Any], tokenizer: Tokenizer | None, with_usage: bool
+) -> AsyncIterator[Sent]:
+    calls, choice = 0, -1
     head = {**head, "object": "chat.completion.chunk"}
 
-    def chunk(delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> bytes:
+    def chunk(delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> Sent:
         one = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return sse({**head, "choices": [one]})
+        return {**head, "choices": [one]}
 
-    async for update in collected.updates():
+    async for update in job.updates():
         if update.choice > choice:
             choice, calls = update.choice, 0
             yield chunk({"role": "assistant", "content": ""})
         if update.reading:
             yield reading(update.reading)
-        token = [update.token] if update.token and update.channel == "answer" else []
-        logprobs = chat_logprobs(tokenizer, token) if tokenizer and token else None
+        logprobs = chat_logprobs(tokenizer, update.answer) if tokenizer and update.answer else None
         for event in update.events:
             if isinstance(event, ToolCall):
                 yield chunk({"tool_calls": [{"index": calls, **_call(event)}]})
@@ -291,39 +287,39 @@ async def _chat_chunks(collected: Collector, head: dict[str, Any], with_usage: b
         if update.reply:
             yield chunk({}, update.reply.finish_reason)
     if with_usage:
-        yield sse({**head, "choices": [], "usage": collected.usage(len(collected.replies))})
-    yield sse(b"[DONE]")
+        yield {**head, "choices": [], "usage": usage(job, len(job.replies))}
+    yield _DONE
 
 
-async def _text_body(collected: Collector, head: dict[str, Any], echoes: list[str], choices: int) -> dict[str, Any]:
-    texts = list(echoes)
-    async for update in collected.updates():
-        texts[update.choice] += _plain(update)
+def _text_body(
+    job: Job, head: dict[str, Any], tokenizer: Tokenizer | None, texts: list[str], choices: int
+) -> dict[str, Any]:
     replies = [
-        _text_choice(i, texts[i], reply.finish_reason, _text_logprobs(collected, collected.answers.get(i, [])))
-        for i, reply in enumerate(collected.replies)
+        _text_choice(i, texts[i], reply.finish_reason, _text_logprobs(tokenizer, job.answers[i]))
+        for i, reply in enumerate(job.replies)
     ]
-    return {**head, "choices": replies, "usage": collected.usage(choices)}
+    return {**head, "choices": replies, "usage": usage(job, choices)}
 
 
 async def _text_chunks(
-    collected: Collector, head: dict[str, Any], echoes: list[str], choices: int, with_usage: bool
-) -> AsyncIterator[bytes]:
+    job: Job, head: dict[str, Any], tokenizer: Tokenizer | None, texts: list[str], choices: int, with_usage: bool
+) -> AsyncIterator[Sent]:
+    """The chunks of a stream. `texts`, of each choice, begin with what is echoed and grow; thinking is part of them."""
     choice = -1
-    async for update in collected.updates():
+    async for update in job.updates():
         if update.reading:
             yield reading(update.reading)
-        text = _plain(update)
+        text = "".join(event.raw if isinstance(event, ToolCall) else event.text for event in update.events)
+        texts[update.choice] += text
         if update.choice > choice and not update.reading:
-            choice, text = update.choice, echoes[update.choice] + text
+            choice, text = update.choice, texts[update.choice]
         finish = update.reply.finish_reason if update.reply else None
-        token = [update.token] if update.token and update.channel == "answer" else []
-        logprobs = _text_logprobs(collected, token) if token else None
+        logprobs = _text_logprobs(tokenizer, update.answer) if update.answer else None
         if text or finish or logprobs:
-            yield sse({**head, "choices": [_text_choice(update.choice, text, finish, logprobs)]})
+            yield {**head, "choices": [_text_choice(update.choice, text, finish, logprobs)]}
     if with_usage:
-        yield sse({**head, "choices": [], "usage": collected.usage(choices)})
-    yield sse(b"[DONE]")
+        yield {**head, "choices": [], "usage": usage(job, choices)}
+    yield _DONE
 
 
 def _call(call: ToolCall) -> dict[str, Any]:
@@ -331,19 +327,14 @@ def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
-def _plain(update: Update) -> str:
-    """All text of an update: a text completion doesn't part thinking and answer."""
-    return "".join(event.raw if isinstance(event, ToolCall) else event.text for event in update.events)
-
-
 def _text_choice(index: int, text: str, finish: str | None, logprobs: Any) -> dict[str, Any]:
     finish = "stop" if finish == "tool_calls" else finish
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
 
-def _text_logprobs(collected: Collector, tokens: Sequence[Token]) -> dict[str, Any] | None:
+def _text_logprobs(tokenizer: Tokenizer | None, tokens: Sequence[Token]) -> dict[str, Any] | None:
     """OpenAI's older form. Offsets count from the reply's beginning, in characters."""
-    if (tokenizer := collected.tokenizer) is None:
+    if tokenizer is None:
         return None
     content = chat_logprobs(tokenizer, tokens)["content"]
     texts = [entry["token"] for entry in content]

@@ -1,32 +1,25 @@
-"""What every endpoint is, and what those that reply share: what a job has made, usage, log-probabilities.
+"""What every endpoint is, and what those that reply share: sending what a job makes, usage, log-probabilities.
 
 In: HTTP requests. Out: the response of an `Endpoint`'s function, which gets the body as its model has it.
 """
 
+import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..conversation.reply import Reply
 from ..generation.sampling import Token
 from ..tokens.tokenizer import Tokenizer
-from .engine import Engine, Job, Update
+from .engine import Engine, Job
 from .fields import Body, parse
-from .wire import read_json
+from .wire import ApiError, error_response, for_clients, json_response, read_json, sse
 
-
-@dataclass(frozen=True)
-class Context:
-    """The server, as far as endpoints need it."""
-
-    engine: Engine
-    model_name: str
-    max_tokens: int | None  # of a reply whose request doesn't say; None: what the context holds
-    max_body_bytes: int
+Sent = dict[str, Any] | bytes  # of an event stream: an event's data, or bytes as they are
 
 
 @dataclass(frozen=True)
@@ -37,47 +30,85 @@ class Endpoint:
     summary: str
     request: type[Body]
     reply: dict[str, Any]  # a sample of it: see `openapi.schema`
-    answer: Callable[[Any, Context], Awaitable[Response]]  # gets a `request`, and raises ApiError or InputError
+    answer: Callable[[Any, Engine], Awaitable[ASGIApp]]  # gets a `request`, and raises ApiError or InputError
     streams: bool = True
 
-    async def handle(self, request: Request) -> Response:
+    async def handle(self, request: Request) -> ASGIApp:
         """Read a request's body and answer it."""
-        context: Context = request.app.state.context
-        return await self.answer(parse(self.request, await read_json(request, context.max_body_bytes)), context)
+        engine: Engine = request.app.state.engine
+        return await self.answer(parse(self.request, await read_json(request, engine.settings.max_body_bytes)), engine)
 
 
-class Collector:
-    """What a job has made so far: whole replies, and what usage and log-probabilities are told of."""
+def answer(
+    job: Job,
+    stream: bool | None,
+    events: AsyncIterator[Sent],
+    whole: Callable[[], dict[str, Any]],
+    failed: Callable[[ApiError], dict[str, Any]] | None = None,
+) -> ASGIApp:
+    """Return the response that sends what a job makes, and cancels the job when its client goes away.
 
-    def __init__(self, job: Job, tokenizer: Tokenizer | None = None) -> None:
-        """tokenizer: to tell log-probabilities, or None."""
-        self.job, self.tokenizer = job, tokenizer
-        self.replies: list[Reply] = []
-        self.answers: dict[int, list[Token]] = {}  # the tokens of each choice's answer
-        self._thought = 0  # tokens of thinking
+    Args:
+        stream: send `events` as they are made; else `whole()`, once they are through.
+        failed: the event of a later error; None: it is as an error's body.
 
-    async def updates(self) -> AsyncIterator[Update]:
-        """Pass on the job's updates, collected."""
-        async for update in self.job.updates():
-            if update.token and update.channel == "answer":
-                self.answers.setdefault(update.choice, []).append(update.token)
-            self._thought += update.channel == "thinking"
-            self.replies += [update.reply] if update.reply else []
-            yield update
+    Nothing is sent before the first event exists, so that an earlier error has its own status. A later one is sent as
+    an event.
+    """
 
-    def usage(self, choices: int) -> dict[str, Any]:
-        """Tokens, as OpenAI's completions count them. Each prompt counts once, as its first choice found it."""
-        prompts = [reply.statistics for reply in self.replies[::choices]]
-        reused = sum(statistics.reused_tokens for statistics in prompts)
-        prompt = reused + sum(statistics.prompt_tokens for statistics in prompts)
-        replied = sum(reply.statistics.reply_tokens for reply in self.replies)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": replied,
-            "total_tokens": prompt + replied,
-            "prompt_tokens_details": {"cached_tokens": reused},
-            "completion_tokens_details": {"reasoning_tokens": self._thought},
-        }
+    async def respond(scope: Scope, receive: Receive, send: Send) -> None:
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            job.cancel()
+
+        async def begun() -> Response:
+            try:
+                if stream:
+                    body, headers = lines(await anext(events)), {"cache-control": "no-store", "x-accel-buffering": "no"}
+                    return StreamingResponse(body, headers=headers, media_type="text/event-stream")
+                async for _ in events:
+                    pass
+                return json_response(whole())
+            except Exception as error:
+                return error_response(error, scope["path"])
+
+        async def lines(first: Sent) -> AsyncIterator[bytes]:
+            try:
+                yield sse(first)
+                async for event in events:
+                    yield sse(event)
+            except Exception as error:
+                found, body = for_clients(error, scope["path"])
+                yield sse(failed(found) if failed else body)
+
+        watching = asyncio.create_task(watch())
+        try:
+            response = await begun()
+            if isinstance(response, StreamingResponse):
+                await response.stream_response(send)  # without its own listening to `receive`
+            else:
+                await response(scope, receive, send)
+        finally:
+            watching.cancel()
+            job.cancel()  # does nothing to one that is done
+
+    return respond
+
+
+def usage(job: Job, choices: int) -> dict[str, Any]:
+    """Tokens, as OpenAI's completions count them. Each prompt counts once, as its first choice found it."""
+    prompts = [reply.statistics for reply in job.replies[::choices]]
+    reused = sum(statistics.reused_tokens for statistics in prompts)
+    prompt = reused + sum(statistics.prompt_tokens for statistics in prompts)
+    replied = sum(reply.statistics.reply_tokens for reply in job.replies)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": replied,
+        "total_tokens": prompt + replied,
+        "prompt_tokens_details": {"cached_tokens": reused},
+        "completion_tokens_details": {"reasoning_tokens": job.thought},
+    }
 
 
 def reading(progress: tuple[int, int]) -> bytes:

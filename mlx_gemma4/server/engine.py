@@ -9,7 +9,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -20,12 +20,15 @@ from ..conversation.reply import Chunk, Reply, ReplyOptions, stream
 from ..errors import InputError, NoRoom, TooLong
 from ..generation.prefix import PrefixCache
 from ..generation.sampling import Token
-from ..tokens.tokenizer import Tokenizer
 from .metrics import Metrics
+from .settings import Settings
 from .wire import ApiError
 
 Prompt = Sequence[Mapping[str, Any]] | list[int] | str  # messages; ids or text to go on with as they are
 Channel = Literal["answer", "thinking", "call", "control"]
+# What the tokens behind each of these are part of.
+_CHANNELS: dict[str, Channel] = {"<|channel>": "thinking", "<|tool_call>": "call"}
+_CHANNELS |= {"<channel|>": "answer", "<tool_call|>": "answer"}
 
 
 class Update(NamedTuple):
@@ -37,6 +40,11 @@ class Update(NamedTuple):
     channel: Channel = "control"  # what the token is part of
     reply: Reply | None = None  # the whole reply, with its last update
     reading: tuple[int, int] | None = None  # prompt tokens read, and in all
+
+    @property
+    def answer(self) -> list[Token]:
+        """Its token, if that is part of the answer."""
+        return [self.token] if self.token and self.channel == "answer" else []
 
 
 @dataclass(frozen=True)
@@ -53,14 +61,21 @@ class _Cancelled(Exception):
 
 
 class Job:
-    """One HTTP request: replies made one after the other. Its updates are for the event loop that submitted it."""
+    """One HTTP request: replies made one after the other. Its updates are for the event loop that submitted it.
+
+    `replies`, `answers` (the tokens of each reply's answer) and `thought` (how many tokens were thinking) are of the
+    updates that were handed out.
+    """
 
     def __init__(self, engine: "Engine", requests: Sequence[GenerationRequest], field: str, format_field: str) -> None:
-        self.engine, self.requests, self.field = engine, requests, field
+        self.engine, self.requests = engine, requests
+        self.replies: list[Reply] = []
+        self.answers: list[list[Token]] = [[] for _ in requests]
+        self.thought = 0
         self.cancelled = False
         self.submitted = time.monotonic()
-        # Options of ReplyOptions by the names that the HTTP request has for them.
-        self._fields = {"tools": "tools", **dict.fromkeys(("schema", "regex", "grammar"), format_field)}
+        # The HTTP request's fields for those of ReplyOptions that have other names there; None: the prompt's.
+        self._fields = {None: field, "schema": format_field, "regex": format_field, "grammar": format_field}
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[Update | Exception | None] = asyncio.Queue()
 
@@ -73,6 +88,9 @@ class Job:
         while (item := await self._items.get()) is not None:
             if isinstance(item, Exception):
                 raise item
+            self.answers[item.choice] += item.answer
+            self.thought += item.channel == "thinking"
+            self.replies += [item.reply] if item.reply else []
             yield item
 
     def cancel(self) -> None:
@@ -87,8 +105,8 @@ class Job:
     def error(self, error: InputError) -> ApiError:
         """Return an error as the HTTP request's; one that is about no option is about the prompt."""
         if isinstance(error, TooLong | NoRoom):
-            return ApiError(400, str(error), self.field, "context_length_exceeded")
-        return ApiError(400, str(error), self._fields.get(error.field, error.field) if error.field else self.field)
+            return ApiError(400, str(error), self._fields[None], "context_length_exceeded")
+        return ApiError(400, str(error), self._fields.get(error.field, error.field))
 
     def post(self, item: Update | Exception | None) -> None:
         """Hand out an update or error, from any thread; None is the end."""
@@ -101,26 +119,24 @@ class Job:
 class Engine:
     """Threads that make replies, and the queue before them."""
 
-    def __init__(
-        self, lm: LanguageModel, metrics: Metrics, parallel: int, queue: int, max_kv_bytes: int | None, kv: str
-    ) -> None:
-        """
-        Args:
-            parallel: replies made at a time.
-            queue: requests that may wait beside them.
-            max_kv_bytes, kv: see PrefixCache.
-        """
-        self.lm, self.metrics, self.parallel, self.queue = lm, metrics, parallel, queue
-        self.store = PrefixCache(lm.model, max_kv_bytes, kv)
+    def __init__(self, lm: LanguageModel, settings: Settings) -> None:
+        self.lm, self.settings, self.metrics = lm, settings, Metrics()
+        self.store = PrefixCache(lm.model, settings.max_kv_bytes, settings.kv)
+        self.metrics.gauge("running", "Requests being answered.", lambda: self.load[0])
+        self.metrics.gauge("waiting", "Requests in the queue.", lambda: self.load[1])
+        self.metrics.gauge("kv_bytes", "Bytes of KV states, kept and in use.", lambda: self.store.nbytes)
+        self._channels = {lm.tokenizer.token_id(name): channel for name, channel in _CHANNELS.items()}
         self.draining = False
         self._waiting: deque[Job] = deque()
         self._running: set[Job] = set()
         self._holding: set[Job] = set()  # running jobs that have a KV state, or try to get one
-        self._releases = 0  # how often a job left that set
+        self._ended = 0  # replies that no longer have one
         self._seconds = 1.0  # moving average of a job's duration
         self._closed = False
         self._changed = threading.Condition()  # guards all of the above
-        self._threads = [threading.Thread(target=self._serve, name=f"reply-{i}", daemon=True) for i in range(parallel)]
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"reply-{i}", daemon=True) for i in range(settings.parallel)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -145,11 +161,11 @@ class Engine:
         with self._changed:
             if self.draining:
                 raise ApiError(503, "the server is shutting down", code="shutting_down", wait=10)
-            if len(self._waiting) + len(self._running) >= self.parallel + self.queue:
+            running, waiting, parallel = len(self._running), len(self._waiting), self.settings.parallel
+            if running + waiting >= parallel + self.settings.queue:
                 self.metrics.refused.inc()
-                running, waiting = len(self._running), len(self._waiting)
                 message = f"{running} requests are being answered and {waiting} are waiting; try later"
-                wait = min(max(round(self._seconds * waiting / self.parallel), 1), 60)
+                wait = min(max(round(self._seconds * waiting / parallel), 1), 60)
                 raise ApiError(429, message, code="rate_limit_exceeded", wait=wait)
             self._waiting.append(job)
             self._changed.notify_all()
@@ -168,9 +184,8 @@ class Engine:
         """Take no more jobs, and cancel those that have not begun."""
         with self._changed:
             self.draining = True
-            waiting = list(self._waiting)
-        for job in waiting:
-            job.cancel()
+            for job in list(self._waiting):
+                job.cancel()
 
     def close(self, timeout: float = 10.0) -> bool:
         """Cancel everything and end the threads. Returns True if they ended within `timeout` seconds."""
@@ -215,27 +230,19 @@ class Engine:
 
     def _answer(self, job: Job, choice: int, request: GenerationRequest) -> None:
         """Make one of a job's replies."""
-
-        def reading(done: int, total: int) -> None:
-            if job.cancelled:
-                raise _Cancelled
-            job.post(Update(choice, reading=(done, total)))
-
-        prompt = request.prompt
-        if isinstance(prompt, str):
-            prompt = self.lm.encode_prompt(prompt, raw=True)
-        channels, reply = _Channels(self.lm.tokenizer), None
-        with closing(self._chunks(job, prompt, request.options, reading)) as chunks:
+        inside: Channel = "answer"
+        reply = None
+        with closing(self._chunks(job, choice, request)) as chunks:
             for chunk in chunks:
-                first, reply = reply is None, chunk.reply
+                first, reply, token = reply is None, chunk.reply, chunk.token
                 if job.cancelled:
                     raise _Cancelled
                 if first and not choice:
                     self.metrics.first_token.observe(time.monotonic() - job.submitted)
-                last = chunk.token is None
-                channel = channels.of(chunk.token.id) if chunk.token else "control"
-                job.post(Update(choice, chunk.events, chunk.token, channel, reply if last else None))
-                if request.one_call and reply.tool_calls and not last:
+                inside = self._channels.get(token.id, inside) if token else inside
+                channel = inside if token and token.id not in self.lm.tokenizer.control_ids else "control"
+                job.post(Update(choice, chunk.events, token, channel, None if token else reply))
+                if request.one_call and reply.tool_calls and token:
                     reply.finish_reason = "tool_calls"
                     job.post(Update(choice, reply=reply))
                     break
@@ -244,61 +251,39 @@ class Engine:
             self.metrics.reused_tokens.inc(reply.statistics.reused_tokens)
             self.metrics.reply_tokens.inc(reply.statistics.reply_tokens)
 
-    def _chunks(
-        self, job: Job, prompt: Any, options: ReplyOptions, reading: Callable[[int, int], None]
-    ) -> Generator[Chunk, None, None]:
+    def _chunks(self, job: Job, choice: int, request: GenerationRequest) -> Generator[Chunk, None, None]:
         """Yield one reply's chunks. While the KV budget has no room for it beside others, wait until one is done."""
+
+        def reading(done: int, total: int) -> None:
+            if job.cancelled:
+                raise _Cancelled
+            job.post(Update(choice, reading=(done, total)))
+
+        prompt: Any = request.prompt
+        if isinstance(prompt, str):
+            prompt = self.lm.encode_prompt(prompt, raw=True)
         try:
-            while True:
+            while not job.cancelled:
                 with self._changed:
                     self._holding.add(job)
-                made = stream(self.lm, prompt, options, store=self.store, on_prompt=reading)
-                with closing(made) as chunks:
+                    ended = self._ended
+                with closing(stream(self.lm, prompt, request.options, store=self.store, on_prompt=reading)) as chunks:
                     try:
                         first = next(chunks)
-                    except NoRoom as error:
-                        self._wait_for_room(job, error)
+                    except NoRoom:
+                        with self._changed:
+                            self._holding.remove(job)
+                            if not self._holding and self._ended == ended:
+                                raise
+                            while self._ended == ended and not job.cancelled:
+                                self._changed.wait()
                         continue
                     yield first
                     yield from chunks
                     return
-        finally:
-            self._release(job)
-
-    def _wait_for_room(self, job: Job, error: NoRoom) -> None:
-        self._release(job)
-        with self._changed:
-            if not self._holding:
-                raise job.error(error)
-            before = self._releases
-            self._changed.wait_for(lambda: job.cancelled or self._releases > before)
-        if job.cancelled:
             raise _Cancelled
-
-    def _release(self, job: Job) -> None:
-        with self._changed:
-            self._holding.discard(job)
-            self._releases += 1
-            self._changed.notify_all()
-
-
-class _Channels:
-    """Tells which channel each token of a reply belongs to."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._control = tokenizer.control_ids
-        self._opens: dict[int | None, Channel] = {
-            tokenizer.token_id("<|channel>"): "thinking",
-            tokenizer.token_id("<|tool_call>"): "call",
-        }
-        self._closes = {tokenizer.token_id("<channel|>"), tokenizer.token_id("<tool_call|>")}
-        self._now: Channel = "answer"
-
-    def of(self, token: int) -> Channel:
-        if token not in self._control:
-            return self._now
-        if token in self._opens:
-            self._now = self._opens[token]
-        elif token in self._closes:
-            self._now = "answer"
-        return "control"
+        finally:
+            with self._changed:
+                self._holding.discard(job)
+                self._ended += 1
+                self._changed.notify_all()

@@ -16,16 +16,15 @@ from .wire import ApiError
 
 log = logging.getLogger(__name__)
 
+# Fields of OpenAI's endpoints without effect here.
+IGNORED = ("user", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 MAX_CHOICES = 16
-MAX_TOP_LOGPROBS = 20
-MAX_STOPS = 16
 _CODES = {
     "missing": "missing_required_parameter",
     "too_short": "missing_required_parameter",
     "literal_error": "unsupported_value",
     "union_tag_invalid": "unsupported_value",
 }
-_OBJECT_ERRORS = ("dict_type", "model_type", "model_attributes_type")
 
 
 class Body(BaseModel):
@@ -34,9 +33,6 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
     ignored: ClassVar[tuple[str, ...]] = ()  # of the original API, without effect here
     unsupported: ClassVar[tuple[str, ...]] = ()  # of the original API, refused here unless empty or false
-
-
-B = TypeVar("B", bound=Body)
 
 
 # Types of fields
@@ -53,22 +49,21 @@ def _check_stops(stops: list[str]) -> list[str]:
     return stops
 
 
+B = TypeVar("B", bound=Body)
 T = TypeVar("T")
 Items = Annotated[list[T], Field(fail_fast=True)]  # the first wrong item is enough: a body may hold millions
 Object = dict[str, Any]
 Whole = BeforeValidator(_whole)
 Length = Annotated[int, Field(ge=1, le=2**31), Whole]
 Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES), Whole]
-TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Whole]
+TopLogprobs = Annotated[int, Field(ge=0, le=20), Whole]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-_STOPS = {"type": "array", "maxItems": MAX_STOPS, "items": {"type": "string", "minLength": 1, "maxLength": 1000}}
 Stops = Annotated[
-    list[str],
-    Field(max_length=MAX_STOPS, fail_fast=True),
+    list[Annotated[str, WithJsonSchema({"type": "string", "minLength": 1, "maxLength": 1000})]],
+    Field(max_length=16, fail_fast=True),
     AfterValidator(_check_stops),
-    WithJsonSchema(_STOPS),
 ]
 ToolChoice = Literal["auto", "none", "required"]
 Arguments = Object | str | None  # of a call: an object, or JSON in a string
@@ -215,7 +210,7 @@ def _path(error: ErrorDetails, values: Any) -> tuple[str | int, ...]:
 
 def _says(error: ErrorDetails) -> str:
     """What must be so, in words that follow "must"."""
-    if error["type"] in _OBJECT_ERRORS:
+    if error["type"] in ("dict_type", "model_type", "model_attributes_type"):
         return "be an object"
     if error["type"] == "union_tag_invalid":
         return f"be one of {error['ctx']['expected_tags']}"

@@ -4,9 +4,8 @@ In: checked fields of a request. Out: options, and messages with their text as o
 them. What only the model or other fields show to be wrong is an ApiError that names its field.
 """
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +20,8 @@ _LEAST = {"top_p": 1e-9, "top_k": 0, "repetition_penalty": 1e-6}  # a top_p of 0
 def read_sampling(body: fields.SamplingRequest, lm: LanguageModel) -> Sampling:
     """The file's recommendation with what the request says."""
     base, vocab = lm.sampling, lm.config.vocab
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    given = {name: value for name in names if (value := getattr(body, name)) is not None}
+    names = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
+    given = body.model_dump(include=names, exclude_none=True)
     bias: dict[int, float] = {}
     for key, value in (body.logit_bias or {}).items():
         if not re.fullmatch(r"0|[1-9]\d{0,8}", key, re.ASCII) or int(key) >= vocab:
@@ -38,11 +37,6 @@ def read_sampling(body: fields.SamplingRequest, lm: LanguageModel) -> Sampling:
         logit_bias=bias,
         seed=None if body.seed is None else body.seed % 2**63,
     )
-
-
-def read_stops(value: str | list[str] | None) -> tuple[str, ...]:
-    """Strings that end the reply."""
-    return (value,) if isinstance(value, str) else tuple(value or ())
 
 
 def read_thinking(body: fields.ConversationRequest, effort: fields.Effort | None) -> bool | None:
@@ -100,7 +94,7 @@ def read_format(wanted: fields.Format | None, path: str = "response_format") -> 
 # Messages
 
 
-def read_text(content: fields.Content | None) -> str:
+def read_text(content: str | Sequence[fields.TextPart | fields.RefusalPart] | None) -> str:
     """A message's text, from a string or a list of text parts."""
     if content is None or isinstance(content, str):
         return content or ""
@@ -114,17 +108,6 @@ def assistant_message(text: str, thinking: str | None = None, calls: list[dict[s
 
 
 def tool_call(id: str | None, name: str, arguments: fields.Arguments) -> dict[str, Any]:
-    """A call that the model made. fields.Arguments in a string become an object, if that is what the string holds."""
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            parsed = None
-        arguments = parsed if isinstance(parsed, dict) else arguments
+    """A call that the model made. `for_template` reads JSON in a string."""
     function = {"name": name, "arguments": {} if arguments is None else arguments}
     return {"id": id or "", "type": "function", "function": function}
-
-
-def tool_message(id: str | None, name: str | None, content: str) -> dict[str, Any]:
-    """A tool's answer to a call."""
-    return {"role": "tool", "tool_call_id": id or "", "name": name or "unknown", "content": content}

@@ -4,28 +4,27 @@ In: requests as OpenAI's API reference has them. Out: a response's items, whole 
 to an earlier one (`previous_response_id`, `conversation`) is refused, for nothing is kept.
 """
 
-import copy
 import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from itertools import count
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
-from starlette.responses import Response
+from starlette.types import ASGIApp
 
+from ..chat_format.messages import tool_result
 from ..chat_format.replies import Event, Text, ToolCall
 from ..conversation.reply import ReplyOptions
 from ..generation.sampling import Token
 from ..tokens.tokenizer import Tokenizer
 from . import fields
 from . import options as read
-from .endpoint import Collector, Context, Endpoint, chat_logprobs, reading
-from .engine import GenerationRequest
+from .endpoint import Endpoint, Sent, answer, chat_logprobs, reading, usage
+from .engine import Engine, GenerationRequest, Job
 from .fields import Body
-from .wire import EventStream, WholeReply, as_api_error, sse
-
-_LOGPROBS = "message.output_text.logprobs"
+from .wire import ApiError
 
 
 class InputMessage(Body):
@@ -83,10 +82,7 @@ class TextOptions(Body):
 class ResponsesRequest(fields.ConversationRequest):
     """The body of /v1/responses."""
 
-    ignored = (
-        *("user", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-        *("max_tool_calls", "stream_options"),
-    )
+    ignored = (*fields.IGNORED, "max_tool_calls", "stream_options")
     unsupported = ("previous_response_id", "conversation", "background", "prompt", "context_management")
     input: str | Annotated[fields.Items[Item], Field(min_length=1)]
     instructions: str | None = None
@@ -112,27 +108,24 @@ _REPLY = {
 }
 
 
-async def responses(body: ResponsesRequest, context: Context) -> Response:
+async def responses(body: ResponsesRequest, engine: Engine) -> ASGIApp:
     """Respond to a conversation."""
-    engine, reasoning = context.engine, body.reasoning
     tools = read.read_tools({f"tools[{i}]": tool for i, tool in enumerate(body.tools or ())})
     options = ReplyOptions(
-        max_tokens=body.max_output_tokens or context.max_tokens,
+        max_tokens=body.max_output_tokens or engine.settings.max_tokens,
         sampling=read.read_sampling(body, engine.lm),
-        stop=read.read_stops(body.stop),
-        think=read.read_thinking(body, reasoning.effort if reasoning else body.reasoning_effort),
+        stop=body.stop or (),
+        think=read.read_thinking(body, body.reasoning.effort if body.reasoning else body.reasoning_effort),
         tools=tools,
         tool_choice=read.read_tool_choice(body.tool_choice, tools),
-        logprobs=(body.top_logprobs or 0) if _LOGPROBS in (body.include or ()) else None,
+        logprobs=(body.top_logprobs or 0) if "message.output_text.logprobs" in (body.include or ()) else None,
         **read.read_format(body.text.format if body.text else None, "text.format"),
     )
     request = GenerationRequest(_messages(body), options, body.parallel_tool_calls is False)
     job = engine.submit([request], "input", "text.format")
-    head = _head(body, options, context.model_name)
-    output = _Output(engine.lm.tokenizer if options.logprobs is not None else None)
-    if body.stream:
-        return EventStream(job, _events(Collector(job), head, output))
-    return WholeReply(job, _body(Collector(job), head, output))
+    tokenizer = None if options.logprobs is None else engine.lm.tokenizer
+    made = _Response(job, _head(body, options, engine.settings.model_name), tokenizer)
+    return answer(job, body.stream, made.events(), lambda: made.response, made.failed)
 
 
 RESPONSES = Endpoint("/v1/responses", "Respond to a conversation", ResponsesRequest, _REPLY, responses)
@@ -183,7 +176,7 @@ def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
             _own(messages).setdefault("tool_calls", []).append(read.tool_call(item.call_id, item.name, item.arguments))
         elif isinstance(item, FunctionOutput):
             id = item.call_id
-            messages.append(read.tool_message(id, names.get(id), read.read_text(item.output)))
+            messages.append(tool_result(id or "", names.get(id, "unknown"), read.read_text(item.output)))
         elif isinstance(item, ReasoningItem):
             _own(messages)["reasoning_content"] = "".join(part.text or "" for part in item.content or ())
         elif item.role == "assistant":
@@ -201,41 +194,85 @@ def _own(messages: list[dict[str, Any]]) -> dict[str, Any]:
     return messages[-1]
 
 
-class _Output:
-    """The items of a response, and the events that tell how they grow."""
+class _Response:
+    """A response that grows, and the events that tell how. Each is to be sent before the next one is asked for."""
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
-        """tokenizer: for log-probabilities, or None."""
-        self.items: list[dict[str, Any]] = []
+    def __init__(self, job: Job, response: dict[str, Any], tokenizer: Tokenizer | None) -> None:
+        """response: as it begins; tokenizer: for log-probabilities, or None."""
+        self.job, self.response = job, response
         self._tokenizer = tokenizer
+        self._items: list[dict[str, Any]] = response["output"]
         self._part: dict[str, Any] | None = None  # of the item that is growing
+        self._numbers = count()
 
-    def push(self, event: Event, token: Token | None) -> Iterator[tuple[str, dict[str, Any]]]:
-        """What an event brings, as names and contents of server-sent events."""
+    async def events(self) -> AsyncIterator[Sent]:
+        begun = False
+        async for update in self.job.updates():
+            if not begun:
+                begun = True
+                yield self._event("created", response=self.response)
+                yield self._event("in_progress", response=self.response)
+            if update.reading:
+                yield reading(update.reading)
+            for event in update.events:
+                for sent in self._push(event, update.token):
+                    yield sent
+        for sent in self._close():
+            yield sent
+        self._finish()
+        yield self._event(self.response["status"], response=self.response)
+
+    def failed(self, error: ApiError) -> dict[str, Any]:
+        self.response |= {"status": "failed", "error": {"code": "server_error", "message": error.message}}
+        return self._event("failed", response=self.response)
+
+    def _finish(self) -> None:
+        tokens = usage(self.job, 1)
+        cut = self.job.replies[0].finish_reason == "length"
+        if cut and self._items:
+            self._items[-1]["status"] = "incomplete"
+        self.response |= {
+            "status": "incomplete" if cut else "completed",
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "usage": {
+                "input_tokens": tokens["prompt_tokens"],
+                "input_tokens_details": tokens["prompt_tokens_details"],
+                "output_tokens": tokens["completion_tokens"],
+                "output_tokens_details": tokens["completion_tokens_details"],
+                "total_tokens": tokens["total_tokens"],
+            },
+        }
+
+    def _push(self, event: Event, token: Token | None) -> Iterator[Sent]:
+        """What an event of the reply brings."""
         if isinstance(event, ToolCall):
-            yield from self.close()
+            yield from self._close()
             arguments = json.dumps(event.arguments, ensure_ascii=False)
-            call = {"type": "function_call", "call_id": event.id, "name": event.name, "arguments": ""}
-            yield self._open("fc", call)
+            yield self._open("fc", type="function_call", call_id=event.id, name=event.name, arguments="")
             yield self._about("function_call_arguments.delta", delta=arguments)
-            self.items[-1]["arguments"] = arguments
+            self._items[-1]["arguments"] = arguments
             yield self._about("function_call_arguments.done", name=event.name, arguments=arguments)
             yield self._done()
             return
         kind = "output_text" if isinstance(event, Text) else "reasoning_text"
         if self._part is None or self._part["type"] != kind:
-            yield from self.close()
-            yield from self._begin(kind)
-        assert self._part is not None
+            yield from self._close()
+            self._part = {"type": kind, "text": ""}
+            if kind == "output_text":
+                self._part |= {"annotations": [], "logprobs": []}
+                yield self._open("msg", type="message", role="assistant", content=[])
+            else:
+                yield self._open("rs", type="reasoning", summary=[], content=[])
+            self._items[-1]["content"].append(self._part)
+            yield self._about("content_part.added", content_index=0, part=self._part)
         more = {}
         if kind == "output_text":
-            logprobs = chat_logprobs(self._tokenizer, [token])["content"] if self._tokenizer and token else []
-            self._part["logprobs"] += logprobs
-            more["logprobs"] = logprobs
+            more["logprobs"] = chat_logprobs(self._tokenizer, [token])["content"] if self._tokenizer and token else []
+            self._part["logprobs"] += more["logprobs"]
         self._part["text"] += event.text
         yield self._about(f"{kind}.delta", content_index=0, delta=event.text, **more)
 
-    def close(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _close(self) -> Iterator[Sent]:
         """End the text that is growing, if there is one."""
         part, self._part = self._part, None
         if part is None:
@@ -245,85 +282,16 @@ class _Output:
         yield self._about("content_part.done", content_index=0, part=part)
         yield self._done()
 
-    def _begin(self, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        if kind == "output_text":
-            self._part = {"type": kind, "text": "", "annotations": [], "logprobs": []}
-            yield self._open("msg", {"type": "message", "role": "assistant", "content": []})
-        else:
-            self._part = {"type": kind, "text": ""}
-            yield self._open("rs", {"type": "reasoning", "summary": [], "content": []})
-        self.items[-1]["content"].append(self._part)
-        yield self._about("content_part.added", content_index=0, part=dict(self._part))
+    def _open(self, prefix: str, **item: Any) -> Sent:
+        self._items.append({"id": f"{prefix}_{uuid.uuid4().hex}", **item, "status": "in_progress"})
+        return self._event("output_item.added", output_index=len(self._items) - 1, item=self._items[-1])
 
-    def _open(self, prefix: str, item: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        self.items.append({"id": f"{prefix}_{uuid.uuid4().hex}", **item, "status": "in_progress"})
-        return "output_item.added", {"output_index": len(self.items) - 1, "item": copy.deepcopy(self.items[-1])}
+    def _done(self) -> Sent:
+        self._items[-1]["status"] = "completed"
+        return self._event("output_item.done", output_index=len(self._items) - 1, item=self._items[-1])
 
-    def _done(self) -> tuple[str, dict[str, Any]]:
-        self.items[-1]["status"] = "completed"
-        return "output_item.done", {"output_index": len(self.items) - 1, "item": self.items[-1]}
+    def _about(self, name: str, /, **content: Any) -> Sent:
+        return self._event(name, item_id=self._items[-1]["id"], output_index=len(self._items) - 1, **content)
 
-    def _about(self, name: str, /, **content: Any) -> tuple[str, dict[str, Any]]:
-        return name, {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, **content}
-
-
-def _finished(head: dict[str, Any], collected: Collector, output: _Output) -> dict[str, Any]:
-    usage = collected.usage(1)
-    cut = collected.replies[0].finish_reason == "length"
-    if cut and output.items:
-        output.items[-1]["status"] = "incomplete"
-    return {
-        **head,
-        "status": "incomplete" if cut else "completed",
-        "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-        "output": output.items,
-        "usage": {
-            "input_tokens": usage["prompt_tokens"],
-            "input_tokens_details": usage["prompt_tokens_details"],
-            "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": usage["completion_tokens_details"],
-            "total_tokens": usage["total_tokens"],
-        },
-    }
-
-
-async def _body(collected: Collector, head: dict[str, Any], output: _Output) -> dict[str, Any]:
-    async for update in collected.updates():
-        for event in update.events:
-            list(output.push(event, update.token))
-    list(output.close())
-    return _finished(head, collected, output)
-
-
-async def _events(collected: Collector, head: dict[str, Any], output: _Output) -> AsyncIterator[bytes]:
-    """The response as server-sent events."""
-    count = 0
-
-    def event(name: str, content: dict[str, Any]) -> bytes:
-        nonlocal count
-        count += 1
-        return sse({"type": f"response.{name}", "sequence_number": count - 1, **content}, f"response.{name}")
-
-    begun = False
-    try:
-        async for update in collected.updates():
-            if not begun:
-                begun = True
-                yield event("created", {"response": head})
-                yield event("in_progress", {"response": head})
-            if update.reading:
-                yield reading(update.reading)
-            for part in update.events:
-                for name, content in output.push(part, update.token):
-                    yield event(name, content)
-    except Exception as error:
-        if not begun:  # it still gets a status of its own
-            raise
-        failed = as_api_error(error)
-        about = {"code": "server_error", "message": failed.message}
-        yield event("failed", {"response": {**head, "status": "failed", "error": about, "output": output.items}})
-        return
-    for name, content in output.close():
-        yield event(name, content)
-    response = _finished(head, collected, output)
-    yield event(response["status"], {"response": response})
+    def _event(self, event: str, /, **content: Any) -> dict[str, Any]:
+        return {"type": f"response.{event}", "sequence_number": next(self._numbers), **content}

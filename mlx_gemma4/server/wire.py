@@ -1,19 +1,17 @@
 """HTTP in and out: bodies that are read with bounds, errors as clients expect them, server-sent events.
 
-In: Starlette requests and what a job yields. Out: JSON and event streams. Does not know what the fields mean.
+In: Starlette requests, and values for JSON. Out: what to send. Does not know what the fields mean.
 """
 
 import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Mapping
-from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from ..errors import InputError
 
@@ -99,17 +97,16 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     return value
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    parts, size = [], 0
+async def _read_body(request: Request, max_bytes: int) -> bytearray:
+    body = bytearray()
     async for part in request.stream():
-        size += len(part)
-        if size > max_bytes:
+        body += part
+        if len(body) > max_bytes:
             raise ApiError(413, f"the body is over {max_bytes} bytes, the most that this server takes")
-        parts.append(part)
-    return b"".join(parts)
+    return body
 
 
-def _parse(body: bytes) -> Any:
+def _parse(body: bytearray) -> Any:
     try:
         text = body.decode("utf-8")
         depth = 0
@@ -126,81 +123,9 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-class Cancellable(Protocol):
-    """Work that can stop when nobody waits for it any more."""
-
-    def cancel(self) -> None: ...
-
-
-@asynccontextmanager
-async def watched(receive: Receive, job: Cancellable) -> AsyncIterator[None]:
-    """While this is open, a client that goes away cancels the job; so does anything else that ends it early."""
-
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        job.cancel()
-
-    watching = asyncio.create_task(watch())
-    try:
-        yield
-    finally:
-        watching.cancel()
-        job.cancel()  # does nothing to one that is done
-
-
-class WholeReply(Response):
-    """A JSON response, sent when the job is done."""
-
-    def __init__(self, job: Cancellable, body: Awaitable[Any]) -> None:
-        super().__init__()
-        self.job, self.reply = job, body
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with watched(receive, self.job):
-            try:
-                response = json_response(await self.reply)
-            except Exception as error:
-                response = error_response(error, scope["path"])
-        await response(scope, receive, send)
-
-
-def sse(data: Any, event: str | None = None) -> bytes:
-    """One server-sent event."""
-    head = b"" if event is None else b"event: " + event.encode() + b"\n"
-    return head + b"data: " + (data if isinstance(data, bytes) else to_json(data)) + b"\n\n"
-
-
-class EventStream(Response):
-    """Server-sent events as a job makes them.
-
-    Nothing is sent before the first event exists, so that an earlier error has its own status. A later one is sent as
-    an event. The events are `sse` values, or lines that begin with ":" while a prompt is read.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(self, job: Cancellable, events: AsyncIterator[bytes]) -> None:
-        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
-        del self.headers["content-length"]
-        self.job, self.events = job, events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_part(body: bytes, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": body, "more_body": more})
-
-        async with watched(receive, self.job):
-            try:
-                first = await anext(self.events, b"")
-            except Exception as error:
-                await error_response(error, scope["path"])(scope, receive, send)
-                return
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send_part(first)
-            try:
-                async for event in self.events:
-                    await send_part(event)
-            except Exception as error:
-                _, body = for_clients(error, scope["path"])
-                await send_part(sse(body, body.get("type")))
-            await send_part(b"", more=False)
+def sse(data: dict[str, Any] | bytes) -> bytes:
+    """One server-sent event, which has the name of the data's `type`, if they have one. Bytes are sent as they are."""
+    if isinstance(data, bytes):
+        return data
+    head = f"event: {data['type']}\n" if "type" in data else ""
+    return head.encode() + b"data: " + to_json(data) + b"\n\n"

@@ -17,8 +17,8 @@ from mlx_gemma4.conversation.language_model import LanguageModel
 from mlx_gemma4.conversation.reply import prompt_ids
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.server.anthropic import CountRequest, MessagesRequest, read_messages, read_request
-from mlx_gemma4.server.app import Settings
 from mlx_gemma4.server.fields import parse
+from mlx_gemma4.server.settings import Settings
 from mlx_gemma4.server.wire import ApiError, as_api_error
 
 ASK = [{"role": "user", "content": "Tell me a story about a king."}]

@@ -14,7 +14,7 @@ from openai.types.chat import ChatCompletion
 from serving import Serving, serving, settled
 
 from mlx_gemma4.conversation.language_model import LanguageModel
-from mlx_gemma4.server.app import Settings
+from mlx_gemma4.server.settings import Settings
 
 ASK = [{"role": "user", "content": "Tell me a story about a king."}]
 # Every argument has few values, so that the smallest of models comes to an end.

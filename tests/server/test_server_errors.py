@@ -19,7 +19,7 @@ from serving import Serving, endless, serving, settled, started, until
 from mlx_gemma4.conversation import reply as replies
 from mlx_gemma4.conversation.language_model import LanguageModel
 from mlx_gemma4.errors import InputError
-from mlx_gemma4.server.app import Settings
+from mlx_gemma4.server.settings import Settings
 
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 3}
 CHAT = "/v1/chat/completions"

@@ -27,7 +27,7 @@ import pytest
 from serving import Serving, serving, settled
 
 from mlx_gemma4.conversation.language_model import LanguageModel
-from mlx_gemma4.server.app import Settings
+from mlx_gemma4.server.settings import Settings
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,9 @@ from serving import Serving, serving
 
 from mlx_gemma4.conversation.language_model import load
 from mlx_gemma4.model.model import Model
-from mlx_gemma4.server.app import ENDPOINTS, Settings
+from mlx_gemma4.server.app import ENDPOINTS
 from mlx_gemma4.server.openapi import document
+from mlx_gemma4.server.settings import Settings
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from serving import Serving, serving, settled
 
 from mlx_gemma4.conversation.language_model import LanguageModel
-from mlx_gemma4.server.app import Settings
+from mlx_gemma4.server.settings import Settings
 
 pytestmark = pytest.mark.browser
 

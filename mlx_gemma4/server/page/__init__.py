@@ -4,8 +4,6 @@ In: index.html and the scripts that it names, those of others in vendor/ (versio
 Out: the page's bytes, and the headers to send with them.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re

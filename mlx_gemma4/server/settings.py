@@ -1,0 +1,33 @@
+"""The server's settings, and which of its addresses others can reach."""
+
+import ipaddress
+from dataclasses import dataclass
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The server's settings, as `serve` has them from the command line."""
+
+    host: str = "127.0.0.1"
+    api_key: str | None = None
+    model_name: str = "gemma"  # in replies and /v1/models
+    parallel: int = 4  # replies made at a time
+    queue: int = 32  # requests that may wait beside them
+    max_kv_bytes: int | None = None  # of all KV states; None: no limit
+    kv: str = "full"  # how KV states hold keys and values
+    max_body_bytes: int = 8_000_000
+    max_tokens: int | None = None  # of a reply whose request doesn't say; None: what the context holds
+
+    def __post_init__(self) -> None:
+        if self.api_key is None and not is_loopback(self.host):
+            raise InputError(f"--host {self.host}: others can reach this address; give an --api-key, or use 127.0.0.1")
+
+
+def is_loopback(host: str) -> bool:
+    """Returns True if only programs on this machine can reach an address or name."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.rstrip(".").lower() == "localhost"
