@@ -6,8 +6,6 @@ deviate from it, and unambiguous deviations are read too: `call:NAME(key=VALUE)`
 words without quotes, several calls in a row.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator

@@ -10,8 +10,6 @@ wrote before its calls is left out once their results are there: templates would
 were the answer to them, and then no turn for the answer.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress

@@ -8,8 +8,6 @@ can't be read becomes text. calls.py reads the inside of a call.
     It is <|tool_call>call:now{}<tool_call|>       -> Text("It is "), ToolCall(name="now", arguments={})
 """
 
-from __future__ import annotations
-
 import codecs
 import uuid
 from collections.abc import Sequence

@@ -12,8 +12,6 @@ strings that it compares with or passes to a message's methods are written with 
 operation turns a stand-in back.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import re

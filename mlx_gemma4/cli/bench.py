@@ -1,7 +1,5 @@
 """`mlx-gemma4 bench`: measure how fast this machine reads prompts and decodes, alone or beside llama.cpp."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

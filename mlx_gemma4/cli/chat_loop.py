@@ -4,8 +4,6 @@ In: the command's options, then lines of standard input. Out: replies and answer
 repl.py; the keyboard's side is terminal.py, the screen's reply_screen.py.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import signal

@@ -9,8 +9,6 @@ narrower, and shows only the top of a block that is taller than the screen, or e
 scroll-back.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Sequence

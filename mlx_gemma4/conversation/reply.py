@@ -6,8 +6,6 @@ and `achat` are awaited. Tokens that a state or a prefix cache holds are not rea
 is a `session.Session`; this module keeps nothing between calls.
 """
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, closing
 from dataclasses import dataclass, field, fields, replace

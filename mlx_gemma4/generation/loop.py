@@ -4,8 +4,6 @@ In: a model, a KV state, token ids. Out: tokens, one at a time. Knows nothing of
 logits by sampling.py.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ segments with each other and with those in use, so a common prefix is in memory 
 of a tree whose trunk is shared segments.
 """
 
-from __future__ import annotations
-
 import itertools
 import threading
 import weakref

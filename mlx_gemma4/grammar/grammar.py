@@ -7,8 +7,6 @@ Text and control tokens are kept apart: a constraint on text never matches a con
 from users are compiled within size limits and on a large stack of their own, because the library recurses over them.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -13,8 +13,6 @@ Constraints that a grammar can't express (`uniqueItems`, `not`, a pattern with l
 in the log, since a call with a doubtful argument is better than no call.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
