@@ -48,28 +48,18 @@ class _Run:
 
 _run: ContextVar[_Run] = ContextVar("run")
 
-# For files without a template: turns alone, as in Gemma 4's own template and in Gemma 3's, where the system's message
-# is part of the first user's turn.
-_TEXT = """\
+# For files without a template: turns alone, as in Gemma 3's own template, where the system's message is part of the
+# first user's turn, and as in Gemma 4's, where it has its own.
+_PLAIN_3 = """\
 {% macro text(content) -%}
 {% if content is string %}{{ content | trim }}{% else %}
 {%- for part in content or [] %}{{ part['text'] | trim }}{% endfor %}
 {%- endif %}
 {%- endmacro %}
-{{ bos_token }}"""
-_PLAIN = (
-    _TEXT
-    + """{%- for message in messages %}
-{{- '<|turn>' }}{{ 'model' if message['role'] == 'assistant' else message['role'] }}
-{{ text(message['content']) }}{{ '<turn|>' }}
-{% endfor %}
-{%- if add_generation_prompt %}{{ '<|turn>model\\n' }}{% endif %}"""
-)
-_PLAIN_3 = (
-    _TEXT
-    + """{%- set ns = namespace(system='') %}
+{{ bos_token }}
+{%- set ns = namespace(system='') %}
 {%- for message in messages %}
-{%- if message['role'] == 'system' %}{% set ns.system = text(message['content']) ~ '\\n\\n' %}
+{%- if message['role'] == 'system' and not own_turn %}{% set ns.system = text(message['content']) ~ '\\n\\n' %}
 {%- else %}
 {{- '<start_of_turn>' }}{{ 'model' if message['role'] == 'assistant' else message['role'] }}
 {{ ns.system }}{{ text(message['content']) }}{{ '<end_of_turn>\\n' }}
@@ -77,7 +67,7 @@ _PLAIN_3 = (
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
-)
+_PLAIN = "{% set own_turn = true %}" + _PLAIN_3.replace("<start_of_turn>", "<|turn>").replace("<end_of_turn>", "<turn|>")
 
 
 def render_chat(

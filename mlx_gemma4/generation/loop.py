@@ -5,7 +5,7 @@ logits by sampling.py.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -93,7 +93,7 @@ def generate_tokens(
     *,
     constraint: Constraint | None = None,
     logprobs: int | None = None,
-) -> Iterator[Token]:
+) -> Generator[Token, None, None]:
     """Read a prompt and yield the tokens of the reply.
 
     While a token is handed out, the next is already being computed. However it ends, `state` then holds the prompt, the
