@@ -18,8 +18,6 @@ from typing import Any
 from ..errors import InputError
 from .template import Message
 
-_DEFAULT_NAME = "unknown"  # of a result whose call can't be told
-
 
 def for_template(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], template: str | None
@@ -124,7 +122,7 @@ def _name(result: Message, calls: Sequence[Any], place: int) -> str:
     call = calls[at] if at < len(calls) and isinstance(calls[at], Mapping) else {}
     function = call.get("function")
     found = result.get("name") or (function.get("name") if isinstance(function, Mapping) else None)
-    return str(found or _DEFAULT_NAME)
+    return str(found or "unknown")
 
 
 def _plain(content: Any) -> Any:

@@ -67,7 +67,9 @@ _PLAIN_3 = """\
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
-_PLAIN = "{% set own_turn = true %}" + _PLAIN_3.replace("<start_of_turn>", "<|turn>").replace("<end_of_turn>", "<turn|>")
+_PLAIN = "{% set own_turn = true %}" + _PLAIN_3.replace("<start_of_turn>", "<|turn>").replace(
+    "<end_of_turn>", "<turn|>"
+)
 
 
 def render_chat(

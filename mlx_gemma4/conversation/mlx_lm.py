@@ -129,6 +129,5 @@ class MlxLmTokenizer:
         """Return the prompt. With `tokenize`, control tokens spelled in messages stay text."""
         known, declared = for_template(messages, tools or (), self.chat_template)
         given: dict[str, Any] = {"tools": declared or None, "enable_thinking": enable_thinking, **variables}
-        if tokenize:
-            return encode_chat(self.inner, known, add_generation_prompt=add_generation_prompt, **given)
-        return render_chat(self.chat_template, known, add_generation_prompt=add_generation_prompt, **given)
+        given["add_generation_prompt"] = add_generation_prompt
+        return encode_chat(self.inner, known, **given) if tokenize else render_chat(self.chat_template, known, **given)
