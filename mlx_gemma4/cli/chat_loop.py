@@ -42,8 +42,7 @@ def chat_loop(
     lm, _ = load_with_progress(model)
     options = ReplyOptions(max_tokens, sampling(lm), think=think)
     rich = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-    env = _repl_env(rich, sampling, kv)
-    repl = Repl(env, {"main": _open(lm, state_file, system, options, kv)}, options)
+    repl = Repl(_repl_env(rich, sampling, kv), {"main": _open(lm, state_file, system, options, kv)}, options)
     with _saved_at_the_end(repl, state_file), _terminal(repl) if rich else nullcontext(partial(_line, repl)) as read:
         return _converse(repl, read)
 

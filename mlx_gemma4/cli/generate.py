@@ -115,7 +115,6 @@ def generate(
 
 
 def _read_schema(path: str) -> dict[str, Any]:
-    """Read what should be a JSON schema."""
     try:
         schema = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

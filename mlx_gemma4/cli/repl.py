@@ -4,8 +4,6 @@ In: one message or command at a time. Out: replies on a `View`, lines about comm
 rewinds the KV state, so that undo and retry read nothing again. Knows no terminal: see terminal.py, reply_screen.py.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 import shlex
@@ -16,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from ..chat_format.replies import Event, Text, Thinking
+from ..chat_format.replies import Event, Thinking, ToolCall
 from ..conversation.background import OnPrompt
 from ..conversation.language_model import LanguageModel
 from ..conversation.reply import ReplyOptions
@@ -55,12 +53,6 @@ class Leave(Exception):
     """Raised by /quit."""
 
 
-class Command(NamedTuple):
-    usage: str  # of its argument
-    about: str
-    run: Callable[[Repl, str], None]  # with the text after its name
-
-
 @dataclass
 class Repl:
     """The conversations at a prompt: branches, each a Session, one of them the current one."""
@@ -79,7 +71,6 @@ class Repl:
 
     @property
     def label(self) -> str:
-        """The prompt's label."""
         return "> " if self.branch == "main" else f"{self.branch}> "
 
     def status(self) -> str:
@@ -156,14 +147,12 @@ class Repl:
             if thinking and not isinstance(event, Thinking):
                 view.fold(len(reply.tokens) - 1 - counted)
             thinking = isinstance(event, Thinking)
-            if isinstance(event, Thinking):
-                view.think(event.text)
-            else:
+            if not thinking:
                 counted = len(reply.tokens)
-                if isinstance(event, Text):
-                    view.text(event.text)
-                else:
-                    view.note(f"calls {event.raw}")
+            if isinstance(event, ToolCall):
+                view.note(f"calls {event.raw}")
+            else:
+                (view.think if thinking else view.text)(event.text)
             if stopped():
                 break
         if thinking:
@@ -299,6 +288,12 @@ class Repl:
 
     def _quit(self, argument: str) -> None:
         raise Leave
+
+
+class Command(NamedTuple):
+    usage: str  # of its argument
+    about: str
+    run: Callable[[Repl, str], None]  # with the text after its name
 
 
 COMMANDS = {

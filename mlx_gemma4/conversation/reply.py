@@ -7,7 +7,7 @@ is a `session.Session`; this module keeps nothing between calls.
 """
 
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, aclosing, closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from typing import Any, Literal, cast
@@ -271,7 +271,7 @@ def chat(lm: LanguageModel, prompt: Prompt, options: ReplyOptions | None = None,
     return last.reply
 
 
-async def astream(
+def astream(
     lm: LanguageModel,
     prompt: Prompt,
     options: ReplyOptions | None = None,
@@ -288,10 +288,7 @@ async def astream(
     >>> len(asyncio.run(main()))
     9
     """
-    made = in_thread(lambda check: stream(lm, prompt, options, on_prompt=check, **rest), on_prompt)
-    async with aclosing(made) as chunks:
-        async for chunk in chunks:
-            yield chunk
+    return in_thread(lambda check: stream(lm, prompt, options, on_prompt=check, **rest), on_prompt)
 
 
 async def achat(lm: LanguageModel, prompt: Prompt, options: ReplyOptions | None = None, **rest: Any) -> Reply:

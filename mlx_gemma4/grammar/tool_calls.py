@@ -66,8 +66,8 @@ _FORMATS = {
 }
 
 
-def tool_call_lark(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], choice: str, parallel: bool) -> str:
-    """Return the grammar of one call (`choice` "auto" or a name), or of one or more ("required", if `parallel`)."""
+def tool_call_lark(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], choice: str) -> str:
+    """Return the grammar of one call (`choice` "auto" or a name), or of one or more ("required")."""
     functions = [_function(tool, i) for i, tool in enumerate(tools)]
     if choice not in ("auto", "required"):
         functions = [(name, parameters) for name, parameters in functions if name == choice]
@@ -87,8 +87,10 @@ def tool_call_lark(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], cho
             raise rules.error("parameters", "the schema is nested too deeply") from error
         except TypeError as error:
             raise rules.error("parameters", f"not a JSON schema ({error})") from error
-    many = "+" if choice == "required" and parallel else ""
-    head = [f"start: call{many}", f'call: {ids[CALL]} "call:" ({" | ".join(calls)}) {ids[END_CALL]}']
+    head = [
+        "start: call+" if choice == "required" else "start: call",
+        f'call: {ids[CALL]} "call:" ({" | ".join(calls)}) {ids[END_CALL]}',
+    ]
     return "\n".join(head + rules.lines) + "\n"
 
 
