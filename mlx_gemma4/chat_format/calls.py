@@ -6,30 +6,30 @@ deviate from it, and unambiguous deviations are read too: `call:NAME(key=VALUE)`
 words without quotes, several calls in a row.
 """
 
-from __future__ import annotations
-
+import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 QUOTE = "\udc22"  # a lone surrogate: no text that was decoded from UTF-8 holds one
 MAX_DEPTH = 64  # of nested arguments; deeper ones can't be read
 
 _SPACE = re.compile(r"\s*")
 _CALL = re.compile(r"\s*call\s*:\s*")
+_AROUND = re.compile(r"\(\s*\{")
 _NAME = re.compile(rf"[^\s{{}}()\[\],;=\"'<>{QUOTE}]+")
 _KEY = re.compile(rf"[^\s{{}}()\[\],:=\"'{QUOTE}]+")
 _WORD = re.compile(rf"[^{{}}()\[\],\"'{QUOTE}\n]+")
-_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
-_WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
+_PYTHON = {"True": "true", "False": "false", "None": "null"}
+_STRING = re.compile(
+    rf"""{QUOTE}([^{QUOTE}]*){QUOTE} | "((?:[^"\\]|\\.)*)" | '((?:[^'\\]|\\.)*)'""", re.DOTALL | re.VERBOSE
+)
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
 _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One call, and the source that it was read from."""
 
     name: str
@@ -44,8 +44,8 @@ def read_calls(source: str) -> tuple[list[Call], str]:
     while True:
         reader = _Reader(source, done)
         try:
-            name = reader.call_name()
-            arguments = reader.arguments()
+            reader.match(_CALL)
+            name, arguments = reader.match(_NAME), reader.arguments()
         except _Unreadable:
             return calls, source[done:]
         calls.append(Call(name, arguments, source[done : reader.at].strip()))
@@ -64,22 +64,15 @@ class _Reader:
     def __init__(self, source: str, at: int) -> None:
         self.source, self.at = source, at
 
-    def call_name(self) -> str:
-        self._match(_CALL)
-        return self._match(_NAME)
-
     def arguments(self) -> dict[str, Any]:
         """Read `{...}`, or `(...)` around pairs or an object."""
         bracket = self._peek()
-        if bracket == "{":
-            return self._object("}", 0)
-        if bracket != "(":
+        if bracket not in ("{", "("):
             raise _Unreadable
-        before = self.at
-        self.at += 1
-        if self._peek() != "{":
-            self.at = before
-            return self._object(")", 0)
+        around = _AROUND.match(self.source, self.at)
+        if not around:
+            return self._object("}" if bracket == "{" else ")", 0)
+        self.at = around.end() - 1
         arguments = self._object("}", 0)
         self._expect(")")
         return arguments
@@ -88,7 +81,7 @@ class _Reader:
         """Read pairs up to `end`; the position is at the bracket that opens them."""
         found: dict[str, Any] = {}
         for _ in self._items(end):
-            key = self._string() if self._peek() in (QUOTE, '"', "'") else self._match(_KEY)
+            key = self._string() if self._peek() in (QUOTE, '"', "'") else self.match(_KEY)
             if self._peek() not in (":", "="):
                 raise _Unreadable
             self.at += 1
@@ -115,22 +108,16 @@ class _Reader:
             return self._object("}", depth)
         if first == "[":
             return [self._value(depth + 1) for _ in self._items("]")]
-        return _word(self._match(_WORD).strip())
+        return _word(self.match(_WORD).strip())
 
     def _string(self) -> str:
-        quote = self.source[self.at]
-        start = self.at + 1
-        if quote == QUOTE:
-            end = self.source.find(QUOTE, start)
-            if end < 0:
-                raise _Unreadable
-            self.at = end + 1
-            return self.source[start:end]
-        found = re.compile(rf"((?:[^{quote}\\]|\\.)*){quote}", re.DOTALL).match(self.source, start)
+        found = _STRING.match(self.source, self.at)
         if not found:
             raise _Unreadable
         self.at = found.end()
-        text = _ESCAPE.sub(_unescaped, found[1].replace(QUOTE, '"'))
+        if found[1] is not None:
+            return found[1]
+        text = _ESCAPE.sub(_unescaped, (found[2] or found[3] or "").replace(QUOTE, '"'))
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
     def _peek(self) -> str:
@@ -144,7 +131,7 @@ class _Reader:
             raise _Unreadable
         self.at += 1
 
-    def _match(self, pattern: re.Pattern[str]) -> str:
+    def match(self, pattern: re.Pattern[str]) -> str:
         found = pattern.match(self.source, self.at)
         if not found:
             raise _Unreadable
@@ -156,16 +143,11 @@ def _word(text: str) -> Any:
     """Convert a value without quotes: a number, true, false, null, or else a string as it is."""
     if not text:
         raise _Unreadable
-    if text in _WORDS:
-        return _WORDS[text]
-    number = _NUMBER.fullmatch(text)
-    if not number:
-        return text
     try:
-        value = float(text) if number[2] or number[3] else int(text)
-    except ValueError:  # Python refuses integers of thousands of digits
+        value = json.loads(_PYTHON.get(text, text))
+        return value if math.isfinite(value or 0) else text
+    except (ValueError, OverflowError):  # no JSON, or an integer of more digits than a float or Python takes
         return text
-    return value if math.isfinite(value) else text
 
 
 def _unescaped(escape: re.Match[str]) -> str:

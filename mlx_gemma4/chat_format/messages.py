@@ -10,8 +10,6 @@ wrote before its calls is left out once their results are there: templates would
 were the answer to them, and then no turn for the answer.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,8 +17,6 @@ from typing import Any
 
 from ..errors import InputError
 from .template import Message
-
-_DEFAULT_NAME = "unknown"  # of a result whose call can't be told
 
 
 def for_template(
@@ -43,7 +39,7 @@ def for_template(
         _check_parts(message, i + 1)
     known = [_with_objects(message) for message in messages]
     if "tool_responses" in (template or ""):
-        return _with_responses(_without_words(known)), declared
+        return _with_responses(known), declared
     return _with_names(known), declared
 
 
@@ -88,28 +84,19 @@ def _with_object(call: Any) -> Any:
 
 
 def _with_responses(messages: list[Message]) -> list[Message]:
-    """Move results, and the answer after them, into the message whose calls they answer."""
+    """Move results, and the answer after them, into the message whose calls they answer, without text before these."""
     moved: list[Message] = []
     for message in messages:
         last = moved[-1] if moved else {}
         calls, responses = last.get("tool_calls"), last.get("tool_responses")
-        if message.get("role") == "tool" and calls and not last.get("content"):
+        if message.get("role") == "tool" and calls and not (responses and last.get("content")):
             response = {"name": _name(message, calls, len(responses or ())), "response": _plain(message.get("content"))}
-            moved[-1] = {**last, "tool_responses": [*(responses or ()), response]}
+            moved[-1] = {**last, "content": "", "tool_responses": [*(responses or ()), response]}
         elif message.get("role") == "assistant" and responses and not message.get("tool_calls"):
             moved[-1] = {**last, "content": message.get("content")}
         else:
             moved.append(message)
     return moved
-
-
-def _without_words(messages: list[Message]) -> list[Message]:
-    """Leave out the text before calls whose results follow."""
-    following = [*messages[1:], {}]
-    return [
-        {**message, "content": ""} if message.get("tool_calls") and after.get("role") == "tool" else message
-        for message, after in zip(messages, following, strict=True)
-    ]
 
 
 def _with_names(messages: list[Message]) -> list[Message]:
@@ -135,7 +122,7 @@ def _name(result: Message, calls: Sequence[Any], place: int) -> str:
     call = calls[at] if at < len(calls) and isinstance(calls[at], Mapping) else {}
     function = call.get("function")
     found = result.get("name") or (function.get("name") if isinstance(function, Mapping) else None)
-    return str(found or _DEFAULT_NAME)
+    return str(found or "unknown")
 
 
 def _plain(content: Any) -> Any:

@@ -8,8 +8,6 @@ can't be read becomes text. calls.py reads the inside of a call.
     It is <|tool_call>call:now{}<tool_call|>       -> Text("It is "), ToolCall(name="now", arguments={})
 """
 
-from __future__ import annotations
-
 import codecs
 import uuid
 from collections.abc import Sequence
@@ -143,11 +141,8 @@ def _merged(events: list[Event]) -> list[Event]:
     """Join neighbouring events of the same kind."""
     merged: list[Event] = []
     for event in events:
-        last = merged[-1] if merged else None
-        if isinstance(event, Text) and isinstance(last, Text):
-            merged[-1] = Text(last.text + event.text)
-        elif isinstance(event, Thinking) and isinstance(last, Thinking):
-            merged[-1] = Thinking(last.text + event.text)
+        if not isinstance(event, ToolCall) and merged and isinstance(last := merged[-1], type(event)):
+            merged[-1] = type(event)(last.text + event.text)
         else:
             merged.append(event)
     return merged

@@ -12,9 +12,8 @@ strings that it compares with or passes to a message's methods are written with 
 operation turns a stand-in back.
 """
 
-from __future__ import annotations
-
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -50,28 +49,18 @@ class _Run:
 
 _run: ContextVar[_Run] = ContextVar("run")
 
-# For files without a template: turns alone, as in Gemma 4's own template and in Gemma 3's, where the system's message
-# is part of the first user's turn.
-_TEXT = """\
+# For files without a template: turns alone, as in Gemma 3's own template, where the system's message is part of the
+# first user's turn, and as in Gemma 4's, where it has its own.
+_PLAIN_3 = """\
 {% macro text(content) -%}
 {% if content is string %}{{ content | trim }}{% else %}
 {%- for part in content or [] %}{{ part['text'] | trim }}{% endfor %}
 {%- endif %}
 {%- endmacro %}
-{{ bos_token }}"""
-_PLAIN = (
-    _TEXT
-    + """{%- for message in messages %}
-{{- '<|turn>' }}{{ 'model' if message['role'] == 'assistant' else message['role'] }}
-{{ text(message['content']) }}{{ '<turn|>' }}
-{% endfor %}
-{%- if add_generation_prompt %}{{ '<|turn>model\\n' }}{% endif %}"""
-)
-_PLAIN_3 = (
-    _TEXT
-    + """{%- set ns = namespace(system='') %}
+{{ bos_token }}
+{%- set ns = namespace(system='') %}
 {%- for message in messages %}
-{%- if message['role'] == 'system' %}{% set ns.system = text(message['content']) ~ '\\n\\n' %}
+{%- if message['role'] == 'system' and not own_turn %}{% set ns.system = text(message['content']) ~ '\\n\\n' %}
 {%- else %}
 {{- '<start_of_turn>' }}{{ 'model' if message['role'] == 'assistant' else message['role'] }}
 {{ ns.system }}{{ text(message['content']) }}{{ '<end_of_turn>\\n' }}
@@ -79,6 +68,8 @@ _PLAIN_3 = (
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
+_PLAIN = "{% set own_turn = true %}" + _PLAIN_3.replace("<start_of_turn>", "<|turn>").replace(
+    "<end_of_turn>", "<turn|>"
 )
 
 
@@ -186,34 +177,28 @@ def _copied(value: Any, there: Mapping[int, str]) -> Any:
     return f"({type(value).__name__})"
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Yield all strings in nested lists and objects."""
-    left = [value]
-    while left:
-        item = left.pop()
-        if isinstance(item, str):
-            yield item
-        elif isinstance(item, Mapping):
-            left += [*item, *item.values()]
-        elif isinstance(item, list | tuple):
-            left += item
-
-
 def _stand_ins(tokenizer: Tokenizer, given: Any, template: str) -> tuple[dict[int, str], dict[int, str]]:
     """Choose a character that occurs nowhere in what is rendered for each first character of a control token.
 
     They are CJK ideographs: printable, so that repr() leaves them alone, and without upper case. Returns tables for
     str.translate, there and back.
     """
-    used = set(template).union(*_strings(given))
-    free = (c for c in range(0x2A6D6, 0x20000, -1) if chr(c) not in used)
-    there: dict[int, str] = {}
-    for first in sorted(tokenizer.control_starts):
-        stand_in = next(free, None)
-        if stand_in is None:
-            raise InputError("the messages use 42,000 ideographs, which leaves none to mark control tokens: send less")
-        there[ord(first)] = chr(stand_in)
-    return there, {ord(stand_in): chr(c) for c, stand_in in there.items()}
+    used, left = set(template), [given]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            used.update(item)
+        elif isinstance(item, Mapping):
+            left += [*item, *item.values()]
+        elif isinstance(item, list | tuple):
+            left += item
+    free = (c for c in map(chr, range(0x2A6D6, 0x20000, -1)) if c not in used)
+    starts = sorted(tokenizer.control_starts)
+    stand_ins = list(itertools.islice(free, len(starts)))
+    if len(stand_ins) < len(starts):
+        raise InputError("the messages use 42,000 ideographs, which leaves none to mark control tokens: send less")
+    pairs = list(zip(starts, stand_ins, strict=True))
+    return {ord(start): c for start, c in pairs}, {ord(c): start for start, c in pairs}
 
 
 class _Generation(jinja2.ext.Extension):

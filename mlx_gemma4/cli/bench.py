@@ -1,7 +1,5 @@
 """`mlx-gemma4 bench`: measure how fast this machine reads prompts and decodes, alone or beside llama.cpp."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex
@@ -64,9 +62,9 @@ def bench(
     from ..measure import bench as b
     from ..measure import llama_bench
 
-    files = [Path(f) for f in (json_file, report) if f]
-    for flag, file in (("--json", json_file), ("--report", report)):
-        if file and not Path(file).absolute().parent.is_dir():
+    files = {flag: Path(name) for flag, name in (("--json", json_file), ("--report", report)) if name}
+    for flag, file in files.items():
+        if not file.absolute().parent.is_dir():
             raise InputError(f"{flag} {file}: there is no such folder; make it first")
     if vs and not os.access(vs, os.X_OK):
         raise InputError(f"--vs {vs}: no such program; give the path of llama.cpp's llama-bench")
@@ -86,9 +84,13 @@ def bench(
     def keep() -> dict[str, Any]:
         """Write the figures so far: they remain if this is interrupted."""
         figures = b.result(subject, plan, cells, copy, llama, _command(path, plan, vs))
-        for file in files:
-            extra = {"machine": b.machine()} if report and file == Path(report) else {}
-            _write(file, {**figures, **extra})
+        for flag, file in files.items():
+            shown = figures | ({"machine": b.machine()} if flag == "--report" else {})
+            try:
+                with whole_file(file) as out:
+                    out.write((json.dumps(shown, indent=1) + "\n").encode())
+            except OSError as error:
+                raise InputError(f"{file}: can't be written: {error.strerror or error}") from None
         return figures
 
     first = -(-repetitions // 2) if vs else repetitions
@@ -115,12 +117,3 @@ def _command(path: Path, plan: Any, vs: str | None) -> str:
     words += ["--prompt-sizes", ",".join(map(str, plan.prompts)), "--depths", ",".join(map(str, plan.depths))]
     words += ["--reply", str(plan.reply), "--repetitions", str(plan.repetitions), "--kv", plan.kv]
     return shlex.join(words + (["--vs", Path(vs).name] if vs else []))
-
-
-def _write(path: Path, figures: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    try:
-        with whole_file(path) as file:
-            file.write((json.dumps(figures, indent=1) + "\n").encode())
-    except OSError as error:
-        raise InputError(f"{path}: can't be written: {error.strerror or error}") from None

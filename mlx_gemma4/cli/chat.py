@@ -1,7 +1,5 @@
 """`mlx-gemma4 chat`: a conversation at a prompt, or line by line in a pipe."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

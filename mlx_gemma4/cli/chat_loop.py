@@ -4,8 +4,6 @@ In: the command's options, then lines of standard input. Out: replies and answer
 repl.py; the keyboard's side is terminal.py, the screen's reply_screen.py.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import signal
@@ -44,8 +42,7 @@ def chat_loop(
     lm, _ = load_with_progress(model)
     options = ReplyOptions(max_tokens, sampling(lm), think=think)
     rich = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-    env = _repl_env(rich, sampling, kv)
-    repl = Repl(env, {"main": _open(env, lm, state_file, system, options)}, options)
+    repl = Repl(_repl_env(rich, sampling, kv), {"main": _open(lm, state_file, system, options, kv)}, options)
     with _saved_at_the_end(repl, state_file), _terminal(repl) if rich else nullcontext(partial(_line, repl)) as read:
         return _converse(repl, read)
 
@@ -68,14 +65,14 @@ def _converse(repl: Repl, read: Read) -> bool:
     return failed
 
 
-def _open(env: ReplEnv, lm: LanguageModel, path: str | None, system: str | None, options: ReplyOptions) -> Session:
+def _open(lm: LanguageModel, path: str | None, system: str | None, options: ReplyOptions, kv: str) -> Session:
     """Open the saved conversation if there is one, else begin a new one."""
-    first = [{"role": "system", "content": system}] if system else []
+    new = Session(lm, system, options=options, kv=kv)
     if not path or not Path(path).exists():
-        return env.session(lm, first, options)
-    session = env.opened(lm, Path(path), options)
+        return new
+    session = Session.load(lm, path, options=options, kv=kv)
     if system is not None:
-        session.messages = [*first, *(m for m in session.messages if m.get("role") != "system")]
+        session.messages = [*new.messages, *(m for m in session.messages if m.get("role") != "system")]
     return session
 
 
@@ -102,7 +99,7 @@ def _repl_env(rich: bool, sampling: SamplingOf, kv: str) -> ReplEnv:
         reading=lambda: progress("Reading", 1, " tokens"),
         load=lambda name: load_with_progress(name)[0],
         sampling=sampling,
-        state=lambda lm: lm.model.new_state(kv=kv),
+        kv=kv,
         drafts=rich,
     )
 

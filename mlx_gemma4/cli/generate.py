@@ -75,8 +75,6 @@ def generate(
     lm, load_time = load_with_progress(model)
     options = ReplyOptions(max_tokens, sampling(lm), stop, think, schema=schema, logprobs=logprobs)
     state = _open_state(lm, state_file, kv)
-    if schema is not None:
-        _check_schema(lm, schema, f"--json-schema {schema_file}")
     ids = lm.encode_prompt(prompt, raw=raw, after=state.tokens, system=system, think=think)
     logging.info("Loaded in %.2f s; prompt of %d tokens; %s", load_time, len(ids), options.sampling)
     text, thinking, interrupted = "", False, False
@@ -93,6 +91,8 @@ def generate(
                     click.echo(err=True)
                 click.echo(chunk.text, nl=False)
             text, thinking, reply = text + chunk.text, bool(chunk.thinking), chunk.reply
+    except InputError as error:
+        raise InputError(f"--json-schema {schema_file}: {error}") if error.field == "schema" else error from error
     except KeyboardInterrupt:
         interrupted = True
         if chunks:
@@ -115,7 +115,6 @@ def generate(
 
 
 def _read_schema(path: str) -> dict[str, Any]:
-    """Read what should be a JSON schema."""
     try:
         schema = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -123,15 +122,6 @@ def _read_schema(path: str) -> dict[str, Any]:
     if not isinstance(schema, dict):
         raise InputError(f"--json-schema {path}: must hold a JSON object, a schema")
     return schema
-
-
-def _check_schema(lm: LanguageModel, schema: dict[str, Any], flag: str) -> None:
-    from ..grammar.grammar import json_schema
-
-    try:
-        json_schema(lm.tokenizer, schema)
-    except InputError as error:
-        raise InputError(f"{flag}: {error}") from error
 
 
 def _open_state(lm: LanguageModel, path: str | None, kv: str) -> KVState:

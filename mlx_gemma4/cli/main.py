@@ -1,26 +1,95 @@
-"""The command line: flags in, text out on stdout, everything else on stderr. Each command has a module here.
+"""The command line: flags in, text out on stdout, everything else on stderr. Longer commands have a module here.
 
 Heavy modules are imported when a command runs, so that `--help` answers at once.
 """
 
-from __future__ import annotations
-
+import json
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import click
+from click.shell_completion import get_completion_class
 
 from .. import __version__
 from ..errors import InputError
 from .bench import bench
 from .chat import chat
-from .completion import completion
-from .doctor import doctor
 from .generate import generate
-from .inspect import inspect
-from .options import echo
-from .pull import pull
+from .options import EXIT_INTERRUPTED, complete_file, echo, find_model, json_option, output_options, progress
 from .serve import serve
+
+
+@click.command()
+@click.argument("model", metavar="REPO[:QUANT]")
+@output_options
+def pull(model: str) -> None:
+    """Download a model from Hugging Face, or its newest version, and print its path.
+
+    QUANT is a quantization like Q8_0 or a file's name; without it, Q4_K_M is taken where there is one. A download that
+    broke off goes on where it stopped. `--model` takes the same names.
+    """
+    from ..files import hub
+
+    try:
+        with progress("Downloading", 1e9, " GB") as update:
+            path = hub.resolve(model, update=True, progress=update)
+    except KeyboardInterrupt:
+        echo("Interrupted; the next pull goes on from here")
+        sys.exit(EXIT_INTERRUPTED)
+    if not path.exists():
+        raise InputError(f"{model}: no name of a repository; pull OWNER/NAME or OWNER/NAME:QUANT")
+    click.echo(path)
+
+
+@click.command()
+@click.argument("model", metavar="FILE", shell_complete=complete_file)
+@click.option("--context", type=click.IntRange(1), help="Tokens to plan memory for.  [default: 8192, or all it takes]")
+@json_option
+@output_options
+def inspect(model: str, context: int | None, as_json: bool) -> None:
+    """Show a model's shape, its tensors by type, and the memory to expect.
+
+    Reads the header only. FILE is a GGUF file, a folder of safetensors, or REPO[:QUANT] on Hugging Face.
+    """
+    from ..doctor.verdict import device_name
+    from ..measure.inspection import inspect, lines
+
+    report = inspect(find_model(model), context)
+    if as_json:
+        click.echo(json.dumps(asdict(report)))
+    else:
+        for line in lines(report, device_name()):
+            click.echo(line)
+
+
+@click.command()
+@json_option
+@output_options
+def doctor(as_json: bool) -> None:
+    """Check this machine's kernels, and switch off those that fail.
+
+    Each runs beside stock operations at the sizes of real models. The exit code is 1 if one failed.
+    """
+    from ..doctor.table import examine
+
+    sys.exit(0 if examine(click.echo, as_json) else 1)
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(ctx: click.Context, shell: str) -> None:
+    """Print a script that completes commands and flags.
+
+    \b
+    bash: echo 'eval "$(mlx-gemma4 completion bash)"' >> ~/.bashrc
+    zsh:  echo 'eval "$(mlx-gemma4 completion zsh)"' >> ~/.zshrc
+    fish: mlx-gemma4 completion fish > ~/.config/fish/completions/mlx-gemma4.fish
+    """
+    made = get_completion_class(shell)
+    assert made is not None
+    click.echo(made(ctx.find_root().command, {}, "mlx-gemma4", "_MLX_GEMMA4_COMPLETE").source())
 
 
 class _Commands(click.Group):

@@ -75,7 +75,6 @@ _SAMPLING = (
 
 def sampling_options(command: Command) -> Command:
     """Add the options of sampling; the command takes them as one argument, `sampling: SamplingOf`."""
-
     names = [flag.strip("-").replace("-", "_") for flag, _, _ in _SAMPLING]
 
     @functools.wraps(command)

@@ -4,26 +4,23 @@ In: one message or command at a time. Out: replies on a `View`, lines about comm
 rewinds the KV state, so that undo and retry read nothing again. Knows no terminal: see terminal.py, reply_screen.py.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 import shlex
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from ..chat_format.replies import Event, Text, Thinking
-from ..chat_format.template import Message
+from ..chat_format.replies import Event, Thinking, ToolCall
 from ..conversation.background import OnPrompt
 from ..conversation.language_model import LanguageModel
 from ..conversation.reply import ReplyOptions
 from ..conversation.session import FORMAT, Session
 from ..errors import InputError
-from ..kv.state import KVState, total_nbytes
+from ..kv.state import total_nbytes
 from .options import SamplingOf
 
 
@@ -48,29 +45,12 @@ class ReplEnv:
     reading: Callable[[], AbstractContextManager[OnPrompt]]  # context in which a prompt is read
     load: Callable[[str], LanguageModel]  # a model by its name
     sampling: SamplingOf
-    state: Callable[[LanguageModel], KVState]  # a new one
+    kv: str  # kind of keys and values of new states
     drafts: bool  # a prompt can begin with a text
-
-    def session(self, lm: LanguageModel, messages: Sequence[Message], options: ReplyOptions) -> Session:
-        """Begin a conversation of which the model has read nothing yet."""
-        return Session(lm, messages=messages, options=options, state=self.state(lm))
-
-    def opened(self, lm: LanguageModel, path: Path, options: ReplyOptions) -> Session:
-        """Open a saved conversation, its KV state of the kind that it was saved with. Raises InputError."""
-        session = Session.load(lm, path, options=options)
-        if not session.state.length:
-            session.state = self.state(lm)
-        return session
 
 
 class Leave(Exception):
     """Raised by /quit."""
-
-
-class Command(NamedTuple):
-    usage: str  # of its argument
-    about: str
-    run: Callable[[Repl, str], None]  # with the text after its name
 
 
 @dataclass
@@ -91,7 +71,6 @@ class Repl:
 
     @property
     def label(self) -> str:
-        """The prompt's label."""
         return "> " if self.branch == "main" else f"{self.branch}> "
 
     def status(self) -> str:
@@ -106,7 +85,7 @@ class Repl:
         text = line.strip()
         command = re.fullmatch(r"/(\w*)(?:\s+(.*))?", text, re.DOTALL)
         if command:
-            self._command(command[1], (command[2] or "").strip())
+            self._run(f"/{command[1]}", (command[2] or "").strip())
         elif not text:
             if draft:
                 self.env.echo("Left as it was.")
@@ -125,13 +104,13 @@ class Repl:
         for session in self.branches.values():
             session.close()
 
-    def _command(self, name: str, argument: str) -> None:
-        command = COMMANDS.get(f"/{name}")
+    def _run(self, name: str, argument: str) -> None:
+        command = COMMANDS.get(name)
         if command is None:
-            near = difflib.get_close_matches(f"/{name}", COMMANDS, 1, 0.3)
-            raise InputError(f"/{name} is no command; " + (f"the nearest is {near[0]}" if near else "/help lists them"))
+            near = difflib.get_close_matches(name, COMMANDS, 1, 0.3)
+            raise InputError(f"{name} is no command; " + (f"the nearest is {near[0]}" if near else "/help lists them"))
         if argument and not command.usage:
-            raise InputError(f"/{name} takes nothing after it; it {command.about}")
+            raise InputError(f"{name} takes nothing after it; it {command.about}")
         command.run(self, argument)
 
     def _answer(self, start: Callable[[OnPrompt], Generator[Event, None, None]]) -> None:
@@ -168,14 +147,12 @@ class Repl:
             if thinking and not isinstance(event, Thinking):
                 view.fold(len(reply.tokens) - 1 - counted)
             thinking = isinstance(event, Thinking)
-            if isinstance(event, Thinking):
-                view.think(event.text)
-            else:
+            if not thinking:
                 counted = len(reply.tokens)
-                if isinstance(event, Text):
-                    view.text(event.text)
-                else:
-                    view.note(f"calls {event.raw}")
+            if isinstance(event, ToolCall):
+                view.note(f"calls {event.raw}")
+            else:
+                (view.think if thinking else view.text)(event.text)
             if stopped():
                 break
         if thinking:
@@ -234,7 +211,8 @@ class Repl:
         self.env.echo(f"Saved as {path}, and what the model has read beside it.")
 
     def _load(self, argument: str) -> None:
-        loaded = self.env.opened(self.session.lm, _path("/load", argument), self.options)
+        path = _path("/load", argument)
+        loaded = Session.load(self.session.lm, path, options=self.options, kv=self.env.kv)
         self.session.close()
         self.branches[self.branch] = loaded
         self.env.echo(f"{_turns(loaded)} loaded.")
@@ -269,7 +247,10 @@ class Repl:
             return
         lm = self.env.load(argument)
         options = replace(self.options, sampling=self.env.sampling(lm))
-        branches = {name: self.env.session(lm, s.messages, options) for name, s in self.branches.items()}
+        branches = {
+            name: Session(lm, messages=session.messages, options=options, kv=self.env.kv)
+            for name, session in self.branches.items()
+        }
         self.close()
         self.branches, self.options = branches, options
         self.env.echo(f"Now {lm.path.name}; it reads the conversation with the next message.")
@@ -295,7 +276,7 @@ class Repl:
     def _clear(self, argument: str) -> None:
         old = self.session
         system = [m for m in old.messages[:1] if m.get("role") == "system"]
-        self.branches[self.branch] = self.env.session(old.lm, system, self.options)
+        self.branches[self.branch] = Session(old.lm, messages=system, options=self.options, kv=self.env.kv)
         old.close()
         self.env.echo("A new conversation" + (" with the same system prompt." if system else "."))
 
@@ -307,6 +288,12 @@ class Repl:
 
     def _quit(self, argument: str) -> None:
         raise Leave
+
+
+class Command(NamedTuple):
+    usage: str  # of its argument
+    about: str
+    run: Callable[[Repl, str], None]  # with the text after its name
 
 
 COMMANDS = {

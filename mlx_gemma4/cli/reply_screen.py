@@ -9,13 +9,10 @@ narrower, and shows only the top of a block that is taller than the screen, or e
 scroll-back.
 """
 
-from __future__ import annotations
-
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -44,8 +41,7 @@ def printable(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """A piece of Markdown that is laid out by itself: a top-level block, or an item of a top-level list."""
 
     source: str
@@ -69,8 +65,7 @@ def blocks(source: str) -> list[Block]:
     return found
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """A line of the screen."""
 
     styled: str  # with escape codes
@@ -87,8 +82,8 @@ class _Region:
         self._width = console.width
         self.at_start = True  # the cursor is on an empty line
 
-    def draw(self, lines: Sequence[Line]) -> None:
-        """Show these lines in place of all that are not settled."""
+    def draw(self, lines: Sequence[Line], settled: int = 0) -> None:
+        """Show these lines in place of all that are not settled; the first `settled` stay as they are from now on."""
         same = _agree(self._gone, [line.plain for line in lines])
         del self._gone[same:]  # their layout has changed since: they are shown again below
         shown = lines[same:]
@@ -114,16 +109,13 @@ class _Region:
         self._gone += [line.plain for line in shown[:-room]]
         self._drawn, self._width = list(shown[-room:]), self._console.width
         self.at_start = not shown and (self.at_start or drew)
-
-    def settle(self, count: int) -> None:
-        """Leave the first `count` of the drawn lines as they are from now on."""
-        gone = min(count, len(self._gone))
+        gone = min(settled, len(self._gone))
         del self._gone[:gone]
-        del self._drawn[: count - gone]
+        del self._drawn[: settled - gone]
 
     def close(self) -> None:
         """Settle all lines, and put the cursor on a new one."""
-        self.settle(len(self._gone) + len(self._drawn))
+        self._gone, self._drawn = [], []
         if not self.at_start:
             self._console.file.write("\n")
             self._console.file.flush()
@@ -156,8 +148,7 @@ class ReplyScreen:
     def text(self, piece: str) -> None:
         """Add to the reply."""
         self._open += printable(piece)
-        if self._due():
-            self._draw_text()
+        self._draw_if_due(self._draw_text)
 
     def think(self, piece: str) -> None:
         """Add to a thought."""
@@ -165,10 +156,8 @@ class ReplyScreen:
             self.note(None)
             self._thinking_since = time.monotonic()
         self._thought += printable(piece)
-        if self._due():
-            start = time.monotonic()
-            self._region.draw([Line("", "")] * self._gap + self._thought_lines()[-THOUGHT_LINES:])
-            self._drew(start)
+        shown = [Line("", "")] * self._gap
+        self._draw_if_due(lambda: self._region.draw(shown + self._thought_lines()[-THOUGHT_LINES:]))
 
     def fold(self, tokens: int) -> None:
         """End the thought, and replace it by one line; unfolded, add that line to it."""
@@ -198,18 +187,19 @@ class ReplyScreen:
     def _due(self) -> bool:
         return time.monotonic() >= self._next_draw
 
-    def _drew(self, start: float) -> None:
-        """Set the time of the next drawing, so that laying out long blocks takes at most a fifth of the time."""
-        now = time.monotonic()
-        self._next_draw = now + max(REDRAW_EVERY, 4 * (now - start))
+    def _draw_if_due(self, draw: Callable[[], None]) -> None:
+        """Draw now and then only: laying out long blocks takes at most a fifth of the time."""
+        start = time.monotonic()
+        if self._due():
+            draw()
+            now = time.monotonic()
+            self._next_draw = now + max(REDRAW_EVERY, 4 * (now - start))
 
     def _settle(self, lines: list[Line]) -> None:
-        self._region.draw(lines)
-        self._region.settle(len(lines))
+        self._region.draw(lines, settled=len(lines))
 
     def _draw_text(self) -> None:
         """Settle the blocks that are finished, as far as complete lines tell, and draw the rest."""
-        start = time.monotonic()
         complete, _, partial = self._open.rpartition("\n")
         finished = blocks(complete + "\n")[:-1]
         final = self._laid_out(finished)
@@ -223,9 +213,7 @@ class ReplyScreen:
         if any(block.kind == "table_open" for block in open_blocks):
             # Columns may still move: nothing may scroll away yet.
             lines = lines[-max(1, self._console.height - 1) :]
-        self._region.draw(final + lines)
-        self._region.settle(len(final))
-        self._drew(start)
+        self._region.draw(final + lines, settled=len(final))
 
     def _laid_out(self, found: Sequence[Block]) -> list[Line]:
         """Lay out blocks below what came before, with an empty line where the source has one."""

@@ -1,30 +1,19 @@
 """`mlx-gemma4 serve`: OpenAI's and Anthropic's interfaces over HTTP, and a page to chat in a browser."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re
 import socket
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ..errors import InputError
 from .options import SamplingOf, echo, kv_option, load_with_progress, model_option, output_options, sampling_options
-
-if TYPE_CHECKING:
-    import uvicorn
-
-    from ..conversation.language_model import LanguageModel
-    from ..server.engine import Engine
-
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -76,6 +65,8 @@ def serve(
     """
     import uvicorn
 
+    from ..generation.prefix import PrefixCache
+    from ..memory import available_memory
     from ..server.app import create_app
     from ..server.settings import Settings
 
@@ -87,11 +78,10 @@ def serve(
     listening = _listen(host, port)  # before the model is loaded, so that an error shows at once
     lm, _ = load_with_progress(model)
     lm = replace(lm, sampling=sampling(lm))
-    settings = replace(
-        settings,
-        model_name=model_name(model, lm),
-        max_kv_bytes=max_kv_bytes or _room_for_conversations(lm, max_tokens, kv),
-    )
+    if not max_kv_bytes:  # half of the free memory, but enough for one long reply
+        one = PrefixCache(lm.model, kv=kv).most_bytes(min(lm.config.context, 2 * max_tokens))
+        max_kv_bytes = max(available_memory() // 2, one)
+    settings = replace(settings, model_name=model_name(model, lm.path), max_kv_bytes=max_kv_bytes)
     app = create_app(lm, settings)
     shown = f"[{host}]" if ":" in host else host
     echo(f"Serving {settings.model_name} at http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends)")
@@ -106,34 +96,33 @@ def serve(
         timeout_graceful_shutdown=grace,
     )
     server = uvicorn.Server(config)
-    server.handle_exit = partial(_stop, server, server.handle_exit, app.state.engine, grace)  # type: ignore[method-assign]
+    handle_exit, engine = server.handle_exit, app.state.engine
+
+    def stop(sig: int, frame: Any) -> None:
+        """Let running replies end after Ctrl-C, and end them after a second one."""
+        if server.should_exit:
+            engine.close(timeout=0)  # ends replies, and so the connections that uvicorn waits for
+        else:
+            running, waiting = engine.load
+            if running or waiting:
+                echo(f"Finishing {running} replies, for {grace} s at most; Ctrl-C again ends at once.")
+            engine.drain()
+        handle_exit(sig, frame)
+
+    server.handle_exit = stop  # type: ignore[method-assign]
     with suppress(KeyboardInterrupt):  # uvicorn sends itself, in the end, the signals that it got
         server.run(sockets=[listening])
-    if not app.state.engine.close():
+    if not engine.close():
         logging.warning("A reply didn't stop in time; ending without it.")
         sys.stderr.flush()
         os._exit(1)  # Python's own exit would free what a thread uses that still runs a kernel
 
 
-def _stop(
-    server: uvicorn.Server, handle_exit: Callable[[int, Any], None], engine: Engine, grace: int, sig: int, frame: Any
-) -> None:
-    """Handle Ctrl-C: running replies may end, and a second one ends them. `handle_exit`: uvicorn's own handler."""
-    if server.should_exit:
-        engine.close(timeout=0)  # ends replies, and so the connections that uvicorn waits for
-    else:
-        running, waiting = engine.load
-        if running or waiting:
-            echo(f"Finishing {running} replies, for {grace} s at most; Ctrl-C again ends at once.")
-        engine.drain()
-    handle_exit(sig, frame)
-
-
-def model_name(model: str | None, lm: LanguageModel) -> str:
+def model_name(model: str | None, path: Path) -> str:
     """The model's name in replies: the repository's, or the file's."""
     if model is None:
         return "gemma4-demo"
-    return model if not Path(model).exists() else lm.path.name.removesuffix(".gguf")
+    return model if not Path(model).exists() else path.name.removesuffix(".gguf")
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -142,12 +131,3 @@ def _listen(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"--host {host} --port {port}: can't listen there ({reason}); take another port") from None
-
-
-def _room_for_conversations(lm: LanguageModel, max_tokens: int, kv: str) -> int:
-    """Half of the free memory in bytes, but enough for one long reply."""
-    from ..generation.prefix import PrefixCache
-    from ..memory import available_memory
-
-    one = PrefixCache(lm.model, kv=kv).most_bytes(min(lm.config.context, 2 * max_tokens))
-    return max(available_memory() // 2, one)

@@ -3,8 +3,6 @@
 In: keys. Out: messages. Knows nothing of models; what it completes and shows is passed in.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -4,8 +4,6 @@ In: a function that makes the iterator. Out: its items, for `async for`. Leaving
 iterator after the item it is at. Knows nothing of the items, except that reading a prompt reports progress.
 """
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator

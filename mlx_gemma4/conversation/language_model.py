@@ -3,8 +3,6 @@
 In: a path, or a repository's name. Out: a `LanguageModel`, which also encodes prompts. Replies are made in reply.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -24,7 +22,8 @@ from ..paths import read_object
 from ..tokens.tokenizer import Tokenizer
 
 # The keys under general.sampling, with the value of those that a file leaves out: Google's choice for Gemma 4.
-SAMPLING_KEYS = {"temp": 1.0, "top_k": 64, "top_p": 0.95, "min_p": 0.0, "penalty_repeat": 1.0}
+SAMPLING_KEYS: dict[str, Any] = {"temp": 1.0, "top_k": 64, "top_p": 0.95, "min_p": 0.0, "penalty_repeat": 1.0}
+_FIELDS = {"temp": "temperature", "penalty_repeat": "repetition_penalty"}  # of Sampling and generation_config.json
 
 
 @dataclass(frozen=True)
@@ -118,16 +117,10 @@ def _sampling_defaults(path: Path, metadata: Mapping[str, Any]) -> Sampling:
     if path.is_dir():
         source = path / "generation_config.json"
         given = read_object(source) if source.is_file() else {}
-        given |= {"temp": given.get("temperature"), "penalty_repeat": given.get("repetition_penalty")}
+        given |= {key: given.get(name) for key, name in _FIELDS.items()}
     chosen = SAMPLING_KEYS | {key: value for key in SAMPLING_KEYS if (value := given.get(key)) is not None}
     try:
-        return Sampling(
-            temperature=float(chosen["temp"]),
-            top_k=int(chosen["top_k"]),
-            top_p=float(chosen["top_p"]),
-            min_p=float(chosen["min_p"]),
-            repetition_penalty=float(chosen["penalty_repeat"]),
-        )
+        return Sampling(**{_FIELDS.get(key, key): type(SAMPLING_KEYS[key])(x) for key, x in chosen.items()})
     except (TypeError, ValueError, InputError):
         raise InputError(
             f"{source}: its sampling defaults {chosen} can't be; give --temperature 0 or mend it"

@@ -5,8 +5,6 @@ which nothing else here needs. mlx-lm's list of caches, one a layer, is a list o
 passed as `prompt_cache` and trimmed, and holds all that was read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,49 +16,6 @@ from ..errors import InputError
 from ..kv.state import KVState
 from ..tokens.tokenizer import Tokenizer
 from .language_model import LanguageModel
-
-
-def for_mlx_lm(lm: LanguageModel) -> tuple[MlxLmModel, Any]:
-    """Return the model and the tokenizer that mlx-lm's `generate`, `stream_generate` and `generate_step` take.
-
-    One sequence at a time; no draft model. As always in mlx-lm, `apply_chat_template` turns thinking on unless told
-    otherwise, and control tokens are part of the reply's text. Raises InputError if mlx-lm isn't installed.
-
-    >>> import mlx_gemma4, mlx_lm
-    >>> model, tokenizer = for_mlx_lm(mlx_gemma4.load())
-    >>> messages = [{"role": "user", "content": "Hello"}]
-    >>> prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)
-    >>> text = mlx_lm.generate(model, tokenizer, prompt=prompt, max_tokens=8)
-    >>> text == mlx_gemma4.generate(model.lm, "Hello", max_tokens=8, sampling=mlx_gemma4.Sampling(temperature=0))
-    True
-    """
-    try:
-        from mlx_lm.tokenizer_utils import TokenizerWrapper
-    except ImportError as error:
-        raise InputError("mlx-lm is not installed; pip install mlx-lm") from error
-    tokenizer = MlxLmTokenizer(lm.tokenizer)
-    return MlxLmModel(lm), TokenizerWrapper(tokenizer, eos_token_ids=lm.tokenizer.stop_ids)
-
-
-class MlxLmModel:
-    """The model as mlx-lm uses it."""
-
-    def __init__(self, lm: LanguageModel) -> None:
-        self.lm = lm
-        self.layers: list[Any] = []  # mlx-lm makes a cache for each; this model has one cache
-
-    def __call__(self, inputs: mx.array, cache: Sequence[MlxLmCache] | None = None) -> mx.array:
-        """Return the logits, fp32 [1, 1, vocab], after the last of the tokens `inputs`, int [1, T]."""
-        if inputs.shape[0] != 1:
-            raise InputError(f"a batch of {inputs.shape[0]} prompts: this model takes one at a time")
-        (held,) = self.make_cache() if cache is None else cache
-        if held.kv.length + inputs.size > self.lm.config.context:
-            raise InputError(f"the model's context holds {self.lm.config.context} tokens, and it is full; ask for less")
-        return self.lm.model.forward(inputs[0], held.kv)[None, None]
-
-    def make_cache(self) -> list[MlxLmCache]:
-        """Return a new prompt cache."""
-        return [MlxLmCache(self.lm.model.new_state())]
 
 
 class MlxLmCache:
@@ -89,6 +44,27 @@ class MlxLmCache:
         n = min(n, self.kv.length)
         self.kv.rewind(self.kv.length - n)
         return n
+
+
+class MlxLmModel:
+    """The model as mlx-lm uses it."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.lm = lm
+        self.layers: list[Any] = []  # mlx-lm makes a cache for each; this model has one cache
+
+    def __call__(self, inputs: mx.array, cache: Sequence[MlxLmCache] | None = None) -> mx.array:
+        """Return the logits, fp32 [1, 1, vocab], after the last of the tokens `inputs`, int [1, T]."""
+        if inputs.shape[0] != 1:
+            raise InputError(f"a batch of {inputs.shape[0]} prompts: this model takes one at a time")
+        (held,) = self.make_cache() if cache is None else cache
+        if held.kv.length + inputs.size > self.lm.config.context:
+            raise InputError(f"the model's context holds {self.lm.config.context} tokens, and it is full; ask for less")
+        return self.lm.model.forward(inputs[0], held.kv)[None, None]
+
+    def make_cache(self) -> list[MlxLmCache]:
+        """Return a new prompt cache."""
+        return [MlxLmCache(self.lm.model.new_state())]
 
 
 class MlxLmTokenizer:
@@ -129,6 +105,26 @@ class MlxLmTokenizer:
         """Return the prompt. With `tokenize`, control tokens spelled in messages stay text."""
         known, declared = for_template(messages, tools or (), self.chat_template)
         given: dict[str, Any] = {"tools": declared or None, "enable_thinking": enable_thinking, **variables}
-        if tokenize:
-            return encode_chat(self.inner, known, add_generation_prompt=add_generation_prompt, **given)
-        return render_chat(self.chat_template, known, add_generation_prompt=add_generation_prompt, **given)
+        given["add_generation_prompt"] = add_generation_prompt
+        return encode_chat(self.inner, known, **given) if tokenize else render_chat(self.chat_template, known, **given)
+
+
+def for_mlx_lm(lm: LanguageModel) -> tuple[MlxLmModel, Any]:
+    """Return the model and the tokenizer that mlx-lm's `generate`, `stream_generate` and `generate_step` take.
+
+    One sequence at a time; no draft model. As always in mlx-lm, `apply_chat_template` turns thinking on unless told
+    otherwise, and control tokens are part of the reply's text. Raises InputError if mlx-lm isn't installed.
+
+    >>> import mlx_gemma4, mlx_lm
+    >>> model, tokenizer = for_mlx_lm(mlx_gemma4.load())
+    >>> messages = [{"role": "user", "content": "Hello"}]
+    >>> prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)
+    >>> text = mlx_lm.generate(model, tokenizer, prompt=prompt, max_tokens=8)
+    >>> text == mlx_gemma4.generate(model.lm, "Hello", max_tokens=8, sampling=mlx_gemma4.Sampling(temperature=0))
+    True
+    """
+    try:
+        from mlx_lm.tokenizer_utils import TokenizerWrapper
+    except ImportError as error:
+        raise InputError("mlx-lm is not installed; pip install mlx-lm") from error
+    return MlxLmModel(lm), TokenizerWrapper(MlxLmTokenizer(lm.tokenizer), eos_token_ids=lm.tokenizer.stop_ids)

@@ -6,10 +6,8 @@ and `achat` are awaited. Tokens that a state or a prefix cache holds are not rea
 is a `session.Session`; this module keeps nothing between calls.
 """
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, aclosing, closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from typing import Any, Literal, cast
@@ -203,12 +201,36 @@ def stream(
     """
     options = _options(lm, options, named)
     ids = _whole_prompt(lm, prompt, options)
-    reply = Reply()
+    reply, stops, stop_ids = Reply(), StopStrings(options.stop), lm.tokenizer.stop_ids
     parser = ReplyParser(lm.tokenizer, thinking_open=ends_in_thinking(lm.tokenizer, ids))
-    stops = StopStrings(options.stop)
-    marks = marks and state is not None
-    with closing(_tokens(lm, ids, options, store, state, marks, reply.statistics, on_prompt)) as tokens:
-        for token in tokens:
+    room = max(1, lm.config.context - len(ids))
+    if state is not None and state.max_tokens is not None:
+        room = max(1, min(room, state.max_tokens - len(ids)))
+    max_tokens = min(options.max_tokens or room, room)
+    constraint = _constraint(lm, options)
+    marks = store is not None or (marks and state is not None)
+    with ExitStack() as stack:
+        if store is not None:
+            state, held = stack.enter_context(store.lease(ids, max_tokens))
+        else:
+            state = lm.model.new_state() if state is None else state
+            ids = as_held(lm.tokenizer, ids, state.tokens)
+            held = go_back(state, ids[:-1])
+        reply.statistics.reused_tokens = held
+        tokens = generate_tokens(
+            lm.model,
+            state,
+            ids[held:],
+            options.sampling or lm.sampling,
+            max_tokens,
+            stop_ids,
+            reply.statistics,
+            on_prompt,
+            stop_ids if marks else None,
+            constraint=constraint,
+            logprobs=options.logprobs,
+        )
+        for token in stack.enter_context(closing(tokens)):
             reply.tokens.append(token)
             events = _cut(stops, parser.push(token.id))
             reply.add(events)
@@ -249,7 +271,7 @@ def chat(lm: LanguageModel, prompt: Prompt, options: ReplyOptions | None = None,
     return last.reply
 
 
-async def astream(
+def astream(
     lm: LanguageModel,
     prompt: Prompt,
     options: ReplyOptions | None = None,
@@ -266,10 +288,7 @@ async def astream(
     >>> len(asyncio.run(main()))
     9
     """
-    made = in_thread(lambda check: stream(lm, prompt, options, on_prompt=check, **rest), on_prompt)
-    async with aclosing(made) as chunks:
-        async for chunk in chunks:
-            yield chunk
+    return in_thread(lambda check: stream(lm, prompt, options, on_prompt=check, **rest), on_prompt)
 
 
 async def achat(lm: LanguageModel, prompt: Prompt, options: ReplyOptions | None = None, **rest: Any) -> Reply:
@@ -295,46 +314,6 @@ def _whole_prompt(lm: LanguageModel, prompt: Prompt, options: ReplyOptions) -> l
     if prompt and all(isinstance(i, int) for i in prompt):
         return [int(i) for i in cast(Sequence[int], prompt)]
     return prompt_ids(lm, cast(Sequence[Message], prompt), options)
-
-
-def _tokens(
-    lm: LanguageModel,
-    ids: list[int],
-    options: ReplyOptions,
-    store: PrefixCache | None,
-    state: KVState | None,
-    marks: bool,
-    statistics: Statistics,
-    on_prompt: OnPrompt | None,
-) -> Generator[Token, None, None]:
-    """Generate the reply's tokens on a state of the store, the given state, or a new one."""
-    sampling, stop_ids = options.sampling or lm.sampling, lm.tokenizer.stop_ids
-    room = max(1, lm.config.context - len(ids))
-    if state is not None and state.max_tokens is not None:
-        room = max(1, min(room, state.max_tokens - len(ids)))
-    max_tokens = min(options.max_tokens or room, room)
-    constraint = _constraint(lm, options)
-    with ExitStack() as stack:
-        if store is not None:
-            state, held = stack.enter_context(store.lease(ids, max_tokens))
-        else:
-            state = lm.model.new_state() if state is None else state
-            ids = as_held(lm.tokenizer, ids, state.tokens)
-            held = go_back(state, ids[:-1])
-        statistics.reused_tokens = held
-        yield from generate_tokens(
-            lm.model,
-            state,
-            ids[held:],
-            sampling,
-            max_tokens,
-            stop_ids,
-            statistics,
-            on_prompt,
-            stop_ids if marks or store is not None else None,
-            constraint=constraint,
-            logprobs=options.logprobs,
-        )
 
 
 def as_held(tokenizer: Tokenizer, ids: list[int], held: list[int]) -> list[int]:

@@ -126,7 +126,7 @@ class Session:
             raise InputError("there is nothing to edit yet")
         return self._reply([*self.messages[:at], {"role": "user", "content": text}], options, on_prompt)
 
-    async def asend(
+    def asend(
         self,
         content: str | Message | Sequence[Message],
         options: ReplyOptions | None = None,
@@ -134,10 +134,7 @@ class Session:
         on_prompt: OnPrompt | None = None,
     ) -> AsyncGenerator[Event, None]:
         """As `send`, for `async for`. Leaving or cancelling stops the reply within a token."""
-        made = in_thread(lambda check: self.send(content, options, on_prompt=check), on_prompt)
-        async with contextlib.aclosing(made) as events:
-            async for event in events:
-                yield event
+        return in_thread(lambda check: self.send(content, options, on_prompt=check), on_prompt)
 
     def fork(self) -> Session:
         """Return another session with the same past. Copies no keys or values."""
@@ -203,7 +200,6 @@ class Session:
         self.state.close()
 
     def _last_user(self) -> int | None:
-        """Return the index of the user's last message."""
         return max((i for i, message in enumerate(self.messages) if message.get("role") == "user"), default=None)
 
     def _reply(

@@ -4,10 +4,8 @@ In: a model, a KV state, token ids. Out: tokens, one at a time. Knows nothing of
 logits by sampling.py.
 """
 
-from __future__ import annotations
-
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -23,6 +21,7 @@ from ..model.step import LazyStep, Step, ids_of
 from .sampling import REPETITION_WINDOW, Sample, Sampler, Sampling, Token
 
 PREFILL_CHUNK = 1024  # tokens read at a time: bounds the memory that a long prompt takes
+TURNS_MARKED = 4  # of one prompt, the last ones
 CHUNK_ROWS = 32 * PREFILL_CHUNK  # query heads x tokens of a chunk, at most, where chunks may be larger
 
 
@@ -62,14 +61,6 @@ class Statistics:
         return (self.reply_tokens - 1) / self.reply_time if self.reply_tokens > 1 and self.reply_time else 0.0
 
 
-def check_length(prompt: int, context: int) -> None:
-    """Refuse a prompt, in tokens, that leaves no room in the context."""
-    if prompt < 1:
-        raise InputError("the prompt is empty; give it some text")
-    if prompt >= context:
-        raise TooLong(f"the prompt has {prompt} tokens, but the model's context holds {context}; shorten it")
-
-
 def prefill_chunk(model: Model) -> int:
     """Return how many tokens of a prompt are read at a time: on NVIDIA GPUs more for models of few heads.
 
@@ -95,7 +86,7 @@ def generate_tokens(
     *,
     constraint: Constraint | None = None,
     logprobs: int | None = None,
-) -> Iterator[Token]:
+) -> Generator[Token, None, None]:
     """Read a prompt and yield the tokens of the reply.
 
     While a token is handed out, the next is already being computed. However it ends, `state` then holds the prompt, the
@@ -119,8 +110,12 @@ def generate_tokens(
         InputError: the prompt is empty or too long for the model's context, or the state takes no such reply.
     """
     statistics = statistics or Statistics()
-    check_length(state.length + len(prompt), model.config.context)
-    max_tokens = min(max_tokens, model.config.context - state.length - len(prompt))
+    length, context = state.length + len(prompt), model.config.context
+    if length < 1:
+        raise InputError("the prompt is empty; give it some text")
+    if length >= context:
+        raise TooLong(f"the prompt has {length} tokens, but the model's context holds {context}; shorten it")
+    max_tokens = min(max_tokens, context - length)
     if max_tokens < 1:
         return
     state.check_room(len(prompt) + max_tokens)
@@ -224,15 +219,11 @@ def _one_by_one(reply: _Reply, sample: Sample, stop_ids: frozenset[int]) -> Iter
         sample = reply.sample(step)
 
 
-_TURNS_MARKED = 4  # of one prompt, the last ones
-
-
 def _marks_wanted(state: KVState, prompt: list[int], turn_ends: frozenset[int] | None) -> list[int]:
-    """Return the positions to mark while a prompt is read."""
     if turn_ends is None:
         return []
     ends = [state.length + i + 1 for i, token in enumerate(prompt) if token in turn_ends]
-    return sorted({*ends[-_TURNS_MARKED:], *state.wanted_marks, state.length + len(prompt)})
+    return sorted({*ends[-TURNS_MARKED:], *state.wanted_marks, state.length + len(prompt)})
 
 
 def _prefill(

@@ -5,8 +5,6 @@ segments with each other and with those in use, so a common prefix is in memory 
 of a tree whose trunk is shared segments.
 """
 
-from __future__ import annotations
-
 import itertools
 import threading
 import weakref
@@ -170,15 +168,11 @@ class PrefixCache:
         if self.max_kv_bytes is None:
             return
         reserved = self._reserved()
-        while True:
-            using = list(reserved)
-            beside = total_nbytes(self._all()) - total_nbytes(using)  # what is shared with them is theirs already
-            if beside + sum(reserved.values()) <= self.max_kv_bytes:
+        growth = sum(reserved.values()) - total_nbytes(reserved)  # what is shared with them is theirs already
+        for kept in sorted((k for k in self._kept if not k.pinned), key=lambda k: k.used):
+            if total_nbytes(self._all()) + growth <= self.max_kv_bytes:
                 return
-            loose = [k for k in self._kept if not k.pinned]
-            if not loose:
-                return
-            self._kept.remove(min(loose, key=lambda k: k.used))
+            self._kept.remove(kept)
 
     def _reserved(self) -> dict[KVState, int]:
         return {state: worst for state, worst in self._in_use.items() if not state.closed}

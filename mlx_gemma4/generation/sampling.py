@@ -4,8 +4,6 @@ In: logits, fp32 [vocab], and the tokens chosen before. Out: a token with its lo
 the device: nothing here waits for a result, except `Sample.on_host`.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping

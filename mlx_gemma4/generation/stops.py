@@ -4,8 +4,6 @@ In: a reply's text, split anywhere. Out: the text before the first stop string; 
 back until that is known. Knows nothing of tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from ..errors import InputError

@@ -7,8 +7,6 @@ Text and control tokens are kept apart: a constraint on text never matches a con
 from users are compiled within size limits and on a large stack of their own, because the library recurses over them.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -150,12 +148,7 @@ def lark(tokenizer: Tokenizer, grammar: str, *, think: bool = False) -> Grammar:
 
 
 def tool_calls(
-    tokenizer: Tokenizer,
-    tools: Sequence[Mapping[str, Any]],
-    choice: str = "auto",
-    *,
-    think: bool = False,
-    parallel: bool = True,
+    tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], choice: str = "auto", *, think: bool = False
 ) -> Grammar:
     """Return the grammar of replies whose tool calls name a tool and obey its schema, as far as Gemma 4's format can.
 
@@ -163,7 +156,6 @@ def tool_calls(
         tools: functions with "name" and "parameters" (a JSON schema), bare or under "function" as OpenAI has them.
         choice: "auto": text and any calls; "required": one or more calls and nothing else; a function's name: one
             call of it.
-        parallel: allow several calls with "required".
 
     Raises:
         InputError: a tool or `choice` can't be used, or the model's vocabulary has no tool calls.
@@ -174,7 +166,7 @@ def tool_calls(
     for tool in tools:
         if isinstance(tool, Mapping):
             _check_schema(tool, "tools")
-    source = tool_call_lark(tokenizer, tools, choice, parallel)
+    source = tool_call_lark(tokenizer, tools, choice)
     if len(source) > 4 * MAX_SOURCE:
         raise _error("tools", f"their schemas make a grammar of {len(source)} characters; make them simpler")
     source = llguidance.LLMatcher.grammar_from_lark(source)

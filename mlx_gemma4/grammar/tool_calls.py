@@ -13,8 +13,6 @@ Constraints that a grammar can't express (`uniqueItems`, `not`, a pattern with l
 in the log, since a call with a doubtful argument is better than no call.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -33,6 +31,7 @@ _INTEGER = r"/-?(0|[1-9][0-9]{0,17})/"
 _NUMBER = r"/-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?([eE][+\-]?[0-9]{1,2})?/"
 _KEY = r"/[^\x00-\x1F\s:=,;{}()\[\]<>|\"']{1,64}/"
 _APART = re.compile(r"""[\s:=,;{}()\[\]<>|"']|^$""")  # a key or name with any of these can't be bare
+_CONSTANTS = {"boolean": '("true" | "false")', "null": '"null"'}
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _TYPES = ("string", "number", "integer", "boolean", "null", "array", "object")
 # The values that a keyword may have.
@@ -67,8 +66,8 @@ _FORMATS = {
 }
 
 
-def tool_call_lark(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], choice: str, parallel: bool) -> str:
-    """Return the grammar of one call (`choice` "auto" or a name), or of one or more ("required", if `parallel`)."""
+def tool_call_lark(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], choice: str) -> str:
+    """Return the grammar of one call (`choice` "auto" or a name), or of one or more ("required")."""
     functions = [_function(tool, i) for i, tool in enumerate(tools)]
     if choice not in ("auto", "required"):
         functions = [(name, parameters) for name, parameters in functions if name == choice]
@@ -88,8 +87,10 @@ def tool_call_lark(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], cho
             raise rules.error("parameters", "the schema is nested too deeply") from error
         except TypeError as error:
             raise rules.error("parameters", f"not a JSON schema ({error})") from error
-    many = "+" if choice == "required" and parallel else ""
-    head = [f"start: call{many}", f'call: {ids[CALL]} "call:" ({" | ".join(calls)}) {ids[END_CALL]}']
+    head = [
+        "start: call+" if choice == "required" else "start: call",
+        f'call: {ids[CALL]} "call:" ({" | ".join(calls)}) {ids[END_CALL]}',
+    ]
     return "\n".join(head + rules.lines) + "\n"
 
 
@@ -161,7 +162,7 @@ class _Rules:
                 raise self.error(at, f"there is no type {kind!r}")
         if set(_TYPES) <= set(kinds):
             return self.anything()
-        return self.either(getattr(self, kind)(schema, at) for kind in kinds)
+        return self.either(_CONSTANTS.get(kind) or getattr(self, kind)(schema, at) for kind in kinds)
 
     def string(self, schema: Mapping[str, Any], at: str) -> str:
         parts = [_unanchored(schema["pattern"])] if "pattern" in schema else []
@@ -171,7 +172,7 @@ class _Rules:
         if low or high is not None:
             parts.append(f"(?s:.{{{low or 0},{'' if high is None else high}}})")
         parts = [regex for regex in parts if self.compiles(regex, at)] or ["(?s:.*)"]
-        return f"{self.quote} {self.terminal(' & '.join(_slashed(regex) for regex in parts))} {self.quote}"
+        return f"{self.quote} {self.rule(' & '.join(map(_slashed, parts)), 'T')} {self.quote}"
 
     def integer(self, schema: Mapping[str, Any], at: str) -> str:
         return self.number(schema, at, "integer", _INTEGER)
@@ -180,14 +181,8 @@ class _Rules:
         bounds = {key: schema[key] for key in _BOUNDS if key in schema}
         # With bounds: the library's own rule for JSON, whose numbers look the same.
         if not bounds:
-            return self.terminal(plain)
+            return self.rule(plain, "T")
         return self.rule("%json " + json.dumps({"type": kind, **bounds, "x-guidance": {"whitespace_flexible": False}}))
-
-    def boolean(self, schema: Mapping[str, Any], at: str) -> str:
-        return '("true" | "false")'
-
-    def null(self, schema: Mapping[str, Any], at: str) -> str:
-        return '"null"'
 
     def array(self, schema: Mapping[str, Any], at: str) -> str:
         """[a,b]: those of `prefixItems`, then any number of `items`, within the bounds on all of them."""
@@ -238,10 +233,10 @@ class _Rules:
         pairs = []
         for pattern, part in patterns.items():
             if self.compiles(_unanchored(pattern), at):
-                key = self.terminal(f"{_KEY} & {_slashed(_unanchored(pattern))}{taken}")
+                key = self.rule(f"{_KEY} & {_slashed(_unanchored(pattern))}{taken}", "T")
                 pairs.append(f'{key} ":" {self.value(part, f"{at}/patternProperties/{pattern}")}')
         if more is not False:
-            key = self.terminal(_KEY + taken + "".join(f" & ~{_slashed(_unanchored(p))}" for p in patterns))
+            key = self.rule(_KEY + taken + "".join(f" & ~{_slashed(_unanchored(p))}" for p in patterns), "T")
             pairs.append(f'{key} ":" {self.value(more, f"{at}/additionalProperties")}')
         return self.either(pairs) if pairs else ""
 
@@ -251,8 +246,7 @@ class _Rules:
     def anything(self) -> str:
         if "any" not in self.names:
             self.names["any"] = "any"
-            options = (getattr(self, kind)({}, "") for kind in _TYPES if kind != "integer")
-            self.lines.append(f"any: {' | '.join(options)}")
+            self.lines.append(f"any: {self.typed({'type': [kind for kind in _TYPES if kind != 'integer']}, '')}")
         return "any"
 
     def literal(self, value: Any) -> str:
@@ -309,9 +303,6 @@ class _Rules:
             logging.info("tools: %s, %s: the pattern %.60r isn't enforced", self.tool, at, regex)
             return False
         return True
-
-    def terminal(self, body: str) -> str:
-        return self.rule(body, "T")
 
     def rule(self, body: str, prefix: str = "v") -> str:
         if body not in self.names:

@@ -79,6 +79,7 @@ class Tokenizer:
     control_ids  ids that are never text: nothing a user types becomes one, and `decode` leaves them out
     control_starts  the characters that control tokens begin with ("<")
     chat_template  the file's Jinja source, or None
+    split_special  returns a text cut at its control tokens: the text between them as it is, each of them as its id
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Tokenizer:
         self._encode = encode
         self._pieces: dict[int, bytes] = {}  # filled as ids are met
         self._control = {tokens[i]: i for i in control}
-        self._splitter = Splitter(self._control)
+        self.split_special = Splitter(self._control).split
         self.control_ids = frozenset(self._control.values())
         self.control_starts = frozenset(text[0] for text in self._control)
         if bos_id is None or not 0 <= bos_id < len(tokens):
@@ -138,10 +139,6 @@ class Tokenizer:
         if add_bos and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
-
-    def split_special(self, text: str) -> list[str | int]:
-        """Return `text` cut at its control tokens: the text between them as it is, each of them as its id."""
-        return self._splitter.split(text)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Return the text of `ids`. Bytes that form no character become U+FFFD; unknown ids are left out."""
@@ -302,11 +299,7 @@ def _refused(what: str) -> InputError:
 
 
 def _encoder(engine: tokenizers.Tokenizer) -> Encoder:
-    def encode(text: str) -> list[int]:
-        ids: list[int] = engine.encode(text, add_special_tokens=False).ids
-        return ids
-
-    return encode
+    return lambda text: engine.encode(text, add_special_tokens=False).ids
 
 
 def _valid(text: str) -> str:

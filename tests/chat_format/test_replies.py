@@ -124,6 +124,7 @@ def written(value: Any) -> list[Part]:
         ('call:f{<|"|>two words<|"|>:1}', call("f", **{"two words": 1})),
         ("call:f{date: 2024-01-05, zip: 007, big: 1e999, word: New York}",
          call("f", date="2024-01-05", zip="007", big="1e999", word="New York")),
+        (f"call:f{{digits: {'1' * 400}, more: {'1' * 5000}}}", call("f", digits="1" * 400, more="1" * 5000)),
         ("call:f(yes=True, no=False, none=None)", call("f", yes=True, no=False, none=None)),
         (" call: f { a : 1 , b : [ 1 , 2 , ] , } ", call("f", a=1, b=[1, 2])),
         ('call:f{\n  a: <|"|>x<|"|>,\n  b: 2\n}\n', call("f", a="x", b=2)),

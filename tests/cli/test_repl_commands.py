@@ -53,7 +53,7 @@ def repl(demo: LanguageModel, heard: Heard) -> Repl:
         reading=lambda: nullcontext(lambda done, total: None),
         load=load,
         sampling=lambda lm: lm.sampling,
-        state=lambda lm: lm.model.new_state(),
+        kv="full",
         drafts=True,
     )
     options = ReplyOptions(max_tokens=12)
@@ -147,7 +147,7 @@ def test_another_model_takes_the_conversation(repl: Repl) -> None:
 
 def test_states_are_of_the_kind_asked_for(repl: Repl, tmp_path: Path) -> None:
     """/clear, /model and /load keep to --kv; what a file holds stays as it was held."""
-    object.__setattr__(repl.env, "state", lambda lm: lm.model.new_state(kv="q8"))
+    object.__setattr__(repl.env, "kv", "q8")
     repl.take("Hello!")
     repl.take(f"/save {tmp_path / 'full'}")
     repl.take("/clear")

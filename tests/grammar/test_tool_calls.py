@@ -103,10 +103,9 @@ def test_calls_in_the_format_of_the_template(tokenizer: Tokenizer) -> None:
 
 def test_one_call_of_the_named_tool(tokenizer: Tokenizer) -> None:
     call = "<|tool_call>call:now{}<tool_call|>"
-    for options in ({"choice": "now"}, {"choice": "required", "parallel": False}):
-        grammar = tool_calls(tokenizer, [WEATHER, NOW], **options)
-        assert accepts(grammar, tokenizer, call) and grammar.finished
-        assert set(allowed(grammar, tokenizer)) <= tokenizer.stop_ids
+    grammar = tool_calls(tokenizer, [WEATHER, NOW], "now")
+    assert accepts(grammar, tokenizer, call) and grammar.finished
+    assert set(allowed(grammar, tokenizer)) <= tokenizer.stop_ids
     assert not accepts(
         tool_calls(tokenizer, [WEATHER, NOW], "now"),
         tokenizer,
