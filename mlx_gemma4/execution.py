@@ -3,9 +3,9 @@
 In: nothing. Out: `execution()`, held while a graph is built and scheduled. Threads may share a model: weights never
 change, and each KV state belongs to one thread at a time.
 
-MLX gives each thread default streams of its own, and refuses to evaluate in one thread what another left unevaluated.
-A KV state may be made in one thread and continued in another, so all work goes to one stream that any thread may use,
-and the lock keeps them from using it at once. Waiting for a result needs no lock.
+MLX (all that pyproject.toml allows: 0.32) gives each thread default streams of its own, and refuses to evaluate in one
+thread what another left unevaluated. A KV state may be made in one thread and continued in another, so all work goes to
+one stream that any thread may use, and the lock keeps them from using it at once. Waiting for a result needs no lock.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
+
+# By default MLX multiplies fp32 in TF32 (10 bits of mantissa) on GPUs that have it: NVIDIA's, M5 from macOS 26.2 on.
+# What stays in fp32 here must be exact: references that kernels are held to, scores that choose experts. MLX reads this
+# once, at its first product; here it stands before anything of MLX can run.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 import mlx.core as mx
 
@@ -31,9 +36,7 @@ _holder = (0, _last)  # the thread that executes, or did last, and its lock
 
 @cache
 def _stream(device: mx.DeviceType) -> Any:
-    # Before MLX 0.31 or so, all threads could use every stream.
-    make = getattr(mx, "new_thread_unsafe_stream", mx.new_stream)
-    return make(mx.Device(device))
+    return mx.new_thread_unsafe_stream(mx.Device(device))
 
 
 @contextmanager
