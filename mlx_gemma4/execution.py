@@ -31,7 +31,7 @@ os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100000")
 
 _guard = threading.Lock()  # of _last
 _last = threading.Lock()  # held by the latest thread in the queue until it is done
-_holder = (0, _last)  # the thread that executes, or did last, and its lock
+_holder = (0, threading.Lock())  # the thread that executes, or did last, and a lock that it alone acquires meanwhile
 
 
 @cache
@@ -48,7 +48,7 @@ def _turn() -> Iterator[None]:
     """
     global _last, _holder
     interrupt: BaseException | None = None
-    mine = threading.Lock()
+    mine, held = threading.Lock(), threading.Lock()
     with mine:
         with _guard:
             before, _last = _last, mine
@@ -60,8 +60,9 @@ def _turn() -> Iterator[None]:
                 interrupt = error
         if interrupt:
             raise interrupt
-        _holder = (threading.get_ident(), mine)
-        yield
+        with held:  # not `mine`: when that is released, the next one may have it before this thread goes on
+            _holder = (threading.get_ident(), held)
+            yield
 
 
 @contextmanager
@@ -70,8 +71,8 @@ def execution() -> Iterator[bool]:
 
     Whoever holds the outermost one schedules (`mx.async_eval`) what it returns before releasing it.
     """
-    thread, lock = _holder
-    if thread == threading.get_ident() and lock.locked():
+    thread, held = _holder
+    if thread == threading.get_ident() and held.locked():
         yield False
         return
     with _turn(), mx.stream(_stream(mx.default_device().type)):

@@ -74,6 +74,25 @@ def test_an_error_lets_the_next_in() -> None:
             assert outermost
 
 
+def test_a_turn_is_over_although_the_next_has_its_lock() -> None:
+    """As when the one that waits gets the lock before the thread that released it goes on: usual on Python 3.14."""
+    with execution():
+        mine = module._last
+    taken = threading.Event()
+
+    def next_in_the_queue() -> None:
+        with mine:
+            taken.set()
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=next_in_the_queue)
+    thread.start()
+    assert taken.wait(20)
+    with execution() as outermost:
+        assert outermost
+    thread.join(20)
+
+
 def test_an_interrupt_while_waiting_keeps_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who is interrupted while another holds the lock raises when its turn comes, and holds nothing then."""
 
