@@ -332,10 +332,7 @@ def _shown(value: float | None, times: int | float, form: str, suffix: str = "")
 
 def machine() -> dict[str, Any]:
     """Describe this machine as far as figures depend on it, without anything that identifies its owner."""
-    info = device_info()
-    keys = ("device_name", "architecture", "memory_size", "total_memory", "max_recommended_working_set_size")
-    found: dict[str, Any] = {key: info[key] for key in keys if key in info}
-    verdict = recall()
+    found, verdict = {name: value for name, value in device_info().items() if name != "uuid"}, recall()
     found |= {"system": f"{platform.system()} {platform.mac_ver()[0] or platform.release()} {platform.machine()}"}
     found |= {"kernels_checked": len(verdict.checked), "kernels_failed": verdict.failed}
     if sys.platform == "darwin":

@@ -19,24 +19,16 @@ from .. import __version__
 from ..conversation.language_model import demo_path
 from ..doctor.table import examine
 from ..doctor.verdict import MLX
-from ..memory import device_info
-from ..ops.cases import Sizes
 from ..paths import write_object
 from .bench import BenchPlan, cells_of, copy_bandwidth, load_subject, machine, measure, result
 
 SCHEMA = 1  # of the object: changes when a name or a unit does
 DEMO = BenchPlan(prompts=(512,), depths=(0, 512), reply=64, repetitions=3)
 VARIABLES = re.compile(r"(MLX|MTL|METAL|AGX)_(?!GEMMA4_)|MLX_GEMMA4_KERNELS$")  # not MLX_GEMMA4_API_KEY
-HARMLESS = re.compile(r"[\d.]*|on|off|true|false", re.IGNORECASE)
+HARMLESS = re.compile(r"[\d.]*|on|off|true|false", re.IGNORECASE)  # values; of others only that there is one
 
 
-def examine_and_report(
-    file: Path,
-    echo: Callable[[str], None],
-    as_json: bool = False,
-    models: dict[str, Sizes] | None = None,
-    plan: BenchPlan = DEMO,
-) -> bool:
+def examine_and_report(file: Path, echo: Callable[[str], None], as_json: bool = False) -> bool:
     """Run `examine`, measure the demo, and write both to a file. Return True if every kernel passed.
 
     The object has `examine`'s "gpu", "off" and "checks" (`verdict.Result`), and "demo" as `bench --json` writes it;
@@ -45,18 +37,14 @@ def examine_and_report(
     Raises:
         InputError: the file can't be written; that is known before the first check.
     """
+    variables = {name: value for name, value in os.environ.items() if VARIABLES.match(name)}
     head = {
         "program": "mlx-gemma4 doctor",
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"mlx-gemma4": __version__, "mlx": MLX, "python": platform.python_version()},
         "machine": machine(),
-        "device": device_info(),
-        "environment": {
-            name: value if HARMLESS.fullmatch(value) else "(set)"
-            for name, value in os.environ.items()
-            if VARIABLES.match(name)
-        },
+        "environment": {k: v if HARMLESS.fullmatch(v) else "(set)" for k, v in variables.items()},
     }
     report: dict[str, Any] = {}
 
@@ -65,19 +53,19 @@ def examine_and_report(
         report.update({**found, **head, "checked_as": found["machine"], "memory": used})
         write_object(file, report)
 
-    passed = examine(echo, as_json, models, keep=keep)
+    passed = examine(echo, as_json, keep=keep)
     write_object(file, {**report, "running": "the demo"})
-    write_object(file, {**report, "demo": _demo(plan)})
+    write_object(file, {**report, "demo": _demo()})
     return passed
 
 
-def _demo(plan: BenchPlan) -> dict[str, Any]:
+def _demo() -> dict[str, Any]:
     """Return the demo's loading time and speed, as `bench --json` has them, or the error that ended them."""
     try:
-        subject, cells = load_subject(demo_path()), cells_of(plan)
+        subject, cells = load_subject(demo_path()), cells_of(DEMO)
         copy = copy_bandwidth()
-        for _ in measure(subject.model, plan, cells, plan.repetitions):
+        for _ in measure(subject.model, DEMO, cells, DEMO.repetitions):
             pass
-        return result(subject, plan, cells, copy, None, "mlx-gemma4 doctor --report")
+        return result(subject, DEMO, cells, copy, None, "mlx-gemma4 doctor --report")
     except Exception as error:  # anything that a backend raises: the table is worth having all the same
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}

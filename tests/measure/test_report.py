@@ -16,11 +16,10 @@ from mlx_gemma4.doctor import table, verdict
 from mlx_gemma4.gpu import render
 from mlx_gemma4.measure import bench, report
 from mlx_gemma4.measure.bench import BenchPlan
-from mlx_gemma4.memory import device_info
 from mlx_gemma4.ops.cases import Product, Sizes
 
 TINY = {"tiny": Sizes(64, 256, (), (Product("Q4_0", (32, 64)),), "Q4_0")}
-QUICK = BenchPlan(prompts=(4,), depths=(0,), reply=2, repetitions=1)
+LIMITS = {"device_name": "Apple M9", "max_buffer_length": 9, "resource_limit": 5}
 SECRETS = {
     "MLX_GEMMA4_API_KEY": "4711",
     "MLX_HOSTFILE": "/home/jane/hosts.json",
@@ -34,12 +33,15 @@ SECRETS = {
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verdict, "verdict_file", lambda: tmp_path / "cache" / "kernels.json")
+    monkeypatch.setattr(table, "small_sizes", lambda: TINY)
+    monkeypatch.setattr(table, "real_sizes", lambda: TINY)
+    monkeypatch.setattr(report, "DEMO", BenchPlan(prompts=(4,), depths=(0,), reply=2, repetitions=1))
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
 
 
-def written(file: Path, plan: BenchPlan = QUICK, passed: bool = True) -> dict[str, Any]:
-    assert report.examine_and_report(file, lambda line: None, models=TINY, plan=plan) == passed
+def written(file: Path, passed: bool = True) -> dict[str, Any]:
+    assert report.examine_and_report(file, lambda line: None) == passed
     found: dict[str, Any] = json.loads(file.read_text())
     return found
 
@@ -47,13 +49,15 @@ def written(file: Path, plan: BenchPlan = QUICK, passed: bool = True) -> dict[st
 def test_a_gpu_is_told_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(render, "default_launcher", lambda: metal)
     monkeypatch.setattr(report, "load_subject", lambda path: 1 / 0)  # the demo alone fails
+    monkeypatch.setattr(bench, "device_info", lambda: {**LIMITS, "uuid": "GPU-jane"})
     file = tmp_path / "report.json"
     found = written(file)
+    assert "jane" not in file.read_text()
     assert [f.name for f in tmp_path.glob("*report*")] == ["report.json"]  # no temporary file stays
     assert found["schema"] == report.SCHEMA and found["gpu"] and not found["off"] and found["running"] is None
     assert set(found["versions"]) == {"mlx-gemma4", "mlx", "python"} and found["machine"]["system"]
     assert found["demo"] == {"error": "ZeroDivisionError: division by zero"}
-    assert found["device"] == device_info()
+    assert found["machine"].items() >= LIMITS.items()
     assert found["memory"]["peak"] > 0
     matvec = next(c for c in found["checks"] if c["op"] == "matvec Q4_0")
     assert matvec["model"] == "tiny" and matvec["shape"] == "32x64" and matvec["verdict"] == "ok"
@@ -129,8 +133,7 @@ def test_a_kernel_that_fails_is_told_with_its_threads(tmp_path: Path, monkeypatc
 
 
 def test_the_command_says_where_the_report_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "small_sizes", lambda: TINY)
-    monkeypatch.setattr(report, "_demo", lambda plan: {})
+    monkeypatch.setattr(report, "_demo", dict)
     file = tmp_path / "report.json"
     done = CliRunner().invoke(main, ["doctor", "--json", "--report", str(file)])
     assert done.exit_code == 0
