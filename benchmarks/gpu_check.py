@@ -4,18 +4,17 @@
 
 In: the built-in model, the tests' fixtures of all six kinds, and any file named. Out: a table of KL divergences (of
 logits, over a prompt and a decode with given tokens) and of greedy tokens that agree, the exit code 1 if a KL is over
-1e-4, a kernel fails, or the first 200 tokens of the built-in model (or a file named) differ. Stock products are kept
-from MLX's TF32, so that what kernels are held to is fp32. Where two experts' scores are all but equal, rounding alone
-decides, and another expert changes all that follows: so kernels take the experts that stock operations chose for a
-prompt, and where they would have chosen others, it must have been a near thing ("flips", and the largest "gap"). On
-NVIDIA a kernel takes 2 s to compile the first time, so a first run takes minutes; MLX keeps what it compiled.
+1e-4, a kernel fails, or the first 200 tokens of the built-in model (or a file named) differ. Where two experts' scores
+are all but equal, rounding alone decides, and another expert changes all that follows: so kernels take the experts that
+stock operations chose for a prompt, and where they would have chosen others, it must have been a near thing ("flips",
+and the largest "gap"). On NVIDIA a kernel takes 2 s to compile the first time, so a first run takes minutes; MLX keeps
+what it compiled.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 import traceback
@@ -24,8 +23,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
-
-os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 import mlx.core as mx
 import numpy as np
@@ -37,6 +34,7 @@ from mlx_gemma4.generation.loop import generate_tokens
 from mlx_gemma4.generation.sampling import Sampling
 from mlx_gemma4.gpu.render import default_launcher
 from mlx_gemma4.kv.state import KVState
+from mlx_gemma4.memory import device_info
 from mlx_gemma4.model import forward
 from mlx_gemma4.model.model import Model
 
@@ -166,7 +164,7 @@ def main() -> int:
             "  ".join(f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True
         )
         if options.json:
-            options.json.write_text(json.dumps({"mlx": MLX, "device": str(mx.device_info()), "rows": rows}))
+            options.json.write_text(json.dumps({"mlx": MLX, "device": str(device_info()), "rows": rows}))
     failed = [row["file"] for row in rows if not row["ok"]]
     print(f"{len(rows) - len(failed)} of {len(rows)} files agree" + (f"; not {', '.join(failed)}" if failed else ""))
     return int(bool(failed))

@@ -24,7 +24,7 @@ from mlx_gemma4.gpu.render import default_launcher
 from mlx_gemma4.kv import quantization
 from mlx_gemma4.kv.segments import KVQuantizer
 from mlx_gemma4.kv.state import KVState, kv_bytes
-from mlx_gemma4.memory import on_cpu
+from mlx_gemma4.memory import device_info, on_cpu
 from mlx_gemma4.ops.quantize_kv import quantize_kv
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=131_072, help="tokens")
     parser.add_argument("--measure", action="store_true", help="fill states and ask MLX what it holds")
     options = parser.parse_args()
-    print(f"31B shape, {options.length} tokens, fp16; MB on {'a CPU' if on_cpu() else mx.device_info()['device_name']}")
+    print(f"31B shape, {options.length} tokens, fp16; MB on {'a CPU' if on_cpu() else device_info()['device_name']}")
     head = (
         "| kv | at most | arrays | held by MLX | at most, last chunk | s |" if options.measure else "| kv | at most |"
     )

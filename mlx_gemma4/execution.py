@@ -3,9 +3,9 @@
 In: nothing. Out: `execution()`, held while a graph is built and scheduled. Threads may share a model: weights never
 change, and each KV state belongs to one thread at a time.
 
-MLX gives each thread default streams of its own, and refuses to evaluate in one thread what another left unevaluated.
-A KV state may be made in one thread and continued in another, so all work goes to one stream that any thread may use,
-and the lock keeps them from using it at once. Waiting for a result needs no lock.
+MLX (all that pyproject.toml allows: 0.32) gives each thread default streams of its own, and refuses to evaluate in one
+thread what another left unevaluated. A KV state may be made in one thread and continued in another, so all work goes to
+one stream that any thread may use, and the lock keeps them from using it at once. Waiting for a result needs no lock.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+# By default MLX multiplies fp32 in TF32 (10 bits of mantissa) on GPUs that have it: NVIDIA's, M5 from macOS 26.2 on.
+# What stays in fp32 here must be exact: references that kernels are held to, scores that choose experts. MLX reads this
+# once, at its first product; here it stands before anything of MLX can run.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
 import mlx.core as mx
 
 # The most that MLX submits to a GPU at once; MLX reads it when it first uses one. Its default limits cut a decode step
@@ -26,14 +31,12 @@ os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100000")
 
 _guard = threading.Lock()  # of _last
 _last = threading.Lock()  # held by the latest thread in the queue until it is done
-_holder = (0, _last)  # the thread that executes, or did last, and its lock
+_holder = (0, threading.Lock())  # the thread that executes, or did last, and a lock that it alone acquires meanwhile
 
 
 @cache
 def _stream(device: mx.DeviceType) -> Any:
-    # Before MLX 0.31 or so, all threads could use every stream.
-    make = getattr(mx, "new_thread_unsafe_stream", mx.new_stream)
-    return make(mx.Device(device))
+    return mx.new_thread_unsafe_stream(mx.Device(device))
 
 
 @contextmanager
@@ -45,7 +48,7 @@ def _turn() -> Iterator[None]:
     """
     global _last, _holder
     interrupt: BaseException | None = None
-    mine = threading.Lock()
+    mine, held = threading.Lock(), threading.Lock()
     with mine:
         with _guard:
             before, _last = _last, mine
@@ -57,8 +60,9 @@ def _turn() -> Iterator[None]:
                 interrupt = error
         if interrupt:
             raise interrupt
-        _holder = (threading.get_ident(), mine)
-        yield
+        with held:  # not `mine`: when that is released, the next one may have it before this thread goes on
+            _holder = (threading.get_ident(), held)
+            yield
 
 
 @contextmanager
@@ -67,8 +71,8 @@ def execution() -> Iterator[bool]:
 
     Whoever holds the outermost one schedules (`mx.async_eval`) what it returns before releasing it.
     """
-    thread, lock = _holder
-    if thread == threading.get_ident() and lock.locked():
+    thread, held = _holder
+    if thread == threading.get_ident() and held.locked():
         yield False
         return
     with _turn(), mx.stream(_stream(mx.default_device().type)):

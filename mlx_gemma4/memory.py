@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import mlx.core as mx
 
@@ -65,6 +65,11 @@ def make_plan(
     return MemoryPlan(holding, weights, available)
 
 
+def device_info() -> dict[str, Any]:
+    """Return what MLX knows of the device it computes on: names, and sizes in bytes. Keys differ between backends."""
+    return mx.device_info()
+
+
 def on_cpu() -> bool:
     """True if MLX computes on the CPU."""
     return mx.default_device().type == mx.DeviceType.cpu
@@ -73,13 +78,13 @@ def on_cpu() -> bool:
 def available_memory() -> int:
     """Return the bytes that a model may take: of the GPU, or else of the system's free memory."""
     if not on_cpu():
-        info = mx.device_info()
+        info = device_info()
         for key in ("max_recommended_working_set_size", "free_memory", "total_memory", "memory_size"):
             if info.get(key):
                 return int(info[key]) - mx.get_active_memory()
     if sys.platform == "linux":
         return min(_linux_available(), _cgroup_available())
-    return int(mx.device_info().get("memory_size", 1 << 63))
+    return int(device_info().get("memory_size", 1 << 63))
 
 
 def _linux_available() -> int:

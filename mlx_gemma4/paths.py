@@ -1,4 +1,4 @@
-"""The folders for this program's own files, writing a file whole or not at all, and reading JSON."""
+"""The folders for this program's own files, writing a file whole or not at all, and JSON files."""
 
 import json
 import os
@@ -46,6 +46,15 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def write_object(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all. Raises InputError."""
+    try:
+        with whole_file(path) as file:
+            file.write((json.dumps(value, indent=1) + "\n").encode())
+    except OSError as error:
+        raise InputError(f"{path}: can't be written: {error.strerror or error}") from None
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -5,6 +5,8 @@ Outputs start as NaN (or 0xCD bytes): what a kernel leaves unwritten fails. Erro
 
 from __future__ import annotations
 
+import math
+import os
 from typing import Any
 
 import ml_dtypes
@@ -21,11 +23,24 @@ LIMIT = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 1e-3}
 
 
 def metal(**declared: Any) -> Any:
-    """The simulator as a launcher whose kernels give MLX arrays; threads run in scrambled order."""
+    """The simulator as a launcher whose kernels give MLX arrays, in scrambled order; METAL_TESTS=gpu: `on_gpu`."""
+    if os.environ.get("METAL_TESTS") == "gpu":
+        return on_gpu(**declared)
     kernel = simulator(**declared)
 
     def call(**arguments: Any) -> list[mx.array]:
         return [to_mlx(a) for a in kernel(seed=2, **arguments)]
+
+    return call
+
+
+def on_gpu(**declared: Any) -> Any:
+    """This Mac's GPU as a launcher, while MLX computes references on the CPU."""
+    kernel = mx.fast.metal_kernel(**declared)
+
+    def call(**arguments: Any) -> Any:
+        floats = all(mx.issubdtype(dtype, mx.floating) for dtype in arguments["output_dtypes"])
+        return kernel(stream=mx.gpu, init_value=math.nan if floats else 0xCD, **arguments)
 
     return call
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
+import mlx.core as mx
 import pytest
 
 from mlx_gemma4 import execution as module
@@ -69,6 +74,25 @@ def test_an_error_lets_the_next_in() -> None:
             assert outermost
 
 
+def test_a_turn_is_over_although_the_next_has_its_lock() -> None:
+    """As when the one that waits gets the lock before the thread that released it goes on: usual on Python 3.14."""
+    with execution():
+        mine = module._last
+    taken = threading.Event()
+
+    def next_in_the_queue() -> None:
+        with mine:
+            taken.set()
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=next_in_the_queue)
+    thread.start()
+    assert taken.wait(20)
+    with execution() as outermost:
+        assert outermost
+    thread.join(20)
+
+
 def test_an_interrupt_while_waiting_keeps_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who is interrupted while another holds the lock raises when its turn comes, and holds nothing then."""
 
@@ -94,3 +118,38 @@ def test_an_interrupt_while_waiting_keeps_the_order(monkeypatch: pytest.MonkeyPa
     assert before.tries == 2
     with execution() as outermost:
         assert outermost
+
+
+# ---------------------------------------------------------------- MLX's rules
+
+
+def test_any_thread_continues_what_another_began() -> None:
+    """Scheduled or still lazy, in threads that live and in one that is gone, as a server's do."""
+
+    def begin(i: int) -> tuple[mx.array, mx.array]:
+        with execution():
+            scheduled = mx.full((100,), i) * 2
+            mx.async_eval(scheduled)
+            return scheduled, scheduled + 1
+
+    def go_on(begun: tuple[mx.array, mx.array]) -> int:
+        with execution():
+            scheduled, lazy = begun
+            total = (scheduled + lazy).sum()
+            mx.async_eval(total)
+        return int(total.item())  # without the lock
+
+    with ThreadPoolExecutor(3) as first:
+        begun = list(first.map(begin, range(20)))
+    with ThreadPoolExecutor(3) as second:
+        assert list(second.map(go_on, begun)) == [100 * (4 * i + 1) for i in range(20)]
+    assert go_on(begin(7)) == 2900
+
+
+@pytest.mark.parametrize(("given", "then"), [(None, "0"), ("1", "1")])
+def test_fp32_stays_fp32_unless_somebody_wants_tf32(given: str | None, then: str) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "MLX_ENABLE_TF32"}
+    env |= {} if given is None else {"MLX_ENABLE_TF32": given}
+    code = "import os, mlx_gemma4.execution; print(os.environ['MLX_ENABLE_TF32'])"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [then]

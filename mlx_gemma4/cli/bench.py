@@ -1,6 +1,5 @@
 """`mlx-gemma4 bench`: measure how fast this machine reads prompts and decodes, alone or beside llama.cpp."""
 
-import json
 import os
 import shlex
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from ..paths import whole_file
+from ..paths import write_object
 from .options import echo, find_model, kv_option, model_option, output_options, progress
 
 
@@ -85,12 +84,7 @@ def bench(
         """Write the figures so far: they remain if this is interrupted."""
         figures = b.result(subject, plan, cells, copy, llama, _command(path, plan, vs))
         for flag, file in files.items():
-            shown = figures | ({"machine": b.machine()} if flag == "--report" else {})
-            try:
-                with whole_file(file) as out:
-                    out.write((json.dumps(shown, indent=1) + "\n").encode())
-            except OSError as error:
-                raise InputError(f"{file}: can't be written: {error.strerror or error}") from None
+            write_object(file, figures | ({"machine": b.machine()} if flag == "--report" else {}))
         return figures
 
     first = -(-repetitions // 2) if vs else repetitions

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -91,7 +92,11 @@ def all_checks(models: dict[str, Sizes], lengths: Sequence[int]) -> list[tuple[s
 
 
 def examine(
-    echo: Callable[[str], None], as_json: bool = False, models: dict[str, Sizes] | None = None, timed: bool = True
+    echo: Callable[[str], None],
+    as_json: bool = False,
+    models: dict[str, Sizes] | None = None,
+    timed: bool = True,
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> bool:
     """Run every check, print a table line by line, and remember the verdict. Return True if every kernel passed.
 
@@ -100,6 +105,7 @@ def examine(
         as_json: print one JSON object instead.
         models: sizes to check at; None: those of the published models, or small ones without a GPU.
         timed: time the kernels too.
+        keep: is called before each check and at the end, with the object of `as_json` as far as it is known.
     """
     launcher = render.default_launcher()
     models = models or (real_sizes() if launcher else small_sizes())
@@ -113,19 +119,25 @@ def examine(
     if not as_json:
         echo(note)
         echo(_line("kernel", "model", "shape", "error", "time", "GB/s", "verdict"))
-    results = []
+    results: list[Result] = []
+    failed: dict[str, str] = {}
+    table: list[dict[str, Any]] = []
+    found = {"machine": verdict.machine(), "gpu": launcher is not None, "off": failed, "checks": table}
     for name, check in all_checks(models, verdict.LENGTHS if launcher else verdict.QUICK_LENGTHS):
+        keep({**found, "running": check.key})
         result = verdict.run_check(check, launcher, timed)
-        results.append((name, result))
+        results.append(result)
+        table.append({"model": name, **asdict(result)})
+        if result.failed:
+            failed.setdefault(result.op, result.verdict)
         mx.clear_cache()  # the next arrays have other sizes
         if not as_json:
             echo(_row(name, result))
-    failed = {r.op: r.verdict for _, r in reversed(results) if r.failed}
+    keep({**found, "running": None})
     if launcher:
-        verdict.remember(Verdict({f"{r.op}: {r.shape}" for _, r in results}, failed))
+        verdict.remember(Verdict({f"{r.op}: {r.shape}" for r in results}, failed))
     if as_json:
-        table = [{"model": name, **asdict(result)} for name, result in results]
-        echo(json.dumps({"machine": verdict.machine(), "gpu": launcher is not None, "off": failed, "checks": table}))
+        echo(json.dumps(found))
     else:
         for op, shape in WITHOUT_KERNEL if launcher else ():
             echo(_line(op, "", shape, "", "", "", "no kernel: stock operations"))
@@ -133,7 +145,7 @@ def examine(
             echo(verdict.switched_off(failed)[0].upper() + verdict.switched_off(failed)[1:])
         elif launcher:
             echo("All kernels are right. This is remembered until MLX, the kernels or the device change.")
-    return not failed and not (launcher is None and any(r.verdict != "runs as stock operations" for _, r in results))
+    return not failed and not (launcher is None and any(r.verdict != "runs as stock operations" for r in results))
 
 
 def _row(model: str, r: Result) -> str:

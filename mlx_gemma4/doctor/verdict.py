@@ -25,6 +25,7 @@ import mlx.core as mx
 from ..execution import execution
 from ..gpu import cuda_graph, render
 from ..gpu.render import Launcher
+from ..memory import device_info
 from ..model.model import Model
 from ..ops import attention
 from ..ops.cases import Check
@@ -37,8 +38,8 @@ from .sizes import checks, sizes_of
 log = logging.getLogger("mlx_gemma4")
 MLX = str(getattr(mx, "__version__", "?"))  # its type hints know no version
 
-# Largest difference, relative to the value plus the root mean square of all. Rounding stays far below, even where stock
-# operations on NVIDIA multiply in TF32 (5e-4); a wrong index gives about 1.
+# Largest difference, relative to the value plus the root mean square of all. Rounding stays far below, even with
+# TF32 switched on (MLX_ENABLE_TF32=1: 5e-4 on NVIDIA); a wrong index gives about 1.
 LIMIT = 5e-3
 AGREE = 0.05  # largest relative difference of the logits of two steps, as norms: rounding gives a tenth of that
 QUICK_ROWS = 256  # rows of a weight in the checks at loading
@@ -81,7 +82,7 @@ def machine() -> str:
 
 
 def device_name() -> str:
-    return str(mx.device_info().get("device_name") or platform.processor() or platform.machine())
+    return str(device_info().get("device_name") or platform.processor() or platform.machine())
 
 
 @cache
@@ -140,12 +141,15 @@ class Result:
     error: float | None = None  # see LIMIT
     seconds: float | None = None  # per launch, among many
     rate: float | None = None  # GB/s of the bytes that must move
+    first: float | None = None  # seconds of the first launches, compiling included
+    launches: tuple[dict[str, Any], ...] = ()  # those, if timed: see `render.observed`
 
 
 @execution()
 def run_check(check: Check, launcher: Launcher | None, timed: bool = False) -> Result:
     """Run a kernel and its reference and compare; without a launcher, run the reference alone."""
     op, shape = str(check.op), check.shape
+    launches: list[dict[str, Any]] = []
     try:
         case = check.make()
         want = case.compared(_arrays(case.reference()))
@@ -157,15 +161,19 @@ def run_check(check: Check, launcher: Launcher | None, timed: bool = False) -> R
     if launcher is None:
         return Result(op, shape, "runs as stock operations")
     try:
-        got = case.compared(_arrays(case.kernel(launcher)))
+        start = time.perf_counter()
+        got = case.compared(_arrays(case.kernel(render.observed(launcher, launches) if timed else launcher)))
         mx.eval(got)
+        first = time.perf_counter() - start
         worst = max(_error(a, b) for a, b in zip(got, want, strict=True))
         if not worst <= LIMIT:
-            return Result(op, shape, "gives NaN" if math.isnan(worst) else "gives wrong numbers", True, worst)
+            wrong = "gives NaN" if math.isnan(worst) else "gives wrong numbers"
+            return Result(op, shape, wrong, True, worst, first=first, launches=tuple(launches))
         seconds = _seconds(lambda: _arrays(case.kernel(launcher))) if timed else None
     except Exception as error:  # anything that a backend's compiler or launch raises
-        return Result(op, shape, f"fails: {_reason(error)}", True)
-    return Result(op, shape, "ok", False, worst, seconds, case.n_bytes / seconds / 1e9 if seconds else None)
+        return Result(op, shape, f"fails: {_reason(error)}", True, launches=tuple(launches))
+    rate = case.n_bytes / seconds / 1e9 if seconds else None
+    return Result(op, shape, "ok", False, worst, seconds, rate, first, tuple(launches))
 
 
 def check_model(model: Model) -> None:

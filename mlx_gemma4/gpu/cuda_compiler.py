@@ -25,6 +25,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..memory import device_info
 from ..paths import cache_folder, whole_file
 
 # MLX's folder of compiled modules, which MLX reads once. Its own choice would be a temporary folder.
@@ -128,7 +129,7 @@ def module(text: str, name: str) -> bytes:
 
 def _kept(text: str, name: str) -> tuple[bytes, Path] | bytes:
     """Return a compiled text's key and the file of its machine code; if the disk takes none, the machine code."""
-    architecture = str(mx.device_info()["architecture"])
+    architecture = str(device_info()["architecture"])
     key = hashlib.sha256(f"{_version()} {architecture}\n{text}".encode()).hexdigest()[:32].encode()
     folder = Path(os.environ.get("MLX_PTX_CACHE_DIR", os.devnull))
     stem = f"{name}_{_hash(key):x}"  # as MLX names it

@@ -8,6 +8,7 @@ simulator of the tests. What differs between formats and shapes is rendered as `
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -151,6 +152,22 @@ def default_launcher() -> Launcher | None:
     if on_cpu():
         return None
     return cast(Launcher, mx.fast.metal_kernel if mx.metal.is_available() else cuda_launcher)
+
+
+def observed(launcher: Launcher, launches: list[dict[str, Any]]) -> Launcher:
+    """A launcher that also notes each launch: the kernel's name, and the threads of a threadgroup and of the grid."""
+
+    def declare(**declared: Any) -> Callable[..., Sequence[Any]]:
+        kernel = launcher(**declared)
+
+        def call(**arguments: Any) -> Sequence[Any]:
+            sizes = {"threads": math.prod(arguments["threadgroup"]), "grid": math.prod(arguments["grid"])}
+            launches.append({"kernel": declared["name"], **sizes})
+            return kernel(**arguments)
+
+        return call
+
+    return declare
 
 
 @cache

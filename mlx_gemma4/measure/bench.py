@@ -26,9 +26,10 @@ from ..errors import InputError
 from ..execution import execution
 from ..generation.loop import PREFILL_CHUNK, Statistics, generate_tokens, prefill_chunk
 from ..generation.sampling import Sampling
+from ..gpu.render import observed
 from ..kv.state import KVState
 from ..loading.loader import Progress, load_model, open_model
-from ..memory import available_memory
+from ..memory import available_memory, device_info
 from ..model.model import Model
 from ..ops.dispatch import Kernels
 from .inspection import kv_per_token, weights_per_token
@@ -214,21 +215,10 @@ def launches(model: Model, state: KVState) -> int | None:
     """Kernels that a decoded token launches; None if stock operations run."""
     if model.kernels is None:
         return None
-    made, inner = 0, model.kernels.launcher
-
-    def counting(**declared: Any) -> Any:
-        kernel = inner(**declared)
-
-        def call(**arguments: Any) -> Any:
-            nonlocal made
-            made += 1
-            return kernel(**arguments)
-
-        return call
-
-    counted = Model(model.config, model.weights, Kernels(counting, model.kernels.off))
-    mx.eval(counted.forward(mx.array([1]), state.fork()))
-    return made
+    made: list[dict[str, Any]] = []
+    kernels = Kernels(observed(model.kernels.launcher, made), model.kernels.off)
+    mx.eval(Model(model.config, model.weights, kernels).forward(mx.array([1]), state.fork()))
+    return len(made)
 
 
 def host_time(model: Model, state: KVState, steps: int = 9) -> float:
@@ -342,10 +332,7 @@ def _shown(value: float | None, times: int | float, form: str, suffix: str = "")
 
 def machine() -> dict[str, Any]:
     """Describe this machine as far as figures depend on it, without anything that identifies its owner."""
-    info = mx.device_info()
-    keys = ("device_name", "architecture", "memory_size", "total_memory", "max_recommended_working_set_size")
-    found: dict[str, Any] = {key: info[key] for key in keys if key in info}
-    verdict = recall()
+    found, verdict = {name: value for name, value in device_info().items() if name != "uuid"}, recall()
     found |= {"system": f"{platform.system()} {platform.mac_ver()[0] or platform.release()} {platform.machine()}"}
     found |= {"kernels_checked": len(verdict.checked), "kernels_failed": verdict.failed}
     if sys.platform == "darwin":

@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass, replace
 from functools import cache
 
-import mlx.core as mx
+from ..memory import device_info
 
 log = logging.getLogger("mlx_gemma4")
 
@@ -31,7 +31,7 @@ class Tuning:
 @cache
 def this_gpu() -> Tuning:
     """The numbers for this machine's GPU: those of an H100 everywhere, a guess on other families."""
-    name = str(mx.device_info().get("device_name", "this device"))
+    name = str(device_info().get("device_name", "this device"))
     if "H100" in name or "H200" in name:
         return Tuning()
     log.info("Launch configurations are fitted to an H100 and a guess on %s", name)

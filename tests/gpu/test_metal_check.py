@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import metal_sim
 import pytest
 from metal_sim.frontend import examine
+from on_metal import CASES, WHOLE, cases
 
 FOLDER = Path(metal_sim.__file__).parent
-CASES = FOLDER / "cases"
-WHOLE = "#include <metal_stdlib>\nusing namespace metal;\n"
-BUFFERS = "device float* y [[buffer(0)]], const device float* x [[buffer(1)]]"
-KERNEL = f"kernel void f({BUFFERS}, uint i [[thread_position_in_grid]])"
-
-
-def cases(path: Path) -> Iterator[tuple[str, str]]:
-    """Names and texts of a file of cases. `>> ` begins a kernel's body; [mlx]: as MLX renders it; [whole]: as is."""
-    for block in path.read_text().split("// case: ")[1:]:
-        name, text = block.split("\n", 1)
-        text = re.sub(r"(?ms)^>> (.*?)\s*\Z", lambda m: f"{KERNEL} {{\n{m[1]}\n}}\n", text)
-        yield name, text if re.search(r"\[(mlx|whole)\]", name) else WHOLE + text
 
 
 def wrong_verdicts(path: Path, refused: bool) -> list[str]:
