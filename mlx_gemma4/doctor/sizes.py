@@ -62,7 +62,18 @@ def sizes_of(model: Model) -> Sizes:
     experts = (c.experts, c.experts_used if c.experts else 0)
     tables = (_type(w.token_embd), ple_table)
     prompts = tuple(p for p in products if p.used and p.type in ("F16", "BF16"))
-    return Sizes(c.hidden, c.vocab, tuple(heads), tuple(usable), *tables, len(c.layers), c.ple, *experts, prompts)
+    return Sizes(
+        c.hidden,
+        c.vocab,
+        tuple(heads),
+        tuple(usable),
+        *tables,
+        len(c.layers),
+        c.ple,
+        *experts,
+        prompts,
+        c.attention_scale,
+    )
 
 
 def _layer_products(layer: Layer, used: int, hidden: int) -> list[Product]:

@@ -18,22 +18,24 @@ from ..gpu import render
 from ..gpu.recording import Player
 from ..quant.formats import Packed
 from . import long_attention, many_rows, stock
-from .attention import ATTENTION, LONG_ATTENTION
+from .attention import FEW_ROWS, LONG_ATTENTION, attention_pieces, attention_reference, config_key, launch_config
 from .dense import DENSE, dense
 from .epilogue import ALONE, PLAIN, Epilogue, Folded, product_reference
 from .expand import EXPAND
 from .grouped import GROUPED, grouped, grouped_reference
 from .halve import HALVE
+from .long_attention import long_attention_pieces
 from .matvec import MATVEC, MAX_TOKENS, matvec
 from .op import Op, OpKey, P, R
 from .packed import is_readable
-from .parts import KVPart
+from .parts import MERGE, KVPart, shapes_of
 from .routing import Routing
 from .stock import Weight
 
 log = logging.getLogger("mlx_gemma4")
 
 REPLAY = OpKey("replay")  # recorded decode steps, as a whole
+STOCK = "stock operations run instead"
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Kernels:
         kernel: Callable[[], Any],
         reference: Callable[[], R],
         *keys: OpKey,
-        instead: str = "stock operations run instead",
+        instead: str = STOCK,
     ) -> R:
         """Run a kernel, or the reference where one of `keys` is off or the kernel raises.
 
@@ -80,15 +82,22 @@ class Kernels:
         return reference()
 
     def attention(self, q: mx.array, parts: list[KVPart], spans: mx.array, *, scale: float, window: int) -> mx.array:
-        """`attention.attention`: by matrix units where there are many tokens."""
-
-        def plain() -> mx.array:
-            return self(ATTENTION, q, parts, spans, scale=scale, window=window)
-
-        if not long_attention.supports(q, parts, window):
-            return plain()
-        long = partial(long_attention.long_attention, self.launcher, q, parts, spans, scale=scale)
-        return self.attempt(long, plain, LONG_ATTENTION.key)
+        """`attention.attention`, by matrix units where there are many tokens; where a kernel fails, by the next best."""
+        (tokens, heads, _), (kv_heads, lengths) = q.shape, shapes_of(parts)
+        kernels: list[tuple[OpKey, Callable[[], Any]]] = []
+        if long_attention.supports(q, parts, window):
+            long = partial(long_attention_pieces, self.launcher, q, parts, spans, scale=scale)
+            kernels.append((LONG_ATTENTION.key, long))
+        for config in dict.fromkeys((launch_config(lengths, heads // kv_heads * tokens, kv_heads), FEW_ROWS)):
+            plain = partial(attention_pieces, self.launcher, q, parts, spans, scale=scale, window=window, config=config)
+            kernels.append((config_key(config), plain))
+        for i, (key, kernel) in enumerate(kernels):
+            instead = f"{kernels[i + 1][0]} runs instead" if i + 1 < len(kernels) else STOCK
+            pieces = self.attempt(kernel, lambda: None, key, instead=instead)
+            if pieces is not None:
+                sums, stats = pieces
+                return self(MERGE, sums, stats, q.shape, q.dtype)
+        return attention_reference(q, parts, spans, scale=scale, window=window)
 
     def product(self, x: mx.array, w: Weight, epilogue: Epilogue = PLAIN, folded: Folded = ALONE) -> mx.array:
         """`matvec.matvec` for any weight: a few rows, and whatever is folded into their product."""
