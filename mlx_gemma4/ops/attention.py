@@ -168,7 +168,7 @@ def config_key(config: LaunchConfig) -> OpKey:
 def _pieces_case(
     kernel: Callable[..., Any], s: Sizes, h: Heads, spans: Sequence[tuple[int, int, int]], dtype: mx.Dtype
 ) -> Case:
-    """A kernel that gives pieces, of one token over parts of (capacity, start, stop): `merge_reference` adds them up."""
+    """A kernel that gives pieces, of one token over parts of (capacity, start, stop); `merge_reference` adds them."""
     q, parts, rows = attention_inputs(h, spans, dtype)
 
     def launch(launcher: Launcher) -> mx.array:

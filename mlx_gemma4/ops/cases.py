@@ -183,9 +183,9 @@ def random_bytes(n: int) -> mx.array:
     return mx.tile(base, -(-n // base.size))[:n]
 
 
-def random_queries(h: Heads, dtype: mx.Dtype) -> mx.array:
-    """[1, H, D], for scores with a scale of 1."""
-    q: mx.array = normal(1, h.heads, h.dim, dtype=dtype) * (1.5 * h.dim**-0.5)
+def random_queries(h: Heads, dtype: mx.Dtype, tokens: int = 1) -> mx.array:
+    """[T, H, D], for scores with a scale of 1."""
+    q: mx.array = normal(tokens, h.heads, h.dim, dtype=dtype) * (1.5 * h.dim**-0.5)
     return q
 
 

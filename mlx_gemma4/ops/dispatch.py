@@ -82,7 +82,7 @@ class Kernels:
         return reference()
 
     def attention(self, q: mx.array, parts: list[KVPart], spans: mx.array, *, scale: float, window: int) -> mx.array:
-        """`attention.attention`, by matrix units where there are many tokens; where a kernel fails, by the next best."""
+        """`attention.attention`: by matrix units where there are many tokens; by the next best where a kernel fails."""
         (tokens, heads, _), (kv_heads, lengths) = q.shape, shapes_of(parts)
         kernels: list[tuple[OpKey, Callable[[], Any]]] = []
         if long_attention.supports(q, parts, window):

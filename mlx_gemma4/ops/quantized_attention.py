@@ -158,17 +158,18 @@ QUANTIZED_ATTENTION = Op("quantized_attention", quantized_attention, quantized_a
 def quantized_attention_cases(s: Sizes) -> Iterator[Check]:
     """With a state's tail, or for tq4 a recorded step's, which takes several pieces."""
 
-    def make(h: Heads, length: int, kind: str) -> Case:
+    def make(h: Heads, length: int, kind: str, tokens: int) -> Case:
         dtype, rotation = state_dtype(), quantization.rotations(h.dim, center=normal(h.kv_heads, h.dim))
         plain = [random_kv(h, n, dtype) for n in (length // 2, length - length // 2)]
         quantized = [quantization.quantize(k, v, rotation, kind) for k, v in plain]
         capacity = MAX_TAIL if kind == "tq4" else TAIL
         used, tail = capacity // 2 + COUNT, random_kv(h, capacity, dtype)
         n_bytes = sum(a.nbytes for part in quantized for a in part) + sum(a.nbytes for a in tail) * used // capacity
-        arrays = (random_queries(h, dtype), quantized, rotation, tail, span_rows([(0, used)]))
+        arrays = (random_queries(h, dtype, tokens), quantized, rotation, tail, span_rows([(0, used)]))
         return case(QUANTIZED_ATTENTION, n_bytes, *arrays, scale=1.0)
 
     for h in dict.fromkeys(s.heads):
         for kind in quantization.BITS if not h.window and h.dim in DIMS else ():
-            shape = f"{h}, {s.lengths[-1]} tokens in {kind}"
-            yield Check(QUANTIZED_ATTENTION.key, shape, partial(make, h, s.lengths[-1], kind))
+            for tokens in (1, 4) if h.heads > 4 * h.kv_heads else (1,):  # drafts may take two tiles
+                shape = f"{h}, {s.lengths[-1]} tokens in {kind}" + f" T={tokens}" * (tokens > 1)
+                yield Check(QUANTIZED_ATTENTION.key, shape, partial(make, h, s.lengths[-1], kind, tokens))
