@@ -92,7 +92,7 @@ def make_step(model: Loaded, run: Kernels) -> Callable[[mx.array, KVState], mx.a
         tokens, layers = ids.size, with_room(model, state)
         inputs, _ = inputs_of(model, layers, tokens)
         shapes = (tuple(k.shape for k, _ in inputs["segments"][i]) for i in kinds.values())
-        run_it = traced((run.off, tokens, *shapes)) if run.traced else traceable
+        run_it = traced((run.off, tokens, *shapes)) if run.traced and not run.eager else traceable
         logits, tails = run_it(ids.astype(mx.int32), inputs)
         for (i, kv), (keys, values) in zip(layers.items(), tails, strict=True):
             count, stop = kv.count + tokens, kv.stop + tokens

@@ -7,7 +7,8 @@ or that no kernel supports runs as its reference.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -50,6 +51,16 @@ class Kernels:
     traced: bool = False  # decode steps are traced by mx.compile; needs a launcher whose launches are lazy
     player: Callable[[], Player] | None = None  # replays recorded steps of one token; None: none are recorded
     strict: bool = False  # a kernel that raises is the caller's to deal with
+    eager: bool = False  # each result is evaluated at once, so that a kernel that only fails then is found
+
+    @contextmanager
+    def one_by_one(self) -> Iterator[None]:
+        """Be eager inside of this. On Metal a kernel is compiled, and refused, when its result is evaluated."""
+        self.eager = True
+        try:
+            yield
+        finally:
+            self.eager = False
 
     def __call__(self, op: Op[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """The result of an operation."""
@@ -65,6 +76,8 @@ class Kernels:
     ) -> R:
         """Run a kernel, or the reference where one of `keys` is off or the kernel raises.
 
+        Where the reference fails too, that raises: it is not the kernel's fault.
+
         Args:
             keys: what the kernel consists of. The last is switched off when it raises.
             instead: what the warning says is done from then on.
@@ -72,10 +85,14 @@ class Kernels:
         if not self.off or self.off.isdisjoint([*keys, *(OpKey(key.op) for key in keys)]):
             try:
                 done: R = kernel()
+                if self.eager:
+                    mx.eval(done)
                 return done
             except Exception as error:  # whatever a backend's compiler or launch raises
                 if self.strict:
                     raise
+                if self.eager:
+                    mx.eval(reference())
                 self.off |= {keys[-1]}
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 log.warning("Kernel %s fails here and is off, %s: %s", keys[-1], instead, reason)
@@ -115,6 +132,8 @@ class Kernels:
         reference = partial(stock.linear, x, w)
         if isinstance(w, stock.Affine) or not many_rows.supports(w):
             return reference()
+        if self.eager:
+            self(HALVE, x.reshape(-1, x.shape[-1]))  # or its failure would be put down to what multiplies
         if isinstance(w, Packed) and x.shape[0] < many_rows.TILED_ROWS_FROM:
             few = partial(many_rows.few_rows, self.launcher, x, w)
             return self.attempt(few, reference, HALVE.key, _key(MATVEC, w))
@@ -126,6 +145,8 @@ class Kernels:
         reference = partial(grouped_reference, x, w, routing, glu)
         if not many_rows.supports(w):
             return reference()
+        if self.eager:
+            self(HALVE, x.reshape(-1, x.shape[-1]))  # or its failure would be put down to what multiplies
         if isinstance(w, Packed) and routing.chosen.size < many_rows.GROUPED_ROWS_FROM * w.shape[0]:
             few = partial(many_rows.few_expert_rows, self.launcher, x, w, routing.chosen)
             y = self.attempt(few, partial(stock.expert_linear, x, w, routing.chosen), HALVE.key, _key(MATVEC, w))
