@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypedDict, cast
 
 import mlx.core as mx
@@ -86,7 +86,7 @@ def make_step(model: Loaded, run: Kernels) -> Callable[[mx.array, KVState], mx.a
 
     @lru_cache(TRACES)
     def traced(_: Any) -> Callable[..., Any]:
-        return mx.compile(traceable)
+        return mx.compile(partial(traceable))  # a function of its own: MLX keeps traces by function
 
     def step(ids: mx.array, state: KVState) -> mx.array:
         tokens, layers = ids.size, with_room(model, state)
