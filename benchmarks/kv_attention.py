@@ -30,6 +30,7 @@ from mlx_gemma4.gpu.render import default_launcher
 from mlx_gemma4.kv import quantization
 from mlx_gemma4.kv.segments import SegmentLayout
 from mlx_gemma4.ops import attention, long_attention, quantized_attention
+from mlx_gemma4.ops.parts import span_rows
 
 SHAPES = sorted({(m.heads, m.kv_heads[1]) for m in PUBLISHED.values()}, reverse=True)  # query heads, KV heads
 DIM, TAIL, IN_TAIL = 512, 64, 33
@@ -81,8 +82,8 @@ def call(
     parts, tail = layer
     launcher = default_launcher()
     assert launcher is not None
-    ends = [[0, part[0].shape[2]] for part in parts]
-    spans, all_spans = mx.array([[0, IN_TAIL]], mx.int32), mx.array([*ends, [0, IN_TAIL]], mx.int32)
+    ends = [(0, part[0].shape[2]) for part in parts]
+    spans, all_spans = span_rows([(0, IN_TAIL)]), span_rows([*ends, (0, IN_TAIL)])
     if isinstance(config, attention.LaunchConfig):
         return lambda q: attention.attention(
             launcher, q, [*parts, tail], all_spans, scale=scale, out=mx.float32, config=config
@@ -170,13 +171,13 @@ def exact(a: mx.array) -> np.ndarray:
 def configs(kind: str, heads: tuple[int, int], layer: Layer, tune: bool) -> list[Any]:
     """Return the launch configs to time; None is the kernel's own."""
     rows, kv_heads = heads[0] // heads[1], heads[1]
-    lengths = [part[0].shape[2] for part in layer[0]]
+    lengths = tuple(part[0].shape[2] for part in layer[0])
     found: list[Any] = [None]
     if kind == "full":
-        lengths.append(TAIL)
+        lengths = (*lengths, TAIL)
         found.append(attention.launch_config(lengths, rows, kv_heads))
         if tune:
-            own = long_attention.long_launch_config(lengths, rows, kv_heads, DIM)
+            own = long_attention.long_launch_config(lengths, rows, 1, kv_heads, DIM)
             options: list[dict[str, Any]] = [
                 {"share": max(1, own.share // 2)},
                 {"share": 2 * own.share},
@@ -191,7 +192,6 @@ def configs(kind: str, heads: tuple[int, int], layer: Layer, tune: bool) -> list
             options += [{"tiles": 1, "share": 2 * own.share}, three] if rows > 8 else []
             made = [replace(own, **o) for o in options]
             found += [config for config in dict.fromkeys(made) if config != own]
-            found += [replace(own, merging=n) for n in (8, 16, 32) if n != own.merging]
     elif tune:
         blocks = -(-sum(lengths) // 64)
         for tiles in (1, 2) if rows > 8 else (1,):

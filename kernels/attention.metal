@@ -2,28 +2,27 @@
 //   out[t, h] = sum over j of softmax_j(SCALE q[t, h] . k[j]) v[j],  for the tokens j that t may see.
 //
 // q [tokens, H, D], the H heads in groups of GQA that share a KV head; part i: k, v [.., G, capacity_i, D] with tokens
-// spans[2 i] to spans[2 i + 1] in use (start and end). All parts one after another are one row of `total` tokens, of
-// which the last are the queries themselves: query t sees up to itself, and with WINDOW only the last WINDOW of those.
+// spans[2 i] to spans[2 i + 1] in use (start and end). All parts one after another are one row of tokens, of which the
+// last are the queries themselves: query t sees up to itself, and with a window only that many of those. parts.metal
+// says how parts are cut into pieces.
 //
 // Threads. A threadgroup (SG simdgroups) takes ROWS of the GQA * tokens queries of one KV head and one piece of the
-// length; grid (32 SG ceil(GQA tokens / ROWS), pieces, G). A piece is SHARE blocks of BLOCK tokens' room in one part,
-// in use or not; with WHOLE the one piece is all parts. The threadgroup walks through the tokens in use of its piece, a
-// block at a time:
+// length; grid (32 SG ceil(GQA tokens / ROWS), pieces, G). It walks through the tokens in use of its piece, a block of
+// BLOCK tokens at a time:
 //   1. scores: 8 lanes share a token, a lane holds KEYS of them, so that a piece of q read from threadgroup
 //      memory meets KEYS keys and a piece of k meets ROWS queries;
 //   2. softmax: a simdgroup takes whole rows, keeps their running maximum and sum;
 //   3. values: a thread owns 8 columns of all rows, and every KEY_GROUPS-th token.
 // Most pieces are one block, whose time is a chain of waits: for q and spans, for k, for v. So all loads of a step are
 // issued together; a simdgroup_barrier keeps them so: without it NVIDIA's compiler waits after every four.
-// With SPLIT each piece leaves its unnormalised sum and (maximum, sum of exponentials) to `merge`, zeros and UNSEEN if
-// no token of it is in use; else there is one piece, and `out` is written at once. Sums, maxima and exponentials are
-// fp32, with powers of 2 instead of e.
+// Each piece leaves its unnormalised sum and (maximum, sum of exponentials) to `merge`, zeros and UNSEEN if no token of
+// it is in use. Sums, maxima and exponentials are fp32, with powers of 2 instead of e.
 //
-// Memory. Each k and v in use is read once for each ROWS queries, 16 bytes a lane, 128 bytes of a token at once; q and
-// out once; sums (fp32, [tokens H, pieces, D]) are written once and read once.
+// Memory. Each k and v in use is read once for each ROWS queries, 16 bytes a lane, 128 bytes of a token at once; q
+// once; sums (fp32, [tokens H, pieces, D]) are written once and read once.
 //
-// Rendered before: T (dtype of q, k, v), U (of out), D, GQA, ROWS, SG, KEYS, PARTS, WINDOW (0: none), SCALE, WHOLE,
-// SPLIT, SHARE, LENGTHi (which dimension of part i is its capacity).
+// Rendered before: T (dtype of q, k, v), D, GQA, ROWS, SG, KEYS, SCALE; for `merge` T, U (dtype of out), SG.
+// uses: parts.metal
 
 #define CHUNKS (D / 8)
 #define BLOCK (4 * KEYS * SG)
@@ -80,56 +79,16 @@ METAL_FUNC void widen(Eight e, thread float* v) {
 }
 #endif
 
-struct Part {
-  const device T* k;
-  const device T* v;
-  int capacity;
-  int first;  // token in use
-  int last;
-  int before;  // tokens in use in the parts before
-};
-
-// kernel: attention(q, spans, k0, v0, k1?, v1?, k2?, v2?, k3?, v3?, k4?, v4?, k5?, v5?, k6?, v6?, k7?, v7?) -> (out?, sums?, stats?)
+// kernel: attention(q, spans, cut, k0, v0, k1, v1, k2, v2, k3, v3, k4, v4, k5, v5, k6, v6, k7, v7) -> (sums, stats)
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int thread_index = int(thread_index_in_threadgroup);
 const int first_row = int(threadgroup_position_in_grid.x) * ROWS;
-const int piece = int(threadgroup_position_in_grid.y), pieces = SPLIT ? int(threadgroups_per_grid.y) : 1;
+const int piece = int(threadgroup_position_in_grid.y), pieces = int(threadgroups_per_grid.y);
 const int g = int(threadgroup_position_in_grid.z);
-const int tokens = q_shape[0], heads = q_shape[1];
+const int tokens = q_shape[0], heads = q_shape[1], window = cut[WINDOW_AT];
 
-// Indexed by constants only, so that it stays in registers.
-Part parts[PARTS] = {
-    {k0, v0, int(k0_shape[LENGTH0])},
-#if PARTS > 1
-    {k1, v1, int(k1_shape[LENGTH1])},
-#endif
-#if PARTS > 2
-    {k2, v2, int(k2_shape[LENGTH2])},
-#endif
-#if PARTS > 3
-    {k3, v3, int(k3_shape[LENGTH3])},
-#endif
-#if PARTS > 4
-    {k4, v4, int(k4_shape[LENGTH4])},
-#endif
-#if PARTS > 5
-    {k5, v5, int(k5_shape[LENGTH5])},
-#endif
-#if PARTS > 6
-    {k6, v6, int(k6_shape[LENGTH6])},
-#endif
-#if PARTS > 7
-    {k7, v7, int(k7_shape[LENGTH7])},
-#endif
-};
-int total = 0;
-UNROLL
-for (int i = 0; i < PARTS; i++) {
-  parts[i].first = spans[2 * i];
-  parts[i].last = spans[2 * i + 1];
-  parts[i].before = total;
-  total += parts[i].last - parts[i].first;
-}
+const Part parts[MAX_PARTS] = {{k0, v0}, {k1, v1}, {k2, v2}, {k3, v3}, {k4, v4}, {k5, v5}, {k6, v6}, {k7, v7}};
+const Piece mine = find_piece(parts, spans, cut, piece, g, D);
 
 // q, fp32, as float4s: the first halves of all chunks of 8, then the second; later the sums of HELD groups of threads.
 constexpr int OF_GROUP = ROWS * D / 4;
@@ -140,7 +99,6 @@ threadgroup float4 room[HELD * OF_GROUP];
 threadgroup float scores[CELLS];   // [row][token of the block]
 threadgroup float weights[CELLS];  // [token][row]
 threadgroup float shrink[ROWS];    // factor of a row's old sums once its maximum has grown
-threadgroup float totals[ROWS];
 
 UNROLL
 for (int i = thread_index; i < ROWS * CHUNKS; i += 32 * SG) {
@@ -156,20 +114,6 @@ for (int i = thread_index; i < ROWS * CHUNKS; i += 32 * SG) {
     four.w = value[j + 3] * (SCALE * 1.4426950408889634f);
     room[i / CHUNKS * (D / 4) + j / 4 * CHUNKS + c] = four;
   }
-}
-
-// The part that this piece belongs to, and its first block there.
-int mine = 0, block = piece;
-if (!WHOLE) {
-  UNROLL
-  for (int i = 0; i + 1 < PARTS; i++) {
-    const int its_pieces = (parts[i].capacity + SHARE * BLOCK - 1) / (SHARE * BLOCK);
-    if (mine == i && block >= its_pieces) {
-      mine++;
-      block -= its_pieces;
-    }
-  }
-  block *= SHARE;
 }
 
 // Running maximum and sum of the rows of this simdgroup: sg, sg + SG, ...
@@ -190,139 +134,131 @@ const int key_group = thread_index / CHUNKS, column = thread_index % CHUNKS * 8;
 const int first_key = min(key_group, KEY_GROUPS - 1);  // the sums of threads in an incomplete group are never used
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-for (int p = 0; p < (WHOLE ? PARTS : 1); p++) {
-  Part part = parts[0];
-  UNROLL
-  for (int i = 1; i < PARTS; i++)
-    if (i == (WHOLE ? p : mine)) part = parts[i];
-  const int from = WHOLE ? part.first : max(part.first, block * BLOCK);
-  const int to = WHOLE ? part.last : min(part.last, (block + SHARE) * BLOCK);
-  for (int start = from; start < to; start += BLOCK) {
-    const int n = min(BLOCK, to - start);
-    const ulong at = (ulong(g) * ulong(part.capacity) + ulong(start)) * D;
-    // A thread loads the values of every KEY_GROUPS-th token from `first_key` on; past the end of the block, the last.
-    const device T* v = part.v + at + first_key * D + column;
-    const int v_last = (n - 1 - first_key) * D;
-    Eight values[V_AHEAD];
+for (int start = mine.from; start < mine.to; start += BLOCK) {
+  const int n = min(BLOCK, mine.to - start);
+  const ulong at = ulong(start) * D;
+  // A thread loads the values of every KEY_GROUPS-th token from `first_key` on; past the end of the block, the last.
+  const device T* v = mine.v + at + first_key * D + column;
+  const int v_last = (n - 1 - first_key) * D;
+  Eight values[V_AHEAD];
 
-    // 1. Scores. A token past the end of the block is a copy of another, whose scores are never used.
-    if (sg * 4 * KEYS < n) {
-      const device T* k = part.k + at;
-      int offset[KEYS];
-      float s[KEYS][ROWS];
+  // 1. Scores. A token past the end of the block is a copy of another, whose scores are never used.
+  if (sg * 4 * KEYS < n) {
+    const device T* k = mine.k + at;
+    int offset[KEYS];
+    float s[KEYS][ROWS];
+    UNROLL
+    for (int i = 0; i < KEYS; i++) {
+      offset[i] = min(sg * 4 * KEYS + i * 4 + lane / 8, n - 1) * D;
       UNROLL
-      for (int i = 0; i < KEYS; i++) {
-        offset[i] = min(sg * 4 * KEYS + i * 4 + lane / 8, n - 1) * D;
-        UNROLL
-        for (int r = 0; r < ROWS; r++) s[i][r] = 0;
-      }
+      for (int r = 0; r < ROWS; r++) s[i][r] = 0;
+    }
 #pragma unroll 1
-      for (int ahead = 0; ahead < CHUNKS; ahead += 8 * K_AHEAD) {
-        Eight loaded[K_AHEAD][KEYS];
+    for (int ahead = 0; ahead < CHUNKS; ahead += 8 * K_AHEAD) {
+      Eight loaded[K_AHEAD][KEYS];
+      UNROLL
+      for (int a = 0; a < K_AHEAD; a++) {
+        const int c = min(ahead + a * 8 + lane % 8, CHUNKS - 1);
         UNROLL
-        for (int a = 0; a < K_AHEAD; a++) {
-          const int c = min(ahead + a * 8 + lane % 8, CHUNKS - 1);
+        for (int i = 0; i < KEYS; i++) loaded[a][i] = eight(k + offset[i] + c * 8);
+      }
+      simdgroup_barrier(mem_flags::mem_none);
+      UNROLL
+      for (int a = 0; a < K_AHEAD; a++) {
+        const int c = ahead + a * 8 + lane % 8;
+        if (CHUNKS % (8 * K_AHEAD) == 0 || c < CHUNKS) {
+          float kv[KEYS][8];
           UNROLL
-          for (int i = 0; i < KEYS; i++) loaded[a][i] = eight(k + offset[i] + c * 8);
-        }
-        simdgroup_barrier(mem_flags::mem_none);
-        UNROLL
-        for (int a = 0; a < K_AHEAD; a++) {
-          const int c = ahead + a * 8 + lane % 8;
-          if (CHUNKS % (8 * K_AHEAD) == 0 || c < CHUNKS) {
-            float kv[KEYS][8];
+          for (int i = 0; i < KEYS; i++) widen(loaded[a][i], kv[i]);
+          UNROLL
+          for (int r = 0; r < ROWS; r++) {
+            const float4 x = room[r * (D / 4) + c], y = room[r * (D / 4) + CHUNKS + c];
             UNROLL
-            for (int i = 0; i < KEYS; i++) widen(loaded[a][i], kv[i]);
-            UNROLL
-            for (int r = 0; r < ROWS; r++) {
-              const float4 x = room[r * (D / 4) + c], y = room[r * (D / 4) + CHUNKS + c];
-              UNROLL
-              for (int i = 0; i < KEYS; i++) {
-                s[i][r] += kv[i][0] * x.x;
-                s[i][r] += kv[i][1] * x.y;
-                s[i][r] += kv[i][2] * x.z;
-                s[i][r] += kv[i][3] * x.w;
-                s[i][r] += kv[i][4] * y.x;
-                s[i][r] += kv[i][5] * y.y;
-                s[i][r] += kv[i][6] * y.z;
-                s[i][r] += kv[i][7] * y.w;
-              }
+            for (int i = 0; i < KEYS; i++) {
+              s[i][r] += kv[i][0] * x.x;
+              s[i][r] += kv[i][1] * x.y;
+              s[i][r] += kv[i][2] * x.z;
+              s[i][r] += kv[i][3] * x.w;
+              s[i][r] += kv[i][4] * y.x;
+              s[i][r] += kv[i][5] * y.y;
+              s[i][r] += kv[i][6] * y.z;
+              s[i][r] += kv[i][7] * y.w;
             }
           }
         }
       }
+    }
+    UNROLL
+    for (int i = 0; i < KEYS; i++) {
       UNROLL
-      for (int i = 0; i < KEYS; i++) {
-        UNROLL
-        for (int r = 0; r < ROWS; r++) {
-          const float value = sum_lanes(s[i][r], 8);
-          if (lane % 8 == r % 8) scores[r * BLOCK + sg * 4 * KEYS + i * 4 + lane / 8] = value;
-        }
+      for (int r = 0; r < ROWS; r++) {
+        const float value = sum_lanes(s[i][r], 8);
+        if (lane % 8 == r % 8) scores[r * BLOCK + sg * 4 * KEYS + i * 4 + lane / 8] = value;
       }
     }
-    if (V_EARLY) {
-      UNROLL
-      for (int a = 0; a < V_AHEAD; a++) values[a] = eight(v + min(a * KEY_GROUPS * D, v_last));
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-
-    // 2. Softmax.
+  }
+  if (V_EARLY) {
     UNROLL
-    for (int i = 0; i < OWN; i++) {
-      const int r = sg + i * SG;
-      if (r < ROWS) {
-        // One past the last token that this row sees, and the first.
-        const int end = total - tokens + (first_row + r) / GQA + 1 - part.before + part.first;
-        const int begin = WINDOW > 0 ? end - WINDOW : part.first;
-        float s[(BLOCK + 31) / 32], best = top[i];
-        UNROLL
-        for (int b = 0; b < (BLOCK + 31) / 32; b++) {
-          const int key = b * 32 + lane;
-          const bool seen = key < n && start + key >= begin && start + key < end;
-          s[b] = seen ? scores[r * BLOCK + key] : UNSEEN;
-          best = max(best, s[b]);
-        }
-        best = max_lanes(best);
-        float part_sum = 0;
-        UNROLL
-        for (int b = 0; b < (BLOCK + 31) / 32; b++) {
-          const int key = b * 32 + lane;
-          const float weight = s[b] > 0.5f * UNSEEN ? exp2(s[b] - best) : 0.0f;
-          part_sum += weight;
-          if (key < BLOCK) weights[key * ROWS + r] = weight;
-        }
-        const float factor = exp2(top[i] - best);
-        sum[i] = sum[i] * factor + sum_lanes(part_sum, 32);
-        top[i] = best;
-        if (lane == 0) shrink[r] = factor;
+    for (int a = 0; a < V_AHEAD; a++) values[a] = eight(v + min(a * KEY_GROUPS * D, v_last));
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  // 2. Softmax.
+  UNROLL
+  for (int i = 0; i < OWN; i++) {
+    const int r = sg + i * SG;
+    if (r < ROWS) {
+      // One past the last token that this row sees, and the first.
+      const int end = mine.total - tokens + (first_row + r) / GQA + 1 - mine.before;
+      const int begin = window > 0 ? end - window : 0;
+      float s[(BLOCK + 31) / 32], best = top[i];
+      UNROLL
+      for (int b = 0; b < (BLOCK + 31) / 32; b++) {
+        const int key = b * 32 + lane;
+        const bool seen = key < n && start + key >= begin && start + key < end;
+        s[b] = seen ? scores[r * BLOCK + key] : UNSEEN;
+        best = max(best, s[b]);
       }
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-
-    // 3. Values. Past the end of the block, again copies, whose weights are 0.
-    UNROLL
-    for (int r = 0; r < ROWS; r++) {
+      best = max_lanes(best);
+      float part_sum = 0;
       UNROLL
-      for (int j = 0; j < 8; j++) acc[r][j] *= shrink[r];
+      for (int b = 0; b < (BLOCK + 31) / 32; b++) {
+        const int key = b * 32 + lane;
+        const float weight = s[b] > 0.5f * UNSEEN ? exp2(s[b] - best) : 0.0f;
+        part_sum += weight;
+        if (key < BLOCK) weights[key * ROWS + r] = weight;
+      }
+      const float factor = exp2(top[i] - best);
+      sum[i] = sum[i] * factor + sum_lanes(part_sum, 32);
+      top[i] = best;
+      if (lane == 0) shrink[r] = factor;
     }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  // 3. Values. Past the end of the block, again copies, whose weights are 0.
+  UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    UNROLL
+    for (int j = 0; j < 8; j++) acc[r][j] *= shrink[r];
+  }
 #pragma unroll 1
-    for (int ahead = 0; ahead < n; ahead += KEY_GROUPS * V_AHEAD) {
-      if (!V_EARLY || ahead > 0) {
-        UNROLL
-        for (int a = 0; a < V_AHEAD; a++) values[a] = eight(v + min((ahead + a * KEY_GROUPS) * D, v_last));
-      }
-      simdgroup_barrier(mem_flags::mem_none);
+  for (int ahead = 0; ahead < n; ahead += KEY_GROUPS * V_AHEAD) {
+    if (!V_EARLY || ahead > 0) {
       UNROLL
-      for (int a = 0; a < V_AHEAD; a++) {
-        const int key = ahead + a * KEY_GROUPS + first_key;
-        float value[8];
-        widen(values[a], value);
+      for (int a = 0; a < V_AHEAD; a++) values[a] = eight(v + min((ahead + a * KEY_GROUPS) * D, v_last));
+    }
+    simdgroup_barrier(mem_flags::mem_none);
+    UNROLL
+    for (int a = 0; a < V_AHEAD; a++) {
+      const int key = ahead + a * KEY_GROUPS + first_key;
+      float value[8];
+      widen(values[a], value);
+      UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        const float weight = BLOCK % (KEY_GROUPS * V_AHEAD) == 0 || key < BLOCK ? weights[key * ROWS + r] : 0.0f;
         UNROLL
-        for (int r = 0; r < ROWS; r++) {
-          const float weight = BLOCK % (KEY_GROUPS * V_AHEAD) == 0 || key < BLOCK ? weights[key * ROWS + r] : 0.0f;
-          UNROLL
-          for (int j = 0; j < 8; j++) acc[r][j] += weight * value[j];
-        }
+        for (int j = 0; j < 8; j++) acc[r][j] += weight * value[j];
       }
     }
   }
@@ -331,15 +267,10 @@ for (int p = 0; p < (WHOLE ? PARTS : 1); p++) {
 UNROLL
 for (int i = 0; i < OWN; i++) {
   const int r = sg + i * SG, row = first_row + r;
-  if (r < ROWS && lane == 0) {
-    totals[r] = sum[i];
-#if SPLIT
-    if (row < GQA * tokens) {
-      const int query = row / GQA * heads + g * GQA + row % GQA;
-      stats[(query * pieces + piece) * 2] = top[i];
-      stats[(query * pieces + piece) * 2 + 1] = sum[i];
-    }
-#endif
+  if (r < ROWS && lane == 0 && row < GQA * tokens) {
+    const int query = row / GQA * heads + g * GQA + row % GQA;
+    stats[(query * pieces + piece) * 2] = top[i];
+    stats[(query * pieces + piece) * 2 + 1] = sum[i];
   }
 }
 
@@ -382,7 +313,6 @@ for (int count = KEY_GROUPS; count > 1; count = count > HELD ? count - HELD : 1)
     }
   }
 }
-if (KEY_GROUPS == 1) threadgroup_barrier(mem_flags::mem_threadgroup);
 
 if (key_group == 0) {
   UNROLL
@@ -390,31 +320,25 @@ if (key_group == 0) {
     const int row = first_row + r;
     if (row < GQA * tokens) {
       const int query = row / GQA * heads + g * GQA + row % GQA;
-#if SPLIT
       store8(sums + ulong(query * pieces + piece) * D + column, acc[r]);
-#else
-      UNROLL
-      for (int j = 0; j < 8; j++) acc[r][j] /= totals[r];
-      store8(out + query * D + column, acc[r]);
-#endif
     }
   }
 }
 
 // kernel: merge(sums, stats) -> (out)
 // Merge the pieces of a row: out[row] = sum of 2^(m_p - m) sums[row, p] / sum of 2^(m_p - m) l_p.
-// sums [rows, pieces, D], stats [rows, pieces, (m, l)]; out [rows, D]. A lane takes 4 columns, SG simdgroups share
-// the pieces; threadgroup 32 SG, grid (32 SG, ceil(D / 128), rows); SG divides 32. Everything is read once.
+// sums [rows, pieces, dim], stats [rows, pieces, (m, l)]; out [rows, dim]. A lane takes 4 columns, SG simdgroups share
+// the pieces; threadgroup 32 SG, grid (32 SG, ceil(dim / 128), rows); SG divides 32. Everything is read once.
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int column = int(threadgroup_position_in_grid.y) * 128 + lane * 4, row = int(threadgroup_position_in_grid.z);
-const int pieces = stats_shape[1];
+const int pieces = sums_shape[1], dim = sums_shape[2];
 
 // The sums of 32 pieces are loaded at once.
 constexpr int FIRST = 32 / SG;
 float first[FIRST][4];
 UNROLL
 for (int i = 0; i < FIRST; i++)
-  load4(sums + ulong(row * pieces + min(sg + i * SG, pieces - 1)) * D + min(column, D - 4), first[i]);
+  load4(sums + ulong(row * pieces + min(sg + i * SG, pieces - 1)) * dim + min(column, dim - 4), first[i]);
 const float m = lane < pieces ? stats[(row * pieces + lane) * 2] : UNSEEN;
 const float l = lane < pieces ? stats[(row * pieces + lane) * 2 + 1] : 0.0f;
 float top = m;
@@ -433,10 +357,10 @@ for (int i = 0; i < FIRST; i++) {
   UNROLL
   for (int j = 0; j < 4; j++) acc[j] += weight * first[i][j];
 }
-#pragma unroll 4
+#pragma unroll 8
 for (int p = 32 + sg; p < pieces; p += SG) {
   float value[4];
-  load4(sums + ulong(row * pieces + p) * D + min(column, D - 4), value);
+  load4(sums + ulong(row * pieces + p) * dim + min(column, dim - 4), value);
   const float weight = exp2(stats[(row * pieces + p) * 2] - top);
   UNROLL
   for (int j = 0; j < 4; j++) acc[j] += weight * value[j];
@@ -450,5 +374,5 @@ for (int i = int(thread_index_in_threadgroup); i < 128; i += 32 * SG) {
   UNROLL
   for (int s = 0; s < SG; s++) value += shared_acc[s][i];
   const int at = int(threadgroup_position_in_grid.y) * 128 + i;
-  if (at < D) out[row * D + at] = U(value / total);
+  if (at < dim) out[row * dim + at] = U(value / total);
 }

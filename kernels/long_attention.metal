@@ -1,13 +1,12 @@
 // Attention of a few new tokens over many fp16 keys and values, on matrix units. Gives what `attention` of
-// attention.metal gives with WINDOW 0 and SPLIT: for each piece of the length
+// attention.metal gives without a window: for each piece of the length
 //   sums = sum over j of 2^(score_j - top) v[j], score_j = SCALE / ln 2 q . k[j],  and (top, sum of 2^(score_j - top));
 // `merge` of attention.metal adds the pieces up.
 //
 // q [tokens, H, D], the H heads in groups of GQA that share a KV head; part i: k, v [.., G, capacity_i, D] with tokens
 // spans[2 i] to spans[2 i + 1] in use. All tokens in use are one row, of which the last are the queries themselves:
-// query t sees up to itself. Each part is cut into pieces of SHARE tokens of its capacity, of which the last may be
-// shorter; pieces are numbered through all parts. So pieces do not move as spans grow, and one outside of the spans is
-// empty: (UNSEEN, 0) and zeros.
+// query t sees up to itself. parts.metal says how parts are cut into pieces; one without tokens in use gives (UNSEEN, 0)
+// and zeros.
 //
 // Threads. A threadgroup (SG simdgroups, a divisor of D / 64) takes 8 TILES of the GQA * tokens queries of one KV head
 // and one piece; grid (32 SG ceil(GQA tokens / 8 TILES), pieces, G). It walks through what is in use of its piece in
@@ -25,10 +24,10 @@
 // are always under way (a simdgroup_barrier keeps the compiler from loading later). sums (fp32, [tokens H, pieces, D])
 // are written once and read once.
 //
-// Rendered before: T (half), D (a multiple of 64), GQA, SG, TILES, SHARE (a multiple of BLOCK), BATCH (a multiple of 4
-// that divides D / 16), RESIDENT (threadgroups that a core is to hold at once), PARTS, SCALE, LENGTHi (which dimension
-// of part i is its capacity).
+// Rendered before: T (half), D (a multiple of 64), GQA, SG, TILES, BATCH (a multiple of 4 that divides D / 16), RESIDENT
+// (threadgroups that a core is to hold at once), SCALE. Pieces are multiples of BLOCK tokens.
 // uses: matrix.metal
+// uses: parts.metal
 
 #define BLOCK (16 * SG)
 #define ROWS (8 * TILES)
@@ -37,12 +36,6 @@
 #define BATCHES (D / 16 / BATCH)     // of keys, and as many of values, a block
 #define UNSEEN -1e30f
 #define LAUNCH_BOUNDS __launch_bounds__(32 * SG, RESIDENT)  // for CUDA: limits the registers of a thread
-
-struct Part {
-  const device half* k;
-  const device half* v;
-  int capacity;
-};
 
 // Load one batch of a block of n tokens: the first BATCHES are of keys, the others of values. A token past the end is a
 // copy of the last one, with weight 0.
@@ -64,7 +57,7 @@ METAL_FUNC void load_batch(const device half* k, const device half* v, int n, in
   }
 }
 
-// kernel: long_attention(q, spans, k0, v0, k1?, v1?, k2?, v2?, k3?, v3?, k4?, v4?, k5?, v5?, k6?, v6?, k7?, v7?) -> (sums, stats)
+// kernel: long_attention(q, spans, cut, k0, v0, k1, v1, k2, v2, k3, v3, k4, v4, k5, v5, k6, v6, k7, v7) -> (sums, stats)
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int lane_g = LANE_G, lane_t = LANE_T;
 const int first_row = int(threadgroup_position_in_grid.x) * ROWS;
@@ -72,59 +65,18 @@ const int piece = int(threadgroup_position_in_grid.y), pieces = int(threadgroups
 const int g = int(threadgroup_position_in_grid.z);
 const int tokens = q_shape[0], heads = q_shape[1];
 
-const Part parts[PARTS] = {
-    {k0, v0, int(k0_shape[LENGTH0])},
-#if PARTS > 1
-    {k1, v1, int(k1_shape[LENGTH1])},
-#endif
-#if PARTS > 2
-    {k2, v2, int(k2_shape[LENGTH2])},
-#endif
-#if PARTS > 3
-    {k3, v3, int(k3_shape[LENGTH3])},
-#endif
-#if PARTS > 4
-    {k4, v4, int(k4_shape[LENGTH4])},
-#endif
-#if PARTS > 5
-    {k5, v5, int(k5_shape[LENGTH5])},
-#endif
-#if PARTS > 6
-    {k6, v6, int(k6_shape[LENGTH6])},
-#endif
-#if PARTS > 7
-    {k7, v7, int(k7_shape[LENGTH7])},
-#endif
-};
+const Part parts[MAX_PARTS] = {{k0, v0}, {k1, v1}, {k2, v2}, {k3, v3}, {k4, v4}, {k5, v5}, {k6, v6}, {k7, v7}};
+const Piece mine = find_piece(parts, spans, cut, piece, g, D);
+const int from = mine.from, to = mine.to;
 
 threadgroup uint2 queries[TILES * SLOTS * 32];  // second factors of scores, [tile][product][lane]
 threadgroup uint2 weights[TILES * SG * 32];     // of values, [tile][16 tokens][lane]
 threadgroup float scores[ROWS][BLOCK + 1];
 threadgroup float shrink[ROWS];                 // factor of a query's old sums once its maximum has grown
 
-// The tokens of this piece, and how many there are in all.
-const device half* k = k0;
-const device half* v = v0;
-int from = 0, to = 0, before = 0;  // its tokens within their part; the part's token 0 in the row of all
-int total = 0, dealt = 0;
-UNROLL
-for (int i = 0; i < PARTS; i++) {
-  const int begin = spans[2 * i], end = spans[2 * i + 1];
-  const int count = (parts[i].capacity + SHARE - 1) / SHARE;
-  if (piece >= dealt && piece < dealt + count) {
-    k = parts[i].k + ulong(g) * ulong(parts[i].capacity) * D;
-    v = parts[i].v + ulong(g) * ulong(parts[i].capacity) * D;
-    from = max(begin, (piece - dealt) * SHARE);
-    to = min(end, (piece - dealt + 1) * SHARE);
-    before = total - begin;
-  }
-  dealt += count;
-  total += end - begin;
-}
-
+const device half* k = mine.k + ulong(from) * D;
+const device half* v = mine.v + ulong(from) * D;
 uint words[2][4 * BATCH];
-k += ulong(from) * D;
-v += ulong(from) * D;
 if (from < to) {
   load_batch(k, v, min(BLOCK, to - from), 0, sg, lane, words[0]);
   load_batch(k, v, min(BLOCK, to - from), 1, sg, lane, words[1]);
@@ -151,7 +103,7 @@ float top[OWN], sum[OWN];
 int seen[OWN];  // tokens that each query sees of what is left of the piece
 UNROLL
 for (int i = 0; i < OWN; i++) {
-  seen[i] = min(to - from, total - tokens + (first_row + sg + i * SG) / GQA + 1 - before - from);
+  seen[i] = min(to - from, mine.total - tokens + (first_row + sg + i * SG) / GQA + 1 - mine.before - from);
   top[i] = UNSEEN;
   sum[i] = 0;
 }

@@ -121,6 +121,13 @@ if (sg == 0 && lane < 16) {
 threadgroup_barrier(mem_flags::mem_threadgroup);
 #endif
 
+#if TOKENS > 1  // at most: one text serves a few tokens, and those that are missing are copies of the last
+const int tokens = x_shape[0];
+#define X_ROW(t) min(t, tokens - 1)
+#else
+const int tokens = 1;
+#define X_ROW(t) t
+#endif
 const device T* xs = x + (EXPERT_X ? uint(slot) * uint(K) : 0u);
 float acc[TOKENS][ROWS], squares[TOKENS];
 UNROLL
@@ -162,7 +169,7 @@ float brought[TOKENS][BRING][8];
     if (i < LANES * SPLIT * CHUNK && k < K) {                                              \
       BRING_NORM(k)                                                                        \
       UNROLL for (int t = 0; t < TOKENS; t++) {                                            \
-        load8(xs + t * K + k, brought[t][b]);                                              \
+        load8(xs + X_ROW(t) * K + k, brought[t][b]);                                       \
         UNROLL for (int j = 0; j < 8 * NORM; j++) {                                        \
           squares[t] += brought[t][b][j] * brought[t][b][j];                               \
           brought[t][b][j] *= scale[j];                                                    \
@@ -261,7 +268,7 @@ for (int step = 0; step < steps; step++) {
             v[t][q * 4 + 3] = four.w;
           }
 #else
-          load8(xs + t * K + c * CHUNK + at, v[t]);
+          load8(xs + X_ROW(t) * K + c * CHUNK + at, v[t]);
 #endif
           UNROLL
           for (int j = 0; j < 8; j++) {
@@ -361,6 +368,7 @@ if (part == 0 && col == 0) {
 if (part == 0 && col == 0) {
   UNROLL
   for (int t = 0; t < TOKENS; t++) {
+    if (t >= tokens) break;
     const float normed = NORM ? rsqrt(squares[t] / float(K) + EPS) : 1.0f;
     UNROLL
     for (int r = 0; r < OUTS; r++) {

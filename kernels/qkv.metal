@@ -2,7 +2,7 @@
 //   q' = rope(rms(q) q_norm),  k' = rope(rms(k) k_norm),  v' = rms(v) with VALUE_NORM, else v.
 //
 // q [tokens, H D], k and v [tokens, G D]. With JOINED_K the k of a token stands behind its q in the same array, with
-// JOINED_V its v behind those; with V_IS_K v is the raw k; without KV there is q alone. tail_k, tail_v [G, TAIL, D]
+// JOINED_V its v behind those; with V_IS_K v is the raw k; without KV there is q alone. tail_k, tail_v [1, G, room, D]
 // hold count[0] tokens; new_k, new_v are copies of them with the new tokens behind (rows past those stay unwritten), or
 // in recorded steps (gpu/recording.py) the same memory, where nothing is copied.
 // RoPE rotates dimensions i and i + D/2 of token t by an angle of cosine rope[t, 0, i] and sine rope[t, 1, i], which
@@ -10,13 +10,13 @@
 //
 // Threads. A simdgroup takes one head of one token, 4 a threadgroup, a lane 4 neighbouring pairs at a time; the
 // threadgroups after those, if there is something to copy, take the old rows of the tails, 16 bytes of each a thread.
-// grid (128 (ceil(tokens heads / 4) + ceil(G TAIL D sizeof(C) / 16 / 128)), 1, 1). D a multiple of 8.
+// grid (128 (ceil(tokens heads / 4) + ceil(G room D sizeof(C) / 16 / 128)), 1, 1). D a multiple of 8.
 //
 // Memory. Products are read once, results written once; all rows of both tails are read, the used ones written. A
 // layer's weights evict all this from the cache before the next layer, so waiting for it takes most of the time. A
 // thread waits once: it loads all that it may need together, a row of the tails before it knows count.
 //
-// Rendered before: T (dtype of the products), C (of q', k', v'), C_BYTES, H, G, D, TAIL, EPS, KV, JOINED_K, JOINED_V,
+// Rendered before: T (dtype of the products), C (of q', k', v'), C_BYTES, H, G, D, EPS, KV, JOINED_K, JOINED_V,
 // V_IS_K, VALUE_NORM.
 
 #define STEPS ((D / 2 + 127) / 128)
@@ -57,7 +57,7 @@ METAL_FUNC void store4(device bfloat* p, const thread float* v) {
 const int lane = int(thread_index_in_simdgroup), tokens = q_shape[0];
 const int group = int(threadgroup_position_in_grid.x), units = tokens * HEADS, head_groups = (units + 3) / 4;
 #if KV
-const int used = count[0];
+const int used = count[0], room = int(tail_k_shape[2]);
 #endif
 
 if (group < head_groups) {
@@ -112,7 +112,7 @@ if (group < head_groups) {
 
     device C* to = q_out + (t * H + head) * D;
 #if KV
-    if (!is_q) to = (is_v ? new_v : new_k) + (g * TAIL + used + t) * D;
+    if (!is_q) to = (is_v ? new_v : new_k) + (g * room + used + t) * D;
 #endif
     EACH_STEP {
       UNROLL
@@ -135,11 +135,12 @@ if (group < head_groups) {
 }
 #if KV
 else {
-  constexpr int ROW = D * C_BYTES / 16, PIECES = G * TAIL * ROW;  // of 16 bytes
-  const int i = (group - head_groups) * 128 + int(thread_index_in_threadgroup), at = min(i, PIECES - 1);
+  constexpr int ROW = D * C_BYTES / 16;  // pieces of 16 bytes
+  const int pieces = G * room * ROW;
+  const int i = (group - head_groups) * 128 + int(thread_index_in_threadgroup), at = min(i, pieces - 1);
   const uint4 old_k = ((const device uint4*)tail_k)[at], old_v = ((const device uint4*)tail_v)[at];
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (i < PIECES && i / ROW % TAIL < used) {
+  if (i < pieces && i / ROW % room < used) {
     ((device uint4*)new_k)[i] = old_k;
     ((device uint4*)new_v)[i] = old_v;
   }

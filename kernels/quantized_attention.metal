@@ -8,7 +8,8 @@
 //
 // q [tokens, H, D], the H heads in groups of GQA that share a KV head. rotation fp32 [2, D]: row 0 is used here,
 // row 1 (signs alone) by `merge_quantized`; with CENTERED, G more rows: the centers. Part i: c [G, n_i, 2, WORDS],
-// the codes of each token's key, then of its value; s [G, n_i, 2], their scales. Queries see all of every part.
+// the codes of each token's key, then of its value; s [G, n_i, 2], their scales. Queries see all of every part. All
+// MAX_QUANTIZED parts are bound, absent ones as copies of the first; lengths [8] has each n_i, 0 of an absent one.
 //
 // Threads. A threadgroup (SG simdgroups) takes 8 TILES of the GQA * tokens queries of one KV head and one piece of the
 // length; grid (32 SG ceil(GQA tokens / 8 TILES), pieces, G). It walks through its piece in blocks of 16 SG tokens:
@@ -23,7 +24,7 @@
 // Memory. Codes and scales are read once for each 8 TILES queries; sums (fp32, [tokens H, pieces, D]) written once and
 // read once.
 //
-// Rendered before: what quantized.metal needs; T (dtype of q), GQA, CENTERED, SG, TILES, PARTS, SCALE.
+// Rendered before: what quantized.metal needs; T (dtype of q), GQA, CENTERED, SG, TILES, SCALE.
 // uses: matrix.metal
 // uses: quantized.metal
 
@@ -47,7 +48,9 @@
 #define OWNED(r) (ROWS % SG == 0 || (r) < ROWS)
 #define UNSEEN -1e30f
 
-#ifdef PARTS  // for `quantized_attention`
+#define MAX_QUANTIZED 7
+
+#ifdef TILES  // for `quantized_attention`
 struct QuantizedPart {
   const device uint* codes;
   const device half* scales;
@@ -66,7 +69,7 @@ METAL_FUNC Block block_at(const thread QuantizedPart* parts, int g, int start, i
   Block found = {parts[0].codes, parts[0].scales, 0};
   int first = 0;
   UNROLL
-  for (int p = 0; p < PARTS; p++) {
+  for (int p = 0; p < MAX_QUANTIZED; p++) {
     const int last = first + parts[p].length;
     if (start >= first && start < last) {
       const ulong at = ulong(g) * ulong(parts[p].length) + ulong(start - first);
@@ -108,7 +111,7 @@ METAL_FUNC void load_values(Block block, int group, int sg, int lane, thread uin
 }
 #endif
 
-// kernel: quantized_attention(q, rotation, c0, s0, c1?, s1?, c2?, s2?, c3?, s3?, c4?, s4?, c5?, s5?, c6?, s6?) -> (sums, stats)
+// kernel: quantized_attention(q, rotation, lengths, c0, s0, c1, s1, c2, s2, c3, s3, c4, s4, c5, s5, c6, s6) -> (sums, stats)
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int lane_g = LANE_G, lane_t = LANE_T;
 const int first_row = int(threadgroup_position_in_grid.x) * ROWS;
@@ -116,26 +119,9 @@ const int piece = int(threadgroup_position_in_grid.y), pieces = int(threadgroups
 const int g = int(threadgroup_position_in_grid.z);
 const int tokens = q_shape[0], heads = q_shape[1];
 
-const QuantizedPart parts[PARTS] = {
-    {c0, s0, int(c0_shape[1])},
-#if PARTS > 1
-    {c1, s1, int(c1_shape[1])},
-#endif
-#if PARTS > 2
-    {c2, s2, int(c2_shape[1])},
-#endif
-#if PARTS > 3
-    {c3, s3, int(c3_shape[1])},
-#endif
-#if PARTS > 4
-    {c4, s4, int(c4_shape[1])},
-#endif
-#if PARTS > 5
-    {c5, s5, int(c5_shape[1])},
-#endif
-#if PARTS > 6
-    {c6, s6, int(c6_shape[1])},
-#endif
+const QuantizedPart parts[MAX_QUANTIZED] = {
+    {c0, s0, lengths[0]}, {c1, s1, lengths[1]}, {c2, s2, lengths[2]}, {c3, s3, lengths[3]},
+    {c4, s4, lengths[4]}, {c5, s5, lengths[5]}, {c6, s6, lengths[6]},
 };
 
 threadgroup uint2 queries[TILES * SLOTS * 32];  // second factors of scores, [tile][product][lane]
@@ -157,7 +143,7 @@ const threadgroup uint* table = 0;
 
 int total = 0;
 UNROLL
-for (int i = 0; i < PARTS; i++) total += parts[i].length;
+for (int i = 0; i < MAX_QUANTIZED; i++) total += parts[i].length;
 const int blocks = (total + BLOCK - 1) / BLOCK, share = (blocks + pieces - 1) / pieces * BLOCK;
 const int from = piece * share, to = min(from + share, total);
 

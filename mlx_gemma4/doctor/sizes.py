@@ -55,14 +55,26 @@ def sizes_of(model: Model) -> Sizes:
         heads.append(Heads(shape.heads, shape.kv_heads, shape.head_dim, window, joined, own, v_is_k, c.value_norm))
         products += _layer_products(layer, c.experts_used, c.hidden)
     usable = [used for p in products for used in _as_launched(p)]
-    plain = {p.type: p.shape for p in reversed(usable) if p.type in FORMATS and len(p.shape) == 2}
-    # Short prompts
-    usable += [Product(type, shape, tokens=matvec.MAX_TOKENS, narrow=True) for type, shape in plain.items()]
+    packed = [p for p in usable if p.type in FORMATS]
+    short = [Product(p.type, p.shape, narrow=True, used=p.used, own_x=p.used > 0) for p in packed]  # short prompts
+    several = short if c.experts else [*packed, *short]  # drafts read several tokens in a step, but not with experts
+    usable += [*short, *(replace(p, tokens=matvec.MAX_TOKENS) for p in several if not p.used)]
     ple_table = "" if w.per_layer_token_embd is None else _type(w.per_layer_token_embd)
     experts = (c.experts, c.experts_used if c.experts else 0)
     tables = (_type(w.token_embd), ple_table)
     prompts = tuple(p for p in products if p.used and p.type in ("F16", "BF16"))
-    return Sizes(c.hidden, c.vocab, tuple(heads), tuple(usable), *tables, len(c.layers), c.ple, *experts, prompts)
+    return Sizes(
+        c.hidden,
+        c.vocab,
+        tuple(heads),
+        tuple(usable),
+        *tables,
+        len(c.layers),
+        c.ple,
+        *experts,
+        prompts,
+        c.attention_scale,
+    )
 
 
 def _layer_products(layer: Layer, used: int, hidden: int) -> list[Product]:

@@ -27,11 +27,9 @@ from ..gpu import cuda_graph, render
 from ..gpu.render import Launcher
 from ..memory import device_info
 from ..model.model import Model
-from ..ops import attention
 from ..ops.cases import Check
 from ..ops.dispatch import REPLAY, Kernels
 from ..ops.op import OpKey
-from ..ops.parts import TAIL
 from ..paths import cache_folder, whole_file
 from .sizes import checks, sizes_of
 
@@ -43,7 +41,7 @@ MLX = str(getattr(mx, "__version__", "?"))  # its type hints know no version
 LIMIT = 5e-3
 AGREE = 0.05  # largest relative difference of the logits of two steps, as norms: rounding gives a tenth of that
 QUICK_ROWS = 256  # rows of a weight in the checks at loading
-QUICK_LENGTHS = (TAIL, attention.SHORT + 64)  # attention in one launch, and in pieces
+QUICK_LENGTHS = (128,)  # contexts at which attention is checked, in tokens
 LENGTHS = (*QUICK_LENGTHS, 8192)
 PATIENCE = 4.0  # seconds after which the checks at loading say why they take so long
 REMEMBERED = 16  # verdicts kept, one per device, version of MLX and text of the kernels

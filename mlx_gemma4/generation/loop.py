@@ -4,9 +4,11 @@ In: a model, a KV state, token ids. Out: tokens, one at a time. Knows nothing of
 logits by sampling.py.
 """
 
+import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import mlx.core as mx
@@ -18,8 +20,12 @@ from ..gpu.render import cuda_launcher
 from ..kv.state import KVState
 from ..model.model import Model
 from ..model.step import LazyStep, Step, ids_of
+from ..ops.dispatch import REPLAY
 from .sampling import REPETITION_WINDOW, Sample, Sampler, Sampling, Token
 
+log = logging.getLogger("mlx_gemma4")
+
+FAILURES = (RuntimeError, ValueError)  # that an evaluation may raise: a kernel that this GPU's compiler refuses, ..
 PREFILL_CHUNK = 1024  # tokens read at a time: bounds the memory that a long prompt takes
 TURNS_MARKED = 4  # of one prompt, the last ones
 CHUNK_ROWS = 32 * PREFILL_CHUNK  # query heads x tokens of a chunk, at most, where chunks may be larger
@@ -122,18 +128,22 @@ def generate_tokens(
     statistics.prompt_tokens = len(prompt)
     mx.reset_peak_memory()
     start = time.perf_counter()
-    recent = [*state.tokens[-REPETITION_WINDOW:], *prompt]  # the same however much of a prompt was read before
+    ids, marks = [*state.tokens, *prompt], _marks_wanted(state, prompt, turn_ends)
+    recent = ids[-REPETITION_WINDOW - len(prompt) :]  # the same however much of a prompt was read before
+    new_sampler = partial(Sampler, sampling, recent, model.config.vocab, logprobs)
     with execution():
-        sampler = Sampler(sampling, recent, model.config.vocab, logprobs)
-    prompt_step = _prefill(model, state, prompt, on_prompt, _marks_wanted(state, prompt, turn_ends))
-    reply = _Reply(model, state, sampler, constraint, max_tokens, statistics, start, state.length)
+        reply = _Reply(model, state, new_sampler, constraint, max_tokens, statistics, start, ids, marks)
+    try:
+        prompt_step: Step = _prefill(model, state, prompt, on_prompt, marks)
+    except FAILURES as error:
+        prompt_step = reply.again(error)
     # A step starts before its token is known to the host, where that can be.
-    pipelined = constraint is None and (sampler.greedy or not model.replays)
+    pipelined = constraint is None and (reply.sampler.greedy or not model.replays)
     try:
         yield from (_pipelined if pipelined else _one_by_one)(reply, reply.sample(prompt_step), stop_ids)
     finally:
-        if state.length > reply.received:  # interrupted while a token was on its way
-            state.rewind(reply.received)
+        if state.length > len(ids):  # interrupted while a token was on its way
+            state.rewind(len(ids))
 
 
 @dataclass
@@ -142,14 +152,18 @@ class _Reply:
 
     model: Model
     state: KVState
-    sampler: Sampler
+    new_sampler: Callable[[], Sampler]
     constraint: Constraint | None
     max_tokens: int
     statistics: Statistics
     start: float  # when the prompt began to be read
-    received: int  # length of the state with the tokens that the host has received
+    ids: list[int]  # of the state, with the tokens that the host has received
+    marks: list[int]  # positions to mark
     produced: int = 0  # tokens received
     first: float = 0.0  # when the first was there
+
+    def __post_init__(self) -> None:
+        self.sampler = self.new_sampler()
 
     def read(self, chosen: Sample | Step, *, last: bool) -> Step | None:
         """Start the step that reads a chosen token; None after the last, whose logits nobody wants."""
@@ -172,21 +186,57 @@ class _Reply:
     def receive(self, chosen: Sample | Step) -> Token:
         """Wait for a chosen token."""
         token = chosen.on_host() if isinstance(chosen, Sample) else Token(chosen.token())
-        self.received, self.produced, now = self.received + 1, self.produced + 1, time.perf_counter()
+        self.ids.append(token.id)
+        self.produced, now = self.produced + 1, time.perf_counter()
         s = self.statistics
         if self.produced == 1:
             s.prompt_time, self.first = now - self.start, now
         s.reply_tokens, s.reply_time, s.peak_memory = self.produced, now - self.first, mx.get_peak_memory()
         return token
 
+    def again(self, error: Exception) -> Step:
+        """Read everything once more, launch by launch, after an error in an evaluation; return the last token's step.
+
+        So the kernel is found that fails only when it is evaluated, as all do on Metal, and is off from then on. An
+        error that is no kernel's is raised.
+        """
+        model, state, kernels = self.model, self.state, self.model.kernels
+        if kernels is None:
+            raise error
+        off, replayed = kernels.off, model.replays
+        marks = sorted({*self.marks, *(mark.position for mark in state.marks)})
+        with kernels.one_by_one():
+            state.start_over()
+            if self.ids[1:]:
+                _prefill(model, state, self.ids[:-1], None, marks)
+            step = model.step(self.ids[-1], state)
+            with execution():
+                mx.eval(step.logits(), state.arrays)
+        if kernels.off == off:
+            if not replayed:
+                raise error
+            kernels.off |= {REPLAY}
+            log.warning("Replayed steps fail here and are off, steps run launch by launch instead: %s", error)
+        if state.length in marks:
+            state.mark()
+        with execution():
+            self.sampler = self.new_sampler()
+            for token in self.ids[len(self.ids) - self.produced :]:
+                self.sampler.skip(token)
+        return step
+
 
 def _pipelined(reply: _Reply, sample: Sample, stop_ids: frozenset[int]) -> Iterator[Token]:
     """Start each step before the host knows the token that it reads."""
     chosen: Sample | Step | None = sample
     while chosen is not None:
-        step = reply.read(chosen, last=reply.produced + 1 == reply.max_tokens)
-        following = step if step is None or reply.model.replays else reply.sample(step)
-        token = reply.receive(chosen)
+        try:
+            step = reply.read(chosen, last=reply.produced + 1 == reply.max_tokens)
+            following = step if step is None or reply.model.replays else reply.sample(step)
+            token = reply.receive(chosen)
+        except FAILURES as error:
+            chosen = reply.sample(reply.again(error))
+            continue
         if token.id in stop_ids:
             reply.statistics.stop_reason = "stop"
             return
@@ -201,22 +251,34 @@ def _one_by_one(reply: _Reply, sample: Sample, stop_ids: frozenset[int]) -> Iter
     """
     constraint = reply.constraint
     while True:
-        token = reply.receive(sample)
+        try:
+            token = reply.receive(sample)
+        except FAILURES as error:
+            sample = reply.sample(reply.again(error))
+            token = reply.receive(sample)
         stop = token.id in stop_ids
         if constraint is not None and not stop:
             constraint.accept(token.id)
         complete = constraint is not None and constraint.finished
-        step = reply.read(sample, last=stop or complete or reply.produced == reply.max_tokens)
-        if step is not None and not reply.model.replays:
-            with execution():
-                mx.async_eval(step.logits())
+        last = stop or complete or reply.produced == reply.max_tokens
+        try:
+            step = reply.read(sample, last=last)
+            if step is not None and not reply.model.replays:
+                with execution():
+                    mx.async_eval(step.logits())
+        except FAILURES as error:
+            again = reply.again(error)
+            step = None if last else again
         if not stop:
             yield token
         if stop or complete:
             reply.statistics.stop_reason = "stop"
         if step is None:
             return
-        sample = reply.sample(step)
+        try:
+            sample = reply.sample(step)
+        except FAILURES as error:
+            sample = reply.sample(reply.again(error))
 
 
 def _marks_wanted(state: KVState, prompt: list[int], turn_ends: frozenset[int] | None) -> list[int]:

@@ -119,11 +119,20 @@ class Sampler:
         else:
             self.key, key = mx.random.split(self.key)
             token = sample(logits, s, key)
-        if s.repetition_penalty != 1.0:
+        self._note(token)
+        return Sample(token, None if self.logprobs is None else log_probabilities(raw, token, self.logprobs))
+
+    def skip(self, token: int) -> None:
+        """Be as after this choice, which another sampler of the same seed has made."""
+        if self.sampling.temperature != 0:
+            self.key, _ = mx.random.split(self.key)
+        self._note(mx.array(token))
+
+    def _note(self, token: mx.array) -> None:
+        if self.sampling.repetition_penalty != 1.0:
             self.recent = mx.concatenate([self.recent, token[None]])[-REPETITION_WINDOW:]
         if self.counts is not None:
             self.counts = self.counts.at[token].add(1.0)
-        return Sample(token, None if self.logprobs is None else log_probabilities(raw, token, self.logprobs))
 
 
 def penalise(logits: mx.array, recent: mx.array, penalty: float) -> mx.array:

@@ -294,6 +294,17 @@ class KVState:
             self._marks = {p: m for p, m in self._marks.items() if p <= position}
             mx.eval(self.arrays)  # what is cut off can go at once
 
+    def start_over(self) -> None:
+        """Forget everything, as if nothing had been read. Looks at none of its arrays: they may have failed."""
+        self.check_room(0)
+        shapes = {i: (kv.tail_keys.shape, kv.quantizer) for i, kv in self._layers.items()}
+        self.close()
+        self.closed = False
+        with execution():
+            for i, (shape, quantizer) in shapes.items():
+                tail = mx.zeros(shape, self.dtype)
+                self._layers[i] = LayerKV((), tail, tail, 0, 0, quantizer)
+
     def close(self) -> None:
         """Let go of everything. Forks and marks of others keep what they share."""
         if self.borrower is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypedDict, cast
 
 import mlx.core as mx
@@ -86,13 +86,13 @@ def make_step(model: Loaded, run: Kernels) -> Callable[[mx.array, KVState], mx.a
 
     @lru_cache(TRACES)
     def traced(_: Any) -> Callable[..., Any]:
-        return mx.compile(traceable)
+        return mx.compile(partial(traceable))  # a function of its own: MLX keeps traces by function
 
     def step(ids: mx.array, state: KVState) -> mx.array:
         tokens, layers = ids.size, with_room(model, state)
         inputs, _ = inputs_of(model, layers, tokens)
         shapes = (tuple(k.shape for k, _ in inputs["segments"][i]) for i in kinds.values())
-        run_it = traced((run.off, tokens, *shapes)) if run.traced else traceable
+        run_it = traced((run.off, tokens, *shapes)) if run.traced and not run.eager else traceable
         logits, tails = run_it(ids.astype(mx.int32), inputs)
         for (i, kv), (keys, values) in zip(layers.items(), tails, strict=True):
             count, stop = kv.count + tokens, kv.stop + tokens

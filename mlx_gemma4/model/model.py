@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -156,7 +157,7 @@ class Model:
 
         Then `logits` waits for the device, and is not to be asked of a step whose token another has started with.
         """
-        return self.replayer is not None and self.replayer.replays
+        return self.replayer is not None and self.replayer.replays and not (self.kernels and self.kernels.eager)
 
     def step(self, token: NextToken, state: KVState) -> Step:
         """Start `forward` of one token, whose logits or likeliest token are asked for later."""
@@ -165,7 +166,7 @@ class Model:
             return self._start(token, state)
 
     def _start(self, token: NextToken, state: KVState) -> Step:
-        replayed = self.replayer.start(token, state) if self.replayer and self.replayer.replays else None
+        replayed = self.replayer.start(token, state) if self.replayer and self.replays else None
         return replayed or LazyStep(self._read(ids_of(token), state, 1)[0])
 
     def prefill(self, ids: mx.array, state: KVState) -> None:
@@ -195,7 +196,8 @@ def estimate_key_means(model: Model) -> dict[int, mx.array]:
     They are estimated by reading a tail of random tokens: what keys have in common is the layer's, not the text's.
     """
     start = time.perf_counter()
-    with execution():
+    # One by one: a kernel that fails when it is evaluated is found here, as it is within replies.
+    with execution(), model.kernels.one_by_one() if model.kernels else nullcontext():
         state = model.new_state()
         ids = np.random.PCG64(0).random_raw(state.layout.tail) % model.config.vocab
         model.prefill(mx.array(ids.astype(np.int32)), state)

@@ -25,6 +25,7 @@ import numpy as np
 
 from ..config import Config
 from ..kv.segments import LayerKV, Segment
+from ..ops.parts import MAX_PARTS
 
 FIXED = -(2**30)  # slope of a number that does not move with the position
 
@@ -96,5 +97,6 @@ def _spans(tokens: int, kinds: tuple[tuple[Any, ...], ...]) -> Spans:
         first = FIXED if window is None else 1 - window  # slope of the first token in sight
         rows += [((first - start, FIXED), (0, stop - start)) for start, stop in plain]
         rows.append(((first - tail, tokens - tail), (skip, 0)))
-        lengths[sliding] = len(plain) + 1
+        rows += [((FIXED, FIXED), (0, 0))] * (MAX_PARTS - len(plain) - 1)
+        lengths[sliding] = MAX_PARTS
     return Spans(rows, lengths)

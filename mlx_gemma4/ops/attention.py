@@ -1,10 +1,10 @@
 """Attention of a few tokens over keys and values in parts: attention.metal and its reference.
 
-In and out: MLX arrays for one token, or a handful (T up to 8). One launch, or two where the length is split among
-threadgroups. Knows no model and no KV state.
+In and out: MLX arrays for one token, or a handful (T up to 8). Threadgroups share the length; a second launch adds
+their sums up. Knows no model and no KV state.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -12,13 +12,23 @@ from typing import Any
 import mlx.core as mx
 
 from ..gpu.render import Launch, Launcher, prepare, render
-from .cases import COUNT, Case, Check, Heads, Sizes, attention_inputs, case, cases, state_dtype
-from .long_attention import long_attention, long_launch_config
-from .op import Op
-from .parts import TAIL, KVPart, PartShapes, QueryShape, prepare_merge, shapes_of
+from .cases import COUNT, Case, Check, Heads, Sizes, attention_inputs, case, cases, normal, state_dtype
+from .long_attention import long_attention, long_attention_pieces, long_launch_config
+from .op import Op, OpKey
+from .parts import (
+    MERGE,
+    TAIL,
+    KVPart,
+    PartShapes,
+    QueryShape,
+    all_parts,
+    cut_of,
+    merge,
+    merge_reference,
+    pieces_of,
+    shapes_of,
+)
 from .tuning import Tuning, this_gpu
-
-SHORT = 64  # tokens up to which attention is one launch
 
 
 @dataclass(frozen=True)
@@ -27,50 +37,36 @@ class LaunchConfig:
 
     rows: int  # queries that a threadgroup holds
     simdgroups: int = 4  # of a threadgroup
-    keys: int = 4  # tokens a lane scores at once
-    threadgroups: int = 0  # that share the length, at most about so many; 0: it is one piece, which needs no merge
+    keys: int = 2  # tokens a lane scores at once
+    threadgroups: int | None = None  # that share the length, at most about so many; None: as this GPU has it
 
-    def blocks(self, lengths: Sequence[int], share: int = 1) -> int:
-        """Pieces of `share` blocks in parts with room for so many tokens: none lies in two parts."""
-        block = 4 * self.keys * self.simdgroups  # tokens that a threadgroup takes at a time
-        return sum(-(-length // (block * share)) for length in lengths)
+    @property
+    def block(self) -> int:
+        """Tokens that a threadgroup takes at a time."""
+        return 4 * self.keys * self.simdgroups
 
     def share(self, lengths: Sequence[int], across: int) -> int:
-        """Blocks of a piece, for `across` threadgroups to work on each piece."""
-        if self.blocks(lengths) * across <= self.threadgroups:
-            return 1
-        most = max(self.threadgroups // across, 2 * len(lengths))
-        share = -(-self.blocks(lengths) // most)
-        while self.blocks(lengths, share) > most:  # parts' last pieces are short
-            share += 1 + share // 16
-        return share
-
-    def pieces(self, lengths: Sequence[int], across: int) -> int:
-        """Pieces of the length, for `across` threadgroups to work on each."""
-        return self.blocks(lengths, self.share(lengths, across)) if self.threadgroups else 1
+        """Return the tokens of a piece, in whole blocks, for `across` threadgroups to work on each piece."""
+        most = max((self.threadgroups or this_gpu().attention_threadgroups) // across, 2 * len(lengths))
+        blocks = 1
+        while pieces_of(lengths, blocks * self.block) > most:  # parts' last pieces are short
+            blocks += 1 + blocks // 16
+        return blocks * self.block
 
 
-def launch_config(lengths: Sequence[int], rows: int, kv_heads: int, gpu: Tuning | None = None) -> LaunchConfig:
+# All that a model's layers need: every conversation runs these texts, and `attention_cases` checks them.
+FEW_ROWS, MANY_ROWS = LaunchConfig(2), LaunchConfig(8)
+
+
+@lru_cache(maxsize=4096)
+def launch_config(lengths: tuple[int, ...], rows: int, kv_heads: int, gpu: Tuning | None = None) -> LaunchConfig:
     """The configuration for `rows` queries a KV head over parts of up to so many tokens.
 
-    A threadgroup waits for memory twice a block, so as many as a large GPU holds at once share the blocks; only where
-    there would be more does one take several, and where there are too few, blocks are small and queries apart. A tail
-    alone is one piece: there is nothing to merge.
+    A threadgroup waits for memory twice a block. Where there are blocks enough to give each core one, it holds many
+    queries, which share the keys and values it reads; else more threadgroups with few queries each.
     """
-    gpu = gpu or this_gpu()
-    if sum(lengths) <= SHORT:
-        return LaunchConfig(min(rows, 2), simdgroups=16, keys=1)
-    config = LaunchConfig(-(-rows // -(-rows // 8)), threadgroups=gpu.attention_threadgroups)
-    if config.rows > 4:
-        config = replace(config, keys=2)  # more would leave room for fewer threadgroups, by their registers
-    while config.blocks(lengths) * -(-rows // config.rows) * kv_heads < gpu.cores:
-        if config.keys > 2:
-            config = replace(config, keys=2)
-        elif config.rows > 2:
-            config = replace(config, rows=-(-config.rows // 2))
-        else:
-            break
-    return config
+    blocks = pieces_of(lengths, MANY_ROWS.block) * -(-rows // MANY_ROWS.rows) * kv_heads
+    return MANY_ROWS if rows > 4 and blocks >= (gpu or this_gpu()).cores else FEW_ROWS
 
 
 def attention(
@@ -90,7 +86,7 @@ def attention(
         q: [T, H, D], T up to 8, D a multiple of 32.
         parts: up to MAX_PARTS of keys and values in q's dtype, in the order of the tokens; the last
             ends with the T tokens themselves.
-        spans: int32 [parts, 2]: first and one past the last token in use, of each part.
+        spans: int32 [MAX_PARTS, 2], `parts.span_rows`: first and one past the last token in use, of each part.
         scale: of the scores.
         window: each token sees only the last `window` ones, itself included; 0: all. Spans may be wider.
         out: dtype of the result, q's by default.
@@ -99,21 +95,25 @@ def attention(
     Returns:
         [T, H D]
     """
-    cached = q.shape, q.dtype, shapes_of(parts), scale, window, out or q.dtype, config, False
-    launch, merge = _prepared(launcher, *cached)
-    done = launch(q, spans, *(a for part in parts for a in part))
-    return (done if merge is None else merge(*done))[0]
+    sums, stats = attention_pieces(launcher, q, parts, spans, scale=scale, window=window, config=config)
+    return merge(launcher, sums, stats, q.shape, out or q.dtype)
 
 
-def attention_sums(launcher: Launcher, q: mx.array, parts: Sequence[KVPart], spans: mx.array, *, scale: float) -> Any:
-    """`attention` whose pieces are not yet added up, nor divided: for a caller that has more to add.
-
-    Returns:
-        sums fp32 [T H, pieces, D] and stats fp32 [T H, pieces, 2]: maximum of the scores over ln 2, sum of
-        2^(score - maximum); of a piece without tokens -1e30 and 0.
-    """
-    launch, _ = _prepared(launcher, q.shape, q.dtype, shapes_of(parts), scale, 0, q.dtype, None, True)
-    return launch(q, spans, *(a for part in parts for a in part))
+def attention_pieces(
+    launcher: Launcher,
+    q: mx.array,
+    parts: Sequence[KVPart],
+    spans: mx.array,
+    *,
+    scale: float,
+    window: int = 0,
+    config: LaunchConfig | None = None,
+) -> Any:
+    """`attention` whose pieces are not yet added up: sums and stats, as `parts.merge` takes them."""
+    shapes = shapes_of(parts)
+    config = config or launch_config(shapes.lengths, q.shape[0] * q.shape[1] // shapes.kv_heads, shapes.kv_heads)
+    launch, share = _prepared(launcher, q.shape, q.dtype, shapes, scale, config)
+    return launch(q, spans, cut_of(shapes.lengths, share, window), *all_parts(parts))
 
 
 @lru_cache(maxsize=4096)  # hundreds of launches a token: the GPU must not wait for the host
@@ -123,28 +123,18 @@ def _prepared(
     dtype: mx.Dtype,
     parts: PartShapes,
     scale: float,
-    window: int,
-    out: mx.Dtype,
-    config: LaunchConfig | None,
-    undivided: bool,
-) -> tuple[Launch, Launch | None]:
-    """The launch of attention's own kernel, and of the merge if there is one."""
-    (tokens, heads, dim), (kv_heads, lengths, _) = shape, parts
+    config: LaunchConfig,
+) -> tuple[Launch, int]:
+    """The launch of attention's own kernel, and the tokens of a piece."""
+    (tokens, heads, dim), (kv_heads, lengths) = shape, parts
     rows, total = heads // kv_heads * tokens, tokens * heads
-    config = config or launch_config(lengths, rows, kv_heads)
     across = -(-rows // config.rows)
-    pieces = config.pieces(lengths, across * kv_heads)
-    split = undivided or config.threadgroups > 0
-    defines = {"D": dim, "GQA": heads // kv_heads, "ROWS": config.rows, "SG": config.simdgroups, "KEYS": config.keys}
-    defines |= {"WINDOW": window, "SPLIT": split, "WHOLE": config.threadgroups == 0}
-    defines |= {"SHARE": config.share(lengths, across * kv_heads) if config.threadgroups else 1}
-    described, absent = parts.describe()
-    defines |= described | {"U": out, "SCALE": float(scale)}
-    kernel = render("attention", "attention.metal", dtype, defines, absent + (["out"] if split else ["sums", "stats"]))
-    sums = ((total, pieces, dim), mx.float32), ((total, pieces, 2), mx.float32)
-    results = sums if split else (((tokens, heads * dim), out),)
-    launch = prepare(launcher, kernel, (across, pieces, kv_heads), 32 * config.simdgroups, *results)
-    return launch, prepare_merge(launcher, shape, dtype, out, 8) if split and not undivided else None
+    share = config.share(lengths, across * kv_heads)
+    pieces = pieces_of(lengths, share)
+    defines: dict[str, Any] = {"D": dim, "GQA": heads // kv_heads, "ROWS": config.rows, "SG": config.simdgroups}
+    kernel = render("attention", "attention.metal", dtype, defines | {"KEYS": config.keys, "SCALE": float(scale)})
+    results = ((total, pieces, dim), mx.float32), ((total, pieces, 2), mx.float32)
+    return prepare(launcher, kernel, (across, pieces, kv_heads), 32 * config.simdgroups, *results), share
 
 
 def attention_reference(
@@ -167,21 +157,43 @@ def attention_reference(
 
 
 ATTENTION = Op("attention", attention, attention_reference)
-LONG_ATTENTION = Op("attention", long_attention, attention_reference, variant="long")
+LONG_ATTENTION = Op("long_attention", long_attention, attention_reference)
+
+
+def config_key(config: LaunchConfig) -> OpKey:
+    """The name under which attention with a configuration is checked and switched off."""
+    return OpKey(ATTENTION.name, f"{config.rows} rows")
+
+
+def _pieces_case(
+    kernel: Callable[..., Any], s: Sizes, h: Heads, spans: Sequence[tuple[int, int, int]], dtype: mx.Dtype
+) -> Case:
+    """A kernel that gives pieces, of one token over parts of (capacity, start, stop); `merge_reference` adds them."""
+    q, parts, rows = attention_inputs(h, spans, dtype)
+
+    def launch(launcher: Launcher) -> mx.array:
+        sums, stats = kernel(launcher, q, parts, rows, scale=s.scale)
+        return merge_reference(sums, stats, (1, h.heads, h.dim), dtype)
+
+    used = sum(min(h.window or stop, stop) - start for _, start, stop in spans)
+    reference = partial(attention_reference, q, parts, rows, scale=s.scale, window=h.window)
+    return Case(launch, reference, used * h.kv_heads * h.dim * 2 * dtype.size)
 
 
 @cases
 def attention_cases(s: Sizes) -> Iterator[Check]:
-    def make(h: Heads, length: int) -> Case:
-        sealed = [(length, 3, length)] if length > COUNT else []  # a few tokens have left the window
-        q, parts, spans = attention_inputs(h, [*sealed, (TAIL, 0, COUNT)], state_dtype())
-        n_bytes = min(h.window or length, length + COUNT) * h.kv_heads * h.dim * 2 * q.dtype.size
-        return case(ATTENTION, n_bytes, q, parts, spans, scale=1.0, window=h.window)
+    """With each configuration, over a context that `Sizes.lengths` asks for; a window may cut it."""
+
+    def make(h: Heads, config: LaunchConfig, length: int) -> Case:
+        sealed = [(h.window or length, 3, h.window or length)] if length > COUNT else []
+        kernel = partial(attention_pieces, window=h.window, config=config)
+        return _pieces_case(kernel, s, h, [*sealed, (TAIL, 0, COUNT)], state_dtype())
 
     for h in dict.fromkeys(s.heads):
-        for length in [h.window] if h.window else s.lengths:
-            kind = f"window {h.window}" if h.window else f"{length} tokens"
-            yield Check(ATTENTION.key, f"{h}, {kind}", partial(make, h, length))
+        for config in (FEW_ROWS, MANY_ROWS):
+            for length in s.lengths[-1:] if h.window else s.lengths:
+                kind = f"window {h.window}" if h.window else f"{length} tokens"
+                yield Check(config_key(config), f"{h}, {kind}", partial(make, h, config, length))
 
 
 @cases
@@ -189,15 +201,23 @@ def long_attention_cases(s: Sizes) -> Iterator[Check]:
     """With the launch config for many tokens, over fewer."""
 
     def make(h: Heads) -> Case:
-        q, parts, spans = attention_inputs(h, [(300, 3, 300), (128, 0, 128), (TAIL, 0, COUNT)], mx.float16)
-        config = replace(long_launch_config([32768, TAIL], h.heads // h.kv_heads, h.kv_heads, h.dim), share=2)
-
-        def kernel(launcher: Launcher) -> Any:
-            return long_attention(launcher, q, parts, spans, scale=1.0, config=config)
-
-        n_bytes = (300 + 128 + COUNT) * h.kv_heads * h.dim * 2 * mx.float16.size
-        return Case(kernel, partial(attention_reference, q, parts, spans, scale=1.0), n_bytes)
+        config = replace(long_launch_config((32768, TAIL), h.heads // h.kv_heads, 1, h.kv_heads, h.dim), share=2)
+        parts = [(300, 3, 300), (128, 0, 128), (TAIL, 0, COUNT)]
+        return _pieces_case(partial(long_attention_pieces, config=config), s, h, parts, mx.float16)
 
     for h in dict.fromkeys(s.heads):
         if not h.window and h.dim % 64 == 0:
             yield Check(LONG_ATTENTION.key, f"{h}", partial(make, h))
+
+
+@cases
+def merge_cases(s: Sizes) -> Iterator[Check]:
+    def make(h: Heads, pieces: int) -> Case:
+        sums, stats = normal(h.heads, pieces, h.dim), mx.abs(normal(h.heads, pieces, 2)) + 0.1
+        stats[:, 1] = mx.array([-1e30, 0])
+        sums[:, 1] = 0
+        return case(MERGE, sums.nbytes, sums, stats, (1, h.heads, h.dim), state_dtype())
+
+    for h in dict.fromkeys(s.heads):
+        for pieces in (9, 150):
+            yield Check(MERGE.key, f"{h}, {pieces} pieces", partial(make, h, pieces))

@@ -20,7 +20,7 @@ from ..quant import formats
 from ..quant.formats import FLOATS, FORMATS, Packed
 from .epilogue import Epilogue, Folded
 from .op import Op, OpKey, P
-from .parts import KVPart
+from .parts import KVPart, span_rows
 
 EPS = 1e-6
 COUNT = 5  # tokens in a tail
@@ -84,6 +84,7 @@ class Sizes:
     experts: int = 0
     used: int = 0
     prompts: tuple[Product, ...] = ()  # products that only prompts run in kernels: experts that are not packed
+    scale: float = 1.0  # of attention's scores
     lengths: tuple[int, ...] = ()  # contexts at which to check global attention
     rows: int | None = None  # quick checks: the most rows of a weight to make, launched as all of them would be
 
@@ -182,9 +183,9 @@ def random_bytes(n: int) -> mx.array:
     return mx.tile(base, -(-n // base.size))[:n]
 
 
-def random_queries(h: Heads, dtype: mx.Dtype) -> mx.array:
-    """[1, H, D], for scores with a scale of 1."""
-    q: mx.array = normal(1, h.heads, h.dim, dtype=dtype) * (1.5 * h.dim**-0.5)
+def random_queries(h: Heads, dtype: mx.Dtype, tokens: int = 1) -> mx.array:
+    """[T, H, D], for scores with a scale of 1."""
+    q: mx.array = normal(tokens, h.heads, h.dim, dtype=dtype) * (1.5 * h.dim**-0.5)
     return q
 
 
@@ -199,7 +200,7 @@ def attention_inputs(
 ) -> tuple[mx.array, list[KVPart], mx.array]:
     """Return q, parts of (capacity, start, stop) in tokens, and spans."""
     made = [random_kv(h, capacity, dtype) for capacity, *_ in parts]
-    return random_queries(h, dtype), made, mx.array([span for _, *span in parts], mx.int32)
+    return random_queries(h, dtype), made, span_rows(span for _, *span in parts)
 
 
 def product_inputs(p: Product, most_rows: int | None) -> tuple[mx.array, Any, Epilogue, Folded]:

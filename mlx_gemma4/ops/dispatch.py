@@ -7,7 +7,8 @@ or that no kernel supports runs as its reference.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,22 +19,24 @@ from ..gpu import render
 from ..gpu.recording import Player
 from ..quant.formats import Packed
 from . import long_attention, many_rows, stock
-from .attention import ATTENTION, LONG_ATTENTION
+from .attention import FEW_ROWS, LONG_ATTENTION, attention_pieces, attention_reference, config_key, launch_config
 from .dense import DENSE, dense
 from .epilogue import ALONE, PLAIN, Epilogue, Folded, product_reference
 from .expand import EXPAND
 from .grouped import GROUPED, grouped, grouped_reference
 from .halve import HALVE
+from .long_attention import long_attention_pieces
 from .matvec import MATVEC, MAX_TOKENS, matvec
 from .op import Op, OpKey, P, R
 from .packed import is_readable
-from .parts import KVPart
+from .parts import MERGE, KVPart, shapes_of
 from .routing import Routing
 from .stock import Weight
 
 log = logging.getLogger("mlx_gemma4")
 
 REPLAY = OpKey("replay")  # recorded decode steps, as a whole
+STOCK = "stock operations run instead"
 
 
 @dataclass
@@ -48,6 +51,16 @@ class Kernels:
     traced: bool = False  # decode steps are traced by mx.compile; needs a launcher whose launches are lazy
     player: Callable[[], Player] | None = None  # replays recorded steps of one token; None: none are recorded
     strict: bool = False  # a kernel that raises is the caller's to deal with
+    eager: bool = False  # each result is evaluated at once, so that a kernel that only fails then is found
+
+    @contextmanager
+    def one_by_one(self) -> Iterator[None]:
+        """Be eager inside of this. On Metal a kernel is compiled, and refused, when its result is evaluated."""
+        self.eager = True
+        try:
+            yield
+        finally:
+            self.eager = False
 
     def __call__(self, op: Op[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """The result of an operation."""
@@ -59,9 +72,11 @@ class Kernels:
         kernel: Callable[[], Any],
         reference: Callable[[], R],
         *keys: OpKey,
-        instead: str = "stock operations run instead",
+        instead: str = STOCK,
     ) -> R:
         """Run a kernel, or the reference where one of `keys` is off or the kernel raises.
+
+        Where the reference fails too, that raises: it is not the kernel's fault.
 
         Args:
             keys: what the kernel consists of. The last is switched off when it raises.
@@ -70,25 +85,36 @@ class Kernels:
         if not self.off or self.off.isdisjoint([*keys, *(OpKey(key.op) for key in keys)]):
             try:
                 done: R = kernel()
+                if self.eager:
+                    mx.eval(done)
                 return done
             except Exception as error:  # whatever a backend's compiler or launch raises
                 if self.strict:
                     raise
+                if self.eager:
+                    mx.eval(reference())
                 self.off |= {keys[-1]}
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 log.warning("Kernel %s fails here and is off, %s: %s", keys[-1], instead, reason)
         return reference()
 
     def attention(self, q: mx.array, parts: list[KVPart], spans: mx.array, *, scale: float, window: int) -> mx.array:
-        """`attention.attention`: by matrix units where there are many tokens."""
-
-        def plain() -> mx.array:
-            return self(ATTENTION, q, parts, spans, scale=scale, window=window)
-
-        if not long_attention.supports(q, parts, window):
-            return plain()
-        long = partial(long_attention.long_attention, self.launcher, q, parts, spans, scale=scale)
-        return self.attempt(long, plain, LONG_ATTENTION.key)
+        """`attention.attention`: by matrix units where there are many tokens; by the next best where a kernel fails."""
+        (tokens, heads, _), (kv_heads, lengths) = q.shape, shapes_of(parts)
+        kernels: list[tuple[OpKey, Callable[[], Any]]] = []
+        if long_attention.supports(q, parts, window):
+            long = partial(long_attention_pieces, self.launcher, q, parts, spans, scale=scale)
+            kernels.append((LONG_ATTENTION.key, long))
+        for config in dict.fromkeys((launch_config(lengths, heads // kv_heads * tokens, kv_heads), FEW_ROWS)):
+            plain = partial(attention_pieces, self.launcher, q, parts, spans, scale=scale, window=window, config=config)
+            kernels.append((config_key(config), plain))
+        for i, (key, kernel) in enumerate(kernels):
+            instead = f"{kernels[i + 1][0]} runs instead" if i + 1 < len(kernels) else STOCK
+            pieces = self.attempt(kernel, lambda: None, key, instead=instead)
+            if pieces is not None:
+                sums, stats = pieces
+                return self(MERGE, sums, stats, q.shape, q.dtype)
+        return attention_reference(q, parts, spans, scale=scale, window=window)
 
     def product(self, x: mx.array, w: Weight, epilogue: Epilogue = PLAIN, folded: Folded = ALONE) -> mx.array:
         """`matvec.matvec` for any weight: a few rows, and whatever is folded into their product."""
@@ -106,6 +132,8 @@ class Kernels:
         reference = partial(stock.linear, x, w)
         if isinstance(w, stock.Affine) or not many_rows.supports(w):
             return reference()
+        if self.eager:
+            self(HALVE, x.reshape(-1, x.shape[-1]))  # or its failure would be put down to what multiplies
         if isinstance(w, Packed) and x.shape[0] < many_rows.TILED_ROWS_FROM:
             few = partial(many_rows.few_rows, self.launcher, x, w)
             return self.attempt(few, reference, HALVE.key, _key(MATVEC, w))
@@ -117,6 +145,8 @@ class Kernels:
         reference = partial(grouped_reference, x, w, routing, glu)
         if not many_rows.supports(w):
             return reference()
+        if self.eager:
+            self(HALVE, x.reshape(-1, x.shape[-1]))  # or its failure would be put down to what multiplies
         if isinstance(w, Packed) and routing.chosen.size < many_rows.GROUPED_ROWS_FROM * w.shape[0]:
             few = partial(many_rows.few_expert_rows, self.launcher, x, w, routing.chosen)
             y = self.attempt(few, partial(stock.expert_linear, x, w, routing.chosen), HALVE.key, _key(MATVEC, w))

@@ -46,5 +46,5 @@ def expand_cases(s: Sizes) -> Iterator[Check]:
         assert isinstance(w, Packed)
         return case(EXPAND, w.nbytes + 2 * rows * k, w)
 
-    for type, k in {p.type: p.shape[-1] for p in s.packed}.items():
+    for type, k in dict.fromkeys((p.type, p.shape[-1]) for p in s.packed):
         yield Check(OpKey(EXPAND.name, type), f"{rows}x{k}", partial(make, type, k))

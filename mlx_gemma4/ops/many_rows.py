@@ -19,7 +19,7 @@ from ..quant.formats import Packed
 from .epilogue import FP32, Folded
 from .expand import expand
 from .halve import halve, unhalved
-from .matvec import MAX_TOKENS, matvec
+from .matvec import MAX_TOKENS, matvec, tiling
 from .packed import is_readable
 from .stock import Weight
 
@@ -52,7 +52,8 @@ def few_expert_rows(launcher: Launcher, x: mx.array, w: Packed, chosen: mx.array
     """`grouped` by the mat-vec, a row for each chosen [T, E'] expert of each token."""
     rows = mx.contiguous(mx.broadcast_to(x, (*chosen.shape, x.shape[-1])).reshape(chosen.size, -1))
     h, scale = halve(launcher, rows)
-    y = matvec(launcher, h, w, FP32, Folded(ids=chosen.reshape(-1).astype(mx.int32)))
+    config = tiling(w.format, w.shape[1] * chosen.shape[-1], w.shape[2])  # as for the experts of one token
+    y = matvec(launcher, h, w, FP32, Folded(ids=chosen.reshape(-1).astype(mx.int32)), config=config)
     return unhalved(y, scale).astype(x.dtype).reshape(*chosen.shape, -1)
 
 

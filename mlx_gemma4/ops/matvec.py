@@ -124,7 +124,8 @@ def _prepared(
 ) -> Launch:
     (n, k), fmt, (norm, times), glu = shape, FORMATS[name], there, epilogue.glu
     tokens, experts, out = 1 if slots else rows, slots or 1, epilogue.out or dtype
-    config = config or tiling(fmt, n * experts, k, tokens)
+    held = 1 if tokens == 1 else MAX_TOKENS  # by a threadgroup: few texts serve any number of tokens
+    config = config or tiling(fmt, n * experts, k, held)
     while k % config.chunk:
         config = replace(config, chunk=config.chunk // 2)
     defines: dict[str, Any] = format_defines(fmt, config.chunk, k)
@@ -133,9 +134,9 @@ def _prepared(
     # Pairs cost accuracy (2^-24 * 2^(2 bits) of a term): too much for wide codes, and for fp32's own precision.
     defines["PAIRS"] = fmt.bits <= 4 and fmt.lut is None and dtype != mx.float32
     # Two steps of x in threadgroup memory, of which Metal has 32 KB.
-    room = 2 * 4 * tokens * config.lanes * config.split * config.chunk
+    room = 2 * 4 * held * config.lanes * config.split * config.chunk
     defines["STAGE"] = (norm or dtype == mx.float32) and room <= 30 << 10
-    defines |= {"TOKENS": tokens, "EPS": epilogue.eps, "FACTOR": float(epilogue.factor), **result_defines(out)}
+    defines |= {"TOKENS": held, "EPS": epilogue.eps, "FACTOR": float(epilogue.factor), **result_defines(out)}
     defines |= {"GLU": glu, "TIMES": times, "NORM": norm, "EXPERTS": slots > 0, "EXPERT_X": slots > 0 and rows > 1}
     missing = [plane for plane, there in (("norm", norm), ("ids", slots), ("times", times)) if not there]
     kernel = render("matvec", "matvec.metal", dtype, defines, [*absent_planes(fmt), *missing])

@@ -80,14 +80,20 @@ ADD_NORM = Op("add_norm", add_norm, add_norm_reference)
 def add_norm_cases(s: Sizes) -> Iterator[Check]:
     k = s.hidden
 
-    def make(scaled: bool, used: int) -> Case:
-        scale, experts = mx.array([0.37]) if scaled else None, None
+    def make(scaled: bool, used: int, shrunk: float, following: bool) -> Case:
+        # [4]: MLX keeps less than that in the host's memory (CUDA)
+        scale, experts = mx.full((4,), 0.37) if scaled else None, None
         if used:
             experts = normal(1, used, k), mx.softmax(normal(1, used), axis=-1), norm_weight(k), norm_weight(k)
-        options = NormOptions(EPS, norm_weight(k), scale, experts, SHRINK, state_dtype())
+        out = state_dtype() if following else None
+        options = NormOptions(EPS, norm_weight(k) if following else None, scale, experts, shrunk, out)
         n_bytes = 4 * k * (5 + (used + 2 if used else 0)) + state_dtype().size * k
         return case(ADD_NORM, n_bytes, normal(1, k) * 20, normal(1, k), norm_weight(k), options)
 
-    for scaled, used in dict.fromkeys([(False, 0), (True, 0), (True, s.used)]) if k else ():
-        shape = f"{k}" + ", scaled" * scaled + f", {used} experts" * (used > 0)
-        yield Check(ADD_NORM.key, shape, partial(make, scaled, used))
+    # After attention; after the MLP, where the layer may have a scale, experts, or an embedding's share to come.
+    kinds = [(False, 0, 1.0, True), (False, 0, SHRINK, True), (True, s.used, SHRINK, True), (True, 0, SHRINK, True)]
+    kinds += [(False, 0, SHRINK, False), (True, 0, 1.0, True), (False, 0, 1.0, True)] if s.ple else []
+    for scaled, used, shrunk, following in dict.fromkeys(kinds) if k else ():
+        shape = f"{k}" + ", scaled" * scaled + f", {used} experts" * (used > 0) + ", shrunk" * (shrunk != 1)
+        shape += ", last" * (not following)
+        yield Check(ADD_NORM.key, shape, partial(make, scaled, used, shrunk, following))

@@ -52,9 +52,9 @@ class QKVArrays(NamedTuple):
     q_norm: mx.array  # fp32 [D], as k_norm
     k_norm: mx.array | None
     rope: mx.array  # fp32 [T, 2, D / 2], what `rotations` gives
-    # Keys and values [G, TAIL, D] or [1, G, TAIL, D] in the results' dtype. None: the layer has none and makes q alone.
+    # Keys and values [1, G, room, D] in the results' dtype. None: the layer has none and makes q alone.
     tail: KVPart | None
-    in_tail: mx.array | None  # int32 [1], tokens of the tail in use; with T more at most TAIL
+    in_tail: mx.array | None  # int32 [1], tokens of the tail in use; with T more at most its room
 
 
 class QKVOptions(NamedTuple):
@@ -82,7 +82,7 @@ def qkv_post(launcher: Launcher, given: QKVArrays, options: QKVOptions) -> tuple
     flags |= {"JOINED_K": has_kv and k is None, "JOINED_V": has_kv and v is None and not v_is_k}
     tail_shape = tail[0].shape if tail is not None else (0, 0, 0)
     capacity = tail_shape[-2]
-    defines: dict[str, Any] = {"C": dtype, "C_BYTES": dtype.size, "H": heads, "G": kv_heads, "D": dim, "TAIL": capacity}
+    defines: dict[str, Any] = {"C": dtype, "C_BYTES": dtype.size, "H": heads, "G": kv_heads, "D": dim}
     arrays = {"q": q, "k": k, "v": v, "q_norm": q_norm, "k_norm": k_norm, "rope": rope}
     arrays |= {"tail_k": tail and tail[0], "tail_v": tail and tail[1], "count": count}
     missing = absent(arrays) + ([] if has_kv else ["new_k", "new_v"])

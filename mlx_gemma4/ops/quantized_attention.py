@@ -14,10 +14,10 @@ import mlx.core as mx
 from ..gpu.render import DEVICE_ELEMENTS, Launch, Launcher, prepare, render
 from ..kv import quantization
 from ..kv.quantization import QuantizedKV
-from .attention import attention_reference, attention_sums
+from .attention import FEW_ROWS, attention_pieces, attention_reference
 from .cases import COUNT, Case, Check, Heads, Sizes, case, cases, normal, random_kv, random_queries, state_dtype
 from .op import Op
-from .parts import TAIL, KVPart, QueryShape
+from .parts import TAIL, KVPart, QueryShape, all_parts, span_rows
 from .quantize_kv import DIMS, code_book
 from .tuning import Tuning, this_gpu
 
@@ -42,13 +42,13 @@ def quantized_launch_config(
 
     As many threadgroups as a large GPU holds at once (an H100's 132 cores hold three and more), each with at least two
     blocks. Of one KV head with few queries that makes 256 to 396 pieces, of which `merge_quantized` asks for 256 at
-    once on NVIDIA where heads are of 512. Two tiles read codes once for 16 queries, but rotation twice as many before
-    they begin and need more registers: worth it where each threadgroup has several blocks all the same (12B on an H200:
-    at 32K tokens one tile is faster by 6 us a layer, at 127K two by 7).
+    once on NVIDIA where heads are of 512. Two tiles read codes once for 16 queries, but rotate twice as many before
+    they begin and need more registers, so they are for drafts (12B's 16 queries of one token on an H200: at 32K tokens
+    one tile is faster by 6 us a layer, at 127K two by 7).
     """
     simdgroups, threadgroups = min(4, words // 8), (gpu or this_gpu()).quantized_threadgroups
     blocks = -(-length // (16 * simdgroups))
-    tiles = 1 if rows <= 8 or blocks * kv_heads < 4 * threadgroups else 2
+    tiles = 1 if rows <= 16 else 2
     across = -(-rows // (8 * tiles)) * kv_heads
     share = max(2, -(-blocks * across // threadgroups))
     return QuantizedLaunchConfig(simdgroups, tiles, -(-blocks // share))
@@ -74,7 +74,7 @@ def quantized_attention(
             queries.
         rotation: fp32 [2 or 2 + G, D], the layer's `kv.quantization.rotations`.
         tail: the keys and values that follow, [1, G, up to MAX_TAIL, D], in q's dtype; its last T tokens are q's.
-        spans: int32 [1, 2]: first and one past the last token in use of the tail.
+        spans: int32 [MAX_PARTS, 2]: the first row has the first and one past the last token in use of the tail.
         scale: of the scores.
         out: dtype of the result, q's by default.
         config: in place of `quantized_launch_config`'s.
@@ -88,10 +88,15 @@ def quantized_attention(
     bits, centered = quantization.bits_of(quantized[0], q.shape[-1]), rotation.shape[0] > 2
     cached = q.shape, q.dtype, kv_heads, bits, centered, lengths, scale, out or q.dtype, config
     launch, merge = _prepared(launcher, *cached)
-    arrays: list[mx.array] = []
-    for codes, scales in quantized:
-        arrays += codes.reshape(kv_heads, codes.shape[-3], -1), scales.reshape(kv_heads, -1, 2)
-    return merge(*launch(q, rotation, *arrays), *attention_sums(launcher, q, [tail], spans, scale=scale), rotation)[0]
+    pieces = launch(q, rotation, _lengths(lengths), *all_parts(quantized, MAX_QUANTIZED))
+    of_tail = attention_pieces(launcher, q, [tail], spans, scale=scale, config=FEW_ROWS)
+    return merge(*pieces, *of_tail, rotation)[0]
+
+
+@lru_cache(maxsize=4096)
+def _lengths(lengths: tuple[int, ...]) -> mx.array:
+    """Lengths of all parts as the kernel takes them, int32 [MAX_QUANTIZED + 1]."""
+    return mx.array([*lengths, *[0] * (MAX_QUANTIZED + 1 - len(lengths))], mx.int32)
 
 
 @lru_cache(maxsize=4096)  # several launches a token: the GPU must not wait for the host
@@ -114,9 +119,7 @@ def _prepared(
     simdgroups, pieces = config.simdgroups, config.pieces
     code = {"D": dim, "BITS": bits, **code_book()}
     defines: dict[str, Any] = {"SG": simdgroups, "CENTERED": centered, "GQA": heads // kv_heads, "TILES": config.tiles}
-    defines |= {"PARTS": len(lengths), "SCALE": float(scale)}
-    absent = [f"{which}{i}" for i in range(len(lengths), MAX_QUANTIZED) for which in "cs"]
-    kernel = render("quantized_attention", FILE, dtype, code | defines, absent)
+    kernel = render("quantized_attention", FILE, dtype, code | defines | {"SCALE": float(scale)})
     groups = (-(-rows // (8 * config.tiles)), pieces, kv_heads)
     sums = ((total, pieces, dim), mx.float32), ((total, pieces, 2), mx.float32)
     merge = render("merge_quantized", FILE, dtype, code | {"U": out, "SG": 16, "SLICES": simdgroups})
@@ -142,7 +145,7 @@ def quantized_attention_reference(
     k, v = (a.reshape(1, *a.shape[-3:]) for a in tail)
     parts.append(quantization.rotate_pair(k, v, rotation))
     ends = mx.array([[0, p[0].shape[-2]] for p in parts[:-1]], mx.int32)
-    spans = mx.concatenate([ends, spans])
+    spans = mx.concatenate([ends, spans[:1]])
     x = attention_reference(quantization.rotate(q, rotation[0]), parts, spans, scale=scale, out=mx.float32)
     x = quantization.unrotate(x.reshape(tokens, heads, dim), rotation[1])
     return x.reshape(tokens, heads * dim).astype(out or q.dtype)
@@ -155,17 +158,18 @@ QUANTIZED_ATTENTION = Op("quantized_attention", quantized_attention, quantized_a
 def quantized_attention_cases(s: Sizes) -> Iterator[Check]:
     """With a state's tail, or for tq4 a recorded step's, which takes several pieces."""
 
-    def make(h: Heads, length: int, kind: str) -> Case:
+    def make(h: Heads, length: int, kind: str, tokens: int) -> Case:
         dtype, rotation = state_dtype(), quantization.rotations(h.dim, center=normal(h.kv_heads, h.dim))
         plain = [random_kv(h, n, dtype) for n in (length // 2, length - length // 2)]
         quantized = [quantization.quantize(k, v, rotation, kind) for k, v in plain]
         capacity = MAX_TAIL if kind == "tq4" else TAIL
         used, tail = capacity // 2 + COUNT, random_kv(h, capacity, dtype)
         n_bytes = sum(a.nbytes for part in quantized for a in part) + sum(a.nbytes for a in tail) * used // capacity
-        arrays = (random_queries(h, dtype), quantized, rotation, tail, mx.array([[0, used]], mx.int32))
+        arrays = (random_queries(h, dtype, tokens), quantized, rotation, tail, span_rows([(0, used)]))
         return case(QUANTIZED_ATTENTION, n_bytes, *arrays, scale=1.0)
 
     for h in dict.fromkeys(s.heads):
         for kind in quantization.BITS if not h.window and h.dim in DIMS else ():
-            shape = f"{h}, {s.lengths[-1]} tokens in {kind}"
-            yield Check(QUANTIZED_ATTENTION.key, shape, partial(make, h, s.lengths[-1], kind))
+            for tokens in (1, 4) if h.heads > 4 * h.kv_heads else (1,):  # drafts may take two tiles
+                shape = f"{h}, {s.lengths[-1]} tokens in {kind}" + f" T={tokens}" * (tokens > 1)
+                yield Check(QUANTIZED_ATTENTION.key, shape, partial(make, h, s.lengths[-1], kind, tokens))

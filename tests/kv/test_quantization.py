@@ -16,6 +16,7 @@ from mlx_gemma4.errors import InputError
 from mlx_gemma4.kv import quantization
 from mlx_gemma4.ops import quantized_attention
 from mlx_gemma4.ops.op import OpKey
+from mlx_gemma4.ops.parts import span_rows
 from mlx_gemma4.ops.quantize_kv import quantize_kv
 from mlx_gemma4.ops.quantized_attention import QuantizedLaunchConfig
 
@@ -188,7 +189,7 @@ def attend(
     quantized = [quantization.quantize(k, v, rotation, kind) for k, v in pairs]
     used, nan = ((mx.arange(room) >= tail[0]) & (mx.arange(room) < tail[1]))[:, None], mx.array(float("nan"), dtype)
     k, v = (mx.where(used, normal(1, g, room, dim, dtype=dtype, seed=s), nan) for s in (30, 31))
-    rest = (rotation, (k, v), mx.array([tail], mx.int32))
+    rest = (rotation, (k, v), span_rows([tail]))
     kwargs: dict[str, Any] = {"scale": 1.3 * dim**-0.5 * factor, "out": out}
     got = quantized_attention.quantized_attention(launcher, q, quantized, *rest, config=config, **kwargs)
     # Queries and weights are halves in the products: as good as fp16, whatever q is.

@@ -19,6 +19,7 @@ from mlx_gemma4.kv.segments import SegmentLayout
 from mlx_gemma4.ops import attention, long_attention
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.long_attention import LongLaunchConfig, long_launch_config
+from mlx_gemma4.ops.parts import span_rows
 from mlx_gemma4.ops.tuning import Tuning
 
 # Where PTX's manual has them: a's element (i, k) with lane i % 8 * 4 + k % 8 / 2, in its word k / 8 * 2 + i / 8; b's
@@ -71,7 +72,7 @@ def attend(
         kv = (normal(1, g, capacity, dim, dtype=mx.float16, seed=2 * i + n) for n in (1, 2))
         k, v = (mx.where(used[:, None], a, mx.array(float("nan"), mx.float16)) for a in kv)
         made.append((k, v))
-    spans = mx.array([p[1:] for p in parts], mx.int32)
+    spans = span_rows(p[1:] for p in parts)
     options = {"scale": 1.3 * dim**-0.5, "out": mx.float32, **options}
     got = long_attention.long_attention(launcher, q, made, spans, config=config, **options)
     check(got, attention.attention_reference(q, made, spans, **options), mx.float16)
@@ -120,7 +121,7 @@ def test_eight_parts_of_which_some_are_empty() -> None:
         LongLaunchConfig(8, 2, 2, 4),
         LongLaunchConfig(4, 1, 3, 16, 1),
         LongLaunchConfig(4, 2, 1, 4, 3),
-        LongLaunchConfig(1, 1, 9, 4, 1, 16),
+        LongLaunchConfig(1, 1, 9, 4, 1),
     ],
     ids=str,
 )
@@ -138,7 +139,7 @@ def test_another_dtype_and_arrays_without_a_batch() -> None:
     attend((2, 1), 64, [(90, 0, 90)], out=mx.float16)
     attend((2, 1), 64, [(90, 0, 90)], out=mx.bfloat16)
     q, k, v = (normal(*s, dtype=mx.float16) for s in ((1, 2, 64), (1, 1, 70, 64), (1, 1, 70, 64)))
-    spans = mx.array([[0, 70]], mx.int32)
+    spans = span_rows([(0, 70)])
     got = [long_attention.long_attention(metal, q, [part], spans, scale=1.0) for part in ((k, v), (k[0], v[0]))]
     assert mx.array_equal(*got)
 
@@ -147,12 +148,11 @@ def test_another_dtype_and_arrays_without_a_batch() -> None:
 @pytest.mark.parametrize("heads", [(32, 4), (16, 2), (16, 1), (8, 1), (8, 2), (32, 16)])
 def test_one_wave(heads: tuple[int, int], length: int) -> None:
     ends = [0, *SegmentLayout().ends(length - 33)]
-    parts = [b - a for a, b in pairwise(ends)] + [64]
-    config = long_launch_config(parts, heads[0] // heads[1], heads[1], 512)
+    parts = (*(b - a for a, b in pairwise(ends)), 64)
+    config = long_launch_config(parts, heads[0] // heads[1], 1, heads[1], 512)
     assert config.pieces(parts) * heads[1] <= 2 * Tuning().cores
     if config.share > 1:
-        step = 1 << max(0, config.share.bit_length() - 3)
-        assert replace(config, share=config.share - step).pieces(parts) * heads[1] > 2 * Tuning().cores
+        assert replace(config, share=config.share - 1).pieces(parts) * heads[1] > 2 * Tuning().cores
     if length > 30000 and heads[1] < 16:  # nearly all of the GPU has work, and as much
         assert config.share * config.pieces(parts) * heads[1] / (2 * Tuning().cores) > 0.9 * config.share * (
             length != 40000
@@ -171,7 +171,7 @@ def test_attention_takes_it_for_long_contexts(how: str, monkeypatch: pytest.Monk
         return metal(**declared)
 
     monkeypatch.setattr(long_attention, "LONG", 150)
-    q, spans = normal(1, 4, 64, dtype=mx.float16), mx.array([[0, 100], [0, 20]], mx.int32)
+    q, spans = normal(1, 4, 64, dtype=mx.float16), span_rows([(0, 100), (0, 20)])
     parts = [(normal(1, n, 64, dtype=mx.float16, seed=n), normal(1, n, 64, dtype=mx.float16)) for n in (100, 64)]
     key = attention.LONG_ATTENTION.key
     run = Kernels(counting, frozenset([key] if how == "is off" else []))
@@ -184,11 +184,11 @@ def test_attention_takes_it_for_long_contexts(how: str, monkeypatch: pytest.Monk
             "is off": ["attention", "merge"],
         }[how]
     )
-    assert run.off == (set() if how == "works" else {key}) and str(key) == "attention long"
+    assert run.off == (set() if how == "works" else {key}) and str(key) == "long_attention"
     check(got, attention.attention_reference(q, parts, spans, scale=0.1), mx.float16)
     launched.clear()
     run.attention(q, parts, spans, scale=0.1, window=50)
-    run.attention(q, parts[:1], spans[:1], scale=0.1, window=0)
+    run.attention(q, parts[:1], span_rows([(0, 100)]), scale=0.1, window=0)
     fp32 = [(k.astype(mx.float32), v.astype(mx.float32)) for k, v in parts]
     run.attention(q.astype(mx.float32), fp32, spans, scale=0.1, window=0)
     assert "long_attention" not in launched

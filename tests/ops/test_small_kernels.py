@@ -17,6 +17,7 @@ from kernel_cases import DTYPES, check, eager, metal, normal, racing
 from mlx_gemma4.files.gguf import TENSOR_TYPES
 from mlx_gemma4.ops import attention, choose, dense, embed, norms, qkv
 from mlx_gemma4.ops.epilogue import Epilogue, Folded, product_reference
+from mlx_gemma4.ops.parts import pieces_of, span_rows
 from mlx_gemma4.quant import formats
 
 EPS = 1e-6
@@ -45,7 +46,7 @@ def attend(
         kv = (normal(g, capacity, dim, dtype=dtype, seed=2 * i + n) for n in (1, 2))
         k, v = (mx.where(used[:, None], a, mx.array(float("nan"), dtype)) for a in kv)
         made.append((k, v))
-    spans = mx.array([p[1:] for p in parts], mx.int32)
+    spans = span_rows(p[1:] for p in parts)
     kwargs: dict[str, Any] = {"scale": 1.3 * dim**-0.5, "window": window, "out": out}
     got = attention.attention(launcher, q, made, spans, config=config, **kwargs)
     check(got, attention.attention_reference(q, made, spans, **kwargs), dtype)
@@ -58,7 +59,7 @@ def test_attention_shares_keys_among_heads(gqa: int, dtype: mx.Dtype) -> None:
 
 
 @pytest.mark.parametrize("dim", [32, 96, 256, 512])
-@pytest.mark.parametrize("length", [200, 700], ids=["one launch", "pieces"])
+@pytest.mark.parametrize("length", [50, 200, 700])
 def test_attention_head_sizes(dim: int, length: int) -> None:
     attend(mx.float16, (4, 2), dim, [(length, 0, length - 7)])
 
@@ -97,7 +98,7 @@ def test_attention_few_tokens_under_a_window(tokens: int, window: int) -> None:
 
 
 def test_attention_takes_arrays_with_a_batch_of_one() -> None:
-    q, k, v, spans = normal(1, 2, 32), normal(1, 1, 70, 32), normal(1, 1, 70, 32, seed=1), mx.array([[0, 70]], mx.int32)
+    q, k, v, spans = normal(1, 2, 32), normal(1, 1, 70, 32), normal(1, 1, 70, 32, seed=1), span_rows([(0, 70)])
     got = attention.attention(metal, q, [(k, v)], spans, scale=1.0)
     assert mx.array_equal(got, attention.attention(metal, q, [(k[0], v[0])], spans, scale=1.0))
 
@@ -156,9 +157,10 @@ def test_attention_of_a_sliding_layer(heads: tuple[int, int], tokens: int) -> No
 @pytest.mark.parametrize("across", [1, 4, 16, 64])
 def test_attention_pieces_are_about_as_many_as_asked_for(lengths: list[int], across: int) -> None:
     config = attention.LaunchConfig(8, keys=2, threadgroups=384)
-    pieces = config.pieces(lengths, across)
-    assert len(lengths) <= pieces <= max(384 // across, 2 * len(lengths))
-    assert pieces == config.blocks(lengths) or 2 * pieces >= 384 // across
+    share = config.share(lengths, across)
+    pieces = pieces_of(lengths, share)
+    assert share % config.block == 0 and len(lengths) <= pieces <= max(384 // across, 2 * len(lengths))
+    assert share == config.block or 2 * pieces >= 384 // across
 
 
 def test_attention_gives_another_dtype() -> None:
@@ -170,7 +172,7 @@ def test_attention_of_a_key_far_above_the_rest() -> None:
     """Scores in the hundreds: the running maximum must carry them."""
     q = normal(1, 2, 64) * 40
     k, v = normal(1, 300, 64, seed=1) * 10, normal(1, 300, 64, seed=2)
-    spans = mx.array([[0, 300]], mx.int32)
+    spans = span_rows([(0, 300)])
     check(
         attention.attention(metal, q, [(k, v)], spans, scale=1.0),
         attention.attention_reference(q, [(k, v)], spans, scale=1.0),

@@ -1,0 +1,112 @@
+"""Every kernel that a conversation of a published model launches is one that `doctor` and the first load check.
+
+Weights and states are lazy zeros of the full sizes; what is compared is texts, with what else MLX makes a kernel of:
+the dtypes of its arrays, and which of them are so small that Metal has them in its constant address space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from precompile import Idle, add_rotations, lazy_fill, lazy_model
+
+from mlx_gemma4.doctor import sizes, verdict
+from mlx_gemma4.doctor.published import PUBLISHED
+from mlx_gemma4.execution import execution
+from mlx_gemma4.gpu.recording import RecordedLaunch
+from mlx_gemma4.gpu.render import DEVICE_ELEMENTS
+from mlx_gemma4.kv import quantization
+from mlx_gemma4.model import decode, forward
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.model.weights import Layer, Loaded
+from mlx_gemma4.ops import cases
+from mlx_gemma4.ops.dispatch import Kernels
+
+ATTENTION = ("attention", "long_attention", "merge", "quantized_attention", "merge_quantized", "prompt_attention")
+# Tokens before a step: all kinds of arrangements of segments, up to the longest context.
+DEPTHS = (0, 14, 63, 64, 70, 127, 530, 700, 1100, 2100, 4200, 7700, 8200, 12_000, 32_800, 70_000, 130_900)
+CHUNKS = (2, 3, 5, 16, 17, 63, 64, 1024)  # tokens of a prompt that are read at once
+
+Launched = set[tuple[Any, ...]]
+
+
+def noting(launched: Launched) -> Any:
+    """Return a launcher that computes nothing and notes what Metal would compile."""
+
+    def launcher(*, name: str, **_: Any) -> Any:
+        def call(*, inputs: Any, output_shapes: Any, output_dtypes: Any, **_: Any) -> list[mx.array]:
+            arrays = [(a.dtype, a.size < DEVICE_ELEMENTS) for a in inputs]
+            launched.add((name, *arrays, *output_dtypes))
+            return [mx.zeros(s, t) for s, t in zip(output_shapes, output_dtypes, strict=True)]
+
+        return call
+
+    return launcher
+
+
+def route(m: Loaded, layer: Layer, x: mx.array) -> tuple[mx.array, mx.array]:
+    shape = (x.shape[0], m.config.experts_used)
+    return mx.zeros(shape, mx.uint32), mx.zeros(shape)
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half precision, and experts are chosen by nobody: the router's own product is no kernel's on a CPU."""
+    monkeypatch.setattr(Model, "kv_dtype", mx.float16)
+    monkeypatch.setattr(cases, "on_cpu", lambda: False)
+    monkeypatch.setattr(forward, "route", route)
+
+
+def as_player(launched: Launched) -> Any:
+    """Return a player of recorded steps that notes the same of them."""
+
+    class Noting(Idle):
+        def load(self, launches: Sequence[RecordedLaunch], nbytes: int, *_: Any) -> None:
+            for launch in launches:
+                arrays = [(a.dtype, prod(a.shape) < DEVICE_ELEMENTS) for a in launch.inputs]
+                launched.add((launch.kernel.name, *arrays, *(region.dtype for region in launch.outputs)))
+
+    return Noting
+
+
+def converse(model: Model, kv: str) -> None:
+    """Decode at all depths, with drafts, launched one by one and recorded; read prompts in chunks of many sizes."""
+    assert model.kernels is not None and model.replayer is not None
+    step = decode.make_step(model.loaded, model.kernels)
+    drafts = [n for n in range(1, decode.MAX_TOKENS + 1) if decode.can_step(model.config, n)]
+    for depth in DEPTHS:
+        state = model.new_state(kv=kv)
+        lazy_fill(state, depth)
+        for tokens in drafts:
+            if state.fits_tail(tokens):
+                step(mx.zeros(tokens, mx.int32), state.fork())
+        model.replayer.take_on(state)
+    for depth in (0, 9000):
+        for tokens in CHUNKS:
+            state = model.new_state(kv=kv)
+            lazy_fill(state, depth)
+            model.forward(mx.zeros(tokens, mx.int32), state)
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_launched_less_checked_is_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: dict[str, Launched] = {}
+    checked: Launched = set()
+    for kv in quantization.KINDS:
+        noted = launched[kv] = set()
+        model = lazy_model(kind, Kernels(noting(noted), strict=True, player=as_player(noted)))
+        add_rotations(model)
+        with execution(), monkeypatch.context() as patched:
+            for name in ("eval", "async_eval"):
+                patched.setattr(mx, name, lambda *_: None)
+            converse(model, kv)
+    for check in sizes.checks(sizes.sizes_of(model), verdict.QUICK_LENGTHS, verdict.QUICK_ROWS):
+        check.make().kernel(noting(checked))
+    for kv, noted in launched.items():
+        assert not sorted(name for name, *_ in noted - checked), kv
+        attention = {name for name, *_ in noted if name.rsplit("_", 1)[0] in ATTENTION}
+        assert len(attention) <= 8, (kv, sorted(attention))
