@@ -26,6 +26,8 @@ class Tuning:
     # attention
     attention_threadgroups: int = 384  # that share the keys and values of a layer
     quantized_threadgroups: int = 396  # the same over quantized keys and values: three a core
+    prompt_attention: bool = False  # prompts by prompt_attention.metal; False: by MLX's fused attention
+    launch_operations: float = 1e13  # of one launch of it, at most
 
 
 @cache
@@ -35,4 +37,5 @@ def this_gpu() -> Tuning:
     if "H100" in name or "H200" in name:
         return Tuning()
     log.info("Launch configurations are fitted to an H100 and a guess on %s", name)
-    return replace(Tuning(), measured=False)
+    # A base M1 makes at most 2.6e12 operations a second, and macOS stops launches that take seconds.
+    return replace(Tuning(), measured=False, prompt_attention=not mx.cuda.is_available(), launch_operations=6e11)

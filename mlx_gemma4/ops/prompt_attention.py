@@ -1,0 +1,192 @@
+"""Attention of a prompt's tokens over keys and values in parts: prompt_attention.metal and its reference.
+
+In and out: MLX arrays for any number of tokens. No matrix of scores is made and no part is copied. Knows no model and no
+KV state.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import gcd
+from typing import Any
+
+import mlx.core as mx
+
+from ..gpu.render import DEVICE_ELEMENTS, Launcher, prepare, render
+from ..kv import quantization
+from ..kv.segments import KVView
+from . import stock
+from .cases import Case, Check, Heads, Sizes, cases, normal, random_kv
+from .op import Op, OpKey
+from .quantize_kv import code_book
+from .tuning import Tuning, this_gpu
+
+DIMS = (32, 64, 128, 256, 512)
+MAX_PARTS = 8  # of a launch; Metal takes 31 buffers, and a part needs two
+EVERYTHING = 1 << 30  # a window that leaves nothing out
+
+
+@dataclass(frozen=True)
+class PromptLaunchConfig:
+    """The tiling for heads of `dim` numbers of `bits` each (16: fp16); see prompt_attention.metal."""
+
+    dim: int
+    bits: int
+
+    @property
+    def simdgroups(self) -> int:
+        """Simdgroups of a threadgroup: 8 lanes of each have a word of every value."""
+        return min(8, self.dim * self.bits // 256)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 8 queries of a threadgroup: 32 sums a lane, and queries in half of the threadgroup memory."""
+        return min(4, 128 * self.simdgroups // self.dim)
+
+
+def supports(q: mx.array, parts: Sequence[KVView]) -> bool:
+    """Returns True if `prompt_attention` takes queries [1, H, T, D] and parts like these."""
+    dim = q.shape[-1]
+    bits = [16 if part.rotation is None else quantization.bits_of((part.keys, part.values), dim) for part in parts]
+    return (
+        q.dtype == mx.float16
+        and dim in DIMS
+        and dim * min(bits) >= 256
+        and all(part.values.size >= DEVICE_ELEMENTS for part in parts)
+    )
+
+
+def prompt_attention(
+    launcher: Launcher,
+    q: mx.array,
+    parts: Sequence[KVView],
+    *,
+    scale: float,
+    position: int,
+    window: int | None = None,
+    last: mx.array | None = None,
+    gpu: Tuning | None = None,
+) -> mx.array:
+    """`stock.attention` by one kernel, with its arguments.
+
+    Args:
+        q: fp16 [1, H, T, D].
+        parts: in fp16 or quantized; positions ascend.
+        gpu: in place of `this_gpu`'s.
+
+    Returns:
+        fp32 [T, H D]
+    """
+    _, heads, tokens, dim = q.shape
+    kv_heads, gpu = parts[0].keys.shape[1], gpu or this_gpu()
+    q = q.reshape(heads, tokens, dim)
+    last = mx.arange(position, position + tokens, dtype=mx.int32) if last is None else last.astype(mx.int32)
+    length = sum(part.keys.shape[2] for part in parts)
+    length = min(length, window + tokens) if window else length
+    most = max(1, int(gpu.launch_operations / (4 * heads * dim * length)))
+    rows = 8 * PromptLaunchConfig(dim, 16).tiles
+    step = rows // gcd(rows, heads // kv_heads)  # tokens that fill whole threadgroups
+    count = -(-(-(-tokens // -(-tokens // most))) // step) * step  # equal shares
+    made = []
+    for first in range(0, tokens, count):
+        queries = (first, min(count, tokens - first), position, window or EVERYTHING)
+        made.append(_some(launcher, q, last, parts, queries, scale, gpu))
+        if count < tokens:
+            mx.async_eval(made[-1])  # a command buffer of its own: macOS stops those that take seconds
+    return made[0] if len(made) == 1 else mx.concatenate(made)
+
+
+def _some(
+    launcher: Launcher,
+    q: mx.array,
+    last: mx.array,
+    parts: Sequence[KVView],
+    queries: tuple[int, int, int, int],
+    scale: float,
+    gpu: Tuning,
+) -> mx.array:
+    """`prompt_attention` of some queries, [count, H D]: a launch for each MAX_PARTS parts of a kind."""
+    (heads, _, dim), kv_heads, (_, count, _, window) = q.shape, parts[0].keys.shape[1], queries
+    kinds = [[part for part in parts if part.rotation is not None], [part for part in parts if part.rotation is None]]
+    groups = [kind[i : i + MAX_PARTS] for kind in kinds for i in range(0, len(kind), MAX_PARTS)]
+    carried = [mx.zeros(DEVICE_ELEMENTS), mx.zeros(DEVICE_ELEMENTS)]
+    pieces = 0  # in `carried`
+    while groups or pieces != 1:
+        group = groups.pop(0) if groups else []
+        rotation = group[0].rotation if group else None
+        bits = 16 if rotation is None else quantization.bits_of((group[0].keys, group[0].values), dim)
+        config = PromptLaunchConfig(dim, bits)
+        defines: dict[str, Any] = {"D": dim, "BITS": bits, "SG": config.simdgroups, "TILES": config.tiles}
+        defines |= {"SCALE": float(scale), "CENTERED": rotation is not None and rotation.shape[0] > 2, **code_book()}
+        absent = ["rotation"] if rotation is None else []
+        kernel = render("prompt_attention", "prompt_attention.metal", mx.float16, defines, absent)
+        across = -(-count * (heads // kv_heads) // (8 * config.tiles))
+        # Few queries over many keys: pieces of at least four blocks, as many as give all of the GPU work.
+        length = min(window, sum(part.keys.shape[2] for part in group))
+        split = min(-(-gpu.cores // (across * kv_heads)), max(1, length // (64 * config.simdgroups)))
+        settings = [*queries, pieces, int(not groups and split == 1), len(group), 0]
+        filled = (group + [group[0] if group else parts[-1]] * MAX_PARTS)[:MAX_PARTS]  # an absent part is the first again
+        settings += [n for part in filled for n in (part.start, part.keys.shape[2])]
+        shapes = [((count * heads, split, n), mx.float32) for n in (dim, 2)]
+        launch = prepare(launcher, kernel, (across, split, kv_heads), 32 * config.simdgroups, *shapes)
+        arrays = [] if rotation is None else [rotation]
+        arrays += [a.reshape(kv_heads, *a.shape[2:]) for part in filled for a in (part.keys, part.values)]
+        carried = launch(q, last, mx.array(settings, mx.int32), *carried, *arrays)
+        pieces = split
+    return carried[0].reshape(count, heads * dim)
+
+
+def prompt_attention_reference(
+    q: mx.array,
+    parts: Sequence[KVView],
+    *,
+    scale: float,
+    position: int,
+    window: int | None = None,
+    last: mx.array | None = None,
+) -> mx.array:
+    """`prompt_attention` in stock MLX: in q's dtype but for the scores."""
+    x = stock.attention(q, parts, scale, position, window, last)
+    return x.astype(mx.float32).swapaxes(1, 2).reshape(q.shape[2], -1)
+
+
+PROMPT_ATTENTION = Op("prompt_attention", prompt_attention, prompt_attention_reference)
+
+
+def keys_of(parts: Sequence[KVView], dim: int) -> list[OpKey]:
+    """What attention over parts like these consists of, as it is switched off: a variant for each kind of KV."""
+    kinds = {bits: kind for kind, bits in quantization.BITS.items()}
+    bits = {quantization.bits_of((p.keys, p.values), dim) for p in parts if p.rotation is not None}
+    return [OpKey(PROMPT_ATTENTION.name, kind) for kind in ["full", *(kinds[b] for b in sorted(bits))]]
+
+
+@cases
+def prompt_attention_cases(s: Sizes) -> Iterator[Check]:
+    """A few tokens, two of which see each other, behind two parts; numbers of heads are no constants of the text."""
+
+    def make(h: Heads, kind: str) -> Case:
+        group, tokens = h.heads // h.kv_heads, 7
+        h = replace(h, heads=2 * group, kv_heads=2)
+        parts, start = [], 0
+        rotation = quantization.rotations(h.dim, center=normal(h.kv_heads, h.dim))
+        for n in (150, 70, 30 + tokens):
+            k, v = random_kv(h, n, mx.float16)
+            plain = kind == "full" or start == 220
+            codes = (k, v) if plain else quantization.quantize(k, v, rotation, kind)
+            parts.append(KVView(start, *codes, None if plain else rotation))
+            start += n
+        position = start - tokens
+        q = normal(1, h.heads, tokens, h.dim, dtype=mx.float16) * (1.5 * h.dim**-0.5)
+        last = mx.array([position + max(i, 4 * (i in (3, 4))) for i in range(tokens)], mx.int32)
+        options = {"scale": 1.0, "position": position, "window": h.window and 100, "last": last}
+        wide = [p if p.rotation is not None else KVView(p.start, *(a.astype(mx.float32) for a in p[1:3])) for p in parts]
+        return Case(
+            lambda launcher: prompt_attention(launcher, q, parts, **options),
+            partial(prompt_attention_reference, q.astype(mx.float32), wide, **options),
+            sum(a.nbytes for p in parts for a in p[1:3]),
+        )
+
+    for h in dict.fromkeys(s.heads):
+        for kind in ("full",) if h.window else quantization.KINDS:
+            if h.dim in DIMS and h.dim * quantization.BITS.get(kind, 16) >= 256:
+                yield Check(OpKey(PROMPT_ATTENTION.name, kind), f"{h}", partial(make, h, kind))
