@@ -1,13 +1,13 @@
 """Attention of a prompt's tokens over keys and values in parts: prompt_attention.metal and its reference.
 
-In and out: MLX arrays for any number of tokens. No matrix of scores is made and no part is copied. Knows no model and no
-KV state.
+In and out: MLX arrays, for any number of tokens. No matrix of scores is made, and no part is copied. Knows no model and
+no KV state.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import gcd
+from math import ceil, gcd
 from typing import Any
 
 import mlx.core as mx
@@ -83,10 +83,10 @@ def prompt_attention(
     last = mx.arange(position, position + tokens, dtype=mx.int32) if last is None else last.astype(mx.int32)
     length = sum(part.keys.shape[2] for part in parts)
     length = min(length, window + tokens) if window else length
-    most = max(1, int(gpu.launch_operations / (4 * heads * dim * length)))
+    launches = ceil(tokens * 4 * heads * dim * length / gpu.launch_operations)
     rows = 8 * PromptLaunchConfig(dim, 16).tiles
     step = rows // gcd(rows, heads // kv_heads)  # tokens that fill whole threadgroups
-    count = -(-(-(-tokens // -(-tokens // most))) // step) * step  # equal shares
+    count = ceil(tokens / launches / step) * step
     made = []
     for first in range(0, tokens, count):
         queries = (first, min(count, tokens - first), position, window or EVERYTHING)
@@ -109,7 +109,7 @@ def _some(
     (heads, _, dim), kv_heads, (_, count, _, window) = q.shape, parts[0].keys.shape[1], queries
     kinds = [[part for part in parts if part.rotation is not None], [part for part in parts if part.rotation is None]]
     groups = [kind[i : i + MAX_PARTS] for kind in kinds for i in range(0, len(kind), MAX_PARTS)]
-    carried = [mx.zeros(DEVICE_ELEMENTS), mx.zeros(DEVICE_ELEMENTS)]
+    carried: Sequence[Any] = [mx.zeros(DEVICE_ELEMENTS), mx.zeros(DEVICE_ELEMENTS)]
     pieces = 0  # in `carried`
     while groups or pieces != 1:
         group = groups.pop(0) if groups else []
@@ -125,7 +125,9 @@ def _some(
         length = min(window, sum(part.keys.shape[2] for part in group))
         split = min(-(-gpu.cores // (across * kv_heads)), max(1, length // (64 * config.simdgroups)))
         settings = [*queries, pieces, int(not groups and split == 1), len(group), 0]
-        filled = (group + [group[0] if group else parts[-1]] * MAX_PARTS)[:MAX_PARTS]  # an absent part is the first again
+        filled = (group + [group[0] if group else parts[-1]] * MAX_PARTS)[
+            :MAX_PARTS
+        ]  # an absent part is the first again
         settings += [n for part in filled for n in (part.start, part.keys.shape[2])]
         shapes = [((count * heads, split, n), mx.float32) for n in (dim, 2)]
         launch = prepare(launcher, kernel, (across, split, kv_heads), 32 * config.simdgroups, *shapes)
@@ -133,7 +135,8 @@ def _some(
         arrays += [a.reshape(kv_heads, *a.shape[2:]) for part in filled for a in (part.keys, part.values)]
         carried = launch(q, last, mx.array(settings, mx.int32), *carried, *arrays)
         pieces = split
-    return carried[0].reshape(count, heads * dim)
+    sums: mx.array = carried[0]
+    return sums.reshape(count, heads * dim)
 
 
 def prompt_attention_reference(
@@ -178,8 +181,11 @@ def prompt_attention_cases(s: Sizes) -> Iterator[Check]:
         position = start - tokens
         q = normal(1, h.heads, tokens, h.dim, dtype=mx.float16) * (1.5 * h.dim**-0.5)
         last = mx.array([position + max(i, 4 * (i in (3, 4))) for i in range(tokens)], mx.int32)
-        options = {"scale": 1.0, "position": position, "window": h.window and 100, "last": last}
-        wide = [p if p.rotation is not None else KVView(p.start, *(a.astype(mx.float32) for a in p[1:3])) for p in parts]
+        options: dict[str, Any] = {"scale": 1.0, "position": position, "window": 100 if h.window else None}
+        options["last"] = last
+        wide = [
+            p if p.rotation is not None else KVView(p.start, *(a.astype(mx.float32) for a in p[1:3])) for p in parts
+        ]
         return Case(
             lambda launcher: prompt_attention(launcher, q, parts, **options),
             partial(prompt_attention_reference, q.astype(mx.float32), wide, **options),

@@ -159,12 +159,12 @@ def attention(
         return quantization.unrotate(out, rotation[1]).astype(q.dtype)
     if q.dtype == mx.float32 and _numpy_multiplies(q.shape[2]):
         return _numpy_attention(q, parts, scale, position, window, last)
-    rows = max(1, SCORE_BYTES // (4 * q.shape[1] * sum(part.keys.shape[2] for part in parts)))
-    if q.shape[2] > rows and mx.metal.is_available() and not on_cpu():
+    most = max(1, SCORE_BYTES // (4 * q.shape[1] * sum(part.keys.shape[2] for part in parts)))
+    if q.shape[2] > most and mx.metal.is_available() and not on_cpu():
         tiles = []
-        for i in range(0, q.shape[2], rows):
-            seen = None if last is None else last[i : i + rows]
-            tiles.append(attention(q[:, :, i : i + rows], parts, scale, position + i, window, seen))
+        for i in range(0, q.shape[2], most):
+            seen = None if last is None else last[i : i + most]
+            tiles.append(attention(q[:, :, i : i + most], parts, scale, position + i, window, seen))
             mx.eval(tiles[-1])  # or all would be held until all are computed
         return mx.concatenate(tiles, axis=2)
     if len(parts) > 1 and q.shape[2] > 1 and not on_cpu() and not mx.metal.is_available():
