@@ -19,7 +19,7 @@ from . import stock
 from .cases import Case, Check, Heads, Sizes, cases, normal, random_kv
 from .op import Op, OpKey
 from .quantize_kv import code_book
-from .tuning import Tuning, this_gpu
+from .tuning import this_gpu
 
 DIMS = (32, 64, 128, 256, 512)
 MAX_PARTS = 8  # of a launch; Metal takes 31 buffers, and a part needs two
@@ -28,20 +28,20 @@ EVERYTHING = 1 << 30  # a window that leaves nothing out
 
 @dataclass(frozen=True)
 class PromptLaunchConfig:
-    """The tiling for heads of `dim` numbers of `bits` each (16: fp16); see prompt_attention.metal."""
+    """How much one launch does; the results are the same."""
 
-    dim: int
-    bits: int
+    threadgroups: int  # with fewer than these for a launch, the length is split
+    operations: float  # multiplications and additions of a launch, at most
 
-    @property
-    def simdgroups(self) -> int:
-        """Simdgroups of a threadgroup: 8 lanes of each have a word of every value."""
-        return min(8, self.dim * self.bits // 256)
 
-    @property
-    def tiles(self) -> int:
-        """Tiles of 8 queries of a threadgroup: 32 sums a lane, and queries in half of the threadgroup memory."""
-        return min(4, 128 * self.simdgroups // self.dim)
+def tiling(dim: int, bits: int) -> tuple[int, int]:
+    """Simdgroups of a threadgroup, and its tiles of 8 queries, for numbers of `bits` (16: fp16).
+
+    8 lanes of a simdgroup have a word of every value each; a lane has 32 sums, and queries take half of the threadgroup
+    memory. See prompt_attention.metal.
+    """
+    simdgroups = min(8, dim * bits // 256)
+    return simdgroups, min(4, 128 * simdgroups // dim)
 
 
 def supports(q: mx.array, parts: Sequence[KVView]) -> bool:
@@ -65,32 +65,33 @@ def prompt_attention(
     position: int,
     window: int | None = None,
     last: mx.array | None = None,
-    gpu: Tuning | None = None,
+    config: PromptLaunchConfig | None = None,
 ) -> mx.array:
     """`stock.attention` by one kernel, with its arguments.
 
     Args:
         q: fp16 [1, H, T, D].
         parts: in fp16 or quantized; positions ascend.
-        gpu: in place of `this_gpu`'s.
+        config: in place of this GPU's.
 
     Returns:
         fp32 [T, H D]
     """
     _, heads, tokens, dim = q.shape
-    kv_heads, gpu = parts[0].keys.shape[1], gpu or this_gpu()
+    kv_heads, gpu = parts[0].keys.shape[1], this_gpu()
+    config = config or PromptLaunchConfig(gpu.cores, gpu.launch_operations)
     q = q.reshape(heads, tokens, dim)
     last = mx.arange(position, position + tokens, dtype=mx.int32) if last is None else last.astype(mx.int32)
     length = sum(part.keys.shape[2] for part in parts)
     length = min(length, window + tokens) if window else length
-    launches = ceil(tokens * 4 * heads * dim * length / gpu.launch_operations)
-    rows = 8 * PromptLaunchConfig(dim, 16).tiles
+    launches = ceil(tokens * 4 * heads * dim * length / config.operations)
+    rows = 8 * tiling(dim, 16)[1]
     step = rows // gcd(rows, heads // kv_heads)  # tokens that fill whole threadgroups
     count = ceil(tokens / launches / step) * step
     made = []
     for first in range(0, tokens, count):
         queries = (first, min(count, tokens - first), position, window or EVERYTHING)
-        made.append(_some(launcher, q, last, parts, queries, scale, gpu))
+        made.append(_some(launcher, q, last, parts, queries, scale, config))
         if count < tokens:
             mx.async_eval(made[-1])  # a command buffer of its own: macOS stops those that take seconds
     return made[0] if len(made) == 1 else mx.concatenate(made)
@@ -103,7 +104,7 @@ def _some(
     parts: Sequence[KVView],
     queries: tuple[int, int, int, int],
     scale: float,
-    gpu: Tuning,
+    config: PromptLaunchConfig,
 ) -> mx.array:
     """`prompt_attention` of some queries, [count, H D]: a launch for each MAX_PARTS parts of a kind."""
     (heads, _, dim), kv_heads, (_, count, _, window) = q.shape, parts[0].keys.shape[1], queries
@@ -115,22 +116,22 @@ def _some(
         group = groups.pop(0) if groups else []
         rotation = group[0].rotation if group else None
         bits = 16 if rotation is None else quantization.bits_of((group[0].keys, group[0].values), dim)
-        config = PromptLaunchConfig(dim, bits)
-        defines: dict[str, Any] = {"D": dim, "BITS": bits, "SG": config.simdgroups, "TILES": config.tiles}
+        simdgroups, tiles = tiling(dim, bits)
+        defines: dict[str, Any] = {"D": dim, "BITS": bits, "SG": simdgroups, "TILES": tiles}
         defines |= {"SCALE": float(scale), "CENTERED": rotation is not None and rotation.shape[0] > 2, **code_book()}
         absent = ["rotation"] if rotation is None else []
         kernel = render("prompt_attention", "prompt_attention.metal", mx.float16, defines, absent)
-        across = -(-count * (heads // kv_heads) // (8 * config.tiles))
+        across = -(-count * (heads // kv_heads) // (8 * tiles))
         # Few queries over many keys: pieces of at least four blocks, as many as give all of the GPU work.
         length = min(window, sum(part.keys.shape[2] for part in group))
-        split = min(-(-gpu.cores // (across * kv_heads)), max(1, length // (64 * config.simdgroups)))
+        split = min(-(-config.threadgroups // (across * kv_heads)), max(1, length // (64 * simdgroups)))
         settings = [*queries, pieces, int(not groups and split == 1), len(group), 0]
-        filled = (group + [group[0] if group else parts[-1]] * MAX_PARTS)[
-            :MAX_PARTS
-        ]  # an absent part is the first again
+        filled = group + [group[0] if group else parts[-1]] * (
+            MAX_PARTS - len(group)
+        )  # that a launch has all its inputs
         settings += [n for part in filled for n in (part.start, part.keys.shape[2])]
         shapes = [((count * heads, split, n), mx.float32) for n in (dim, 2)]
-        launch = prepare(launcher, kernel, (across, split, kv_heads), 32 * config.simdgroups, *shapes)
+        launch = prepare(launcher, kernel, (across, split, kv_heads), 32 * simdgroups, *shapes)
         arrays = [] if rotation is None else [rotation]
         arrays += [a.reshape(kv_heads, *a.shape[2:]) for part in filled for a in (part.keys, part.values)]
         carried = launch(q, last, mx.array(settings, mx.int32), *carried, *arrays)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -23,10 +22,16 @@ from mlx_gemma4.kv.segments import KVView, SegmentLayout
 from mlx_gemma4.ops import stock
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.op import OpKey
-from mlx_gemma4.ops.prompt_attention import PROMPT_ATTENTION, prompt_attention, prompt_attention_reference, supports
-from mlx_gemma4.ops.tuning import Tuning, this_gpu
+from mlx_gemma4.ops.prompt_attention import (
+    PROMPT_ATTENTION,
+    PromptLaunchConfig,
+    prompt_attention,
+    prompt_attention_reference,
+    supports,
+)
+from mlx_gemma4.ops.tuning import Tuning
 
-FEW_CORES = replace(Tuning(), cores=1)  # the length is never split
+WHOLE = PromptLaunchConfig(1, 1e13)  # one launch for all queries, and the length is never split
 DIMS = [64, 128, 256, 512]
 KINDS = ["full", "q8", "tq4"]
 
@@ -54,7 +59,7 @@ def attend(
     window: int | None = None,
     spans: Sequence[tuple[int, int]] = (),
     launcher: Any = metal,
-    gpu: Tuning = FEW_CORES,
+    config: PromptLaunchConfig = WHOLE,
     factor: float = 1.0,
     parts: list[KVView] | None = None,
 ) -> mx.array:
@@ -67,7 +72,7 @@ def attend(
         last[a:b] = position + b - 1
     options: dict[str, Any] = {"scale": 1.3 * dim**-0.5, "position": position, "window": window}
     options["last"] = mx.array(last) if spans else None
-    got = prompt_attention(launcher, q, parts, gpu=gpu, **options)
+    got = prompt_attention(launcher, q, parts, config=config, **options)
     wide = [p if p.rotation is not None else KVView(p.start, *(a.astype(mx.float32) for a in p[1:3])) for p in parts]
     check(got, prompt_attention_reference(q.astype(mx.float32), wide, **options), mx.float16, factor=1.5)
     return got
@@ -140,16 +145,16 @@ def test_more_parts_than_a_launch_takes(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cores", [2, 7, 132])
 def test_few_queries_split_the_length(cores: int, kind: str) -> None:
-    gpu = replace(Tuning(), cores=cores)
-    attend((2, 1), 64, 5, [1500, 64, 700, 15], kind, gpu=gpu)
-    attend((2, 1), 512, 3, [1100, 40], kind, gpu=gpu)
+    config = PromptLaunchConfig(cores, 1e13)
+    attend((2, 1), 64, 5, [1500, 64, 700, 15], kind, config=config)
+    attend((2, 1), 512, 3, [1100, 40], kind, config=config)
 
 
 @pytest.mark.parametrize("operations", [1e4, 2e6, 4e6])
 def test_several_launches_share_the_queries(operations: float) -> None:
-    gpu = replace(FEW_CORES, launch_operations=operations)
-    attend((6, 2), 64, 40, [50, 60], spans=[(5, 33)], gpu=gpu)
-    attend((6, 2), 64, 40, [50, 60], "q8", gpu=gpu)
+    config = PromptLaunchConfig(1, operations)
+    attend((6, 2), 64, 40, [50, 60], spans=[(5, 33)], config=config)
+    attend((6, 2), 64, 40, [50, 60], "q8", config=config)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -242,7 +247,7 @@ def test_a_chunk_of_31b_behind_128k(kind: str, monkeypatch: pytest.MonkeyPatch) 
             parts.append(KVView(start, codes, scales, rotation))
         start = end
     q = mx.zeros((1, 32, tokens, 512), mx.float16)
-    out = prompt_attention(planned, q, parts, scale=1.0, position=length, gpu=this_gpu())
+    out = prompt_attention(planned, q, parts, scale=1.0, position=length)
     assert out.shape == (tokens, 32 * 512)
     operations = 4 * 32 * 512 * tokens * (length + tokens)
     assert operations / (planned.launches / (1 if kind == "full" else 2)) / 2.6e12 <= 0.5
@@ -317,4 +322,4 @@ def test_no_races_and_no_access_out_of_bounds(dim: int, kind: str, how: str) -> 
     launcher = racing if how == "thread" else bounds
     attend((6, 2), dim, 5, [130, 17, 9], kind, launcher=launcher)
     attend((4, 1), dim, 7, [20, 9], kind, 12 if kind == "full" else None, [(2, 6)], launcher)
-    attend((1, 1), dim, 2, [600, 9], kind, launcher=launcher, gpu=replace(Tuning(), cores=3))
+    attend((1, 1), dim, 2, [600, 9], kind, launcher=launcher, config=PromptLaunchConfig(3, 1e13))
