@@ -25,13 +25,13 @@
 // leads back from the space of the codes, for what is carried, and to write it.
 //
 // Why this tiling. Each key and value is used by one simdgroup alone, so neither passes threadgroup memory: they are
-// read (and codes expanded) straight into factors. What all simdgroups share are queries and weights: 2 D ROWS and
-// 32 SG ROWS bytes; with D 512, 16 rows and 8 simdgroups that is 20 KB and half a KB of maxima. 32 rows would need all
-// of 32 KB for queries. Sums are spread over simdgroups: D ROWS / (32 SG) = 32 registers a lane for every D. Counted in
-// fp32 registers a lane, D 512, fp16: 32 of sums, 8 of scores, 8 of maxima and sums, 16 of keys or 32 of values in two
-// turns, 6 of factors, some 12 of addresses: about 85; with D 256 (32 rows): 32, 16, 16, 16, 10, 12: about 100.
-// A lane does 4 multiply-adds for each byte of fp16 keys and values that its threadgroup reads.. times ROWS / 8: threadgroups
-// of one KV head are neighbours in the grid and walk over the same tokens, so most of these reads end in a cache.
+// read, and codes expanded, straight into factors. All simdgroups share queries and weights, 2 D ROWS and 32 SG ROWS
+// bytes. With D 512, 16 rows and 8 simdgroups that is 20 KB, maxima included, so two threadgroups may fit a core; 32
+// rows would take all 32 KB for queries. Sums are spread over the simdgroups: D ROWS / (32 SG), at most 32 registers a
+// lane. Counted in fp32 registers a lane, fp16 and D 512: sums 32, scores 8, maxima and sums of weights 8, keys or
+// values in two turns 32, factors 10, addresses and counts about 12: 102. D 256 (32 rows): 32, 16, 16, 16, 14, 12: 106.
+// A token's key and value, 4 D bytes, are read for 4 D ROWS operations. Threadgroups of one KV head are neighbours in
+// the grid and walk over the same tokens at the same time, so that most of these reads can end in a cache.
 //
 // Memory. Each part is read once for each ROWS rows; out is written once.
 //

@@ -37,11 +37,11 @@ class PromptLaunchConfig:
 def tiling(dim: int, bits: int) -> tuple[int, int]:
     """Simdgroups of a threadgroup, and its tiles of 8 queries, for numbers of `bits` (16: fp16).
 
-    8 lanes of a simdgroup have a word of every value each; a lane has 32 sums, and queries take half of the threadgroup
-    memory. See prompt_attention.metal.
+    8 lanes of a simdgroup have a word of every value each. A lane has at most 32 sums, and queries take at most half of
+    the threadgroup memory; expanding codes takes registers that two more tiles would need. See prompt_attention.metal.
     """
     simdgroups = min(8, dim * bits // 256)
-    return simdgroups, min(4, 128 * simdgroups // dim)
+    return simdgroups, min(4 if bits == 16 else 2, 128 * simdgroups // dim)
 
 
 def supports(q: mx.array, parts: Sequence[KVView]) -> bool:
@@ -83,7 +83,7 @@ def prompt_attention(
     q = q.reshape(heads, tokens, dim)
     last = mx.arange(position, position + tokens, dtype=mx.int32) if last is None else last.astype(mx.int32)
     length = sum(part.keys.shape[2] for part in parts)
-    length = min(length, window + tokens) if window else length
+    length = min(length, window) if window else length
     launches = ceil(tokens * 4 * heads * dim * length / config.operations)
     rows = 8 * tiling(dim, 16)[1]
     step = rows // gcd(rows, heads // kv_heads)  # tokens that fill whole threadgroups
@@ -107,7 +107,7 @@ def _some(
     config: PromptLaunchConfig,
 ) -> mx.array:
     """`prompt_attention` of some queries, [count, H D]: a launch for each MAX_PARTS parts of a kind."""
-    (heads, _, dim), kv_heads, (_, count, _, window) = q.shape, parts[0].keys.shape[1], queries
+    (heads, tokens, dim), kv_heads, (_, count, _, window) = q.shape, parts[0].keys.shape[1], queries
     kinds = [[part for part in parts if part.rotation is not None], [part for part in parts if part.rotation is None]]
     groups = [kind[i : i + MAX_PARTS] for kind in kinds for i in range(0, len(kind), MAX_PARTS)]
     carried: Sequence[Any] = [mx.zeros(DEVICE_ELEMENTS), mx.zeros(DEVICE_ELEMENTS)]
@@ -121,10 +121,10 @@ def _some(
         defines |= {"SCALE": float(scale), "CENTERED": rotation is not None and rotation.shape[0] > 2, **code_book()}
         absent = ["rotation"] if rotation is None else []
         kernel = render("prompt_attention", "prompt_attention.metal", mx.float16, defines, absent)
-        across = -(-count * (heads // kv_heads) // (8 * tiles))
+        across, all_across = (ceil(n * (heads // kv_heads) / (8 * tiles)) for n in (count, tokens))
         # Few queries over many keys: pieces of at least four blocks, as many as give all of the GPU work.
         length = min(window, sum(part.keys.shape[2] for part in group))
-        split = min(-(-config.threadgroups // (across * kv_heads)), max(1, length // (64 * simdgroups)))
+        split = min(ceil(config.threadgroups / (all_across * kv_heads)), max(1, length // (64 * simdgroups)))
         settings = [*queries, pieces, int(not groups and split == 1), len(group), 0]
         filled = group + [group[0] if group else parts[-1]] * (
             MAX_PARTS - len(group)
