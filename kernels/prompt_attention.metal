@@ -42,7 +42,10 @@
 #define BLOCK (16 * SG)
 #define ROWS (8 * TILES)
 #define SLOTS (D / 16)                           // products along D
-#define K_WORDS (WORDS / 4 < 4 ? WORDS / 4 : 4)  // words of a key that a lane reads at once; 4 lanes share a key
+// Words of a key that a lane reads at once; 4 lanes share a key. Of long keys in fp16 a whole line of 128 bytes, which a
+// small cache could have lost before its second half is wanted.
+#define K_MOST (BITS == 16 && TILES == 2 ? 8 : 4)
+#define K_WORDS (WORDS / 4 < K_MOST ? WORDS / 4 : K_MOST)
 #define K_STEPS (WORDS / (4 * K_WORDS))
 #define RUN (K_WORDS * PER)                      // numbers of a key that a lane reads at once
 #define V_WORDS (WORDS / (8 * SG))               // words of a value per lane; 8 lanes share a simdgroup's columns

@@ -110,7 +110,7 @@ def _some(
     (heads, tokens, dim), kv_heads, (_, count, _, window) = q.shape, parts[0].keys.shape[1], queries
     kinds = [[part for part in parts if part.rotation is not None], [part for part in parts if part.rotation is None]]
     groups = [kind[i : i + MAX_PARTS] for kind in kinds for i in range(0, len(kind), MAX_PARTS)]
-    carried: Sequence[Any] = [mx.zeros(DEVICE_ELEMENTS), mx.zeros(DEVICE_ELEMENTS)]
+    carried: Sequence[Any] = [mx.array([0.0] * DEVICE_ELEMENTS)] * 2
     pieces = 0  # in `carried`
     while groups or pieces != 1:
         group = groups.pop(0) if groups else []
@@ -196,4 +196,5 @@ def prompt_attention_cases(s: Sizes) -> Iterator[Check]:
     for h in dict.fromkeys(s.heads):
         for kind in ("full",) if h.window else quantization.KINDS:
             if h.dim in DIMS and h.dim * quantization.BITS.get(kind, 16) >= 256:
-                yield Check(OpKey(PROMPT_ATTENTION.name, kind), f"{h}", partial(make, h, kind))
+                seen = f"a window of {h.window}" if h.window else "all tokens"
+                yield Check(OpKey(PROMPT_ATTENTION.name, kind), f"{h}, {seen}", partial(make, h, kind))
