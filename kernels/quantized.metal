@@ -1,8 +1,8 @@
 // Quantized keys and values (mlx_gemma4/kv/quantization.py): how codes are packed, and the Hadamard transform H that is
 // part of their rotation. For quantized_attention.metal and quantize_kv.metal.
 //
-// Rendered before: D; BITS of a code: 8 or 4; for 4 bits LEVELS (the 8 magnitudes, fp16 as bits) and LOW_0, LOW_1,
-// HIGH_0, HIGH_1 (their low and high bytes).
+// Rendered before: D; BITS of a code: 8 or 4 (or 16: numbers in halves as they are); for 4 bits LEVELS (the 8 magnitudes,
+// fp16 as bits) and LOW_0, LOW_1, HIGH_0, HIGH_1 (their low and high bytes).
 
 #define PER (32 / BITS)  // codes in a word
 #define WORDS (D / PER)  // words in a vector
@@ -17,7 +17,9 @@ METAL_FUNC uint less_1152(uint pair) {
 
 // The levels of a word's codes, as pairs of halves. table: for 4 bits on Metal, two codes -> their levels.
 METAL_FUNC void levels(uint word, const threadgroup uint* table, thread uint* pairs) {
-#if BITS == 8
+#if BITS == 16
+  pairs[0] = word;
+#elif BITS == 8
   UNROLL
   for (int i = 0; i < 2; i++) {
     const uint codes = word >> (16 * i);

@@ -16,10 +16,51 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from metal_sim import kernel as simulator
 
+from mlx_gemma4.gpu import render
 from mlx_gemma4.quant.formats import FORMATS, Packed, pack_on_cpu
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 LIMIT = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 1e-3}
+
+
+# Where PTX's manual has them: a's element (i, k) with lane i % 8 * 4 + k % 8 / 2, in its word k / 8 * 2 + i / 8; b's
+# (k, j) with lane j * 4 + k % 8 / 2, in its word k / 8; c's (i, j) with lane i % 8 * 4 + j / 2, its number
+# i / 8 * 2 + j % 2.
+PTX = """
+METAL_FUNC uint firsts(uint a, uint b) { return (a & 0xFFFFu) | b << 16; }
+METAL_FUNC uint seconds(uint a, uint b) { return a >> 16 | (b & 0xFFFF0000u); }
+METAL_FUNC void multiply(thread float* c, const thread uint* a, uint b0, uint b1) {
+  const int lane = int(simd_prefix_exclusive_sum(1));
+  float sums[4];
+  for (int n = 0; n < 4; n++) sums[n] = c[n];
+  for (int k = 0; k < 16; k++) {
+    for (int n = 0; n < 4; n++) {
+      const uint left0 = simd_shuffle(a[k / 8 * 2], ushort(lane / 4 * 4 + k % 8 / 2));
+      const uint left1 = simd_shuffle(a[k / 8 * 2 + 1], ushort(lane / 4 * 4 + k % 8 / 2));
+      const uint right = simd_shuffle(k / 8 ? b1 : b0, ushort((lane % 4 * 2 + n % 2) * 4 + k % 8 / 2));
+      const uint left = n / 2 ? left1 : left0;
+      sums[n] += (k % 2 ? high_half(left) : low_half(left)) * (k % 2 ? high_half(right) : low_half(right));
+    }
+  }
+  for (int n = 0; n < 4; n++) c[n] = sums[n];
+}
+"""
+# Of quantized.metal, by the table.
+CODES = """
+METAL_FUNC uint less_1152(uint pair) {
+  const half a = as_type<half>(ushort(pair)) - half(1152), b = as_type<half>(ushort(pair >> 16)) - half(1152);
+  return uint(as_type<ushort>(a)) | uint(as_type<ushort>(b)) << 16;
+}
+METAL_FUNC uint level_of(uint code, uint low_0, uint low_1, uint high_0, uint high_1) {
+  const uint at = 8 * (code & 3), low = code & 4 ? low_1 : low_0, high = code & 4 ? high_1 : high_0;
+  return (low >> at & 0xFFu) | (high >> at & 0xFFu) << 8 | (code & 8) << 12;
+}
+METAL_FUNC void levels_by_bytes(uint word, uint low_0, uint low_1, uint high_0, uint high_1, thread uint* pairs) {
+  for (int i = 0; i < 4; i++)
+    pairs[i] = level_of(word >> (8 * i), low_0, low_1, high_0, high_1) |
+               level_of(word >> (8 * i + 4), low_0, low_1, high_0, high_1) << 16;
+}
+"""
 
 
 def metal(**declared: Any) -> Any:
@@ -53,6 +94,14 @@ def racing(**declared: Any) -> Any:
         return [to_mlx(a) for a in kernel(seed=3, sanitize="thread", **arguments)]
 
     return call
+
+
+def as_cuda(*, header: str, **declared: Any) -> Any:
+    """The simulator, with the text as CUDA sees it."""
+    units = render._text("matrix.metal")
+    if units in header:
+        header = "#define CUDA 1\n" + header.replace(units, PTX + CODES + units)
+    return metal(header=header, **declared)
 
 
 def eager(header: str, base: Any = metal, **declared: Any) -> Any:

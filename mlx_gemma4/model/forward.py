@@ -14,6 +14,7 @@ import mlx.core as mx
 from ..config import Config, LayerConfig
 from ..kv.state import KVState
 from ..ops import stock
+from ..ops.prompt_attention import prompt_attention_reference
 from ..ops.routing import Routing
 from ..ops.stock import Weight
 from .weights import Layer, Loaded
@@ -100,9 +101,9 @@ def attention(m: Loaded, layer: Layer, shape: LayerConfig, q: mx.array, state: K
     q = rope(m, q, shape, first)  # [1, H, Tq, D]
     parts = state.view(shape.kv_layer, queries)
     window = m.config.window if shape.sliding else None
-    out = stock.attention(q.astype(state.dtype), parts, m.config.attention_scale, first, window)
-    out = out.swapaxes(1, 2).reshape(queries, -1)  # [Tq, H * D]
-    return linear(m, out.astype(mx.float32), layer.attn_output)
+    attend = m.kernels.prompt_attention if m.kernels else prompt_attention_reference
+    out = attend(q.astype(state.dtype), parts, scale=m.config.attention_scale, position=first, window=window)
+    return linear(m, out, layer.attn_output)  # out: [Tq, H * D]
 
 
 def mlp(m: Loaded, layer: Layer, x: mx.array) -> mx.array:

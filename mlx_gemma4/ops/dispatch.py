@@ -17,8 +17,9 @@ import mlx.core as mx
 
 from ..gpu import render
 from ..gpu.recording import Player
+from ..kv.segments import KVView
 from ..quant.formats import Packed
-from . import long_attention, many_rows, stock
+from . import long_attention, many_rows, prompt_attention, stock
 from .attention import FEW_ROWS, LONG_ATTENTION, attention_pieces, attention_reference, config_key, launch_config
 from .dense import DENSE, dense
 from .epilogue import ALONE, PLAIN, Epilogue, Folded, product_reference
@@ -32,6 +33,7 @@ from .packed import is_readable
 from .parts import MERGE, KVPart, shapes_of
 from .routing import Routing
 from .stock import Weight
+from .tuning import this_gpu
 
 log = logging.getLogger("mlx_gemma4")
 
@@ -115,6 +117,17 @@ class Kernels:
                 sums, stats = pieces
                 return self(MERGE, sums, stats, q.shape, q.dtype)
         return attention_reference(q, parts, spans, scale=scale, window=window)
+
+    def prompt_attention(
+        self, q: mx.array, parts: list[KVView], *, scale: float, position: int, window: int | None
+    ) -> mx.array:
+        """`prompt_attention.prompt_attention`, where it is the faster one and takes these heads."""
+        options: dict[str, Any] = {"scale": scale, "position": position, "window": window}
+        reference = partial(prompt_attention.prompt_attention_reference, q, parts, **options)
+        if not this_gpu().prompt_attention or not prompt_attention.supports(q, parts):
+            return reference()
+        kernel = partial(prompt_attention.prompt_attention, self.launcher, q, parts, **options)
+        return self.attempt(kernel, reference, *prompt_attention.keys_of(parts, q.shape[-1]))
 
     def product(self, x: mx.array, w: Weight, epilogue: Epilogue = PLAIN, folded: Folded = ALONE) -> mx.array:
         """`matvec.matvec` for any weight: a few rows, and whatever is folded into their product."""

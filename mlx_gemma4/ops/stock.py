@@ -20,6 +20,7 @@ from ..quant.formats import Packed, affine_parts, dequantize
 
 # Rows of a look-up-table type are expanded this many weights at a time, to bound the memory it takes.
 _EXPAND = 1 << 26
+SCORE_BYTES = 256 << 20  # of the scores that `attention` holds at once on Metal, in fp32
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,19 @@ def embed(ids: mx.array, table: Weight) -> mx.array:
     return dequantize(table, rows=ids)
 
 
-def attention(q: mx.array, parts: Sequence[KVView], scale: float, position: int, window: int | None) -> mx.array:
+def attention(
+    q: mx.array,
+    parts: Sequence[KVView],
+    scale: float,
+    position: int,
+    window: int | None,
+    last: mx.array | None = None,
+) -> mx.array:
     """softmax(scale * q kᵀ) v over keys and values in parts, each KV head serving heads / kv_heads query heads.
 
     Each part's scores and products are taken where they lie and summed under one maximum: the parts are never
-    joined, except for many queries on a GPU, whose fused attention wants them whole.
+    joined, except for many queries on NVIDIA, where MLX's fused attention wants them whole. On Metal it has none for
+    most of Gemma's heads and would hold a score for each query and key, so there queries are taken a few at a time.
 
     Args:
         q: [1, heads, T, D], in the parts' dtype.
@@ -138,6 +147,7 @@ def attention(q: mx.array, parts: Sequence[KVView], scale: float, position: int,
             expanded for the length of this call.
         position: of the first query.
         window: None: a query sees all before it.
+        last: int [T], the last position that each query sees, at least its own; None: its own.
 
     Returns:
         [1, heads, T, D].
@@ -145,15 +155,23 @@ def attention(q: mx.array, parts: Sequence[KVView], scale: float, position: int,
     rotation = next((part.rotation for part in parts if part.rotation is not None), None)
     if rotation is not None:
         q, parts = _in_codes_space(q, parts, rotation)
-        out = attention(q, parts, scale, position, window)
+        out = attention(q, parts, scale, position, window, last)
         return quantization.unrotate(out, rotation[1]).astype(q.dtype)
     if q.dtype == mx.float32 and _numpy_multiplies(q.shape[2]):
-        return _numpy_attention(q, parts, scale, position, window)
-    if len(parts) > 1 and q.shape[2] > 1 and not on_cpu():
+        return _numpy_attention(q, parts, scale, position, window, last)
+    most = max(1, SCORE_BYTES // (4 * q.shape[1] * sum(part.keys.shape[2] for part in parts)))
+    if q.shape[2] > most and mx.metal.is_available() and not on_cpu():
+        tiles = []
+        for i in range(0, q.shape[2], most):
+            seen = None if last is None else last[i : i + most]
+            tiles.append(attention(q[:, :, i : i + most], parts, scale, position + i, window, seen))
+            mx.eval(tiles[-1])  # or all would be held until all are computed
+        return mx.concatenate(tiles, axis=2)
+    if len(parts) > 1 and q.shape[2] > 1 and not on_cpu() and not mx.metal.is_available():
         keys = mx.concatenate([part.keys for part in parts], axis=2)
         values = mx.concatenate([part.values for part in parts], axis=2)
         parts = [KVView(parts[0].start, keys, values)]
-    masks = [_mask(q.shape[2], part, position, window) for part in parts]
+    masks = [_mask(q.shape[2], part, position, window, last) for part in parts]
     if len(parts) == 1:
         return mx.fast.scaled_dot_product_attention(q, parts[0].keys, parts[0].values, scale=scale, mask=masks[0])
     _, heads, t, d = q.shape
@@ -184,7 +202,9 @@ def _in_codes_space(q: mx.array, parts: Sequence[KVView], rotation: mx.array) ->
     return quantization.rotate(q, rotation[0]).astype(q.dtype), made
 
 
-def _numpy_attention(q: mx.array, parts: Sequence[KVView], scale: float, position: int, window: int | None) -> mx.array:
+def _numpy_attention(
+    q: mx.array, parts: Sequence[KVView], scale: float, position: int, window: int | None, last: mx.array | None
+) -> mx.array:
     """`attention` where numpy multiplies; scores are worked on in place."""
     _, heads, t, d = q.shape
     groups = parts[0].keys.shape[1]
@@ -192,7 +212,7 @@ def _numpy_attention(q: mx.array, parts: Sequence[KVView], scale: float, positio
     scores = []
     for part in parts:
         s = rows @ np.asarray(part.keys)[0].swapaxes(-1, -2)  # [groups, heads / groups * T, n]
-        mask = _mask(t, part, position, window)
+        mask = _mask(t, part, position, window, last)
         if mask is not None:
             by_query = s.reshape(groups, -1, t, s.shape[-1])
             by_query += np.where(np.asarray(mask), np.float32(0), np.float32(-np.inf))
@@ -205,14 +225,16 @@ def _numpy_attention(q: mx.array, parts: Sequence[KVView], scale: float, positio
     return mx.array(out / total).reshape(q.shape)
 
 
-def _mask(queries: int, part: KVView, position: int, window: int | None) -> mx.array | None:
+def _mask(
+    queries: int, part: KVView, position: int, window: int | None, last: mx.array | None = None
+) -> mx.array | None:
     """The keys of a part that queries from `position` on see: bool [T, n]; None: all of them."""
     start, stop = part.start, part.start + part.keys.shape[2]
     if stop <= position + 1 and (window is None or start > position + queries - 1 - window):
         return None
     q = mx.arange(position, position + queries)[:, None]
     k = mx.arange(start, stop)[None]
-    seen = k <= q
+    seen = k <= (q if last is None else last[:, None])
     return seen if window is None else seen & (k > q - window)
 
 

@@ -26,6 +26,8 @@ class Tuning:
     # attention
     attention_threadgroups: int = 384  # that share the keys and values of a layer
     quantized_threadgroups: int = 396  # the same over quantized keys and values: three a core
+    prompt_attention: bool = False  # prompts by prompt_attention.metal; False: by MLX's fused attention
+    launch_operations: float = 1e13  # of one launch of it, at most
 
 
 @cache
@@ -35,4 +37,6 @@ def this_gpu() -> Tuning:
     if "H100" in name or "H200" in name:
         return Tuning()
     log.info("Launch configurations are fitted to an H100 and a guess on %s", name)
-    return replace(Tuning(), measured=False)
+    # macOS stops launches that take seconds. On a base M1 (2.6e12 operations a second, 60 GB/s) one of these takes
+    # 0.15 s, or 0.4 s if no cache held anything of the keys and values.
+    return replace(Tuning(), measured=False, prompt_attention=not mx.cuda.is_available(), launch_operations=4e11)

@@ -12,46 +12,14 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from kernel_cases import check, metal, normal, racing
+from kernel_cases import as_cuda, check, metal, normal, racing
 
-from mlx_gemma4.gpu import render
 from mlx_gemma4.kv.segments import SegmentLayout
 from mlx_gemma4.ops import attention, long_attention
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.long_attention import LongLaunchConfig, long_launch_config
 from mlx_gemma4.ops.parts import span_rows
 from mlx_gemma4.ops.tuning import Tuning
-
-# Where PTX's manual has them: a's element (i, k) with lane i % 8 * 4 + k % 8 / 2, in its word k / 8 * 2 + i / 8; b's
-# (k, j) with lane j * 4 + k % 8 / 2, in its word k / 8; c's (i, j) with lane i % 8 * 4 + j / 2, its number
-# i / 8 * 2 + j % 2.
-PTX = """
-METAL_FUNC uint firsts(uint a, uint b) { return (a & 0xFFFFu) | b << 16; }
-METAL_FUNC uint seconds(uint a, uint b) { return a >> 16 | (b & 0xFFFF0000u); }
-METAL_FUNC void multiply(thread float* c, const thread uint* a, uint b0, uint b1) {
-  const int lane = int(simd_prefix_exclusive_sum(1));
-  float sums[4];
-  for (int n = 0; n < 4; n++) sums[n] = c[n];
-  for (int k = 0; k < 16; k++) {
-    for (int n = 0; n < 4; n++) {
-      const uint left0 = simd_shuffle(a[k / 8 * 2], ushort(lane / 4 * 4 + k % 8 / 2));
-      const uint left1 = simd_shuffle(a[k / 8 * 2 + 1], ushort(lane / 4 * 4 + k % 8 / 2));
-      const uint right = simd_shuffle(k / 8 ? b1 : b0, ushort((lane % 4 * 2 + n % 2) * 4 + k % 8 / 2));
-      const uint left = n / 2 ? left1 : left0;
-      sums[n] += (k % 2 ? high_half(left) : low_half(left)) * (k % 2 ? high_half(right) : low_half(right));
-    }
-  }
-  for (int n = 0; n < 4; n++) c[n] = sums[n];
-}
-"""
-
-
-def as_cuda(*, header: str, **declared: Any) -> Any:
-    """The simulator, with the text as CUDA sees it."""
-    units = render._text("matrix.metal")
-    if units in header:
-        header = "#define CUDA 1\n" + header.replace(units, PTX + units)
-    return metal(header=header, **declared)
 
 
 def attend(

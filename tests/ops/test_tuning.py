@@ -18,5 +18,6 @@ def test_another_gpu_has_the_same_numbers_as_a_guess(
     caplog.set_level(logging.INFO, "mlx_gemma4")
     monkeypatch.setattr(mx, "device_info", lambda *_: {"device_name": name})
     tuning = this_gpu.__wrapped__()
-    assert tuning == replace(Tuning(), measured=measured)
+    ours = {} if measured else {"prompt_attention": True, "launch_operations": 4e11}  # on Macs, in launches of 0.5 s
+    assert tuning == replace(Tuning(), measured=measured, **ours)
     assert [name in line for line in caplog.messages] == ([] if measured else [True])
