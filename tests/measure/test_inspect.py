@@ -20,12 +20,12 @@ from mlx_gemma4.cli.main import main
 from mlx_gemma4.conversation.language_model import demo_path, load
 from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.files.gguf import open_gguf
-from mlx_gemma4.generation.loop import PREFILL_CHUNK
 from mlx_gemma4.kv.quantization import KINDS as KVS
 from mlx_gemma4.loading.tensors import Entry
 from mlx_gemma4.measure import bench, inspection
 from mlx_gemma4.measure.inspection import Report, inspect, lines
 from mlx_gemma4.memory import HEADROOM
+from mlx_gemma4.model.costs import PREFILL_CHUNK
 
 
 def run(*args: str | Path) -> click.testing.Result:
