@@ -15,7 +15,7 @@ from ..execution import BUFFER_ELEMENTS
 from ..gpu.render import cuda_launcher
 from ..kv.quantization import allowed_kinds
 from ..kv.state import kv_bytes
-from ..memory import Needs, on_metal
+from ..memory import Needs, on_cpu, on_metal
 from ..ops.dispatch import Kernels
 from ..ops.many_rows import TILE
 
@@ -60,8 +60,8 @@ def _keys(config: Config, layer: LayerConfig, tokens: int, context: int) -> int:
 def reading_bytes(config: Config, dtype: mx.Dtype, context: int, kv: str, tokens: int) -> int:
     """Bytes alive beside weights and KV while a chunk is read, the last of `context` tokens: one layer's of each kind.
 
-    MLX starts a second layer while the first is computed where its memory limit leaves room for that, and frees what a
-    command buffer reads when the buffer is done: BUFFER_ELEMENTS of fp16 beside what is alive.
+    On a GPU, two tiles of weights too. On Metal MLX starts a second layer while the first is computed where its memory
+    limit leaves room for that, and frees what a command buffer reads when the buffer is done: BUFFER_ELEMENTS in fp16.
     """
     c, kinds = config, {layer.sliding: layer for layer in config.layers}.values()
     row = 16 * c.hidden + 16 * len(c.layers) * c.ple  # residual, norms, sums; embeddings of all layers; fp32
@@ -73,7 +73,8 @@ def reading_bytes(config: Config, dtype: mx.Dtype, context: int, kv: str, tokens
         attention_bytes(s, tokens, _keys(c, s, tokens, context), dtype.size, kv != "full" and not s.sliding)
         for s in kinds
     )
-    return tokens * row + sum(seen) + 2 * 2 * TILE + 2 * BUFFER_ELEMENTS
+    tiles = 0 if on_cpu() else 2 * 2 * TILE + 2 * BUFFER_ELEMENTS * on_metal()
+    return tokens * row + sum(seen) + tiles
 
 
 def needs_of(config: Config, dtype: mx.Dtype, chunk: int, loading: int = 0) -> Needs:
