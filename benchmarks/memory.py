@@ -1,12 +1,12 @@
 """Peak memory of a prompt's chunk at several depths, on a GPU, beside what the memory plan reckons.
 
-    python benchmarks/memory.py [--model 31B] [--layers 6] [--depths 2048,32768,131072] [--kv full] [--limit]
+    python benchmarks/memory.py [--model 31B] [--layers 7] [--depths 2048,32768,131072] [--kv full] [--limit]
 
-In: nothing; weights are zeros in the types of a Q4_K_M file, of the first layers alone, and so are keys and values. Out:
-a table in GB (1e9 bytes): the most that MLX held beside weights and KV while the last chunk up to a depth was read, with
-the chunk that a Mac would read there and with MLX_MAX_MB_PER_BUFFER as it is set when this starts; set it to 200 and to
-100000 to compare (NVIDIA's backend counts bytes, and frees graphs in its own way: this bounds, and does not tell, what
-Metal holds). --limit: MLX may hold no more than reckoned (`mx.set_memory_limit`), as on a Mac that has no more.
+In: nothing; weights are zeros in the types of a Q4_K_M file, of the first layers alone, and so are keys and values.
+Out: a table in GB (1e9 bytes): the most that MLX held beside weights and KV while the last chunk up to a depth was
+read, whole and as a Mac would read it there. Run it with MLX_MAX_MB_PER_BUFFER=200 and without, to compare: NVIDIA's
+backend counts bytes and frees what graphs read in its own way, so this bounds, and does not tell, what Metal holds.
+--limit: MLX may hold no more than reckoned (`mx.set_memory_limit`), as on a Mac that has no more.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     """Read the last chunks up to each depth, and print a line each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="31B", choices=PUBLISHED)
-    parser.add_argument("--layers", type=int, default=6, help="the first so many; 6 are five sliding and a global one")
+    parser.add_argument("--layers", type=int, default=7, help="the first so many; the last makes keys alone")
     parser.add_argument("--depths", default="2048,32768,131072", help="tokens")
     parser.add_argument("--kv", default="full")
     parser.add_argument("--limit", action="store_true")
