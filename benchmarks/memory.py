@@ -46,10 +46,8 @@ def main() -> None:
         model = precompile.lazy_model(options.model, kernels)
     mx.eval([p for layer in model.weights.layers for w in vars(layer).values() if w is not None for p in planes(w)])
     mx.eval(planes(model.weights.token_embd))
-    print(
-        f"{options.model}, {options.layers} layers, kv {options.kv}, {device_info().get('device_name')}, MLX_MAX_MB_PER"
-    )
-    print(f"_BUFFER={os.environ['MLX_MAX_MB_PER_BUFFER']}; GB beside weights and KV")
+    print(f"{options.model}, {options.layers} layers, kv {options.kv}, {device_info().get('device_name')}")
+    print(f"GB beside weights and KV; MLX_MAX_MB_PER_BUFFER={os.environ['MLX_MAX_MB_PER_BUFFER']}")
     print("| depth | chunk | peak | reckoned | s |\n|---|---|---|---|---|")
     for depth in map(int, options.depths.split(",")):
         for chunk in dict.fromkeys((PREFILL_CHUNK, chunk_at(model.config, depth - PREFILL_CHUNK, PREFILL_CHUNK))):

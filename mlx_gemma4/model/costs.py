@@ -1,6 +1,6 @@
 """What a model takes beside its weights: bytes of KV and of reading a prompt.
 
-In: a model's shape, tokens. Out: bytes that are alive at once, reckoned. Nothing is measured here, and no array is made.
+In: a model's shape, tokens. Out: bytes that are alive at once, reckoned: nothing is measured here.
 """
 
 from __future__ import annotations
