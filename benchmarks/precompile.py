@@ -77,7 +77,7 @@ def lazy_model(name: str, run: Kernels, packed: bool = True) -> Model:
     if not packed:
         tensors = {name: (shape, type if type == "F32" else "BF16") for name, (shape, type) in tensors.items()}
     # No memory is taken, so none need be free.
-    with patch.object(loader, "make_plan", lambda *_: MemoryPlan("packed", 0, 1 << 40)):
+    with patch.object(loader, "make_plan", lambda *_: MemoryPlan("packed", 0, 1 << 40, 8192)):
         config = make_synthetic.config_of(PUBLISHED[name])
         return load_model(config, LazySource(name, tensors), "packed", kernels=run)[0]
 

@@ -11,6 +11,7 @@ one stream that any thread may use, and the lock keeps them from using it at onc
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +26,12 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 import mlx.core as mx
 
 # The most that MLX submits to a GPU at once; MLX reads it when it first uses one. Its default limits cut a decode step
-# of a large model into dozens of command buffers (CUDA: graphs), and each costs the host and the GPU a pause.
+# of a large model into dozens of command buffers (CUDA: graphs), and each costs the host and the GPU a pause. On Metal
+# a buffer keeps all that its operations read until it is done, and what runs too long is ended; so there it ends after
+# 200 "MB", by which MLX's Metal backend means 2^20 elements of whatever size (mlx #3192).
+BUFFER_ELEMENTS = 200 << 20
 os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "400")
-os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100000")
+os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", str(BUFFER_ELEMENTS >> 20) if sys.platform == "darwin" else "100000")
 
 _guard = threading.Lock()  # of _last
 _last = threading.Lock()  # held by the latest thread in the queue until it is done

@@ -60,6 +60,7 @@ def bench(
     """
     from ..measure import bench as b
     from ..measure import llama_bench
+    from ..memory import Room
 
     files = {flag: Path(name) for flag, name in (("--json", json_file), ("--report", report)) if name}
     for flag, file in files.items():
@@ -70,8 +71,9 @@ def bench(
     path = find_model(model)
     if vs and path.is_dir():
         raise InputError(f"--vs {vs}: llama.cpp reads GGUF files, and {path} is a folder; give --model FILE.gguf")
+    deepest = max((*prompt_sizes, *(b.DEPTHS if depths is None else depths)), default=0) + reply
     with progress("Loading", 1e9, " GB") as update:
-        subject = b.load_subject(path, update)
+        subject = b.load_subject(path, update, Room(deepest, kv))
     context = subject.model.config.context
     if depths is None:
         depths = tuple(d for d in b.DEPTHS if d + reply + 2 <= context)

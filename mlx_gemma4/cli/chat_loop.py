@@ -39,7 +39,7 @@ def chat_loop(
     """Hold a conversation until there are no more messages; return True if a line failed."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
-    lm, _ = load_with_progress(model)
+    lm, _ = load_with_progress(model, kv)
     options = ReplyOptions(max_tokens, sampling(lm), think=think)
     rich = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     repl = Repl(_repl_env(rich, sampling, kv), {"main": _open(lm, state_file, system, options, kv)}, options)
@@ -97,7 +97,7 @@ def _repl_env(rich: bool, sampling: SamplingOf, kv: str) -> ReplEnv:
         echo=(lambda line: console.print(printable(line), markup=False, highlight=False)) if rich else click.echo,
         stoppable=stoppable if sys.stdin.isatty() else lambda: nullcontext(lambda: False),  # Ctrl-C ends a pipe
         reading=lambda: progress("Reading", 1, " tokens"),
-        load=lambda name: load_with_progress(name)[0],
+        load=lambda name: load_with_progress(name, kv)[0],
         sampling=sampling,
         kv=kv,
         drafts=rich,

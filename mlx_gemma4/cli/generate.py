@@ -72,7 +72,7 @@ def generate(
         prompt = sys.stdin.read()
     if not prompt:
         raise InputError("--prompt is empty; give it some text")
-    lm, load_time = load_with_progress(model)
+    lm, load_time = load_with_progress(model, kv, len(prompt.encode()) // 3 + max_tokens)  # a token has over 3 bytes
     options = ReplyOptions(max_tokens, sampling(lm), stop, think, schema=schema, logprobs=logprobs)
     state = _open_state(lm, state_file, kv)
     ids = lm.encode_prompt(prompt, raw=raw, after=state.tokens, system=system, think=think)

@@ -99,13 +99,19 @@ output_options = _together(  # no arguments
 )
 
 
-def load_with_progress(model: str | None) -> tuple[LanguageModel, float]:
-    """Load the model, or the demo with a line that says so; return it and the seconds that loading took."""
+def load_with_progress(
+    model: str | None, kv: str, context: int | None = None, kv_bytes: int | None = None
+) -> tuple[LanguageModel, float]:
+    """Load the model, or the demo with a line that says so; return it and the seconds that loading took.
+
+    There must be memory for `context` tokens, and for `kv_bytes`, of keys and values held as `kv` says.
+    """
     from ..conversation.language_model import load
+    from ..memory import Room
 
     if model is None:
-        context = click.get_current_context(silent=True)
-        command = context.info_name if context else "generate"
+        running = click.get_current_context(silent=True)
+        command = running.info_name if running else "generate"
         echo(
             "No --model given: running the small built-in demo. For a real one: "
             f"mlx-gemma4 {command} --model gemma-4-E2B-it-Q4_K_M.gguf" + ' --prompt "..."' * (command == "generate")
@@ -113,7 +119,7 @@ def load_with_progress(model: str | None) -> tuple[LanguageModel, float]:
     path = find_model(model)
     start = time.perf_counter()
     with progress("Loading", 1e9, " GB") as update:
-        lm = load(path, progress=update)
+        lm = load(path, progress=update, room=Room(context, kv, kv_bytes or 0))
     return lm, time.perf_counter() - start
 
 

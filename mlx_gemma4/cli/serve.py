@@ -76,11 +76,11 @@ def serve(
         host=host, api_key=api_key or None, parallel=parallel, queue=queue, max_tokens=max_tokens, kv=kv
     )
     listening = _listen(host, port)  # before the model is loaded, so that an error shows at once
-    lm, _ = load_with_progress(model)
+    lm, _ = load_with_progress(model, kv, 2 * max_tokens, max_kv_bytes)
     lm = replace(lm, sampling=sampling(lm))
-    if not max_kv_bytes:  # half of the free memory, but enough for one long reply
+    if not max_kv_bytes:  # half of what prompts leave free, but enough for one long reply
         one = PrefixCache(lm.model, kv=kv).most_bytes(min(lm.config.context, 2 * max_tokens))
-        max_kv_bytes = max(available_memory() // 2, one)
+        max_kv_bytes = max((available_memory() - lm.plan.reading) // 2, one)
     settings = replace(settings, model_name=model_name(model, lm.path), max_kv_bytes=max_kv_bytes)
     app = create_app(lm, settings)
     shown = f"[{host}]" if ":" in host else host

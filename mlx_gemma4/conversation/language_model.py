@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..files.hub import resolve
 from ..generation.sampling import Sampling
 from ..loading.loader import Progress, load_model, open_model
-from ..memory import MemoryPlan
+from ..memory import SOME_ROOM, MemoryPlan, Room
 from ..model.model import Model
 from ..paths import read_object
 from ..tokens.tokenizer import Tokenizer
@@ -86,6 +86,7 @@ def load(
     weights: Literal["auto", "packed", "dense"] = "auto",
     fuse: bool = True,
     progress: Progress | None = None,
+    room: Room = SOME_ROOM,
 ) -> LanguageModel:
     """Load a GGUF file (or any part of a split one), or a folder of safetensors with its `config.json`.
 
@@ -95,9 +96,10 @@ def load(
             packed on a GPU, and on a CPU dense if memory allows.
         fuse: join each MLP's gate and up projections.
         progress: called with (bytes read, bytes in all).
+        room: for keys and values, that must be there beside the weights.
 
     Raises:
-        InputError: the file can't be used.
+        InputError: the file can't be used, or there is too little memory.
 
     >>> lm = load()  # or load("gemma-4-E2B-it-Q4_K_M.gguf"), or load("ggml-org/gemma-4-E2B-it-GGUF:Q4_K_M")
     >>> lm.config.context
@@ -106,7 +108,7 @@ def load(
     path = demo_path() if path is None else resolve(path)
     with open_model(path) as (config, source, metadata):
         tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(metadata, str(path))
-        model, plan = load_model(config, source, weights, fuse, progress, usable_kernels())
+        model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room)
         check_model(model)
     return LanguageModel(path, config, model, tokenizer, _sampling_defaults(path, metadata), plan)
 

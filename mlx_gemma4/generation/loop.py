@@ -14,10 +14,11 @@ from typing import Literal, Protocol
 import mlx.core as mx
 import numpy as np
 
-from ..errors import InputError, TooLong
+from ..errors import InputError, NoRoom, TooLong
 from ..execution import execution
-from ..gpu.render import cuda_launcher
 from ..kv.state import KVState
+from ..memory import on_metal
+from ..model.costs import chunk_at, needs_of
 from ..model.model import Model
 from ..model.step import LazyStep, Step, ids_of
 from ..ops.dispatch import REPLAY
@@ -26,9 +27,8 @@ from .sampling import REPETITION_WINDOW, Sample, Sampler, Sampling, Token
 log = logging.getLogger("mlx_gemma4")
 
 FAILURES = (RuntimeError, ValueError)  # that an evaluation may raise: a kernel that this GPU's compiler refuses, ..
-PREFILL_CHUNK = 1024  # tokens read at a time: bounds the memory that a long prompt takes
 TURNS_MARKED = 4  # of one prompt, the last ones
-CHUNK_ROWS = 32 * PREFILL_CHUNK  # query heads x tokens of a chunk, at most, where chunks may be larger
+CACHED = 256 << 20  # bytes of free buffers from which on they are given back on a Mac
 
 
 class Constraint(Protocol):
@@ -67,16 +67,34 @@ class Statistics:
         return (self.reply_tokens - 1) / self.reply_time if self.reply_tokens > 1 and self.reply_time else 0.0
 
 
-def prefill_chunk(model: Model) -> int:
-    """Return how many tokens of a prompt are read at a time: on NVIDIA GPUs more for models of few heads.
+def prefill_chunk(model: Model, position: int = 0, most: int | None = None) -> int:
+    """Return how many tokens of a prompt are read at a time from a position on: `most`, or as planned; on Metal fewer
+    behind many.
 
-    There a launch costs the host about 10 us, which bounds the prompts of small models. The scores of a chunk, which
-    bound its memory, stay those of 31B's 32 heads.
+    The same from one multiple of `most` to the next, so that where chunks end follows from their position.
     """
-    if model.kernels is None or model.kernels.launcher is not cuda_launcher:
-        return PREFILL_CHUNK
-    heads = max(layer.heads for layer in model.config.layers)
-    return max(PREFILL_CHUNK, min(4 * PREFILL_CHUNK, CHUNK_ROWS // heads))
+    most = most or model.chunk
+    return chunk_at(model.config, position // most * most, most) if on_metal() else most
+
+
+def fitting_chunk(model: Model, state: KVState, tokens: int) -> int:
+    """Return how many tokens of a prompt of `tokens` may be read at a time on a Mac, as this model's plan has memory.
+
+    Raises:
+        NoRoom: there is none for such a prompt.
+    """
+    if model.plan is None or not on_metal():
+        return model.chunk
+    end, needs = state.length + tokens, needs_of(model.config, state.dtype, model.chunk)
+    free = model.plan.limit - mx.get_active_memory() - max(0, needs.kv(end, state.kv) - state.nbytes)
+    for chunk in needs.chunks():
+        if needs.reading(end, state.kv, chunk) <= free:
+            return chunk
+    raise NoRoom(
+        f"a conversation of {end:,} tokens takes {needs.kv(end, state.kv) / 1e9:.1f} GB of KV and more to read it, and "
+        f"memory is {(needs.reading(end, state.kv, chunk) - free) / 1e9:.1f} GB short; shorten it, take --kv tq4 or a "
+        "smaller quantization"
+    )
 
 
 def generate_tokens(
@@ -125,6 +143,7 @@ def generate_tokens(
     if max_tokens < 1:
         return
     state.check_room(len(prompt) + max_tokens)
+    chunk = fitting_chunk(model, state, len(prompt))
     statistics.prompt_tokens = len(prompt)
     mx.reset_peak_memory()
     start = time.perf_counter()
@@ -132,9 +151,9 @@ def generate_tokens(
     recent = ids[-REPETITION_WINDOW - len(prompt) :]  # the same however much of a prompt was read before
     new_sampler = partial(Sampler, sampling, recent, model.config.vocab, logprobs)
     with execution():
-        reply = _Reply(model, state, new_sampler, constraint, max_tokens, statistics, start, ids, marks)
+        reply = _Reply(model, state, new_sampler, constraint, max_tokens, statistics, start, ids, marks, chunk)
     try:
-        prompt_step: Step = _prefill(model, state, prompt, on_prompt, marks)
+        prompt_step: Step = _prefill(model, state, prompt, on_prompt, marks, chunk)
     except FAILURES as error:
         prompt_step = reply.again(error)
     # A step starts before its token is known to the host, where that can be.
@@ -159,6 +178,7 @@ class _Reply:
     start: float  # when the prompt began to be read
     ids: list[int]  # of the state, with the tokens that the host has received
     marks: list[int]  # positions to mark
+    chunk: int  # tokens of a prompt to read at a time, at most
     produced: int = 0  # tokens received
     first: float = 0.0  # when the first was there
 
@@ -189,6 +209,8 @@ class _Reply:
         self.ids.append(token.id)
         self.produced, now = self.produced + 1, time.perf_counter()
         s = self.statistics
+        if len(self.ids) % self.state.layout.tail == 2:  # a full tail was sealed: segments were joined
+            _give_back()
         if self.produced == 1:
             s.prompt_time, self.first = now - self.start, now
         s.reply_tokens, s.reply_time, s.peak_memory = self.produced, now - self.first, mx.get_peak_memory()
@@ -208,7 +230,7 @@ class _Reply:
         with kernels.one_by_one():
             state.start_over()
             if self.ids[1:]:
-                _prefill(model, state, self.ids[:-1], None, marks)
+                _prefill(model, state, self.ids[:-1], None, marks, self.chunk)
             step = model.step(self.ids[-1], state)
             with execution():
                 mx.eval(step.logits(), state.arrays)
@@ -281,6 +303,12 @@ def _one_by_one(reply: _Reply, sample: Sample, stop_ids: frozenset[int]) -> Iter
             sample = reply.sample(reply.again(error))
 
 
+def _give_back() -> None:
+    """Give free buffers back to the system on a Mac, where MLX keeps many: a prompt's, or segments that were joined."""
+    if on_metal() and mx.get_cache_memory() > CACHED:
+        mx.clear_cache()
+
+
 def _marks_wanted(state: KVState, prompt: list[int], turn_ends: frozenset[int] | None) -> list[int]:
     if turn_ends is None:
         return []
@@ -289,16 +317,22 @@ def _marks_wanted(state: KVState, prompt: list[int], turn_ends: frozenset[int] |
 
 
 def _prefill(
-    model: Model, state: KVState, prompt: list[int], on_prompt: Callable[[int, int], None] | None, marks: list[int]
+    model: Model,
+    state: KVState,
+    prompt: list[int],
+    on_prompt: Callable[[int, int], None] | None,
+    marks: list[int],
+    most: int,
 ) -> LazyStep:
     """Read the prompt chunk by chunk, leaving marks; return the step of its last token.
 
-    Chunks end at multiples of `prefill_chunk` tokens, whatever the state held before: a prompt whose beginning
-    was there already is cut as one that is read whole.
+    Chunks, of `most` tokens at most, end at multiples of `prefill_chunk`, whatever the state held before: a prompt
+    whose beginning was there already is cut as one that is read whole.
     """
-    done, logits, chunk = 0, mx.array(0.0), prefill_chunk(model)
+    done, logits = 0, mx.array(0.0)
     while done < len(prompt):
         before = state.length
+        chunk = prefill_chunk(model, before, most)
         n = min(chunk - before % chunk, len(prompt) - done)
         ids = mx.array(prompt[done : done + n])
         done += n
@@ -310,6 +344,7 @@ def _prefill(
             else:
                 logits = model.forward(ids, state)
                 mx.eval(logits)
+                _give_back()
             for position in marks:
                 if before < position <= state.length:
                     state.mark(position)

@@ -39,9 +39,14 @@ def check_kind(kind: str, head_dims: set[int]) -> None:
     """Raise InputError for an unknown kind, or one that heads of these sizes can't have."""
     if kind not in KINDS:
         raise InputError(f"kv {kind!r} is none of {', '.join(KINDS)}; choose one of these")
-    odd = sorted(d for d in head_dims if d < 32 or d & (d - 1))
-    if kind != "full" and odd:
+    if kind not in allowed_kinds(head_dims):
+        odd = sorted(d for d in head_dims if d < 32 or d & (d - 1))
         raise InputError(f"kv {kind} takes heads of 32, 64, 128 .. numbers and this model has {odd[0]}; use kv full")
+
+
+def allowed_kinds(head_dims: set[int]) -> list[str]:
+    """Return the kinds that heads of these sizes can have."""
+    return [kind for kind in KINDS if kind == "full" or all(d >= 32 and not d & (d - 1) for d in head_dims)]
 
 
 def vector_bytes(kind: str, dim: int, dtype: mx.Dtype) -> int:

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from ..config import Config, config_from_gguf, config_from_json
 from ..errors import InputError
 from ..files.gguf import open_gguf
-from ..memory import MemoryPlan, make_plan, on_cpu
+from ..memory import DEFAULT_CONTEXT, SOME_ROOM, MemoryPlan, Room, kv_dtype, limit_memory, make_plan, on_cpu
+from ..model.costs import largest_chunk, needs_of
 from ..model.model import Model
 from ..model.weights import Layer, Weights
 from ..ops import pack
@@ -53,6 +54,7 @@ def load_model(
     fuse: bool = True,
     progress: Progress | None = None,
     kernels: Kernels | None = None,
+    room: Room = SOME_ROOM,
 ) -> tuple[Model, MemoryPlan]:
     """Read every tensor that the configuration calls for and build the model.
 
@@ -64,6 +66,7 @@ def load_model(
         fuse: join gate and up, and q, k and v, where their types allow it (tests compare).
         progress: called as bytes are read.
         kernels: pack the weights and run the model; None: stock operations do.
+        room: for keys and values, that must be there beside the weights.
 
     Raises:
         InputError: a tensor is missing, has another shape or a type that can't be read; too little memory.
@@ -71,8 +74,11 @@ def load_model(
     specs = tensor_specs(config)
     present = _account(source, specs)
     packed, dense = _sizes(source, present)
-    plan = make_plan(packed, dense, holding, source.name, _kv_bytes_per_token(config))
-    log.info("Memory plan: %s", plan.describe())
+    chunk = largest_chunk(config, kernels)
+    largest = max(source.entries[name].n_bytes for name in present)
+    needs = needs_of(config, kv_dtype(), chunk, largest if on_cpu() else 4 * pack.PIECE)
+    plan = make_plan(packed, dense, holding, source.name, needs, room)
+    _tell(plan, chunk, min(room.context or DEFAULT_CONTEXT, config.context))
     joined = _fusions(source, present, len(config.layers)) if fuse else {}
 
     total, done = sum(source.entries[name].n_bytes for name in present), 0
@@ -88,7 +94,24 @@ def load_model(
         if progress:
             progress(done, total)
     pack.done()
-    return Model(config, _assemble(config, weights), kernels), plan
+    limit_memory(plan)
+    return Model(config, _assemble(config, weights), kernels, plan), plan
+
+
+def _tell(plan: MemoryPlan, chunk: int, context: int) -> None:
+    """Log a plan, and with a warning each, what will be slower or shorter for lack of memory."""
+    log.info("Memory plan: %s", plan.describe())
+    if plan.chunk < chunk:
+        log.warning("Memory is short: prompts are read %d tokens at a time, not %d, and slower", plan.chunk, chunk)
+    if plan.context < context:
+        log.warning("Memory is short: planned for %d tokens of context, not %d", plan.context, context)
+    if plan.total > plan.idle:
+        log.warning(
+            "%.1f GB are wanted and other programs leave %.1f GB idle: macOS has to move theirs away; close some if "
+            "replies are slow",
+            plan.total / 1e9,
+            plan.idle / 1e9,
+        )
 
 
 def _account(source: Source, specs: dict[str, Spec]) -> dict[str, Spec]:
@@ -134,12 +157,6 @@ def _sizes(source: Source, present: dict[str, Spec]) -> tuple[int, int]:
         packed += kept
         dense += kept if spec.role == "table" else 4 * prod(spec.shape)
     return packed, dense
-
-
-def _kv_bytes_per_token(config: Config) -> int:
-    """Bytes of fp32 keys and values that a token adds to the layers that keep all of them."""
-    own = [layer for i, layer in enumerate(config.layers) if layer.kv_layer == i and not layer.sliding]
-    return sum(2 * 4 * layer.kv_heads * layer.head_dim for layer in own)
 
 
 def _fusions(source: Source, present: dict[str, Spec], layers: int) -> dict[str, list[str]]:

@@ -24,12 +24,13 @@ from .. import __version__
 from ..doctor.verdict import MLX, device_name, recall, usable_kernels
 from ..errors import InputError
 from ..execution import execution
-from ..generation.loop import PREFILL_CHUNK, Statistics, generate_tokens, prefill_chunk
+from ..generation.loop import Statistics, generate_tokens, prefill_chunk
 from ..generation.sampling import Sampling
 from ..gpu.render import observed
 from ..kv.state import KVState
 from ..loading.loader import Progress, load_model, open_model
-from ..memory import available_memory, device_info
+from ..memory import SOME_ROOM, Room, available_memory, device_info
+from ..model.costs import PREFILL_CHUNK
 from ..model.model import Model
 from ..ops.dispatch import Kernels
 from .inspection import kv_per_token, weights_per_token
@@ -102,11 +103,11 @@ class Subject:
     load_time: float  # seconds
 
 
-def load_subject(path: Path, progress: Progress | None = None) -> Subject:
+def load_subject(path: Path, progress: Progress | None = None, room: Room = SOME_ROOM) -> Subject:
     """Load the model alone: speed needs no tokenizer, and a synthetic file has none."""
     start = time.perf_counter()
     with open_model(path) as (config, source, metadata):
-        model, plan = load_model(config, source, "auto", True, progress, usable_kernels())
+        model, plan = load_model(config, source, "auto", True, progress, usable_kernels(), room)
     label = size_label(str(metadata.get("general.name", "")), path.stem)
     return Subject(path, label, model, plan.holding, time.perf_counter() - start)
 

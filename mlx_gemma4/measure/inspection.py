@@ -5,7 +5,6 @@ In: the path of a GGUF or of a folder of safetensors. Out: a `Report`, and the l
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,15 +15,13 @@ import mlx.core as mx
 from ..config import Config
 from ..errors import InputError
 from ..files.gguf import TENSOR_TYPES
-from ..generation.loop import PREFILL_CHUNK
-from ..kv.quantization import KINDS, check_kind, vector_bytes
-from ..kv.state import kv_bytes
+from ..kv.quantization import vector_bytes
 from ..loading.loader import open_model
 from ..loading.tensors import Entry, Spec, tensor_specs
-from ..memory import HEADROOM, available_memory, on_cpu
+from ..memory import DEFAULT_CONTEXT, Needs, available_memory, kv_dtype
+from ..model.costs import PREFILL_CHUNK, needs_of
 from ..quant.formats import SUPPORTED
 
-DEFAULT_CONTEXT = 8192
 TENSOR_NAMES = {t.name for t in TENSOR_TYPES.values()}
 
 
@@ -44,7 +41,7 @@ class Memory:
 
     kv: str
     state: int
-    with_weights: int  # the state, the weights and HEADROOM
+    with_weights: int  # the state, the weights, and what reading a prompt takes
     fits: bool  # in `Report.available`
     longest: int  # context in tokens that fits; 0: not even the weights do
     read_per_token: int  # weights and KV that a token decoded there reads, KV in fp16
@@ -89,11 +86,8 @@ def inspect(path: Path, context: int | None = None) -> Report:
     used = {name: entry.n_bytes for name, entry in entries.items() if name in wanted}
     weights, available = sum(used.values()), available_memory()
     per_token = weights_per_token(config, used)
-    memory, dims = [], {shape.head_dim for shape in config.layers if not shape.sliding}
-    for kv in KINDS:
-        with suppress(InputError):  # of a kind that these head sizes don't allow
-            check_kind(kv, dims)
-            memory.append(_memory(config, kv, context, weights, available, per_token))
+    needs = needs_of(config, kv_dtype(), PREFILL_CHUNK)
+    memory = [_memory(config, needs, kv, context, weights, available, per_token) for kv in needs.kinds]
     return Report(
         str(path),
         sum(e.n_bytes for e in entries.values()),
@@ -148,16 +142,19 @@ def kv_per_token(config: Config, kv: str, context: int, dtype: mx.Dtype) -> int:
     return total
 
 
-def _memory(config: Config, kv: str, context: int, weights: int, available: int, per_token: int) -> Memory:
-    dtype = mx.float32 if on_cpu() else mx.float16
+def _memory(
+    config: Config, needs: Needs, kv: str, context: int, weights: int, available: int, per_token: int
+) -> Memory:
+    *larger, smallest = needs.chunks()
 
-    def in_all(tokens: int) -> int:
-        return weights + HEADROOM + kv_bytes(config, dtype, tokens, PREFILL_CHUNK, kv=kv)
+    def in_all(tokens: int, chunk: int = smallest) -> int:
+        return weights + needs.beside(tokens, kv, chunk)
 
-    needed = in_all(context)
+    chunk = next((n for n in larger if in_all(context, n) <= available), smallest)
+    needed = in_all(context, chunk)
     longest = bisect_right(range(1, config.context + 1), available, key=in_all)  # so many lengths fit
     read = per_token + kv_per_token(config, kv, context, mx.float16)
-    return Memory(kv, needed - weights - HEADROOM, needed, needed <= available, longest, read)
+    return Memory(kv, needs.kv(context, kv), needed, needed <= available, longest, read)
 
 
 # ---------------------------------------------------------------- for people

@@ -23,10 +23,11 @@ from ..kv import quantization
 from ..kv.file import load_state, save_state
 from ..kv.segments import KVQuantizer, SegmentLayout
 from ..kv.state import KVState
-from ..memory import on_cpu
+from ..memory import MemoryPlan, kv_dtype
 from ..ops import stock
 from ..ops.dispatch import Kernels
 from ..ops.quantize_kv import QUANTIZE_KV
+from .costs import largest_chunk
 from .decode import can_step, make_step
 from .forward import head, rope_wavelengths, run_layers
 from .replay import Replayer
@@ -39,11 +40,15 @@ log = logging.getLogger("mlx_gemma4")
 class Model:
     """Weights, and the forward pass from tokens to logits."""
 
-    def __init__(self, config: Config, weights: Weights, kernels: Kernels | None = None) -> None:
-        """`kernels` run decode steps; None: stock operations run everything."""
+    def __init__(
+        self, config: Config, weights: Weights, kernels: Kernels | None = None, plan: MemoryPlan | None = None
+    ) -> None:
+        """`kernels` run decode steps; None: stock operations run everything. `plan`: of the memory; None: no limits."""
         self.config = config
         self.weights = weights
         self.kernels = kernels
+        self.plan = plan
+        self.chunk = plan.chunk if plan else largest_chunk(config, kernels)  # tokens of a prompt, read at a time
         kinds = {layer.sliding: layer for layer in config.layers}
         waves = {k: rope_wavelengths(config, kinds[k], weights.rope_freqs) for k in (True, False) if k in kinds}
         mx.eval(list(waves.values()))
@@ -126,7 +131,7 @@ class Model:
     @property
     def kv_dtype(self) -> mx.Dtype:
         """Dtype of keys and values in full precision on this device."""
-        return mx.float32 if on_cpu() else mx.float16
+        return kv_dtype()
 
     def forward(self, ids: mx.array, state: KVState, *, all_logits: bool = False) -> mx.array:
         """Read tokens into the state.

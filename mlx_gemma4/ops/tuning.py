@@ -4,6 +4,8 @@ import logging
 from dataclasses import dataclass, replace
 from functools import cache
 
+import mlx.core as mx
+
 from ..memory import device_info
 
 log = logging.getLogger("mlx_gemma4")

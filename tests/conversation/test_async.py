@@ -79,7 +79,7 @@ def test_leaving_an_async_loop_stops_too(actor: Actor) -> None:
 
 
 def test_cancelling_a_long_prompt(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlx_gemma4.generation.loop.PREFILL_CHUNK", 256)
+    monkeypatch.setattr(lm.model, "chunk", 256)
 
     async def main() -> int:
         state, reading, loop = lm.model.new_state(), asyncio.Event(), asyncio.get_running_loop()

@@ -10,9 +10,10 @@ import pytest
 from recorded import HERE
 
 from mlx_gemma4 import InputError, Sampling, generate, load, stream
-from mlx_gemma4.generation.loop import PREFILL_CHUNK, Statistics, generate_tokens, prefill_chunk
+from mlx_gemma4.generation.loop import Statistics, generate_tokens, prefill_chunk
 from mlx_gemma4.generation.sampling import penalise, sample
 from mlx_gemma4.gpu.render import cuda_launcher
+from mlx_gemma4.model.costs import PREFILL_CHUNK
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.ops.dispatch import Kernels
 
@@ -128,7 +129,7 @@ def test_long_prompts_are_read_in_chunks(lm, monkeypatch) -> None:
     prompt, seen = [2, *range(10, 110)], []
     whole = tokens(lm, prompt)
     assert len(prompt) < PREFILL_CHUNK
-    monkeypatch.setattr("mlx_gemma4.generation.loop.PREFILL_CHUNK", 16)
+    monkeypatch.setattr(lm.model, "chunk", 16)
     assert tokens(lm, prompt, on_prompt=lambda done, total: seen.append((done, total))) == whole
     assert seen[0] == (16, 101)
     assert seen[-1] == (101, 101)

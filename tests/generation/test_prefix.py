@@ -17,11 +17,12 @@ from mlx_gemma4 import load
 from mlx_gemma4.chat_format.template import encode_chat
 from mlx_gemma4.cli.main import main
 from mlx_gemma4.errors import InputError
-from mlx_gemma4.generation.loop import PREFILL_CHUNK, Statistics, generate_tokens
+from mlx_gemma4.generation.loop import Statistics, generate_tokens
 from mlx_gemma4.generation.prefix import MAX_MARKS, PrefixCache
 from mlx_gemma4.generation.sampling import Sampling
 from mlx_gemma4.kv.segments import SegmentLayout
 from mlx_gemma4.kv.state import kv_bytes, total_nbytes, window_bytes
+from mlx_gemma4.model.costs import PREFILL_CHUNK
 
 GREEDY = Sampling(temperature=0)
 END = 106  # ends a turn

@@ -20,12 +20,13 @@ from mlx_gemma4.cli.main import main
 from mlx_gemma4.conversation.language_model import demo_path, load
 from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.files.gguf import open_gguf
-from mlx_gemma4.generation.loop import PREFILL_CHUNK
 from mlx_gemma4.kv.quantization import KINDS as KVS
+from mlx_gemma4.kv.state import kv_bytes
 from mlx_gemma4.loading.tensors import Entry
 from mlx_gemma4.measure import bench, inspection
 from mlx_gemma4.measure.inspection import Report, inspect, lines
 from mlx_gemma4.memory import HEADROOM
+from mlx_gemma4.model.costs import PREFILL_CHUNK
 
 
 def run(*args: str | Path) -> click.testing.Result:
@@ -69,7 +70,7 @@ def test_memory_bounds_what_a_state_holds(kind: str, tmp_path: Path) -> None:
         state = model.new_state(kv=kv)
         bench.fill(state, context)
         said = next(m for m in inspect(file, context).memory if m.kv == kv)
-        slack = inspection.kv_bytes(model.config, state.dtype, 1, 0) * 8  # tails and whole segments
+        slack = kv_bytes(model.config, state.dtype, 1, 0) * 8  # tails and whole segments
         chunk = sum(2 * s.kv_heads * s.head_dim * 4 * PREFILL_CHUNK for s in model.config.layers if s.sliding)
         assert state.nbytes <= said.state <= state.nbytes + slack + chunk
 
