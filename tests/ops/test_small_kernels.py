@@ -205,7 +205,7 @@ def check_qkv(
     v = normal(tokens, g * dim, dtype=dtype, seed=2) if kind in ("apart", "joined k", "gemma3") else None
     rope = qkv.rotations_reference(mx.array([1000], mx.int32), wavelengths(dim), tokens=tokens)
     used = mx.arange(attention.TAIL)[:, None] < count
-    old = (normal(g, attention.TAIL, dim, dtype=kv_dtype, seed=s) for s in (3, 4))
+    old = (normal(1, g, attention.TAIL, dim, dtype=kv_dtype, seed=s) for s in (3, 4))
     tail = tuple(mx.where(used, a, mx.array(float("nan"), kv_dtype)) for a in old)
     alone = kind == "q alone"
     arrays = qkv.QKVArrays(
@@ -219,8 +219,8 @@ def check_qkv(
     assert (got[1] is None) == alone == (want[1] is None)
     if not alone:
         for a, b in zip(got[1:], want[1:], strict=True):
-            check(a[:, : count + tokens], b[:, : count + tokens], limit)
-            assert mx.array_equal(a[:, :count], b[:, :count])
+            check(a[:, :, : count + tokens], b[:, :, : count + tokens], limit)
+            assert mx.array_equal(a[:, :, :count], b[:, :, :count])
 
 
 @pytest.mark.parametrize("kind", ["apart", "joined", "joined k", "k=v", "k=v joined", "q alone", "gemma3"])
