@@ -11,7 +11,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -74,7 +74,18 @@ def prepare(launcher: Launcher, kernel: Kernel, groups: tuple[int, int, int], th
     """A launch of so many threadgroups of `threads` threads each."""
     x, y, z = groups
     shapes, dtypes = [shape for shape, _ in outputs], [dtype for _, dtype in outputs]
+    kernel = _bounded(kernel, threads)
     return Launch(kernel, build(launcher, kernel), (threads * x, y, z), (threads, 1, 1), shapes, dtypes)
+
+
+@cache
+def _bounded(kernel: Kernel, threads: int) -> Kernel:
+    """The kernel for threadgroups of at most so many threads: Apple's compiler then gives each registers accordingly.
+
+    Without it, it may take so many registers that only fewer threads fit, and MLX refuses the launch. The attribute
+    belongs to the kernel, whose signature MLX puts right behind the header.
+    """
+    return replace(kernel, header=f"{kernel.header}[[max_total_threads_per_threadgroup({threads})]]\n")
 
 
 def absent(arrays: Mapping[str, Any]) -> list[str]:
@@ -144,6 +155,7 @@ def to_cuda(text: str) -> str:
     """Metal text as CUDA: threadgroup arrays become shared memory, the other address spaces vanish."""
     text = re.sub(r"(?m)//.*$", "", text)
     text = re.sub(r"(?m)^(\s*)threadgroup (?=\w+ \w+(\[[^;]*\])*;)", r"\1__shared__ ", text)
+    text = re.sub(r"\[\[max_total_threads_per_threadgroup\(\d+\)\]\]\n", "", text)
     return re.sub(r"\b(device|constant|threadgroup|thread) ", "", text)
 
 
