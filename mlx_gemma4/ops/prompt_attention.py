@@ -18,11 +18,11 @@ from ..kv.segments import KVView
 from . import stock
 from .cases import Case, Check, Heads, Sizes, cases, normal, random_kv
 from .op import Op, OpKey
+from .parts import MAX_PARTS
 from .quantize_kv import code_book
 from .tuning import this_gpu
 
 DIMS = (32, 64, 128, 256, 512)
-MAX_PARTS = 8  # of a launch; Metal takes 31 buffers, and a part needs two
 EVERYTHING = 1 << 30  # a window that leaves nothing out
 
 
@@ -129,9 +129,8 @@ def _some(
         length = min(window, sum(part.keys.shape[2] for part in group))
         split = min(ceil(config.threadgroups / (all_across * kv_heads)), max(1, length // (64 * simdgroups)))
         settings = [*queries, pieces, int(not groups and split == 1), len(group), 0]
-        filled = group + [group[0] if group else parts[-1]] * (
-            MAX_PARTS - len(group)
-        )  # that a launch has all its inputs
+        # A launch has all its inputs: absent parts are copies.
+        filled = group + [group[0] if group else parts[-1]] * (MAX_PARTS - len(group))
         settings += [n for part in filled for n in (part.start, part.keys.shape[2])]
         shapes = [((count * heads, split, n), mx.float32) for n in (dim, 2)]
         launch = prepare(launcher, kernel, (across, split, kv_heads), 32 * simdgroups, *shapes)
