@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from typing import Any
 
 import ml_dtypes
@@ -16,7 +17,6 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from metal_sim import kernel as simulator
 
-from mlx_gemma4.gpu import render
 from mlx_gemma4.quant.formats import FORMATS, Packed, pack_on_cpu
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
@@ -98,15 +98,16 @@ def racing(**declared: Any) -> Any:
 
 def as_cuda(*, header: str, **declared: Any) -> Any:
     """The simulator, with the text as CUDA sees it."""
-    units = render._text("matrix.metal")
-    if units in header:
-        header = "#define CUDA 1\n" + header.replace(units, PTX + CODES + units)
+    if "void multiply(" in header:
+        before, high_half, after = re.split(r"(METAL_FUNC float high_half\(.*\n)", header)  # which PTX needs
+        header = f"#define CUDA 1\n#define INPUTS_READY()\n{before}{high_half}{PTX}{CODES}{after}"
     return metal(header=header, **declared)
 
 
 def eager(header: str, base: Any = metal, **declared: Any) -> Any:
     """A launcher for the texts as an NVIDIA GPU has them where they ask for more at once."""
-    return base(header="#define EAGER 1\n" + header, **declared)
+    assert ("#define EAGER 0\n" in header) == declared["name"].startswith("attention_")
+    return base(header=header.replace("#define EAGER 0\n", "#define EAGER 1\n"), **declared)
 
 
 def to_mlx(a: np.ndarray[Any, Any]) -> mx.array:

@@ -66,7 +66,7 @@ def usable_kernels() -> Kernels | None:
 
 def kernels_of(launcher: Launcher, off: frozenset[OpKey] = frozenset()) -> Kernels:
     """Return a backend's kernels with the fastest steps it can run: traced where possible, replayed on NVIDIA."""
-    lazy = launcher in (mx.fast.metal_kernel, render.cuda_launcher)  # launches wait to be evaluated
+    lazy = launcher in (render.metal_launcher, render.cuda_launcher)  # launches wait to be evaluated
     return Kernels(launcher, off, lazy, cuda_graph.Player if launcher is render.cuda_launcher else None)
 
 

@@ -1,8 +1,9 @@
 """Renders a kernel from `kernels/*.metal` for a weight format, a dtype and a backend, and launches it.
 
 In: constants, MLX arrays. Out: MLX arrays. One Metal text serves three ways to run it, each a `Launcher` with the
-arguments of `mx.fast.metal_kernel`: that function itself, `cuda_launcher` below (MLX's CUDA backend), and the CPU
-simulator of the tests. What differs between formats and shapes is rendered as `#define`s before the text.
+arguments of `mx.fast.metal_kernel`: `metal_launcher` and `cuda_launcher` below (MLX's two GPU backends), and the CPU
+simulator of the tests. What differs between formats and shapes is rendered as `#define`s before the text; preprocess.py
+leaves of it what a compiler sees.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 
 from ..memory import on_cpu
 from . import cuda_compiler
+from .preprocess import Macros, lean, macros_of
 
 Launcher = Callable[..., Callable[..., Sequence[Any]]]
 Define = str | int | float | mx.Dtype
@@ -131,6 +133,7 @@ def _render(
     header = "".join(f"#define {name} {_constant(value)}\n" for name, value in lines.items())
     used = re.findall(r"(?m)^// uses: (\S+)$", helpers)
     header += "".join(map(_text, ("common.metal", *used))) + helpers
+    header, body = lean(header, body, _cuda_macros())
     digest = hashlib.sha256((header + body).encode()).hexdigest()[:12]
     return Kernel(f"{entry}_{digest}", inputs, outputs, header, body)
 
@@ -139,6 +142,17 @@ def _constant(value: Define) -> str:
     if isinstance(value, mx.Dtype):
         return METAL_TYPES[value]
     return float_literal(value) if isinstance(value, float) else str(int(value) if isinstance(value, bool) else value)
+
+
+@cache
+def _cuda_macros() -> Macros:
+    return macros_of(_text("cuda.h"))
+
+
+def metal_launcher(name: str, input_names: Sequence[str], output_names: Sequence[str], source: str, header: str) -> Any:
+    """A `Launcher` for a Mac's GPU: MLX's own, without what only CUDA's compiler sees."""
+    header, source = lean(header, source)
+    return mx.fast.metal_kernel(name, input_names, output_names, source, header)
 
 
 def cuda_launcher(name: str, input_names: Sequence[str], output_names: Sequence[str], source: str, header: str) -> Any:
@@ -163,7 +177,7 @@ def default_launcher() -> Launcher | None:
     """The launcher for this machine's default device; None on a CPU."""
     if on_cpu():
         return None
-    return cast(Launcher, mx.fast.metal_kernel if mx.metal.is_available() else cuda_launcher)
+    return metal_launcher if mx.metal.is_available() else cuda_launcher
 
 
 def observed(launcher: Launcher, launches: list[dict[str, Any]]) -> Launcher:

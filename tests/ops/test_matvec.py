@@ -224,6 +224,7 @@ def test_kernels_wait_for_their_inputs(file: Path) -> None:
 # What cuda.h has as instructions of NVIDIA's, for the simulator.
 EMULATED = """
 #define CUDA 1
+#define INPUTS_READY()
 METAL_FUNC uint bytes_or_signs(uint a, uint b, uint selector) {
   uint four = 0;
   for (int i = 0; i < 4; i++) {
