@@ -19,6 +19,7 @@ from .chat import chat
 from .generate import generate
 from .options import EXIT_INTERRUPTED, complete_file, echo, find_model, json_option, output_options, progress
 from .serve import serve
+from .tune import tune
 
 
 @click.command()
@@ -132,5 +133,5 @@ def main() -> None:
     """Gemma 4 on Apple Silicon, straight from GGUF files."""
 
 
-for command in (generate, chat, serve, pull, inspect, bench, doctor, completion):  # in the order of --help
+for command in (generate, chat, serve, pull, inspect, bench, tune, doctor, completion):  # in the order of --help
     main.add_command(command)

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from .. import ops
 from ..model.model import Model
-from ..model.weights import Layer
+from ..model.weights import Layer, Weights
 from ..ops import matvec
 from ..ops.cases import ALL_CASES, Check, Heads, Product, Sizes
 from ..ops.epilogue import SHRINK
@@ -42,9 +42,7 @@ def sizes_of(model: Model) -> Sizes:
     """Return the sizes of a loaded model."""
     c, w = model.config, model.weights
     heads = []
-    products = [Product(_type(w.output), w.output.shape, narrow=True)]
-    if w.per_layer_model_proj is not None:
-        products.append(Product(_type(w.per_layer_model_proj), w.per_layer_model_proj.shape))
+    products = outer_products(w)
     for shape, layer in zip(c.layers, w.layers, strict=True):
         own = layer.attn_k_norm is not None
         joined = ""
@@ -53,7 +51,7 @@ def sizes_of(model: Model) -> Sizes:
         v_is_k = own and layer.attn_v is None and joined != "kv"
         window = c.window if shape.sliding else 0
         heads.append(Heads(shape.heads, shape.kv_heads, shape.head_dim, window, joined, own, v_is_k, c.value_norm))
-        products += _layer_products(layer, c.experts_used, c.hidden)
+        products += layer_products(layer, c.experts_used, c.hidden).values()
     usable = [used for p in products for used in _as_launched(p)]
     packed = [p for p in usable if p.type in FORMATS]
     short = [Product(p.type, p.shape, narrow=True, used=p.used, own_x=p.used > 0) for p in packed]  # short prompts
@@ -77,8 +75,15 @@ def sizes_of(model: Model) -> Sizes:
     )
 
 
-def _layer_products(layer: Layer, used: int, hidden: int) -> list[Product]:
-    """Return the products of a layer as the decode step computes them."""
+def outer_products(w: Weights) -> list[Product]:
+    """Return the products outside of layers: with the head, and what makes inputs of per-layer embeddings."""
+    projection = w.per_layer_model_proj
+    head = Product(_type(w.output), w.output.shape, narrow=True)
+    return [head] if projection is None else [head, Product(_type(projection), projection.shape)]
+
+
+def layer_products(layer: Layer, used: int, hidden: int) -> dict[str, Product]:
+    """Return the products of a layer as the decode step computes them, by the weights' names."""
     folded: dict[str, dict[str, Any]] = {
         **{name: {"narrow": True} for name in ("attn_qk", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_down")},
         "ffn_gate_up": {"glu": True, "factor": SHRINK, "narrow": True, "narrow_out": True},
@@ -94,7 +99,7 @@ def _layer_products(layer: Layer, used: int, hidden: int) -> list[Product]:
     }
     weights = {f.name: getattr(layer, f.name) for f in fields(layer)}
     there = {name: options for name, options in folded.items() if weights[name] is not None}
-    return [Product(_type(weights[name]), weights[name].shape, **options) for name, options in there.items()]
+    return {name: Product(_type(weights[name]), weights[name].shape, **options) for name, options in there.items()}
 
 
 def _as_launched(p: Product) -> list[Product]:

@@ -2,7 +2,8 @@
 
 In: checks, a launcher, perhaps a model. Out: results, and a verdict that holds for this device, version of MLX and
 text of the kernels. A kernel that failed runs as its reference from then on. `load` calls `usable_kernels` and
-`check_model`; the command `mlx-gemma4 doctor` is `table.examine`.
+`check_model`; the command `mlx-gemma4 doctor` is `table.examine`. What `mlx-gemma4 tune` (measure/tune.py) found is
+remembered in the same way.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from ..gpu import cuda_graph, render
 from ..gpu.render import Launcher
 from ..memory import device_info
 from ..model.model import Model
+from ..ops import tuning
 from ..ops.cases import Check
 from ..ops.dispatch import REPLAY, Kernels
 from ..ops.op import OpKey
+from ..ops.tuning import Tiling, Tuning, row_of_this_gpu
 from ..paths import cache_folder, whole_file
 from .sizes import checks, sizes_of
 
@@ -44,7 +47,8 @@ QUICK_ROWS = 256  # rows of a weight in the checks at loading
 QUICK_LENGTHS = (128,)  # contexts at which attention is checked, in tokens
 LENGTHS = (*QUICK_LENGTHS, 8192)
 PATIENCE = 4.0  # seconds after which the checks at loading say why they take so long
-REMEMBERED = 16  # verdicts kept, one per device, version of MLX and text of the kernels
+REMEMBERED = 16  # verdicts kept, one per device, version of MLX and text of the kernels; tunings likewise
+TUNED = ("cores", "busy_simdgroups", "attention_threadgroups", "quantized_threadgroups")  # numbers that `tune` changes
 
 
 # ---------------------------------------------------------------- the verdict
@@ -61,7 +65,10 @@ class Verdict:
 def usable_kernels() -> Kernels | None:
     """Return the kernels to run a model with; None if stock operations run everything: on a CPU or if switched off."""
     launcher = None if os.environ.get("MLX_GEMMA4_KERNELS", "").lower() == "off" else render.default_launcher()
-    return None if launcher is None else kernels_of(launcher, frozenset(map(OpKey.parse, recall().failed)))
+    if launcher is None:
+        return None
+    tuning.use(recall_tuning())
+    return kernels_of(launcher, frozenset(map(OpKey.parse, recall().failed)))
 
 
 def kernels_of(launcher: Launcher, off: frozenset[OpKey] = frozenset()) -> Kernels:
@@ -95,7 +102,7 @@ def kernel_text() -> str:
 
 def recall() -> Verdict:
     """Return this machine's verdict; an empty one if there is none or it cannot be read."""
-    known: Any = _all_verdicts().get(machine())
+    known: Any = _remembered(verdict_file).get(machine())
     try:
         return Verdict({str(key) for key in known["checked"]}, {str(k): str(v) for k, v in known["failed"].items()})
     except (TypeError, KeyError, AttributeError):
@@ -104,25 +111,51 @@ def recall() -> Verdict:
 
 def remember(verdict: Verdict) -> None:
     """Write a verdict for this machine. If the file cannot be written, the checks run again the next time."""
-    verdicts = _all_verdicts()
-    verdicts.pop(machine(), None)
-    kept = dict(list(verdicts.items())[1 - REMEMBERED :])
-    kept[machine()] = {"checked": sorted(verdict.checked), "failed": verdict.failed}
-    file = verdict_file()
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(file) as out:
-            out.write(json.dumps(kept, indent=1).encode())
+        _remember(verdict_file, {"checked": sorted(verdict.checked), "failed": verdict.failed})
     except OSError as error:
         log.info("The verdict on this machine's kernels can't be kept: %s", error)
 
 
-def _all_verdicts() -> dict[str, Any]:
+def tuning_file() -> Path:
+    return cache_folder() / "tuning.json"
+
+
+def recall_tuning() -> Tuning | None:
+    """Return this GPU's numbers as `remember_tuning` wrote them; None if it did not, or it cannot be read."""
     try:
-        verdicts = json.loads(verdict_file().read_text())
+        known: Any = _remembered(tuning_file).get(machine())
+        numbers: dict[str, Any] = {name: int(known[name]) for name in TUNED}
+        keys = {key: tuple(key.split()) for key in known["tilings"]}
+        tilings = {(f, int(n), int(k)): Tiling(*known["tilings"][key]) for key, (f, n, k) in keys.items()}
+        sound = all(n > 0 for n in numbers.values()) and all(t.is_sound() for t in tilings.values())
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return None
+    return replace(row_of_this_gpu(), **numbers, tilings=tilings) if sound else None
+
+
+def remember_tuning(found: Tuning) -> None:
+    """Write this GPU's numbers. Raises OSError, or RuntimeError: this user has no home folder."""
+    tilings = {" ".join(map(str, key)): [t.lanes, t.rows, t.split, t.simdgroups] for key, t in found.tilings.items()}
+    _remember(tuning_file, {**{name: getattr(found, name) for name in TUNED}, "tilings": tilings})
+
+
+def _remember(at: Callable[[], Path], value: dict[str, Any]) -> None:
+    """Write a value for this machine into a file, behind those of others."""
+    values, file = _remembered(at), at()
+    values.pop(machine(), None)
+    kept = {**dict(list(values.items())[1 - REMEMBERED :]), machine(): value}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(file) as out:
+        out.write(json.dumps(kept, indent=1).encode())
+
+
+def _remembered(at: Callable[[], Path]) -> dict[str, Any]:
+    try:
+        values = json.loads(at().read_text())
     except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home
         return {}
-    return verdicts if isinstance(verdicts, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 # ---------------------------------------------------------------- checking

@@ -6,7 +6,7 @@ their sums up. Knows no model and no KV state.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -28,7 +28,7 @@ from .parts import (
     pieces_of,
     shapes_of,
 )
-from .tuning import Tuning, this_gpu
+from .tuning import Tuning, launch_cache, this_gpu
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class LaunchConfig:
 FEW_ROWS, MANY_ROWS = LaunchConfig(2), LaunchConfig(8)
 
 
-@lru_cache(maxsize=4096)
+@launch_cache
 def launch_config(lengths: tuple[int, ...], rows: int, kv_heads: int, gpu: Tuning | None = None) -> LaunchConfig:
     """The configuration for `rows` queries a KV head over parts of up to so many tokens.
 
@@ -116,7 +116,7 @@ def attention_pieces(
     return launch(q, spans, cut_of(shapes.lengths, share, window), *all_parts(parts))
 
 
-@lru_cache(maxsize=4096)  # hundreds of launches a token: the GPU must not wait for the host
+@launch_cache
 def _prepared(
     launcher: Launcher,
     shape: QueryShape,

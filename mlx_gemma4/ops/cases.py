@@ -207,9 +207,16 @@ def product_inputs(p: Product, most_rows: int | None) -> tuple[mx.array, Any, Ep
     """Return x, a weight of at most so many rows, and the options of `matvec.matvec` or `dense.dense`."""
     *_, n, k = p.shape
     made = (*([min(p.shape[0], 4 * p.used)] if p.used else []), min(n, most_rows or n), k)
+    x, epilogue, folded = product_arguments(p, made)
+    return x, weight(p.type, made), epilogue, folded
+
+
+def product_arguments(p: Product, made: tuple[int, ...]) -> tuple[mx.array, Epilogue, Folded]:
+    """Return x and the options of `matvec.matvec` or `dense.dense` for a product whose weight has this shape."""
+    k = p.shape[-1]
     dtype, out = (state_dtype() if narrow else mx.float32 for narrow in (p.narrow, p.narrow_out))
     norm = norm_weight(k) if p.norm else None
     times = normal(p.used or p.tokens, made[-2], dtype=dtype) if p.times else None
     ids = mx.random.permutation(made[0])[: p.used].astype(mx.int32) if p.used else None
     x = normal(p.used if p.own_x else p.tokens, k, dtype=dtype)
-    return x, weight(p.type, made), Epilogue(p.glu, p.factor, out, EPS), Folded(norm, times, ids)
+    return x, Epilogue(p.glu, p.factor, out, EPS), Folded(norm, times, ids)

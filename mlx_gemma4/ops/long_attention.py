@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from ..gpu.render import Launch, Launcher, prepare, render
 from .parts import KVPart, PartShapes, QueryShape, all_parts, cut_of, merge, pieces_of, shapes_of
-from .tuning import Tuning, this_gpu
+from .tuning import Tuning, launch_cache, this_gpu
 
 LONG = 8192  # tokens of capacity from which on matrix units pay: fewer fill too few threadgroups
 
@@ -38,7 +38,7 @@ class LongLaunchConfig:
         return pieces_of(lengths, self.piece)
 
 
-@lru_cache(maxsize=4096)
+@launch_cache
 def long_launch_config(
     lengths: tuple[int, ...], heads: int, tokens: int, kv_heads: int, dim: int, gpu: Tuning | None = None
 ) -> LongLaunchConfig:

@@ -6,8 +6,8 @@ In: activations and a packed weight. Out: activations, with a norm, GEGLU or a f
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -18,35 +18,21 @@ from .cases import Case, Check, Product, Sizes, cases, product_inputs
 from .epilogue import ALONE, PLAIN, Epilogue, Folded, product_reference
 from .op import Op, OpKey
 from .packed import absent_planes, format_defines
-from .tuning import Tuning, this_gpu
+from .tuning import Tiling, TilingKey, Tuning, launch_cache, row_of_this_gpu, this_gpu
 
 MAX_TOKENS = 4  # of a mat-vec
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """The tiling of a mat-vec; see matvec.metal."""
-
-    lanes: int  # lanes of a simdgroup that share a row
-    rows: int  # rows a lane works on at once
-    split: int  # simdgroups that share a row
-    simdgroups: int  # of a threadgroup, a multiple of split
-    chunk: int = 32  # weights a lane takes of each row in a step
-    prefetch: bool = False  # load the next step's weights during this one
-
-    def rows_per_group(self, glu: bool) -> int:
-        """Results that one threadgroup writes."""
-        return self.rows // (1 + glu) * (32 // self.lanes) * (self.simdgroups // self.split)
-
-
 def tiling(fmt: Format, n: int, k: int, tokens: int = 1, gpu: Tuning | None = None) -> Tiling:
-    """The tiling for a weight of n rows of k: rules fitted to times of some 100 tilings of each of 10 shapes.
+    """The tiling for a weight of n rows of k: what `mlx-gemma4 tune` found, or rules fitted to times of 10 shapes.
 
     In a decode step launches wait for each other, so most of all a lane should have few steps, and there should be
     simdgroups enough for every core; then, the lanes of a row should divide its chunks evenly, and a lane's x should
     serve several rows. docs/kernels.md has the measurements.
     """
     gpu = gpu or this_gpu()
+    if tokens == 1 and (found := gpu.tilings.get((fmt.name, n, k))):
+        return found
     chunks = -(-k // 32)
     if tokens == 1 and n * k >= gpu.large_weights and n < gpu.head_rows:
         lanes, most = 32 if chunks >= 256 else 16 if chunks >= 32 else 8, 6 if 8192 <= n < 20000 else 4
@@ -69,6 +55,11 @@ def tiling(fmt: Format, n: int, k: int, tokens: int = 1, gpu: Tuning | None = No
     if tokens > 1:  # each row's sums take as many registers again
         rows = 4
     return Tiling(lanes, rows, split, simdgroups=split)
+
+
+def tiling_key(p: Product) -> TilingKey:
+    """What `tiling` knows a product's weight by."""
+    return p.type, p.shape[-2] * (p.used or 1), p.shape[-1]
 
 
 def _even(chunks: int, lanes: int) -> float:
@@ -110,7 +101,7 @@ def matvec(
     return launch.by_name({**arrays, "ids": ids, "times": times})[0]
 
 
-@lru_cache(maxsize=4096)  # a decode step launches hundreds of mat-vecs, and the GPU must not wait for the host
+@launch_cache
 def _prepared(
     launcher: Launcher,
     name: str,
@@ -153,7 +144,7 @@ def matvec_cases(s: Sizes) -> Iterator[Check]:
     def make(p: Product) -> Case:
         x, w, epilogue, folded = product_inputs(p, s.rows)
         assert isinstance(w, Packed)
-        config = tiling(w.format, p.shape[-2] * (p.used or 1), p.shape[-1], p.tokens)  # as for all rows
+        config = tiling(w.format, *tiling_key(p)[1:], p.tokens)  # as for all rows
 
         def reference() -> mx.array:
             if p.tokens == 1:
@@ -165,4 +156,8 @@ def matvec_cases(s: Sizes) -> Iterator[Check]:
         return Case(lambda launcher: matvec(launcher, x, w, epilogue, folded, config=config), reference, n_bytes)
 
     for p in dict.fromkeys(s.packed):
-        yield Check(OpKey(MATVEC.name, p.type), f"{p}", partial(make, p))
+        shape = f"{p}"
+        if this_gpu() is not row_of_this_gpu():  # another kernel than the table's, which a verdict may know
+            t = tiling(FORMATS[p.type], *tiling_key(p)[1:], p.tokens)
+            shape += f" in {t.lanes}x{t.rows}x{t.split}x{t.simdgroups}"
+        yield Check(OpKey(MATVEC.name, p.type), shape, partial(make, p))

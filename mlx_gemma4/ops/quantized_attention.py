@@ -19,7 +19,7 @@ from .cases import COUNT, Case, Check, Heads, Sizes, case, cases, normal, random
 from .op import Op
 from .parts import TAIL, KVPart, QueryShape, all_parts, span_rows
 from .quantize_kv import DIMS, code_book
-from .tuning import Tuning, this_gpu
+from .tuning import Tuning, launch_cache, this_gpu
 
 FILE = "quantized_attention.metal"
 MAX_QUANTIZED = 7  # parts
@@ -99,7 +99,7 @@ def _lengths(lengths: tuple[int, ...]) -> mx.array:
     return mx.array([*lengths, *[0] * (MAX_QUANTIZED + 1 - len(lengths))], mx.int32)
 
 
-@lru_cache(maxsize=4096)  # several launches a token: the GPU must not wait for the host
+@launch_cache
 def _prepared(
     launcher: Launcher,
     shape: QueryShape,
