@@ -34,6 +34,7 @@ from ..ops.dispatch import REPLAY, Kernels
 from ..ops.op import OpKey
 from ..ops.tuning import Tiling, Tuning, row_of_this_gpu
 from ..paths import cache_folder, whole_file
+from ..quant.formats import FORMATS
 from .sizes import checks, sizes_of
 
 log = logging.getLogger("mlx_gemma4")
@@ -126,9 +127,9 @@ def recall_tuning() -> Tuning | None:
     try:
         known: Any = _remembered(tuning_file).get(machine())
         numbers: dict[str, Any] = {name: int(known[name]) for name in TUNED}
-        keys = {key: tuple(key.split()) for key in known["tilings"]}
-        tilings = {(f, int(n), int(k)): Tiling(*known["tilings"][key]) for key, (f, n, k) in keys.items()}
-        sound = all(n > 0 for n in numbers.values()) and all(t.is_sound() for t in tilings.values())
+        named = [(*key.split(), Tiling(*numbers)) for key, numbers in known["tilings"].items()]
+        tilings = {(f, int(n), int(k)): t for f, n, k, t in named if f in FORMATS and t.is_sound()}
+        sound = all(n > 0 for n in numbers.values()) and len(tilings) == len(named)
     except (TypeError, KeyError, ValueError, AttributeError):
         return None
     return replace(row_of_this_gpu(), **numbers, tilings=tilings) if sound else None

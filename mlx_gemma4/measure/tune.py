@@ -210,7 +210,8 @@ class Search:
 
     def advance(self, launcher: Launcher, timer: Timer) -> bool:
         """Try one more. What fails, or gives other results than the first, is never the best. False: none is left."""
-        self.queue = [c for c in self.queue or (self.more(self.best) if self.best else []) if c not in self.tried]
+        fresh = partial(filter, lambda config: config not in self.tried)
+        self.queue = list(fresh(self.queue)) or (list(fresh(self.more(self.best))) if self.best else [])
         if not self.queue or (self.tried and not self.wanted):
             return False
         config, seconds, results = self.queue[0], 0.0, []
@@ -249,7 +250,7 @@ def neighbours(t: Tiling, k: int) -> list[Tiling]:
     some = [replace(t, split=n, simdgroups=n * max(1, t.simdgroups // t.split)) for n in (1, 2, 3, 4, 6, 8)]
     some += [replace(t, lanes=n) for n in (8, 16, 32)] + [replace(t, rows=n) for n in (2, 4, 8)]
     some += [replace(t, simdgroups=t.split * n) for n in (1, 2, 4)]
-    return [s for s in some if s.simdgroups <= 12 and s.lanes * s.split * 32 <= k]
+    return [s for s in some if s.simdgroups <= 12 and s.lanes * s.split * 32 <= max(k, 256)]
 
 
 def _agree(got: mx.array, want: mx.array) -> bool:
