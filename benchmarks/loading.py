@@ -34,7 +34,7 @@ OURS = """
 import sys
 from pathlib import Path
 import mlx.core as mx
-from mlx_gemma4.bench import load_subject
+from mlx_gemma4.measure.bench import load_subject
 subject = load_subject(Path(sys.argv[1]))
 mx.eval(mx.argmax(subject.model.forward(mx.array([1]), subject.model.new_state())))
 print(subject.load_time)

@@ -24,7 +24,7 @@ import precompile
 from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.doctor.verdict import usable_kernels
 from mlx_gemma4.memory import device_info, on_cpu
-from mlx_gemma4.model.costs import PREFILL_CHUNK, chunk_at, reading_bytes
+from mlx_gemma4.model.costs import PREFILL_CHUNK, chunk_at, own_attention, reading_bytes
 
 GB = 1e9
 
@@ -46,16 +46,18 @@ def main() -> None:
         model = precompile.lazy_model(options.model, kernels)
     mx.eval([p for layer in model.weights.layers for w in vars(layer).values() if w is not None for p in planes(w)])
     mx.eval(planes(model.weights.token_embd))
+    own = own_attention(kernels)
     print(f"{options.model}, {options.layers} layers, kv {options.kv}, {device_info().get('device_name')}")
     print(f"GB beside weights and KV; MLX_MAX_MB_PER_BUFFER={os.environ['MLX_MAX_MB_PER_BUFFER']}")
     print("| depth | chunk | peak | reckoned | s |\n|---|---|---|---|---|")
     for depth in map(int, options.depths.split(",")):
-        for chunk in dict.fromkeys((PREFILL_CHUNK, chunk_at(model.config, depth - PREFILL_CHUNK, PREFILL_CHUNK))):
+        least = chunk_at(model.config, depth - PREFILL_CHUNK, PREFILL_CHUNK, own)
+        for chunk in dict.fromkeys((PREFILL_CHUNK, least)):
             state = model.new_state(kv=options.kv)
             precompile.lazy_fill(state, depth - chunk)
             mx.eval(state.arrays)
             mx.clear_cache()
-            reckoned = reading_bytes(model.config, state.dtype, depth, options.kv, chunk)
+            reckoned = reading_bytes(model.config, state.dtype, own, depth, options.kv, chunk)
             before, start = mx.get_active_memory(), time.perf_counter()
             limit = mx.set_memory_limit(before + reckoned) if options.limit else None
             mx.reset_peak_memory()

@@ -118,8 +118,8 @@ def load_with_progress(
         )
     path = find_model(model)
     start = time.perf_counter()
-    with progress("Loading", 1e9, " GB") as update:
-        lm = load(path, progress=update, room=Room(context, kv, kv_bytes or 0))
+    with progress("Loading", 1e9, " GB") as update, progress("Preparing kernels:", 1, "") as prepared:
+        lm = load(path, progress=update, preparing=prepared, room=Room(context, kv, kv_bytes or 0))
     return lm, time.perf_counter() - start
 
 

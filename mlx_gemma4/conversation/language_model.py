@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from ..chat_format.template import encode_chat
 from ..config import Config
-from ..doctor.verdict import check_model, usable_kernels
+from ..doctor.ready import make_ready
+from ..doctor.verdict import usable_kernels
 from ..errors import InputError
 from ..files.hub import resolve
 from ..generation.sampling import Sampling
@@ -86,6 +87,7 @@ def load(
     weights: Literal["auto", "packed", "dense"] = "auto",
     fuse: bool = True,
     progress: Progress | None = None,
+    preparing: Progress | None = None,
     room: Room = SOME_ROOM,
 ) -> LanguageModel:
     """Load a GGUF file (or any part of a split one), or a folder of safetensors with its `config.json`.
@@ -96,6 +98,7 @@ def load(
             packed on a GPU, and on a CPU dense if memory allows.
         fuse: join each MLP's gate and up projections.
         progress: called with (bytes read, bytes in all).
+        preparing: called after that, on a GPU, with (kernels that are ready, kernels in all).
         room: for keys and values, that must be there beside the weights.
 
     Raises:
@@ -109,7 +112,7 @@ def load(
     with open_model(path) as (config, source, metadata):
         tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(metadata, str(path))
         model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room)
-        check_model(model)
+        make_ready(model, preparing)
     return LanguageModel(path, config, model, tokenizer, _sampling_defaults(path, metadata), plan)
 
 

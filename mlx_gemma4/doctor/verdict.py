@@ -1,9 +1,9 @@
 """Checks on this machine whether its kernels compute what their references compute, and remembers the verdict.
 
 In: checks, a launcher, perhaps a model. Out: results, and a verdict that holds for this device, version of MLX and
-text of the kernels. A kernel that failed runs as its reference from then on. `load` calls `usable_kernels` and
-`check_model`; the command `mlx-gemma4 doctor` is `table.examine`. What `mlx-gemma4 tune` (measure/tune.py) found is
-remembered in the same way.
+text of the kernels. A kernel that failed runs as its reference from then on. `load` calls `usable_kernels`, and
+`check_model` through ready.py; the command `mlx-gemma4 doctor` is `table.examine`. What `mlx-gemma4 tune`
+(measure/tune.py) found is remembered in the same way.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from hashlib import sha256
@@ -184,54 +185,63 @@ def run_check(check: Check, launcher: Launcher | None, timed: bool = False) -> R
     launches: list[dict[str, Any]] = []
     try:
         case = check.make()
-        want = case.compared(_arrays(case.reference()))
-        mx.eval(want)
+        with _beside(launcher, timed):
+            want = case.compared(arrays_of(case.reference()))
+            mx.eval(want)
         if not all(mx.isfinite(a).all().item() for a in want):
             return Result(op, shape, "stock operations give NaN")
     except Exception as error:  # too little memory, for example: that tells nothing about the kernel
-        return Result(op, shape, f"not checked: {_reason(error)}")
+        return Result(op, shape, f"not checked: {reason_of(error)}")
     if launcher is None:
         return Result(op, shape, "runs as stock operations")
     try:
         start = time.perf_counter()
-        got = case.compared(_arrays(case.kernel(render.observed(launcher, launches) if timed else launcher)))
+        got = case.compared(arrays_of(case.kernel(render.observed(launcher, launches) if timed else launcher)))
         mx.eval(got)
         first = time.perf_counter() - start
         worst = max(_error(a, b) for a, b in zip(got, want, strict=True))
         if not worst <= LIMIT:
             wrong = "gives NaN" if math.isnan(worst) else "gives wrong numbers"
             return Result(op, shape, wrong, True, worst, first=first, launches=tuple(launches))
-        seconds = _seconds(lambda: _arrays(case.kernel(launcher))) if timed else None
+        seconds = _seconds(lambda: arrays_of(case.kernel(launcher))) if timed else None
     except Exception as error:  # anything that a backend's compiler or launch raises
-        return Result(op, shape, f"fails: {_reason(error)}", True, launches=tuple(launches))
+        return Result(op, shape, f"fails: {reason_of(error)}", True, launches=tuple(launches))
     rate = case.n_bytes / seconds / 1e9 if seconds else None
     return Result(op, shape, "ok", False, worst, seconds, rate, first, tuple(launches))
 
 
-def check_model(model: Model) -> None:
-    """Check the kernels that a model needs and that have no verdict yet; switch off those that fail.
+def _beside(launcher: Launcher | None, timed: bool) -> AbstractContextManager[Any]:
+    """Where a reference is computed: quick checks' on the CPU of a machine with an NVIDIA GPU.
 
-    Each is compiled as the model will run it, and runs on a few rows of random numbers.
+    There MLX compiles products of quantized weights, gathers and more when they first run, 2 s each.
     """
-    if model.kernels is None:
-        return
+    return mx.stream(mx.cpu) if launcher is render.cuda_launcher and not timed else nullcontext()
+
+
+def check_model(model: Model, wanted: Sequence[Check], done: Callable[[], None]) -> list[Check]:
+    """Run those of a model's checks that have no verdict yet; switch off what fails. Return those that had passed.
+
+    Each kernel is compiled as the model will run it, and runs on a few rows of random numbers. `done` is called after
+    each check.
+    """
+    assert model.kernels is not None
     known = recall()
-    wanted = {c.key: c for c in checks(sizes_of(model), QUICK_LENGTHS, QUICK_ROWS)}
-    new = [c for c in wanted.values() if c.key not in known.checked and str(c.op) not in known.failed]
+    passed = [c for c in wanted if c.key in known.checked and str(c.op) not in known.failed]
+    new = [c for c in wanted if c.key not in known.checked and str(c.op) not in known.failed]
     steps = f"replay: {len(model.config.layers)} layers of {model.config.hidden}"
     replays = model.replays and steps not in known.checked
     if not new and not replays:
-        return
+        return passed
     failed: dict[str, str] = {}
     start: float | None = time.monotonic()
     try:
         for check in new:
-            if str(check.op) in failed:
-                continue
-            result = run_check(check, model.kernels.launcher)
-            known.checked.add(check.key)
-            if result.failed:
-                failed[result.op] = known.failed[result.op] = result.verdict
+            if str(check.op) not in failed:
+                result = run_check(check, model.kernels.launcher)
+                known.checked.add(check.key)
+                if result.failed:
+                    failed[result.op] = known.failed[result.op] = f"{result.verdict} ({check.shape})"
+            done()
             if start and time.monotonic() - start > PATIENCE:
                 log.warning("Checking this machine's kernels (first run), which this GPU's compiler takes long for ...")
                 start = None
@@ -244,6 +254,7 @@ def check_model(model: Model) -> None:
     finally:
         remember(known)  # also after Ctrl-C
     log.warning("Checking this machine's kernels (first run) ... %s", switched_off(failed) if failed else "ok")
+    return passed
 
 
 def _replay_trouble(model: Model) -> str:
@@ -267,7 +278,7 @@ def _replay_trouble(model: Model) -> str:
         with execution():
             worst: Any = (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item()
     except Exception as error:  # anything that a driver refuses
-        return f"fails: {_reason(error)}"
+        return f"fails: {reason_of(error)}"
     return "" if worst <= AGREE else "gives wrong numbers"
 
 
@@ -277,11 +288,11 @@ def switched_off(failed: dict[str, str]) -> str:
     return f"switched off, stock operations run instead: {listed}"
 
 
-def _arrays(made: Any) -> Sequence[mx.array]:
+def arrays_of(made: Any) -> Sequence[mx.array]:
     return [a for a in (made if isinstance(made, tuple) else (made,)) if a is not None]
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 

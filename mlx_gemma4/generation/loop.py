@@ -18,7 +18,7 @@ from ..errors import InputError, NoRoom, TooLong
 from ..execution import execution
 from ..kv.state import KVState
 from ..memory import on_metal
-from ..model.costs import chunk_at, needs_of
+from ..model.costs import chunk_at, needs_of, own_attention
 from ..model.model import Model
 from ..model.step import LazyStep, Step, ids_of
 from ..ops.dispatch import REPLAY
@@ -69,12 +69,12 @@ class Statistics:
 
 def prefill_chunk(model: Model, position: int = 0, most: int | None = None) -> int:
     """Return how many tokens of a prompt are read at a time from a position on: `most`, or as planned; on Metal fewer
-    behind many.
+    behind many where attention makes a matrix of scores.
 
     The same from one multiple of `most` to the next, so that where chunks end follows from their position.
     """
     most = most or model.chunk
-    return chunk_at(model.config, position // most * most, most) if on_metal() else most
+    return chunk_at(model.config, position // most * most, most, own_attention(model.kernels)) if on_metal() else most
 
 
 def fitting_chunk(model: Model, state: KVState, tokens: int) -> int:
@@ -85,7 +85,8 @@ def fitting_chunk(model: Model, state: KVState, tokens: int) -> int:
     """
     if model.plan is None or not on_metal():
         return model.chunk
-    end, needs = state.length + tokens, needs_of(model.config, state.dtype, model.chunk)
+    end = state.length + tokens
+    needs = needs_of(model.config, state.dtype, model.chunk, own_attention(model.kernels))
     free = model.plan.limit - mx.get_active_memory() - max(0, needs.kv(end, state.kv) - state.nbytes)
     for chunk in needs.chunks():
         if needs.reading(end, state.kv, chunk) <= free:

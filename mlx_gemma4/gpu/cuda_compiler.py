@@ -16,7 +16,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
@@ -125,6 +126,25 @@ def module(text: str, name: str) -> bytes:
         return kept
     key, code_file = kept
     return key if name == TRIAL or keys_work() else code_file.read_bytes()
+
+
+def compile_all(texts: Mapping[str, str], done: Callable[[], None], threads: int | None = None) -> None:
+    """Have the machine code of whole CUDA texts on disk, compiling on all cores what isn't there.
+
+    NVRTC takes calls from several threads, and from CUDA 12.3 on generates code in all of them at once (its manual,
+    "Thread safety"). What can't be compiled is left to whoever launches it.
+
+    Args:
+        texts: each with its kernel's name.
+        done: called after each, in this thread.
+        threads: that compile; None: one for each core that this process may use.
+    """
+    pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)))
+    try:
+        for _ in as_completed([pool.submit(_kept, text, name) for text, name in texts.items()]):
+            done()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C only those under way are waited for
 
 
 def _kept(text: str, name: str) -> tuple[bytes, Path] | bytes:

@@ -16,7 +16,7 @@ from ..config import Config, config_from_gguf, config_from_json
 from ..errors import InputError
 from ..files.gguf import open_gguf
 from ..memory import DEFAULT_CONTEXT, SOME_ROOM, MemoryPlan, Room, kv_dtype, limit_memory, make_plan, on_cpu
-from ..model.costs import largest_chunk, needs_of
+from ..model.costs import largest_chunk, needs_of, own_attention
 from ..model.model import Model
 from ..model.weights import Layer, Weights
 from ..ops import pack
@@ -76,7 +76,7 @@ def load_model(
     packed, dense = _sizes(source, present)
     chunk = largest_chunk(config, kernels)
     largest = max(source.entries[name].n_bytes for name in present)
-    needs = needs_of(config, kv_dtype(), chunk, largest if on_cpu() else 4 * pack.PIECE)
+    needs = needs_of(config, kv_dtype(), chunk, own_attention(kernels), largest if on_cpu() else 4 * pack.PIECE)
     plan = make_plan(packed, dense, holding, source.name, needs, room)
     _tell(plan, chunk, min(room.context or DEFAULT_CONTEXT, config.context))
     joined = _fusions(source, present, len(config.layers)) if fuse else {}

@@ -21,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import __version__
+from ..doctor.ready import make_ready
 from ..doctor.verdict import MLX, device_name, recall, usable_kernels
 from ..errors import InputError
 from ..execution import execution
@@ -108,8 +109,10 @@ def load_subject(path: Path, progress: Progress | None = None, room: Room = SOME
     start = time.perf_counter()
     with open_model(path) as (config, source, metadata):
         model, plan = load_model(config, source, "auto", True, progress, usable_kernels(), room)
+    took = time.perf_counter() - start
+    make_ready(model)
     label = size_label(str(metadata.get("general.name", "")), path.stem)
-    return Subject(path, label, model, plan.holding, time.perf_counter() - start)
+    return Subject(path, label, model, plan.holding, took)
 
 
 def size_label(*names: str) -> str:

@@ -13,13 +13,14 @@ from textwrap import wrap
 import mlx.core as mx
 
 from ..config import Config
+from ..doctor.verdict import usable_kernels
 from ..errors import InputError
 from ..files.gguf import TENSOR_TYPES
 from ..kv.quantization import vector_bytes
 from ..loading.loader import open_model
 from ..loading.tensors import Entry, Spec, tensor_specs
 from ..memory import DEFAULT_CONTEXT, Needs, available_memory, kv_dtype
-from ..model.costs import PREFILL_CHUNK, needs_of
+from ..model.costs import PREFILL_CHUNK, needs_of, own_attention
 from ..quant.formats import SUPPORTED
 
 TENSOR_NAMES = {t.name for t in TENSOR_TYPES.values()}
@@ -86,7 +87,7 @@ def inspect(path: Path, context: int | None = None) -> Report:
     used = {name: entry.n_bytes for name, entry in entries.items() if name in wanted}
     weights, available = sum(used.values()), available_memory()
     per_token = weights_per_token(config, used)
-    needs = needs_of(config, kv_dtype(), PREFILL_CHUNK)
+    needs = needs_of(config, kv_dtype(), PREFILL_CHUNK, own_attention(usable_kernels()))
     memory = [_memory(config, needs, kv, context, weights, available, per_token) for kv in needs.kinds]
     return Report(
         str(path),

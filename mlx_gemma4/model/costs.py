@@ -12,11 +12,14 @@ import mlx.core as mx
 from ..config import Config, LayerConfig
 from ..execution import BUFFER_ELEMENTS
 from ..gpu.render import cuda_launcher
-from ..kv.quantization import allowed_kinds
+from ..kv.quantization import BITS, allowed_kinds
 from ..kv.state import kv_bytes
 from ..memory import Needs, on_cpu, on_metal
+from ..ops import prompt_attention
 from ..ops.dispatch import Kernels
 from ..ops.many_rows import TILE
+from ..ops.parts import TAIL
+from ..ops.tuning import this_gpu
 
 PREFILL_CHUNK = 1024  # tokens of a prompt that are read at a time
 CHUNK_ROWS = 32 * PREFILL_CHUNK  # query heads x tokens of a chunk, at most, where chunks may be larger
@@ -36,15 +39,37 @@ def largest_chunk(config: Config, kernels: Kernels | None) -> int:
     return max(PREFILL_CHUNK, min(4 * PREFILL_CHUNK, CHUNK_ROWS // heads))
 
 
+def own_attention(kernels: Kernels | None) -> bool:
+    """True if prompts are read by attention of our own, which makes no matrix of scores, for heads that it takes."""
+    off = kernels is None or any(key.op == prompt_attention.PROMPT_ATTENTION.name for key in kernels.off)
+    return on_metal() and this_gpu().prompt_attention and not off
+
+
+def takes(layer: LayerConfig, kv: str) -> bool:
+    """True if attention of our own takes a layer's heads."""
+    return prompt_attention.takes(layer.head_dim, 16 if layer.sliding else BITS.get(kv, 16))
+
+
 def score_bytes(layer: LayerConfig, tokens: int, keys: int, size: int) -> int:
-    """Bytes of a layer's matrix of scores for a chunk, in numbers of `size` bytes; 0 where attention makes none."""
+    """Bytes of a layer's matrix of scores for a chunk, in numbers of `size` bytes, where attention makes one."""
     return layer.heads * tokens * keys * size
 
 
-def attention_bytes(layer: LayerConfig, tokens: int, keys: int, size: int, quantized: bool) -> int:
-    """Bytes alive while a chunk attends: scores, masked scores and shares; keys and values joined, codes expanded."""
-    scores, joined = score_bytes(layer, tokens, keys, size), 2 * layer.kv_heads * layer.head_dim * keys * size
-    return 3 * (min(scores, SCORE_BYTES) if on_metal() else scores) + joined * (1 + quantized)
+def attention_bytes(layer: LayerConfig, tokens: int, keys: int, size: int, kv: str, own: bool) -> int:
+    """Bytes alive while a chunk attends.
+
+    By attention of our own: sums of two launches, one of which adds the other's to its own, in pieces where few rows
+    see many keys; copies of slices of segments, and of a tail joined to the chunk. Else: scores, masked scores and
+    shares; keys and values joined, codes expanded.
+    """
+    key = 2 * layer.kv_heads * layer.head_dim * size  # and its value
+    if own and takes(layer, kv):
+        rows = layer.heads * tokens + 8 * prompt_attention.tiling(layer.head_dim, 16)[1] * this_gpu().cores
+        return 2 * rows * (layer.head_dim + 2) * 4 + key * (keys if layer.sliding else tokens + TAIL)
+    scores = score_bytes(layer, tokens, keys, size)
+    return 3 * (min(scores, SCORE_BYTES) if on_metal() else scores) + key * keys * (
+        1 + (kv in BITS and not layer.sliding)
+    )
 
 
 def keys_seen(config: Config, layer: LayerConfig, tokens: int, context: int) -> int:
@@ -52,11 +77,12 @@ def keys_seen(config: Config, layer: LayerConfig, tokens: int, context: int) -> 
     return min(context, config.window + tokens) if layer.sliding else context
 
 
-def reading_bytes(config: Config, dtype: mx.Dtype, context: int, kv: str, tokens: int) -> int:
+def reading_bytes(config: Config, dtype: mx.Dtype, own: bool, context: int, kv: str, tokens: int) -> int:
     """Bytes alive beside weights and KV while a chunk is read, the last of `context` tokens: one layer's of each kind.
 
-    On a GPU, two tiles of weights too. On Metal MLX starts a second layer while the first is computed where its memory
-    limit leaves room for that, and frees what a command buffer reads when the buffer is done: BUFFER_ELEMENTS in fp16.
+    `own`: see `own_attention`. On a GPU, two tiles of weights too. On Metal MLX starts a second layer while the first
+    is computed where its memory limit leaves room for that, and frees what a command buffer reads when the buffer is
+    done: BUFFER_ELEMENTS in fp16.
     """
     c, kinds = config, {layer.sliding: layer for layer in config.layers}.values()
     row = 16 * c.hidden + 16 * len(c.layers) * c.ple  # residual, norms, sums; embeddings of all layers; fp32
@@ -64,19 +90,23 @@ def reading_bytes(config: Config, dtype: mx.Dtype, context: int, kv: str, tokens
     row += c.experts_used * (16 * c.hidden + 16 * c.expert_ffn)
     # Queries, keys, values in fp16, joined, fp32; then queries and results with norm, RoPE, heads apart, and in fp16.
     row += max(layer.head_dim * (26 * layer.heads + 16 * layer.kv_heads) for layer in kinds)
-    seen = (
-        attention_bytes(s, tokens, keys_seen(c, s, tokens, context), dtype.size, kv != "full" and not s.sliding)
-        for s in kinds
-    )
+    seen = (attention_bytes(s, tokens, keys_seen(c, s, tokens, context), dtype.size, kv, own) for s in kinds)
     tiles = 0 if on_cpu() else 2 * 2 * TILE + 2 * BUFFER_ELEMENTS * on_metal()
     return tokens * row + sum(seen) + tiles
 
 
-def needs_of(config: Config, dtype: mx.Dtype, chunk: int, loading: int = 0) -> Needs:
-    """What a model takes beside its weights; `chunk` tokens of a prompt read at a time, `loading` bytes to load."""
+def needs_of(config: Config, dtype: mx.Dtype, chunk: int, own: bool, loading: int = 0) -> Needs:
+    """What a model takes beside its weights.
+
+    Args:
+        dtype: of keys and values in full precision.
+        chunk: tokens of a prompt that are read at a time.
+        own: see `own_attention`.
+        loading: bytes that loading takes.
+    """
     return Needs(
         lambda context, kv: kv_bytes(config, dtype, context, chunk, kv=kv),
-        partial(reading_bytes, config, dtype),
+        partial(reading_bytes, config, dtype, own),
         chunk,
         config.context,
         allowed_kinds({layer.head_dim for layer in config.layers if not layer.sliding}),
@@ -84,11 +114,16 @@ def needs_of(config: Config, dtype: mx.Dtype, chunk: int, loading: int = 0) -> N
     )
 
 
-def chunk_at(config: Config, position: int, most: int) -> int:
-    """Return the largest chunk from a position on, `most` or a half, a quarter of it.., that keeps to SCORE_BYTES."""
+def chunk_at(config: Config, position: int, most: int, own: bool) -> int:
+    """Return how many tokens from a position on to read at a time on Metal: `most`, where attention makes no scores.
+
+    Elsewhere the largest of a half, a quarter of it.. whose scores keep to SCORE_BYTES. `own`: see `own_attention`.
+    """
+    layers = [layer for layer in config.layers if not (own and takes(layer, "full"))]
 
     def scores(chunk: int) -> int:
-        return max(score_bytes(s, chunk, keys_seen(config, s, chunk, position + chunk), 2) for s in config.layers)
+        sizes = (score_bytes(s, chunk, keys_seen(config, s, chunk, position + chunk), 2) for s in layers)
+        return max(sizes, default=0)
 
     chunk = most
     while chunk > 16 and scores(chunk) > SCORE_BYTES:

@@ -46,7 +46,8 @@ class Product:
     narrow_out: bool = False  # the result likewise
 
     def __str__(self) -> str:
-        folded = [name for name in ("norm", "glu", "times") if getattr(self, name)]
+        folded = ["fp32"] if self.type in FORMATS and not (self.narrow or self.norm or self.used) else []
+        folded += [name for name in ("norm", "glu", "times") if getattr(self, name)]
         used = [f"{self.used} used"] if self.used else []
         tokens = [f"T={self.tokens}"] if self.tokens > 1 else []
         return " ".join(["x".join(map(str, self.shape)), *used, *folded, *tokens])

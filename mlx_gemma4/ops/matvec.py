@@ -150,7 +150,10 @@ def matvec_cases(s: Sizes) -> Iterator[Check]:
             if p.tokens == 1:
                 return product_reference(x, w, epilogue, folded)
             # MLX has a kernel of its own for several rows, which NVIDIA's compiler takes very long for.
-            return mx.concatenate([product_reference(x[i : i + 1], w, epilogue, folded) for i in range(p.tokens)])
+            rows = [slice(i, i + 1) for i in range(p.tokens)]
+            apart = [folded if folded.times is None else folded._replace(times=folded.times[row]) for row in rows]
+            y = [product_reference(x[row], w, epilogue, each) for row, each in zip(rows, apart, strict=True)]
+            return mx.concatenate(y)
 
         n_bytes = w.nbytes * p.used // w.shape[0] if p.used else w.nbytes
         return Case(lambda launcher: matvec(launcher, x, w, epilogue, folded, config=config), reference, n_bytes)

@@ -18,7 +18,7 @@ from ..kv.segments import KVView
 from . import stock
 from .cases import Case, Check, Heads, Sizes, cases, normal, random_kv
 from .op import Op, OpKey
-from .parts import MAX_PARTS
+from .parts import MAX_PARTS, all_parts
 from .quantize_kv import code_book
 from .tuning import this_gpu
 
@@ -44,15 +44,17 @@ def tiling(dim: int, bits: int) -> tuple[int, int]:
     return simdgroups, min(4 if bits == 16 else 2, 128 * simdgroups // dim)
 
 
+def takes(dim: int, bits: int) -> bool:
+    """Returns True for heads of this size with numbers of `bits` (16: fp16)."""
+    return dim in DIMS and dim * bits >= 256
+
+
 def supports(q: mx.array, parts: Sequence[KVView]) -> bool:
     """Returns True if `prompt_attention` takes queries [1, H, T, D] and parts like these."""
     dim = q.shape[-1]
     bits = [16 if part.rotation is None else quantization.bits_of((part.keys, part.values), dim) for part in parts]
     return (
-        q.dtype == mx.float16
-        and dim in DIMS
-        and dim * min(bits) >= 256
-        and all(part.values.size >= DEVICE_ELEMENTS for part in parts)
+        q.dtype == mx.float16 and takes(dim, min(bits)) and all(part.values.size >= DEVICE_ELEMENTS for part in parts)
     )
 
 
@@ -129,13 +131,15 @@ def _some(
         length = min(window, sum(part.keys.shape[2] for part in group))
         split = min(ceil(config.threadgroups / (all_across * kv_heads)), max(1, length // (64 * simdgroups)))
         settings = [*queries, pieces, int(not groups and split == 1), len(group), 0]
-        # A launch has all its inputs: absent parts are copies.
-        filled = group + [group[0] if group else parts[-1]] * (MAX_PARTS - len(group))
-        settings += [n for part in filled for n in (part.start, part.keys.shape[2])]
+        there = group or [parts[-1]]
+        for part in [*there, *there[:1] * (MAX_PARTS - len(there))]:
+            settings += [part.start, part.keys.shape[2]]
         shapes = [((count * heads, split, n), mx.float32) for n in (dim, 2)]
         launch = prepare(launcher, kernel, (across, split, kv_heads), 32 * simdgroups, *shapes)
         arrays = [] if rotation is None else [rotation]
-        arrays += [a.reshape(kv_heads, *a.shape[2:]) for part in filled for a in (part.keys, part.values)]
+        # Slices of a segment are copied here, once: MLX would copy them for each input, and most are absent parts.
+        pairs = [[mx.contiguous(a.reshape(kv_heads, *a.shape[2:])) for a in (p.keys, p.values)] for p in there]
+        arrays += all_parts([(k, v) for k, v in pairs])
         carried = launch(q, last, mx.array(settings, mx.int32), *carried, *arrays)
         pieces = split
     sums: mx.array = carried[0]

@@ -108,11 +108,41 @@ def test_kernels_that_are_right_run(
     assert reply(model) == reply(plain)
     assert "attention" in launcher.launches
 
+
+def test_a_later_load_launches_all_kernels_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No reference is computed then; progress counts up to the number of checks, as it does the first time."""
+    launcher, counts = Ailing(), []
+    on(monkeypatch, launcher)
+    load(MODEL, weights="packed", preparing=lambda *seen: counts.append(seen))
+    first, launched = counts[:], set(launcher.launches)
+    counts.clear()
     caplog.clear()
     launcher.launches.clear()
-    load(MODEL, weights="packed")
+    monkeypatch.setattr(verdict, "run_check", lambda *_: pytest.fail("checked again"))
+    model = load(MODEL, weights="packed", preparing=lambda *seen: counts.append(seen)).model
+    made = len(launcher.launches)
     assert not warnings(caplog)
-    assert set(launcher.launches) == {"pack"}
+    assert set(launcher.launches) == launched >= {"pack", "matvec", "attention", "merge", "add_norm", "embed"}
+    assert counts == first == [(n, len(counts)) for n in range(1, len(counts) + 1)] and 20 < len(counts) <= made
+    assert model.kernels is not None and not model.kernels.off
+
+
+@pytest.mark.parametrize("how", ["raises", "does not compile"])
+def test_a_kernel_that_fails_at_a_later_load(
+    how: str, plain: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It had passed its check: it is off in this process, with a warning, and the reply is the reference's."""
+    on(monkeypatch, metal)
+    load(MODEL, weights="packed")
+    caplog.clear()
+    launcher = Ailing("add_norm", how)
+    on(monkeypatch, launcher)
+    model = load(MODEL, weights="packed").model
+    assert model.kernels is not None and model.kernels.off == {OpKey("add_norm")}
+    assert warnings(caplog)[0].startswith("Kernel add_norm fails here and is off") and len(warnings(caplog)) == 1
+    assert reply(model) == reply(plain)
 
 
 ILLNESSES = [
@@ -294,6 +324,7 @@ FEW = {
             Product("Q4_K", (64, 256), norm=True, glu=True),
             Product("Q5_0", (8, 64, 96), used=2, own_x=True),
             Product("BF16", (16, 256)),
+            Product("Q4_K", (32, 256), times=True, tokens=4),
         ),
         table="Q6_K",
         ple_table="Q5_K",

@@ -60,7 +60,7 @@ def test_a_gpu_is_told_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found["machine"].items() >= LIMITS.items()
     assert found["memory"]["peak"] > 0
     matvec = next(c for c in found["checks"] if c["op"] == "matvec Q4_0")
-    assert matvec["model"] == "tiny" and matvec["shape"] == "32x64" and matvec["verdict"] == "ok"
+    assert matvec["model"] == "tiny" and matvec["shape"] == "32x64 fp32" and matvec["verdict"] == "ok"
     assert 0 < matvec["seconds"] < matvec["first"] + 1 and matvec["rate"] > 0 and matvec["error"] < verdict.LIMIT
     (launch,) = matvec["launches"]
     assert launch["kernel"].startswith("matvec_") and launch["grid"] % launch["threads"] == 0

@@ -1,7 +1,9 @@
-"""Every kernel that a conversation of a published model launches is one that `doctor` and the first load check.
+"""Every kernel that a conversation of a published model launches is one that `doctor` and the first load check, and
+that each load makes ready.
 
-Weights and states are lazy zeros of the full sizes; what is compared is texts, with what else MLX makes a kernel of:
-the dtypes of its arrays, and which of them are so small that Metal has them in its constant address space.
+Weights and states are lazy zeros of the full sizes; what is compared is texts, with what else a kernel is made of:
+the dtypes of its arrays, which of them are so small that Metal has them in its constant address space, and the ranks of
+those whose shapes are asked for (CUDA).
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ import mlx.core as mx
 import pytest
 from precompile import Idle, add_rotations, lazy_fill, lazy_model
 
-from mlx_gemma4.doctor import sizes, verdict
+from mlx_gemma4.doctor import ready, sizes, verdict
 from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.execution import execution
+from mlx_gemma4.gpu.cuda_compiler import shaped_inputs
 from mlx_gemma4.gpu.recording import RecordedLaunch
 from mlx_gemma4.gpu.render import DEVICE_ELEMENTS
 from mlx_gemma4.kv import quantization
@@ -41,10 +44,12 @@ Launched = set[tuple[Any, ...]]
 def noting(launched: Launched) -> Any:
     """Return a launcher that computes nothing and notes what Metal would compile."""
 
-    def launcher(*, name: str, **_: Any) -> Any:
+    def launcher(*, name: str, input_names: Sequence[str], source: str, **_: Any) -> Any:
+        shaped = shaped_inputs(tuple(input_names), source)
+
         def call(*, inputs: Any, output_shapes: Any, output_dtypes: Any, **_: Any) -> list[mx.array]:
             arrays = [(a.dtype, a.size < DEVICE_ELEMENTS) for a in inputs]
-            launched.add((name, *arrays, *output_dtypes))
+            launched.add((name, *arrays, *output_dtypes, *(inputs[i].ndim for i in shaped)))
             return [mx.zeros(s, t) for s, t in zip(output_shapes, output_dtypes, strict=True)]
 
         return call
@@ -72,7 +77,9 @@ def as_player(launched: Launched) -> Any:
         def load(self, launches: Sequence[RecordedLaunch], nbytes: int, *_: Any) -> None:
             for launch in launches:
                 arrays = [(a.dtype, prod(a.shape) < DEVICE_ELEMENTS) for a in launch.inputs]
-                launched.add((launch.kernel.name, *arrays, *(region.dtype for region in launch.outputs)))
+                shaped = shaped_inputs(launch.kernel.inputs, launch.kernel.source)
+                ranks = [len(launch.inputs[i].shape) for i in shaped]
+                launched.add((launch.kernel.name, *arrays, *(region.dtype for region in launch.outputs), *ranks))
 
     return Noting
 
@@ -94,6 +101,17 @@ def converse(model: Model, kv: str) -> None:
             state = model.new_state(kv=kv)
             lazy_fill(state, depth)
             model.forward(mx.zeros(tokens, mx.int32), state)
+
+
+def at_a_later_load(model: Model, monkeypatch: pytest.MonkeyPatch) -> Launched:
+    """Return what a load launches on a machine that has checked all kernels of such a model before."""
+    noted: Launched = set()
+    again = Model(model.config, model.weights, Kernels(noting(noted)))
+    keys = {c.key for c in sizes.checks(sizes.sizes_of(again), verdict.QUICK_LENGTHS, verdict.QUICK_ROWS)}
+    monkeypatch.setattr(verdict, "recall", lambda: verdict.Verdict(keys))
+    monkeypatch.setattr(verdict, "run_check", lambda *_: pytest.fail("checked again"))
+    ready.make_ready(again)
+    return noted
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
@@ -132,7 +150,9 @@ def launched_less_checked(kind: str, monkeypatch: pytest.MonkeyPatch, quantized:
             converse(model, kv)
     for check in sizes.checks(sizes.sizes_of(model), verdict.QUICK_LENGTHS, verdict.QUICK_ROWS):
         check.make().kernel(noting(checked))
+    launched_at_load = at_a_later_load(model, monkeypatch)
     for kv, noted in launched.items():
         assert not sorted(name for name, *_ in noted - checked), kv
+        assert not sorted(name for name, *_ in noted - launched_at_load), kv
         attention = {name for name, *_ in noted if name.rsplit("_", 1)[0] in ATTENTION}
         assert len(attention) <= (8 if kv == "full" else quantized), (kv, sorted(attention))
