@@ -45,6 +45,14 @@ METAL_FUNC void multiply(thread float* c, const thread uint* a, uint b0, uint b1
   for (int n = 0; n < 4; n++) c[n] = sums[n];
 }
 """
+# Of few_rows.metal.
+HALVES = """
+METAL_FUNC uint fma_halves(uint a, uint b, uint c) {
+  return as_type<uint>(fma(as_type<half2>(a), as_type<half2>(b), as_type<half2>(c)));
+}
+METAL_FUNC uint mul_halves(uint a, uint b) { return as_type<uint>(as_type<half2>(a) * as_type<half2>(b)); }
+METAL_FUNC uint add_halves(uint a, uint b) { return as_type<uint>(as_type<half2>(a) + as_type<half2>(b)); }
+"""
 # Of quantized.metal, by the table.
 CODES = """
 METAL_FUNC uint less_1152(uint pair) {
@@ -100,7 +108,7 @@ def as_cuda(*, header: str, **declared: Any) -> Any:
     """The simulator, with the text as CUDA sees it."""
     units = render._text("matrix.metal")
     if units in header:
-        header = "#define CUDA 1\n" + header.replace(units, PTX + CODES + units)
+        header = "#define CUDA 1\n" + header.replace(units, PTX + HALVES + CODES + units)
     return metal(header=header, **declared)
 
 

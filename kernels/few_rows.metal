@@ -1,0 +1,468 @@
+// Packed weights times up to TOKENS (8, 16 or 32) rows of fp16 numbers, on matrix units (matrix.metal):
+//   y[t, n] = scale[t] * sum over k of W[n, k] x[t, k], summed in fp32.
+//
+// Variants, by what is rendered before this text:
+//   SCALED   rows have a scale each (halve.metal), else 1.
+//   GLU      W is gate over up, [2F, K]: y[t, f] = gelu(gate row f) * (up row f), both in one lane.
+//   TIMES    y[t, n] = gelu(row n) * times[t, n].
+//   FACTOR   multiplies each result.
+//   EXPERTS  W is [E, N, K]. Threadgroup y of the grid takes tile y of `tiles`, int32 [.., 3]: expert, first and one
+//            past the last of `order`, at most TOKENS. Row order[i] of y is of row order[i] / USED of x.
+//
+// Threads. A simdgroup takes BLOCKS blocks of 16 rows of W, and of K every SPLIT-th stretch of 128; the simdgroups of
+// a threadgroup share the rows and add up at the end over threadgroup memory. Threadgroup of 32 SPLIT, grid
+// (32 SPLIT ceil(N / (16 BLOCKS)), tiles, 1); with GLU half of the blocks are gate's, half up's.
+//
+// Weights go from memory to the matrix units through registers alone. The sums of a product may be in any order, so of
+// a row, lane t takes the 32 neighbouring weights from 32 t on, 16 bytes at once where a weight has 4 bits. Two
+// codes 16 bits apart become two halves by one mask: they are a pair of the product's k, and x is taken in that order.
+//
+// Exactness. What meets x in the matrix units is code * scale as a whole number that fp16 holds (k-quants; their
+// blocks' fp16 d multiplies each 128 sums in fp32), or d * (code - OFFSET) rounded to fp16 once. Mins meet the sums of x
+// over a group, which come from the matrix units too and go back as two halves.
+//
+// Memory. Every byte of the planes is read once; x once for each 16 BLOCKS rows, mostly from the cache; y written once.
+//
+// Rendered before: T (half), U (of y), TIMES_T, a format with CHUNK 32, TOKENS, BLOCKS, SPLIT, PREFETCH, TAIL (K is no
+// multiple of 128), and the variants' names.
+// uses: matrix.metal
+// uses: packed.metal
+
+#define NB (TOKENS / 8)                       // blocks of 8 rows of x
+#define AFTER (SCALE_BLOCK == 256)            // d comes after the product
+#define GROUPS (GROUP == 16 ? 2 : 1)          // scales of a chunk
+#define RUN (16 / BITS)                       // codes in 16 bits
+#define FAR (BITS == 3 || BITS == 5 || BITS == 6)
+// Pairs are codes APART of each other: 16 bits of a word; where these hold no whole codes, halves of a chunk; and of a
+// table's codes neighbours, which it is read for at once.
+#define APART (HAS_LUT ? 1 : FAR ? 16 : RUN)
+// Where code * scale is a whole number: without an offset, a code's bits may lie at either end of the mantissa.
+#if GROUP_SCALE_SCALE_MIN
+#define WHOLE 1
+#define IN_PLACE (2 * BITS <= 10)
+#else
+#define WHOLE (SCALE_BLOCK == 256 && !HAS_LUT)
+#define IN_PLACE 0
+#endif
+#ifdef CUDA
+#define X_ROWS 1                              // of a block of 8 rows of x, those that a lane reads
+#else
+#define X_ROWS 2
+#endif
+
+#ifndef CUDA
+// a b + c, rounded once, and a b, a + b, of two halves each. cuda.h has CUDA's.
+METAL_FUNC uint fma_halves(uint a, uint b, uint c) {
+  return as_type<uint>(fma(as_type<half2>(a), as_type<half2>(b), as_type<half2>(c)));
+}
+METAL_FUNC uint mul_halves(uint a, uint b) { return as_type<uint>(as_type<half2>(a) * as_type<half2>(b)); }
+METAL_FUNC uint add_halves(uint a, uint b) { return as_type<uint>(as_type<half2>(a) + as_type<half2>(b)); }
+#endif
+
+METAL_FUNC uint both(half a) { return pair(a, a); }
+METAL_FUNC uint both_firsts(uint a) { return firsts(a, a); }
+METAL_FUNC uint both_seconds(uint a) { return seconds(a, a); }
+
+// The codes of a chunk such that those of a pair lie at the same place of 16 bits each.
+METAL_FUNC void aligned(const thread uint* codes, thread uint* m) {
+  UNROLL
+  for (int i = 0; i < BITS; i++) {
+    if (FAR) {
+      const uint a = codes[i / 2], b = codes[(i + BITS) / 2];
+      const bool upper = i % 2 == 1, b_upper = (i + BITS) % 2 == 1;
+      m[i] = upper == b_upper ? (upper ? seconds(a, b) : firsts(a, b))
+                              : (upper ? a >> 16 | b << 16 : (a & 0xFFFFu) | (b & 0xFFFF0000u));
+    } else {
+      m[i] = codes[i];
+    }
+  }
+}
+
+// The place in the mantissa of pair q's codes: 0, or BITS, or the top.
+METAL_FUNC int place_of(int q) {
+  const int s = q * BITS % 16;
+  return !IN_PLACE ? 10 - BITS : s + BITS <= 16 && s / BITS % 2 == 1 ? BITS : 0;
+}
+
+// Pair q's codes as halves: 2^BITS + code at the top of the mantissa, 1024 + code * 2^place elsewhere.
+METAL_FUNC uint raised_pair(const thread uint* m, int q) {
+  const int at = q * BITS, word = at / 16, s = at % 16, place = place_of(q);
+  const uint one = uint(IN_PLACE ? 25 : 15 + BITS) << 10, ones = one | one << 16;
+  if (s + BITS <= 16) {
+    const uint mask = ((1u << BITS) - 1) << place;
+    const uint u = s >= place ? m[word] >> (s >= place ? s - place : 0) : m[word] << (s >= place ? 0 : place - s);
+    return (u & (mask | mask << 16)) | ones;
+  }
+  const int low = 16 - s;  // bits in the first word
+  const uint mask = ((1u << low) - 1) << place, mask2 = ((1u << (BITS - low)) - 1) << (place + low);
+  const uint u = s >= place ? m[word] >> (s >= place ? s - place : 0) : m[word] << (s >= place ? 0 : place - s);
+  const uint u2 = m[FAR ? word + 1 : word] << (place + low);
+  return (u2 & (mask2 | mask2 << 16)) | ((u & (mask | mask << 16)) | ones);
+}
+
+// What a row's chunk needs beside its codes.
+struct Scale {
+  uint by[GROUPS];   // pairs of halves: what multiplies a group's codes at the top of the mantissa, or at place 0
+  uint add[GROUPS];  // and what is added then, or before
+  uint by_high[GROUPS], add_high[GROUPS];  // the same at place BITS
+  uint mins[GROUPS];
+  float d, m;        // for after the product
+};
+
+METAL_FUNC void scale_of(const thread Chunk& chunk, thread Scale& s) {
+  const uint field = chunk.group_scales, top = chunk.block_scales[0];
+  s.d = low_half(top);
+  s.m = HAS_MIN ? high_half(top) : 0.0f;
+  UNROLL
+  for (int i = 0; i < GROUPS; i++) s.mins[i] = 0;
+#if GROUP_SCALE_SCALE_MIN
+  const uint bits = GROUP_SCALE_BITS / 2, mask = (1u << bits) - 1;
+  UNROLL
+  for (int i = 0; i < GROUPS; i++) {
+    const uint f = field >> (GROUP_SCALE_BITS * i);
+    // 1024 + scale, 1024 + min as halves, less 1024
+    const uint two = add_halves((f & mask) | (f << (16 - bits) & mask << 16) | 0x64006400u, 0xE400E400u);
+    s.by[i] = both_firsts(two);
+    s.mins[i] = both_seconds(two);
+    s.add[i] = mul_halves(s.by[i], both(half(-1024.0f)));
+    s.by_high[i] = mul_halves(s.by[i], both(half(1.0f / float(1 << BITS))));
+    s.add_high[i] = mul_halves(s.add[i], both(half(1.0f / float(1 << BITS))));
+  }
+#elif GROUP_SCALE_INT8
+  // bytes as 1024 + 128 + scale
+  const uint two = add_halves((((field & 0xFFu) | (field & 0xFF00u) << 8) ^ 0x00800080u) | 0x64006400u, 0xE480E480u);
+#elif GROUP_SCALE_SCALE_32
+  const uint two = add_halves((field & 63u) | (field << 10 & 63u << 16) | 0x64006400u, 0xE420E420u);
+#elif GROUP_SCALE_E8M0
+  float a, b;
+  scales(field, top, 0, a, b);
+  s.by[0] = both(half(a));
+#else
+  s.by[0] = both_firsts(top);
+  if (HAS_MIN) s.mins[0] = both_seconds(top);
+#endif
+#if GROUP_SCALE_INT8 || GROUP_SCALE_SCALE_32
+  UNROLL
+  for (int i = 0; i < GROUPS; i++) {
+    // Of groups of 16, pairs have one code in each where they are far apart.
+    s.by[i] = GROUPS == 2 && FAR ? two : i == 0 ? both_firsts(two) : both_seconds(two);
+    s.add[i] = mul_halves(s.by[i], both(half(-float((1 << BITS) + OFFSET))));
+  }
+#endif
+}
+
+#if HAS_LUT
+#define TABLE_PARAMETER , const threadgroup uint* table  // two codes -> their values
+#define TABLE , table
+#else
+#define TABLE_PARAMETER
+#define TABLE
+#endif
+
+// Pair q of a row's chunk: what meets x.
+METAL_FUNC uint weight_pair(
+    const thread uint* m, const thread Scale& s, int q TABLE_PARAMETER) {
+  const int group = GROUPS == 2 ? q / 8 : 0;
+#if HAS_LUT
+  return mul_halves(table[m[q / 4] >> (q % 4 * 8) & 0xFFu], s.by[group]);
+#elif WHOLE
+  const bool high = IN_PLACE && place_of(q) != 0;
+  return fma_halves(raised_pair(m, q), high ? s.by_high[group] : s.by[group], high ? s.add_high[group] : s.add[group]);
+#else
+  return mul_halves(add_halves(raised_pair(m, q), both(half(-float((1 << BITS) + OFFSET)))), s.by[group]);
+#endif
+}
+
+// The second factors of 8 pairs, those from 8 h on, of a chunk of a row of x (Metal: of two rows, of which e says
+// which of a pair's numbers). x: the chunk's first numbers.
+#ifdef CUDA
+METAL_FUNC void load_pairs(const device half* x, const device half*, int h, int, thread uint* pairs) {
+  uint u[8];
+  load_words((const device uint*)(x + (APART == 16 ? 8 : 16) * h), 4, u);
+  load_words((const device uint*)(x + (APART == 16 ? 8 * h + 16 : 16 * h + 8)), 4, u + 4);
+  UNROLL
+  for (int i = 0; i < 8; i++) {
+    if (APART == 1) {
+      pairs[i] = u[i];
+    } else {
+      const int first = APART == 16 ? i : i / APART * 2 * APART + i % APART, second = first + (APART == 16 ? 8 : APART);
+      pairs[i] = i % 2 ? seconds(u[first / 2], u[second / 2]) : firsts(u[first / 2], u[second / 2]);
+    }
+  }
+}
+#else
+// Number e of each of 8 pairs of a row.
+METAL_FUNC void load_row(const device half* x, int h, int e, thread uint* u) {
+  if (APART == 1) {
+    uint all[8];
+    load_words((const device uint*)(x + 16 * h), 8, all);
+    UNROLL
+    for (int i = 0; i < 4; i++) u[i] = e ? seconds(all[2 * i], all[2 * i + 1]) : firsts(all[2 * i], all[2 * i + 1]);
+  } else if (APART >= 8) {
+    load_words((const device uint*)(x + (APART == 16 ? 8 * h : 16 * h) + APART * e), 4, u);
+  } else {
+    UNROLL
+    for (int i = 0; i < 8 / APART; i++)
+      load_words((const device uint*)(x + 16 * h + (2 * i + e) * APART), APART / 2, u + i * APART / 2);
+  }
+}
+
+METAL_FUNC void load_pairs(const device half* x, const device half* x2, int h, int e, thread uint* pairs) {
+  uint u[4], u2[4];
+  load_row(x, h, e, u);
+  load_row(x2, h, e, u2);
+  UNROLL
+  for (int i = 0; i < 8; i++) pairs[i] = i % 2 ? seconds(u[i / 2], u2[i / 2]) : firsts(u[i / 2], u2[i / 2]);
+}
+#endif
+
+// kernel: few_rows(x, scale?, codes, group_scales?, block_scales?, order?, tiles?, times?) -> (y)
+#if EXPERTS
+INPUTS_READY();  // tiles
+#endif
+const int lane = int(thread_index_in_simdgroup), part = int(simdgroup_index_in_threadgroup);
+const int lane_g = LANE_G, lane_t = LANE_T;
+const int words = codes_shape[EXPERTS ? 2 : 1];  // of codes in a row
+const int chunks = words / WORDS, K = chunks * 32;
+const int N = codes_shape[EXPERTS ? 1 : 0], outs = GLU ? N / 2 : N;
+#if EXPERTS
+const int tile = int(threadgroup_position_in_grid.y);
+const int first_place = tiles[3 * tile + 1], tokens = tiles[3 * tile + 2] - first_place;
+const uint before = uint(tiles[3 * tile]) * uint(N);  // rows of experts before
+#define X_ROW(t) (order[first_place + min(t, tokens - 1)] / USED)
+#define Y_ROW(t) order[first_place + (t)]
+if (tokens <= 0) return;  // a tile that is left over
+#else
+const int tokens = x_shape[0];
+const uint before = 0;
+#define X_ROW(t) min(t, tokens - 1)  // rows that are missing are copies of the last
+#define Y_ROW(t) (t)
+#endif
+
+// Rows g and g + 8 of each block; with GLU the blocks of up follow those of gate.
+constexpr int OUTS = GLU ? BLOCKS / 2 : BLOCKS;
+const int first_out = int(threadgroup_position_in_grid.x) * (16 * OUTS);
+uint row[2 * BLOCKS];
+UNROLL
+for (int r = 0; r < 2 * BLOCKS; r++)
+  row[r] = before + uint(min(first_out + r % (2 * OUTS) * 8 + lane_g, outs - 1) + (r >= 2 * OUTS ? outs : 0));
+
+#if HAS_LUT
+threadgroup uint table[256];
+threadgroup half values[16];
+if (part == 0 && lane < 16) {
+  const float listed[16] = LUT;
+  values[lane] = half(listed[lane]);
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+for (int i = part * 32 + lane; i < 256; i += 32 * SPLIT) table[i] = pair(values[i % 16], values[i / 16]);
+threadgroup_barrier(mem_flags::mem_threadgroup);
+#endif
+
+Chunk now[2 * BLOCKS], next[2 * BLOCKS];
+#define LOAD(into, c)                                                            \
+  UNROLL for (int r = 0; r < 2 * BLOCKS; r++) {                                  \
+    load_codes(codes + row[r] * uint(words) + uint((c) * WORDS), into[r].codes); \
+    LOAD_GROUP_SCALES(into, c)                                                   \
+    LOAD_BLOCK_SCALES(into, c)                                                   \
+  }
+#if GROUP_SCALE_BITS
+#define LOAD_GROUP_SCALES(into, c) \
+  into[r].group_scales = load_group_scales(group_scales + row[r] * uint(K / GROUP * GROUP_SCALE_BITS / 8), c);
+#else
+#define LOAD_GROUP_SCALES(into, c) into[r].group_scales = 0;
+#endif
+#if SCALE_BLOCK
+#define LOAD_BLOCK_SCALES(into, c) \
+  into[r].block_scales[0] =        \
+      load_block_scales(block_scales + row[r] * uint(K / SCALE_BLOCK * (1 + HAS_MIN)), (c) * 32 / SCALE_BLOCK);
+#else
+#define LOAD_BLOCK_SCALES(into, c) into[r].block_scales[0] = 0;
+#endif
+
+float acc[BLOCKS][NB][4];
+UNROLL
+for (int i = 0; i < BLOCKS * NB * 4; i++) acc[i / (NB * 4)][i / 4 % NB][i % 4] = 0;
+
+const int steps = (chunks + 4 * SPLIT - 1) / (4 * SPLIT);
+LOAD(now, min(part * 4 + lane_t, chunks - 1))
+#if !EXPERTS
+INPUTS_READY();  // the first weights are being loaded
+#endif
+#ifdef CUDA
+const int x_chunk = lane_t, which = 0;
+#else
+const int x_chunk = lane_g / 2, which = lane_g % 2;
+#endif
+const device half* from[NB][X_ROWS];
+UNROLL
+for (int n = 0; n < NB; n++) {
+  UNROLL
+  for (int i = 0; i < X_ROWS; i++) {
+    const int t = n * 8 + (X_ROWS == 1 ? lane_g : 2 * lane_t + i);
+    from[n][i] = x + ulong(X_ROW(t)) * ulong(K);
+  }
+}
+// The first factor that picks the sums of chunk m into row m, and the lane with the sums that this one passes on.
+const uint ones = lane_g == lane_t ? 0x3C003C00u : 0u;
+const uint pick[4] = {ones, 0u, ones, 0u};
+#ifdef CUDA
+const int sums_from = LANE_OF(lane_t, lane_g / 2);
+#else
+const int sums_from = LANE_OF(lane_g / 2, lane_t);
+#endif
+
+// With many rows, half of a chunk at a time: registers.
+constexpr int TURNS = NB > 2 ? 2 : 1, HALVES = 2 / TURNS;
+for (int step = 0; step < steps; step++) {
+  const int c4 = (step * SPLIT + part) * 4, c = c4 + lane_t;
+#if PREFETCH
+  if (step + 1 < steps) LOAD(next, min(c + 4 * SPLIT, chunks - 1))
+#endif
+  if (c4 < chunks) {
+    const int x_at = (TAIL ? min(c4 + x_chunk, chunks - 1) : c4 + x_chunk) * 32;
+    float dots[TURNS == 1 ? 1 : BLOCKS][NB][4], sums[NB][GROUPS][4];
+    uint group_sums[NB][GROUPS];
+    UNROLL
+    for (int turn = 0; turn < TURNS; turn++) {
+      uint xs[NB][HALVES][8];
+      UNROLL
+      for (int n = 0; n < NB; n++) {
+        UNROLL
+        for (int h = 0; h < HALVES; h++) {
+          load_pairs(from[n][0] + x_at, from[n][X_ROWS - 1] + x_at, turn * HALVES + h, which, xs[n][h]);
+#if TAIL
+          UNROLL
+          for (int i = 0; i < 8; i++) xs[n][h][i] = c4 + x_chunk < chunks ? xs[n][h][i] : 0u;
+#endif
+        }
+#if HAS_MIN
+        if (turn == 0) {
+          UNROLL
+          for (int i = 0; i < GROUPS * 4; i++) sums[n][i / 4][i % 4] = 0;
+        }
+        UNROLL
+        for (int i = 0; i < 4 * HALVES; i++) {
+          const int group = GROUPS == 2 ? turn * HALVES + i / 4 : 0;
+          multiply(sums[n][group], pick, xs[n][i / 4][i % 4 * 2], xs[n][i / 4][i % 4 * 2 + 1]);
+        }
+        if (turn == TURNS - 1) {
+          UNROLL
+          for (int i = 0; i < GROUPS; i++) {  // as two halves, the second for what the first leaves
+            const float s0 = simd_shuffle(sums[n][i][0], ushort(sums_from));
+            const float s1 = simd_shuffle(sums[n][i][1], ushort(sums_from));
+            const half h0 = half(WITHIN_HALF(s0)), h1 = half(WITHIN_HALF(s1));
+            const half low0 = half(WITHIN_HALF(s0 - float(h0))), low1 = half(WITHIN_HALF(s1 - float(h1)));
+#ifdef CUDA
+            group_sums[n][i] = lane_g % 2 ? pair(h1, low1) : pair(h0, low0);
+#else
+            group_sums[n][i] = lane_g % 2 ? pair(low0, low1) : pair(h0, h1);
+#endif
+          }
+        }
+#endif
+      }
+      UNROLL
+      for (int b = 0; b < BLOCKS; b++) {
+        Scale scale0, scale1;
+        scale_of(now[2 * b], scale0);
+        scale_of(now[2 * b + 1], scale1);
+        uint m0[WORDS], m1[WORDS];
+        aligned(now[2 * b].codes, m0);
+        aligned(now[2 * b + 1].codes, m1);
+        if (AFTER && turn == 0) {
+          UNROLL
+          for (int i = 0; i < NB * 4; i++) dots[TURNS == 1 ? 0 : b][i / 4][i % 4] = 0;
+        }
+        UNROLL
+        for (int i = 0; i < 4 * HALVES; i++) {
+          const int q = turn * 8 * HALVES + 2 * i;
+          const uint a[4] = {weight_pair(m0, scale0, q TABLE), weight_pair(m1, scale1, q TABLE),
+                             weight_pair(m0, scale0, q + 1 TABLE), weight_pair(m1, scale1, q + 1 TABLE)};
+          UNROLL
+          for (int n = 0; n < NB; n++)
+            multiply(AFTER ? dots[TURNS == 1 ? 0 : b][n] : acc[b][n], a, xs[n][i / 4][i % 4 * 2],
+                     xs[n][i / 4][i % 4 * 2 + 1]);
+        }
+        if (turn == TURNS - 1) {
+          UNROLL
+          for (int n = 0; n < NB; n++) {
+            const uint mins[4] = {scale0.mins[0], scale1.mins[0], GROUPS == 2 ? scale0.mins[GROUPS - 1] : 0u,
+                                  GROUPS == 2 ? scale1.mins[GROUPS - 1] : 0u};
+#if AFTER
+            float low[4] = {0, 0, 0, 0};
+            if (HAS_MIN) multiply(low, mins, group_sums[n][0], GROUPS == 2 ? group_sums[n][GROUPS - 1] : 0u);
+            UNROLL
+            for (int i = 0; i < 4; i++) {
+              acc[b][n][i] += (i < 2 ? scale0.d : scale1.d) * dots[TURNS == 1 ? 0 : b][n][i];
+              if (HAS_MIN) acc[b][n][i] -= (i < 2 ? scale0.m : scale1.m) * low[i];
+            }
+#elif HAS_MIN
+            multiply(acc[b][n], mins, group_sums[n][0], 0u);
+#endif
+          }
+        }
+      }
+    }
+  }
+#if PREFETCH
+  UNROLL
+  for (int r = 0; r < 2 * BLOCKS; r++) now[r] = next[r];
+#else
+  if (step + 1 < steps) LOAD(now, min(c + 4 * SPLIT, chunks - 1))
+#endif
+}
+
+#if SPLIT > 1
+// Each simdgroup stores its sums, and adds up all of every SPLIT-th block.
+threadgroup float4 shared[SPLIT][BLOCKS * NB][32];
+UNROLL
+for (int f = 0; f < BLOCKS * NB; f++) {
+  float4 four;
+  four.x = acc[f / NB][f % NB][0];
+  four.y = acc[f / NB][f % NB][1];
+  four.z = acc[f / NB][f % NB][2];
+  four.w = acc[f / NB][f % NB][3];
+  shared[part][f][lane] = four;
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+#endif
+
+UNROLL
+for (int f = 0; f < OUTS * NB; f++) {
+  if (f % SPLIT == part) {
+    const int b = f / NB, n = f % NB;
+#if SPLIT > 1
+    UNROLL
+    for (int u = 0; u < 1 + GLU; u++) {
+      UNROLL
+      for (int i = 0; i < 4; i++) acc[b + u * OUTS][n][i] = 0;
+      for (int s = 0; s < SPLIT; s++) {
+        const float4 four = shared[s][f + u * OUTS * NB][lane];
+        acc[b + u * OUTS][n][0] += four.x;
+        acc[b + u * OUTS][n][1] += four.y;
+        acc[b + u * OUTS][n][2] += four.z;
+        acc[b + u * OUTS][n][3] += four.w;
+      }
+    }
+#endif
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+      const int t = n * 8 + lane_t * 2 + i % 2, out = first_out + b * 16 + i / 2 * 8 + lane_g;
+      if (t < tokens && out < outs) {
+#if SCALED
+        const float factor = scale[X_ROW(t)];
+#else
+        const float factor = 1.0f;
+#endif
+        float value = acc[b][n][i] * factor;
+        if (GLU) value = gelu(value) * (acc[GLU ? b + OUTS : b][n][i] * factor);
+        const ulong at = ulong(Y_ROW(t)) * ulong(outs) + ulong(out);
+#if TIMES
+        value = gelu(value) * float(times[at]);
+#endif
+        y[at] = U(WITHIN_U(value * FACTOR));
+      }
+    }
+  }
+}

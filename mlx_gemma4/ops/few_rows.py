@@ -1,0 +1,121 @@
+"""Products of a few rows, 2 to MAX_ROWS, each weight read and decoded once: few_rows.metal.
+
+In: activations and a packed weight. Out: activations, with a norm, GEGLU or a factor folded in, for the replies of a
+batch. Experts' rows are sorted by expert first (routing.py). Its reference is `epilogue.product_reference`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+
+from ..gpu.render import Launch, Launcher, prepare, render, result_defines
+from ..quant.formats import FORMATS, Format, Packed
+from .epilogue import ALONE, PLAIN, Epilogue, Folded, product_reference
+from .halve import halve
+from .op import Op
+from .packed import absent_planes, format_defines
+from .routing import ROWS, most_tiles, route
+from .tuning import Tuning, this_gpu
+
+MAX_ROWS = 32
+ROOM = 28 << 10  # bytes of threadgroup memory for sums, of Metal's 32 KB
+
+
+@dataclass(frozen=True)
+class RowsTiling:
+    """The tiling of a product of a few rows; see few_rows.metal."""
+
+    blocks: int  # of 16 rows of the weight, a simdgroup; with glu an even number
+    split: int  # simdgroups that share the rows
+    prefetch: bool = False  # load the next step's weights during this one
+
+    def fits(self, rows: int) -> bool:
+        """Returns True if the sums fit into threadgroup memory."""
+        return self.split == 1 or self.split * self.blocks * rows * 64 <= ROOM
+
+
+def rows_tiling(fmt: Format, n: int, k: int, rows: int, glu: bool = False, gpu: Tuning | None = None) -> RowsTiling:
+    """The tiling for a weight of n rows of k and so many rows of x (8, 16 or 32)."""
+    gpu = gpu or this_gpu()
+    blocks = 2
+    enough = 8 * gpu.cores  # simdgroups
+    split = 1
+    for split in (1, 2, 4, 8):
+        config = RowsTiling(blocks, split)
+        if n / (16 * blocks) * split >= enough or not RowsTiling(blocks, 2 * split).fits(rows):
+            return config
+    return RowsTiling(blocks, split)
+
+
+def few_rows(
+    launcher: Launcher,
+    x: mx.array,
+    w: Packed,
+    epilogue: Epilogue = PLAIN,
+    folded: Folded = ALONE,
+    *,
+    config: RowsTiling | None = None,
+    routed: tuple[Any, Any] | None = None,
+) -> Any:
+    """A few rows through a packed weight.
+
+    Args:
+        x: [T, K], T up to MAX_ROWS; with `folded.ids` int32 [T, E'] of any T: [T, K], or [T, E', K], one row each.
+        w: [N, K], or with `ids` [E, N, K].
+        config: in place of `rows_tiling`'s.
+        routed: `routing.route` of the ids, if it is known.
+
+    Returns:
+        [T, N], [T, N / 2] with glu; [T, E', ..] with ids.
+    """
+    norm, times, ids = folded
+    rows, scale, used = x.reshape(-1, x.shape[-1]), None, 0
+    if x.dtype != mx.float16 or norm is not None:
+        rows, scale = halve(launcher, rows, norm, epilogue.eps)
+    arrays = {"x": rows, "scale": scale, "times": times}
+    if ids is not None:
+        used = ids.shape[1]
+        arrays["order"], arrays["tiles"] = routed or route(launcher, ids, w.shape[0])
+    form, out, each = w.format.name, epilogue.out or x.dtype, x.ndim == 3
+    times_type = None if times is None else times.dtype
+    launch = _prepared(launcher, form, w.shape, x.shape[0], used, each, scale is not None, times_type, out, epilogue, config)
+    return launch.by_name({**arrays, "codes": w.codes, "group_scales": w.group_scales, "block_scales": w.block_scales})[0]
+
+
+@lru_cache(maxsize=4096)
+def _prepared(
+    launcher: Launcher,
+    name: str,
+    shape: tuple[int, ...],
+    tokens: int,
+    used: int,  # experts of a token, 0 if the weight has none
+    each: bool,  # each of them has its own x
+    scaled: bool,
+    times: mx.Dtype | None,
+    out: mx.Dtype,
+    epilogue: Epilogue,
+    config: RowsTiling | None,
+) -> Launch:
+    (*experts, n, k), fmt, glu = shape, FORMATS[name], epilogue.glu
+    rows = ROWS if used else next(r for r in (8, 16, 32) if tokens <= r)  # of x, in a threadgroup
+    tiles = most_tiles(tokens * used, experts[0]) if used else 1
+    config = config or rows_tiling(fmt, n * tiles, k, rows, glu)
+    defines: dict[str, Any] = format_defines(fmt, 32, k)
+    defines |= {field.upper(): value for field, value in asdict(config).items()}
+    defines |= {"CHUNK": 32, "TOKENS": rows, "FACTOR": float(epilogue.factor), "TAIL": k % 128 > 0}
+    defines |= {"GLU": glu, "TIMES": times is not None, "SCALED": scaled, "EXPERTS": used > 0}
+    defines |= {"USED": 1 if each else max(used, 1), **result_defines(out)}
+    there = {"scale": scaled, "order": used, "tiles": used, "times": times is not None}
+    missing = [name for name, here in there.items() if not here]
+    kernel = render("few_rows", "few_rows.metal", mx.float16, defines, [*absent_planes(fmt), *missing])
+    outs = n // 2 if glu else n
+    result = (tokens, used, outs) if used else (tokens, outs)
+    groups = (-(-n // (16 * config.blocks)), tiles, 1)
+    return prepare(launcher, kernel, groups, 32 * config.split, (result, out))
+
+
+FEW_ROWS = Op("few_rows", few_rows, product_reference)
