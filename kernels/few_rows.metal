@@ -9,9 +9,11 @@
 //   EXPERTS  W is [E, N, K]. Threadgroup y of the grid takes tile y of `tiles`, int32 [.., 3]: expert, first and one
 //            past the last of `order`, at most TOKENS. Row order[i] of y is of row order[i] / USED of x.
 //
-// Threads. A simdgroup takes BLOCKS blocks of 16 rows of W, and of K every SPLIT-th stretch of 128; the simdgroups of
-// a threadgroup share the rows and add up at the end over threadgroup memory. Threadgroup of 32 SPLIT, grid
-// (32 SPLIT ceil(N / (16 BLOCKS)), tiles, 1); with GLU half of the blocks are gate's, half up's.
+// Threads. A simdgroup takes BLOCKS blocks of 16 rows of W, and of K every SPLIT-th stretch of 128; SPLIT simdgroups
+// share the rows and add up at the end over threadgroup memory. SHARE times as many in a threadgroup have rows of their
+// own; with SHARE above 1 each brings some of x's second factors to threadgroup memory for all, one step ahead.
+// Threadgroup of 32 SPLIT SHARE, grid (32 SPLIT SHARE ceil(N / (16 BLOCKS SHARE)), tiles, 1); with GLU half of the
+// blocks are gate's, half up's.
 //
 // Weights go from memory to the matrix units through registers alone. The sums of a product may be in any order, so of
 // a row, lane t takes the 32 neighbouring weights from 32 t on, 16 bytes at once where a weight has 4 bits. Two
@@ -23,11 +25,12 @@
 //
 // Memory. Every byte of the planes is read once; x once for each 16 BLOCKS rows, mostly from the cache; y written once.
 //
-// Rendered before: T (half), U (of y), TIMES_T, a format with CHUNK 32, TOKENS, BLOCKS, SPLIT, PREFETCH, TAIL (K is no
-// multiple of 128), and the variants' names.
+// Rendered before: T (half), U (of y), TIMES_T, a format with CHUNK 32, TOKENS, BLOCKS, SPLIT, SHARE, PREFETCH, TAIL (K
+// is no multiple of 128), and the variants' names.
 // uses: matrix.metal
 // uses: packed.metal
 
+#define LAUNCH_BOUNDS __launch_bounds__(32 * SPLIT * SHARE, RESIDENT)  // for CUDA
 #define NB (TOKENS / 8)                       // blocks of 8 rows of x
 #define AFTER (SCALE_BLOCK == 256)            // d comes after the product
 #define GROUPS (GROUP == 16 ? 2 : 1)          // scales of a chunk
@@ -84,10 +87,10 @@ METAL_FUNC int place_of(int q) {
   return !IN_PLACE ? 10 - BITS : s + BITS <= 16 && s / BITS % 2 == 1 ? BITS : 0;
 }
 
-// Pair q's codes as halves: 2^BITS + code at the top of the mantissa, 1024 + code * 2^place elsewhere.
-METAL_FUNC uint raised_pair(const thread uint* m, int q) {
+// Pair q's codes as halves: 2^BITS + code at the top of the mantissa, 1024 + code * 2^place elsewhere. ones: EXPONENTS.
+#define EXPONENTS ((IN_PLACE ? 25u : 15u + BITS) * 0x04000400u)
+METAL_FUNC uint raised_pair(const thread uint* m, int q, uint ones) {
   const int at = q * BITS, word = at / 16, s = at % 16, place = place_of(q);
-  const uint one = uint(IN_PLACE ? 25 : 15 + BITS) << 10, ones = one | one << 16;
   if (s + BITS <= 16) {
     const uint mask = ((1u << BITS) - 1) << place;
     const uint u = s >= place ? m[word] >> (s >= place ? s - place : 0) : m[word] << (s >= place ? 0 : place - s);
@@ -161,15 +164,15 @@ METAL_FUNC void scale_of(const thread Chunk& chunk, thread Scale& s) {
 
 // Pair q of a row's chunk: what meets x.
 METAL_FUNC uint weight_pair(
-    const thread uint* m, const thread Scale& s, int q TABLE_PARAMETER) {
+    const thread uint* m, const thread Scale& s, int q, uint ones TABLE_PARAMETER) {
   const int group = GROUPS == 2 ? q / 8 : 0;
 #if HAS_LUT
   return mul_halves(table[m[q / 4] >> (q % 4 * 8) & 0xFFu], s.by[group]);
 #elif WHOLE
   const bool high = IN_PLACE && place_of(q) != 0;
-  return fma_halves(raised_pair(m, q), high ? s.by_high[group] : s.by[group], high ? s.add_high[group] : s.add[group]);
+  return fma_halves(raised_pair(m, q, ones), high ? s.by_high[group] : s.by[group], high ? s.add_high[group] : s.add[group]);
 #else
-  return mul_halves(add_halves(raised_pair(m, q), both(half(-float((1 << BITS) + OFFSET)))), s.by[group]);
+  return mul_halves(add_halves(raised_pair(m, q, ones), both(half(-float((1 << BITS) + OFFSET)))), s.by[group]);
 #endif
 }
 
@@ -220,7 +223,8 @@ METAL_FUNC void load_pairs(const device half* x, const device half* x2, int h, i
 #if EXPERTS
 INPUTS_READY();  // tiles
 #endif
-const int lane = int(thread_index_in_simdgroup), part = int(simdgroup_index_in_threadgroup);
+const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
+const int part = sg % SPLIT, team = sg / SPLIT;
 const int lane_g = LANE_G, lane_t = LANE_T;
 const int words = codes_shape[EXPERTS ? 2 : 1];  // of codes in a row
 const int chunks = words / WORDS, K = chunks * 32;
@@ -239,9 +243,12 @@ const uint before = 0;
 #define Y_ROW(t) (t)
 #endif
 
+// No literal to the compiler: mask and or are then one instruction with one immediate (NVIDIA).
+const uint ones = max(uint(N), EXPONENTS);
+
 // Rows g and g + 8 of each block; with GLU the blocks of up follow those of gate.
 constexpr int OUTS = GLU ? BLOCKS / 2 : BLOCKS;
-const int first_out = int(threadgroup_position_in_grid.x) * (16 * OUTS);
+const int first_out = (int(threadgroup_position_in_grid.x) * SHARE + team) * (16 * OUTS);
 uint row[2 * BLOCKS];
 UNROLL
 for (int r = 0; r < 2 * BLOCKS; r++)
@@ -250,12 +257,12 @@ for (int r = 0; r < 2 * BLOCKS; r++)
 #if HAS_LUT
 threadgroup uint table[256];
 threadgroup half values[16];
-if (part == 0 && lane < 16) {
+if (sg == 0 && lane < 16) {
   const float listed[16] = LUT;
   values[lane] = half(listed[lane]);
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
-for (int i = part * 32 + lane; i < 256; i += 32 * SPLIT) table[i] = pair(values[i % 16], values[i / 16]);
+for (int i = sg * 32 + lane; i < 256; i += 32 * SPLIT * SHARE) table[i] = pair(values[i % 16], values[i / 16]);
 threadgroup_barrier(mem_flags::mem_threadgroup);
 #endif
 
@@ -294,22 +301,86 @@ const int x_chunk = lane_t, which = 0;
 #else
 const int x_chunk = lane_g / 2, which = lane_g % 2;
 #endif
-const device half* from[NB][X_ROWS];
+#define FROM ((NB + SHARE - 1) / SHARE)  // blocks of x's rows that this simdgroup reads: every SHARE-th
+const device half* from[FROM][X_ROWS];
 UNROLL
-for (int n = 0; n < NB; n++) {
+for (int n = 0; n < FROM; n++) {
   UNROLL
   for (int i = 0; i < X_ROWS; i++) {
-    const int t = n * 8 + (X_ROWS == 1 ? lane_g : 2 * lane_t + i);
+    const int t = min(n * SHARE + (SHARE > 1 ? team : 0), NB - 1) * 8 + (X_ROWS == 1 ? lane_g : 2 * lane_t + i);
     from[n][i] = x + ulong(X_ROW(t)) * ulong(K);
   }
 }
 // The first factor that picks the sums of chunk m into row m, and the lane with the sums that this one passes on.
-const uint ones = lane_g == lane_t ? 0x3C003C00u : 0u;
-const uint pick[4] = {ones, 0u, ones, 0u};
+const uint own = lane_g == lane_t ? 0x3C003C00u : 0u;
+const uint pick[4] = {own, 0u, own, 0u};
 #ifdef CUDA
 const int sums_from = LANE_OF(lane_t, lane_g / 2);
 #else
 const int sums_from = LANE_OF(lane_g / 2, lane_t);
+#endif
+
+// The second factors of a chunk: 8 pairs of block n of rows, from pair 8 half on.
+#define LOAD_X(step, n, half, pairs)                                                               \
+  {                                                                                                \
+    const int chunk = ((step) * SPLIT + part) * 4 + x_chunk, at = (TAIL ? min(chunk, chunks - 1) : chunk) * 32; \
+    load_pairs(from[n][0] + at, from[n][X_ROWS - 1] + at, half, which, pairs);                     \
+    UNROLL for (int p = 0; p < (TAIL ? 8 : 0); p++) pairs[p] = chunk < chunks ? pairs[p] : 0u;     \
+  }
+#if HAS_MIN
+// Adds the sums of x over a chunk's groups: 8 pairs of them.
+#define ADD_SUMS(sums, half, pairs)                                                                \
+  UNROLL for (int p = 0; p < 8; p += 2)                                                            \
+      multiply(sums[GROUPS == 2 ? half : 0], pick, pairs[p], pairs[p + 1]);
+// Sums as second factors, of two halves each, the second for what the first leaves.
+#define AS_FACTORS(sums, factors)                                                                  \
+  UNROLL for (int p = 0; p < GROUPS; p++) {                                                        \
+    const float s0 = simd_shuffle(sums[p][0], ushort(sums_from)), s1 = simd_shuffle(sums[p][1], ushort(sums_from)); \
+    const half h0 = half(WITHIN_HALF(s0)), h1 = half(WITHIN_HALF(s1));                             \
+    const half low0 = half(WITHIN_HALF(s0 - float(h0))), low1 = half(WITHIN_HALF(s1 - float(h1))); \
+    factors[p] = PAIR_OF_SUMS;                                                                     \
+  }
+#ifdef CUDA
+#define PAIR_OF_SUMS (lane_g % 2 ? pair(h1, low1) : pair(h0, low0))
+#else
+#define PAIR_OF_SUMS (lane_g % 2 ? pair(low0, low1) : pair(h0, h1))
+#endif
+#else
+#define ADD_SUMS(sums, half, pairs)
+#define AS_FACTORS(sums, factors)
+#endif
+
+#if SHARE > 1
+threadgroup uint4 staged[2][SPLIT][NB][4][32];
+threadgroup uint staged_sums[2][SPLIT][NB][GROUPS][32];
+uint brought[FROM][2][8];
+#define BRING_X(step)                                                                              \
+  UNROLL for (int i = 0; i < 2 * FROM; i++) {                                                   \
+    LOAD_X(step, i / 2, i % 2, brought[i / 2][i % 2])                                              \
+  }
+#define STAGE_X(step)                                                                              \
+  UNROLL for (int i = 0; i < FROM; i++) {                                                       \
+    const int n = i * SHARE + team;                                                                \
+    if (n < NB) {                                                                                  \
+      float sums[GROUPS][4] = {};                                                                  \
+      uint factors[GROUPS] = {};                                                                   \
+      ADD_SUMS(sums, 0, brought[i][0])                                                             \
+      ADD_SUMS(sums, 1, brought[i][1])                                                             \
+      AS_FACTORS(sums, factors)                                                                    \
+      UNROLL for (int j = 0; j < GROUPS * HAS_MIN; j++) staged_sums[(step) % 2][part][n][j][lane] = factors[j]; \
+      UNROLL for (int j = 0; j < 4; j++) {                                                         \
+        uint4 four;                                                                                \
+        four.x = brought[i][j / 2][j % 2 * 4];                                                     \
+        four.y = brought[i][j / 2][j % 2 * 4 + 1];                                                 \
+        four.z = brought[i][j / 2][j % 2 * 4 + 2];                                                 \
+        four.w = brought[i][j / 2][j % 2 * 4 + 3];                                                 \
+        staged[(step) % 2][part][n][j][lane] = four;                                               \
+      }                                                                                            \
+    }                                                                                              \
+  }                                                                                                \
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+BRING_X(0)
+STAGE_X(0)
 #endif
 
 // With many rows, half of a chunk at a time: registers.
@@ -319,8 +390,12 @@ for (int step = 0; step < steps; step++) {
 #if PREFETCH
   if (step + 1 < steps) LOAD(next, min(c + 4 * SPLIT, chunks - 1))
 #endif
+#if SHARE > 1
+  if (step + 1 < steps) {
+    BRING_X(step + 1)
+  }
+#endif
   if (c4 < chunks) {
-    const int x_at = (TAIL ? min(c4 + x_chunk, chunks - 1) : c4 + x_chunk) * 32;
     float dots[TURNS == 1 ? 1 : BLOCKS][NB][4], sums[NB][GROUPS][4];
     uint group_sums[NB][GROUPS];
     UNROLL
@@ -328,37 +403,31 @@ for (int step = 0; step < steps; step++) {
       uint xs[NB][HALVES][8];
       UNROLL
       for (int n = 0; n < NB; n++) {
+#if SHARE > 1
         UNROLL
-        for (int h = 0; h < HALVES; h++) {
-          load_pairs(from[n][0] + x_at, from[n][X_ROWS - 1] + x_at, turn * HALVES + h, which, xs[n][h]);
-#if TAIL
-          UNROLL
-          for (int i = 0; i < 8; i++) xs[n][h][i] = c4 + x_chunk < chunks ? xs[n][h][i] : 0u;
-#endif
+        for (int j = 0; j < 2 * HALVES; j++) {
+          const uint4 four = staged[step % 2][part][n][turn * 2 * HALVES + j][lane];
+          xs[n][j / 2][j % 2 * 4] = four.x;
+          xs[n][j / 2][j % 2 * 4 + 1] = four.y;
+          xs[n][j / 2][j % 2 * 4 + 2] = four.z;
+          xs[n][j / 2][j % 2 * 4 + 3] = four.w;
         }
-#if HAS_MIN
+        if (HAS_MIN && turn == TURNS - 1) {
+          UNROLL
+          for (int i = 0; i < GROUPS; i++) group_sums[n][i] = staged_sums[step % 2][part][n][i][lane];
+        }
+#else
         if (turn == 0) {
           UNROLL
           for (int i = 0; i < GROUPS * 4; i++) sums[n][i / 4][i % 4] = 0;
         }
         UNROLL
-        for (int i = 0; i < 4 * HALVES; i++) {
-          const int group = GROUPS == 2 ? turn * HALVES + i / 4 : 0;
-          multiply(sums[n][group], pick, xs[n][i / 4][i % 4 * 2], xs[n][i / 4][i % 4 * 2 + 1]);
+        for (int h = 0; h < HALVES; h++) {
+          LOAD_X(step, n, turn * HALVES + h, xs[n][h])
+          ADD_SUMS(sums[n], turn * HALVES + h, xs[n][h])
         }
         if (turn == TURNS - 1) {
-          UNROLL
-          for (int i = 0; i < GROUPS; i++) {  // as two halves, the second for what the first leaves
-            const float s0 = simd_shuffle(sums[n][i][0], ushort(sums_from));
-            const float s1 = simd_shuffle(sums[n][i][1], ushort(sums_from));
-            const half h0 = half(WITHIN_HALF(s0)), h1 = half(WITHIN_HALF(s1));
-            const half low0 = half(WITHIN_HALF(s0 - float(h0))), low1 = half(WITHIN_HALF(s1 - float(h1)));
-#ifdef CUDA
-            group_sums[n][i] = lane_g % 2 ? pair(h1, low1) : pair(h0, low0);
-#else
-            group_sums[n][i] = lane_g % 2 ? pair(low0, low1) : pair(h0, h1);
-#endif
-          }
+          AS_FACTORS(sums[n], group_sums[n])
         }
 #endif
       }
@@ -377,8 +446,8 @@ for (int step = 0; step < steps; step++) {
         UNROLL
         for (int i = 0; i < 4 * HALVES; i++) {
           const int q = turn * 8 * HALVES + 2 * i;
-          const uint a[4] = {weight_pair(m0, scale0, q TABLE), weight_pair(m1, scale1, q TABLE),
-                             weight_pair(m0, scale0, q + 1 TABLE), weight_pair(m1, scale1, q + 1 TABLE)};
+          const uint a[4] = {weight_pair(m0, scale0, q, ones TABLE), weight_pair(m1, scale1, q, ones TABLE),
+                             weight_pair(m0, scale0, q + 1, ones TABLE), weight_pair(m1, scale1, q + 1, ones TABLE)};
           UNROLL
           for (int n = 0; n < NB; n++)
             multiply(AFTER ? dots[TURNS == 1 ? 0 : b][n] : acc[b][n], a, xs[n][i / 4][i % 4 * 2],
@@ -411,11 +480,16 @@ for (int step = 0; step < steps; step++) {
 #else
   if (step + 1 < steps) LOAD(now, min(c + 4 * SPLIT, chunks - 1))
 #endif
+#if SHARE > 1
+  if (step + 1 < steps) {
+    STAGE_X(step + 1)
+  }
+#endif
 }
 
 #if SPLIT > 1
 // Each simdgroup stores its sums, and adds up all of every SPLIT-th block.
-threadgroup float4 shared[SPLIT][BLOCKS * NB][32];
+threadgroup float4 shared[SPLIT * SHARE][BLOCKS * NB][32];
 UNROLL
 for (int f = 0; f < BLOCKS * NB; f++) {
   float4 four;
@@ -423,7 +497,7 @@ for (int f = 0; f < BLOCKS * NB; f++) {
   four.y = acc[f / NB][f % NB][1];
   four.z = acc[f / NB][f % NB][2];
   four.w = acc[f / NB][f % NB][3];
-  shared[part][f][lane] = four;
+  shared[sg][f][lane] = four;
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 #endif
@@ -438,7 +512,7 @@ for (int f = 0; f < OUTS * NB; f++) {
       UNROLL
       for (int i = 0; i < 4; i++) acc[b + u * OUTS][n][i] = 0;
       for (int s = 0; s < SPLIT; s++) {
-        const float4 four = shared[s][f + u * OUTS * NB][lane];
+        const float4 four = shared[team * SPLIT + s][f + u * OUTS * NB][lane];
         acc[b + u * OUTS][n][0] += four.x;
         acc[b + u * OUTS][n][1] += four.y;
         acc[b + u * OUTS][n][2] += four.z;

@@ -22,7 +22,7 @@ from .routing import ROWS, most_tiles, route
 from .tuning import Tuning, this_gpu
 
 MAX_ROWS = 32
-ROOM = 28 << 10  # bytes of threadgroup memory for sums, of Metal's 32 KB
+ROOM = 32 << 10  # bytes of threadgroup memory, at most
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,14 @@ class RowsTiling:
 
     blocks: int  # of 16 rows of the weight, a simdgroup; with glu an even number
     split: int  # simdgroups that share the rows
+    share: int = 1  # times as many simdgroups in a threadgroup, with other rows and the same x
     prefetch: bool = False  # load the next step's weights during this one
+    resident: int = 1  # threadgroups that a core holds at least, for CUDA's compiler
 
-    def fits(self, rows: int) -> bool:
-        """Returns True if the sums fit into threadgroup memory."""
-        return self.split == 1 or self.split * self.blocks * rows * 64 <= ROOM
+    def room(self, rows: int) -> int:
+        """Bytes of threadgroup memory, for x and for sums, and a table."""
+        sums = self.split * self.share * self.blocks * rows * 64 if self.split > 1 else 0
+        return 1088 + sums + (self.share > 1) * 2 * self.split * (rows // 8) * (2048 + 256)
 
 
 def rows_tiling(fmt: Format, n: int, k: int, rows: int, glu: bool = False, gpu: Tuning | None = None) -> RowsTiling:
@@ -46,7 +49,7 @@ def rows_tiling(fmt: Format, n: int, k: int, rows: int, glu: bool = False, gpu: 
     split = 1
     for split in (1, 2, 4, 8):
         config = RowsTiling(blocks, split)
-        if n / (16 * blocks) * split >= enough or not RowsTiling(blocks, 2 * split).fits(rows):
+        if n / (16 * blocks) * split >= enough or RowsTiling(blocks, 2 * split).room(rows) > ROOM:
             return config
     return RowsTiling(blocks, split)
 
@@ -114,8 +117,8 @@ def _prepared(
     kernel = render("few_rows", "few_rows.metal", mx.float16, defines, [*absent_planes(fmt), *missing])
     outs = n // 2 if glu else n
     result = (tokens, used, outs) if used else (tokens, outs)
-    groups = (-(-n // (16 * config.blocks)), tiles, 1)
-    return prepare(launcher, kernel, groups, 32 * config.split, (result, out))
+    groups = (-(-n // (16 * config.blocks * config.share)), tiles, 1)
+    return prepare(launcher, kernel, groups, 32 * config.split * config.share, (result, out))
 
 
 FEW_ROWS = Op("few_rows", few_rows, product_reference)
