@@ -85,8 +85,12 @@ def few_rows(
         arrays["order"], arrays["tiles"] = routed or route(launcher, ids, w.shape[0])
     form, out, each = w.format.name, epilogue.out or x.dtype, x.ndim == 3
     times_type = None if times is None else times.dtype
-    launch = _prepared(launcher, form, w.shape, x.shape[0], used, each, scale is not None, times_type, out, epilogue, config)
-    return launch.by_name({**arrays, "codes": w.codes, "group_scales": w.group_scales, "block_scales": w.block_scales})[0]
+    launch = _prepared(
+        launcher, form, w.shape, x.shape[0], used, each, scale is not None, times_type, out, epilogue, config
+    )
+    return launch.by_name({**arrays, "codes": w.codes, "group_scales": w.group_scales, "block_scales": w.block_scales})[
+        0
+    ]
 
 
 @lru_cache(maxsize=4096)
