@@ -84,7 +84,7 @@ class Weight:
         self.copies = [first]
         if not self.experts and not small:
             self.copies += [weight(type, shape) for _ in range(min(64, int(COPIES // first.nbytes)))]  # type: ignore[misc]
-        self.used, self.routes = 8 if self.experts else 0, {}
+        self.routes: dict[int, list[Any]] = {}
         self.epilogue = Epilogue(glu=glu, out=mx.float16 if glu else mx.float32)
         self.x = normal(32, self.k, dtype=mx.float16)
         self.own_x = normal(32, 8, self.k, dtype=mx.float16) if self.experts and not glu else None

@@ -4,10 +4,11 @@
 // ids int32 [T, USED] -> order int32 [T USED]: numbers of the chosen, as if in one row, expert after expert; tiles
 // int32 [.., 3]: expert, first and one past the last of `order`, at most ROWS; 0, 0, 0 in tiles that are left over.
 // One threadgroup of 32 SG. Each thread counts for its own chosen and its own experts which come before: a few hundred.
-// Rendered before: EXPERTS of them, PAIRS chosen, TILES, ROWS of one, SG.
-threadgroup int chosen[PAIRS];
+// Rendered before: EXPERTS of them, MOST chosen at once, ROWS of a tile, SG.
+threadgroup int chosen[MOST];
 threadgroup int counts[EXPERTS];
 const int thread_index = int(thread_index_in_threadgroup), threads = 32 * SG;
+const int PAIRS = ids_shape[0] * ids_shape[1], TILES = min(PAIRS, PAIRS / ROWS + EXPERTS);
 for (int i = thread_index; i < PAIRS; i += threads) chosen[i] = ids[i];
 threadgroup_barrier(mem_flags::mem_threadgroup);
 

@@ -6,19 +6,21 @@ batch. Experts' rows are sorted by expert first (routing.py). Its reference is `
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import mlx.core as mx
 
 from ..gpu.render import Launch, Launcher, prepare, render, result_defines
 from ..quant.formats import FORMATS, Format, Packed
+from .cases import Case, Check, Product, Sizes, cases, product_inputs
 from .epilogue import ALONE, PLAIN, Epilogue, Folded, product_reference
 from .halve import halve
-from .op import Op
+from .op import Op, OpKey
 from .packed import absent_planes, format_defines
-from .routing import ROWS, most_tiles, route
+from .routing import ROWS, most_tiles, route, route_reference
 from .tuning import Tuning, this_gpu
 
 MAX_ROWS = 32
@@ -110,7 +112,7 @@ def _prepared(
     (*experts, n, k), fmt, glu = shape, FORMATS[name], epilogue.glu
     rows = ROWS if used else next(r for r in (8, 16, 32) if tokens <= r)  # of x, in a threadgroup
     tiles = most_tiles(tokens * used, experts[0]) if used else 1
-    config = config or rows_tiling(fmt, n * tiles, k, rows, glu)
+    config = config or rows_tiling(fmt, n, k, rows, glu)
     defines: dict[str, Any] = format_defines(fmt, 32, k)
     defines |= {field.upper(): value for field, value in asdict(config).items()}
     defines |= {"CHUNK": 32, "TOKENS": rows, "FACTOR": float(epilogue.factor), "TAIL": k % 128 > 0}
@@ -126,3 +128,33 @@ def _prepared(
 
 
 FEW_ROWS = Op("few_rows", few_rows, product_reference)
+
+
+@cases
+def few_rows_cases(s: Sizes) -> Iterator[Check]:
+    def make(p: Product) -> Case:
+        x, w, epilogue, folded = product_inputs(p, s.rows)
+        assert isinstance(w, Packed)
+        config = rows_tiling(w.format, p.shape[-2], p.shape[-1], p.tokens, p.glu)  # as for all rows
+        routed = None if folded.ids is None else route_reference(folded.ids, w.shape[0])
+
+        def reference() -> mx.array:  # row by row: see matvec.py
+            def row(t: int) -> mx.array:
+                norm, times, ids = folded
+                if ids is None:
+                    return product_reference(
+                        x[t : t + 1], w, epilogue, Folded(norm, None if times is None else times[t : t + 1])
+                    )[0]
+                own = x[t] if x.ndim == 3 else x[t : t + 1]
+                return product_reference(own, w, epilogue, Folded(norm, None if times is None else times[t], ids[t]))
+
+            return mx.stack([row(t) for t in range(p.tokens)])
+
+        kernel = partial(few_rows, x=x, w=w, epilogue=epilogue, folded=folded, config=config, routed=routed)
+        return Case(kernel, reference, w.nbytes)
+
+    for p in dict.fromkeys(p for p in s.packed if p.tokens == 1):
+        few = (3,) * (p.norm or not p.narrow)  # scales of few rows lie elsewhere on Metal
+        for rows in (*few, 8) if p.used else (*few, 8, 16, 32):
+            many = replace(p, tokens=rows)
+            yield Check(OpKey(FEW_ROWS.name, p.type), f"{many}", partial(make, many))

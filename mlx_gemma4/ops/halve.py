@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from ..gpu.render import DEVICE_ELEMENTS, Launcher, absent, prepare, render
 from ..memory import on_cpu
-from .cases import Case, Check, Sizes, case, cases, normal
+from .cases import Case, Check, Sizes, case, cases, norm_weight, normal
 from .op import Op
 from .stock import fused
 
@@ -73,8 +73,9 @@ HALVE = Op("halve", halve, halve_reference)
 def halve_cases(s: Sizes) -> Iterator[Check]:
     rows = 64
 
-    def make(k: int) -> Case:
-        return case(HALVE, 6 * rows * k, normal(rows, k) * mx.exp(3 * normal(rows, 1)))
+    def make(k: int, norm: bool) -> Case:
+        x = normal(rows, k) * mx.exp(3 * normal(rows, 1))
+        return case(HALVE, 6 * rows * k, x, norm_weight(k) if norm else None)
 
-    for k in dict.fromkeys(p.shape[-1] for p in s.packed):
-        yield Check(HALVE.key, f"{rows}x{k}", partial(make, k))
+    for k, norm in dict.fromkeys((p.shape[-1], norm) for p in s.packed for norm in {False, p.norm}):
+        yield Check(HALVE.key, f"{rows}x{k}" + " norm" * norm, partial(make, k, norm))

@@ -5,16 +5,21 @@ In: the experts chosen for each token. Out: an order of rows and tiles of it, fo
 activations.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..gpu.render import Launcher, prepare, render
+from .cases import Case, Check, Sizes, case, cases
+from .op import Op
 
 TOKENS = 64  # rows of a tile
 ROWS = 8  # of a tile of `route`
+MOST = 1024  # rows (chosen experts of all tokens) that it takes
 
 
 @dataclass
@@ -54,11 +59,14 @@ def most_tiles(chosen: int, experts: int) -> int:
 
 
 def route(launcher: Launcher, ids: mx.array, experts: int) -> tuple[Any, Any]:
-    """`Routing` of a few rows in one launch: `order` and `tiles`, of at most ROWS rows, for ids int32 [T, E']."""
-    tiles, simdgroups = most_tiles(ids.size, experts), min(32, -(-max(ids.size, experts + 1) // 32))
-    defines = {"EXPERTS": experts, "PAIRS": ids.size, "TILES": tiles, "ROWS": ROWS, "SG": simdgroups}
-    kernel = render("route", "routing.metal", mx.float32, defines)
-    launch = prepare(launcher, kernel, (1, 1, 1), 32 * simdgroups, ((ids.size,), mx.int32), ((tiles, 3), mx.int32))
+    """`Routing` of a few rows in one launch: `order` and `tiles`, of at most ROWS rows.
+
+    Args:
+        ids: int32 [T, E'], at most MOST in all.
+    """
+    tiles = most_tiles(ids.size, experts)
+    kernel = render("route", "routing.metal", mx.float32, {"EXPERTS": experts, "MOST": MOST, "ROWS": ROWS, "SG": 8})
+    launch = prepare(launcher, kernel, (1, 1, 1), 256, ((ids.size,), mx.int32), ((tiles, 3), mx.int32))
     order, cut = launch(ids)
     return order, cut
 
@@ -67,3 +75,24 @@ def route_reference(ids: mx.array, experts: int) -> tuple[mx.array, mx.array]:
     """`route` in stock MLX."""
     routing = Routing(ids, experts, ROWS)
     return routing.order, routing.tiles
+
+
+ROUTE = Op("route", route, route_reference)
+
+
+@cases
+def route_cases(s: Sizes) -> Iterator[Check]:
+    rows = 32
+
+    def make() -> Case:
+        rng = np.random.default_rng(0)
+        ids = mx.array(np.stack([rng.permutation(s.experts)[: s.used] for _ in range(rows)]).astype(np.int32))
+
+        def by_expert(made: Sequence[mx.array]) -> list[mx.array]:  # the rows of one are in any order
+            order, tiles = made
+            return [ids.reshape(-1)[order], mx.sort(order), mx.where(tiles[:, 1:2] < tiles[:, 2:], tiles, 0)]
+
+        return replace(case(ROUTE, 4 * ids.size, ids, s.experts), compared=by_expert)
+
+    if s.experts:
+        yield Check(ROUTE.key, f"{rows} x {s.used} of {s.experts}", make)
