@@ -57,6 +57,13 @@ METAL_FUNC void multiply(float* c, const uint* a, uint b0, uint b1) {
 METAL_FUNC uint firsts(uint a, uint b) { return __byte_perm(a, b, 0x5410); }
 METAL_FUNC uint seconds(uint a, uint b) { return __byte_perm(a, b, 0x7632); }
 
+// For few_rows.metal: a b + c, rounded once, and a b, a + b, of two halves each.
+METAL_FUNC uint fma_halves(uint a, uint b, uint c) {
+  return as_type<uint>(__hfma2(as_type<__half2>(a), as_type<__half2>(b), as_type<__half2>(c)));
+}
+METAL_FUNC uint mul_halves(uint a, uint b) { return as_type<uint>(__hmul2(as_type<__half2>(a), as_type<__half2>(b))); }
+METAL_FUNC uint add_halves(uint a, uint b) { return as_type<uint>(__hadd2(as_type<__half2>(a), as_type<__half2>(b))); }
+
 // For quantized.metal: what Metal does with halves apart, and with a table in threadgroup memory.
 
 // Two numbers 1024 + code as halves, less 1152: code - 128.

@@ -45,6 +45,14 @@ METAL_FUNC void multiply(thread float* c, const thread uint* a, uint b0, uint b1
   for (int n = 0; n < 4; n++) c[n] = sums[n];
 }
 """
+# Of few_rows.metal.
+HALVES = """
+METAL_FUNC uint fma_halves(uint a, uint b, uint c) {
+  return as_type<uint>(fma(as_type<half2>(a), as_type<half2>(b), as_type<half2>(c)));
+}
+METAL_FUNC uint mul_halves(uint a, uint b) { return as_type<uint>(as_type<half2>(a) * as_type<half2>(b)); }
+METAL_FUNC uint add_halves(uint a, uint b) { return as_type<uint>(as_type<half2>(a) + as_type<half2>(b)); }
+"""
 # Of quantized.metal, by the table.
 CODES = """
 METAL_FUNC uint less_1152(uint pair) {
@@ -100,7 +108,7 @@ def as_cuda(*, header: str, **declared: Any) -> Any:
     """The simulator, with the text as CUDA sees it."""
     if "void multiply(" in header:
         before, high_half, after = re.split(r"(METAL_FUNC float high_half\(.*\n)", header)  # which PTX needs
-        header = f"#define CUDA 1\n#define INPUTS_READY()\n{before}{high_half}{PTX}{CODES}{after}"
+        header = f"#define CUDA 1\n#define INPUTS_READY()\n{before}{high_half}{PTX}{HALVES}{CODES}{after}"
     return metal(header=header, **declared)
 
 

@@ -205,7 +205,7 @@ def attention_inputs(
 
 
 def product_inputs(p: Product, most_rows: int | None) -> tuple[mx.array, Any, Epilogue, Folded]:
-    """Return x, a weight of at most so many rows, and the options of `matvec.matvec` or `dense.dense`."""
+    """Return x, a weight of at most so many rows, and the options of `matvec`, `few_rows` or `dense`."""
     *_, n, k = p.shape
     made = (*([min(p.shape[0], 4 * p.used)] if p.used else []), min(n, most_rows or n), k)
     x, epilogue, folded = product_arguments(p, made)
@@ -213,11 +213,18 @@ def product_inputs(p: Product, most_rows: int | None) -> tuple[mx.array, Any, Ep
 
 
 def product_arguments(p: Product, made: tuple[int, ...]) -> tuple[mx.array, Epilogue, Folded]:
-    """Return x and the options of `matvec.matvec` or `dense.dense` for a product whose weight has this shape."""
+    """Return x and the options of `matvec`, `few_rows` or `dense` for a product whose weight has this shape."""
     k = p.shape[-1]
     dtype, out = (state_dtype() if narrow else mx.float32 for narrow in (p.narrow, p.narrow_out))
     norm = norm_weight(k) if p.norm else None
-    times = normal(p.used or p.tokens, made[-2], dtype=dtype) if p.times else None
-    ids = mx.random.permutation(made[0])[: p.used].astype(mx.int32) if p.used else None
-    x = normal(p.used if p.own_x else p.tokens, k, dtype=dtype)
+    rows = (p.tokens, p.used) if p.used and p.tokens > 1 else (p.used or p.tokens,)  # of the result
+    times = normal(*rows, made[-2], dtype=dtype) if p.times else None
+    ids = (
+        mx.stack([mx.random.permutation(made[0])[: p.used] for _ in range(p.tokens)]).astype(mx.int32)
+        if p.used
+        else None
+    )
+    if ids is not None and p.tokens == 1:
+        ids = ids[0]
+    x = normal(*(rows if p.own_x else (p.tokens,)), k, dtype=dtype)
     return x, Epilogue(p.glu, p.factor, out, EPS), Folded(norm, times, ids)

@@ -20,18 +20,20 @@ from ..gpu.recording import Player
 from ..kv.segments import KVView
 from ..quant.formats import Packed
 from . import long_attention, many_rows, prompt_attention, stock
-from .attention import FEW_ROWS, LONG_ATTENTION, attention_pieces, attention_reference, config_key, launch_config
+from .attention import FEW_ROWS as FEW_QUERIES
+from .attention import LONG_ATTENTION, attention_pieces, attention_reference, config_key, launch_config
 from .dense import DENSE, dense
 from .epilogue import ALONE, PLAIN, Epilogue, Folded, product_reference
 from .expand import EXPAND
+from .few_rows import FEW_ROWS, MAX_ROWS, few_rows
 from .grouped import GROUPED, grouped, grouped_reference
 from .halve import HALVE
 from .long_attention import long_attention_pieces
-from .matvec import MATVEC, MAX_TOKENS, matvec
+from .matvec import MATVEC, matvec
 from .op import Op, OpKey, P, R
 from .packed import is_readable
 from .parts import MERGE, KVPart, shapes_of
-from .routing import Routing
+from .routing import ROUTE, Routing
 from .stock import Weight
 from .tuning import this_gpu
 
@@ -53,6 +55,7 @@ class Kernels:
     traced: bool = False  # decode steps are traced by mx.compile; needs a launcher whose launches are lazy
     player: Callable[[], Player] | None = None  # replays recorded steps of one token; None: none are recorded
     strict: bool = False  # a kernel that raises is the caller's to deal with
+    routed: tuple[mx.array, tuple[mx.array, mx.array]] | None = None  # experts and `routing.route` of them, the latest
     eager: bool = False  # each result is evaluated at once, so that a kernel that only fails then is found
 
     @contextmanager
@@ -107,7 +110,7 @@ class Kernels:
         if long_attention.supports(q, parts, window):
             long = partial(long_attention_pieces, self.launcher, q, parts, spans, scale=scale)
             kernels.append((LONG_ATTENTION.key, long))
-        for config in dict.fromkeys((launch_config(lengths, heads // kv_heads * tokens, kv_heads), FEW_ROWS)):
+        for config in dict.fromkeys((launch_config(lengths, heads // kv_heads * tokens, kv_heads), FEW_QUERIES)):
             plain = partial(attention_pieces, self.launcher, q, parts, spans, scale=scale, window=window, config=config)
             kernels.append((config_key(config), plain))
         for i, (key, kernel) in enumerate(kernels):
@@ -130,9 +133,12 @@ class Kernels:
         return self.attempt(kernel, reference, *prompt_attention.keys_of(parts, q.shape[-1]))
 
     def product(self, x: mx.array, w: Weight, epilogue: Epilogue = PLAIN, folded: Folded = ALONE) -> mx.array:
-        """`matvec.matvec` for any weight: a few rows, and whatever is folded into their product."""
+        """`matvec.matvec`, or `few_rows.few_rows` of up to MAX_ROWS rows, for any weight."""
         reference = partial(product_reference, x, w, epilogue, folded)
-        if isinstance(w, Packed) and (folded.ids is not None or x.shape[0] <= MAX_TOKENS) and is_readable(w):
+        rows, ids = x.shape[0], folded.ids
+        if isinstance(w, Packed) and is_readable(w) and rows <= MAX_ROWS:
+            if (ids is not None and ids.ndim == 2) or (ids is None and rows >= this_gpu().few_rows_from):
+                return self._few_rows(x, w, epilogue, folded, reference)
             kernel = partial(matvec, self.launcher, x, w, epilogue, folded)
             return self.attempt(kernel, reference, _key(MATVEC, w))
         if isinstance(w, mx.array) and w.ndim == 2 and w.shape[-1] % 8 == 0 and not epilogue.glu:
@@ -140,16 +146,32 @@ class Kernels:
             return self.attempt(kernel, reference, DENSE.key)
         return reference()
 
+    def _few_rows(
+        self, x: mx.array, w: Packed, epilogue: Epilogue, folded: Folded, reference: Callable[[], mx.array]
+    ) -> mx.array:
+        keys = [HALVE.key] * (folded.norm is not None or x.dtype != mx.float16)
+        if self.eager and keys:
+            self(HALVE, x.reshape(-1, x.shape[-1]), folded.norm)  # or its failure would be put down to the product
+        routed = None
+        if folded.ids is not None:
+            if (
+                self.routed is None or self.routed[0] is not folded.ids
+            ):  # products of the same experts follow each other
+                self.routed = folded.ids, self(ROUTE, folded.ids, w.shape[0])
+            routed = self.routed[1]
+        kernel = partial(few_rows, self.launcher, x, w, epilogue, folded, routed=routed)
+        return self.attempt(kernel, reference, *keys, _key(FEW_ROWS, w))
+
     def linear(self, x: mx.array, w: Weight) -> mx.array:
-        """`stock.linear` for x [T, K] of any T: a few rows by mat-vecs, many by tiles."""
+        """`stock.linear` for x [T, K] of any T: a few rows by `few_rows`, many by tiles."""
         reference = partial(stock.linear, x, w)
         if isinstance(w, stock.Affine) or not many_rows.supports(w):
             return reference()
         if self.eager:
             self(HALVE, x.reshape(-1, x.shape[-1]))  # or its failure would be put down to what multiplies
-        if isinstance(w, Packed) and x.shape[0] < many_rows.TILED_ROWS_FROM:
-            few = partial(many_rows.few_rows, self.launcher, x, w)
-            return self.attempt(few, reference, HALVE.key, _key(MATVEC, w))
+        if isinstance(w, Packed) and x.shape[0] <= MAX_ROWS:
+            few = partial(many_rows.few_linear, self.launcher, x, w)
+            return self.attempt(few, reference, HALVE.key, _key(FEW_ROWS, w))
         kernel = partial(many_rows.linear, self.launcher, x, w)
         return self.attempt(kernel, reference, HALVE.key, _key(EXPAND, w))
 
@@ -161,8 +183,9 @@ class Kernels:
         if self.eager:
             self(HALVE, x.reshape(-1, x.shape[-1]))  # or its failure would be put down to what multiplies
         if isinstance(w, Packed) and routing.chosen.size < many_rows.GROUPED_ROWS_FROM * w.shape[0]:
-            few = partial(many_rows.few_expert_rows, self.launcher, x, w, routing.chosen)
-            y = self.attempt(few, partial(stock.expert_linear, x, w, routing.chosen), HALVE.key, _key(MATVEC, w))
+            routed = self(ROUTE, routing.chosen.astype(mx.int32), w.shape[0])
+            few = partial(many_rows.few_expert_rows, self.launcher, x, w, routing.chosen, routed)
+            y = self.attempt(few, partial(stock.expert_linear, x, w, routing.chosen), HALVE.key, _key(FEW_ROWS, w))
             return stock.fused_geglu(*mx.split(y, 2, axis=-1)) if glu else y
         kernel = partial(grouped, self.launcher, x, w, routing, glu)
         return self.attempt(kernel, reference, HALVE.key, _key(GROUPED, w))

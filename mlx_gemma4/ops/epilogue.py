@@ -24,8 +24,8 @@ class Folded(NamedTuple):
     """The arrays that a product takes beside x and the weight."""
 
     norm: mx.array | None = None  # fp32 [K]: x goes through RMSNorm with this weight first
-    times: mx.array | None = None  # [T, N], with `ids` [E', N], in x's dtype: the result is gelu(x wᵀ) * times
-    ids: mx.array | None = None  # int32 [E'], the experts to take
+    times: mx.array | None = None  # as the result, in x's dtype: this is gelu(x wᵀ) * times
+    ids: mx.array | None = None  # int32 [E'], the experts that one token takes, or [T, E'], those of each
 
 
 PLAIN = Epilogue()
@@ -34,11 +34,13 @@ ALONE = Folded()
 
 
 def product_reference(x: mx.array, w: Weight, epilogue: Epilogue = PLAIN, folded: Folded = ALONE) -> mx.array:
-    """`matvec.matvec` in stock MLX, for any weight."""
+    """`matvec.matvec` and `few_rows.few_rows` in stock MLX, for any weight."""
     h, (norm, times, ids) = x.astype(mx.float32), folded
     h = h if norm is None else stock.rms_norm(h, norm, epilogue.eps)
     if ids is None:
         y = stock.linear(h, w)
+    elif ids.ndim == 2:
+        y = stock.expert_linear(h if h.ndim == 3 else h[:, None], w, ids)
     else:
         shared = h.shape[0] == 1
         chosen = ids[None] if shared else ids[:, None]

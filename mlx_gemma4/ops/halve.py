@@ -10,18 +10,19 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..gpu.render import DEVICE_ELEMENTS, Launcher, prepare, render
+from ..gpu.render import DEVICE_ELEMENTS, Launcher, absent, prepare, render
 from ..memory import on_cpu
-from .cases import Case, Check, Sizes, case, cases, normal
+from .cases import Case, Check, Sizes, case, cases, norm_weight, normal
 from .op import Op
 from .stock import fused
 
 
-def halve(launcher: Launcher, x: mx.array) -> tuple[Any, Any]:
+def halve(launcher: Launcher, x: mx.array, norm: mx.array | None = None, eps: float = 1e-6) -> tuple[Any, Any]:
     """Rows as fp16, and the scales that undo it.
 
     Args:
         x: [T, K] of any float type.
+        norm: fp32 [K]: of rows RMS-normalised with this weight. They are x * norm until their scale is applied.
 
     Returns:
         x / scale, fp16 [T, K] with magnitudes under 2; scale, fp32 [T, 1]: a row's power of two at or below its largest
@@ -29,19 +30,23 @@ def halve(launcher: Launcher, x: mx.array) -> tuple[Any, Any]:
     """
     rows, k = x.shape
     if k % 8 or x.size < DEVICE_ELEMENTS:  # loads are of 8 numbers, from device memory
-        return halve_reference(x)
+        return halve_reference(x, norm, eps)
     simdgroups = min(8, -(-k // 256))
-    kernel = render("halve", "halve.metal", x.dtype, {"SG": simdgroups})
+    options = {"SG": simdgroups, "NORM": norm is not None, "EPS": eps}
+    kernel = render("halve", "halve.metal", x.dtype, options, absent({"norm": norm}))
     results = ((rows, k), mx.float16), ((rows, 1), mx.float32)
     launch = prepare(launcher, kernel, (1, rows, 1), 32 * simdgroups, *results)
-    h, scale = launch(x)
+    h, scale = launch.by_name({"x": x, "norm": norm})
     return h, scale
 
 
-def halve_reference(x: mx.array) -> tuple[mx.array, mx.array]:
+def halve_reference(x: mx.array, norm: mx.array | None = None, eps: float = 1e-6) -> tuple[mx.array, mx.array]:
     """`halve` in stock MLX."""
-    h: tuple[mx.array, mx.array] = fused(_halved, not on_cpu())(x)
-    return h
+    if norm is None:
+        halved: tuple[mx.array, mx.array] = fused(_halved, not on_cpu())(x)
+        return halved
+    h, scale = halve_reference(x.astype(mx.float32) * norm)
+    return h, scale * mx.rsqrt((x.astype(mx.float32) ** 2).mean(axis=-1, keepdims=True) + eps)
 
 
 def _halved(x: mx.array) -> tuple[mx.array, mx.array]:
@@ -68,8 +73,9 @@ HALVE = Op("halve", halve, halve_reference)
 def halve_cases(s: Sizes) -> Iterator[Check]:
     rows = 64
 
-    def make(k: int) -> Case:
-        return case(HALVE, 6 * rows * k, normal(rows, k) * mx.exp(3 * normal(rows, 1)))
+    def make(k: int, norm: bool) -> Case:
+        x = normal(rows, k) * mx.exp(3 * normal(rows, 1))
+        return case(HALVE, 6 * rows * k, x, norm_weight(k) if norm else None)
 
-    for k in dict.fromkeys(p.shape[-1] for p in s.packed):
-        yield Check(HALVE.key, f"{rows}x{k}", partial(make, k))
+    for k, norm in dict.fromkeys((p.shape[-1], norm) for p in s.packed for norm in {False, p.norm}):
+        yield Check(HALVE.key, f"{rows}x{k}" + " norm" * norm, partial(make, k, norm))

@@ -4,13 +4,14 @@ In: activations and packed (or dense) weights. Out: activations, as `stock.linea
 references, give them. A prompt's product reads a weight once for hundreds of rows, so the matrix units count, which
 want plain numbers. One launch expands a tile, the next multiplies it, and each tile waits for the product before, so
 that one or two are alive at a time, never a second copy of a weight. Experts go through `grouped`; a few rows of either
-through the mat-vec.
+through `few_rows`.
 
 Rows of x go in as fp16 with a scale each (halve.py). Of weights, magnitudes over 65504 are out of reach; no model has
 them.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -18,13 +19,12 @@ from ..gpu.render import Launcher
 from ..quant.formats import Packed
 from .epilogue import FP32, Folded
 from .expand import expand
+from .few_rows import few_rows
 from .halve import halve, unhalved
-from .matvec import MAX_TOKENS, matvec, tiling
 from .packed import is_readable
 from .stock import Weight
 
 TILE = 1 << 25  # weights of a tile, 64 MB of fp16: enough rows to fill the matrix units, little beside a model
-TILED_ROWS_FROM = 17  # rows from which on tiles pay; fewer go through the mat-vec, MAX_TOKENS at a time
 GROUPED_ROWS_FROM = 4  # the same for experts and `grouped`, in rows (chosen experts of all tokens) for each expert
 
 
@@ -40,21 +40,19 @@ def linear(launcher: Launcher, x: mx.array, w: Packed | mx.array) -> mx.array:
     return unhalved(y, scale).astype(x.dtype).reshape(*x.shape[:-1], n)
 
 
-def few_rows(launcher: Launcher, x: mx.array, w: Packed) -> mx.array:
-    """x @ wᵀ for x [T, K] by the mat-vec, MAX_TOKENS rows at a time, in fp16 too."""
+def few_linear(launcher: Launcher, x: mx.array, w: Packed) -> mx.array:
+    """x @ wᵀ for x [T, K], up to MAX_ROWS rows."""
     h, scale = halve(launcher, x)
-    done = [matvec(launcher, h[i : i + MAX_TOKENS], w, FP32) for i in range(0, x.shape[0], MAX_TOKENS)]
-    y = done[0] if len(done) == 1 else mx.concatenate(done)
-    return unhalved(y, scale).astype(x.dtype)
+    return unhalved(few_rows(launcher, h, w, FP32), scale).astype(x.dtype)
 
 
-def few_expert_rows(launcher: Launcher, x: mx.array, w: Packed, chosen: mx.array) -> mx.array:
-    """`grouped` by the mat-vec, a row for each chosen [T, E'] expert of each token."""
+def few_expert_rows(launcher: Launcher, x: mx.array, w: Packed, chosen: mx.array, routed: Any = None) -> mx.array:
+    """`grouped` for a few rows of each expert, of chosen [T, E'] experts of each token."""
     rows = mx.contiguous(mx.broadcast_to(x, (*chosen.shape, x.shape[-1])).reshape(chosen.size, -1))
     h, scale = halve(launcher, rows)
-    config = tiling(w.format, w.shape[1] * chosen.shape[-1], w.shape[2])  # as for the experts of one token
-    y = matvec(launcher, h, w, FP32, Folded(ids=chosen.reshape(-1).astype(mx.int32)), config=config)
-    return unhalved(y, scale).astype(x.dtype).reshape(*chosen.shape, -1)
+    ids = chosen.astype(mx.int32)
+    y = few_rows(launcher, h.reshape(*chosen.shape, -1), w, FP32, Folded(ids=ids), routed=routed)
+    return unhalved(y, scale.reshape(*chosen.shape, 1)).astype(x.dtype)
 
 
 def supports(w: Weight) -> bool:

@@ -54,6 +54,8 @@ class Tuning:
     last_wave: float = 0.1  # exponent of the penalty for a last wave of threadgroups that is not full
     step_overhead: float = 0.4  # of the first step of a lane, in steps
     tilings: Mapping[TilingKey, Tiling] = field(default_factory=dict, hash=False)  # that `tune` found better
+    # products of a few rows: `few_rows.rows_tiling`
+    few_rows_from: int = 2  # rows of x from which on it is faster than the mat-vec
     # attention
     attention_threadgroups: int = 384  # that share the keys and values of a layer
     quantized_threadgroups: int = 396  # the same over quantized keys and values: three a core

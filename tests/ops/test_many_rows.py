@@ -168,7 +168,7 @@ def test_rows_of_any_magnitude_keep_their_scale_among_experts() -> None:
 def test_few_rows(rows: int) -> None:
     w, values = weight("Q4_K", 40, 256)
     x = random(6, rows, 256)
-    near(many_rows.few_rows(metal, x, w), exact(x) @ values.T)
+    near(many_rows.few_linear(metal, x, w), exact(x) @ values.T)
 
 
 def test_fused_geglu_is_the_reference_on_a_cpu() -> None:

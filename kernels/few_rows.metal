@@ -1,0 +1,402 @@
+// Packed weights times up to TOKENS (8, 16 or 32) rows of fp16 numbers, on matrix units (matrix.metal):
+//   y[t, n] = scale[t] * sum over k of W[n, k] x[t, k], summed in fp32.
+//
+// Variants, by what is rendered before this text:
+//   SCALED   rows have a scale each (halve.metal), else 1.
+//   GLU      W is gate over up, [2F, K]: y[t, f] = gelu(gate row f) * (up row f), both in one lane.
+//   TIMES    y[t, n] = gelu(row n) * times[t, n].
+//   FACTOR   multiplies each result.
+//   EXPERTS  W is [E, N, K]. Threadgroup y of the grid takes tile y of `tiles`, int32 [.., 3]: expert, first and one
+//            past the last of `order`, at most TOKENS. Row order[i] of y is of row order[i] / USED of x.
+//
+// Threads. A simdgroup takes BLOCKS blocks of 16 rows of W, and of K every SPLIT-th stretch of 128; SPLIT simdgroups
+// share the rows and add up at the end over threadgroup memory. SHARE times as many in a threadgroup have rows of their
+// own; with SHARE above 1 each brings some of x's second factors to threadgroup memory for all, one step ahead.
+// Threadgroup of 32 SPLIT SHARE, grid (32 SPLIT SHARE ceil(N / (16 BLOCKS SHARE)), tiles, 1); with GLU half of the
+// blocks are gate's, half up's.
+//
+// Weights go from memory to the matrix units through registers alone (pairs.metal). The sums of a product may be in any
+// order, so of a row, lane t takes the 32 neighbouring weights from 32 t on, 16 bytes at once where a weight has 4 bits,
+// and x is taken in the order of their pairs. Mins meet the sums of x over a group, which come from the matrix units too
+// and go back as two halves.
+//
+// Memory. Every byte of the planes is read once; x once for each 16 BLOCKS rows, mostly from the cache; y written once.
+//
+// Rendered before: T (half), U (of y), TIMES_T, a format with CHUNK 32, TOKENS, BLOCKS, SPLIT, SHARE, PREFETCH, TAIL (K
+// is no multiple of 128), and the variants' names.
+// uses: matrix.metal
+// uses: packed.metal
+// uses: pairs.metal
+
+#define LAUNCH_BOUNDS __launch_bounds__(32 * SPLIT * SHARE, RESIDENT)  // for CUDA
+#define NB (TOKENS / 8)                       // blocks of 8 rows of x
+#ifdef CUDA
+#define X_ROWS 1                              // of a block of 8 rows of x, those that a lane reads
+#else
+#define X_ROWS 2
+#endif
+
+// The second factors of 8 pairs, those from 8 h on, of a chunk of a row of x (Metal: of two rows, of which e says
+// which of a pair's numbers). x: the chunk's first numbers.
+#ifdef CUDA
+METAL_FUNC void load_pairs(const device half* x, const device half*, int h, int, thread uint* pairs) {
+  uint u[8];
+  load_words((const device uint*)(x + (APART == 16 ? 8 : 16) * h), 4, u);
+  load_words((const device uint*)(x + (APART == 16 ? 8 * h + 16 : 16 * h + 8)), 4, u + 4);
+  UNROLL
+  for (int i = 0; i < 8; i++) {
+    if (APART == 1) {
+      pairs[i] = u[i];
+    } else {
+      const int first = APART == 16 ? i : i / APART * 2 * APART + i % APART, second = first + (APART == 16 ? 8 : APART);
+      pairs[i] = i % 2 ? seconds(u[first / 2], u[second / 2]) : firsts(u[first / 2], u[second / 2]);
+    }
+  }
+}
+#else
+// Number e of each of 8 pairs of a row.
+METAL_FUNC void load_row(const device half* x, int h, int e, thread uint* u) {
+  if (APART == 1) {
+    uint all[8];
+    load_words((const device uint*)(x + 16 * h), 8, all);
+    UNROLL
+    for (int i = 0; i < 4; i++) u[i] = e ? seconds(all[2 * i], all[2 * i + 1]) : firsts(all[2 * i], all[2 * i + 1]);
+  } else if (APART >= 8) {
+    load_words((const device uint*)(x + (APART == 16 ? 8 * h : 16 * h) + APART * e), 4, u);
+  } else {
+    UNROLL
+    for (int i = 0; i < 8 / APART; i++)
+      load_words((const device uint*)(x + 16 * h + (2 * i + e) * APART), APART / 2, u + i * APART / 2);
+  }
+}
+
+METAL_FUNC void load_pairs(const device half* x, const device half* x2, int h, int e, thread uint* pairs) {
+  uint u[4], u2[4];
+  load_row(x, h, e, u);
+  load_row(x2, h, e, u2);
+  UNROLL
+  for (int i = 0; i < 8; i++) pairs[i] = i % 2 ? seconds(u[i / 2], u2[i / 2]) : firsts(u[i / 2], u2[i / 2]);
+}
+#endif
+
+// kernel: few_rows(x, scale?, codes, group_scales?, block_scales?, order?, tiles?, times?) -> (y)
+#if EXPERTS
+INPUTS_READY();  // tiles
+#endif
+const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
+const int part = sg % SPLIT, team = sg / SPLIT;
+const int lane_g = LANE_G, lane_t = LANE_T;
+const int words = codes_shape[EXPERTS ? 2 : 1];  // of codes in a row
+const int chunks = words / WORDS, K = chunks * 32;
+const int N = codes_shape[EXPERTS ? 1 : 0], outs = GLU ? N / 2 : N;
+#if EXPERTS
+const int tile = int(threadgroup_position_in_grid.y);
+const int first_place = tiles[3 * tile + 1], tokens = tiles[3 * tile + 2] - first_place;
+const uint before = uint(tiles[3 * tile]) * uint(N);  // rows of experts before
+#define X_ROW(t) (order[first_place + min(t, tokens - 1)] / USED)
+#define Y_ROW(t) order[first_place + (t)]
+if (tokens <= 0) return;  // a tile that is left over
+#else
+const int tokens = x_shape[0];
+const uint before = 0;
+#define X_ROW(t) min(t, tokens - 1)  // rows that are missing are copies of the last
+#define Y_ROW(t) (t)
+#endif
+
+// No literal to the compiler: mask and or are then one instruction with one immediate (NVIDIA).
+const uint ones = max(uint(N), EXPONENTS);
+
+// Rows g and g + 8 of each block; with GLU the blocks of up follow those of gate.
+constexpr int OUTS = GLU ? BLOCKS / 2 : BLOCKS;
+const int first_out = (int(threadgroup_position_in_grid.x) * SHARE + team) * (16 * OUTS);
+uint row[2 * BLOCKS];
+UNROLL
+for (int r = 0; r < 2 * BLOCKS; r++)
+  row[r] = before + uint(min(first_out + r % (2 * OUTS) * 8 + lane_g, outs - 1) + (r >= 2 * OUTS ? outs : 0));
+
+#if HAS_LUT
+threadgroup uint table[256];
+threadgroup half values[16];
+if (sg == 0 && lane < 16) {
+  const float listed[16] = LUT;
+  values[lane] = half(listed[lane]);
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+for (int i = sg * 32 + lane; i < 256; i += 32 * SPLIT * SHARE) table[i] = pair(values[i % 16], values[i / 16]);
+threadgroup_barrier(mem_flags::mem_threadgroup);
+#endif
+
+Chunk now[2 * BLOCKS], next[2 * BLOCKS];
+#define LOAD(into, c)                                                            \
+  UNROLL for (int r = 0; r < 2 * BLOCKS; r++) {                                  \
+    load_codes(codes + row[r] * uint(words) + uint((c) * WORDS), into[r].codes); \
+    LOAD_GROUP_SCALES(into, c)                                                   \
+    LOAD_BLOCK_SCALES(into, c)                                                   \
+  }
+#if GROUP_SCALE_BITS
+#define LOAD_GROUP_SCALES(into, c) \
+  into[r].group_scales = load_group_scales(group_scales + row[r] * uint(K / GROUP * GROUP_SCALE_BITS / 8), c);
+#else
+#define LOAD_GROUP_SCALES(into, c) into[r].group_scales = 0;
+#endif
+#if SCALE_BLOCK
+#define LOAD_BLOCK_SCALES(into, c) \
+  into[r].block_scales[0] =        \
+      load_block_scales(block_scales + row[r] * uint(K / SCALE_BLOCK * (1 + HAS_MIN)), (c) * 32 / SCALE_BLOCK);
+#else
+#define LOAD_BLOCK_SCALES(into, c) into[r].block_scales[0] = 0;
+#endif
+
+float acc[BLOCKS][NB][4];
+UNROLL
+for (int i = 0; i < BLOCKS * NB * 4; i++) acc[i / (NB * 4)][i / 4 % NB][i % 4] = 0;
+
+const int steps = (chunks + 4 * SPLIT - 1) / (4 * SPLIT);
+LOAD(now, min(part * 4 + lane_t, chunks - 1))
+#if !EXPERTS
+INPUTS_READY();  // the first weights are being loaded
+#endif
+#ifdef CUDA
+const int x_chunk = lane_t, which = 0;
+#else
+const int x_chunk = lane_g / 2, which = lane_g % 2;
+#endif
+#define FROM ((NB + SHARE - 1) / SHARE)  // blocks of x's rows that this simdgroup reads: every SHARE-th
+const device half* from[FROM][X_ROWS];
+UNROLL
+for (int n = 0; n < FROM; n++) {
+  UNROLL
+  for (int i = 0; i < X_ROWS; i++) {
+    const int t = min(n * SHARE + (SHARE > 1 ? team : 0), NB - 1) * 8 + (X_ROWS == 1 ? lane_g : 2 * lane_t + i);
+    from[n][i] = x + ulong(X_ROW(t)) * ulong(K);
+  }
+}
+// The first factor that picks the sums of chunk m into row m, and the lane with the sums that this one passes on.
+const uint own = lane_g == lane_t ? 0x3C003C00u : 0u;
+const uint pick[4] = {own, 0u, own, 0u};
+#ifdef CUDA
+const int sums_from = LANE_OF(lane_t, lane_g / 2);
+#else
+const int sums_from = LANE_OF(lane_g / 2, lane_t);
+#endif
+
+// The second factors of a chunk: 8 pairs of block n of rows, from pair 8 half on.
+#define LOAD_X(step, n, half, pairs)                                                               \
+  {                                                                                                \
+    const int chunk = ((step) * SPLIT + part) * 4 + x_chunk, at = (TAIL ? min(chunk, chunks - 1) : chunk) * 32; \
+    load_pairs(from[n][0] + at, from[n][X_ROWS - 1] + at, half, which, pairs);                     \
+    UNROLL for (int p = 0; p < (TAIL ? 8 : 0); p++) pairs[p] = chunk < chunks ? pairs[p] : 0u;     \
+  }
+#if HAS_MIN
+// Adds the sums of x over a chunk's groups: 8 pairs of them.
+#define ADD_SUMS(sums, half, pairs)                                                                \
+  UNROLL for (int p = 0; p < 8; p += 2)                                                            \
+      multiply(sums[GROUPS == 2 ? half : 0], pick, pairs[p], pairs[p + 1]);
+// Sums as second factors, of two halves each, the second for what the first leaves.
+#define AS_FACTORS(sums, factors)                                                                  \
+  UNROLL for (int p = 0; p < GROUPS; p++) {                                                        \
+    const float s0 = simd_shuffle(sums[p][0], ushort(sums_from)), s1 = simd_shuffle(sums[p][1], ushort(sums_from)); \
+    const half h0 = half(WITHIN_HALF(s0)), h1 = half(WITHIN_HALF(s1));                             \
+    const half low0 = half(WITHIN_HALF(s0 - float(h0))), low1 = half(WITHIN_HALF(s1 - float(h1))); \
+    factors[p] = PAIR_OF_SUMS;                                                                     \
+  }
+#ifdef CUDA
+#define PAIR_OF_SUMS (lane_g % 2 ? pair(h1, low1) : pair(h0, low0))
+#else
+#define PAIR_OF_SUMS (lane_g % 2 ? pair(low0, low1) : pair(h0, h1))
+#endif
+#else
+#define ADD_SUMS(sums, half, pairs)
+#define AS_FACTORS(sums, factors)
+#endif
+
+#if SHARE > 1
+threadgroup uint4 staged[2][SPLIT][NB][4][32];
+threadgroup uint staged_sums[2][SPLIT][NB][GROUPS][32];
+uint brought[FROM][2][8];
+#define BRING_X(step)                                                                              \
+  UNROLL for (int i = 0; i < 2 * FROM; i++) {                                                   \
+    LOAD_X(step, i / 2, i % 2, brought[i / 2][i % 2])                                              \
+  }
+#define STAGE_X(step)                                                                              \
+  UNROLL for (int i = 0; i < FROM; i++) {                                                       \
+    const int n = i * SHARE + team;                                                                \
+    if (n < NB) {                                                                                  \
+      float sums[GROUPS][4] = {};                                                                  \
+      uint factors[GROUPS] = {};                                                                   \
+      ADD_SUMS(sums, 0, brought[i][0])                                                             \
+      ADD_SUMS(sums, 1, brought[i][1])                                                             \
+      AS_FACTORS(sums, factors)                                                                    \
+      UNROLL for (int j = 0; j < GROUPS * HAS_MIN; j++) staged_sums[(step) % 2][part][n][j][lane] = factors[j]; \
+      UNROLL for (int j = 0; j < 4; j++) {                                                         \
+        uint4 four;                                                                                \
+        four.x = brought[i][j / 2][j % 2 * 4];                                                     \
+        four.y = brought[i][j / 2][j % 2 * 4 + 1];                                                 \
+        four.z = brought[i][j / 2][j % 2 * 4 + 2];                                                 \
+        four.w = brought[i][j / 2][j % 2 * 4 + 3];                                                 \
+        staged[(step) % 2][part][n][j][lane] = four;                                               \
+      }                                                                                            \
+    }                                                                                              \
+  }                                                                                                \
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+BRING_X(0)
+STAGE_X(0)
+#endif
+
+// With many rows, half of a chunk at a time: registers.
+constexpr int TURNS = NB > 2 ? 2 : 1, HALVES = 2 / TURNS;
+for (int step = 0; step < steps; step++) {
+  const int c4 = (step * SPLIT + part) * 4, c = c4 + lane_t;
+#if PREFETCH
+  if (step + 1 < steps) LOAD(next, min(c + 4 * SPLIT, chunks - 1))
+#endif
+#if SHARE > 1
+  if (step + 1 < steps) {
+    BRING_X(step + 1)
+  }
+#endif
+  if (c4 < chunks) {
+    float dots[TURNS == 1 ? 1 : BLOCKS][NB][4], sums[NB][GROUPS][4];
+    uint group_sums[NB][GROUPS];
+    UNROLL
+    for (int turn = 0; turn < TURNS; turn++) {
+      uint xs[NB][HALVES][8];
+      UNROLL
+      for (int n = 0; n < NB; n++) {
+#if SHARE > 1
+        UNROLL
+        for (int j = 0; j < 2 * HALVES; j++) {
+          const uint4 four = staged[step % 2][part][n][turn * 2 * HALVES + j][lane];
+          xs[n][j / 2][j % 2 * 4] = four.x;
+          xs[n][j / 2][j % 2 * 4 + 1] = four.y;
+          xs[n][j / 2][j % 2 * 4 + 2] = four.z;
+          xs[n][j / 2][j % 2 * 4 + 3] = four.w;
+        }
+        if (HAS_MIN && turn == TURNS - 1) {
+          UNROLL
+          for (int i = 0; i < GROUPS; i++) group_sums[n][i] = staged_sums[step % 2][part][n][i][lane];
+        }
+#else
+        if (turn == 0) {
+          UNROLL
+          for (int i = 0; i < GROUPS * 4; i++) sums[n][i / 4][i % 4] = 0;
+        }
+        UNROLL
+        for (int h = 0; h < HALVES; h++) {
+          LOAD_X(step, n, turn * HALVES + h, xs[n][h])
+          ADD_SUMS(sums[n], turn * HALVES + h, xs[n][h])
+        }
+        if (turn == TURNS - 1) {
+          AS_FACTORS(sums[n], group_sums[n])
+        }
+#endif
+      }
+      UNROLL
+      for (int b = 0; b < BLOCKS; b++) {
+        Scale scale0, scale1;
+        scale_of(now[2 * b], scale0);
+        scale_of(now[2 * b + 1], scale1);
+        uint m0[WORDS], m1[WORDS];
+        aligned(now[2 * b].codes, m0);
+        aligned(now[2 * b + 1].codes, m1);
+        if (AFTER && turn == 0) {
+          UNROLL
+          for (int i = 0; i < NB * 4; i++) dots[TURNS == 1 ? 0 : b][i / 4][i % 4] = 0;
+        }
+        UNROLL
+        for (int i = 0; i < 4 * HALVES; i++) {
+          const int q = turn * 8 * HALVES + 2 * i;
+          const uint a[4] = {weight_pair(m0, scale0, q, ones TABLE), weight_pair(m1, scale1, q, ones TABLE),
+                             weight_pair(m0, scale0, q + 1, ones TABLE), weight_pair(m1, scale1, q + 1, ones TABLE)};
+          UNROLL
+          for (int n = 0; n < NB; n++)
+            multiply(AFTER ? dots[TURNS == 1 ? 0 : b][n] : acc[b][n], a, xs[n][i / 4][i % 4 * 2],
+                     xs[n][i / 4][i % 4 * 2 + 1]);
+        }
+        if (turn == TURNS - 1) {
+          UNROLL
+          for (int n = 0; n < NB; n++) {
+            const uint mins[4] = {scale0.mins[0], scale1.mins[0], GROUPS == 2 ? scale0.mins[GROUPS - 1] : 0u,
+                                  GROUPS == 2 ? scale1.mins[GROUPS - 1] : 0u};
+#if AFTER
+            float low[4] = {0, 0, 0, 0};
+            if (HAS_MIN) multiply(low, mins, group_sums[n][0], GROUPS == 2 ? group_sums[n][GROUPS - 1] : 0u);
+            UNROLL
+            for (int i = 0; i < 4; i++) {
+              acc[b][n][i] += (i < 2 ? scale0.d : scale1.d) * dots[TURNS == 1 ? 0 : b][n][i];
+              if (HAS_MIN) acc[b][n][i] -= (i < 2 ? scale0.m : scale1.m) * low[i];
+            }
+#elif HAS_MIN
+            multiply(acc[b][n], mins, group_sums[n][0], 0u);
+#endif
+          }
+        }
+      }
+    }
+  }
+#if PREFETCH
+  UNROLL
+  for (int r = 0; r < 2 * BLOCKS; r++) now[r] = next[r];
+#else
+  if (step + 1 < steps) LOAD(now, min(c + 4 * SPLIT, chunks - 1))
+#endif
+#if SHARE > 1
+  if (step + 1 < steps) {
+    STAGE_X(step + 1)
+  }
+#endif
+}
+
+#if SPLIT > 1
+// Each simdgroup stores its sums, and adds up all of every SPLIT-th block.
+threadgroup float4 shared[SPLIT * SHARE][BLOCKS * NB][32];
+UNROLL
+for (int f = 0; f < BLOCKS * NB; f++) {
+  float4 four;
+  four.x = acc[f / NB][f % NB][0];
+  four.y = acc[f / NB][f % NB][1];
+  four.z = acc[f / NB][f % NB][2];
+  four.w = acc[f / NB][f % NB][3];
+  shared[sg][f][lane] = four;
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+#endif
+
+UNROLL
+for (int f = 0; f < OUTS * NB; f++) {
+  if (f % SPLIT == part) {
+    const int b = f / NB, n = f % NB;
+#if SPLIT > 1
+    UNROLL
+    for (int u = 0; u < 1 + GLU; u++) {
+      UNROLL
+      for (int i = 0; i < 4; i++) acc[b + u * OUTS][n][i] = 0;
+      for (int s = 0; s < SPLIT; s++) {
+        const float4 four = shared[team * SPLIT + s][f + u * OUTS * NB][lane];
+        acc[b + u * OUTS][n][0] += four.x;
+        acc[b + u * OUTS][n][1] += four.y;
+        acc[b + u * OUTS][n][2] += four.z;
+        acc[b + u * OUTS][n][3] += four.w;
+      }
+    }
+#endif
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+      const int t = n * 8 + lane_t * 2 + i % 2, out = first_out + b * 16 + i / 2 * 8 + lane_g;
+      if (t < tokens && out < outs) {
+#if SCALED
+        const float factor = scale[X_ROW(t)];
+#else
+        const float factor = 1.0f;
+#endif
+        float value = acc[b][n][i] * factor;
+        if (GLU) value = gelu(value) * (acc[GLU ? b + OUTS : b][n][i] * factor);
+        const ulong at = ulong(Y_ROW(t)) * ulong(outs) + ulong(out);
+#if TIMES
+        value = gelu(value) * float(times[at]);
+#endif
+        y[at] = U(WITHIN_U(value * FACTOR));
+      }
+    }
+  }
+}

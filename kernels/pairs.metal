@@ -1,0 +1,148 @@
+// A chunk of 32 packed weights as pairs of halves, first factors of matrix.metal.
+//
+// Two codes 16 bits apart become two halves by one mask, without conversions, and meet x in the order of such pairs:
+// pair i of a chunk is of its codes (i / APART * 2 APART + i % APART) and APART further on.
+//
+// Exactness. Of k-quants a pair is code * scale as whole numbers that fp16 holds; their blocks' fp16 d is for after the
+// product, of 128 weights or 256. Of other types it is d * (code - OFFSET), rounded to fp16 once.
+//
+// Rendered before: a format with CHUNK 32, as for packed.metal, which stands before this. Needs matrix.metal.
+
+#define AFTER (SCALE_BLOCK == 256)            // d comes after the product
+#define GROUPS (GROUP == 16 ? 2 : 1)          // scales of a chunk
+#define RUN (16 / BITS)                       // codes in 16 bits
+#define FAR (BITS == 3 || BITS == 5 || BITS == 6)
+// Pairs are codes APART of each other: 16 bits of a word; where these hold no whole codes, halves of a chunk; and of a
+// table's codes neighbours, which it is read for at once.
+#define APART (HAS_LUT ? 1 : FAR ? 16 : RUN)
+// Where code * scale is a whole number: without an offset, a code's bits may lie at either end of the mantissa.
+#if GROUP_SCALE_SCALE_MIN
+#define WHOLE 1
+#define IN_PLACE (2 * BITS <= 10)
+#else
+#define WHOLE (SCALE_BLOCK == 256 && !HAS_LUT)
+#define IN_PLACE 0
+#endif
+
+#ifndef CUDA
+// a b + c, rounded once, and a b, a + b, of two halves each. cuda.h has CUDA's.
+METAL_FUNC uint fma_halves(uint a, uint b, uint c) {
+  return as_type<uint>(fma(as_type<half2>(a), as_type<half2>(b), as_type<half2>(c)));
+}
+METAL_FUNC uint mul_halves(uint a, uint b) { return as_type<uint>(as_type<half2>(a) * as_type<half2>(b)); }
+METAL_FUNC uint add_halves(uint a, uint b) { return as_type<uint>(as_type<half2>(a) + as_type<half2>(b)); }
+#endif
+
+METAL_FUNC uint both(half a) { return pair(a, a); }
+METAL_FUNC uint both_firsts(uint a) { return firsts(a, a); }
+METAL_FUNC uint both_seconds(uint a) { return seconds(a, a); }
+
+// The codes of a chunk such that those of a pair lie at the same place of 16 bits each.
+METAL_FUNC void aligned(const thread uint* codes, thread uint* m) {
+  UNROLL
+  for (int i = 0; i < BITS; i++) {
+    if (FAR) {
+      const uint a = codes[i / 2], b = codes[(i + BITS) / 2];
+      const bool upper = i % 2 == 1, b_upper = (i + BITS) % 2 == 1;
+      m[i] = upper == b_upper ? (upper ? seconds(a, b) : firsts(a, b))
+                              : (upper ? a >> 16 | b << 16 : (a & 0xFFFFu) | (b & 0xFFFF0000u));
+    } else {
+      m[i] = codes[i];
+    }
+  }
+}
+
+// The place in the mantissa of pair q's codes: 0, or BITS, or the top.
+METAL_FUNC int place_of(int q) {
+  const int s = q * BITS % 16;
+  return !IN_PLACE ? 10 - BITS : s + BITS <= 16 && s / BITS % 2 == 1 ? BITS : 0;
+}
+
+// Pair q's codes as halves: 2^BITS + code at the top of the mantissa, 1024 + code * 2^place elsewhere. ones: EXPONENTS.
+#define EXPONENTS ((IN_PLACE ? 25u : 15u + BITS) * 0x04000400u)
+METAL_FUNC uint raised_pair(const thread uint* m, int q, uint ones) {
+  const int at = q * BITS, word = at / 16, s = at % 16, place = place_of(q);
+  if (s + BITS <= 16) {
+    const uint mask = ((1u << BITS) - 1) << place;
+    const uint u = s >= place ? m[word] >> (s >= place ? s - place : 0) : m[word] << (s >= place ? 0 : place - s);
+    return (u & (mask | mask << 16)) | ones;
+  }
+  const int low = 16 - s;  // bits in the first word
+  const uint mask = ((1u << low) - 1) << place, mask2 = ((1u << (BITS - low)) - 1) << (place + low);
+  const uint u = s >= place ? m[word] >> (s >= place ? s - place : 0) : m[word] << (s >= place ? 0 : place - s);
+  const uint u2 = m[FAR ? word + 1 : word] << (place + low);
+  return (u2 & (mask2 | mask2 << 16)) | ((u & (mask | mask << 16)) | ones);
+}
+
+// What a row's chunk needs beside its codes.
+struct Scale {
+  uint by[GROUPS];   // pairs of halves: what multiplies a group's codes at the top of the mantissa, or at place 0
+  uint add[GROUPS];  // and what is added then, or before
+  uint by_high[GROUPS], add_high[GROUPS];  // the same at place BITS
+  uint mins[GROUPS];
+  float d, m;        // for after the product
+};
+
+METAL_FUNC void scale_of(const thread Chunk& chunk, thread Scale& s) {
+  const uint field = chunk.group_scales, top = chunk.block_scales[0];
+  s.d = low_half(top);
+  s.m = HAS_MIN ? high_half(top) : 0.0f;
+  UNROLL
+  for (int i = 0; i < GROUPS; i++) s.mins[i] = 0;
+#if GROUP_SCALE_SCALE_MIN
+  const uint bits = GROUP_SCALE_BITS / 2, mask = (1u << bits) - 1;
+  UNROLL
+  for (int i = 0; i < GROUPS; i++) {
+    const uint f = field >> (GROUP_SCALE_BITS * i);
+    // 1024 + scale, 1024 + min as halves, less 1024
+    const uint two = add_halves((f & mask) | (f << (16 - bits) & mask << 16) | 0x64006400u, 0xE400E400u);
+    s.by[i] = both_firsts(two);
+    s.mins[i] = both_seconds(two);
+    s.add[i] = mul_halves(s.by[i], both(half(-1024.0f)));
+    s.by_high[i] = mul_halves(s.by[i], both(half(1.0f / float(1 << BITS))));
+    s.add_high[i] = mul_halves(s.add[i], both(half(1.0f / float(1 << BITS))));
+  }
+#elif GROUP_SCALE_INT8
+  // bytes as 1024 + 128 + scale
+  const uint two = add_halves((((field & 0xFFu) | (field & 0xFF00u) << 8) ^ 0x00800080u) | 0x64006400u, 0xE480E480u);
+#elif GROUP_SCALE_SCALE_32
+  const uint two = add_halves((field & 63u) | (field << 10 & 63u << 16) | 0x64006400u, 0xE420E420u);
+#elif GROUP_SCALE_E8M0
+  float a, b;
+  scales(field, top, 0, a, b);
+  s.by[0] = both(half(a));
+#else
+  s.by[0] = both_firsts(top);
+  if (HAS_MIN) s.mins[0] = both_seconds(top);
+#endif
+#if GROUP_SCALE_INT8 || GROUP_SCALE_SCALE_32
+  UNROLL
+  for (int i = 0; i < GROUPS; i++) {
+    // Of groups of 16, pairs have one code in each where they are far apart.
+    s.by[i] = GROUPS == 2 && FAR ? two : i == 0 ? both_firsts(two) : both_seconds(two);
+    s.add[i] = mul_halves(s.by[i], both(half(-float((1 << BITS) + OFFSET))));
+  }
+#endif
+}
+
+#if HAS_LUT
+#define TABLE_PARAMETER , const threadgroup uint* table  // two codes -> their values
+#define TABLE , table
+#else
+#define TABLE_PARAMETER
+#define TABLE
+#endif
+
+// Pair q of a row's chunk: what meets x.
+METAL_FUNC uint weight_pair(
+    const thread uint* m, const thread Scale& s, int q, uint ones TABLE_PARAMETER) {
+  const int group = GROUPS == 2 ? q / 8 : 0;
+#if HAS_LUT
+  return mul_halves(table[m[q / 4] >> (q % 4 * 8) & 0xFFu], s.by[group]);
+#elif WHOLE
+  const bool high = IN_PLACE && place_of(q) != 0;
+  return fma_halves(raised_pair(m, q, ones), high ? s.by_high[group] : s.by[group], high ? s.add_high[group] : s.add[group]);
+#else
+  return mul_halves(add_halves(raised_pair(m, q, ones), both(half(-float((1 << BITS) + OFFSET)))), s.by[group]);
+#endif
+}

@@ -1,0 +1,160 @@
+"""Products of a few rows, 2 to MAX_ROWS, each weight read and decoded once: few_rows.metal.
+
+In: activations and a packed weight. Out: activations, with a norm, GEGLU or a factor folded in, for the replies of a
+batch. Experts' rows are sorted by expert first (routing.py). Its reference is `epilogue.product_reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
+
+import mlx.core as mx
+
+from ..gpu.render import Launch, Launcher, prepare, render, result_defines
+from ..quant.formats import FORMATS, Format, Packed
+from .cases import Case, Check, Product, Sizes, cases, product_inputs
+from .epilogue import ALONE, PLAIN, Epilogue, Folded, product_reference
+from .halve import halve
+from .op import Op, OpKey
+from .packed import absent_planes, format_defines
+from .routing import ROWS, most_tiles, route, route_reference
+from .tuning import Tuning, this_gpu
+
+MAX_ROWS = 32
+ROOM = 32 << 10  # bytes of threadgroup memory, at most
+
+
+@dataclass(frozen=True)
+class RowsTiling:
+    """The tiling of a product of a few rows; see few_rows.metal."""
+
+    blocks: int  # of 16 rows of the weight, a simdgroup; with glu an even number
+    split: int  # simdgroups that share the rows
+    share: int = 1  # times as many simdgroups in a threadgroup, with other rows and the same x
+    prefetch: bool = False  # load the next step's weights during this one
+    resident: int = 1  # threadgroups that a core holds at least, for CUDA's compiler
+
+    def room(self, rows: int) -> int:
+        """Bytes of threadgroup memory, for x and for sums, and a table."""
+        sums = self.split * self.share * self.blocks * rows * 64 if self.split > 1 else 0
+        return 1088 + sums + (self.share > 1) * 2 * self.split * (rows // 8) * (2048 + 256)
+
+
+def rows_tiling(fmt: Format, n: int, k: int, rows: int, glu: bool = False, gpu: Tuning | None = None) -> RowsTiling:
+    """The tiling for a weight of n rows of k and so many rows of x (8, 16 or 32)."""
+    gpu = gpu or this_gpu()
+    blocks = 2
+    enough = 8 * gpu.cores  # simdgroups
+    split = 1
+    for split in (1, 2, 4, 8):
+        config = RowsTiling(blocks, split)
+        if n / (16 * blocks) * split >= enough or RowsTiling(blocks, 2 * split).room(rows) > ROOM:
+            return config
+    return RowsTiling(blocks, split)
+
+
+def few_rows(
+    launcher: Launcher,
+    x: mx.array,
+    w: Packed,
+    epilogue: Epilogue = PLAIN,
+    folded: Folded = ALONE,
+    *,
+    config: RowsTiling | None = None,
+    routed: tuple[Any, Any] | None = None,
+) -> Any:
+    """A few rows through a packed weight.
+
+    Args:
+        x: [T, K], T up to MAX_ROWS; with `folded.ids` int32 [T, E'] of any T: [T, K], or [T, E', K], one row each.
+        w: [N, K], or with `ids` [E, N, K].
+        config: in place of `rows_tiling`'s.
+        routed: `routing.route` of the ids, if it is known.
+
+    Returns:
+        [T, N], [T, N / 2] with glu; [T, E', ..] with ids.
+    """
+    norm, times, ids = folded
+    rows, scale, used = x.reshape(-1, x.shape[-1]), None, 0
+    if x.dtype != mx.float16 or norm is not None:
+        rows, scale = halve(launcher, rows, norm, epilogue.eps)
+    arrays = {"x": rows, "scale": scale, "times": times}
+    if ids is not None:
+        used = ids.shape[1]
+        arrays["order"], arrays["tiles"] = routed or route(launcher, ids, w.shape[0])
+    form, out, each = w.format.name, epilogue.out or x.dtype, x.ndim == 3
+    times_type = None if times is None else times.dtype
+    launch = _prepared(
+        launcher, form, w.shape, x.shape[0], used, each, scale is not None, times_type, out, epilogue, config
+    )
+    return launch.by_name({**arrays, "codes": w.codes, "group_scales": w.group_scales, "block_scales": w.block_scales})[
+        0
+    ]
+
+
+@lru_cache(maxsize=4096)
+def _prepared(
+    launcher: Launcher,
+    name: str,
+    shape: tuple[int, ...],
+    tokens: int,
+    used: int,  # experts of a token, 0 if the weight has none
+    each: bool,  # each of them has its own x
+    scaled: bool,
+    times: mx.Dtype | None,
+    out: mx.Dtype,
+    epilogue: Epilogue,
+    config: RowsTiling | None,
+) -> Launch:
+    (*experts, n, k), fmt, glu = shape, FORMATS[name], epilogue.glu
+    rows = ROWS if used else next(r for r in (8, 16, 32) if tokens <= r)  # of x, in a threadgroup
+    tiles = most_tiles(tokens * used, experts[0]) if used else 1
+    config = config or rows_tiling(fmt, n, k, rows, glu)
+    defines: dict[str, Any] = format_defines(fmt, 32, k)
+    defines |= {field.upper(): value for field, value in asdict(config).items()}
+    defines |= {"CHUNK": 32, "TOKENS": rows, "FACTOR": float(epilogue.factor), "TAIL": k % 128 > 0}
+    defines |= {"GLU": glu, "TIMES": times is not None, "SCALED": scaled, "EXPERTS": used > 0}
+    defines |= {"USED": 1 if each else max(used, 1), **result_defines(out)}
+    there = {"scale": scaled, "order": used, "tiles": used, "times": times is not None}
+    missing = [name for name, here in there.items() if not here]
+    kernel = render("few_rows", "few_rows.metal", mx.float16, defines, [*absent_planes(fmt), *missing])
+    outs = n // 2 if glu else n
+    result = (tokens, used, outs) if used else (tokens, outs)
+    groups = (-(-n // (16 * config.blocks * config.share)), tiles, 1)
+    return prepare(launcher, kernel, groups, 32 * config.split * config.share, (result, out))
+
+
+FEW_ROWS = Op("few_rows", few_rows, product_reference)
+
+
+@cases
+def few_rows_cases(s: Sizes) -> Iterator[Check]:
+    def make(p: Product) -> Case:
+        x, w, epilogue, folded = product_inputs(p, s.rows)
+        assert isinstance(w, Packed)
+        config = rows_tiling(w.format, p.shape[-2], p.shape[-1], p.tokens, p.glu)  # as for all rows
+        routed = None if folded.ids is None else route_reference(folded.ids, w.shape[0])
+
+        def reference() -> mx.array:  # row by row: see matvec.py
+            def row(t: int) -> mx.array:
+                norm, times, ids = folded
+                if ids is None:
+                    return product_reference(
+                        x[t : t + 1], w, epilogue, Folded(norm, None if times is None else times[t : t + 1])
+                    )[0]
+                own = x[t] if x.ndim == 3 else x[t : t + 1]
+                return product_reference(own, w, epilogue, Folded(norm, None if times is None else times[t], ids[t]))
+
+            return mx.stack([row(t) for t in range(p.tokens)])
+
+        kernel = partial(few_rows, x=x, w=w, epilogue=epilogue, folded=folded, config=config, routed=routed)
+        return Case(kernel, reference, w.nbytes)
+
+    for p in dict.fromkeys(p for p in s.packed if p.tokens == 1):
+        few = (3,) * (p.norm or not p.narrow)  # scales of few rows lie elsewhere on Metal
+        for rows in (*few, 8) if p.used else (*few, 8, 16, 32):
+            many = replace(p, tokens=rows)
+            yield Check(OpKey(FEW_ROWS.name, p.type), f"{many}", partial(make, many))
