@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from ..memory import MemoryPlan, kv_dtype
 from ..ops import stock
 from ..ops.dispatch import Kernels
 from ..ops.quantize_kv import QUANTIZE_KV
+from .batch import check_batch, stock_step
 from .costs import largest_chunk
 from .decode import can_step, make_step
 from .forward import head, rope_wavelengths, run_layers
@@ -170,6 +172,31 @@ class Model:
             state.check_room(1)
             return self._start(token, state)
 
+    def batch_step(self, tokens: mx.array | Sequence[int], states: Sequence[KVState]) -> mx.array:
+        """Read one token into each of several states of this model, all in one step.
+
+        Args:
+            tokens: int [B], perhaps still being computed.
+            states: B different ones, B from 1 to MAX_BATCH, of any kind of KV; others than in the step before at will.
+
+        Returns:
+            fp32 logits [B, vocab] for the next token of each, lazy; scheduled on return as `forward`'s are.
+
+        Raises:
+            InputError: no step takes these, or a state has no room.
+        """
+        with execution() as outermost:
+            ids = tokens if isinstance(tokens, mx.array) else mx.array([*tokens], mx.int32)
+            check_batch(ids.size, states)
+            if self._step:
+                rows = [self._read(ids[n : n + 1], state, 1) for n, state in enumerate(states)]
+                logits = mx.concatenate(rows)
+            else:
+                logits = stock_step(self.loaded, ids, states)
+            if outermost:
+                mx.async_eval(logits, [a for state in states if not state.borrower for a in state.arrays])
+        return logits
+
     def _start(self, token: NextToken, state: KVState) -> Step:
         replayed = self.replayer.start(token, state) if self.replayer and self.replays else None
         return replayed or LazyStep(self._read(ids_of(token), state, 1)[0])
@@ -179,14 +206,14 @@ class Model:
         with execution() as outermost:
             state.check_room(ids.size)
             if self._stepped(ids, state) is None:  # a step's logits are never computed here
-                run_layers(self.loaded, ids, state, 0)
+                run_layers(self.loaded, ids, [state], 0)
             if outermost:
                 mx.async_eval(state.arrays)
 
     def _read(self, ids: mx.array, state: KVState, wanted: int) -> mx.array:
         """Return logits of the last `wanted` tokens, or of all: from a step, or all layers as in a prompt."""
         logits = self._stepped(ids, state)
-        return head(self.loaded, run_layers(self.loaded, ids, state, wanted)) if logits is None else logits
+        return head(self.loaded, run_layers(self.loaded, ids, [state], wanted)) if logits is None else logits
 
     def _stepped(self, ids: mx.array, state: KVState) -> mx.array | None:
         """Return logits of all tokens, read in one step; None: no step takes them."""
