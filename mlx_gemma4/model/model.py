@@ -28,7 +28,7 @@ from ..memory import MemoryPlan, kv_dtype
 from ..ops import stock
 from ..ops.dispatch import Kernels
 from ..ops.quantize_kv import QUANTIZE_KV
-from .batch import check_batch, stock_step
+from .batch import Batcher, check_batch, stock_step
 from .costs import largest_chunk
 from .decode import can_step, make_step
 from .forward import head, rope_wavelengths, run_layers
@@ -56,6 +56,12 @@ class Model:
         mx.eval(list(waves.values()))
         self.loaded = Loaded(config, weights, self.kv_dtype, waves, kernels)
         self.rotations: dict[int, mx.array] = {}  # of keys and values to be quantized; made for the first such state
+        together = kernels and can_step(config, 1)
+        self.batcher = (
+            Batcher(self.loaded, kernels, lambda ids, state: self._read(ids, state, 1))
+            if kernels and together
+            else None
+        )
         self._step = make_step(self.loaded, kernels) if kernels else None
         replayable = kernels and kernels.player and can_step(config, 1)
         self.replayer = Replayer(self.loaded, kernels) if kernels and replayable else None
@@ -188,11 +194,7 @@ class Model:
         with execution() as outermost:
             ids = tokens if isinstance(tokens, mx.array) else mx.array([*tokens], mx.int32)
             check_batch(ids.size, states)
-            if self._step:
-                rows = [self._read(ids[n : n + 1], state, 1) for n, state in enumerate(states)]
-                logits = mx.concatenate(rows)
-            else:
-                logits = stock_step(self.loaded, ids, states)
+            logits = self.batcher.step(ids, states) if self.batcher else stock_step(self.loaded, ids, states)
             if outermost:
                 mx.async_eval(logits, [a for state in states if not state.borrower for a in state.arrays])
         return logits

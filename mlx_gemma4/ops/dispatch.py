@@ -132,6 +132,8 @@ class Kernels:
     def product(self, x: mx.array, w: Weight, epilogue: Epilogue = PLAIN, folded: Folded = ALONE) -> mx.array:
         """`matvec.matvec` for any weight: a few rows, and whatever is folded into their product."""
         reference = partial(product_reference, x, w, epilogue, folded)
+        if folded.ids is not None and folded.ids.ndim == 2:
+            return reference()
         if isinstance(w, Packed) and (folded.ids is not None or x.shape[0] <= MAX_TOKENS) and is_readable(w):
             kernel = partial(matvec, self.launcher, x, w, epilogue, folded)
             return self.attempt(kernel, reference, _key(MATVEC, w))

@@ -25,7 +25,8 @@ class Folded(NamedTuple):
 
     norm: mx.array | None = None  # fp32 [K]: x goes through RMSNorm with this weight first
     times: mx.array | None = None  # [T, N], with `ids` [E', N], in x's dtype: the result is gelu(x wᵀ) * times
-    ids: mx.array | None = None  # int32 [E'], the experts to take
+    # int32 [E'], the experts to take; or [T, used], those of each token, for x [T, K] or [T, used, K]: [T, used, N]
+    ids: mx.array | None = None
 
 
 PLAIN = Epilogue()
@@ -39,6 +40,8 @@ def product_reference(x: mx.array, w: Weight, epilogue: Epilogue = PLAIN, folded
     h = h if norm is None else stock.rms_norm(h, norm, epilogue.eps)
     if ids is None:
         y = stock.linear(h, w)
+    elif ids.ndim == 2:
+        y = stock.expert_linear(h if h.ndim == 3 else h[:, None], w, ids)
     else:
         shared = h.shape[0] == 1
         chosen = ids[None] if shared else ids[:, None]
