@@ -67,6 +67,11 @@ class Pool:
     def nbytes(self) -> int:
         return sum(a.nbytes for pair in self.arrays.values() for a in pair)
 
+    @property
+    def seats(self) -> list[Seat]:
+        """Those of states that are in."""
+        return list(self._seats.values())
+
     def takes(self, state: KVState) -> bool:
         """Return True if a state's keys and values can be in pages: those in full precision."""
         return state.kv == "full" and state.dtype == self.dtype
