@@ -31,6 +31,10 @@ ATTENTION = ("attention", "long_attention", "merge", "quantized_attention", "mer
 DEPTHS = (0, 14, 63, 64, 70, 127, 530, 700, 1100, 2100, 4200, 7700, 8200, 12_000, 32_800, 70_000, 130_900)
 CHUNKS = (2, 3, 5, 16, 17, 63, 64, 1024)  # tokens of a prompt that are read at once
 
+BATCHES = ((5,), (0, 70), (3, 600, 9000), (40,) * 8, (7,) * 17)  # tokens before a step of each of several states
+
+MOST = {"full": 8, "together": 3}  # kernels of attention; 10 with quantized keys and values
+
 Launched = set[tuple[Any, ...]]
 
 
@@ -92,21 +96,32 @@ def converse(model: Model, kv: str) -> None:
             model.forward(mx.zeros(tokens, mx.int32), state)
 
 
+def converse_together(model: Model) -> None:
+    for lengths in BATCHES:
+        states = [model.new_state() for _ in lengths]
+        for state, length in zip(states, lengths, strict=True):
+            lazy_fill(state, length)
+        model.batch_step(mx.zeros(len(lengths), mx.int32), states)
+
+
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_launched_less_checked_is_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: dict[str, Launched] = {}
     checked: Launched = set()
-    for kv in quantization.KINDS:
+    for kv in (*quantization.KINDS, "together"):
         noted = launched[kv] = set()
         model = lazy_model(kind, Kernels(noting(noted), strict=True, player=as_player(noted)))
         add_rotations(model)
         with execution(), monkeypatch.context() as patched:
             for name in ("eval", "async_eval"):
                 patched.setattr(mx, name, lambda *_: None)
-            converse(model, kv)
+            if kv == "together":
+                converse_together(model)
+            else:
+                converse(model, kv)
     for check in sizes.checks(sizes.sizes_of(model), verdict.QUICK_LENGTHS, verdict.QUICK_ROWS):
         check.make().kernel(noting(checked))
     for kv, noted in launched.items():
         assert not sorted(name for name, *_ in noted - checked), kv
         attention = {name for name, *_ in noted if name.rsplit("_", 1)[0] in ATTENTION}
-        assert len(attention) <= (8 if kv == "full" else 10), (kv, sorted(attention))
+        assert len(attention) <= MOST.get(kv, 10), (kv, sorted(attention))
