@@ -47,13 +47,14 @@ class Seat:
 class Pool:
     """Pages of all layers with keys and values of their own. To be used under the execution lock."""
 
-    def __init__(self, config: Config, dtype: mx.Dtype, fill: Fill, page: int, idle: Callable[[], None]) -> None:
+    def __init__(self, config: Config, dtype: mx.Dtype, fill: Fill, page: int, idle: Callable[[bool], None]) -> None:
         """
         Args:
             dtype: of keys and values.
             fill: copies a sequence's keys and values into pages.
             page: tokens of one.
-            idle: waits until nothing reads or writes the pool, and is called before states join or leave.
+            idle: waits until nothing reads or writes the pool; called before states join or leave, with True before
+                its arrays go or others take their place.
         """
         self.config, self.dtype, self.page = config, dtype, page
         self._fill, self._idle = fill, idle
@@ -109,7 +110,7 @@ class Pool:
         if state is None or state.borrower is not seat:
             return
         with execution():
-            self._idle()
+            self._idle(False)
             layers = {}
             for i in self.layers:
                 kind, length = self.config.layers[i].sliding, state.length
@@ -138,13 +139,13 @@ class Pool:
                     self._free[kind] += pages
                     other.pages[kind] = []
         if not self._seats:
-            self._idle()
+            self._idle(True)
             self.arrays = {}
             self._free = {kind: [] for kind in self.kinds}
 
     def _join(self, state: KVState) -> Seat:
         layers, length = state.layers, state.length  # whoever else has it settles
-        self._idle()
+        self._idle(False)
         for other in [s for s in self._seats.values() if s.state() is None]:
             self.free(other)
         seat = Seat(self, weakref.ref(state), {}, {}, {})
@@ -189,7 +190,7 @@ class Pool:
         mine = [i for i in self.layers if self.config.layers[i].sliding == kind]
         size = self.arrays[mine[0]][0].shape[0] if mine[0] in self.arrays else 0
         more = max(needed + (size == 0), size // 2, SOME if size == 0 else 1)
-        self._idle()
+        self._idle(True)
         for i in mine:
             shape = self.config.layers[i]
             size_of = (more, shape.kv_heads, self.page, shape.head_dim)

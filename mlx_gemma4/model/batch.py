@@ -22,20 +22,26 @@ from ..ops import paged, stock
 from ..ops.dispatch import Kernels
 from ..ops.paged import FILL_PAGES, PAGED_ATTENTION
 from ..ops.qkv import QKV_POST, ROTATIONS, QKVArrays, QKVOptions
+from .batch_replay import BatchReplayer
 from .decode import TRACES, Attend, Constants, forward
 from .forward import head, run_layers
+from .step import BatchStep, LazyBatchStep, Tokens, tokens_as_array
 from .weights import Loaded
 
 MAX_BATCH = 32  # states of a step
 Alone = Callable[[mx.array, KVState], mx.array]  # (ids int [1], state) -> logits [1, vocab]
 
 
-def check_batch(tokens: int, states: Sequence[KVState]) -> None:
+def check_batch(tokens: Tokens, states: Sequence[KVState]) -> None:
     """Refuse what no step can take. Raises InputError."""
-    if not 1 <= len(states) <= MAX_BATCH or tokens != len(states) or len({id(s) for s in states}) != len(states):
+    given = (
+        tokens.size if isinstance(tokens, mx.array) else len(tokens) if isinstance(tokens, Sequence) else tokens.rows
+    )
+    different = len({id(s) for s in states})
+    if not 1 <= len(states) <= MAX_BATCH or given != len(states) or different != len(states):
         raise InputError(
-            f"a batch step takes one token for each of 1 to {MAX_BATCH} different states; these are {tokens} tokens "
-            f"for {len(states)} states, {len({id(s) for s in states})} of them different"
+            f"a batch step takes one token for each of 1 to {MAX_BATCH} different states; these are {given} tokens "
+            f"for {len(states)} states, {different} of them different"
         )
     for state in states:
         state.check_room(1)
@@ -87,7 +93,8 @@ class Batcher:
     def __init__(self, model: Loaded, run: Kernels, alone: Alone) -> None:
         self._model, self._run, self._alone = model, run, alone
         self._constants = Constants.of(model)
-        self._last: mx.array | None = None  # logits of the latest step
+        self._last: mx.array | None = None  # logits of the latest step that was not replayed
+        self._replayer = BatchReplayer(model, run, self._constants)
         self.pool = Pool(model.config, model.kv_dtype, lambda *args: run(FILL_PAGES, *args), paged.PAGE, self._wait)
 
         def traceable(pieces: dict[bool, int], ids: mx.array, inputs: Inputs) -> tuple[mx.array, dict[int, Pair]]:
@@ -101,37 +108,48 @@ class Batcher:
 
         self._traceable, self._traced = traceable, traced
 
-    def step(self, ids: mx.array, states: Sequence[KVState]) -> mx.array:
-        """Read a token, ids int [B], into each of B states: fp32 logits [B, vocab]."""
+    def start(self, tokens: Tokens, states: Sequence[KVState]) -> BatchStep:
+        """Start a step that reads a token into each of B states."""
         together = [n for n, state in enumerate(states) if self.pool.takes(state)]
         if len(together) == len(states):
-            return self._step(ids.astype(mx.int32), states)
+            return self._together(tokens, states)
+        ids = tokens_as_array(tokens)
         rows = {n: self._alone(ids[n : n + 1], s) for n, s in enumerate(states) if n not in together}
         if together:
-            logits = self._step(ids[mx.array(together)].astype(mx.int32), [states[n] for n in together])
+            logits = self._together(ids[mx.array(together)], [states[n] for n in together]).logits()
             rows |= {n: logits[i : i + 1] for i, n in enumerate(together)}
-        return mx.concatenate([rows[n] for n in range(len(states))])
+        return LazyBatchStep(mx.concatenate([rows[n] for n in range(len(states))]))
 
-    def _step(self, ids: mx.array, states: Sequence[KVState]) -> mx.array:
-        run, rows = self._run, rows_for(len(states))
+    def _together(self, tokens: Tokens, states: Sequence[KVState]) -> BatchStep:
+        run, pool, rows = self._run, self.pool, rows_for(len(states))
         tables, pieces = self.places(states, rows)
+        key = (run.off, rows, *(table.shape[1] for table in tables.values()), *pieces.items())
+        if self._replayer.replays(rows):
+            if self._last is not None:
+                self._wait(False)
+
+            def attend(recording: Kernels, places: dict[bool, Any]) -> Attend:
+                return over_pages(self._model, recording, {"places": places, "pool": pool.arrays}, pieces)[0]
+
+            step = self._replayer.start(tokens, states, tables, key, attend)
+            if step is not None:
+                return step
+        self._replayer.wait()
+        ids = tokens_as_array(tokens)
         if self._last is not None:  # steps write in place: this one is to follow, whatever its tokens come of
             ids = ids + (self._last[0, 0] > mx.inf).astype(mx.int32)
         padded = mx.pad(ids, (0, rows - ids.size)) if rows > ids.size else ids
-        inputs: Inputs = {"places": {k: mx.array(t) for k, t in tables.items()}, "pool": self.pool.arrays}
-        shapes = (
-            rows,
-            *((t.shape[1], self.pool.arrays[i][0].shape) for t in tables.values() for i in self.pool.layers),
-        )
+        inputs: Inputs = {"places": {k: mx.array(t) for k, t in tables.items()}, "pool": pool.arrays}
         if run.traced and not run.eager:
-            logits, moved = self._traced((run.off, shapes), *pieces.items())(padded, inputs)
+            shapes = tuple(keys.shape for keys, _ in pool.arrays.values())
+            logits, moved = self._traced((key, shapes), *pieces.items())(padded, inputs)
         else:
             logits, moved = self._traceable(pieces, padded, inputs)
-        self.pool.arrays |= moved
-        self._last = logits = cast(mx.array, logits[: len(states)])
+        pool.arrays |= moved
+        self._last = cast(mx.array, logits[: len(states)])
         for n, state in enumerate(states):
             state.advance(ids[n : n + 1])
-        return logits
+        return LazyBatchStep(self._last)
 
     def places(self, states: Sequence[KVState], rows: int) -> tuple[dict[bool, np.ndarray], dict[bool, int]]:
         """Return a step's places by kind of layer, int32 [rows, ..], and its pieces. States without pages join."""
@@ -154,8 +172,12 @@ class Batcher:
             tables[kind] = table
         return tables, pieces
 
-    def _wait(self) -> None:
-        """Wait until no step reads or writes the pool."""
-        if self._last is not None:
-            mx.eval(self._last)
-            self._last = None
+    def _wait(self, moving: bool) -> None:
+        """Wait until no step reads or writes the pool. `moving`: its arrays are about to go."""
+        last, self._last = self._last, None
+        if last is not None:
+            mx.eval(last)
+        if moving:
+            self._replayer.forget()
+        else:
+            self._replayer.wait()

@@ -33,7 +33,7 @@ from .costs import largest_chunk
 from .decode import can_step, make_step
 from .forward import head, rope_wavelengths, run_layers
 from .replay import Replayer
-from .step import LazyStep, NextToken, Step, ids_of
+from .step import BatchStep, LazyBatchStep, LazyStep, NextToken, Step, Tokens, ids_of, tokens_as_array
 from .weights import Loaded, Weights
 
 log = logging.getLogger("mlx_gemma4")
@@ -192,12 +192,22 @@ class Model:
             InputError: no step takes these, or a state has no room.
         """
         with execution() as outermost:
-            ids = tokens if isinstance(tokens, mx.array) else mx.array([*tokens], mx.int32)
-            check_batch(ids.size, states)
-            logits = self.batcher.step(ids, states) if self.batcher else stock_step(self.loaded, ids, states)
+            logits = self.batch(tokens, states).logits()
             if outermost:
                 mx.async_eval(logits, [a for state in states if not state.borrower for a in state.arrays])
         return logits
+
+    def batch(self, tokens: Tokens, states: Sequence[KVState]) -> BatchStep:
+        """Start `batch_step`, whose logits or likeliest tokens are asked for later.
+
+        A greedy batch starts each step with the one before, whose tokens the host need not know yet; then those logits
+        are not to be asked for any more.
+        """
+        with execution():
+            check_batch(tokens, states)
+            if self.batcher:
+                return self.batcher.start(tokens, states)
+            return LazyBatchStep(stock_step(self.loaded, tokens_as_array(tokens), states))
 
     def _start(self, token: NextToken, state: KVState) -> Step:
         replayed = self.replayer.start(token, state) if self.replayer and self.replays else None

@@ -46,7 +46,7 @@ class ReplayedStep:
 
     def token(self) -> int:
         if self._token is None:
-            self._token = self._player.best(self._start)
+            self._token = self._player.best(self._start)[0]
         return self._token
 
     def logits(self) -> mx.array:
