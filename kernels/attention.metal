@@ -6,6 +6,10 @@
 // last are the queries themselves: query t sees up to itself, and with a window only that many of those. parts.metal
 // says how parts are cut into pieces.
 //
+// With PAGED each of q's tokens is another sequence's newest, and its keys and values lie in pages (paged.metal): piece
+// p of a row are its tokens from p share to (p + 1) share, share a multiple of BLOCK, which divides PAGE. Grid
+// (32 SG ceil(GQA / ROWS), pieces, G rows). A piece without tokens leaves its sums unwritten.
+//
 // Threads. A threadgroup (SG simdgroups) takes ROWS of the GQA * tokens queries of one KV head and one piece of the
 // length; grid (32 SG ceil(GQA tokens / ROWS), pieces, G). It walks through the tokens in use of its piece, a block of
 // BLOCK tokens at a time:
@@ -21,13 +25,17 @@
 // Memory. Each k and v in use is read once for each ROWS queries, 16 bytes a lane, 128 bytes of a token at once; q
 // once; sums (fp32, [tokens H, pieces, D]) are written once and read once.
 //
-// Rendered before: T (dtype of q, k, v), D, GQA, ROWS, SG, KEYS, SCALE; for `merge` T, U (dtype of out), SG.
+// Rendered before: T (dtype of q, k, v), D, GQA, ROWS, SG, KEYS, SCALE, PAGED, PAGE; for `merge` T, U (dtype of out),
+// SG.
 // uses: parts.metal
+// uses: paged.metal
 
 #define CHUNKS (D / 8)
 #define BLOCK (4 * KEYS * SG)
 #define KEY_GROUPS (32 * SG / CHUNKS)  // threads that share columns, each with its own tokens
 #define UNSEEN -1e30f
+// The sums of a piece without tokens count for nothing, whatever they are.
+#define ADDED(weight, value) ((weight) > 0.0f ? (weight) * (value) : 0.0f)
 #define TURNS ((BLOCK + KEY_GROUPS - 1) / KEY_GROUPS)
 // Loads issued together: chunks of KEYS tokens, and tokens; with EAGER the first values even before the softmax.
 // As many as registers hold: Apple GPUs have fewer per thread, and fp32 takes twice as many.
@@ -79,16 +87,33 @@ METAL_FUNC void widen(Eight e, thread float* v) {
 }
 #endif
 
-// kernel: attention(q, spans, cut, k0, v0, k1, v1, k2, v2, k3, v3, k4, v4, k5, v5, k6, v6, k7, v7) -> (sums, stats)
+// kernel: attention(q, spans?, cut?, k0?, v0?, k1?, v1?, k2?, v2?, k3?, v3?, k4?, v4?, k5?, v5?, k6?, v6?, k7?, v7?, places?, pool_k?, pool_v?) -> (sums, stats)
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int thread_index = int(thread_index_in_threadgroup);
 const int first_row = int(threadgroup_position_in_grid.x) * ROWS;
 const int piece = int(threadgroup_position_in_grid.y), pieces = int(threadgroups_per_grid.y);
-const int g = int(threadgroup_position_in_grid.z);
-const int tokens = q_shape[0], heads = q_shape[1], window = cut[WINDOW_AT];
-
+const int heads = q_shape[1];
+#if PAGED
+const int kv_heads = heads / GQA, g = int(threadgroup_position_in_grid.z) % kv_heads, tokens = 1;
+const int sequence = int(threadgroup_position_in_grid.z) / kv_heads;
+const device int* place = places + sequence * int(places_shape[1]);
+const Piece mine = {pool_k, pool_v, max(place[PLACE_FROM], piece * place[PLACE_SHARE]),
+                    min(place[PLACE_TO], (piece + 1) * place[PLACE_SHARE]), 0, place[PLACE_TO]};
+const int window = mine.total - place[PLACE_FROM];
+if (mine.from >= mine.to) {
+  if (thread_index < ROWS && first_row + thread_index < GQA) {
+    const int query = sequence * heads + g * GQA + first_row + thread_index;
+    stats[(query * pieces + piece) * 2] = UNSEEN;
+    stats[(query * pieces + piece) * 2 + 1] = 0;
+  }
+  return;
+}
+#else
+const int g = int(threadgroup_position_in_grid.z), sequence = 0;
+const int tokens = q_shape[0], window = cut[WINDOW_AT];
 const Part parts[MAX_PARTS] = {{k0, v0}, {k1, v1}, {k2, v2}, {k3, v3}, {k4, v4}, {k5, v5}, {k6, v6}, {k7, v7}};
 const Piece mine = find_piece(parts, spans, cut, piece, g, D);
+#endif
 
 // q, fp32, as float4s: the first halves of all chunks of 8, then the second; later the sums of HELD groups of threads.
 constexpr int OF_GROUP = ROWS * D / 4;
@@ -104,7 +129,7 @@ UNROLL
 for (int i = thread_index; i < ROWS * CHUNKS; i += 32 * SG) {
   const int r = first_row + i / CHUNKS, c = i % CHUNKS;
   float value[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-  if (r < GQA * tokens) load8(q + (r / GQA * heads + g * GQA + r % GQA) * D + c * 8, value);
+  if (r < GQA * tokens) load8(q + ((sequence + r / GQA) * heads + g * GQA + r % GQA) * D + c * 8, value);
   UNROLL
   for (int j = 0; j < 8; j += 4) {
     float4 four;
@@ -134,9 +159,18 @@ const int key_group = thread_index / CHUNKS, column = thread_index % CHUNKS * 8;
 const int first_key = min(key_group, KEY_GROUPS - 1);  // the sums of threads in an incomplete group are never used
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-for (int start = mine.from; start < mine.to; start += BLOCK) {
-  const int n = min(BLOCK, mine.to - start);
+#if PAGED  // blocks end where pages do
+#define END_OF_BLOCK(start) ((start) / BLOCK + 1) * BLOCK
+#else
+#define END_OF_BLOCK(start) (start) + BLOCK
+#endif
+for (int start = mine.from; start < mine.to; start = END_OF_BLOCK(start)) {
+  const int n = min(END_OF_BLOCK(start), mine.to) - start;
+#if PAGED
+  const ulong at = paged(place, start, g, kv_heads, D);
+#else
   const ulong at = ulong(start) * D;
+#endif
   // A thread loads the values of every KEY_GROUPS-th token from `first_key` on; past the end of the block, the last.
   const device T* v = mine.v + at + first_key * D + column;
   const int v_last = (n - 1 - first_key) * D;
@@ -268,7 +302,7 @@ UNROLL
 for (int i = 0; i < OWN; i++) {
   const int r = sg + i * SG, row = first_row + r;
   if (r < ROWS && lane == 0 && row < GQA * tokens) {
-    const int query = row / GQA * heads + g * GQA + row % GQA;
+    const int query = (sequence + row / GQA) * heads + g * GQA + row % GQA;
     stats[(query * pieces + piece) * 2] = top[i];
     stats[(query * pieces + piece) * 2 + 1] = sum[i];
   }
@@ -319,7 +353,7 @@ if (key_group == 0) {
   for (int r = 0; r < ROWS; r++) {
     const int row = first_row + r;
     if (row < GQA * tokens) {
-      const int query = row / GQA * heads + g * GQA + row % GQA;
+      const int query = (sequence + row / GQA) * heads + g * GQA + row % GQA;
       store8(sums + ulong(query * pieces + piece) * D + column, acc[r]);
     }
   }
@@ -355,7 +389,7 @@ UNROLL
 for (int i = 0; i < FIRST; i++) {
   const float weight = simd_shuffle(mine, ushort(sg + i * SG));
   UNROLL
-  for (int j = 0; j < 4; j++) acc[j] += weight * first[i][j];
+  for (int j = 0; j < 4; j++) acc[j] += ADDED(weight, first[i][j]);
 }
 #pragma unroll 8
 for (int p = 32 + sg; p < pieces; p += SG) {
@@ -363,7 +397,7 @@ for (int p = 32 + sg; p < pieces; p += SG) {
   load4(sums + ulong(row * pieces + p) * dim + min(column, dim - 4), value);
   const float weight = exp2(stats[(row * pieces + p) * 2] - top);
   UNROLL
-  for (int j = 0; j < 4; j++) acc[j] += weight * value[j];
+  for (int j = 0; j < 4; j++) acc[j] += ADDED(weight, value[j]);
 }
 threadgroup float shared_acc[SG][128];
 UNROLL

@@ -5,6 +5,7 @@
 // JOINED_V its v behind those; with V_IS_K v is the raw k; without KV there is q alone. tail_k, tail_v [1, G, room, D]
 // hold count[0] tokens; new_k, new_v are copies of them with the new tokens behind (rows past those stay unwritten), or
 // in recorded steps (gpu/recording.py) the same memory, where nothing is copied.
+// With POOL each token is another sequence's newest, and its key and value go into its page (paged.metal), in place.
 // RoPE rotates dimensions i and i + D/2 of token t by an angle of cosine rope[t, 0, i] and sine rope[t, 1, i], which
 // `rotations` computes once a step: angles depend on the position and on the kind of layer alone.
 //
@@ -17,7 +18,8 @@
 // thread waits once: it loads all that it may need together, a row of the tails before it knows count.
 //
 // Rendered before: T (dtype of the products), C (of q', k', v'), C_BYTES, H, G, D, EPS, KV, JOINED_K, JOINED_V,
-// V_IS_K, VALUE_NORM.
+// V_IS_K, VALUE_NORM, POOL, PAGE.
+// uses: paged.metal
 
 #define STEPS ((D / 2 + 127) / 128)
 #define HEADS (KV ? H + 2 * G : H)
@@ -53,10 +55,10 @@ METAL_FUNC void store4(device bfloat* p, const thread float* v) {
   *(device uint2*)p = u;
 }
 
-// kernel: qkv_post(q, k?, v?, q_norm, k_norm?, rope, tail_k?, tail_v?, count?) -> (q_out, new_k?, new_v?)
+// kernel: qkv_post(q, k?, v?, q_norm, k_norm?, rope, tail_k?, tail_v?, count?, places?, pool_k?, pool_v?) -> (q_out, new_k?, new_v?)
 const int lane = int(thread_index_in_simdgroup), tokens = q_shape[0];
 const int group = int(threadgroup_position_in_grid.x), units = tokens * HEADS, head_groups = (units + 3) / 4;
-#if KV
+#if KV && !POOL
 const int used = count[0], room = int(tail_k_shape[2]);
 #endif
 
@@ -86,6 +88,10 @@ if (group < head_groups) {
   }
 #endif
 
+#if POOL
+  const device int* place = places + t * int(places_shape[1]);
+  const ulong slot = paged(place, place[PLACE_TO] - 1, is_q ? 0 : g, G, D);
+#endif
   // NVIDIA's compiler would begin sums before it has issued all loads: the barrier keeps the loads before it, the
   // branch the sums behind it. A simdgroup past the last head loads the last head.
   float low_norm[STEPS][4], high_norm[STEPS][4], cosine[STEPS][4], sine[STEPS][4];
@@ -111,7 +117,9 @@ if (group < head_groups) {
     const float scale = is_v && !VALUE_NORM ? 1.0f : rsqrt(sum_lanes(squares, 32) / float(D) + EPS);
 
     device C* to = q_out + (t * H + head) * D;
-#if KV
+#if POOL
+    if (!is_q) to = (device C*)(is_v ? pool_v : pool_k) + slot;
+#elif KV
     if (!is_q) to = (is_v ? new_v : new_k) + (g * room + used + t) * D;
 #endif
     EACH_STEP {
@@ -133,7 +141,7 @@ if (group < head_groups) {
     }
   }
 }
-#if KV
+#if KV && !POOL
 else {
   constexpr int ROW = D * C_BYTES / 16;  // pieces of 16 bytes
   const int pieces = G * room * ROW;
@@ -149,12 +157,33 @@ else {
 
 // kernel: rotations(position, wavelengths) -> (rope)
 // rope[t, 0, i] = cos a, rope[t, 1, i] = sin a with a = (position[0] + t) / wavelengths[i] (infinity: a = 0), once for
-// all layers of a kind. position int32 [1], wavelengths fp32 [HALF], rope fp32 [tokens, 2, HALF].
+// all layers of a kind. position int32 [1], wavelengths fp32 [HALF], rope fp32 [tokens, 2, HALF]. With BY_ROW each
+// token has its own: position int32 [tokens, ..], of which the first of each row counts.
 // Threads: one an angle, 32 a threadgroup, to spread slow sines over many cores; grid (32 ceil(HALF / 32), tokens, 1).
 const int i = int(threadgroup_position_in_grid.x) * 32 + int(thread_index_in_threadgroup);
 const int t = int(threadgroup_position_in_grid.y);
 if (i < HALF) {
-  const float angle = float(position[0] + t) * (1.0f / wavelengths[i]);
+#if BY_ROW
+  const int at = position[t * int(position_shape[1])];
+#else
+  const int at = position[0] + t;
+#endif
+  const float angle = float(at) * (1.0f / wavelengths[i]);
   rope[t * 2 * HALF + i] = cos(angle);
   rope[t * 2 * HALF + HALF + i] = sin(angle);
 }
+
+// kernel: fill_pages(new_k, new_v, places, pool_k, pool_v) -> (done)
+// Copy keys and values of a sequence into its pages, in place: new_k, new_v [1, G, n, D] become the tokens from
+// PLACE_FROM to PLACE_TO, n of them, of the one row of places. A thread copies 16 bytes of each.
+// grid (128 ceil(n D sizeof(C) / 16 / 128), G, 1). Rendered before: C_BYTES, G, D, PAGE.
+constexpr int CHUNKS = D * C_BYTES / 16;
+const int from = places[PLACE_FROM], n = places[PLACE_TO] - from, g = int(threadgroup_position_in_grid.y);
+const int i = int(threadgroup_position_in_grid.x) * 128 + int(thread_index_in_threadgroup);
+if (i < n * CHUNKS) {
+  const ulong to = paged(places, from + i / CHUNKS, g, G, CHUNKS) + ulong(i % CHUNKS);
+  const ulong at = ulong(g) * ulong(n * CHUNKS) + ulong(i);
+  ((device uint4*)pool_k)[to] = ((const device uint4*)new_k)[at];
+  ((device uint4*)pool_v)[to] = ((const device uint4*)new_v)[at];
+}
+if (i == 0 && g == 0) done[0] = n;

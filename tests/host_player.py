@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -22,7 +23,7 @@ class HostPlayer:
     def __init__(self) -> None:
         self.arena = np.zeros(0, np.uint8)
         self.launches: Sequence[RecordedLaunch] = []
-        self.tokens: list[int] = []
+        self.tokens: list[list[int]] = []
         self.loads = self.chained = 0
         self.loaded = False
         HostPlayer.made.append(self)
@@ -41,7 +42,7 @@ class HostPlayer:
     def start(self, numbers: np.ndarray, chained: bool) -> int:
         assert self.loaded and numbers.dtype == np.int32
         if chained:
-            numbers = np.concatenate([self._at(self.best_region), numbers[1:]])
+            numbers = np.concatenate([self._at(self.best_region), numbers[prod(self.best_region.shape) :]])
         self.chained += chained
         self.arena[: numbers.nbytes] = numbers.view(np.uint8)
         for launch in self.launches:
@@ -58,10 +59,10 @@ class HostPlayer:
                     self._at(region)[..., count, :] = np.array(a)[..., count, :]
                 else:
                     self._at(region)[...] = np.array(a)
-        self.tokens.append(int(self._at(self.best_region)[0]))
+        self.tokens.append(self._at(self.best_region).tolist())
         return len(self.tokens) - 1
 
-    def best(self, start: int) -> int:
+    def best(self, start: int) -> list[int]:
         assert len(self.tokens) - start <= STARTS
         return self.tokens[start]
 

@@ -19,6 +19,7 @@ from metal_sim import kernel as simulator
 
 from mlx_gemma4.quant.formats import FORMATS, Packed, pack_on_cpu
 
+POOL = ("pool_k", "pool_v")  # inputs that kernels write in place: kernels/paged.metal
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 LIMIT = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 1e-3}
 
@@ -75,7 +76,7 @@ def metal(**declared: Any) -> Any:
     """The simulator as a launcher whose kernels give MLX arrays, in scrambled order; METAL_TESTS=gpu: `on_gpu`."""
     if os.environ.get("METAL_TESTS") == "gpu":
         return on_gpu(**declared)
-    kernel = simulator(**declared)
+    kernel = simulator(**declared, in_place=POOL)
 
     def call(**arguments: Any) -> list[mx.array]:
         return [to_mlx(a) for a in kernel(seed=2, **arguments)]
@@ -96,7 +97,7 @@ def on_gpu(**declared: Any) -> Any:
 
 def racing(**declared: Any) -> Any:
     """`metal` that also fails on races and on accesses out of bounds."""
-    kernel = simulator(**declared)
+    kernel = simulator(**declared, in_place=POOL)
 
     def call(**arguments: Any) -> list[mx.array]:
         return [to_mlx(a) for a in kernel(seed=3, sanitize="thread", **arguments)]

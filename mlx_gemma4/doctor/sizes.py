@@ -55,7 +55,7 @@ def sizes_of(model: Model) -> Sizes:
     usable = [used for p in products for used in _as_launched(p)]
     packed = [p for p in usable if p.type in FORMATS]
     short = [Product(p.type, p.shape, narrow=True, used=p.used, own_x=p.used > 0) for p in packed]  # short prompts
-    several = short if c.experts else [*packed, *short]  # drafts read several tokens in a step, but not with experts
+    several = [*packed, *short]  # drafts and batches read several tokens in a step
     usable += [*short, *(replace(p, tokens=matvec.MAX_TOKENS) for p in several if not p.used)]
     ple_table = "" if w.per_layer_token_embd is None else _type(w.per_layer_token_embd)
     experts = (c.experts, c.experts_used if c.experts else 0)

@@ -22,6 +22,7 @@ from .recording import STARTS, RecordedLaunch, Region, dependencies
 from .render import Kernel, to_cuda_text
 
 ROOM = 16 << 20  # bytes that the arena has to spare: attention in more pieces needs more
+ROWS = 32  # tokens that a start may leave
 WIDTH = 32  # arrays that a launch of `_WHERE` takes
 _WHERE = "where_arrays_lie"
 _WHERE_TEXT = f"""extern "C" __global__ void {_WHERE}(
@@ -96,7 +97,7 @@ class Player:
         self._stream, self._numbers, self._tokens = c_void_p(), c_void_p(), c_void_p()
         _enter()
         _do("cuStreamCreate", byref(self._stream), 1)  # waits for no other stream
-        _do("cuMemHostAlloc", byref(self._tokens), c_uint64(4 * STARTS), 0)
+        _do("cuMemHostAlloc", byref(self._tokens), c_uint64(4 * ROWS * STARTS), 0)
         self._done = [c_void_p() for _ in range(STARTS)]  # events
         for event in self._done:
             _do("cuEventCreate", byref(event), 2)  # no timing
@@ -104,7 +105,7 @@ class Player:
         _do("cuDeviceGetAttribute", byref(major), 75, 0)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
         self._early = major.value >= 9  # launches may begin before what they wait for ends
         self._starts = 0
-        self._best = 0  # address of the likeliest token
+        self._best, self._rows = 0, 1  # address and number of the likeliest tokens
         self._arena = mx.zeros(0, mx.uint8)
         self._base = 0  # address of the arena
         self._graph, self._executable = c_void_p(), c_void_p()
@@ -122,7 +123,7 @@ class Player:
         Args:
             nbytes: of the arena.
             numbers: count of int32 numbers that each `start` writes to the arena's beginning.
-            best: where the launches leave a token, int32.
+            best: where the launches leave tokens, int32 [up to ROWS].
         """
         _enter()
         self.wait()
@@ -134,7 +135,7 @@ class Player:
                 _do("cuMemFreeHost", self._numbers)
             _do("cuMemHostAlloc", byref(self._numbers), c_uint64(4 * numbers * STARTS), 0)
             self._room = numbers
-        self._best = self._base + best.start
+        self._best, self._rows = self._base + best.start, best.nbytes // 4
         arrays = {id(a): a for launch in launches for a in launch.inputs if isinstance(a, mx.array)}
         self._arrays = list(arrays.values())
         addresses = dict(zip(arrays, self._find(self._arrays), strict=True))
@@ -161,29 +162,30 @@ class Player:
 
         Args:
             numbers: int32 [n], which are copied to the arena's beginning first.
-            chained: take the token that the start before leaves in place of the first of them.
+            chained: take the tokens that the start before leaves in place of as many of them, the first.
         """
         _enter()
-        slot, skip = self._starts % STARTS, 4 if chained else 0
+        slot, skip = self._starts % STARTS, 4 * self._rows if chained else 0
         self._starts += 1
         _do("cuEventSynchronize", self._done[slot])
         at = self._numbers.value + 4 * self._room * slot  # type: ignore[operator]
         ctypes.memmove(at, numbers.ctypes.data, numbers.nbytes)
         if chained:
-            _do("cuMemcpyDtoDAsync_v2", c_uint64(self._base), c_uint64(self._best), c_uint64(4), self._stream)
+            _do("cuMemcpyDtoDAsync_v2", c_uint64(self._base), c_uint64(self._best), c_uint64(skip), self._stream)
         size = c_uint64(numbers.nbytes - skip)
         _do("cuMemcpyHtoDAsync_v2", c_uint64(self._base + skip), c_void_p(at + skip), size, self._stream)
         _do("cuGraphLaunch", self._executable, self._stream)
-        token = c_void_p(self._tokens.value + 4 * slot)  # type: ignore[operator]
-        _do("cuMemcpyDtoHAsync_v2", token, c_uint64(self._best), c_uint64(4), self._stream)
+        left = c_void_p(self._tokens.value + 4 * ROWS * slot)  # type: ignore[operator]
+        _do("cuMemcpyDtoHAsync_v2", left, c_uint64(self._best), c_uint64(4 * self._rows), self._stream)
         _do("cuEventRecord", self._done[slot], self._stream)
         return slot
 
-    def best(self, start: int) -> int:
-        """Wait for one of the latest `STARTS` starts, and return the token that it left."""
+    def best(self, start: int) -> list[int]:
+        """Wait for one of the latest `STARTS` starts, and return the tokens that it left."""
         _enter()
         _do("cuEventSynchronize", self._done[start])
-        return ctypes.c_int32.from_address(self._tokens.value + 4 * start).value  # type: ignore[operator]
+        left = ctypes.c_int32 * self._rows
+        return list(left.from_address(self._tokens.value + 4 * ROWS * start))  # type: ignore[operator]
 
     def wait(self) -> None:
         """Wait until all that was started is done."""

@@ -28,13 +28,13 @@ class PendingToken(Protocol):
 
 
 class Borrower(Protocol):
-    """Has checked out a state's tails: steps go on in its copies of them (model/replay.py)."""
+    """Has checked out a state's tails, or all of it: steps go on in its copies (model/replay.py, kv/pool.py)."""
 
     def settle(self) -> None:
-        """Check the tails in, as the steps since have left them."""
+        """Check in what was checked out, as the steps since have left it."""
 
     def forget(self) -> None:
-        """Let go of the state without checking its tails in."""
+        """Let go of the state without checking anything in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +111,10 @@ class KVState:
             for i, kv in self._layers.items()
         }
         self.borrower = None
+
+    def take_back(self, layers: dict[int, LayerKV]) -> None:
+        """Take all that was checked out, as the steps since have left it."""
+        self._layers, self.borrower = dict(layers), None
 
     def settle(self) -> None:
         """Have the tails checked in, if they are checked out."""

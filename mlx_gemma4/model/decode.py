@@ -32,6 +32,8 @@ from .weights import Layer, Loaded
 MAX_TOKENS = matvec.MAX_TOKENS
 TRACES = 8  # kept of a model's steps: a conversation needs one at a time
 Tails = dict[int, parts.KVPart]  # by layer with keys and values of its own
+# A layer's attention: its number, raw products q, k, v (the latter None as in `QKVArrays`), options -> [T, H D].
+Attend = Callable[[int, mx.array, "mx.array | None", "mx.array | None", QKVOptions], mx.array]
 
 
 def can_step(c: Config, tokens: int) -> bool:
@@ -81,8 +83,9 @@ def make_step(model: Loaded, run: Kernels) -> Callable[[mx.array, KVState], mx.a
 
     def traceable(ids: mx.array, inputs: Inputs) -> tuple[mx.array, list[parts.KVPart]]:
         numbers = numbers_at(inputs["position"], *inputs["spans"])
-        logits, tails = forward(model, run, constants, ids, inputs, placed(numbers, inputs["lengths"]))
-        return stock.softcap(logits, model.config.softcap), tails
+        attend, tails = over_parts(model, run, inputs, placed(numbers, inputs["lengths"]), ids.size)
+        logits = forward(model, run, constants, ids, attend)
+        return stock.softcap(logits, model.config.softcap), list(tails.values())
 
     @lru_cache(TRACES)
     def traced(_: Any) -> Callable[..., Any]:
@@ -103,17 +106,13 @@ def make_step(model: Loaded, run: Kernels) -> Callable[[mx.array, KVState], mx.a
     return step
 
 
-def forward(
-    model: Loaded, run: Kernels, constants: Constants, ids: mx.array, inputs: Inputs, places: Places
-) -> tuple[mx.array, list[parts.KVPart]]:
-    """Return fp32 logits [T, vocab] before any softcap, and the new tails: the step itself, a function of arrays.
+def forward(model: Loaded, run: Kernels, constants: Constants, ids: mx.array, attend: Attend) -> mx.array:
+    """Return fp32 logits [T, vocab] before any softcap: the step itself, a function of arrays.
 
     Nothing but our kernels touches what it makes, so that their launches are all there is to it (replay.py records
     them). x, the residual, is fp32 throughout; what a norm gives, h, has the dtype of the KV state: fp16 on a GPU.
     """
     c, w = model.config, model.weights
-    waves = model.wavelengths.items()
-    rope = {kind: run(ROTATIONS, places.position, lengths, tokens=ids.size) for kind, lengths in waves}
     x = run(EMBED, ids, w.token_embd, math.sqrt(c.hidden))  # [T, hidden]
     per_layer: list[mx.array] = []
     if w.per_layer_token_embd is not None and w.per_layer_model_proj is not None:
@@ -125,10 +124,9 @@ def forward(
         per_layer = [made[i : i + 1].reshape(*made.shape[1:]) for i in range(len(w.layers))]  # made[i] would gather
     # x + rms(x) 0, which is x, and the first norm of it
     x, h = run(ADD_NORM, x, x, constants.nothing, NormOptions(c.eps, w.layers[0].attn_norm, out=model.kv_dtype))
-    tails: Tails = {}
     eps, out = c.eps, model.kv_dtype
     for i, layer in enumerate(w.layers):
-        a = _attention(run, model, i, h, inputs, places, tails, rope[c.layers[i].sliding])
+        a = _attention(run, model, i, h, attend)
         x, h = run(ADD_NORM, x, a, layer.post_attention_norm, NormOptions(eps, layer.ffn_norm, out=out))
         experts = None if layer.ffn_gate_inp is None else _experts(run, model, layer, x)
         m, norm, shrunk = _mlp(run, layer, h), layer.post_ffw_norm, SHRINK
@@ -138,14 +136,11 @@ def forward(
             m, norm, shrunk = _per_layer(run, layer, x, per_layer[i]), layer.post_norm, 1.0
         following, scale = w.layers[i + 1].attn_norm if i + 1 < len(w.layers) else w.output_norm, constants.scales[i]
         x, h = run(ADD_NORM, x, m, norm, NormOptions(eps, following, scale, experts, shrunk, out))
-    logits = run.product(h, w.output, FP32)
-    return logits, list(tails.values())
+    return run.product(h, w.output, FP32)
 
 
-def _attention(
-    run: Kernels, model: Loaded, i: int, h: mx.array, inputs: Inputs, places: Places, tails: Tails, rope: mx.array
-) -> mx.array:
-    """Return layer i's attention, fp32 [T, hidden], of h [T, hidden] after its norm; put its new tail into `tails`."""
+def _attention(run: Kernels, model: Loaded, i: int, h: mx.array, attend: Attend) -> mx.array:
+    """Return layer i's attention, fp32 [T, hidden], of h [T, hidden] after its norm."""
     c, layer, shape = model.config, model.weights.layers[i], model.config.layers[i]
     q_weight = layer.attn_q if layer.attn_qk is None else layer.attn_qk
     assert q_weight is not None
@@ -156,24 +151,36 @@ def _attention(
     if own:
         k = None if layer.attn_k is None else run.product(h, layer.attn_k, FP32)
         v = None if layer.attn_v is None else run.product(h, layer.attn_v, FP32)
-    v_is_k, tail = own and v is None and not joined_v, inputs["tails"][i] if own else None
-    q, tail_keys, tail_values = run(
-        QKV_POST,
-        QKVArrays(q, k, v, layer.attn_q_norm, layer.attn_k_norm, rope, tail, places.count if own else None),
-        QKVOptions(shape.heads, shape.kv_heads, c.eps, model.kv_dtype, c.value_norm, v_is_k),
+    options = QKVOptions(
+        shape.heads, shape.kv_heads, c.eps, model.kv_dtype, c.value_norm, own and v is None and not joined_v
     )
-    if tail_keys is not None and tail_values is not None:
-        tails[i] = tail_keys, tail_values
-    parts = [*inputs["segments"][shape.kv_layer], tails[shape.kv_layer]]
-    window = c.window if shape.sliding else 0
-    spans = places.spans[shape.sliding]
-    if parts[0][0].dtype == mx.uint32:  # quantized: a global layer
-        *quantized, tail = parts
-        rotation = inputs["rotations"][shape.kv_layer]
-        out = run(QUANTIZED_ATTENTION, q, quantized, rotation, tail, spans, scale=c.attention_scale)
-    else:
-        out = run.attention(q, parts, spans, scale=c.attention_scale, window=window)
-    return run.product(out, layer.attn_output, FP32)
+    return run.product(attend(i, q, k, v, options), layer.attn_output, FP32)
+
+
+def over_parts(model: Loaded, run: Kernels, inputs: Inputs, places: Places, tokens: int) -> tuple[Attend, Tails]:
+    """Return attention of one state's tokens over its segments and tails, and where their new tails will be."""
+    c, tails = model.config, cast(Tails, {})
+    waves = model.wavelengths.items()
+    rope = {kind: run(ROTATIONS, places.position, lengths, tokens=tokens) for kind, lengths in waves}
+
+    def attend(i: int, q: mx.array, k: mx.array | None, v: mx.array | None, options: QKVOptions) -> mx.array:
+        shape, layer = c.layers[i], model.weights.layers[i]
+        given = QKVArrays(q, k, v, layer.attn_q_norm, layer.attn_k_norm, rope[shape.sliding])
+        if shape.kv_layer == i:
+            given = given._replace(tail=inputs["tails"][i], in_tail=places.count)
+        q, tail_keys, tail_values = run(QKV_POST, given, options)
+        if tail_keys is not None and tail_values is not None:
+            tails[i] = tail_keys, tail_values
+        parts = [*inputs["segments"][shape.kv_layer], tails[shape.kv_layer]]
+        window = c.window if shape.sliding else 0
+        spans = places.spans[shape.sliding]
+        if parts[0][0].dtype == mx.uint32:  # quantized: a global layer
+            *quantized, tail = parts
+            rotation = inputs["rotations"][shape.kv_layer]
+            return run(QUANTIZED_ATTENTION, q, quantized, rotation, tail, spans, scale=c.attention_scale)
+        return run.attention(q, parts, spans, scale=c.attention_scale, window=window)
+
+    return attend, tails
 
 
 def _mlp(run: Kernels, layer: Layer, h: mx.array) -> mx.array:
@@ -198,24 +205,26 @@ def _per_layer(run: Kernels, layer: Layer, x: mx.array, p: mx.array) -> mx.array
 def _experts(run: Kernels, model: Loaded, layer: Layer, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """Return what add_norm takes of experts: chosen ones' outputs times SHRINK, their shares, norms of both branches.
 
-    x [1, hidden] is the residual of one token: router and experts have norms of their own, folded into their products.
+    x [T, hidden] is the residual: router and experts have norms of their own, folded into their products.
     """
     c = model.config
     assert layer.ffn_gate_inp is not None and layer.ffn_down_exps is not None
     router = Epilogue(factor=c.hidden**-0.5, eps=c.eps)
     scores = run.product(x, layer.ffn_gate_inp, router, Folded(layer.ffn_gate_inp_scale))
     chosen, share = run(TOP_K, scores, c.experts_used, scale=layer.ffn_down_exps_scale)
-    ids = chosen.reshape(-1)  # of the one token
+    ids = chosen if x.shape[0] > 1 else chosen.reshape(-1)  # of the one token
     norm, small = layer.pre_ffw_norm_2, Epilogue(factor=SHRINK, out=model.kv_dtype, eps=c.eps)
     if layer.ffn_gate_up_exps is not None:
-        h = run.product(x, layer.ffn_gate_up_exps, small._replace(glu=True), Folded(norm, ids=ids))  # [used, F]
+        h = run.product(
+            x, layer.ffn_gate_up_exps, small._replace(glu=True), Folded(norm, ids=ids)
+        )  # [T, used, F], of one token [used, F]
     else:
         assert layer.ffn_gate_exps is not None and layer.ffn_up_exps is not None
         up = run.product(x, layer.ffn_up_exps, Epilogue(eps=c.eps), Folded(norm, ids=ids))
         h = run.product(x, layer.ffn_gate_exps, small, Folded(norm, up, ids))
-    out = run.product(h, layer.ffn_down_exps, FP32, Folded(ids=ids))  # [used, hidden]
+    out = run.product(h, layer.ffn_down_exps, FP32, Folded(ids=ids))  # likewise of hidden
     assert layer.post_ffw_norm_1 is not None and layer.post_ffw_norm_2 is not None
-    return out[None], share, layer.post_ffw_norm_1, layer.post_ffw_norm_2
+    return out if x.shape[0] > 1 else out[None], share, layer.post_ffw_norm_1, layer.post_ffw_norm_2
 
 
 def with_room(model: Loaded, state: KVState) -> dict[int, LayerKV]:

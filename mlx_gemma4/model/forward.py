@@ -2,12 +2,15 @@
 
 In: token ids and a `KVState`, which takes the new keys and values. Out: hidden states, then logits. It reads prompts on
 every device, with products in kernels where there are any; decode.py is the same pass in fused kernels, for a token or
-a few. Shapes beside the lines: T tokens, H query heads, G key/value heads, D head size.
+a few. Several states read one token each (batch.py). Shapes beside the lines: T tokens, of all states together, H query
+heads, G key/value heads, D head size.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 
 import mlx.core as mx
 
@@ -20,11 +23,12 @@ from ..ops.stock import Weight
 from .weights import Layer, Loaded
 
 
-def run_layers(m: Loaded, ids: mx.array, state: KVState, wanted: int) -> mx.array:
+def run_layers(m: Loaded, ids: mx.array, states: Sequence[KVState], wanted: int) -> mx.array:
     """Run all layers; return the last `wanted` tokens' hidden states, [wanted, hidden], before the last norm.
 
-    Nothing after the last keys and values depends on any but the wanted tokens, so from there on
-    only those are computed (and with none wanted, the pass ends).
+    One state reads all tokens, or each of several reads one, and then all are wanted. Nothing after the last keys and
+    values depends on any but the wanted tokens, so from there on only those are computed (and with none wanted, the
+    pass ends).
     """
     x = stock.embed(ids, m.weights.token_embd) * math.sqrt(m.config.hidden)  # [T, hidden]
     before = x
@@ -35,13 +39,13 @@ def run_layers(m: Loaded, ids: mx.array, state: KVState, wanted: int) -> mx.arra
         h = stock.rms_norm(x, layer.attn_norm, m.config.eps)
         q, k, v = qkv(m, layer, shape, h)
         if k is not None and v is not None:
-            write_kv(m, i, layer, shape, k, v, state)
+            write_kv(m, i, layer, shape, k, v, states)
         if i == last_kv:
             if wanted == 0:
                 break
             q, x = q[-wanted:], x[-wanted:]
             per_layer = None if per_layer is None else per_layer[-wanted:]
-        h = attention(m, layer, shape, q, state, ids.size)
+        h = attention(m, layer, shape, q, states, ids.size)
         x = x + stock.rms_norm(h, layer.post_attention_norm, m.config.eps)
         h = mlp(m, layer, x) if layer.ffn_gate_inp is None else mlp_and_experts(m, layer, x)
         x = x + stock.rms_norm(h, layer.post_ffw_norm, m.config.eps)
@@ -53,7 +57,8 @@ def run_layers(m: Loaded, ids: mx.array, state: KVState, wanted: int) -> mx.arra
             mx.async_eval(x)
             mx.eval(before)
             before = x
-    state.advance(ids)
+    for n, state in enumerate(states):
+        state.advance(ids if len(states) == 1 else ids[n : n + 1])
     return x
 
 
@@ -84,26 +89,34 @@ def qkv(m: Loaded, layer: Layer, shape: LayerConfig, h: mx.array) -> tuple[mx.ar
     return q, k, k if layer.attn_v is None else linear(m, h, layer.attn_v)
 
 
-def write_kv(m: Loaded, i: int, layer: Layer, shape: LayerConfig, k: mx.array, v: mx.array, state: KVState) -> None:
-    """Give the state the raw keys and values, [T, G * D], of new tokens."""
-    k, v = split_heads(k, shape.kv_heads), split_heads(v, shape.kv_heads)  # [1, G, T, D]
+def write_kv(
+    m: Loaded, i: int, layer: Layer, shape: LayerConfig, k: mx.array, v: mx.array, states: Sequence[KVState]
+) -> None:
+    """Give the states the raw keys and values, [T, G * D], of new tokens."""
+    k, v = (split_heads(a, shape.kv_heads, len(states)) for a in (k, v))  # [states, G, T of a state, D]
     if m.config.value_norm:
         v = stock.rms_norm(v, None, m.config.eps)
-    k = rope(m, stock.rms_norm(k, layer.attn_k_norm, m.config.eps), shape, state.length)
-    state.append(i, k, v)
+    k = rope(m, stock.rms_norm(k, layer.attn_k_norm, m.config.eps), shape, [state.length for state in states])
+    for n, state in enumerate(states):
+        state.append(i, k[n : n + 1], v[n : n + 1])
 
 
-def attention(m: Loaded, layer: Layer, shape: LayerConfig, q: mx.array, state: KVState, new: int) -> mx.array:
+def attention(
+    m: Loaded, layer: Layer, shape: LayerConfig, q: mx.array, states: Sequence[KVState], new: int
+) -> mx.array:
     """Let raw queries q [Tq, H * D], of the last of `new` tokens, attend to all they may see: [Tq, hidden]."""
-    queries = q.shape[0]
-    first = state.length + new - queries  # position of the first query
-    q = stock.rms_norm(split_heads(q, shape.heads), layer.attn_q_norm, m.config.eps)
-    q = rope(m, q, shape, first)  # [1, H, Tq, D]
-    parts = state.view(shape.kv_layer, queries)
+    queries = q.shape[0] // len(states)  # of a state
+    firsts = [state.length + new // len(states) - queries for state in states]  # positions of first queries
+    q = stock.rms_norm(split_heads(q, shape.heads, len(states)), layer.attn_q_norm, m.config.eps)
+    q = rope(m, q, shape, firsts).astype(states[0].dtype)  # [states, H, Tq of a state, D]
     window = m.config.window if shape.sliding else None
-    attend = m.kernels.prompt_attention if m.kernels else prompt_attention_reference
-    out = attend(q.astype(state.dtype), parts, scale=m.config.attention_scale, position=first, window=window)
-    return linear(m, out, layer.attn_output)  # out: [Tq, H * D]
+    reference = partial(prompt_attention_reference, together=len(states))
+    attend = m.kernels.prompt_attention if m.kernels else reference
+    scale, done = m.config.attention_scale, []
+    for n, state in enumerate(states):
+        parts = state.view(shape.kv_layer, queries)
+        done.append(attend(q[n : n + 1], parts, scale=scale, position=firsts[n], window=window))
+    return linear(m, done[0] if len(done) == 1 else mx.concatenate(done), layer.attn_output)  # of [Tq, H * D]
 
 
 def mlp(m: Loaded, layer: Layer, x: mx.array) -> mx.array:
@@ -184,16 +197,17 @@ def expert_linear(m: Loaded, x: mx.array, w: Weight, routing: Routing, glu: bool
     return geglu(m, *mx.split(y, 2, axis=-1)) if glu else y
 
 
-def rope(m: Loaded, x: mx.array, shape: LayerConfig, position: int) -> mx.array:
-    """Apply RoPE to heads [1, heads, T, D], the first at `position`; dimension i goes with i + D / 2."""
+def rope(m: Loaded, x: mx.array, shape: LayerConfig, positions: Sequence[int]) -> mx.array:
+    """Apply RoPE to heads [states, heads, T, D], each from its position on; dimension i goes with i + D / 2."""
+    offset = positions[0] if len(positions) == 1 else mx.array([*positions])
     return mx.fast.rope(
-        x, shape.head_dim, traditional=False, base=None, scale=1.0, offset=position, freqs=m.wavelengths[shape.sliding]
+        x, shape.head_dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=m.wavelengths[shape.sliding]
     )
 
 
-def split_heads(x: mx.array, heads: int) -> mx.array:
-    """Return x [T, heads * D] as [1, heads, T, D]."""
-    return x.reshape(1, x.shape[0], heads, -1).swapaxes(1, 2)
+def split_heads(x: mx.array, heads: int, states: int) -> mx.array:
+    """Return x [T, heads * D], the tokens of so many states, as [states, heads, T of a state, D]."""
+    return x.reshape(states, x.shape[0] // states, heads, -1).swapaxes(1, 2)
 
 
 def rope_wavelengths(config: Config, layer: LayerConfig, rope_freqs: mx.array | None) -> mx.array:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -27,11 +28,12 @@ from ..memory import MemoryPlan, kv_dtype
 from ..ops import stock
 from ..ops.dispatch import Kernels
 from ..ops.quantize_kv import QUANTIZE_KV
+from .batch import Batcher, check_batch, stock_step
 from .costs import largest_chunk
 from .decode import can_step, make_step
 from .forward import head, rope_wavelengths, run_layers
 from .replay import Replayer
-from .step import LazyStep, NextToken, Step, ids_of
+from .step import BatchStep, LazyBatchStep, LazyStep, NextToken, Step, Tokens, ids_of, tokens_as_array
 from .weights import Loaded, Weights
 
 log = logging.getLogger("mlx_gemma4")
@@ -54,6 +56,12 @@ class Model:
         mx.eval(list(waves.values()))
         self.loaded = Loaded(config, weights, self.kv_dtype, waves, kernels)
         self.rotations: dict[int, mx.array] = {}  # of keys and values to be quantized; made for the first such state
+        together = kernels and can_step(config, 1)
+        self.batcher = (
+            Batcher(self.loaded, kernels, lambda ids, state: self._read(ids, state, 1))
+            if kernels and together
+            else None
+        )
         self._step = make_step(self.loaded, kernels) if kernels else None
         replayable = kernels and kernels.player and can_step(config, 1)
         self.replayer = Replayer(self.loaded, kernels) if kernels and replayable else None
@@ -170,6 +178,37 @@ class Model:
             state.check_room(1)
             return self._start(token, state)
 
+    def batch_step(self, tokens: mx.array | Sequence[int], states: Sequence[KVState]) -> mx.array:
+        """Read one token into each of several states of this model, all in one step.
+
+        Args:
+            tokens: int [B], perhaps still being computed.
+            states: B different ones, B from 1 to MAX_BATCH, of any kind of KV; others than in the step before at will.
+
+        Returns:
+            fp32 logits [B, vocab] for the next token of each, lazy; scheduled on return as `forward`'s are.
+
+        Raises:
+            InputError: no step takes these, or a state has no room.
+        """
+        with execution() as outermost:
+            logits = self.batch(tokens, states).logits()
+            if outermost:
+                mx.async_eval(logits, [a for state in states if not state.borrower for a in state.arrays])
+        return logits
+
+    def batch(self, tokens: Tokens, states: Sequence[KVState]) -> BatchStep:
+        """Start `batch_step`, whose logits or likeliest tokens are asked for later.
+
+        A greedy batch starts each step with the one before, whose tokens the host need not know yet; then those logits
+        are not to be asked for any more.
+        """
+        with execution():
+            check_batch(tokens, states)
+            if self.batcher:
+                return self.batcher.start(tokens, states)
+            return LazyBatchStep(stock_step(self.loaded, tokens_as_array(tokens), states))
+
     def _start(self, token: NextToken, state: KVState) -> Step:
         replayed = self.replayer.start(token, state) if self.replayer and self.replays else None
         return replayed or LazyStep(self._read(ids_of(token), state, 1)[0])
@@ -179,14 +218,14 @@ class Model:
         with execution() as outermost:
             state.check_room(ids.size)
             if self._stepped(ids, state) is None:  # a step's logits are never computed here
-                run_layers(self.loaded, ids, state, 0)
+                run_layers(self.loaded, ids, [state], 0)
             if outermost:
                 mx.async_eval(state.arrays)
 
     def _read(self, ids: mx.array, state: KVState, wanted: int) -> mx.array:
         """Return logits of the last `wanted` tokens, or of all: from a step, or all layers as in a prompt."""
         logits = self._stepped(ids, state)
-        return head(self.loaded, run_layers(self.loaded, ids, state, wanted)) if logits is None else logits
+        return head(self.loaded, run_layers(self.loaded, ids, [state], wanted)) if logits is None else logits
 
     def _stepped(self, ids: mx.array, state: KVState) -> mx.array | None:
         """Return logits of all tokens, read in one step; None: no step takes them."""

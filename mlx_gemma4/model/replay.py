@@ -23,7 +23,7 @@ from ..kv.state import KVState
 from ..ops import stock
 from ..ops.choose import ARGMAX
 from ..ops.dispatch import REPLAY, Kernels
-from .decode import Constants, forward, inputs_of, with_room
+from .decode import Constants, forward, inputs_of, over_parts, with_room
 from .spans import Spans, placed
 from .step import NextToken, known
 from .weights import Loaded
@@ -46,7 +46,7 @@ class ReplayedStep:
 
     def token(self) -> int:
         if self._token is None:
-            self._token = self._player.best(self._start)
+            self._token = self._player.best(self._start)[0]
         return self._token
 
     def logits(self) -> mx.array:
@@ -163,7 +163,8 @@ class Replayer:
         buffers: Any = {**inputs, "tails": tails}
         with recorded(recording):
             places = placed(numbers[1:], spans.lengths)
-            logits: Any = forward(self._model, run, self._constants, numbers[:1], buffers, places)[0]
+            attend, _ = over_parts(self._model, run, buffers, places, 1)
+            logits: Any = forward(self._model, run, self._constants, numbers[:1], attend)
             best = run(ARGMAX, logits)  # the softcap leaves the order as it is
         self._logits, self._tails = logits.region, {i: (k.region, v.region) for i, (k, v) in tails.items()}
         player.load(recording.launches, self._arena.nbytes, numbers.size, best.region)

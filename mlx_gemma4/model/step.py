@@ -1,11 +1,13 @@
 """A decode step that has been started, which is asked later for its logits or its likeliest token.
 
-`LazyStep` is the plain way, for every device. On NVIDIA GPUs replay.py offers another behind the same `Step`.
+`LazyStep` is the plain way, for every device. On NVIDIA GPUs replay.py offers another behind the same `Step`. A
+`BatchStep` is the same for several states, and batch_replay.py its other way.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias, cast
 
 import mlx.core as mx
 
@@ -49,3 +51,61 @@ def ids_of(token: NextToken) -> mx.array:
 def known(token: NextToken) -> int:
     """Return a token's id, once it is computed."""
     return int(token) if isinstance(token, int | mx.array) else token.token()
+
+
+class BatchStep(Protocol):
+    """The forward pass of one token for each of several states, started."""
+
+    @property
+    def rows(self) -> int:
+        """How many states it is for."""
+
+    def tokens(self) -> list[int]:
+        """Return the likeliest next token of each, the lowest of equals. Waits for the device."""
+
+    def logits(self) -> mx.array:
+        """Return the logits of their next tokens, fp32 [rows, vocab]. To be called under the execution lock."""
+
+
+Tokens: TypeAlias = "mx.array | Sequence[int] | BatchStep"  # an array: int [B]; a step: its likeliest tokens
+
+
+class LazyBatchStep:
+    """A step as a lazy graph: the device gets it with the first array computed from it."""
+
+    def __init__(self, logits: mx.array) -> None:
+        self._logits = logits
+        self._best: mx.array | None = None
+
+    @property
+    def rows(self) -> int:
+        return self._logits.shape[0]
+
+    def tokens(self) -> list[int]:
+        with execution():
+            best = self.best()
+        return cast("list[int]", best.tolist())
+
+    def logits(self) -> mx.array:
+        return self._logits
+
+    def best(self) -> mx.array:
+        """Return the likeliest tokens, int32 [rows], under way. To be called under the execution lock."""
+        if self._best is None:
+            self._best = mx.argmax(self._logits, axis=-1).astype(mx.int32)
+            mx.async_eval(self._best)
+        return self._best
+
+
+def tokens_as_array(tokens: Tokens) -> mx.array:
+    """Return tokens as an array, int32 [B]."""
+    if isinstance(tokens, LazyBatchStep):
+        return tokens.best()
+    return tokens.astype(mx.int32) if isinstance(tokens, mx.array) else mx.array(known_tokens(tokens), mx.int32)
+
+
+def known_tokens(tokens: Tokens) -> list[int]:
+    """Return the tokens' ids, once they are computed."""
+    if isinstance(tokens, mx.array):
+        return cast("list[int]", tokens.tolist())
+    return [*tokens] if isinstance(tokens, Sequence) else tokens.tokens()

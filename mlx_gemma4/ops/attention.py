@@ -16,6 +16,7 @@ from .cases import COUNT, Case, Check, Heads, Sizes, attention_inputs, case, cas
 from .long_attention import long_attention, long_attention_pieces, long_launch_config
 from .op import Op, OpKey
 from .parts import (
+    MAX_PARTS,
     MERGE,
     TAIL,
     KVPart,
@@ -132,7 +133,8 @@ def _prepared(
     share = config.share(lengths, across * kv_heads)
     pieces = pieces_of(lengths, share)
     defines: dict[str, Any] = {"D": dim, "GQA": heads // kv_heads, "ROWS": config.rows, "SG": config.simdgroups}
-    kernel = render("attention", "attention.metal", dtype, defines | {"KEYS": config.keys, "SCALE": float(scale)})
+    defines |= {"KEYS": config.keys, "SCALE": float(scale), "PAGED": False}
+    kernel = render("attention", "attention.metal", dtype, defines, IN_PAGES)
     results = ((total, pieces, dim), mx.float32), ((total, pieces, 2), mx.float32)
     return prepare(launcher, kernel, (across, pieces, kv_heads), 32 * config.simdgroups, *results), share
 
@@ -155,6 +157,10 @@ def attention_reference(
     x = mx.fast.scaled_dot_product_attention(queries, k, v, scale=scale, mask=seen)
     return x[0].swapaxes(0, 1).reshape(tokens, heads * dim).astype(out or q.dtype)
 
+
+# Inputs of the text's two forms: parts of one sequence; pages of several (paged.py).
+SPANS = ("spans", "cut", *(f"{a}{i}" for i in range(MAX_PARTS) for a in "kv"))
+IN_PAGES = ("places", "pool_k", "pool_v")
 
 ATTENTION = Op("attention", attention, attention_reference)
 LONG_ATTENTION = Op("long_attention", long_attention, attention_reference)

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
-from ..gpu.render import Launcher, absent, prepare, render
+from ..gpu.render import DEVICE_ELEMENTS, Launcher, absent, prepare, render
 from ..quant.formats import Packed
 from . import stock
 from .cases import EPS, Case, Check, Sizes, case, cases, norm_weight, normal, weight
@@ -80,23 +81,26 @@ def ple_inputs_reference(
 PLE_INPUTS = Op("ple_inputs", ple_inputs, ple_inputs_reference)
 
 
+TOKENS = (1, DEVICE_ELEMENTS)  # ids of so many lie in another address space, and need a kernel of their own
+
+
 @cases
 def embed_cases(s: Sizes) -> Iterator[Check]:
-    def make() -> Case:
-        table = weight(s.table, (100, s.hidden))
-        return case(EMBED, table.nbytes // 100 + 4 * s.hidden, mx.array([77], mx.int32), table, s.hidden**0.5)
+    def make(tokens: int) -> Case:
+        table, ids = weight(s.table, (100, s.hidden)), mx.arange(77, 77 + tokens, dtype=mx.int32)
+        return case(EMBED, tokens * (table.nbytes // 100 + 4 * s.hidden), ids, table, s.hidden**0.5)
 
-    if s.table:
-        yield Check(EMBED.key, f"{s.table} {s.hidden}", make)
+    for tokens in TOKENS if s.table else ():
+        yield Check(EMBED.key, f"{s.table} {s.hidden}, T={tokens}", partial(make, tokens))
 
 
 @cases
 def ple_inputs_cases(s: Sizes) -> Iterator[Check]:
-    def make() -> Case:
+    def make(tokens: int) -> Case:
         width = s.layers * s.ple
-        table, ids = weight(s.ple_table, (100, width)), mx.array([77], mx.int32)
-        arrays = (ids, normal(1, width), norm_weight(s.ple), table)
-        return case(PLE_INPUTS, table.nbytes // 100 + 8 * width, *arrays, s.hidden**-0.5, eps=EPS)
+        table, ids = weight(s.ple_table, (100, width)), mx.arange(77, 77 + tokens, dtype=mx.int32)
+        arrays = (ids, normal(tokens, width), norm_weight(s.ple), table)
+        return case(PLE_INPUTS, tokens * (table.nbytes // 100 + 8 * width), *arrays, s.hidden**-0.5, eps=EPS)
 
-    if s.ple_table:
-        yield Check(PLE_INPUTS.key, f"{s.ple_table} {s.layers}x{s.ple}", make)
+    for tokens in TOKENS if s.ple_table else ():
+        yield Check(PLE_INPUTS.key, f"{s.ple_table} {s.layers}x{s.ple}, T={tokens}", partial(make, tokens))

@@ -154,9 +154,10 @@ def prompt_attention_reference(
     position: int,
     window: int | None = None,
     last: mx.array | None = None,
+    together: int = 1,
 ) -> mx.array:
-    """`prompt_attention` in stock MLX: in q's dtype but for the scores."""
-    x = stock.attention(q, parts, scale, position, window, last)
+    """`prompt_attention` in stock MLX: in q's dtype but for the scores. `together`: `stock.attention`."""
+    x = stock.attention(q, parts, scale, position, window, last, together)
     return x.astype(mx.float32).swapaxes(1, 2).reshape(q.shape[2], -1)
 
 

@@ -133,6 +133,7 @@ def attention(
     position: int,
     window: int | None,
     last: mx.array | None = None,
+    together: int = 1,
 ) -> mx.array:
     """softmax(scale * q kᵀ) v over keys and values in parts, each KV head serving heads / kv_heads query heads.
 
@@ -148,6 +149,7 @@ def attention(
         position: of the first query.
         window: None: a query sees all before it.
         last: int [T], the last position that each query sees, at least its own; None: its own.
+        together: calls that follow each other, one for each sequence of a batch: where numpy multiplies for several.
 
     Returns:
         [1, heads, T, D].
@@ -155,9 +157,9 @@ def attention(
     rotation = next((part.rotation for part in parts if part.rotation is not None), None)
     if rotation is not None:
         q, parts = _in_codes_space(q, parts, rotation)
-        out = attention(q, parts, scale, position, window, last)
+        out = attention(q, parts, scale, position, window, last, together)
         return quantization.unrotate(out, rotation[1]).astype(q.dtype)
-    if q.dtype == mx.float32 and _numpy_multiplies(q.shape[2]):
+    if q.dtype == mx.float32 and _numpy_multiplies(q.shape[2] * together):
         return _numpy_attention(q, parts, scale, position, window, last)
     most = max(1, SCORE_BYTES // (4 * q.shape[1] * sum(part.keys.shape[2] for part in parts)))
     if q.shape[2] > most and mx.metal.is_available() and not on_cpu():

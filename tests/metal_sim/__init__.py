@@ -160,8 +160,11 @@ def _template_value(value: Any) -> str:
 def kernel(
     name: str, input_names: Sequence[str], output_names: Sequence[str], source: str, header: str = "",
     ensure_row_contiguous: bool = True, atomic_outputs: bool = False, sanitize: str | None = SANITIZE, seed: int = 0,
+    in_place: Sequence[str] = (),
 ) -> Callable[..., list[np.ndarray[Any, Any]]]:  # fmt: skip
     """A kernel with the arguments of `mx.fast.metal_kernel`; errors name lines of `header` and `source`.
+
+    What it writes to the inputs `in_place`, by a cast that takes their const away, is there afterwards, as on a GPU.
 
     The result is called with keywords, as MLX's: inputs, output_shapes, output_dtypes, grid, threadgroup, template,
     init_value (and verbose, stream: ignored). Besides, here or there: sanitize (None; "address": bounds to the byte,
@@ -174,6 +177,7 @@ def kernel(
         init_value: float | None = None, sanitize: str | None = sanitize, seed: int = seed, **_: Any,
     ) -> list[np.ndarray[Any, Any]]:  # fmt: skip
         arrays = [_array(i) for i in inputs]
+        written = [array for key, array in zip(input_names, arrays, strict=True) if key in in_place]
         if ensure_row_contiguous:
             arrays = [a if a.flags.c_contiguous else a.copy() for a in arrays]
         dtypes = [_dtype(d) for d in output_dtypes]
@@ -190,12 +194,15 @@ def kernel(
         exe = build(text, function, arguments, sanitize is not None, check=check_it)
         buffers: list[tuple[str, Any, bool]] = []
         for key, array in zip(input_names, arrays, strict=True):
-            buffers.append((key, array, False))
+            buffers.append((key, array, key in in_place))
             buffers += [(key + suffix, value, False) for suffix, _, value in _extras(key, array, source)]
         for key, shape, dtype in zip(output_names, output_shapes, dtypes, strict=True):
             fresh = _poison(shape, dtype) if init_value is None else np.full(shape, init_value, dtype)
             buffers.append((key, fresh, True))
-        return _run(exe, buffers, grid, threadgroup, seed, sanitize)
+        results = _run(exe, buffers, grid, threadgroup, seed, sanitize)
+        for array, result in zip(written, results, strict=False):
+            array[...] = result
+        return results[len(written) :]
 
     return call
 

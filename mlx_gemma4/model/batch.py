@@ -1,0 +1,183 @@
+"""A step for several states at once: each reads one token of its own.
+
+In: a token and a `KVState` for each reply. Out: logits of all, row by row. Who is in a batch may change from step to
+step. On a CPU stock operations take all rows at once, RoPE and attention state by state (forward.py). On a GPU it is
+the pass of decode.py with a row for each state, whose keys and values lie in pages of one pool (kv/pool.py) that
+kernels write in place: as many launches as for one state. States that the pool does not take step alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, TypedDict, cast
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import InputError
+from ..kv.pool import Pair, Pool
+from ..kv.state import KVState
+from ..ops import paged, stock
+from ..ops.dispatch import Kernels
+from ..ops.paged import FILL_PAGES, PAGED_ATTENTION
+from ..ops.qkv import QKV_POST, ROTATIONS, QKVArrays, QKVOptions
+from .batch_replay import BatchReplayer
+from .decode import TRACES, Attend, Constants, forward
+from .forward import head, run_layers
+from .step import BatchStep, LazyBatchStep, Tokens, tokens_as_array
+from .weights import Loaded
+
+MAX_BATCH = 32  # states of a step
+Alone = Callable[[mx.array, KVState], mx.array]  # (ids int [1], state) -> logits [1, vocab]
+
+
+def check_batch(tokens: Tokens, states: Sequence[KVState]) -> None:
+    """Refuse what no step can take. Raises InputError."""
+    given = (
+        tokens.size if isinstance(tokens, mx.array) else len(tokens) if isinstance(tokens, Sequence) else tokens.rows
+    )
+    different = len({id(s) for s in states})
+    if not 1 <= len(states) <= MAX_BATCH or given != len(states) or different != len(states):
+        raise InputError(
+            f"a batch step takes one token for each of 1 to {MAX_BATCH} different states; these are {given} tokens "
+            f"for {len(states)} states, {different} of them different"
+        )
+    for state in states:
+        state.check_room(1)
+
+
+def stock_step(model: Loaded, ids: mx.array, states: Sequence[KVState]) -> mx.array:
+    """Read a token, ids int [B], into each of B states, in stock operations: fp32 logits [B, vocab]."""
+    return head(model, run_layers(model, ids, states, ids.size))
+
+
+class Inputs(TypedDict):
+    """What a step of several rows reads and writes. A dict, which `mx.compile` takes."""
+
+    places: dict[bool, mx.array]  # by kind of layer, int32 [rows, 4 + pages]: `ops.paged`
+    pool: dict[int, Pair]  # by layer with keys and values of its own, [pages, G, page, D]
+
+
+def rows_for(states: int) -> int:
+    """Return the rows of a step for so many states: a power of two, so that few traces and recordings serve all."""
+    return 1 << (states - 1).bit_length()
+
+
+def over_pages(model: Loaded, run: Kernels, inputs: Inputs, pieces: dict[bool, int]) -> tuple[Attend, dict[int, Pair]]:
+    """Return attention of rows over their pages, and where those of the pool's arrays will be that are not in place."""
+    c, places, pool = model.config, inputs["places"], dict(inputs["pool"])
+    moved: dict[int, Pair] = {}
+    rope = {
+        kind: run(ROTATIONS, places[kind], lengths, tokens=places[kind].shape[0], by_row=True)
+        for kind, lengths in model.wavelengths.items()
+    }
+
+    def attend(i: int, q: mx.array, k: mx.array | None, v: mx.array | None, options: QKVOptions) -> mx.array:
+        shape, layer = c.layers[i], model.weights.layers[i]
+        given = QKVArrays(q, k, v, layer.attn_q_norm, layer.attn_k_norm, rope[shape.sliding])
+        if shape.kv_layer == i:
+            given = given._replace(pool=pool[i], places=places[shape.sliding])
+        q, keys, values = run(QKV_POST, given, options)
+        if keys is not None and values is not None and keys is not pool[i][0]:
+            pool[i] = moved[i] = keys, values
+        kind, scale = shape.sliding, c.attention_scale
+        return run(PAGED_ATTENTION, q, pool[shape.kv_layer], places[kind], scale=scale, pieces=pieces[kind])
+
+    return attend, moved
+
+
+class Batcher:
+    """Steps of a model for several states on a GPU, and the pool of those states. Under the execution lock."""
+
+    def __init__(self, model: Loaded, run: Kernels, alone: Alone) -> None:
+        self._model, self._run, self._alone = model, run, alone
+        self._constants = Constants.of(model)
+        self._last: mx.array | None = None  # logits of the latest step that was not replayed
+        self._replayer = BatchReplayer(model, run, self._constants)
+        self.pool = Pool(model.config, model.kv_dtype, lambda *args: run(FILL_PAGES, *args), paged.PAGE, self._wait)
+
+        def traceable(pieces: dict[bool, int], ids: mx.array, inputs: Inputs) -> tuple[mx.array, dict[int, Pair]]:
+            attend, moved = over_pages(model, run, inputs, pieces)
+            logits = forward(model, run, self._constants, ids, attend)
+            return stock.softcap(logits, model.config.softcap), moved
+
+        @lru_cache(TRACES)
+        def traced(_: Any, *pieces: tuple[bool, int]) -> Callable[..., Any]:
+            return mx.compile(partial(traceable, dict(pieces)))
+
+        self._traceable, self._traced = traceable, traced
+
+    def start(self, tokens: Tokens, states: Sequence[KVState]) -> BatchStep:
+        """Start a step that reads a token into each of B states."""
+        together = [n for n, state in enumerate(states) if self.pool.takes(state)]
+        if len(together) == len(states):
+            return self._together(tokens, states)
+        ids = tokens_as_array(tokens)
+        rows = {n: self._alone(ids[n : n + 1], s) for n, s in enumerate(states) if n not in together}
+        if together:
+            logits = self._together(ids[mx.array(together)], [states[n] for n in together]).logits()
+            rows |= {n: logits[i : i + 1] for i, n in enumerate(together)}
+        return LazyBatchStep(mx.concatenate([rows[n] for n in range(len(states))]))
+
+    def _together(self, tokens: Tokens, states: Sequence[KVState]) -> BatchStep:
+        run, pool, rows = self._run, self.pool, rows_for(len(states))
+        tables, pieces = self.places(states, rows)
+        key = (run.off, rows, *(table.shape[1] for table in tables.values()), *pieces.items())
+        if self._replayer.replays(rows):
+            if self._last is not None:
+                self._wait(False)
+
+            def attend(recording: Kernels, places: dict[bool, Any]) -> Attend:
+                return over_pages(self._model, recording, {"places": places, "pool": pool.arrays}, pieces)[0]
+
+            step = self._replayer.start(tokens, states, tables, key, attend)
+            if step is not None:
+                return step
+        self._replayer.wait()
+        ids = tokens_as_array(tokens)
+        if self._last is not None:  # steps write in place: this one is to follow, whatever its tokens come of
+            ids = ids + (self._last[0, 0] > mx.inf).astype(mx.int32)
+        padded = mx.pad(ids, (0, rows - ids.size)) if rows > ids.size else ids
+        inputs: Inputs = {"places": {k: mx.array(t) for k, t in tables.items()}, "pool": pool.arrays}
+        if run.traced and not run.eager:
+            shapes = tuple(keys.shape for keys, _ in pool.arrays.values())
+            logits, moved = self._traced((key, shapes), *pieces.items())(padded, inputs)
+        else:
+            logits, moved = self._traceable(pieces, padded, inputs)
+        pool.arrays |= moved
+        self._last = cast(mx.array, logits[: len(states)])
+        for n, state in enumerate(states):
+            state.advance(ids[n : n + 1])
+        return LazyBatchStep(self._last)
+
+    def places(self, states: Sequence[KVState], rows: int) -> tuple[dict[bool, np.ndarray], dict[bool, int]]:
+        """Return a step's places by kind of layer, int32 [rows, ..], and its pieces. States without pages join."""
+        pool, c = self.pool, self._model.config
+        seats = [pool.seat(state) for state in states]
+        tables, pieces = {}, {}
+        for kind in pool.kinds:
+            shape = next(layer for layer in c.layers if layer.sliding == kind)
+            room = paged.page_room(max(pool.most_pages(kind, state.length) for state in states))
+            pieces[kind] = paged.pieces_for(rows, shape.heads, shape.kv_heads, room, pool.page)
+            seen = [
+                pool.row(*pair) for pair in zip(seats, [kind] * len(seats), (s.length for s in states), strict=True)
+            ]
+            share = paged.share_for(max(stop for _, stop, _ in seen), pieces[kind])
+            table = np.zeros((rows, paged.PAGES + room), np.int32)
+            for n, (first, stop, pages) in enumerate(seen):
+                table[n] = paged.place_row(states[n].length, first, stop, pages, room, share)
+            for n in range(len(states), rows):  # without a state: each has a place of its own in page 0
+                table[n] = paged.place_row(0, n, n + 1, [0], room, share)
+            tables[kind] = table
+        return tables, pieces
+
+    def _wait(self, moving: bool) -> None:
+        """Wait until no step reads or writes the pool. `moving`: its arrays are about to go."""
+        last, self._last = self._last, None
+        if last is not None:
+            mx.eval(last)
+        if moving:
+            self._replayer.forget()
+        else:
+            self._replayer.wait()

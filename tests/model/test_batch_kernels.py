@@ -1,0 +1,194 @@
+"""Steps for several states in kernels over a pool of pages, run by the Metal simulator: as each state steps alone."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from kernel_cases import metal
+from kernel_models import BUDGET, UNIFORM, both
+from recorded import prompts
+
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.ops import paged
+from mlx_gemma4.ops.dispatch import Kernels
+from mlx_gemma4.ops.op import OpKey
+
+NEAR = 1e-3
+
+
+@pytest.fixture(autouse=True)
+def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that fixtures' prompts take several, and windows leave some behind."""
+    monkeypatch.setattr(paged, "PAGE", 32)
+
+
+def read(model: Model, ids: list[int], kv: str = "full") -> Any:
+    state = model.new_state(kv=kv)
+    if ids:
+        model.prefill(mx.array(ids), state)
+    return state
+
+
+def alone(model: Model, state: Any, token: int) -> np.ndarray:
+    return np.array(model.forward(mx.array([token]), state))
+
+
+@pytest.mark.parametrize("kind", BUDGET)
+def test_rows_are_as_alone(kind: str, tmp_path: Path) -> None:
+    """Of different lengths, among them none, and one past the window; then they have all that they would have alone."""
+    plain, fused = both(kind, "q4_k_m", tmp_path)
+    texts = [prompts(kind)[1], [], prompts(kind)[2][:31]]
+    together, solo = ([read(plain, ids) for ids in texts] for _ in "ab")
+    for step in range(3):
+        tokens = [5 + step, 2, 7]
+        got = np.array(fused.batch_step(tokens, together))
+        want = np.stack([alone(plain, *pair) for pair in zip(solo, tokens, strict=True)])
+        np.testing.assert_allclose(got, want, atol=NEAR)
+    assert fused.batcher is not None and len(fused.batcher.pool.arrays) == fused.config.own_kv_layers
+    for a, b in zip(together, solo, strict=True):
+        assert a.borrower is not None and a.tokens == b.tokens and a.length == b.length
+        assert [(s.start, s.stop) for kv in a.layers.values() for s in kv.segments] == [
+            (s.start, s.stop) for kv in b.layers.values() for s in kv.segments
+        ]
+        assert a.borrower is None
+        for x, y in zip(a.arrays, b.arrays, strict=True):
+            np.testing.assert_allclose(np.array(x), np.array(y), atol=NEAR)
+    assert not fused.batcher.pool.arrays  # nobody is in
+
+
+class Counting:
+    """A launcher that runs kernels on the simulator and counts their launches."""
+
+    def __init__(self) -> None:
+        self.launches: Counter[str] = Counter()
+
+    def __call__(self, **declared: Any) -> Any:
+        kernel = metal(**declared)
+        name = declared["name"].rsplit("_", 1)[0]
+
+        def call(**arguments: Any) -> Any:
+            self.launches[name] += 1
+            return kernel(**arguments)
+
+        return call
+
+
+@pytest.mark.parametrize("kind", BUDGET)
+def test_launches_are_those_of_one_state(kind: str, tmp_path: Path) -> None:
+    """Whatever their number. Products of more than 4 rows, and experts of several tokens, are not counted here."""
+    counting = Counting()
+    plain, fused = both(kind, UNIFORM[kind], tmp_path, counting)
+    products, found = ("matvec", "dense"), []
+    for n in (0, 2, 6):
+        states = [read(plain, prompts(kind)[0]) for _ in range(n or 1)]
+        if n:
+            mx.eval(fused.batch_step([5] * n, states))
+        counting.launches.clear()
+        mx.eval(fused.batch_step([5] * n, states) if n else fused.forward(mx.array([5]), states[0]))
+        found.append(Counter({k: c for k, c in counting.launches.items() if k not in products}))
+    assert found[0] == found[1] == found[2]
+
+
+def converse(model: Model, plain: Model, batched: bool, seed: int) -> tuple[list[np.ndarray], list[list[int]]]:
+    """States that join, leave, fork, take marks, rewind, read prompts and are closed or forgotten between steps."""
+    chance, found = random.Random(seed), []
+    states = [read(plain, prompts("e2b")[n]) for n in range(3)]
+    marks: list[list[int]] = [[0] for _ in states]
+    for _ in range(40):
+        op, at = chance.random(), chance.randrange(len(states))
+        if op < 0.55:
+            chosen = chance.sample(range(len(states)), chance.randrange(1, len(states) + 1))
+            tokens, some = [chance.randrange(3, 300) for _ in chosen], [states[n] for n in chosen]
+            if batched:
+                found.append(np.array(model.batch_step(mx.array(tokens), some)))
+            else:
+                found.append(np.stack([alone(plain, *pair) for pair in zip(some, tokens, strict=True)]))
+        elif op < 0.65 and len(states) < 6:
+            states.append(states[at].fork())
+            marks.append(list(marks[at]))
+        elif op < 0.72:
+            marks[at].append(states[at].mark().position)
+        elif op < 0.8:
+            to = chance.choice([p for p in (*marks[at], states[at].length - 1) if p > 0] or [states[at].length])
+            marks[at] = [p for p in marks[at] if p <= to]
+            states[at].rewind(to)
+        elif op < 0.88:
+            plain.prefill(mx.array([chance.randrange(3, 300) for _ in range(chance.choice([1, 5, 70]))]), states[at])
+        elif len(states) > 2:
+            if op < 0.94:
+                states[at].close()
+            del states[at], marks[at]
+            gc.collect()
+    return found, [state.tokens for state in states]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_states_come_and_go(seed: int, tmp_path: Path) -> None:
+    plain, fused = both("e2b", "q8_0", tmp_path)
+    one, other = (converse(fused, plain, batched, seed) for batched in (True, False))
+    assert one[1] == other[1]
+    for a, b in zip(one[0], other[0], strict=True):
+        np.testing.assert_allclose(a, b, atol=NEAR)
+
+
+def test_pages_are_given_back(tmp_path: Path) -> None:
+    """By a state that is closed, one that nobody has any more, and those behind a window."""
+    plain, fused = both("12b", "q8_0", tmp_path)
+    assert fused.batcher is not None
+    pool = fused.batcher.pool
+    states = [read(plain, prompts("12b")[0]) for _ in range(3)]
+    mx.eval(fused.batch_step([2, 2, 2], states))
+    used = sum(len(pages) for seat in pool.seats for pages in seat.pages.values())
+    states[0].close()
+    assert sum(len(pages) for seat in pool.seats for pages in seat.pages.values()) == used * 2 // 3
+    del states[0], states[0]
+    gc.collect()
+    mx.eval(fused.batch_step([2, 3], [states[0], read(plain, [])]))
+    assert len(pool.seats) == 2
+    long = read(plain, [2])
+    for i in range(140):
+        logits = fused.batch_step([i], [long])
+    (seat,) = (seat for seat in pool.seats if seat.state() is long)
+    assert len(seat.pages[False]) == 5 and len(seat.pages[True]) < 5
+    np.testing.assert_allclose(np.array(logits[0]), alone(plain, read(plain, [2, *range(139)]), 139), atol=NEAR)
+
+
+def test_a_prefix_that_others_hold_is_shared_again(tmp_path: Path) -> None:
+    plain, fused = both("12b", "q8_0", tmp_path)
+    kept = read(plain, [2] * 70)
+    states = [kept.fork() for _ in "ab"]
+    mx.eval(fused.batch_step([3, 4], states))
+    for state in states:
+        for i, kv in state.layers.items():
+            assert kv.segments[0] is kept.layers[i].segments[0]
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_operations_that_are_off_run_as_references(traced: bool, tmp_path: Path) -> None:
+    """All, which MLX can trace; without tracing those of the pool alone: its arrays are then not written in place."""
+    plain, _ = both("12b", "q8_0", tmp_path)
+    names = ["qkv_post", "paged_attention", "fill_pages"]
+    names += ["embed", "rotations", "add_norm", "matvec", "dense"] if traced else []
+    model = Model(plain.config, plain.weights, Kernels(metal, frozenset(map(OpKey, names)), traced))
+    together, solo = ([read(plain, prompts("12b")[n]) for n in range(2)] for _ in "ab")
+    for step in range(40 if traced else 3):
+        got = np.array(model.batch_step([step, 7], together))
+        want = np.stack([alone(plain, *pair) for pair in zip(solo, (step, 7), strict=True)])
+        np.testing.assert_allclose(got, want, atol=NEAR)
+
+
+def test_quantized_states_step_alone(tmp_path: Path) -> None:
+    plain, fused = both("12b", "q8_0", tmp_path)
+    together, solo = ([read(plain, prompts("12b")[2][:70], kv) for kv in ("full", "q8", "full")] for _ in "ab")
+    for i in range(2):
+        got = np.array(fused.batch_step(mx.array([5 + i, 6, 7]), together))
+        want = np.stack([alone(plain, s, t) for s, t in zip(solo, (5 + i, 6, 7), strict=True)])
+        np.testing.assert_allclose(got, want, atol=5e-3)
+    assert [state.borrower is None for state in together] == [False, True, False]

@@ -1,0 +1,146 @@
+"""Recorded steps for several states, their launches made by the Metal simulator, as each state steps alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from host_player import HostPlayer
+from kernel_cases import metal
+from recorded import path, prompts
+
+from mlx_gemma4 import load
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.ops import paged
+from mlx_gemma4.ops.dispatch import Kernels
+from mlx_gemma4.ops.op import OpKey
+
+NEAR = 1e-3
+OFF = frozenset([OpKey("expand")])  # tiles of a prompt, which round to fp16
+
+
+@pytest.fixture(autouse=True)
+def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged, "PAGE", 32)
+
+
+def both(kind: str, folder: Path, tag: str = "q8_0") -> tuple[Model, Model]:
+    """A model with stock operations, and the same weights with steps that are replayed."""
+    plain = load(path(kind, tag, folder), weights="packed").model
+    HostPlayer.made.clear()
+    return plain, Model(plain.config, plain.weights, Kernels(metal, OFF, player=HostPlayer))
+
+
+def read(model: Model, ids: list[int]) -> Any:
+    state = model.new_state()
+    if ids:
+        model.prefill(mx.array(ids), state)
+    return state
+
+
+def alone(model: Model, state: Any, token: int) -> np.ndarray:
+    return np.array(model.forward(mx.array([token]), state))
+
+
+def greedy(model: Model, state: Any, token: int, steps: int) -> list[int]:
+    found = []
+    for _ in range(steps):
+        token = int(alone(model, state, token).argmax())
+        found.append(token)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["12b", "e2b", "gemma3"])
+def test_rows_are_as_alone(kind: str, tmp_path: Path) -> None:
+    plain, replayed = both(kind, tmp_path)
+    texts = [prompts(kind)[1], [], prompts(kind)[2][:31]]
+    together, solo = ([read(plain, ids) for ids in texts] for _ in "ab")
+    for step in range(3):
+        tokens = [5 + step, 2, 7]
+        got = np.array(replayed.batch_step(tokens, together))
+        want = np.stack([alone(plain, *pair) for pair in zip(solo, tokens, strict=True)])
+        np.testing.assert_allclose(got, want, atol=NEAR)
+    (player,) = HostPlayer.made
+    assert (player.loads, player.chained, len(player.tokens)) == (1, 0, 3)
+    for a, b in zip(together, solo, strict=True):
+        assert a.tokens == b.tokens
+        for x, y in zip(a.arrays, b.arrays, strict=True):
+            np.testing.assert_allclose(np.array(x), np.array(y), atol=NEAR)
+    assert not player.loaded  # nobody is in, so the pool is gone
+
+
+def test_steps_chain_and_states_come_and_go(tmp_path: Path) -> None:
+    """Without a new recording, but where the number of rows is another's. Tokens are those of each alone."""
+    plain, replayed = both("12b", tmp_path)
+    texts = [prompts("12b")[1], [2], prompts("12b")[2][:31], [2, 3]]
+    first = [5, 6, 7, 8]
+    want = [greedy(plain, read(plain, text), token, 12) for text, token in zip(texts, first, strict=True)]
+    states = [read(plain, text) for text in texts]
+    found: list[list[int]] = [[] for _ in states]
+
+    def run(step: Any, who: list[int], times: int) -> Any:
+        for _ in range(times):
+            step = replayed.batch(step, [states[n] for n in who])
+            for n, token in zip(who, step.tokens(), strict=True):
+                found[n].append(token)
+        return step
+
+    step = run(first[:3], [0, 1, 2], 4)
+    (player,) = HostPlayer.made
+    assert (player.loads, player.chained) == (1, 3)
+    step = run([*step.tokens(), first[3]], [0, 1, 2, 3], 3)  # one joins
+    step = run([step.tokens()[n] for n in (3, 1, 0)], [3, 1, 0], 3)  # one leaves, others change places
+    assert (player.loads, player.chained) == (1, 7)
+    assert states[2].tokens == [*texts[2], first[2], *found[2][:-1]]
+    step = run(step.tokens()[:2], [3, 1], 2)
+    assert [p.loads for p in HostPlayer.made] == [1, 1]
+    logits = np.array(step.logits())
+    for n, tokens in enumerate(found):
+        assert tokens == want[n][: len(tokens)]
+    for row, n in zip(logits, [3, 1], strict=True):
+        state = read(plain, texts[n])
+        for token in [first[n], *found[n][:-2]]:
+            alone(plain, state, token)
+        np.testing.assert_allclose(row, alone(plain, state, found[n][-2]), atol=NEAR)
+
+
+def test_tokens_are_kept_for_whoever_asks_late(tmp_path: Path) -> None:
+    """More steps under way than a player keeps tokens of; then a state leaves before anybody has asked."""
+    plain, replayed = both("12b", tmp_path)
+    want = [greedy(plain, read(plain, [2, n]), 5, 7) for n in range(2)]
+    states = [read(plain, [2, n]) for n in range(2)]
+    steps, step = [], [5, 5]
+    for _ in range(7):
+        step = replayed.batch(step, states)  # type: ignore[assignment, arg-type]
+        steps.append(step)
+    assert states[0].tokens == [2, 0, 5, *want[0][:-1]]
+    assert [list(pair) for pair in zip(*want, strict=True)] == [s.tokens() for s in steps]  # type: ignore[attr-defined]
+    assert np.array(steps[-1].logits()).argmax(axis=1).tolist() == [w[-1] for w in want]  # type: ignore[attr-defined]
+
+
+def test_a_pool_that_grows_is_recorded_anew(tmp_path: Path) -> None:
+    plain, replayed = both("12b", tmp_path)
+    states = [read(plain, [2] * n) for n in (200, 900)]
+    want = [greedy(plain, state.fork(), 5, 3) for state in states]
+    step = replayed.batch([5], states[:1])
+    (player,) = HostPlayer.made
+    tokens = step.tokens()
+    both_steps = [replayed.batch([5, 5], [states[1], read(plain, [2])])]
+    assert not player.loaded and len(HostPlayer.made) == 2
+    step = replayed.batch(tokens, states[:1])
+    assert player.loads == 2
+    assert [*tokens, *step.tokens()] == want[0][:2]
+    assert both_steps[0].tokens()[0] == want[1][0]
+
+
+def test_what_cannot_be_recorded_steps_the_other_way(tmp_path: Path) -> None:
+    plain, replayed = both("12b", tmp_path)
+    replayed.kernels.off |= {OpKey("rotations")}  # type: ignore[union-attr]
+    states, solo = ([read(plain, [2, n]) for n in range(2)] for _ in "ab")
+    for token in (5, 6):
+        got = np.array(replayed.batch_step([token, token], states))
+        np.testing.assert_allclose(got, np.stack([alone(plain, s, token) for s in solo]), atol=NEAR)
+    assert not HostPlayer.made or not HostPlayer.made[-1].loads
