@@ -9,6 +9,7 @@ is a `session.Session`; this module keeps nothing between calls.
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import groupby
 from typing import Any, Literal, cast
 
@@ -21,6 +22,7 @@ from ..errors import InputError
 from ..generation.loop import Constraint, Statistics, generate_tokens
 from ..generation.prefix import PrefixCache, common_length
 from ..generation.sampling import Sampling, Token
+from ..generation.scheduler import Scheduler
 from ..generation.stops import StopStrings
 from ..kv.state import KVState
 from ..tokens.tokenizer import Tokenizer
@@ -172,6 +174,7 @@ def stream(
     state: KVState | None = None,
     marks: bool = True,
     on_prompt: OnPrompt | None = None,
+    scheduler: Scheduler | None = None,
     **named: Any,
 ) -> Generator[Chunk, None, None]:
     """Reply to a prompt, a chunk for each token and a last one. Closing the iterator stops within a token.
@@ -185,6 +188,7 @@ def stream(
             prompt and reply.
         marks: leave marks in `state` to rewind to later. Each may hold a window of every sliding layer.
         on_prompt: called with (tokens read, tokens in all) while the prompt is read; an exception ends the reply.
+        scheduler: of `lm.model`: make the reply together with others of its own.
         named: instead of `options`, fields of ReplyOptions by name, and of Sampling to change what the model's file
             recommends: `stream(lm, "Hi", max_tokens=20, temperature=0)`.
 
@@ -217,8 +221,8 @@ def stream(
             ids = as_held(lm.tokenizer, ids, state.tokens)
             held = go_back(state, ids[:-1])
         reply.statistics.reused_tokens = held
-        tokens = generate_tokens(
-            lm.model,
+        make = partial(generate_tokens, lm.model) if scheduler is None else scheduler.generate_tokens
+        tokens = make(
             state,
             ids[held:],
             options.sampling or lm.sampling,

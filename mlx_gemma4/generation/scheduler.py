@@ -142,12 +142,12 @@ class Scheduler:
             if state.length > held:  # tokens that nobody took
                 state.rewind(held)
 
-    def close(self) -> None:
-        """End all replies, with an error where somebody still waits for one, and the thread."""
+    def close(self, timeout: float | None = None) -> None:
+        """End all replies, with an error where somebody still waits for one, and the thread, within `timeout` s."""
         with self._lock:
             self._closed = True
         self._inbox.put(None)
-        self._thread.join()
+        self._thread.join(timeout)
 
     def __enter__(self) -> Scheduler:
         return self

@@ -90,9 +90,7 @@ def together(tasks: list[Callable[[], Any]]) -> list[Any]:
 def made(generate: Any, model: SmallModel, i: int, n: int, **more: Any) -> tuple[Any, ...]:
     """A reply to the i-th prompt: its tokens with log-probabilities, what the state holds, and its figures."""
     state, statistics = model.new_state(kv=("full", "q8", "tq4")[i % 3 if i > 3 else 0]), Statistics()
-    tokens = list(
-        generate(state, some_tokens(20 + 9 * i, i), WAYS[i % len(WAYS)], n, statistics=statistics, **more)
-    )
+    tokens = list(generate(state, some_tokens(20 + 9 * i, i), WAYS[i % len(WAYS)], n, statistics=statistics, **more))
     figures = statistics.prompt_tokens, statistics.reply_tokens, statistics.stop_reason
     return [t.id for t in tokens], [t.top for t in tokens], state.tokens, figures
 
