@@ -159,20 +159,24 @@ class Scheduler:
 
     def _run(self) -> None:
         while not self._closed:
-            self._look()
-            self._read_prompts()
-            jobs = [job for job in self._answering if not job.behind()]
-            if self.exact or (len(jobs) == 1 and not self._reading):
-                for job in jobs:
-                    self._guarded([job], self._turn, job)
-            elif jobs:
-                self._guarded(jobs, self._step, jobs)
-            self.rows, self.steps = len(jobs), self.steps + bool(jobs)
-            if not jobs and not self._reading:
+            if not self._round():
                 self._take(self._inbox.get())
         self._look()
         for job in [*self._waiting, *self._reading, *self._answering]:
             self._end(job, RuntimeError("the scheduler is closed"))
+
+    def _round(self) -> bool:
+        """Read some of the prompts, then make a token of each reply; return False if there was nothing to do."""
+        self._look()
+        self._read_prompts()
+        jobs = [job for job in self._answering if not job.behind()]
+        self.rows, self.steps = len(jobs), self.steps + bool(jobs)
+        if self.exact or (len(jobs) == 1 and not self._reading):
+            for job in jobs:
+                self._guarded([job], self._turn, job)
+        elif jobs:
+            self._guarded(jobs, self._step, jobs)
+        return bool(jobs or self._reading)
 
     def _take(self, job: _Job | None) -> None:
         if job is not None:
