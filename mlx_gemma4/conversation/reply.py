@@ -95,6 +95,7 @@ class Reply:
     stop_string: str | None = None  # the member of `ReplyOptions.stop` that ended it
     statistics: Statistics = field(default_factory=Statistics)
     tokens: list[Token] = field(default_factory=list)  # control tokens included, except the one that ended it
+    error: str | None = None  # why `batch` has no (whole) reply
 
     def add(self, events: Sequence[Event]) -> None:
         for event in events:
@@ -203,8 +204,8 @@ def stream(
     >>> "".join(chunk.text for chunk in chunks) == chunks[-1].reply.text
     True
     """
-    options = _options(lm, options, named)
-    ids = _whole_prompt(lm, prompt, options)
+    options = options_of(lm, options, named)
+    ids = whole_prompt(lm, prompt, options)
     reply, stops, stop_ids = Reply(), StopStrings(options.stop), lm.tokenizer.stop_ids
     parser = ReplyParser(lm.tokenizer, thinking_open=ends_in_thinking(lm.tokenizer, ids))
     room = max(1, lm.config.context - len(ids))
@@ -302,7 +303,7 @@ async def achat(lm: LanguageModel, prompt: Prompt, options: ReplyOptions | None 
     return reply
 
 
-def _options(lm: LanguageModel, options: ReplyOptions | None, named: dict[str, Any]) -> ReplyOptions:
+def options_of(lm: LanguageModel, options: ReplyOptions | None, named: dict[str, Any]) -> ReplyOptions:
     """Return the options, given as such or by name."""
     if options is not None and named:
         raise TypeError(f"give options either by name or as ReplyOptions, not both: {', '.join(named)}")
@@ -312,7 +313,7 @@ def _options(lm: LanguageModel, options: ReplyOptions | None, named: dict[str, A
     return options or ReplyOptions(**named)
 
 
-def _whole_prompt(lm: LanguageModel, prompt: Prompt, options: ReplyOptions) -> list[int]:
+def whole_prompt(lm: LanguageModel, prompt: Prompt, options: ReplyOptions) -> list[int]:
     if isinstance(prompt, str):
         return prompt_ids(lm, [{"role": "user", "content": prompt}], options)
     if prompt and all(isinstance(i, int) for i in prompt):
