@@ -99,15 +99,15 @@ def _read(path: Path) -> list[_Line]:
             raise InputError(f"{place}: is not JSON ({error})") from error
         if not isinstance(entry, dict) or ("prompt" in entry) == ("messages" in entry):
             raise InputError(f'{place}: must be an object with either "prompt" or "messages"')
-        name, given = entry.pop("id", number), dict(entry)
-        prompt = given.pop("prompt", None) or given.pop("messages", None)
-        if not (isinstance(prompt, str) or (isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt))):
+        name, prompt, messages = entry.pop("id", number), entry.pop("prompt", ""), entry.pop("messages", [])
+        lists = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+        if not isinstance(prompt, str) or not lists or not (prompt or messages):
             raise InputError(f"{place}: prompt must be text, messages a list of objects, and neither empty")
         if not isinstance(name, str | int):
             raise InputError(f"{place}: id must be text or an integer")
-        if unknown := given.keys() - known:
+        if unknown := entry.keys() - known:
             raise InputError(f'{place}: there is no option "{min(unknown)}"; there are {", ".join(sorted(known))}')
-        lines.append(_Line(place, name, prompt, given))
+        lines.append(_Line(place, name, prompt or messages, entry))
     if not lines:
         raise InputError(f"--prompts {path}: holds no prompts")
     return lines

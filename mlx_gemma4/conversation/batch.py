@@ -24,7 +24,7 @@ from .background import OnPrompt
 from .language_model import LanguageModel
 from .reply import Prompt, Reply, ReplyOptions, options_of, stream, whole_prompt
 
-SHARED = 64  # tokens that all prompts begin with, from which on they are read beforehand
+SPARED = 64  # tokens of prompts that need not be read, from which on it pays to read a common beginning first
 
 
 class _Left(Exception):
@@ -122,7 +122,7 @@ def _beginning(scheduler: Scheduler, state: KVState, prompts: list[list[int]]) -
     if len(prompts) > 1:
         first, last = np.array(min(prompts)), np.array(max(prompts))
         shared = min(prompts)[: min(common_length(first, last), state.config.context - 2)]
-        if len(shared) >= SHARED:
+        if (len(prompts) - 1) * len(shared) >= SPARED:
             for _ in scheduler.generate_tokens(state, shared, Sampling(temperature=0), 1):
                 pass
             state.rewind(len(shared))
