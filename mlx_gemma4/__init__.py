@@ -7,9 +7,9 @@
 
 `load` opens a file (`conversation.language_model`). `stream` replies to a prompt, messages or token ids, a `Chunk` for
 each token; `generate` returns the text, `chat` a `Reply` with thinking and tool calls; `astream` and `achat` are
-awaited (`conversation.reply`). A `Session` is a conversation that continues (`conversation.session`). Below them are
-`loading` (file to model), `model` (tokens to logits) and `generation` (logits to tokens); docs/architecture.md has the
-whole tree.
+awaited (`conversation.reply`), and `batch` replies to many prompts at once (`conversation.batch`). A `Session` is a
+conversation that continues (`conversation.session`). Below them are `loading` (file to model), `model` (tokens to
+logits) and `generation` (logits to tokens); docs/architecture.md has the whole tree.
 """
 
 from importlib import import_module
@@ -21,6 +21,7 @@ from .errors import InputError
 if TYPE_CHECKING:
     from .chat_format.messages import tool_result
     from .chat_format.replies import Event, Text, Thinking, ToolCall
+    from .conversation.batch import batch
     from .conversation.language_model import LanguageModel, load
     from .conversation.mlx_lm import for_mlx_lm
     from .conversation.reply import Chunk, Reply, ReplyOptions, achat, astream, chat, generate, prompt_ids, stream
@@ -38,6 +39,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 _MODULES = {
     "chat_format.messages": "tool_result",
     "chat_format.replies": "Event Text Thinking ToolCall",
+    "conversation.batch": "batch",
     "conversation.language_model": "LanguageModel load",
     "conversation.mlx_lm": "for_mlx_lm",
     "conversation.reply": "Chunk Reply ReplyOptions achat astream chat generate prompt_ids stream",
@@ -51,8 +53,8 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 # fmt: off
 __all__ = [
     "Chunk", "Event", "InputError", "LanguageModel", "PrefixCache", "Reply", "ReplyOptions", "Sampling", "Session",
-    "Statistics", "Text", "Thinking", "Token", "ToolCall", "achat", "astream", "chat", "for_mlx_lm", "generate",
-    "load", "prompt_ids", "stream", "tool_result",
+    "Statistics", "Text", "Thinking", "Token", "ToolCall", "achat", "astream", "batch", "chat", "for_mlx_lm",
+    "generate", "load", "prompt_ids", "stream", "tool_result",
 ]
 # fmt: on
 

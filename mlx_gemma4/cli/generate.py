@@ -1,4 +1,4 @@
-"""`mlx-gemma4 generate`: one prompt, one reply."""
+"""`mlx-gemma4 generate`: one prompt, one reply; or a file of prompts (prompts.py)."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from .options import (
     progress,
     sampling_options,
 )
+from .prompts import answer_file
 
 if TYPE_CHECKING:
     from ..conversation.language_model import LanguageModel
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @conversation_options
-@click.option("-p", "--prompt", required=True, metavar="TEXT", help="What to answer; - reads standard input.")
+@click.option("-p", "--prompt", metavar="TEXT", help="What to answer; - reads standard input.")
+@click.option("--prompts", "prompts_file", metavar="FILE", help="Answer many: lines of JSON with prompt or messages.")
+@click.option("-o", "--output", metavar="FILE", help="With --prompts: write here, going on where that ends.")
 @click.option("-n", "--max-tokens", type=click.IntRange(1), default=256, help="Length of the reply.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the reply before this text. May be repeated.")
 @click.option("--json-schema", "schema_file", metavar="FILE", help="Make the reply JSON that obeys this JSON schema.")
@@ -46,7 +49,9 @@ def generate(
     think: bool | None,
     state_file: str | None,
     kv: str,
-    prompt: str,
+    prompt: str | None,
+    prompts_file: str | None,
+    output: str | None,
     max_tokens: int,
     stop: tuple[str, ...],
     schema_file: str | None,
@@ -55,9 +60,11 @@ def generate(
     logprobs: int | None,
     as_json: bool,
 ) -> None:
-    """Answer a prompt.
+    """Answer a prompt, or a file of prompts.
 
-    The reply goes to standard output; thinking and everything else go to standard error.
+    The reply goes to standard output; thinking and everything else go to standard error. With --prompts, each line of
+    the file is {"prompt": "..."} or {"messages": [...]}, with "id", "max_tokens", "seed" and others as you like; each
+    line of the output is a reply, in the same order.
     """
     from ..conversation.reply import ReplyOptions, stream
 
@@ -68,6 +75,21 @@ def generate(
     if logprobs is not None and not as_json:
         raise InputError("--logprobs is shown in the object that --json prints: give --json too")
     schema = None if schema_file is None else _read_schema(schema_file)
+    if (prompt is None) == (prompts_file is None):
+        raise InputError("give either --prompt TEXT or --prompts FILE")
+    if prompts_file is not None:
+        if state_file or logprobs is not None:
+            raise InputError("--state and --logprobs go with a single --prompt")
+
+        def options_of(lm: LanguageModel) -> ReplyOptions:
+            return ReplyOptions(max_tokens, sampling(lm), stop, think, schema=schema)
+
+        answer_file(
+            Path(prompts_file), Path(output) if output else None, model, kv, system, raw, max_tokens, options_of
+        )
+        return
+    if output is not None:
+        raise InputError("--output goes with --prompts; --prompt answers on standard output")
     if prompt == "-":
         prompt = sys.stdin.read()
     if not prompt:

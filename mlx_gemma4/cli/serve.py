@@ -31,7 +31,8 @@ def _size(value: str) -> int:
 @click.option("--host", default="127.0.0.1", help="Address to listen at; others need --api-key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, help="0 takes a free one.")
 @click.option("--api-key", metavar="KEY", envvar="MLX_GEMMA4_API_KEY", show_envvar=True, help="Ask clients for this.")
-@click.option("--parallel", type=click.IntRange(1, 64), default=4, help="Replies made at a time.")
+@click.option("--parallel", type=click.IntRange(1, 32), help="Replies made at a time.  [default: as memory allows]")
+@click.option("--exact", is_flag=True, help="Let them take turns, each to the bit as it is alone; slower.")
 @click.option("--queue", type=click.IntRange(0, 10_000), default=32, help="Requests that may wait for that.")
 @click.option(
     "-n", "--max-tokens", type=click.IntRange(1), default=4096, help="Length of a reply whose request doesn't say."
@@ -51,7 +52,8 @@ def serve(
     host: str,
     port: int,
     api_key: str | None,
-    parallel: int,
+    parallel: int | None,
+    exact: bool,
     queue: int,
     max_tokens: int,
     max_kv_bytes: int | None,
@@ -67,21 +69,21 @@ def serve(
 
     from ..generation.prefix import PrefixCache
     from ..memory import available_memory
+    from ..model.batch import MAX_BATCH
     from ..server.app import create_app
     from ..server.settings import Settings
 
     for name in ("httpx", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    settings = Settings(
-        host=host, api_key=api_key or None, parallel=parallel, queue=queue, max_tokens=max_tokens, kv=kv
-    )
+    settings = Settings(host=host, api_key=api_key or None, exact=exact, queue=queue, max_tokens=max_tokens, kv=kv)
     listening = _listen(host, port)  # before the model is loaded, so that an error shows at once
     lm, _ = load_with_progress(model, kv, 2 * max_tokens, max_kv_bytes)
     lm = replace(lm, sampling=sampling(lm))
-    if not max_kv_bytes:  # half of what prompts leave free, but enough for one long reply
-        one = PrefixCache(lm.model, kv=kv).most_bytes(min(lm.config.context, 2 * max_tokens))
+    one = PrefixCache(lm.model, kv=kv).most_bytes(min(lm.config.context, 2 * max_tokens))  # long reply
+    if not max_kv_bytes:  # half of what prompts leave free, but enough for one
         max_kv_bytes = max((available_memory() - lm.plan.reading) // 2, one)
-    settings = replace(settings, model_name=model_name(model, lm.path), max_kv_bytes=max_kv_bytes)
+    parallel = parallel or min(max(4, max_kv_bytes // one), MAX_BATCH)
+    settings = replace(settings, model_name=model_name(model, lm.path), parallel=parallel, max_kv_bytes=max_kv_bytes)
     app = create_app(lm, settings)
     shown = f"[{host}]" if ":" in host else host
     echo(f"Serving {settings.model_name} at http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends)")

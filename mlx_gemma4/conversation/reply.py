@@ -9,6 +9,7 @@ is a `session.Session`; this module keeps nothing between calls.
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import groupby
 from typing import Any, Literal, cast
 
@@ -21,6 +22,7 @@ from ..errors import InputError
 from ..generation.loop import Constraint, Statistics, generate_tokens
 from ..generation.prefix import PrefixCache, common_length
 from ..generation.sampling import Sampling, Token
+from ..generation.scheduler import Scheduler
 from ..generation.stops import StopStrings
 from ..kv.state import KVState
 from ..tokens.tokenizer import Tokenizer
@@ -93,6 +95,7 @@ class Reply:
     stop_string: str | None = None  # the member of `ReplyOptions.stop` that ended it
     statistics: Statistics = field(default_factory=Statistics)
     tokens: list[Token] = field(default_factory=list)  # control tokens included, except the one that ended it
+    error: str | None = None  # why `batch` has no (whole) reply
 
     def add(self, events: Sequence[Event]) -> None:
         for event in events:
@@ -172,6 +175,7 @@ def stream(
     state: KVState | None = None,
     marks: bool = True,
     on_prompt: OnPrompt | None = None,
+    scheduler: Scheduler | None = None,
     **named: Any,
 ) -> Generator[Chunk, None, None]:
     """Reply to a prompt, a chunk for each token and a last one. Closing the iterator stops within a token.
@@ -185,6 +189,7 @@ def stream(
             prompt and reply.
         marks: leave marks in `state` to rewind to later. Each may hold a window of every sliding layer.
         on_prompt: called with (tokens read, tokens in all) while the prompt is read; an exception ends the reply.
+        scheduler: of `lm.model`: make the reply together with others of its own.
         named: instead of `options`, fields of ReplyOptions by name, and of Sampling to change what the model's file
             recommends: `stream(lm, "Hi", max_tokens=20, temperature=0)`.
 
@@ -199,8 +204,8 @@ def stream(
     >>> "".join(chunk.text for chunk in chunks) == chunks[-1].reply.text
     True
     """
-    options = _options(lm, options, named)
-    ids = _whole_prompt(lm, prompt, options)
+    options = options_of(lm, options, named)
+    ids = whole_prompt(lm, prompt, options)
     reply, stops, stop_ids = Reply(), StopStrings(options.stop), lm.tokenizer.stop_ids
     parser = ReplyParser(lm.tokenizer, thinking_open=ends_in_thinking(lm.tokenizer, ids))
     room = max(1, lm.config.context - len(ids))
@@ -217,8 +222,8 @@ def stream(
             ids = as_held(lm.tokenizer, ids, state.tokens)
             held = go_back(state, ids[:-1])
         reply.statistics.reused_tokens = held
-        tokens = generate_tokens(
-            lm.model,
+        make = partial(generate_tokens, lm.model) if scheduler is None else scheduler.generate_tokens
+        tokens = make(
             state,
             ids[held:],
             options.sampling or lm.sampling,
@@ -298,7 +303,7 @@ async def achat(lm: LanguageModel, prompt: Prompt, options: ReplyOptions | None 
     return reply
 
 
-def _options(lm: LanguageModel, options: ReplyOptions | None, named: dict[str, Any]) -> ReplyOptions:
+def options_of(lm: LanguageModel, options: ReplyOptions | None, named: dict[str, Any]) -> ReplyOptions:
     """Return the options, given as such or by name."""
     if options is not None and named:
         raise TypeError(f"give options either by name or as ReplyOptions, not both: {', '.join(named)}")
@@ -308,7 +313,7 @@ def _options(lm: LanguageModel, options: ReplyOptions | None, named: dict[str, A
     return options or ReplyOptions(**named)
 
 
-def _whole_prompt(lm: LanguageModel, prompt: Prompt, options: ReplyOptions) -> list[int]:
+def whole_prompt(lm: LanguageModel, prompt: Prompt, options: ReplyOptions) -> list[int]:
     if isinstance(prompt, str):
         return prompt_ids(lm, [{"role": "user", "content": prompt}], options)
     if prompt and all(isinstance(i, int) for i in prompt):

@@ -1,12 +1,14 @@
 """From a prompt to tokens: prefill in chunks, pipelined decode, constraints, statistics.
 
 In: a model, a KV state, token ids. Out: tokens, one at a time. Knows nothing of text or files. Tokens are chosen from
-logits by sampling.py.
+logits by sampling.py. Several replies at once, by the same pieces: scheduler.py.
 """
+
+from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol
@@ -135,46 +137,79 @@ def generate_tokens(
         InputError: the prompt is empty or too long for the model's context, or the state takes no such reply.
     """
     statistics = statistics or Statistics()
+    reply = begin(
+        model,
+        state,
+        prompt,
+        sampling,
+        max_tokens,
+        stop_ids,
+        statistics,
+        turn_ends,
+        constraint=constraint,
+        logprobs=logprobs,
+    )
+    try:
+        while reply.unread:
+            reply.read_chunk(reply.chunk)
+            if on_prompt:
+                on_prompt(len(prompt) - reply.unread, len(prompt))
+        while not reply.over:
+            token = reply.turn()
+            if token is not None:
+                yield token
+        if reply.stopped:
+            statistics.stop_reason = "stop"
+    finally:
+        if state.length > len(reply.ids):  # interrupted while a token was on its way
+            state.rewind(len(reply.ids))
+
+
+def begin(
+    model: Model,
+    state: KVState,
+    prompt: list[int],
+    sampling: Sampling,
+    max_tokens: int,
+    stop_ids: frozenset[int],
+    statistics: Statistics,
+    turn_ends: frozenset[int] | None,
+    *,
+    constraint: Constraint | None,
+    logprobs: int | None,
+) -> Decoding:
+    """Check what `generate_tokens` is asked for, as it says, and return the reply with nothing read yet."""
     length, context = state.length + len(prompt), model.config.context
     if length < 1:
         raise InputError("the prompt is empty; give it some text")
     if length >= context:
         raise TooLong(f"the prompt has {length} tokens, but the model's context holds {context}; shorten it")
     max_tokens = min(max_tokens, context - length)
-    if max_tokens < 1:
-        return
-    state.check_room(len(prompt) + max_tokens)
-    chunk = fitting_chunk(model, state, len(prompt))
-    statistics.prompt_tokens = len(prompt)
+    if max_tokens > 0:
+        state.check_room(len(prompt) + max_tokens)
+        statistics.prompt_tokens = len(prompt)
     mx.reset_peak_memory()
     start = time.perf_counter()
     ids, marks = [*state.tokens, *prompt], _marks_wanted(state, prompt, turn_ends)
     recent = ids[-REPETITION_WINDOW - len(prompt) :]  # the same however much of a prompt was read before
     new_sampler = partial(Sampler, sampling, recent, model.config.vocab, logprobs)
+    chunk = fitting_chunk(model, state, len(prompt))
     with execution():
-        reply = _Reply(model, state, new_sampler, constraint, max_tokens, statistics, start, ids, marks, chunk)
-    try:
-        prompt_step: Step = _prefill(model, state, prompt, on_prompt, marks, chunk)
-    except FAILURES as error:
-        prompt_step = reply.again(error)
-    # A step starts before its token is known to the host, where that can be.
-    pipelined = constraint is None and (reply.sampler.greedy or not model.replays)
-    try:
-        yield from (_pipelined if pipelined else _one_by_one)(reply, reply.sample(prompt_step), stop_ids)
-    finally:
-        if state.length > len(ids):  # interrupted while a token was on its way
-            state.rewind(len(ids))
+        return Decoding(
+            model, state, new_sampler, constraint, max_tokens, stop_ids, statistics, start, ids, marks, chunk
+        )
 
 
 @dataclass
-class _Reply:
-    """A reply under way."""
+class Decoding:
+    """A reply under way: chunks of its prompt are read, then it takes turns, a token each, until it is over."""
 
     model: Model
     state: KVState
     new_sampler: Callable[[], Sampler]
     constraint: Constraint | None
     max_tokens: int
+    stop_ids: frozenset[int]
     statistics: Statistics
     start: float  # when the prompt began to be read
     ids: list[int]  # of the state, with the tokens that the host has received
@@ -182,9 +217,99 @@ class _Reply:
     chunk: int  # tokens of a prompt to read at a time, at most
     produced: int = 0  # tokens received
     first: float = 0.0  # when the first was there
+    chosen: Sample | Step | None = None  # the next token, before it is received
+    step: Step | None = None  # or what it is to be chosen from
+    stopped: bool = False  # it is complete
 
     def __post_init__(self) -> None:
         self.sampler = self.new_sampler()
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt to be read before the first turn."""
+        return 0 if self.produced or self.max_tokens < 1 else max(0, len(self.ids) - self.state.length)
+
+    @property
+    def over(self) -> bool:
+        """True after the last token."""
+        return self.chosen is None and self.step is None
+
+    def read_chunk(self, most: int) -> None:
+        """Read `most` more tokens of the prompt, or fewer: `read_chunk`."""
+        try:
+            self.step = read_chunk(self.model, self.state, self.ids, self.marks, most)
+        except FAILURES as error:
+            self.step = self.again(error)
+
+    def turn(self) -> Token | None:
+        """Receive the next token, the one after it started; None: that was a stop token."""
+        # A step starts before its token is known to the host, where that can be.
+        pipelined = self.constraint is None and (self.sampler.greedy or not self.model.replays)
+        token = self._pipelined() if pipelined else self._one_by_one()
+        return None if token.id in self.stop_ids else token
+
+    def _pipelined(self) -> Token:
+        """Start the step that reads the next token before the host knows it."""
+        chosen = self.next_token() if self.chosen is None else self.chosen
+        while True:
+            try:
+                step = self.read(chosen, last=self.produced + 1 == self.max_tokens)
+                self.chosen = step if step is None or self.model.replays else self.sample(step)
+                token = self.receive(chosen)
+                break
+            except FAILURES as error:
+                chosen = self.sample(self.again(error))
+        self.step = None
+        if self.is_last(token):
+            self.chosen = None
+        return token
+
+    def _one_by_one(self) -> Token:
+        """Start the step when its token is known: a constraint is to see it, or a replayed step's logits are sampled.
+
+        The caller has the token while the device runs the step; then, under a constraint, the mask is made.
+        """
+        sample = self.next_token()
+        try:
+            token = self.receive(sample)
+        except FAILURES as error:
+            sample = self.sample(self.again(error))
+            token = self.receive(sample)
+        last = self.is_last(token)
+        try:
+            self.step = self.read(sample, last=last)
+            if self.step is not None and not self.model.replays:
+                with execution():
+                    mx.async_eval(self.step.logits())
+        except FAILURES as error:
+            again = self.again(error)
+            self.step = None if last else again
+        self.chosen = None
+        return token
+
+    def next_token(self) -> Sample:
+        """Return the next token, perhaps still being computed."""
+        if isinstance(self.chosen, Sample):
+            return self.chosen
+        try:
+            if self.chosen is not None:
+                return Sample(mx.array(self.chosen.token()))
+            assert self.step is not None
+            return self.sample(self.step)
+        except FAILURES as error:
+            return self.sample(self.again(error))
+
+    def is_last(self, token: Token) -> bool:
+        """Take note of a token that was received; return True if the reply ends with it."""
+        stop = token.id in self.stop_ids
+        if self.constraint is not None and not stop:
+            self.constraint.accept(token.id)
+        self.stopped = stop or (self.constraint is not None and self.constraint.finished)
+        return self.stopped or self.produced == self.max_tokens
+
+    def mask(self) -> np.ndarray | None:
+        """Return the tokens that the constraint lets come next; None: any."""
+        return None if self.constraint is None else self.constraint.mask()
 
     def read(self, chosen: Sample | Step, *, last: bool) -> Step | None:
         """Start the step that reads a chosen token; None after the last, whose logits nobody wants."""
@@ -198,7 +323,7 @@ class _Reply:
 
     def sample(self, step: Step) -> Sample:
         """Choose the token after a step, scheduled. The device may still be at the step while the mask is made."""
-        allowed = None if self.constraint is None else self.constraint.mask()
+        allowed = self.mask()
         with execution():
             sample = self.sampler(step.logits(), allowed)
             mx.async_eval(sample)
@@ -207,6 +332,11 @@ class _Reply:
     def receive(self, chosen: Sample | Step) -> Token:
         """Wait for a chosen token."""
         token = chosen.on_host() if isinstance(chosen, Sample) else Token(chosen.token())
+        self.count(token)
+        return token
+
+    def count(self, token: Token) -> None:
+        """Count a token that the host has received."""
         self.ids.append(token.id)
         self.produced, now = self.produced + 1, time.perf_counter()
         s = self.statistics
@@ -215,7 +345,6 @@ class _Reply:
         if self.produced == 1:
             s.prompt_time, self.first = now - self.start, now
         s.reply_tokens, s.reply_time, s.peak_memory = self.produced, now - self.first, mx.get_peak_memory()
-        return token
 
     def again(self, error: Exception) -> Step:
         """Read everything once more, launch by launch, after an error in an evaluation; return the last token's step.
@@ -223,85 +352,39 @@ class _Reply:
         So the kernel is found that fails only when it is evaluated, as all do on Metal, and is off from then on. An
         error that is no kernel's is raised.
         """
-        model, state, kernels = self.model, self.state, self.model.kernels
+        model, kernels = self.model, self.model.kernels
         if kernels is None:
             raise error
         off, replayed = kernels.off, model.replays
-        marks = sorted({*self.marks, *(mark.position for mark in state.marks)})
         with kernels.one_by_one():
-            state.start_over()
-            if self.ids[1:]:
-                _prefill(model, state, self.ids[:-1], None, marks, self.chunk)
-            step = model.step(self.ids[-1], state)
+            marks = self.reread()
+            step = model.step(self.ids[-1], self.state)
             with execution():
-                mx.eval(step.logits(), state.arrays)
+                mx.eval(step.logits(), self.state.arrays)
         if kernels.off == off:
             if not replayed:
                 raise error
             kernels.off |= {REPLAY}
             log.warning("Replayed steps fail here and are off, steps run launch by launch instead: %s", error)
-        if state.length in marks:
-            state.mark()
+        self.resume(marks)
+        return step
+
+    def reread(self) -> list[int]:
+        """Start over, and read all tokens but the last; return the positions to mark."""
+        marks = sorted({*self.marks, *(mark.position for mark in self.state.marks)})
+        self.state.start_over()
+        while self.state.length < len(self.ids) - 1:
+            read_chunk(self.model, self.state, self.ids[:-1], marks, self.chunk)
+        return marks
+
+    def resume(self, marks: list[int]) -> None:
+        """Go on after `reread` and a step of the last token, whose next one is to be chosen anew."""
+        if self.state.length in marks:
+            self.state.mark()
         with execution():
             self.sampler = self.new_sampler()
             for token in self.ids[len(self.ids) - self.produced :]:
                 self.sampler.skip(token)
-        return step
-
-
-def _pipelined(reply: _Reply, sample: Sample, stop_ids: frozenset[int]) -> Iterator[Token]:
-    """Start each step before the host knows the token that it reads."""
-    chosen: Sample | Step | None = sample
-    while chosen is not None:
-        try:
-            step = reply.read(chosen, last=reply.produced + 1 == reply.max_tokens)
-            following = step if step is None or reply.model.replays else reply.sample(step)
-            token = reply.receive(chosen)
-        except FAILURES as error:
-            chosen = reply.sample(reply.again(error))
-            continue
-        if token.id in stop_ids:
-            reply.statistics.stop_reason = "stop"
-            return
-        yield token
-        chosen = following
-
-
-def _one_by_one(reply: _Reply, sample: Sample, stop_ids: frozenset[int]) -> Iterator[Token]:
-    """Start each step when its token is known: a constraint is to see it, or a replayed step's logits are sampled.
-
-    The caller has the token while the device runs the step; then, under a constraint, the mask is made.
-    """
-    constraint = reply.constraint
-    while True:
-        try:
-            token = reply.receive(sample)
-        except FAILURES as error:
-            sample = reply.sample(reply.again(error))
-            token = reply.receive(sample)
-        stop = token.id in stop_ids
-        if constraint is not None and not stop:
-            constraint.accept(token.id)
-        complete = constraint is not None and constraint.finished
-        last = stop or complete or reply.produced == reply.max_tokens
-        try:
-            step = reply.read(sample, last=last)
-            if step is not None and not reply.model.replays:
-                with execution():
-                    mx.async_eval(step.logits())
-        except FAILURES as error:
-            again = reply.again(error)
-            step = None if last else again
-        if not stop:
-            yield token
-        if stop or complete:
-            reply.statistics.stop_reason = "stop"
-        if step is None:
-            return
-        try:
-            sample = reply.sample(step)
-        except FAILURES as error:
-            sample = reply.sample(reply.again(error))
 
 
 def _give_back() -> None:
@@ -317,38 +400,32 @@ def _marks_wanted(state: KVState, prompt: list[int], turn_ends: frozenset[int] |
     return sorted({*ends[-TURNS_MARKED:], *state.wanted_marks, state.length + len(prompt)})
 
 
-def _prefill(
-    model: Model,
-    state: KVState,
-    prompt: list[int],
-    on_prompt: Callable[[int, int], None] | None,
-    marks: list[int],
-    most: int,
-) -> LazyStep:
-    """Read the prompt chunk by chunk, leaving marks; return the step of its last token.
+def chunk_ahead(model: Model, state: KVState, ids: list[int], most: int) -> int:
+    """Return how many of `ids`, of which the state holds a beginning, are read next.
 
     Chunks, of `most` tokens at most, end at multiples of `prefill_chunk`, whatever the state held before: a prompt
     whose beginning was there already is cut as one that is read whole.
     """
-    done, logits = 0, mx.array(0.0)
-    while done < len(prompt):
-        before = state.length
-        chunk = prefill_chunk(model, before, most)
-        n = min(chunk - before % chunk, len(prompt) - done)
-        ids = mx.array(prompt[done : done + n])
-        done += n
-        with execution():
-            if done < len(prompt):
-                model.prefill(ids, state)
-                mx.eval(state.arrays)
-                mx.clear_cache()
-            else:
-                logits = model.forward(ids, state)
-                mx.eval(logits)
-                _give_back()
-            for position in marks:
-                if before < position <= state.length:
-                    state.mark(position)
-        if on_prompt:
-            on_prompt(done, len(prompt))
-    return LazyStep(logits)
+    chunk = prefill_chunk(model, state.length, most)
+    return min(chunk - state.length % chunk, len(ids) - state.length)
+
+
+def read_chunk(model: Model, state: KVState, ids: list[int], marks: list[int], most: int) -> LazyStep | None:
+    """Read the next chunk of `ids` (`chunk_ahead`), leaving marks; return the step of the last token, if it is read."""
+    before = state.length
+    stop = before + chunk_ahead(model, state, ids, most)
+    chunk, step = mx.array(ids[before:stop]), None
+    with execution():
+        if stop < len(ids):
+            model.prefill(chunk, state)
+            mx.eval(state.arrays)
+            mx.clear_cache()
+        else:
+            logits = model.forward(chunk, state)
+            mx.eval(logits)
+            step = LazyStep(logits)
+            _give_back()
+        for position in marks:
+            if before < position <= state.length:
+                state.mark(position)
+    return step

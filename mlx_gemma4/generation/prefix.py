@@ -57,6 +57,12 @@ class PrefixCache:
         with self._lock:
             return total_nbytes(self._all())
 
+    @property
+    def reserved(self) -> int:
+        """The most bytes that states in use may come to hold."""
+        with self._lock:
+            return sum(self._reserved().values())
+
     def take(self, tokens: list[int], max_tokens: int = 0) -> tuple[KVState, int]:
         """Return a state that holds the longest kept prefix of a prompt; close it, or `put` it back, when done.
 

@@ -6,7 +6,7 @@ the device: nothing here waits for a result, except `Sample.on_host`.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -133,6 +133,11 @@ class Sampler:
             self.recent = mx.concatenate([self.recent, token[None]])[-REPETITION_WINDOW:]
         if self.counts is not None:
             self.counts = self.counts.at[token].add(1.0)
+
+
+def choose(samplers: Sequence[Sampler], logits: mx.array, masks: Sequence[np.ndarray | None]) -> list[Sample]:
+    """Choose the next token of each reply, from logits [B, vocab]. To be replaced: one operation for all rows."""
+    return [sampler(logits[i], allowed) for i, (sampler, allowed) in enumerate(zip(samplers, masks, strict=True))]
 
 
 def penalise(logits: mx.array, recent: mx.array, penalty: float) -> mx.array:

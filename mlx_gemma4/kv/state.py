@@ -207,8 +207,12 @@ class KVState:
     def arrays(self) -> list[mx.array]:
         """All keys and values, each array once, to evaluate or to measure them."""
         self.settle()
+        return self._held()
+
+    def _held(self) -> list[mx.array]:
         held = [s for kv in self._layers.values() for s in kv.segments]
-        held += [s for mark in self._marks.values() for window in mark.windows.values() for s in window]
+        # A list first: whoever asks how much there is may be in another thread than who marks.
+        held += [s for mark in [*self._marks.values()] for window in mark.windows.values() for s in window]
         pairs = [(kv.tail_keys, kv.tail_values) for kv in self._layers.values()] + [(s.keys, s.values) for s in held]
         return list({id(a): a for pair in pairs for a in pair}.values())
 
@@ -360,8 +364,11 @@ class KVState:
 
 
 def total_nbytes(states: Iterable[KVState]) -> int:
-    """Return the bytes that several states hold together; what they share counts once."""
-    return sum({id(a): a.nbytes for state in states for a in state.arrays}.values())
+    """Return the bytes that several states hold together; what they share counts once.
+
+    Tails that are checked out stay so, and count as they were then.
+    """
+    return sum({id(a): a.nbytes for state in states for a in state._held()}.values())
 
 
 def kv_bytes(

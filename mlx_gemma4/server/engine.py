@@ -1,8 +1,8 @@
-"""A bounded number of threads makes replies, over one cache of prefixes; more requests wait in a queue.
+"""A bounded number of replies is made at a time, over one cache of prefixes; more requests wait in a queue.
 
-In: prompts with options. Out: a `Job`, whose updates an event loop awaits. The threads take turns at the model token by
-token and chunk by chunk (`execution()` serves them in order of arrival), so a short reply is not stuck behind a long
-one. A cancelled job leaves its thread within one token, or one chunk of a prompt.
+In: prompts with options. Out: a `Job`, whose updates an event loop awaits. A `Scheduler` makes the tokens of all, so a
+short reply is not stuck behind a long one; a thread for each makes text of them. A cancelled job leaves its thread
+within one token, or one chunk of a prompt.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from ..conversation.reply import Chunk, Reply, ReplyOptions, stream
 from ..errors import InputError, NoRoom, TooLong
 from ..generation.prefix import PrefixCache
 from ..generation.sampling import Token
+from ..generation.scheduler import Scheduler
 from .metrics import Metrics
 from .settings import Settings
 from .wire import ApiError
@@ -122,9 +123,17 @@ class Engine:
     def __init__(self, lm: LanguageModel, settings: Settings) -> None:
         self.lm, self.settings, self.metrics = lm, settings, Metrics()
         self.store = PrefixCache(lm.model, settings.max_kv_bytes, settings.kv)
-        self.metrics.gauge("running", "Requests being answered.", lambda: self.load[0])
-        self.metrics.gauge("waiting", "Requests in the queue.", lambda: self.load[1])
-        self.metrics.gauge("kv_bytes", "Bytes of KV states, kept and in use.", lambda: self.store.nbytes)
+        self.scheduler = scheduler = Scheduler(lm.model, settings.parallel, settings.exact)
+        for name, about, value in (
+            ("running", "Requests being answered.", lambda: self.load[0]),
+            ("waiting", "Requests in the queue.", lambda: self.load[1]),
+            ("batch_size", "Replies in the latest step; 0 when idle.", lambda: scheduler.rows),
+            ("prompts_waiting", "Replies being made whose prompts are not read yet.", lambda: scheduler.waiting),
+            ("steps_total", "Steps so far; reply_tokens_total by it is the mean batch size.", lambda: scheduler.steps),
+            ("kv_bytes", "Bytes of KV states, kept and in use.", lambda: self.store.nbytes),
+            ("kv_reserved_bytes", "Bytes that states in use may come to hold.", lambda: self.store.reserved),
+        ):
+            self.metrics.gauge(name, about, value)
         self._channels = {lm.tokenizer.token_id(name): channel for name, channel in _CHANNELS.items()}
         self.draining = False
         self._waiting: deque[Job] = deque()
@@ -198,6 +207,7 @@ class Engine:
         end = time.monotonic() + timeout
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
+        self.scheduler.close(max(0.0, end - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     def _serve(self) -> None:
@@ -267,7 +277,10 @@ class Engine:
                 with self._changed:
                     self._holding.add(job)
                     ended = self._ended
-                with closing(stream(self.lm, prompt, request.options, store=self.store, on_prompt=reading)) as chunks:
+                made = stream(
+                    self.lm, prompt, request.options, store=self.store, on_prompt=reading, scheduler=self.scheduler
+                )
+                with closing(made) as chunks:
                     try:
                         first = next(chunks)
                     except NoRoom:

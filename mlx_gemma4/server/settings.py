@@ -14,6 +14,7 @@ class Settings:
     api_key: str | None = None
     model_name: str = "gemma"  # in replies and /v1/models
     parallel: int = 4  # replies made at a time
+    exact: bool = False  # they take turns, each to the bit as it would be alone
     queue: int = 32  # requests that may wait beside them
     max_kv_bytes: int | None = None  # of all KV states; None: no limit
     kv: str = "full"  # how KV states hold keys and values

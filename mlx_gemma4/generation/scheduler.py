@@ -1,0 +1,333 @@
+"""Several replies at once: continuous batching, in one thread that owns the order of things.
+
+In: what `generate_tokens` takes, from any threads. Out: each one's tokens, in its thread. Each round, one chunk of the
+prompts that wait is read, in turns, then all replies under way step together; so replies join and leave between two
+tokens, and nobody waits for more than a chunk. A reply alone takes the steps of loop.py. Knows nothing of text.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..execution import execution
+from ..kv.state import KVState
+from ..memory import SMALLEST_CHUNK
+from ..model.batch import MAX_BATCH
+from ..model.model import Model
+from ..ops.dispatch import REPLAY
+from .loop import FAILURES, Constraint, Decoding, Statistics, begin, chunk_ahead
+from .sampling import Sample, Sampling, Token, choose
+
+log = logging.getLogger("mlx_gemma4")
+
+AHEAD = 16  # tokens that a reply may be ahead of who takes them, at most; a state's tail can be taken back
+WAIT = 0.1  # seconds that replies under way wait for a chunk of a prompt, about
+
+
+class _Job:
+    """A reply that somebody waits for, in another thread."""
+
+    def __init__(self, reply: Decoding) -> None:
+        self.reply = reply
+        self.items: SimpleQueue[Token | int | Exception | None] = SimpleQueue()  # int: tokens of the prompt not read
+        self.paused = False  # steps no more until some of them are taken
+        self.left = False  # by who waited
+        self.done = threading.Event()  # the scheduler will not touch it again
+
+    def behind(self) -> bool:
+        """True if too many tokens wait to be taken. Then whoever takes the next one tells the scheduler."""
+        self.paused = True  # first: they may be taken just now
+        self.paused = self.items.qsize() >= AHEAD
+        return self.paused
+
+
+class Scheduler:
+    """Makes replies with one model, `parallel` at a time; further ones wait in order of arrival. Thread-safe.
+
+    Attributes:
+        rows: replies in the latest step; 0 when idle.
+        steps: steps so far.
+    """
+
+    def __init__(self, model: Model, parallel: int = MAX_BATCH, exact: bool = False) -> None:
+        """
+        Args:
+            parallel: replies at a time, 1 to MAX_BATCH.
+            exact: they take turns, each with steps of its own, so that each is to the bit what it is alone. Otherwise
+                all step at once, faster by far, and near ties between tokens may be decided otherwise.
+        """
+        if not 1 <= parallel <= MAX_BATCH:
+            raise ValueError(f"parallel must be from 1 to {MAX_BATCH}, not {parallel}")
+        self.model, self.parallel, self.exact = model, parallel, exact
+        self.rows = self.steps = 0
+        self._inbox: SimpleQueue[_Job | None] = SimpleQueue()  # None: look again at what has changed
+        self._closed, self._lock = False, threading.Lock()
+        self._waiting: deque[_Job] = deque()
+        self._reading: deque[_Job] = deque()  # their prompts
+        self._answering: list[_Job] = []
+        self._rate = 5000.0  # tokens of prompts read a second, lately
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Replies that wait for others to end, or whose prompts are not read to the end yet."""
+        return len(self._waiting) + len(self._reading)
+
+    def generate_tokens(
+        self,
+        state: KVState,
+        prompt: list[int],
+        sampling: Sampling,
+        max_tokens: int,
+        stop_ids: frozenset[int] = frozenset(),
+        statistics: Statistics | None = None,
+        on_prompt: Callable[[int, int], None] | None = None,
+        turn_ends: frozenset[int] | None = None,
+        *,
+        constraint: Constraint | None = None,
+        logprobs: int | None = None,
+    ) -> Generator[Token, None, None]:
+        """As `loop.generate_tokens`, beside other replies. Nobody else may use `state` or `constraint` meanwhile."""
+        statistics = statistics or Statistics()
+        reply = begin(
+            self.model,
+            state,
+            prompt,
+            sampling,
+            max_tokens,
+            stop_ids,
+            statistics,
+            turn_ends,
+            constraint=constraint,
+            logprobs=logprobs,
+        )
+        job, given, held = _Job(reply), 0, len(reply.ids)
+        if reply.max_tokens < 1:
+            return
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the scheduler is closed")
+            self._inbox.put(job)
+        try:
+            while (item := job.items.get()) is not None:
+                if job.paused:
+                    self._inbox.put(None)
+                if isinstance(item, Exception):
+                    raise item
+                if isinstance(item, Token):
+                    given, held = given + 1, held + 1
+                    yield item
+                elif on_prompt:
+                    on_prompt(len(prompt) - item, len(prompt))
+            given, held = reply.produced, len(reply.ids)
+            if reply.stopped:
+                statistics.stop_reason = "stop"
+        finally:
+            job.left = True
+            self._inbox.put(None)
+            if threading.current_thread() is not self._thread:  # as when it collects garbage
+                job.done.wait()
+            statistics.reply_tokens = given
+            if state.length > held:  # tokens that nobody took
+                state.rewind(held)
+
+    def close(self, timeout: float | None = None) -> None:
+        """End all replies, with an error where somebody still waits for one, and the thread, within `timeout` s."""
+        with self._lock:
+            self._closed = True
+        self._inbox.put(None)
+        self._thread.join(timeout)
+
+    def __enter__(self) -> Scheduler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # All of this runs in the scheduler's thread
+
+    def _run(self) -> None:
+        while not self._closed:
+            if not self._round():
+                self._take(self._inbox.get())
+        self._look()
+        for job in [*self._waiting, *self._reading, *self._answering]:
+            self._end(job, RuntimeError("the scheduler is closed"))
+
+    def _round(self) -> bool:
+        """Read some of the prompts, then make a token of each reply; return False if there was nothing to do."""
+        self._look()
+        self._read_prompts()
+        jobs = [job for job in self._answering if not job.behind()]
+        self.rows, self.steps = len(jobs), self.steps + bool(jobs)
+        if self.exact or (len(jobs) == 1 and not self._reading):
+            for job in jobs:
+                self._guarded([job], self._turn, job)
+        elif jobs:
+            self._guarded(jobs, self._step, jobs)
+        return bool(jobs or self._reading)
+
+    def _take(self, job: _Job | None) -> None:
+        if job is not None:
+            self._waiting.append(job)
+
+    def _look(self) -> None:
+        """See who has come and who has left, and let in as many as may be answered at a time."""
+        try:
+            while True:
+                self._take(self._inbox.get_nowait())
+        except Empty:
+            pass
+        for job in [job for job in (*self._waiting, *self._reading, *self._answering) if job.left]:
+            self._end(job)
+        while self._waiting and len(self._reading) + len(self._answering) < self.parallel:
+            self._reading.append(self._waiting.popleft())
+
+    def _end(self, job: _Job, error: Exception | None = None) -> None:
+        for jobs in (self._waiting, self._reading, self._answering):
+            if job in jobs:
+                jobs.remove(job)
+        job.items.put(error)
+        job.done.set()
+
+    def _guarded(self, jobs: list[_Job], do: Callable[..., None], *args: Any) -> None:
+        """Do something for replies; what it raises ends them."""
+        try:
+            do(*args)
+        except Exception as error:
+            for job in jobs:
+                if not job.done.is_set():
+                    self._end(job, error)
+
+    def _read_prompts(self) -> None:
+        """Read a chunk of a prompt, or of several short ones: no more than replies under way can wait for."""
+        left: int | None = None
+        for _ in range(len(self._reading)):
+            job, most = self._reading[0], self._most(self._reading[0].reply)
+            ahead = chunk_ahead(self.model, job.reply.state, job.reply.ids, most)
+            left = most if left is None else left
+            if ahead > left:
+                return
+            left -= ahead
+            self._reading.rotate(-1)
+            self._guarded([job], self._read_chunk, job, most)
+
+    def _most(self, reply: Decoding) -> int:
+        """Return how many tokens of a prompt may be read at a time now."""
+        most = reply.chunk
+        while self._answering and not self.exact and most > max(SMALLEST_CHUNK, WAIT * self._rate):
+            most //= 2
+        return most
+
+    def _read_chunk(self, job: _Job, most: int) -> None:
+        before, start = job.reply.unread, time.perf_counter()
+        job.reply.read_chunk(most)
+        tokens = before - job.reply.unread
+        if tokens >= SMALLEST_CHUNK:
+            self._rate += 0.3 * (tokens / (time.perf_counter() - start) - self._rate)
+        job.items.put(job.reply.unread)
+        if not job.reply.unread:
+            self._reading.remove(job)
+            self._answering.append(job)
+
+    def _turn(self, job: _Job) -> None:
+        """Make a reply's next token by steps of its own."""
+        self._deliver(job, job.reply.turn())
+
+    def _step(self, jobs: list[_Job]) -> None:
+        """Make the next token of several replies by one step.
+
+        The step starts before its tokens are known to the host; those after it are chosen when these are. So a mask is
+        made of all that its constraint must have seen, and the device is at the step meanwhile.
+        """
+        ready: list[tuple[_Job, Sample]] = []
+        for job in jobs:
+            self._guarded([job], lambda job=job: ready.append((job, job.reply.next_token())))
+        jobs = [job for job, _ in ready]
+        if not jobs:
+            return
+        try:
+            with execution():
+                ids = mx.stack([sample.token for _, sample in ready]).astype(mx.int32)
+                mx.async_eval(ids)  # by itself: what is evaluated together is waited for together
+                logits = self.model.batch_step(ids, [job.reply.state for job in jobs])
+                mx.async_eval(logits)
+            tokens = [
+                Token(int(i)) if sample.logprobs is None else sample.on_host()
+                for (_, sample), i in zip(ready, np.array(ids), strict=True)
+            ]
+        except FAILURES as error:
+            return self._again(jobs, error)
+        masks: dict[int, np.ndarray | None] = {}  # of rows that go on
+        for row, (job, token) in enumerate(zip(jobs, tokens, strict=True)):
+            self._guarded([job], self._count, job, token, row, masks)
+        going = [jobs[row] for row in masks]
+        try:
+            if going:
+                with execution():
+                    logits = logits if len(going) == len(jobs) else logits[mx.array([*masks])]
+                    samples = choose([job.reply.sampler for job in going], logits, [*masks.values()])
+                    mx.async_eval(samples)
+                for job, sample in zip(going, samples, strict=True):
+                    job.reply.chosen = sample
+        except FAILURES as error:
+            self._again(going, error)
+        for job, token in zip(jobs, tokens, strict=True):
+            if not job.done.is_set():
+                self._deliver(job, token)
+
+    def _count(self, job: _Job, token: Token, row: int, masks: dict[int, np.ndarray | None]) -> None:
+        """Count a reply's token, and unless it is the last, add what may follow."""
+        job.reply.chosen = job.reply.step = None
+        job.reply.count(token)
+        if not job.reply.is_last(token):
+            masks[row] = job.reply.mask()
+
+    def _deliver(self, job: _Job, token: Token | None) -> None:
+        if token is not None and token.id not in job.reply.stop_ids:
+            job.items.put(token)
+        if job.reply.over:
+            self._end(job)
+
+    def _again(self, jobs: list[_Job], error: Exception) -> None:
+        """Do a step again after an error in an evaluation, as `Decoding.again` does.
+
+        If it is no kernel's, but the batch's, replies take turns from now on.
+        """
+        kernels, replays = self.model.kernels, self.model.replays
+        if kernels is None:
+            raise error
+        off = kernels.off
+        with kernels.one_by_one():
+            with suppress(*FAILURES):
+                for job in jobs:
+                    job.reply.reread()
+                with execution():
+                    states = [job.reply.state for job in jobs]
+                    mx.eval(self.model.batch_step([job.reply.ids[-1] for job in jobs], states))
+            for job in jobs:
+                self._guarded([job], self._reread, job.reply)
+        if kernels.off == off and replays:
+            kernels.off |= {REPLAY}
+            log.warning("Replayed steps fail here and are off, steps run launch by launch instead: %s", error)
+        elif kernels.off == off:
+            self.exact = True
+            log.warning("Steps of several replies fail here and are off, replies take turns instead: %s", error)
+
+    def _reread(self, reply: Decoding) -> None:
+        marks = reply.reread()
+        reply.chosen, reply.step = None, self.model.step(reply.ids[-1], reply.state)
+        with execution():
+            mx.eval(reply.step.logits(), reply.state.arrays)
+        reply.resume(marks)
