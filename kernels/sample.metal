@@ -52,6 +52,7 @@ METAL_FUNC uint ordered(float logit) {
   if (bits == 0x80000000u) bits = 0;  // -0 equals 0
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
+METAL_FUNC float logit_of(uint key) { return as_type<float>(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key); }
 
 // Where the k largest of a threadgroup's keys end, equal ones by the lower id: `least` and `end` for `in_front`. A key
 // of 0 is none; with fewer than k others, all are in front. `room`: SG floats.
@@ -191,8 +192,7 @@ if (temperature == 0.0f || k == 0) {
   UNROLL
   for (int i = 0; i < EACH; i++) {
     if (in_front(key[i], id[i], least, end) && key[i] > 0) {
-      const int candidate = i * 32 * SG + me;
-      logit[slot] = values[at + candidate / k * MOST + candidate % k];
+      logit[slot] = logit_of(key[i]);
       name[slot] = id[i];
       slot++;
     }
