@@ -1,24 +1,6 @@
 // Choices: the experts of a token, and its next token.
 
-#define NOTHING -3.0e38f
-
-// The larger of (a, i) and (b, j); of equals, the lower index.
-METAL_FUNC void better(thread float& a, thread int& i, float b, int j) {
-  if (b > a || (b == a && j < i)) {
-    a = b;
-    i = j;
-  }
-}
-
-// The best over the 32 lanes; every lane gets it.
-METAL_FUNC void best_lane(thread float& a, thread int& i) {
-  UNROLL
-  for (int m = 16; m > 0; m /= 2) {
-    const float b = simd_shuffle_xor(a, ushort(m));
-    const int j = simd_shuffle_xor(i, ushort(m));
-    better(a, i, b, j);
-  }
-}
+// uses: best.metal
 
 // kernel: top_k(scores, scale?) -> (ids, share)
 // The USED largest of E scores a token, best first, and their softmax, times scale[expert] with SCALED.
@@ -70,22 +52,12 @@ float a = NOTHING;
 int i = min(from, V - 1);
 for (int v = from + int(thread_index_in_threadgroup); v < to; v += 32 * SG)
   better(a, i, float(logits[ulong(token) * ulong(V) + ulong(v)]), v);
-best_lane(a, i);
 threadgroup float values[SG];
 threadgroup int places[SG];
-if (lane == 0) {
-  values[sg] = a;
-  places[sg] = i;
-}
-threadgroup_barrier(mem_flags::mem_threadgroup);
-if (sg == 0) {
-  a = lane < SG ? values[lane] : NOTHING;
-  i = lane < SG ? places[lane] : V;
-  best_lane(a, i);
-  if (lane == 0) {
-    best[token * pieces + piece] = a;
-    at[token * pieces + piece] = i;
-  }
+best_group(a, i, values, places, SG, sg, lane);
+if (thread_index_in_threadgroup == 0) {
+  best[token * pieces + piece] = a;
+  at[token * pieces + piece] = i;
 }
 
 // kernel: argmax_merge(best, at) -> (token)

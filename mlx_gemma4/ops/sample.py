@@ -1,0 +1,164 @@
+"""The next token of each row of logits, drawn as its settings and seed say: sample.metal and its reference."""
+
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ..gpu.render import Launcher, prepare, render
+from . import stock
+from .cases import Case, Check, Sizes, case, cases, normal
+from .op import Op
+
+MOST = 128  # candidates of a row: the largest top_k that the kernel takes
+SG, EACH = 8, 8  # simdgroups of a threadgroup, and logits of a thread, in the first launch
+MERGE_SG = 32  # simdgroups in the second
+WORDS = 8  # of a `Draw`
+GROUP = 64  # logits whose largest the reference looks at first
+_FORMAT = struct.Struct("<fiffIIIi")  # of a `Draw`
+
+
+class Draw(NamedTuple):
+    """How a token is drawn: `Sampling`'s filters in their order, and what its noise follows from."""
+
+    temperature: float = 0.0  # 0: the likeliest token, the lowest of equals
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0  # 64 bits
+    position: int = 0  # of the token in its reply
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """int32 [WORDS], as the kernel reads it."""
+        t = max(self.temperature, 1e-30) if self.temperature else 0.0  # so that logits / t are finite
+        words = self.seed >> 32, self.seed & 0xFFFFFFFF
+        packed = _FORMAT.pack(t, min(self.top_k, 0x7FFFFFFF), self.top_p, self.min_p, *words, self.position, 0)
+        return np.frombuffer(packed, np.int32)
+
+    @property
+    def in_kernel(self) -> bool:
+        """True if the kernel makes this draw; else only the reference does."""
+        every = self.top_k == 0 and self.top_p >= 1 and self.min_p == 0
+        return self.temperature == 0 or every or 0 < self.top_k <= MOST
+
+
+def draws_of(draws: Sequence[Draw]) -> mx.array:
+    """Draws of rows as SAMPLE takes them, int32 [B, WORDS]."""
+    return mx.array(np.stack([draw.numbers for draw in draws]))
+
+
+def sample(launcher: Launcher, logits: mx.array, draws: mx.array, *, softcap: float = 0.0) -> Any:
+    """A token for each row.
+
+    Args:
+        logits: [B, V].
+        draws: int32 [B, WORDS], of `draws_of`, each `in_kernel`.
+        softcap: of the logits, where it is yet to be applied; 0: none.
+
+    Returns:
+        int32 [B]. Which tokens top_k keeps follows from the logits before the softcap; of equals, the lowest.
+    """
+    rows, n = logits.shape
+    pieces = -(-n // (32 * SG * EACH))
+    common: dict[str, int | float] = {"MOST": MOST, "SOFTCAP": float(softcap)}
+    first = render("sample_pieces", "sample.metal", logits.dtype, {**common, "SG": SG, "EACH": EACH})
+    shape = (rows, pieces, MOST)
+    made = prepare(launcher, first, (pieces, rows, 1), 32 * SG, (shape, mx.float32), (shape, mx.int32))(logits, draws)
+    each = -(-pieces * MOST // (32 * MERGE_SG))
+    second = render("sample_merge", "sample.metal", logits.dtype, {**common, "SG": MERGE_SG, "EACH": each})
+    return prepare(launcher, second, (1, rows, 1), 32 * MERGE_SG, ((rows,), mx.int32))(*made, draws)[0]
+
+
+def sample_reference(logits: mx.array, draws: mx.array, *, softcap: float = 0.0) -> mx.array:
+    """`sample` in stock MLX, for any draws."""
+    rows = [_FORMAT.unpack(row.tobytes()) for row in np.array(draws)]
+    return mx.stack([_drawn(logits[i], softcap, *row[:-1]) for i, row in enumerate(rows)]).astype(mx.int32)
+
+
+SAMPLE = Op("sample", sample, sample_reference)
+
+
+def _drawn(
+    logits: mx.array,
+    softcap: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    *words: int,
+) -> mx.array:
+    """Draw a token, int [], from logits [V]."""
+    if temperature == 0:
+        return mx.argmax(logits)
+    vocab, ids = logits.size, None
+    logits = logits.astype(mx.float32)
+    if 0 < top_k < vocab or top_p < 1:
+        ids = likeliest(logits, top_k or vocab)
+        logits = logits[ids]
+    logits = stock.softcap(logits, softcap)
+    logits = logits - logits.max()
+    weights = mx.exp(logits)
+    kept = weights >= min_p
+    if top_p < 1:
+        kept = kept & (mx.cumsum(weights, inclusive=False) < top_p * weights.sum())
+    all_ids = mx.arange(vocab) if ids is None else ids
+    values = mx.where(kept, logits / temperature, -mx.inf) + noise(all_ids, *words)
+    drawn = mx.argmax(values)
+    return drawn if ids is None else ids[drawn]
+
+
+def noise(ids: mx.array, high: int, low: int, position: int) -> mx.array:
+    """The noise of tokens, int [n], for a seed of two words and a position: fp32 [n], of a Gumbel distribution."""
+    a, b = threefry((high, low), (position, 0))
+    keys = mx.stack([mx.full(ids.shape, a, mx.uint32), ids.astype(mx.uint32) ^ mx.array(b, mx.uint32)], axis=-1)
+    u = mx.vmap(lambda key: mx.random.uniform(key=key))(keys)  # MLX's Threefry of the counter (0, 0)
+    return -mx.log(-mx.log1p(-mx.maximum(u, 2.0**-33)))
+
+
+def threefry(key: tuple[int, int], counter: tuple[int, int]) -> tuple[int, int]:
+    """Threefry-2x32 in 20 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011)."""
+    keys, word = (*key, key[0] ^ key[1] ^ 0x1BD11BDA), 0xFFFFFFFF
+    a, b = (counter[0] + keys[0]) & word, (counter[1] + keys[1]) & word
+    for r in range(20):
+        turn = (13, 15, 26, 6, 17, 29, 16, 24)[r % 8]
+        a = (a + b) & word
+        b = a ^ ((b << turn | b >> (32 - turn)) & word)
+        if r % 4 == 3:
+            n = r // 4 + 1
+            a, b = (a + keys[n % 3]) & word, (b + keys[(n + 1) % 3] + n) & word
+    return a, b
+
+
+def likeliest(logits: mx.array, k: int) -> mx.array:
+    """Ids of the k largest logits, fp32 [V], largest first and of equals the lowest first: int [k].
+
+    They lie within the k groups whose largest come first, by the same order: only these are sorted.
+    """
+    pad = -logits.size % GROUP
+    ids, values = mx.arange(logits.size + pad), mx.pad(logits, (0, pad), constant_values=-mx.inf)
+    groups = values.reshape(-1, GROUP)
+    if groups.shape[0] > k:
+        some = mx.argpartition(_order(groups.max(axis=1), mx.arange(groups.shape[0])), kth=k - 1)[:k]
+        ids, values = ids.reshape(-1, GROUP)[some].reshape(-1), groups[some].reshape(-1)
+    return ids[mx.argsort(_order(values, ids))[: min(k, logits.size)]]
+
+
+def _order(values: mx.array, ids: mx.array) -> mx.array:
+    """Whole numbers, each different, of the order that `likeliest` has: int64 [n]."""
+    bits = (values + 0.0).view(mx.int32)  # -0 becomes 0
+    ascending = mx.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(mx.int64)
+    return ids.astype(mx.int64) - ascending * (1 << 32)
+
+
+@cases
+def sample_cases(s: Sizes) -> Iterator[Check]:
+    kinds = Draw(), Draw(0.8, seed=5), Draw(1.0, 64, 0.95, seed=6, position=3), Draw(1.5, MOST, 1.0, 0.01, 7)
+
+    def make() -> Case:
+        return case(SAMPLE, 4 * len(kinds) * s.vocab, normal(len(kinds), s.vocab) * 3, draws_of(kinds))
+
+    if s.vocab:
+        yield Check(SAMPLE.key, f"{s.vocab}", make)
