@@ -25,7 +25,7 @@ os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "20")
 
 import mlx.core as mx
 import numpy as np
-from tune import Call, seconds
+from launch_times import Call, seconds
 
 from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.doctor.verdict import MLX, device_name

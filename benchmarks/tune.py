@@ -20,7 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mlx_gemma4.doctor.verdict import MLX, check_model, device_name, usable_kernels
+from mlx_gemma4.doctor.ready import make_ready
+from mlx_gemma4.doctor.verdict import MLX, device_name, usable_kernels
 from mlx_gemma4.measure.bench import BenchPlan, cells_of, load_subject, measure
 from mlx_gemma4.measure.tune import lines, tune
 from mlx_gemma4.model.model import Model
@@ -34,7 +35,7 @@ def speeds(model: Model, plan: BenchPlan, used: Tuning, title: str) -> dict[int,
     """Return tokens per second behind each depth, the median of several replies."""
     tuning.use(used)
     fresh = Model(model.config, model.weights, model.kernels)
-    check_model(fresh)
+    make_ready(fresh)
     found = {c.context: c.rate for c in measure(fresh, plan, cells_of(plan), plan.repetitions)}
     print(title, *(f"{rate:.1f} tokens/s at {depth}" for depth, rate in found.items()), sep=", ", flush=True)
     return found

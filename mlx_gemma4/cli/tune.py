@@ -16,6 +16,7 @@ def tune(model: str | None) -> None:
     what is faster: models loaded from then on use it. Nothing else should run on the GPU meanwhile.
     """
     from ..doctor import verdict
+    from ..doctor.ready import make_ready
     from ..measure.bench import load_subject
     from ..measure.tune import lines, tune
     from ..ops import tuning
@@ -30,7 +31,7 @@ def tune(model: str | None) -> None:
     for line in lines(kinds, f"{verdict.device_name()}, {path.name}"):
         click.echo(line)
     tuning.use(found)
-    verdict.check_model(loaded)  # now, so that the next load need not
+    make_ready(loaded)  # now, so that the next load need not
     try:
         verdict.remember_tuning(found)
     except (OSError, RuntimeError) as error:

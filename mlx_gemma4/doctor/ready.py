@@ -19,7 +19,8 @@ from ..gpu import cuda_compiler, render
 from ..model.model import Model
 from ..ops.cases import Check
 from ..ops.dispatch import STOCK
-from ..ops.many_rows import GROUPED_ROWS_FROM, TILED_ROWS_FROM
+from ..ops.few_rows import MAX_ROWS
+from ..ops.many_rows import GROUPED_ROWS_FROM
 from ..ops.op import OpKey
 from . import verdict
 from .sizes import checks, sizes_of
@@ -107,7 +108,7 @@ def read_some(model: Model) -> None:
     grouped = -(-GROUPED_ROWS_FROM * c.experts // c.experts_used) if c.experts else 0
     try:
         state = model.new_state()
-        model.forward(mx.arange(max(TILED_ROWS_FROM, grouped)) % c.vocab, state)
+        model.forward(mx.arange(max(MAX_ROWS + 1, grouped)) % c.vocab, state)
         mx.eval(model.step(1, state).logits())
         mx.clear_cache()
     except Exception as error:  # a reply will tell, or do without

@@ -116,6 +116,8 @@ def at_a_later_load(model: Model, monkeypatch: pytest.MonkeyPatch) -> Launched:
     monkeypatch.setattr(verdict, "run_check", lambda *_: pytest.fail("checked again"))
     ready.make_ready(again)
     return noted
+
+
 def converse_together(model: Model) -> None:
     for lengths in BATCHES:
         states = [model.new_state() for _ in lengths]
