@@ -21,6 +21,7 @@ import numpy as np
 import mlx_gemma4
 from mlx_gemma4.execution import execution
 from mlx_gemma4.kv.state import KVState
+from mlx_gemma4.measure.bench import load_subject
 from mlx_gemma4.model.model import Model
 
 WARM = 8  # steps before those that are measured
@@ -61,13 +62,13 @@ def gap(model: Model, prompt: KVState, first: int, solo: list[int], row: list[in
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("file", nargs="?", default=None)
+    parser.add_argument("file", type=Path, nargs="?", default=None)
     parser.add_argument("--parallel", default="1,2,4,8,16,32")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    model, chance = mlx_gemma4.load(options.file).model, np.random.default_rng(0)
+    model, chance = load_subject(options.file).model if options.file else mlx_gemma4.load().model, np.random.default_rng(0)
     sizes = [int(n) for n in options.parallel.split(",")]
     prompts, first = [], [int(i) for i in chance.integers(3, model.config.vocab, max(sizes))]
     for _ in range(max(sizes)):
@@ -91,7 +92,7 @@ def main() -> int:
         for state in states:
             state.close()
     if options.json:
-        options.json.write_text(json.dumps({"model": options.file or "demo", "prompt": options.prompt, "cells": cells}))
+        options.json.write_text(json.dumps({"model": str(options.file or "demo"), "prompt": options.prompt, "cells": cells}))
     return int(worst > TIE)
 
 
