@@ -22,6 +22,7 @@ from ..model.costs import chunk_at, needs_of
 from ..model.model import Model
 from ..model.step import LazyStep, Step, ids_of
 from ..ops.dispatch import REPLAY
+from ..ops.sample import LIKELIEST
 from .sampling import REPETITION_WINDOW, Sample, Sampler, Sampling, Token
 
 log = logging.getLogger("mlx_gemma4")
@@ -149,17 +150,17 @@ def generate_tokens(
     start = time.perf_counter()
     ids, marks = [*state.tokens, *prompt], _marks_wanted(state, prompt, turn_ends)
     recent = ids[-REPETITION_WINDOW - len(prompt) :]  # the same however much of a prompt was read before
-    new_sampler = partial(Sampler, sampling, recent, model.config.vocab, logprobs)
+    new_sampler = partial(Sampler, sampling, recent, model.config.vocab, logprobs, model.kernels)
     with execution():
         reply = _Reply(model, state, new_sampler, constraint, max_tokens, statistics, start, ids, marks, chunk)
     try:
-        prompt_step: Step = _prefill(model, state, prompt, on_prompt, marks, chunk)
+        sample = reply.sample(_prefill(model, state, prompt, on_prompt, marks, chunk))
     except FAILURES as error:
-        prompt_step = reply.again(error)
+        sample = reply.sample(reply.again(error))
     # A step starts before its token is known to the host, where that can be.
-    pipelined = constraint is None and (reply.sampler.greedy or not model.replays)
+    pipelined = constraint is None and (reply.in_step or not model.replays)
     try:
-        yield from (_pipelined if pipelined else _one_by_one)(reply, reply.sample(prompt_step), stop_ids)
+        yield from (_pipelined if pipelined else _one_by_one)(reply, sample, stop_ids)
     finally:
         if state.length > len(ids):  # interrupted while a token was on its way
             state.rewind(len(ids))
@@ -185,6 +186,11 @@ class _Reply:
     def __post_init__(self) -> None:
         self.sampler = self.new_sampler()
 
+    @property
+    def in_step(self) -> bool:
+        """True if the step that reads a token also chooses the next."""
+        return self.model.replays and self.constraint is None and self.sampler.in_step
+
     def read(self, chosen: Sample | Step, *, last: bool) -> Step | None:
         """Start the step that reads a chosen token; None after the last, whose logits nobody wants."""
         token = chosen.token if isinstance(chosen, Sample) else chosen
@@ -192,7 +198,9 @@ class _Reply:
             if last and not self.model.replays:  # a lazy graph: it costs nothing unless the state is used again
                 self.model.prefill(ids_of(token), self.state)
                 return None
-            step = self.model.step(token, self.state)  # replayed, it costs less than a prefill
+            # Replayed, a step costs less than a prefill.
+            draw = self.sampler.draw() if self.in_step and not last else LIKELIEST
+            step = self.model.step(token, self.state, draw)
             return None if last else step
 
     def sample(self, step: Step) -> Sample:
@@ -233,7 +241,7 @@ class _Reply:
                 _prefill(model, state, self.ids[:-1], None, marks, self.chunk)
             step = model.step(self.ids[-1], state)
             with execution():
-                mx.eval(step.logits(), state.arrays)
+                mx.eval(step.logits(), state.arrays, self.new_sampler()(step.logits()))
         if kernels.off == off:
             if not replayed:
                 raise error
@@ -253,8 +261,9 @@ def _pipelined(reply: _Reply, sample: Sample, stop_ids: frozenset[int]) -> Itera
     chosen: Sample | Step | None = sample
     while chosen is not None:
         try:
+            in_step = reply.in_step  # before the step, which may be the first to find that none are replayed here
             step = reply.read(chosen, last=reply.produced + 1 == reply.max_tokens)
-            following = step if step is None or reply.model.replays else reply.sample(step)
+            following = step if step is None or in_step else reply.sample(step)
             token = reply.receive(chosen)
         except FAILURES as error:
             chosen = reply.sample(reply.again(error))
