@@ -311,7 +311,8 @@ class Scheduler:
     def _choose(self, jobs: list[_Job], step: BatchStep, masks: dict[int, np.ndarray | None], all_: bool) -> None:
         """Choose the tokens after a step, of those rows that go on."""
         replies = [job.reply for job in jobs]
-        if all_ and all(reply.sampler.greedy and reply.constraint is None for reply in replies):
+        likeliest = (r.sampler.in_step and r.sampler.sampling.temperature == 0 for r in replies)
+        if all_ and all(likeliest) and not any(reply.constraint for reply in replies):
             self._last = _Chain(step, jobs)
             for row, reply in enumerate(replies):
                 reply.chosen = _Row(step, row)
