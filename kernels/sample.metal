@@ -2,9 +2,9 @@
 //
 // draws int32 [rows, 8], how each row's token is drawn, as `Draw` of ops/sample.py writes it: the bits of a float
 // temperature (0: the likeliest token), top_k (0: all, else up to MOST), the bits of top_p and min_p, two words of a
-// seed, position, nothing. A draw is the largest logit / temperature + noise (the Gumbel-max trick), where the noise
-// follows from seed, position and token alone.
-// Rendered: SG simdgroups a threadgroup, EACH numbers a thread, MOST, SOFTCAP (0: none).
+// seed, position, the bits of the softcap that the logits still lack (0: none). A draw is the largest logit /
+// temperature + noise (the Gumbel-max trick), where the noise follows from seed, position and token alone.
+// Rendered: SG simdgroups a threadgroup, EACH numbers a thread, MOST.
 // uses: best.metal
 
 #define LAUNCH_BOUNDS __launch_bounds__(32 * SG)  // for CUDA
@@ -44,7 +44,7 @@ METAL_FUNC float noise(Words key, int token) {
   return -log(u < 0.125f ? u * series : -log(1.0f - u));
 }
 
-METAL_FUNC float capped(float logit) { return SOFTCAP > 0.0f ? SOFTCAP * tanh(logit / SOFTCAP) : logit; }
+METAL_FUNC float capped(float logit, float cap) { return cap > 0.0f ? cap * tanh(logit / cap) : logit; }
 
 // Logits as whole numbers of the same order, all over 0.
 METAL_FUNC uint ordered(float logit) {
@@ -109,7 +109,7 @@ const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_thr
 const int me = int(thread_index_in_threadgroup), row = int(threadgroup_position_in_grid.y);
 const int piece = int(threadgroup_position_in_grid.x), pieces = int(threadgroups_per_grid.x), V = logits_shape[1];
 const int first = piece * (32 * SG * EACH), at = (row * pieces + piece) * MOST;
-const float temperature = as_type<float>(draws[row * 8]);
+const float temperature = as_type<float>(draws[row * 8]), cap = as_type<float>(draws[row * 8 + 7]);
 const int k = draws[row * 8 + 1];
 threadgroup float room[SG];
 threadgroup int places[SG];
@@ -130,7 +130,7 @@ if (temperature == 0.0f || k == 0) {
   UNROLL
   for (int i = 0; i < EACH; i++) {
     if (id[i] < V) {
-      const float value = temperature == 0.0f ? logit[i] : capped(logit[i]) / temperature + noise(key, id[i]);
+      const float value = temperature == 0.0f ? logit[i] : capped(logit[i], cap) / temperature + noise(key, id[i]);
       better(best, best_id, value, id[i]);
     }
   }
@@ -165,7 +165,7 @@ if (temperature == 0.0f || k == 0) {
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int me = int(thread_index_in_threadgroup), row = int(threadgroup_position_in_grid.y);
 const int pieces = values_shape[1], at = row * pieces * MOST;
-const float temperature = as_type<float>(draws[row * 8]);
+const float temperature = as_type<float>(draws[row * 8]), cap = as_type<float>(draws[row * 8 + 7]);
 const int k = draws[row * 8 + 1];
 threadgroup float room[SG];
 threadgroup int places[SG];
@@ -201,8 +201,8 @@ if (temperature == 0.0f || k == 0) {
   float top = NOTHING;
   if (me < n) {
     for (int i = 0; i < n; i++) top = max(top, logit[i]);
-    top = capped(top);
-    weight[me] = exp(capped(logit[me]) - top);
+    top = capped(top, cap);
+    weight[me] = exp(capped(logit[me], cap) - top);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (me < n) {
@@ -218,7 +218,7 @@ if (temperature == 0.0f || k == 0) {
       seed.a = uint(draws[row * 8 + 4]);
       seed.b = uint(draws[row * 8 + 5]);
       seed = threefry(seed, uint(draws[row * 8 + 6]), 0);
-      best = max(best, (capped(logit[me]) - top) / temperature + noise(seed, best_id));
+      best = max(best, (capped(logit[me], cap) - top) / temperature + noise(seed, best_id));
     }
   }
 }

@@ -15,6 +15,7 @@ from mlx_gemma4 import LanguageModel, Reply, ReplyOptions, Sampling, Text
 from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.model.step import LazyStep, NextToken, Step
+from mlx_gemma4.ops.sample import LIKELIEST, Draw
 
 GREEDY = Sampling(temperature=0)
 SHORT = ReplyOptions(max_tokens=6, sampling=GREEDY)
@@ -39,8 +40,8 @@ class Scripted(Model):
     def forward(self, ids: mx.array, state: KVState, *, all_logits: bool = False) -> mx.array:
         return self._scripted(super().forward(ids, state))
 
-    def step(self, token: NextToken, state: KVState) -> Step:
-        return LazyStep(self._scripted(super().step(token, state).logits()))
+    def step(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST) -> Step:
+        return LazyStep(self._scripted(super().step(token, state).logits()), draw)
 
     def _scripted(self, logits: mx.array) -> mx.array:
         token = self.script[min(self.asked, len(self.script) - 1)]

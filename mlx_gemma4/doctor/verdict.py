@@ -36,7 +36,6 @@ from ..ops.op import OpKey
 from ..ops.tuning import Tiling, Tuning, row_of_this_gpu
 from ..paths import cache_folder, whole_file
 from ..quant.formats import FORMATS
-from .sizes import checks, sizes_of
 
 log = logging.getLogger("mlx_gemma4")
 MLX = str(getattr(mx, "__version__", "?"))  # its type hints know no version

@@ -24,6 +24,7 @@ from ..model.costs import chunk_at, needs_of, own_attention
 from ..model.model import Model
 from ..model.step import LazyStep, Step, ids_of
 from ..ops.dispatch import REPLAY
+from ..ops.sample import LIKELIEST
 from .sampling import REPETITION_WINDOW, Sample, Sampler, Sampling, Token
 
 log = logging.getLogger("mlx_gemma4")
@@ -192,7 +193,7 @@ def begin(
     start = time.perf_counter()
     ids, marks = [*state.tokens, *prompt], _marks_wanted(state, prompt, turn_ends)
     recent = ids[-REPETITION_WINDOW - len(prompt) :]  # the same however much of a prompt was read before
-    new_sampler = partial(Sampler, sampling, recent, model.config.vocab, logprobs)
+    new_sampler = partial(Sampler, sampling, recent, model.config.vocab, logprobs, model.kernels)
     chunk = fitting_chunk(model, state, len(prompt))
     with execution():
         return Decoding(
@@ -230,6 +231,11 @@ class Decoding:
         return 0 if self.produced or self.max_tokens < 1 else max(0, len(self.ids) - self.state.length)
 
     @property
+    def in_step(self) -> bool:
+        """True if the step that reads a token also chooses the next."""
+        return self.model.replays and self.constraint is None and self.sampler.in_step
+
+    @property
     def over(self) -> bool:
         """True after the last token."""
         return self.chosen is None and self.step is None
@@ -244,7 +250,7 @@ class Decoding:
     def turn(self) -> Token | None:
         """Receive the next token, the one after it started; None: that was a stop token."""
         # A step starts before its token is known to the host, where that can be.
-        pipelined = self.constraint is None and (self.sampler.greedy or not self.model.replays)
+        pipelined = self.constraint is None and (self.in_step or not self.model.replays)
         token = self._pipelined() if pipelined else self._one_by_one()
         return None if token.id in self.stop_ids else token
 
@@ -253,8 +259,9 @@ class Decoding:
         chosen = self.next_token() if self.chosen is None else self.chosen
         while True:
             try:
+                in_step = self.in_step  # before the step, which may be the first to find that none are replayed here
                 step = self.read(chosen, last=self.produced + 1 == self.max_tokens)
-                self.chosen = step if step is None or self.model.replays else self.sample(step)
+                self.chosen = step if step is None or in_step else self.sample(step)
                 token = self.receive(chosen)
                 break
             except FAILURES as error:
@@ -318,7 +325,9 @@ class Decoding:
             if last and not self.model.replays:  # a lazy graph: it costs nothing unless the state is used again
                 self.model.prefill(ids_of(token), self.state)
                 return None
-            step = self.model.step(token, self.state)  # replayed, it costs less than a prefill
+            # Replayed, a step costs less than a prefill.
+            draw = self.sampler.draw() if self.in_step and not last else LIKELIEST
+            step = self.model.step(token, self.state, draw)
             return None if last else step
 
     def sample(self, step: Step) -> Sample:
@@ -360,7 +369,7 @@ class Decoding:
             marks = self.reread()
             step = model.step(self.ids[-1], self.state)
             with execution():
-                mx.eval(step.logits(), self.state.arrays)
+                mx.eval(step.logits(), self.state.arrays, self.new_sampler()(step.logits()))
         if kernels.off == off:
             if not replayed:
                 raise error

@@ -1,11 +1,12 @@
 """One token from logits: penalties, bias, mask, filters, temperature; and its log-probability.
 
 In: logits, fp32 [vocab], and the tokens chosen before. Out: a token with its log-probability. All of it happens on
-the device: nothing here waits for a result, except `Sample.on_host`.
+the device: nothing here waits for a result, except `Sample.on_host`. A token follows from its logits, what it is chosen
+by, its seed and its position in the reply, whatever else is chosen beside it (ops/sample.py).
 """
 
 import math
-import time
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import InputError
+from ..ops.dispatch import Kernels
+from ..ops.sample import Draw, drawn
 
 REPETITION_WINDOW = 64  # tokens that the repetition penalty looks back, as llama.cpp does
 
@@ -76,27 +79,35 @@ class Sample(NamedTuple):
 class Sampler:
     """Chooses token after token for one reply."""
 
-    def __init__(self, sampling: Sampling, prompt: list[int], vocab: int, logprobs: int | None = None) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: list[int],
+        vocab: int,
+        logprobs: int | None = None,
+        kernels: Kernels | None = None,
+    ) -> None:
         """
         Args:
             prompt: tokens that the repetition penalty looks back on.
             vocab: number of logits.
             logprobs: give log-probabilities: the chosen token's, and those of so many likeliest ones.
+            kernels: None: stock operations choose.
         """
         if logprobs is not None and not 0 <= logprobs <= vocab:
             raise InputError(f"--logprobs {logprobs}: must be from 0 to {vocab}")
-        self.sampling, self.logprobs = sampling, logprobs
+        self.sampling, self.logprobs, self.kernels = sampling, logprobs, kernels
         self.recent = mx.array(prompt[-REPETITION_WINDOW:])
         self.counts = mx.zeros(vocab) if sampling.frequency_penalty or sampling.presence_penalty else None
         self.bias = _bias(dict(sampling.logit_bias), vocab)
-        self.key = mx.random.key(time.time_ns() & (1 << 63) - 1 if sampling.seed is None else sampling.seed)
+        self.alters = sampling.repetition_penalty != 1.0 or self.counts is not None or self.bias is not None
+        seed = secrets.randbits(64) if sampling.seed is None else sampling.seed % 2**64
+        self._next = Draw(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, seed)
 
     @property
-    def greedy(self) -> bool:
-        """True if the choice is the model's likeliest token, and no log-probabilities are wanted."""
-        s = self.sampling
-        altered = s.repetition_penalty != 1.0 or self.counts is not None or self.bias is not None
-        return s.temperature == 0 and not altered and self.logprobs is None
+    def in_step(self) -> bool:
+        """True if a `Draw` is all that a choice takes, so that a recorded step makes it."""
+        return self._next.in_kernel and not self.alters and self.logprobs is None
 
     def __call__(self, logits: mx.array, allowed: np.ndarray | None = None) -> Sample:
         """Choose the next token, from logits [vocab].
@@ -105,7 +116,21 @@ class Sampler:
             allowed: uint32 words, bit i % 32 of word i // 32 set where token i may be chosen; ids beyond may not.
                 None: any token.
         """
-        s, raw = self.sampling, logits
+        return choose([self], logits[None], [allowed])[0]
+
+    def draw(self) -> Draw:
+        """Return how the next token is drawn, and count it."""
+        draw, self._next = self._next, self._next._replace(position=self._next.position + 1)
+        return draw
+
+    def skip(self, token: int) -> None:
+        """Be as after this choice, which another sampler of the same seed has made."""
+        self.draw()
+        self.note(mx.array(token))
+
+    def altered(self, logits: mx.array, allowed: np.ndarray | None) -> mx.array:
+        """Return logits [vocab] after penalties and bias, -inf where `allowed` forbids a token."""
+        s = self.sampling
         if s.repetition_penalty != 1.0:
             logits = penalise(logits, self.recent, s.repetition_penalty)
         if self.counts is not None:
@@ -114,21 +139,10 @@ class Sampler:
             logits = logits + self.bias
         if allowed is not None:
             logits = mx.where(unpack_mask(mx.array(allowed), logits.size), logits, -mx.inf)
-        if s.temperature == 0:
-            token = mx.argmax(logits)
-        else:
-            self.key, key = mx.random.split(self.key)
-            token = sample(logits, s, key)
-        self._note(token)
-        return Sample(token, None if self.logprobs is None else log_probabilities(raw, token, self.logprobs))
+        return logits
 
-    def skip(self, token: int) -> None:
-        """Be as after this choice, which another sampler of the same seed has made."""
-        if self.sampling.temperature != 0:
-            self.key, _ = mx.random.split(self.key)
-        self._note(mx.array(token))
-
-    def _note(self, token: mx.array) -> None:
+    def note(self, token: mx.array) -> None:
+        """Take note of a token, int [], that was chosen."""
         if self.sampling.repetition_penalty != 1.0:
             self.recent = mx.concatenate([self.recent, token[None]])[-REPETITION_WINDOW:]
         if self.counts is not None:
@@ -136,35 +150,23 @@ class Sampler:
 
 
 def choose(samplers: Sequence[Sampler], logits: mx.array, masks: Sequence[np.ndarray | None]) -> list[Sample]:
-    """Choose the next token of each reply, from logits [B, vocab]. To be replaced: one operation for all rows."""
-    return [sampler(logits[i], allowed) for i, (sampler, allowed) in enumerate(zip(samplers, masks, strict=True))]
+    """Choose the next token of each row of logits, fp32 [B, vocab], by a sampler each, with its mask (`Sampler`)."""
+    altered = logits
+    if any(sampler.alters or mask is not None for sampler, mask in zip(samplers, masks, strict=True)):
+        rows = zip(samplers, logits, masks, strict=True)
+        altered = mx.stack([sampler.altered(row, mask) for sampler, row, mask in rows])
+    tokens, samples = drawn(samplers[0].kernels, altered, [sampler.draw() for sampler in samplers]), []
+    for i, sampler in enumerate(samplers):
+        sampler.note(tokens[i])
+        n = sampler.logprobs
+        samples.append(Sample(tokens[i], None if n is None else log_probabilities(logits[i], tokens[i], n)))
+    return samples
 
 
 def penalise(logits: mx.array, recent: mx.array, penalty: float) -> mx.array:
     """Make recent tokens less likely (Keskar et al., arXiv:1909.05858). logits [vocab], recent int [n]."""
     chosen = logits[recent]
     return mx.put_along_axis(logits, recent, mx.where(chosen < 0, chosen * penalty, chosen / penalty), axis=0)
-
-
-def sample(logits: mx.array, s: Sampling, key: mx.array) -> mx.array:
-    """Draw one token, int [], from logits [vocab] filtered as `s` says, in llama.cpp's order."""
-    vocab = logits.shape[-1]
-    candidates = None
-    if 0 < s.top_k < vocab:
-        candidates = mx.argpartition(-logits, kth=s.top_k - 1)[: s.top_k]
-        logits = logits[candidates]
-    if s.top_p < 1:
-        order = mx.argsort(-logits)
-        candidates = order if candidates is None else candidates[order]
-        logits = logits[order]
-        p = mx.softmax(logits, precise=True)
-        before = mx.cumsum(p) - p  # probability of all likelier ones
-        logits = mx.where(before < s.top_p, logits, -mx.inf)
-    if s.min_p > 0:
-        p = mx.softmax(logits, precise=True)
-        logits = mx.where(p >= s.min_p * p.max(), logits, -mx.inf)
-    drawn = mx.random.categorical(logits / s.temperature, key=key)
-    return drawn if candidates is None else candidates[drawn]
 
 
 def log_probabilities(logits: mx.array, token: mx.array, n: int) -> tuple[mx.array, mx.array, mx.array]:

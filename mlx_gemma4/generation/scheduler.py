@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -24,6 +24,7 @@ from ..kv.state import KVState
 from ..memory import SMALLEST_CHUNK
 from ..model.batch import MAX_BATCH
 from ..model.model import Model
+from ..model.step import BatchStep, LazyBatchStep
 from ..ops.dispatch import REPLAY
 from .loop import FAILURES, Constraint, Decoding, Statistics, begin, chunk_ahead
 from .sampling import Sample, Sampling, Token, choose
@@ -51,6 +52,26 @@ class _Job:
         return self.paused
 
 
+class _Chain(NamedTuple):
+    """A step whose likeliest tokens are the next of all its replies: the step after it need not wait for them."""
+
+    step: BatchStep
+    jobs: list[_Job]
+
+
+class _Row(NamedTuple):
+    """What a step is for one of its replies, as a `Step`."""
+
+    of: BatchStep
+    row: int
+
+    def token(self) -> int:
+        return self.of.tokens()[self.row]
+
+    def logits(self) -> mx.array:
+        return self.of.logits()[self.row]
+
+
 class Scheduler:
     """Makes replies with one model, `parallel` at a time; further ones wait in order of arrival. Thread-safe.
 
@@ -75,6 +96,7 @@ class Scheduler:
         self._waiting: deque[_Job] = deque()
         self._reading: deque[_Job] = deque()  # their prompts
         self._answering: list[_Job] = []
+        self._last: _Chain | None = None  # the latest step, if nobody has joined or left
         self._rate = 5000.0  # tokens of prompts read a second, lately
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
@@ -169,13 +191,14 @@ class Scheduler:
         """Read some of the prompts, then make a token of each reply; return False if there was nothing to do."""
         self._look()
         self._read_prompts()
-        jobs = [job for job in self._answering if not job.behind()]
+        jobs, last = [job for job in self._answering if not job.behind()], self._last
+        self._last = None
         self.rows, self.steps = len(jobs), self.steps + bool(jobs)
         if self.exact or (len(jobs) == 1 and not self._reading):
             for job in jobs:
                 self._guarded([job], self._turn, job)
         elif jobs:
-            self._guarded(jobs, self._step, jobs)
+            self._guarded(jobs, self._step, jobs, last)
         return bool(jobs or self._reading)
 
     def _take(self, job: _Job | None) -> None:
@@ -243,49 +266,63 @@ class Scheduler:
 
     def _turn(self, job: _Job) -> None:
         """Make a reply's next token by steps of its own."""
-        self._deliver(job, job.reply.turn())
+        token = job.reply.turn()
+        self._deliver(job, token, job.reply.over)
 
-    def _step(self, jobs: list[_Job]) -> None:
+    def _step(self, jobs: list[_Job], last: _Chain | None) -> None:
         """Make the next token of several replies by one step.
 
         The step starts before its tokens are known to the host; those after it are chosen when these are. So a mask is
         made of all that its constraint must have seen, and the device is at the step meanwhile.
         """
-        ready: list[tuple[_Job, Sample]] = []
-        for job in jobs:
-            self._guarded([job], lambda job=job: ready.append((job, job.reply.next_token())))
-        jobs = [job for job, _ in ready]
-        if not jobs:
-            return
+        samples: list[Sample] = []
+        if last is None or last.jobs != jobs:
+            last = None
+            for job in jobs:
+                self._guarded([job], lambda job=job: samples.append(job.reply.next_token()))
+            jobs = [job for job in jobs if not job.done.is_set()]
+            if not jobs:
+                return
         try:
             with execution():
-                ids = mx.stack([sample.token for _, sample in ready]).astype(mx.int32)
-                mx.async_eval(ids)  # by itself: what is evaluated together is waited for together
-                logits = self.model.batch_step(ids, [job.reply.state for job in jobs])
-                mx.async_eval(logits)
-            tokens = [
-                Token(int(i)) if sample.logprobs is None else sample.on_host()
-                for (_, sample), i in zip(ready, np.array(ids), strict=True)
-            ]
+                if last is None:
+                    ids = mx.stack([sample.token for sample in samples])
+                    mx.async_eval(ids)  # by itself: what is evaluated together is waited for together
+                step = self.model.batch(last.step if last else ids, [job.reply.state for job in jobs])
+                if isinstance(step, LazyBatchStep):
+                    mx.async_eval(step.logits())
+            tokens = [Token(token) for token in (last.step.tokens() if last else np.array(ids).tolist())]
+            for row, sample in enumerate(samples):
+                if sample.logprobs is not None:
+                    tokens[row] = sample.on_host()
         except FAILURES as error:
             return self._again(jobs, error)
         masks: dict[int, np.ndarray | None] = {}  # of rows that go on
         for row, (job, token) in enumerate(zip(jobs, tokens, strict=True)):
             self._guarded([job], self._count, job, token, row, masks)
+            if not job.done.is_set():
+                self._deliver(job, token, over=row not in masks)
         going = [jobs[row] for row in masks]
         try:
-            if going:
-                with execution():
-                    logits = logits if len(going) == len(jobs) else logits[mx.array([*masks])]
-                    samples = choose([job.reply.sampler for job in going], logits, [*masks.values()])
-                    mx.async_eval(samples)
-                for job, sample in zip(going, samples, strict=True):
-                    job.reply.chosen = sample
+            self._choose(going, step, masks, len(going) == len(jobs))
         except FAILURES as error:
             self._again(going, error)
-        for job, token in zip(jobs, tokens, strict=True):
-            if not job.done.is_set():
-                self._deliver(job, token)
+
+    def _choose(self, jobs: list[_Job], step: BatchStep, masks: dict[int, np.ndarray | None], all_: bool) -> None:
+        """Choose the tokens after a step, of those rows that go on."""
+        replies = [job.reply for job in jobs]
+        likeliest = (r.sampler.in_step and r.sampler.sampling.temperature == 0 for r in replies)
+        if all_ and all(likeliest) and not any(reply.constraint for reply in replies):
+            self._last = _Chain(step, jobs)
+            for row, reply in enumerate(replies):
+                reply.chosen = _Row(step, row)
+        elif jobs:
+            with execution():
+                logits = step.logits() if all_ else step.logits()[mx.array([*masks])]
+                samples = choose([reply.sampler for reply in replies], logits, [*masks.values()])
+                mx.async_eval(samples)
+            for reply, sample in zip(replies, samples, strict=True):
+                reply.chosen = sample
 
     def _count(self, job: _Job, token: Token, row: int, masks: dict[int, np.ndarray | None]) -> None:
         """Count a reply's token, and unless it is the last, add what may follow."""
@@ -294,10 +331,10 @@ class Scheduler:
         if not job.reply.is_last(token):
             masks[row] = job.reply.mask()
 
-    def _deliver(self, job: _Job, token: Token | None) -> None:
+    def _deliver(self, job: _Job, token: Token | None, over: bool) -> None:
         if token is not None and token.id not in job.reply.stop_ids:
             job.items.put(token)
-        if job.reply.over:
+        if over:
             self._end(job)
 
     def _again(self, jobs: list[_Job], error: Exception) -> None:

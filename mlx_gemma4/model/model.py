@@ -28,6 +28,7 @@ from ..memory import MemoryPlan, kv_dtype
 from ..ops import stock
 from ..ops.dispatch import Kernels
 from ..ops.quantize_kv import QUANTIZE_KV
+from ..ops.sample import LIKELIEST, Draw
 from .batch import Batcher, check_batch, stock_step
 from .costs import largest_chunk
 from .decode import can_step, make_step
@@ -172,11 +173,11 @@ class Model:
         """
         return self.replayer is not None and self.replayer.replays and not (self.kernels and self.kernels.eager)
 
-    def step(self, token: NextToken, state: KVState) -> Step:
-        """Start `forward` of one token, whose logits or likeliest token are asked for later."""
+    def step(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST) -> Step:
+        """Start `forward` of one token, whose logits, or the token that `draw` takes from them, are asked for later."""
         with execution():
             state.check_room(1)
-            return self._start(token, state)
+            return self._start(token, state, draw)
 
     def batch_step(self, tokens: mx.array | Sequence[int], states: Sequence[KVState]) -> mx.array:
         """Read one token into each of several states of this model, all in one step.
@@ -209,9 +210,10 @@ class Model:
                 return self.batcher.start(tokens, states)
             return LazyBatchStep(stock_step(self.loaded, tokens_as_array(tokens), states))
 
-    def _start(self, token: NextToken, state: KVState) -> Step:
-        replayed = self.replayer.start(token, state) if self.replayer and self.replays else None
-        return replayed or LazyStep(self._read(ids_of(token), state, 1)[0])
+    def _start(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST) -> Step:
+        replays = self.replayer and self.replays and draw.in_kernel
+        replayed = self.replayer.start(token, state, draw) if self.replayer and replays else None
+        return replayed or LazyStep(self._read(ids_of(token), state, 1)[0], draw, self.kernels)
 
     def prefill(self, ids: mx.array, state: KVState) -> None:
         """Read tokens, int [T], into the state without their logits: only keys and values are made."""

@@ -21,8 +21,8 @@ from ..gpu.recording import STARTS, Arena, Player, Recording, Region, recorded, 
 from ..kv.segments import LayerKV
 from ..kv.state import KVState
 from ..ops import stock
-from ..ops.choose import ARGMAX
 from ..ops.dispatch import REPLAY, Kernels
+from ..ops.sample import SAMPLE, WORDS, Draw
 from .decode import Constants, forward, inputs_of, over_parts, with_room
 from .spans import Spans, placed
 from .step import NextToken, known
@@ -80,7 +80,7 @@ class Replayer:
         """False once recording has failed, or where `doctor` has switched it off."""
         return not self._broken and REPLAY not in self._run.off
 
-    def start(self, token: NextToken, state: KVState) -> ReplayedStep | None:
+    def start(self, token: NextToken, state: KVState, draw: Draw) -> ReplayedStep | None:
         """Start a replayed step; None: it is to be done the other way.
 
         Recording costs too much where states take turns: one is taken on when it steps twice in a row.
@@ -100,7 +100,8 @@ class Replayer:
         assert self._spans is not None and self._player is not None
         if len(self._started) == STARTS - 1:
             self._started.popleft().token()
-        numbers = np.concatenate([[number], self._spans.at(state.length)]).astype(np.int32)
+        drawing = draw._replace(softcap=self._model.config.softcap).numbers
+        numbers = np.concatenate([[number], self._spans.at(state.length), drawing]).astype(np.int32)
         started = ReplayedStep(self, self._player, self._player.start(numbers, before is not None))
         self._started.append(started)
         state.advance(before or number)
@@ -153,7 +154,8 @@ class Replayer:
         inputs, spans = inputs_of(self._model, layers, 1)
         self._arena.reset()
         recording = Recording(self._arena)
-        numbers: Any = recording.buffer((1 + spans.size,), mx.int32)  # the first: at the arena's beginning
+        # The first buffer, at the arena's beginning: the token, its spans, how the next one is drawn.
+        numbers: Any = recording.buffer((1 + spans.size + WORDS,), mx.int32)
         room, tails = _working(state, layers), {}
         for i, kv in layers.items():
             (_, heads, _, dim), dtype = kv.tail_keys.shape, kv.tail_keys.dtype
@@ -162,10 +164,10 @@ class Replayer:
         run: Any = Kernels(recorder, self._run.off, strict=True)
         buffers: Any = {**inputs, "tails": tails}
         with recorded(recording):
-            places = placed(numbers[1:], spans.lengths)
+            places = placed(numbers[1 : 1 + spans.size], spans.lengths)
             attend, _ = over_parts(self._model, run, buffers, places, 1)
             logits: Any = forward(self._model, run, self._constants, numbers[:1], attend)
-            best = run(ARGMAX, logits)  # the softcap leaves the order as it is
+            best = run(SAMPLE, logits, numbers[1 + spans.size :].reshape(1, WORDS))
         self._logits, self._tails = logits.region, {i: (k.region, v.region) for i, (k, v) in tails.items()}
         player.load(recording.launches, self._arena.nbytes, numbers.size, best.region)
         count = next(iter(layers.values())).count  # of all

@@ -1,4 +1,4 @@
-"""A decode step that has been started, which is asked later for its logits or its likeliest token.
+"""A decode step that has been started, which is asked later for its logits or the token that it draws from them.
 
 `LazyStep` is the plain way, for every device. On NVIDIA GPUs replay.py offers another behind the same `Step`. A
 `BatchStep` is the same for several states, and batch_replay.py its other way.
@@ -12,32 +12,37 @@ from typing import Protocol, TypeAlias, cast
 import mlx.core as mx
 
 from ..execution import execution
+from ..ops.dispatch import Kernels
+from ..ops.sample import LIKELIEST, Draw, drawn
 
 
 class Step(Protocol):
     """The forward pass of one token, started."""
 
     def token(self) -> int:
-        """Return the likeliest next token, the lowest of equals. Waits for the device."""
+        """Return the next token, chosen by the draw that the step was started with. Waits for the device."""
 
     def logits(self) -> mx.array:
         """Return the logits of the next token, fp32 [vocab]. To be called under the execution lock."""
 
 
-NextToken: TypeAlias = "int | mx.array | Step"  # an array: int []; a step: its likeliest token
+NextToken: TypeAlias = "int | mx.array | Step"  # an array: int []; a step: its token
 
 
 class LazyStep:
     """A step as a lazy graph: the device gets it with the first array computed from it."""
 
-    def __init__(self, logits: mx.array) -> None:
-        self._logits = logits
+    def __init__(self, logits: mx.array, draw: Draw = LIKELIEST, run: Kernels | None = None) -> None:
+        self._logits, self._draw, self._run = logits, draw, run
+        self._token: int | None = None
 
     def token(self) -> int:
-        with execution():
-            token = mx.argmax(self._logits)
-            mx.async_eval(token)
-        return int(token)
+        if self._token is None:
+            with execution():
+                token = drawn(self._run, self._logits[None], [self._draw])
+                mx.async_eval(token)
+            self._token = int(token)
+        return self._token
 
     def logits(self) -> mx.array:
         return self._logits

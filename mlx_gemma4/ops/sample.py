@@ -10,14 +10,14 @@ import numpy as np
 from ..gpu.render import Launcher, prepare, render
 from . import stock
 from .cases import Case, Check, Sizes, case, cases, normal
+from .dispatch import Kernels
 from .op import Op
 
 MOST = 128  # candidates of a row: the largest top_k that the kernel takes
 SG, EACH = 8, 8  # simdgroups of a threadgroup, and logits of a thread, in the first launch
-MERGE_SG = 32  # simdgroups in the second
 WORDS = 8  # of a `Draw`
 GROUP = 64  # logits whose largest the reference looks at first
-_FORMAT = struct.Struct("<fiffIIIi")  # of a `Draw`
+_FORMAT = struct.Struct("<fiffIIIf")  # of a `Draw`
 
 
 class Draw(NamedTuple):
@@ -29,13 +29,16 @@ class Draw(NamedTuple):
     min_p: float = 0.0
     seed: int = 0  # 64 bits
     position: int = 0  # of the token in its reply
+    softcap: float = 0.0  # of the logits, where it is yet to be applied; 0: none
 
     @property
     def numbers(self) -> np.ndarray:
         """int32 [WORDS], as the kernel reads it."""
         t = max(self.temperature, 1e-30) if self.temperature else 0.0  # so that logits / t are finite
         words = self.seed >> 32, self.seed & 0xFFFFFFFF
-        packed = _FORMAT.pack(t, min(self.top_k, 0x7FFFFFFF), self.top_p, self.min_p, *words, self.position, 0)
+        packed = _FORMAT.pack(
+            t, min(self.top_k, 0x7FFFFFFF), self.top_p, self.min_p, *words, self.position, self.softcap
+        )
         return np.frombuffer(packed, np.int32)
 
     @property
@@ -45,50 +48,61 @@ class Draw(NamedTuple):
         return self.temperature == 0 or every or 0 < self.top_k <= MOST
 
 
+LIKELIEST = Draw()
+
+
 def draws_of(draws: Sequence[Draw]) -> mx.array:
     """Draws of rows as SAMPLE takes them, int32 [B, WORDS]."""
     return mx.array(np.stack([draw.numbers for draw in draws]))
 
 
-def sample(launcher: Launcher, logits: mx.array, draws: mx.array, *, softcap: float = 0.0) -> Any:
+def sample(launcher: Launcher, logits: mx.array, draws: mx.array) -> Any:
     """A token for each row.
 
     Args:
         logits: [B, V].
         draws: int32 [B, WORDS], of `draws_of`, each `in_kernel`.
-        softcap: of the logits, where it is yet to be applied; 0: none.
 
     Returns:
-        int32 [B]. Which tokens top_k keeps follows from the logits before the softcap; of equals, the lowest.
+        int32 [B]. Of equal logits, which top_k compares before any softcap, the lowest token comes first.
     """
     rows, n = logits.shape
     pieces = -(-n // (32 * SG * EACH))
-    common: dict[str, int | float] = {"MOST": MOST, "SOFTCAP": float(softcap)}
-    first = render("sample_pieces", "sample.metal", logits.dtype, {**common, "SG": SG, "EACH": EACH})
+    first = render("sample_pieces", "sample.metal", logits.dtype, {"MOST": MOST, "SG": SG, "EACH": EACH})
     shape = (rows, pieces, MOST)
     made = prepare(launcher, first, (pieces, rows, 1), 32 * SG, (shape, mx.float32), (shape, mx.int32))(logits, draws)
-    each = -(-pieces * MOST // (32 * MERGE_SG))
-    second = render("sample_merge", "sample.metal", logits.dtype, {**common, "SG": MERGE_SG, "EACH": each})
-    return prepare(launcher, second, (1, rows, 1), 32 * MERGE_SG, ((rows,), mx.int32))(*made, draws)[0]
+    sg = max(MOST // 32, min(32, -(-pieces * MOST // (32 * EACH))))  # a thread for each candidate that is left
+    each = -(-pieces * MOST // (32 * sg))
+    second = render("sample_merge", "sample.metal", logits.dtype, {"MOST": MOST, "SG": sg, "EACH": each})
+    return prepare(launcher, second, (1, rows, 1), 32 * sg, ((rows,), mx.int32))(*made, draws)[0]
 
 
-def sample_reference(logits: mx.array, draws: mx.array, *, softcap: float = 0.0) -> mx.array:
+def sample_reference(logits: mx.array, draws: mx.array) -> mx.array:
     """`sample` in stock MLX, for any draws."""
     rows = [_FORMAT.unpack(row.tobytes()) for row in np.array(draws)]
-    return mx.stack([_drawn(logits[i], softcap, *row[:-1]) for i, row in enumerate(rows)]).astype(mx.int32)
+    return mx.stack([_drawn(logits[i], *row) for i, row in enumerate(rows)]).astype(mx.int32)
 
 
 SAMPLE = Op("sample", sample, sample_reference)
 
 
+def drawn(run: Kernels | None, logits: mx.array, draws: Sequence[Draw]) -> mx.array:
+    """A token for each row of logits [B, V], int32 [B], in kernels where there are any for these draws."""
+    if run is None or not all(draw.in_kernel for draw in draws):
+        return sample_reference(logits, draws_of(draws))
+    return run(SAMPLE, logits, draws_of(draws))
+
+
 def _drawn(
     logits: mx.array,
-    softcap: float,
     temperature: float,
     top_k: int,
     top_p: float,
     min_p: float,
-    *words: int,
+    high: int,
+    low: int,
+    position: int,
+    softcap: float,
 ) -> mx.array:
     """Draw a token, int [], from logits [V]."""
     if temperature == 0:
@@ -105,7 +119,7 @@ def _drawn(
     if top_p < 1:
         kept = kept & (mx.cumsum(weights, inclusive=False) < top_p * weights.sum())
     all_ids = mx.arange(vocab) if ids is None else ids
-    values = mx.where(kept, logits / temperature, -mx.inf) + noise(all_ids, *words)
+    values = mx.where(kept, logits / temperature, -mx.inf) + noise(all_ids, high, low, position)
     drawn = mx.argmax(values)
     return drawn if ids is None else ids[drawn]
 
@@ -155,7 +169,12 @@ def _order(values: mx.array, ids: mx.array) -> mx.array:
 
 @cases
 def sample_cases(s: Sizes) -> Iterator[Check]:
-    kinds = Draw(), Draw(0.8, seed=5), Draw(1.0, 64, 0.95, seed=6, position=3), Draw(1.5, MOST, 1.0, 0.01, 7)
+    kinds = (
+        LIKELIEST,
+        Draw(0.8, seed=5, softcap=30.0),
+        Draw(1.0, 64, 0.95, seed=6, position=3),
+        Draw(1.5, MOST, 1.0, 0.01, 7, softcap=30.0),
+    )
 
     def make() -> Case:
         return case(SAMPLE, 4 * len(kinds) * s.vocab, normal(len(kinds), s.vocab) * 3, draws_of(kinds))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from recorded import prompts
 
 from mlx_gemma4.generation.loop import generate_tokens
 from mlx_gemma4.generation.sampling import Sampling
+from mlx_gemma4.generation.scheduler import Scheduler
 from mlx_gemma4.model.model import Model
+from mlx_gemma4.model.step import LazyBatchStep
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.op import OpKey
 
@@ -103,3 +106,46 @@ def test_all_kernels_fail_in_traced_steps(kv: str, tmp_path: Path, caplog: pytes
     assert reply(fused, prompt, kv) == reply(plain, prompt, kv)
     assert fused.kernels is not None and fused.kernels.off
     assert len(warned(caplog)) == len(fused.kernels.off)
+
+
+# Several replies at once
+
+
+def replies(model: Model, prompt: list[int], n: int = 3) -> tuple[list[list[int]], bool]:
+    """Replies of different lengths to beginnings of a prompt, made together; and whether they took turns in the end."""
+    with Scheduler(model, n) as scheduler, ThreadPoolExecutor(n) as pool:
+        states = [model.new_state() for _ in range(n)]
+        made = [scheduler.generate_tokens(states[i], prompt[: 9 + i], GREEDY, TOKENS + 2 * i) for i in range(n)]
+        got = list(pool.map(lambda tokens: [token.id for token in tokens], made))
+    assert [state.tokens for state in states] == [prompt[: 9 + i] + got[i] for i in range(n)]
+    return got, scheduler.exact
+
+
+@pytest.mark.parametrize(
+    ("name", "after", "op"),
+    [("attention", 0, "paged_attention"), ("fill_pages", 0, "fill_pages"), ("matvec", 200, "matvec")],
+)
+def test_one_kernel_fails_in_steps_of_several(
+    name: str, after: int, op: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, fused = both("e2b", "q4_k_m", tmp_path, refusing([name], after))
+    prompt = [*prompts("e2b")[0], *range(5, 25)]
+    got, turns = replies(fused, prompt)
+    assert got == replies(plain, prompt)[0] and not turns
+    assert fused.kernels is not None and any(key.op == op for key in fused.kernels.off)
+    assert warned(caplog)
+
+
+def test_steps_of_several_fail(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    """Whatever the reason: then replies take turns."""
+    plain, fused = both("e2b", "q4_k_m", tmp_path)
+    prompt = [*prompts("e2b")[0], *range(5, 25)]
+    real = Model.batch
+
+    def failing(self: Model, tokens: Any, states: Any) -> Any:
+        return LazyBatchStep(poisoned(real(self, tokens, states).logits()))
+
+    want = replies(plain, prompt)
+    monkeypatch.setattr(Model, "batch", failing)
+    assert replies(fused, prompt) == (want[0], True)
+    assert "replies take turns instead" in warned(caplog)[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +12,7 @@ from recorded import HERE
 
 from mlx_gemma4 import InputError, Sampling, generate, load, stream
 from mlx_gemma4.generation.loop import Statistics, generate_tokens, prefill_chunk
-from mlx_gemma4.generation.sampling import penalise, sample
+from mlx_gemma4.generation.sampling import Sampler, penalise
 from mlx_gemma4.gpu.render import cuda_launcher
 from mlx_gemma4.model.costs import PREFILL_CHUNK
 from mlx_gemma4.model.model import Model
@@ -22,13 +23,12 @@ LOGITS = [2.0, 1.5, 1.4, 0.2, -0.5, -3.0, 1.1, -0.1]
 
 def drawn(s: Sampling, n: int = 300) -> np.ndarray:
     """How often each token comes up in n draws, as shares."""
-    keys = mx.random.split(mx.random.key(5), n)
-    tokens = [int(sample(mx.array(LOGITS), s, keys[i])) for i in range(n)]
-    return np.bincount(tokens, minlength=len(LOGITS)) / n
+    sampler, logits = Sampler(replace(s, seed=6), [0], len(LOGITS)), mx.array(LOGITS)
+    return np.bincount([int(sampler(logits).token) for _ in range(n)], minlength=len(LOGITS)) / n
 
 
 def reference(s: Sampling) -> np.ndarray:
-    """The distribution that `sample` draws from, by the definitions of its filters."""
+    """The distribution that tokens are drawn from, by the definitions of the filters."""
     logits = dict(enumerate(LOGITS))
     if s.top_k:
         kept = sorted(logits, key=lambda i: -logits[i])[: s.top_k]
