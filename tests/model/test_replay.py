@@ -21,6 +21,7 @@ from mlx_gemma4.model import replay
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.op import OpKey
+from mlx_gemma4.ops.sample import Draw
 
 OFF = frozenset([OpKey("expand")])  # tiles of a prompt, which round to fp16
 
@@ -141,6 +142,42 @@ def test_a_sampled_reply(tmp_path: Path) -> None:
         found.append((tokens, again, state.tokens))
     assert found[0] == found[1]
     assert not HostPlayer.made[-1].chained
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Sampling(temperature=1, top_k=64, top_p=0.95, seed=3),
+        Sampling(temperature=0.7, seed=4),
+        Sampling(temperature=1.2, top_k=20, min_p=0.05, seed=5),
+    ],
+)
+def test_a_reply_drawn_within_the_steps(how: Sampling, tmp_path: Path) -> None:
+    """As with the same kernels one by one, in one recording with a greedy one; each step starts with the one before."""
+    plain, replayed = both("12b", "q8_0", tmp_path)
+    stepped = Model(plain.config, plain.weights, Kernels(metal, OFF))
+    ids, found = prompts("12b")[0], []
+    for model in (stepped, replayed):
+        state = model.new_state()
+        tokens = [t.id for t in generate_tokens(model, state, ids, how, 8)]
+        more = [t.id for t in generate_tokens(model, state, [4], Sampling(temperature=0), 3)]
+        again = [t.id for t in generate_tokens(model, state, [4], how, 6, frozenset(tokens[3:4]))]
+        found.append((tokens, more, again, state.tokens))
+    assert found[0] == found[1]
+    player = HostPlayer.made[-1]
+    assert player.loads == 1 and player.chained >= 7 + 2 + 1
+
+
+def test_a_draw_that_no_kernel_makes(tmp_path: Path) -> None:
+    """A step of such a draw is not replayed, but drawn all the same; a reply takes the logits of replayed steps."""
+    plain, replayed = both("e2b", "q8_0", tmp_path)
+    draw, ids, how = Draw(1.0, top_p=0.8, seed=2), prompts("e2b")[0], Sampling(top_p=0.8, seed=2)
+    steps = [model.step(7, model.new_state(), draw) for model in (plain, replayed)]
+    assert steps[0].token() == steps[1].token()
+    assert not HostPlayer.made[-1:]
+    replies = [[t.id for t in generate_tokens(model, model.new_state(), ids, how, 5)] for model in (plain, replayed)]
+    assert replies[0] == replies[1]
+    assert len(HostPlayer.made[-1].tokens) == 5 and not HostPlayer.made[-1].chained
 
 
 def test_a_greedy_reply_that_stops(tmp_path: Path) -> None:
