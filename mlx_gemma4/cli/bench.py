@@ -3,6 +3,8 @@
 import os
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,9 @@ def _numbers(least: int) -> Callable[[str], tuple[int, ...]]:
 @click.option("--reply", type=click.IntRange(2), default=64, help="Tokens decoded a repetition.")
 @click.option("--repetitions", type=click.IntRange(1), default=5, help="The median counts.")
 @kv_option
+@click.option("--parallel", type=_numbers(1), metavar="N,N,..", default="", help="So many replies at once, behind 512.")
 @click.option("--vs", metavar="LLAMA-BENCH", help="Run llama.cpp's llama-bench on the same file in turns with ours.")
+@click.option("--vs-batched", metavar="LLAMA-BATCHED-BENCH", help="Run that of llama.cpp beside --parallel.")
 @click.option("--json", "json_file", metavar="FILE", help="Write all figures there.")
 @click.option("--report", metavar="FILE", help="Write them with a description of this machine, for others to read.")
 @output_options
@@ -48,7 +52,9 @@ def bench(
     reply: int,
     repetitions: int,
     kv: str,
+    parallel: tuple[int, ...],
     vs: str | None,
+    vs_batched: str | None,
     json_file: str | None,
     report: str | None,
 ) -> None:
@@ -56,7 +62,8 @@ def bench(
 
     Prompts are read as `generate` reads them. Decoding is measured behind random keys and values, put there without
     running the model: its speed depends on their number alone. Times are warm and medians; greedy sampling is in
-    them. With --vs, half of our repetitions come before llama-bench and half after it; both hold the model in memory.
+    them. With --parallel, tokens of all replies together. With --vs or --vs-batched, half of our repetitions come
+    before the other program and half after it; both hold the model in memory.
     """
     from ..measure import bench as b
     from ..measure import llama_bench
@@ -66,50 +73,60 @@ def bench(
     for flag, file in files.items():
         if not file.absolute().parent.is_dir():
             raise InputError(f"{flag} {file}: there is no such folder; make it first")
-    if vs and not os.access(vs, os.X_OK):
-        raise InputError(f"--vs {vs}: no such program; give the path of llama.cpp's llama-bench")
+    others = {"--vs": (vs, "llama-bench"), "--vs-batched": (vs_batched, "llama-batched-bench")}
+    for flag, (program, name) in others.items():
+        if program and not os.access(program, os.X_OK):
+            raise InputError(f"{flag} {program}: no such program; give the path of llama.cpp's {name}")
+    if vs_batched and not parallel:
+        raise InputError("--vs-batched: nothing to compare; give --parallel 1,2,4,8,16,32 too")
     path = find_model(model)
-    if vs and path.is_dir():
-        raise InputError(f"--vs {vs}: llama.cpp reads GGUF files, and {path} is a folder; give --model FILE.gguf")
-    deepest = max((*prompt_sizes, *(b.DEPTHS if depths is None else depths)), default=0) + reply
+    for flag, (program, _) in others.items():
+        if program and path.is_dir():
+            raise InputError(
+                f"{flag} {program}: llama.cpp reads GGUF files, and {path} is a folder; give --model FILE.gguf"
+            )
+    plan = b.BenchPlan(prompt_sizes, b.DEPTHS if depths is None else depths, reply, repetitions, kv, parallel)
     with progress("Loading", 1e9, " GB") as update:
-        subject = b.load_subject(path, update, Room(deepest, kv))
+        subject = b.load_subject(path, update, Room(plan.tokens, kv))
     context = subject.model.config.context
     if depths is None:
-        depths = tuple(d for d in b.DEPTHS if d + reply + 2 <= context)
-    plan = b.BenchPlan(prompt_sizes, depths, reply, repetitions, kv)
+        plan = replace(plan, depths=tuple(d for d in b.DEPTHS if d + reply + 2 <= context))
     plan.check(context)
     echo(f"{path.name} loaded in {subject.load_time:.1f} s")
     copy, cells, llama = b.copy_bandwidth(), b.cells_of(plan), None
 
     def keep() -> dict[str, Any]:
         """Write the figures so far: they remain if this is interrupted."""
-        figures = b.result(subject, plan, cells, copy, llama, _command(path, plan, vs))
+        figures = b.result(subject, plan, cells, copy, llama, _command(path, plan, vs, vs_batched))
         for flag, file in files.items():
             write_object(file, figures | ({"machine": b.machine()} if flag == "--report" else {}))
         return figures
 
-    first = -(-repetitions // 2) if vs else repetitions
+    first = -(-repetitions // 2) if vs or vs_batched else repetitions
     for cell in b.measure(subject.model, plan, cells, first):
         echo(f"{cell.title}: {cell.rate:.1f} tokens/s")
         keep()
-    if vs:
-        for row in llama_bench.run(Path(vs), path, plan):
-            llama = row.version
-            for cell in cells:
-                if (cell.kind, cell.context) == (row.kind, row.context):
-                    cell.llama_samples, cell.llama_kv_memory = row.samples, row.kv_memory
-                    echo(f"llama.cpp, {cell.title}: {cell.llama_rate:.1f} tokens/s")
-            keep()
-        for cell in b.measure(subject.model, plan, cells, repetitions - first) if repetitions > first else ():
-            echo(f"{cell.title}, again: {cell.rate:.1f} tokens/s")
+    rows = llama_bench.run(Path(vs), path, plan) if vs else iter(())
+    for row in chain(rows, llama_bench.run_batched(Path(vs_batched), path, plan) if vs_batched else ()):
+        llama = row.version or llama
+        for cell in cells:
+            if (cell.kind, cell.context, cell.parallel) == (row.kind, row.context, row.parallel):
+                cell.llama_samples, cell.llama_kv_memory = row.samples, row.kv_memory
+                cell.llama_prompt_times = [] if row.prompt_time is None else [row.prompt_time]
+                echo(f"llama.cpp, {cell.title}: {cell.llama_rate:.1f} tokens/s")
+        keep()
+    for cell in b.measure(subject.model, plan, cells, repetitions - first) if repetitions > first else ():
+        echo(f"{cell.title}, again: {cell.rate:.1f} tokens/s")
     for line in b.table(keep()):
         click.echo(line)
 
 
-def _command(path: Path, plan: Any, vs: str | None) -> str:
+def _command(path: Path, plan: Any, vs: str | None, vs_batched: str | None) -> str:
     """Return the command line, paths without their folders: those may tell whose machine this is."""
     words = ["mlx-gemma4", "bench", "--model", path.name]
     words += ["--prompt-sizes", ",".join(map(str, plan.prompts)), "--depths", ",".join(map(str, plan.depths))]
     words += ["--reply", str(plan.reply), "--repetitions", str(plan.repetitions), "--kv", plan.kv]
-    return shlex.join(words + (["--vs", Path(vs).name] if vs else []))
+    words += ["--parallel", ",".join(map(str, plan.parallel))] if plan.parallel else []
+    words += ["--vs", Path(vs).name] if vs else []
+    words += ["--vs-batched", Path(vs_batched).name] if vs_batched else []
+    return shlex.join(words)

@@ -1,4 +1,4 @@
-"""Measures the speed of a model on this machine: prompts, decoding at several depths, and the limits of both.
+"""Measures the speed of a model on this machine: prompts, decoding at several depths, replies at once, and limits.
 
 In: a loaded model and a `BenchPlan`. Out: `Cell`s, and the object that `mlx-gemma4 bench --json` writes. The keys and
 values of a depth are random numbers put straight into the state, since the time of attention depends on shapes alone;
@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,6 +31,7 @@ from ..gpu.render import observed
 from ..kv.state import KVState
 from ..loading.loader import Progress, load_model, open_model
 from ..memory import SOME_ROOM, Room, available_memory, device_info
+from ..model.batch import MAX_BATCH
 from ..model.costs import PREFILL_CHUNK
 from ..model.model import Model
 from ..ops.dispatch import Kernels
@@ -38,7 +39,9 @@ from .inspection import kv_per_token, weights_per_token
 
 DEPTHS = (0, 512, 2048, 8192)
 GREEDY = Sampling(temperature=0)
+BATCH_PROMPT = 512  # tokens of the prompt of each of several replies at once
 WARM_UP = 8  # tokens decoded before a depth is measured
+STEADY, WARM_RUNS = 1.5, 4  # a warm-up goes on while a run is so many times as fast as the one before; runs at most
 COPIED = 1 << 29  # most bytes that a copy of `copy_bandwidth` reads
 SIZE_LABEL = re.compile(r"(?<![A-Za-z0-9.])(E?\d+(?:\.\d+)?[BM](?:-A\d+(?:\.\d+)?B)?)(?![A-Za-z0-9])", re.IGNORECASE)
 
@@ -52,6 +55,7 @@ class BenchPlan:
     reply: int = 64  # decoded per measurement
     repetitions: int = 5
     kv: str = "full"  # how the state holds keys and values
+    parallel: tuple[int, ...] = ()  # replies at once
 
     def check(self, context: int) -> None:
         """Raise InputError if a length does not fit the model's context."""
@@ -59,14 +63,32 @@ class BenchPlan:
             for n in values:
                 if n + room > context:
                     raise InputError(f"{flag} {n}: with {room} tokens more, past the model's context of {context}")
+        for n in self.parallel:
+            if n > MAX_BATCH:
+                raise InputError(f"--parallel {n}: at most {MAX_BATCH} replies are made at once")
+            if BATCH_PROMPT + self.reply + 2 > context:
+                raise InputError(
+                    f"--parallel: prompts of {BATCH_PROMPT} tokens and --reply {self.reply} are past the model's "
+                    f"context of {context}"
+                )
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens that states hold at a time."""
+        together = max(self.parallel, default=0) * (BATCH_PROMPT + self.reply)
+        return max(together, max((*self.prompts, *self.depths), default=0) + self.reply)
 
 
 @dataclass
 class Cell:
-    """One measurement: a prompt of `context` tokens, or decoding behind so many. Rates in tokens per second."""
+    """One measurement: a prompt of `context` tokens, or decoding behind so many. Rates in tokens per second.
 
-    kind: str  # "prefill" or "decode"
+    Of several replies at once: of all together.
+    """
+
+    kind: str  # "prefill", "decode" or "batch"
     context: int
+    parallel: int = 1  # replies at once
     samples: list[float] = field(default_factory=list)
     llama_samples: list[float] = field(default_factory=list)
     n_bytes: int | None = None  # that a decoded token must read
@@ -75,6 +97,8 @@ class Cell:
     peak_memory: int = 0  # bytes of MLX's arrays
     kv_memory: int | None = None  # bytes of keys and values at that depth
     llama_kv_memory: int | None = None  # bytes that llama.cpp allocates for them, including the reply's
+    prompt_times: list[float] = field(default_factory=list)  # seconds in which the prompts of a batch were read
+    llama_prompt_times: list[float] = field(default_factory=list)
 
     @property
     def rate(self) -> float:
@@ -90,6 +114,8 @@ class Cell:
 
     @property
     def title(self) -> str:
+        if self.kind == "batch":
+            return f"{self.parallel} at {self.context}"
         return f"prompt of {self.context}" if self.kind == "prefill" else f"reply at {self.context}"
 
 
@@ -125,9 +151,10 @@ def size_label(*names: str) -> str:
 
 
 def cells_of(plan: BenchPlan) -> list[Cell]:
-    """Return the empty cells of a plan, in order: prompts, then depths, from the shortest."""
+    """Return the empty cells of a plan, in order: prompts, depths, replies at once, each from the least."""
     prompts = [Cell("prefill", n) for n in sorted(set(plan.prompts))]
-    return prompts + [Cell("decode", n) for n in sorted(set(plan.depths))]
+    depths = [Cell("decode", n) for n in sorted(set(plan.depths))]
+    return prompts + depths + [Cell("batch", BATCH_PROMPT, n) for n in sorted(set(plan.parallel))]
 
 
 def measure(model: Model, plan: BenchPlan, cells: list[Cell], repetitions: int) -> Iterator[Cell]:
@@ -138,10 +165,19 @@ def measure(model: Model, plan: BenchPlan, cells: list[Cell], repetitions: int) 
     base = model.new_state(kv=plan.kv)
     for cell in cells:
         if cell.kind == "prefill":
-            _prompt_rate(model, plan, min(cell.context, 2 * prefill_chunk(model)))  # a warm-up
+            short = min(cell.context, 2 * prefill_chunk(model))
+            _warm_until_steady(lambda n=short: _prompt_rate(model, plan, n)[0])  # type: ignore[misc]
+            if cell.context > short:  # behind more tokens other kernels may run
+                _prompt_rate(model, plan, cell.context)
             for _ in range(repetitions):
                 rate, cell.peak_memory = _prompt_rate(model, plan, cell.context)
                 cell.samples.append(rate)
+        elif cell.kind == "batch":
+            _warm_until_steady(lambda n=cell.parallel: _batch_rate(model, plan, n)[0])  # type: ignore[misc]
+            for _ in range(repetitions):
+                rate, took, cell.peak_memory = _batch_rate(model, plan, cell.parallel)
+                cell.samples.append(rate)
+                cell.prompt_times.append(took)
         else:
             fill(base, cell.context)
             _warm_up(model, base, plan.reply)
@@ -157,9 +193,14 @@ def measure(model: Model, plan: BenchPlan, cells: list[Cell], repetitions: int) 
     base.close()
 
 
-def random_ids(model: Model, n: int) -> list[int]:
-    """Return n token ids, always the same for an n."""
-    return [int(i) for i in np.random.default_rng(n).integers(model.config.vocab // 10, model.config.vocab, n)]
+def random_ids(model: Model, n: int, which: int = 0) -> list[int]:
+    """Return n token ids, always the same for an n and `which`."""
+    return [
+        int(i)
+        for i in np.random.default_rng([n, which] if which else n).integers(
+            model.config.vocab // 10, model.config.vocab, n
+        )
+    ]
 
 
 def _prompt_rate(model: Model, plan: BenchPlan, n: int) -> tuple[float, int]:
@@ -168,6 +209,50 @@ def _prompt_rate(model: Model, plan: BenchPlan, n: int) -> tuple[float, int]:
     for _ in generate_tokens(model, model.new_state(kv=plan.kv), random_ids(model, n), GREEDY, 1, statistics=s):
         pass
     return s.prompt_rate, s.peak_memory
+
+
+def _warm_until_steady(run: Callable[[], float]) -> None:
+    """Run what gives a rate until it is as fast as before: what is compiled or made at first use is then there."""
+    before = run()
+    for _ in range(WARM_RUNS - 1):
+        rate = run()
+        if rate < STEADY * before:
+            return
+        before = rate
+
+
+def _batch_rate(model: Model, plan: BenchPlan, n: int) -> tuple[float, float, int]:
+    """Read n prompts one after the other, then decode n greedy replies at once: each step starts with the one before.
+
+    One reply alone is decoded as `generate` does.
+
+    Returns:
+        Decoded tokens per second of all together, seconds for the prompts, peak memory in bytes.
+    """
+    mx.reset_peak_memory()
+    states = [model.new_state(kv=plan.kv) for _ in range(n)]
+    start, first = time.perf_counter(), []
+    for i, state in enumerate(states):
+        s = Statistics()
+        ids = random_ids(model, BATCH_PROMPT, i)
+        first += [token.id for token in generate_tokens(model, state, ids, GREEDY, 1, statistics=s)]
+    took, start = time.perf_counter() - start, time.perf_counter()
+    if n == 1:
+        s = Statistics()
+        for _ in generate_tokens(model, states[0], first, GREEDY, plan.reply + 1, statistics=s):
+            pass
+        rate = s.reply_rate
+    else:
+        step = model.batch(first, states)
+        for _ in range(plan.reply - 1):
+            step, before = model.batch(step, states), step
+            before.tokens()
+        step.tokens()
+        rate = n * plan.reply / (time.perf_counter() - start)
+    peak = mx.get_peak_memory()
+    for state in states:
+        state.close()
+    return rate, took, peak
 
 
 def _warm_up(model: Model, base: KVState, n: int) -> None:
@@ -303,6 +388,9 @@ def _cell(name: str, plan: BenchPlan, c: Cell, copy: float) -> dict[str, Any]:
         cell |= {"bytes_per_token": c.n_bytes, "share_of_copy": round(c.n_bytes * c.rate / copy, 4)}
         cell |= {"launches": c.launches, "host_time": c.host_time and round(c.host_time, 6)}
         cell |= {"kv_memory": c.kv_memory, "llama_cpp_kv_memory": c.llama_kv_memory}
+    if c.kind == "batch":
+        times = {"prompt_seconds": c.prompt_times, "llama_cpp_prompt_seconds": c.llama_prompt_times}
+        cell |= {"parallel": c.parallel, **{name: round(median(t), 4) if t else None for name, t in times.items()}}
     return cell
 
 
@@ -327,7 +415,7 @@ def table(result: dict[str, Any]) -> Iterator[str]:
         if v["llama.cpp"]:
             shown += [_shown(c["llama_cpp"], 1, ".1f"), _shown(c["ratio"], 1, ".3f")]
             shown.append(_shown(c.get("llama_cpp_kv_memory"), 1e-6, ".1f"))
-        yield f"{Cell(c['kind'], c['context']).title:<18}" + "".join(f"{s:>10}" for s in shown)
+        yield f"{Cell(c['kind'], c['context'], c.get('parallel', 1)).title:<18}" + "".join(f"{s:>10}" for s in shown)
 
 
 def _shown(value: float | None, times: int | float, form: str, suffix: str = "") -> str:

@@ -104,7 +104,7 @@ def test_a_check_that_takes_the_process_down_is_named(tmp_path: Path, monkeypatc
     with pytest.raises(SystemExit):
         written(file)
     found = json.loads(file.read_text())
-    assert found["running"] == "matvec Q4_0: 32x64"
+    assert found["running"] == "matvec Q4_0: 32x64 fp32"
     assert found["checks"] and all(c["op"] < "matvec" for c in found["checks"])
     assert found["machine"] and "demo" not in found
 
