@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +21,7 @@ from .halve import halve
 from .op import Op, OpKey
 from .packed import absent_planes, format_defines
 from .routing import ROWS, most_tiles, route, route_reference
-from .tuning import Tuning, this_gpu
+from .tuning import Tuning, launch_cache, this_gpu
 
 MAX_ROWS = 32
 ROOM = 32 << 10  # bytes of threadgroup memory, at most
@@ -93,7 +93,7 @@ def few_rows(
     ]
 
 
-@lru_cache(maxsize=4096)
+@launch_cache
 def _prepared(
     launcher: Launcher,
     name: str,
