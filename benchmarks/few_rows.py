@@ -33,7 +33,7 @@ from mlx_gemma4.gpu import cuda_compiler, cuda_graph
 from mlx_gemma4.gpu.recording import Arena, Recording, recorded, recorder
 from mlx_gemma4.gpu.render import Launcher, cuda_launcher, default_launcher
 from mlx_gemma4.ops.cases import normal, weight
-from mlx_gemma4.ops.epilogue import Epilogue, Folded
+from mlx_gemma4.ops.epilogue import ALONE, Epilogue, Folded
 from mlx_gemma4.ops.few_rows import RowsTiling, few_rows
 from mlx_gemma4.ops.matvec import MAX_TOKENS, matvec
 from mlx_gemma4.ops.routing import route
@@ -122,8 +122,8 @@ class Weight:
             w = self.copies[i % len(self.copies)]
             if mat_vec:
                 return matvec(launcher, x, w, self.epilogue)
-            folded, routed = Folded(ids=ids[i % len(ids)] if ids else None), routes[i % len(routes)]
-            return few_rows(launcher, x, w, self.epilogue, folded, config=config, routed=routed)
+            folded = Folded(ids=ids[i % len(ids)], routed=routes[i % len(routes)]) if ids else ALONE
+            return few_rows(launcher, x, w, self.epilogue, folded, config=config)
 
         return call
 

@@ -1,6 +1,7 @@
 """A few tokens through an unpacked weight: dense.metal. Its reference is `epilogue.product_reference`."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from .epilogue import ALONE, PLAIN, Epilogue, Folded, product_reference
 from .op import Op
 
 FOUR_ROWS_FROM = 4096  # from which on a simdgroup takes four, and reads x once for them
+TOGETHER = 8  # tokens that a threadgroup takes where there are several
 FEW_ROWS = 512  # of an unpacked weight, for which all simdgroups of a threadgroup share a row
 
 
@@ -47,13 +49,14 @@ def dense(
     Returns:
         [T, N]
     """
-    tokens, n, out, (norm, times, _) = x.shape[0], w.shape[0], epilogue.out or x.dtype, folded
-    split, rows = config or dense_config(n)
+    tokens, n, out, (norm, times, *_) = x.shape[0], w.shape[0], epilogue.out or x.dtype, folded
+    (split, rows), together = config or dense_config(n), 1 if tokens == 1 else TOGETHER
     arrays = {"x": x, "w": w, "norm": norm, "times": times}
     defines = {**result_defines(out), "W_TYPE": w.dtype, "SG": 4, "SPLIT": split, "ROWS": rows, "EPS": epilogue.eps}
+    defines["TOKENS"] = together
     defines |= {"FACTOR": float(epilogue.factor), "NORM": norm is not None, "TIMES": times is not None}
     kernel = render("dense", "dense.metal", x.dtype, defines, absent(arrays))
-    groups = (-(-n * split // (4 * rows)), tokens, 1)
+    groups = (-(-n * split // (4 * rows)), -(-tokens // together), 1)
     return prepare(launcher, kernel, groups, 128, ((tokens, n), out)).by_name(arrays)[0]
 
 
@@ -68,5 +71,6 @@ def dense_cases(s: Sizes) -> Iterator[Check]:
         return Case(kernel, partial(product_reference, x, w, epilogue, folded), w.nbytes)
 
     for p in dict.fromkeys(s.products):
-        if p.type in FLOATS:
-            yield Check(DENSE.key, f"{p.type} {p}", partial(make, p))
+        for tokens in (1, TOGETHER) if p.type in FLOATS else ():
+            several = replace(p, tokens=tokens)
+            yield Check(DENSE.key, f"{p.type} {several}", partial(make, several))

@@ -152,14 +152,13 @@ class Kernels:
         keys = [HALVE.key] * (folded.norm is not None or x.dtype != mx.float16)
         if self.eager and keys:
             self(HALVE, x.reshape(-1, x.shape[-1]), folded.norm)  # or its failure would be put down to the product
-        routed = None
         if folded.ids is not None:
             if (
                 self.routed is None or self.routed[0] is not folded.ids
             ):  # products of the same experts follow each other
                 self.routed = folded.ids, self(ROUTE, folded.ids, w.shape[0])
-            routed = self.routed[1]
-        kernel = partial(few_rows, self.launcher, x, w, epilogue, folded, routed=routed)
+            folded = folded._replace(routed=self.routed[1])
+        kernel = partial(few_rows, self.launcher, x, w, epilogue, folded)
         return self.attempt(kernel, reference, *keys, _key(FEW_ROWS, w))
 
     def linear(self, x: mx.array, w: Weight) -> mx.array:

@@ -26,6 +26,7 @@ class Folded(NamedTuple):
     norm: mx.array | None = None  # fp32 [K]: x goes through RMSNorm with this weight first
     times: mx.array | None = None  # as the result, in x's dtype: this is gelu(x wᵀ) * times
     ids: mx.array | None = None  # int32 [E'], the experts that one token takes, or [T, E'], those of each
+    routed: tuple[mx.array, mx.array] | None = None  # `routing.route` of such, if it is known
 
 
 PLAIN = Epilogue()
@@ -35,7 +36,7 @@ ALONE = Folded()
 
 def product_reference(x: mx.array, w: Weight, epilogue: Epilogue = PLAIN, folded: Folded = ALONE) -> mx.array:
     """`matvec.matvec` and `few_rows.few_rows` in stock MLX, for any weight."""
-    h, (norm, times, ids) = x.astype(mx.float32), folded
+    h, (norm, times, ids, _) = x.astype(mx.float32), folded
     h = h if norm is None else stock.rms_norm(h, norm, epilogue.eps)
     if ids is None:
         y = stock.linear(h, w)

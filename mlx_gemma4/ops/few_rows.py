@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +21,7 @@ from .halve import halve
 from .op import Op, OpKey
 from .packed import absent_planes, format_defines
 from .routing import ROWS, most_tiles, route, route_reference
-from .tuning import Tuning, this_gpu
+from .tuning import Tuning, launch_cache, this_gpu
 
 MAX_ROWS = 32
 ROOM = 32 << 10  # bytes of threadgroup memory, at most
@@ -64,7 +64,6 @@ def few_rows(
     folded: Folded = ALONE,
     *,
     config: RowsTiling | None = None,
-    routed: tuple[Any, Any] | None = None,
 ) -> Any:
     """A few rows through a packed weight.
 
@@ -72,12 +71,11 @@ def few_rows(
         x: [T, K], T up to MAX_ROWS; with `folded.ids` int32 [T, E'] of any T: [T, K], or [T, E', K], one row each.
         w: [N, K], or with `ids` [E, N, K].
         config: in place of `rows_tiling`'s.
-        routed: `routing.route` of the ids, if it is known.
 
     Returns:
         [T, N], [T, N / 2] with glu; [T, E', ..] with ids.
     """
-    norm, times, ids = folded
+    norm, times, ids, routed = folded
     rows, scale, used = x.reshape(-1, x.shape[-1]), None, 0
     if x.dtype != mx.float16 or norm is not None:
         rows, scale = halve(launcher, rows, norm, epilogue.eps)
@@ -95,7 +93,7 @@ def few_rows(
     ]
 
 
-@lru_cache(maxsize=4096)
+@launch_cache
 def _prepared(
     launcher: Launcher,
     name: str,
@@ -136,11 +134,12 @@ def few_rows_cases(s: Sizes) -> Iterator[Check]:
         x, w, epilogue, folded = product_inputs(p, s.rows)
         assert isinstance(w, Packed)
         config = rows_tiling(w.format, p.shape[-2], p.shape[-1], p.tokens, p.glu)  # as for all rows
-        routed = None if folded.ids is None else route_reference(folded.ids, w.shape[0])
+        if folded.ids is not None:
+            folded = folded._replace(routed=route_reference(folded.ids, w.shape[0]))
 
         def reference() -> mx.array:  # row by row: see matvec.py
             def row(t: int) -> mx.array:
-                norm, times, ids = folded
+                norm, times, ids, _ = folded
                 if ids is None:
                     return product_reference(
                         x[t : t + 1], w, epilogue, Folded(norm, None if times is None else times[t : t + 1])
@@ -150,7 +149,7 @@ def few_rows_cases(s: Sizes) -> Iterator[Check]:
 
             return mx.stack([row(t) for t in range(p.tokens)])
 
-        kernel = partial(few_rows, x=x, w=w, epilogue=epilogue, folded=folded, config=config, routed=routed)
+        kernel = partial(few_rows, x=x, w=w, epilogue=epilogue, folded=folded, config=config)
         return Case(kernel, reference, w.nbytes)
 
     for p in dict.fromkeys(p for p in s.packed if p.tokens == 1):

@@ -51,7 +51,7 @@ def few_expert_rows(launcher: Launcher, x: mx.array, w: Packed, chosen: mx.array
     rows = mx.contiguous(mx.broadcast_to(x, (*chosen.shape, x.shape[-1])).reshape(chosen.size, -1))
     h, scale = halve(launcher, rows)
     ids = chosen.astype(mx.int32)
-    y = few_rows(launcher, h.reshape(*chosen.shape, -1), w, FP32, Folded(ids=ids), routed=routed)
+    y = few_rows(launcher, h.reshape(*chosen.shape, -1), w, FP32, Folded(ids=ids, routed=routed))
     return unhalved(y, scale.reshape(*chosen.shape, 1)).astype(x.dtype)
 
 

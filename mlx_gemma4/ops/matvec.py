@@ -94,7 +94,7 @@ def matvec(
     Returns:
         [T, N], [T, N / 2] with glu, [E', ..] with ids.
     """
-    norm, times, ids = folded
+    norm, times, ids, _ = folded
     slots, there = 0 if ids is None else ids.size, (norm is not None, times is not None)
     launch = _prepared(launcher, w.format.name, w.shape[-2:], x.dtype, x.shape[0], slots, there, epilogue, config)
     arrays = {"x": x, "norm": norm, "codes": w.codes, "group_scales": w.group_scales, "block_scales": w.block_scales}

@@ -39,6 +39,8 @@ def test_every_kernel_of_a_step_is_an_operation() -> None:
         "halve",
         "expand",
         "grouped",
+        "few_rows",
+        "route",
         "quantize_kv",
     }
 
