@@ -85,7 +85,8 @@ def _seen(lines: Sequence[str], given: Macros) -> list[bool]:
 
 def value(condition: str, macros: Macros) -> int:
     """The value of a condition. Raises ValueError if it needs more than integers and macros without arguments."""
-    condition = re.sub(r"\bdefined *\(? *(\w+) *\)?", lambda m: str(int(m[1] in macros)), condition)
+    known = re.compile(r"\bdefined *(?:\( *(\w+) *\)|(\w+))")
+    condition = known.sub(lambda m: str(int((m[1] or m[2]) in macros)), condition)
     tokens = [*_expanded(condition, macros, frozenset()), "end"]
     found = _parse(tokens, 0)
     _take(tokens, "end")
