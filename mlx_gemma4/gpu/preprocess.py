@@ -85,11 +85,11 @@ def _seen(lines: Sequence[str], given: Macros) -> list[bool]:
 
 def value(condition: str, macros: Macros) -> int:
     """The value of a condition. Raises ValueError if it needs more than integers and macros without arguments."""
-    condition = re.sub(r"\bdefined *\(? *(\w+) *\)?", lambda m: str(int(m[1] in macros)), condition)
-    tokens = _expanded(condition, macros, frozenset())
+    known = re.compile(r"\bdefined *(?:\( *(\w+) *\)|(\w+))")
+    condition = known.sub(lambda m: str(int((m[1] or m[2]) in macros)), condition)
+    tokens = [*_expanded(condition, macros, frozenset()), "end"]
     found = _parse(tokens, 0)
-    if tokens:
-        raise ValueError(f"not a condition: {condition}")
+    _take(tokens, "end")
     return found
 
 
@@ -109,7 +109,7 @@ def _parse(tokens: list[str], level: int) -> int:
     """Take an expression off the front of tokens: 0: a choice (a ? b : c); else operators from that level on."""
     if level == 0:
         condition = _parse(tokens, 1)
-        if tokens[:1] != ["?"]:
+        if tokens[0] != "?":
             return condition
         _take(tokens, "?")
         yes = _parse(tokens, 0)
@@ -118,10 +118,10 @@ def _parse(tokens: list[str], level: int) -> int:
         return yes if condition else no
     if level <= len(_OPERATORS):
         left, here = _parse(tokens, level + 1), _OPERATORS[level - 1]
-        while tokens and tokens[0] in here:
+        while tokens[0] in here:
             left = int(here[tokens.pop(0)](left, _parse(tokens, level + 1)))
         return left
-    token = _take(tokens)
+    token = tokens.pop(0)
     if token == "(":
         inner = _parse(tokens, 0)
         _take(tokens, ")")
@@ -132,10 +132,9 @@ def _parse(tokens: list[str], level: int) -> int:
     return int(token.rstrip("uU"), 0)
 
 
-def _take(tokens: list[str], wanted: str = "") -> str:
-    if not tokens or (wanted and tokens[0] != wanted):
-        raise ValueError(f"no {wanted or 'operand'} where one should be")
-    return tokens.pop(0)
+def _take(tokens: list[str], wanted: str) -> None:
+    if tokens.pop(0) != wanted:
+        raise ValueError(f"no {wanted} where one should be")
 
 
 def _unused(lines: Sequence[str], kept: Sequence[bool]) -> set[int]:

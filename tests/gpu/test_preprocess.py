@@ -7,9 +7,12 @@ import re
 import subprocess
 from typing import Any
 
+import metal_sim
 import mlx.core as mx
+import numpy as np
 import pytest
 from metal_sim.compile import compiler
+from metal_sim.frontend import check as check_text
 
 from mlx_gemma4.doctor import sizes, table, verdict
 from mlx_gemma4.gpu import render
@@ -53,6 +56,7 @@ def preprocessed(text: str, *defined: str) -> list[str]:
     return re.findall(r"\w+|\S", done.stdout)
 
 
+@pytest.mark.slow
 def test_no_comments_no_indents_no_branches() -> None:
     longest: dict[str, int] = {}
     for (header, source), (_, before) in rendered().items():
@@ -68,6 +72,7 @@ def test_no_comments_no_indents_no_branches() -> None:
     assert not {entry: n for entry, n in longest.items() if n > MOST.get(entry, 7_000)}
 
 
+@pytest.mark.slow
 def test_a_compiler_sees_the_same() -> None:
     """The shortest and the longest text of each kernel, as Metal's compiler has it and as CUDA's."""
     by_entry: dict[str, list[tuple[Text, Text]]] = {}
@@ -80,6 +85,35 @@ def test_a_compiler_sees_the_same() -> None:
             assert preprocessed("".join(lean(*got))) == preprocessed("".join(before))
 
 
+@pytest.mark.slow
+def test_the_checker_takes_what_metal_gets() -> None:
+    """The longest text of each kernel of a small model in all formats, as MLX would have Apple compile it."""
+    longest: dict[str, tuple[int, str, str]] = {}
+
+    def launcher(name: str, input_names: Any, output_names: Any, source: str, header: str) -> Any:
+        header, source = lean(header, source)
+
+        def call(inputs: Any, output_shapes: Any, output_dtypes: Any, **_: Any) -> list[mx.array]:
+            made = list(map(mx.zeros, output_shapes, output_dtypes))
+            arrays = [np.empty(a.shape, str(a.dtype).removeprefix("mlx.core.")) for a in (*inputs, *made)]
+            reads = list(zip(input_names, arrays, strict=False))
+            writes = [(n, a.dtype) for n, a in zip(output_names, arrays[len(inputs) :], strict=True)]
+            text = header + metal_sim.signature(name, reads, writes, source) + source + "}\n"
+            entry = name.rsplit("_", 1)[0]
+            longest[entry] = max(longest.get(entry, (0, "", "")), (len(text), name, text))
+            return made
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cases, "on_cpu", lambda: False)
+        for check in sizes.checks(table.small_sizes()["small"], verdict.QUICK_LENGTHS, 64):
+            check.make().kernel(launcher)
+    assert len(longest) >= 18
+    for _, name, text in longest.values():
+        check_text(text, name, preamble=True)
+
+
 @pytest.mark.parametrize(
     ("condition", "want"),
     [
@@ -87,6 +121,7 @@ def test_a_compiler_sees_the_same() -> None:
         ("A == 3 && !B", 1),
         ("A > 3 || (B && C)", 0),
         ("defined(A) && !defined B", 0),
+        ("(!defined( X ) && (defined A))", 1),
         ("D * 2 + 1 == 13", 1),
         ("A < 2 ? 5 : A < 4 ? 7 : 9", 7),
         ("(A - 1) / 2 % 2 != 1", 0),
