@@ -119,7 +119,7 @@ def main() -> int:
         figures: dict[str, Any] = {"program": "benchmarks/loading.py", "command": shlex.join(words)}
         figures |= {"file": options.file.name, "bytes": size}
         figures |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "chip": device_name()}
-        versions = {"mlx": MLX, "python": platform.python_version()}
+        versions: dict[str, Any] = {"mlx": MLX, "python": platform.python_version()}
         if options.vs:
             versions["llama.cpp"] = read_row(options.vs, outputs["llama.cpp"].splitlines()[-1]).version
         figures |= {"versions": versions, "loading": rows}
