@@ -121,7 +121,7 @@ def main() -> int:
         figures |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "chip": device_name()}
         versions: dict[str, Any] = {"mlx": MLX, "python": platform.python_version()}
         if options.vs:
-            versions["llama.cpp"] = read_row(options.vs, outputs["llama.cpp"].splitlines()[-1]).version
+            versions["llama.cpp"] = read_row(options.vs, outputs["llama.cpp"].splitlines()[-1]).version or "?"
         figures |= {"versions": versions, "loading": rows}
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0

@@ -2,8 +2,9 @@
 
     python benchmarks/tables.py [docs/benchmarks]
 
-In: the JSON files of a folder, and those of `benchmarks/loading.py` in its folder `loading`. Out: `tables.md` and
-`speed.svg` beside them. Of files with the same cell on the same chip, one with llama.cpp counts, then the later run.
+In: the JSON files of a folder, and those of `benchmarks/loading.py` in its folder `loading`. Out: `tables.md`,
+`speed.svg` and, of replies at once, `batch.svg` beside them. Of files with the same cell on the same chip, one with
+llama.cpp counts, then the later run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from xml.sax.saxutils import escape
 from mlx_gemma4.doctor.published import PUBLISHED
 
 ORDER = tuple(PUBLISHED)
-TARGETS = {"decode": {"31B": 1.35, "": 1.2}, "prefill": {"31B": 1.0, "": 0.9}}  # ours to llama.cpp's; "": any other
+# Ours to llama.cpp's; "": any other model.
+TARGETS = {"decode": {"31B": 1.35, "": 1.2}, "prefill": {"31B": 1.0, "": 0.9}, "batch": {"31B": 1.5, "": 1.5}}
 OURS, THEIRS, INK, FAINT = "#c2410c", "#475569", "#0f172a", "#cbd5e1"
 # The projection for Macs: shares and times that nobody has measured with this program.
 # Peak memory bandwidths in GB/s, as Apple's announcements and technical specifications (support.apple.com) of the Macs
@@ -66,11 +68,12 @@ def read(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     last: dict[tuple[Any, ...], dict[str, Any]] = {}
     for run in runs:
         for cell in run.get("cells", ()):
-            key = (run.get("chip"), cell["model"], cell["kind"], cell["context"], cell["kv"])
+            key = (run.get("chip"), cell["model"], cell["kind"], cell["context"], cell["kv"], cell.get("parallel"))
             if cell.get("llama_cpp") or not last.get(key, {}).get("llama_cpp"):
                 last[key] = {**cell, "chip": run.get("chip", "?")}
     cells = sorted(
-        last.values(), key=lambda c: (c["chip"], _place(c["model"]), c["kv"] != "full", c["kv"], c["context"])
+        last.values(),
+        key=lambda c: (c["chip"], _place(c["model"]), c["kv"] != "full", c["kv"], c["context"], c.get("parallel", 1)),
     )
     return runs, cells
 
@@ -95,6 +98,9 @@ def markdown(runs: list[dict[str, Any]], cells: list[dict[str, Any]]) -> Iterato
     yield f"{'; '.join(listed)}."
     yield ""
     yield "![Tokens a second against context](speed.svg)"
+    if any(c["kind"] == "batch" for c in cells):
+        yield ""
+        yield "![Tokens a second against replies at once](batch.svg)"
     for chip in dict.fromkeys(c["chip"] for c in cells):
         for kind, title in (("decode", "decode at a context of"), ("prefill", "prompts of")):
             some = [c for c in cells if c["chip"] == chip and c["kind"] == kind]
@@ -102,7 +108,13 @@ def markdown(runs: list[dict[str, Any]], cells: list[dict[str, Any]]) -> Iterato
                 yield ""
                 yield f"## {chip}: {title} so many tokens"
                 yield ""
-                yield from _matrix(some)
+                yield from _matrix(some, "context")
+        for context in sorted({c["context"] for c in cells if c["chip"] == chip and c["kind"] == "batch"}):
+            yield ""
+            yield f"## {chip}: so many replies at once, behind prompts of {context} tokens, all together"
+            yield ""
+            batch = [c for c in cells if (c["chip"], c["kind"], c["context"]) == (chip, "batch", context)]
+            yield from _matrix(batch, "parallel")
     detailed = [c for c in cells if c.get("bytes_per_token")]
     if detailed:
         yield from ["", "## What a decoded token takes", ""]
@@ -118,13 +130,13 @@ def markdown(runs: list[dict[str, Any]], cells: list[dict[str, Any]]) -> Iterato
     yield from _rows(["file", "date", "chip", "versions", "command"], map(_run, runs))
 
 
-def _matrix(cells: list[dict[str, Any]]) -> Iterator[str]:
-    """Models down, contexts across."""
-    contexts = sorted({c["context"] for c in cells})
-    by = {(c["model"], c["kv"], c["context"]): c for c in cells}
+def _matrix(cells: list[dict[str, Any]], across: str) -> Iterator[str]:
+    """Models down, contexts or numbers of replies across."""
+    numbers = sorted({c[across] for c in cells})
+    by = {(c["model"], c["kv"], c[across]): c for c in cells}
     lines = dict.fromkeys((c["model"], c["kv"]) for c in cells)
-    rows = ([model, kv, *(_figure(by.get((model, kv, n))) for n in contexts)] for model, kv in lines)
-    yield from _rows(["model", "KV", *map(str, contexts)], rows)
+    rows = ([model, kv, *(_figure(by.get((model, kv, n))) for n in numbers)] for model, kv in lines)
+    yield from _rows(["model", "KV", *map(str, numbers)], rows)
 
 
 def _figure(cell: dict[str, Any] | None) -> str:
@@ -215,9 +227,10 @@ def _rows(head: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
         yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |"
 
 
-def svg(cells: list[dict[str, Any]]) -> str:
-    """A panel a model: decode against context, full KV, on the chip with the most cells."""
-    some = [c for c in cells if c["kind"] == "decode" and c["kv"] == "full"]
+def svg(cells: list[dict[str, Any]], kind: str = "decode") -> str:
+    """A panel a model: decode against context, or replies at once, full KV, on the chip with the most cells."""
+    some = [c for c in cells if c["kind"] == kind and c["kv"] == "full"]
+    across, title = ("parallel", "of all replies at once") if kind == "batch" else ("context", "against context")
     chips = [c["chip"] for c in some]
     chip = max(chips, key=chips.count) if chips else ""
     some = [c for c in some if c["chip"] == chip]
@@ -228,22 +241,23 @@ def svg(cells: list[dict[str, Any]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="system-ui, sans-serif" font-size="11">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
-        _text(LEFT, 22, f"Decode, tokens a second against context; {chip}", INK, size=14),
+        _text(LEFT, 22, f"Decode, tokens a second {title}; {chip}", INK, size=14),
         _text(width - 190, 22, "mlx-gemma4", OURS, weight="bold"),
         _text(width - 100, 22, "llama.cpp", THEIRS, weight="bold"),
     ]
     for i, model in enumerate(models):
         x, y = 10 + i % COLUMNS * PANEL_W, TOP + i // COLUMNS * PANEL_H
-        parts += _panel(model, [c for c in some if c["model"] == model], x, y)
+        parts += _panel(model, [c for c in some if c["model"] == model], across, x, y)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _panel(model: str, cells: list[dict[str, Any]], x: int, y: int) -> Iterator[str]:
-    """One model: both lines over a logarithmic context, from zero up."""
+def _panel(model: str, cells: list[dict[str, Any]], across: str, x: int, y: int) -> Iterator[str]:
+    """One model: both lines over a logarithmic context or number of replies, from zero up."""
     w, h = PANEL_W - LEFT - 24, PANEL_H - 62
     left, bottom = x + LEFT, y + 24 + h
-    contexts = [c["context"] for c in cells]
-    logs = [math.log2(max(n, 256)) for n in contexts]  # a context of 0 stands at the left edge
+    numbers = [c[across] for c in cells]
+    least = 1 if across == "parallel" else 256  # a context of 0 stands at the left edge
+    logs = [math.log2(max(n, least)) for n in numbers]
     low, high = min(logs), max(max(logs), min(logs) + 1)
     top = _round_up(max(max(c["ours"], c.get("llama_cpp") or 0) for c in cells))
 
@@ -256,7 +270,7 @@ def _panel(model: str, cells: list[dict[str, Any]], x: int, y: int) -> Iterator[
         _, line = at(low, rate)
         yield f'<line x1="{left}" y1="{line:.1f}" x2="{left + w}" y2="{line:.1f}" stroke="{FAINT}"/>'
         yield _text(left - 6, line + 4, f"{rate:g}", INK, anchor="end")
-    for n, log in zip(contexts, logs, strict=True):
+    for n, log in zip(numbers, logs, strict=True):
         yield _text(at(log, 0)[0], bottom + 15, f"{n // 1024}K" if n >= 1024 else str(n), INK, anchor="middle")
     for name, colour in (("llama_cpp", THEIRS), ("ours", OURS)):
         points = [at(log, c[name]) for c, log in zip(cells, logs, strict=True) if c.get(name)]
@@ -290,6 +304,8 @@ def main() -> int:
         return 2
     (folder / "tables.md").write_text("\n".join(markdown(runs, cells)) + "\n")
     (folder / "speed.svg").write_text(svg(cells))
+    if any(c["kind"] == "batch" for c in cells):
+        (folder / "batch.svg").write_text(svg(cells, "batch"))
     return 0
 
 

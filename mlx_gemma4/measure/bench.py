@@ -25,7 +25,7 @@ from ..doctor.ready import make_ready
 from ..doctor.verdict import MLX, device_name, recall, usable_kernels
 from ..errors import InputError
 from ..execution import execution
-from ..generation.loop import Statistics, generate_tokens, prefill_chunk
+from ..generation.loop import Statistics, generate_tokens, prefill_chunk, read_chunk
 from ..generation.sampling import Sampling
 from ..gpu.render import observed
 from ..kv.state import KVState
@@ -233,9 +233,10 @@ def _batch_rate(model: Model, plan: BenchPlan, n: int) -> tuple[float, float, in
     states = [model.new_state(kv=plan.kv) for _ in range(n)]
     start, first = time.perf_counter(), []
     for i, state in enumerate(states):
-        s = Statistics()
-        ids = random_ids(model, BATCH_PROMPT, i)
-        first += [token.id for token in generate_tokens(model, state, ids, GREEDY, 1, statistics=s)]
+        ids, read = random_ids(model, BATCH_PROMPT, i), None
+        while read is None:
+            read = read_chunk(model, state, ids, [], model.chunk)
+        first.append(read.token())
     took, start = time.perf_counter() - start, time.perf_counter()
     if n == 1:
         s = Statistics()

@@ -154,14 +154,14 @@ def test_every_cell_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(model, state, prompt, sampling, n, **options)
 
     monkeypatch.setattr(bench, "generate_tokens", noted)
+    monkeypatch.setattr(bench, "STEADY", float("inf"))
     for turn in (2, 1):
         assert list(bench.measure(subject.model, plan, cells, turn)) == cells
     assert [len(c.samples) for c in cells] == [3] * 4
     assert all(c.rate == sorted(c.samples)[1] > 0 for c in cells)
     warm = [(61, bench.WARM_UP + 1), (125, bench.WARM_UP + 1)]  # just before a tail of 64 is full
     turns = [
-        [(5, 1), *[(5, 1)] * n, (20, 1), *[(20, 1)] * n, warm[0], *[(1, 4)] * n, warm[1], *[(71, 4)] * n]
-        for n in (2, 1)
+        [*[(5, 1)] * (2 + n), *[(20, 1)] * (2 + n), warm[0], *[(1, 4)] * n, warm[1], *[(71, 4)] * n] for n in (2, 1)
     ]
     assert asked == [*turns[0], *turns[1]]
 
