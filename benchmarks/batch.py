@@ -13,13 +13,11 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 import mlx_gemma4
-from mlx_gemma4.execution import execution
 from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.measure.bench import load_subject
 from mlx_gemma4.model.model import Model
@@ -29,16 +27,16 @@ TIE = 0.02  # between logits, of their spread: what rounding may turn round
 
 
 def together(model: Model, states: list[KVState], first: list[int], steps: int) -> tuple[list[list[int]], float]:
-    """Return each state's greedy tokens, [B][steps], and the seconds that all took."""
-    tokens, found = mx.array(first, mx.int32), []
+    """Return each state's greedy tokens, [B][steps], and the seconds that all took; steps chain."""
+    step, found = model.batch(first, states), []
     start = time.perf_counter()
     for _ in range(steps):
-        with execution():
-            tokens = mx.argmax(model.batch_step(tokens, states), axis=-1).astype(mx.int32)
-            mx.async_eval(tokens)
-        found.append(tokens)
-    rows: Any = np.stack([np.array(t) for t in found], axis=1).tolist()
-    return rows, time.perf_counter() - start
+        following = model.batch(step, states)
+        found.append(step.tokens())
+        step = following
+    seconds = time.perf_counter() - start
+    step.tokens()
+    return np.array(found).T.tolist(), seconds
 
 
 def alone(model: Model, state: KVState, first: int, steps: int) -> tuple[list[int], float]:
