@@ -44,6 +44,7 @@ import make_synthetic
 
 DEPTHS = (0, 1, 530, 2100, 8200, 32800, 130100)  # tokens before a step: as many arrangements of a state's parts
 QUANTIZED_DEPTHS = (8200, 32800, 130100)  # likewise with quantized KV
+BATCHES = (1, 2, 4, 8, 16, 32)  # states that step together
 CHUNK = 1024
 
 
@@ -141,6 +142,11 @@ def launch_all(model: Model, run: Kernels) -> None:
                 lazy_fill(state, depth)
             step(mx.array([1]), states[0])
             replayer.take_on(states[1])
+        with patch.object(mx, "eval", lambda *_: None):
+            for rows in BATCHES:
+                states = [model.new_state() for _ in range(rows)]
+                lazy_fill(states[0], 70)
+                model.batch([1] * rows, states)
 
 
 def main() -> int:

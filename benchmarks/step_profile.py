@@ -1,6 +1,6 @@
 """Profiles a decode step on an NVIDIA GPU: the time of each kernel, and how long the GPU waits between kernels.
 
-    python benchmarks/step_profile.py MODEL.gguf [--depths 512,2048] [--kv full] [--json OUT.json]
+    python benchmarks/step_profile.py MODEL.gguf [--depths 512,2048] [--kv full] [--parallel 1] [--json OUT.json]
 
 In: a GGUF (speed alone counts: one of `examples/make_synthetic.py` will do). Out: for each depth a table of
 microseconds a token by kernel and launch size, from CUPTI's records (PyTorch's profiler, which must be installed),
@@ -35,12 +35,28 @@ def steps(model: Model, state: KVState, n: int) -> None:
         pass
 
 
-def records(model: Model, base: KVState) -> list[dict[str, Any]]:
+def batches(model: Model, states: list[KVState], n: int) -> None:
+    """Decode n tokens of each state, all in one step."""
+    step = model.batch([7] * len(states), states)
+    for _ in range(n):
+        before, step = step, model.batch(step, states)
+        before.tokens()
+    step.tokens()
+
+
+def records(model: Model, base: KVState, parallel: int) -> list[dict[str, Any]]:
     """CUPTI's records of some steps' kernels, in the order they ran."""
-    state = base.fork()
-    steps(model, state, WARM)
+    forks = [base.fork() for _ in range(parallel)]
+
+    def run(n: int) -> None:
+        if parallel == 1:
+            steps(model, forks[0], n)
+        else:
+            batches(model, forks, n)
+
+    run(WARM)
     with profile(activities=[ProfilerActivity.CUDA]) as p:
-        steps(model, state, STEPS)
+        run(STEPS)
         torch.cuda.synchronize()
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         p.export_chrome_trace(file.name)
@@ -71,6 +87,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--depths", default="512,2048")
     parser.add_argument("--kv", default="full")
+    parser.add_argument("--parallel", type=int, default=1, help="replies in a step")
     parser.add_argument("--rows", type=int, default=24, help="printed a depth")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -79,8 +96,8 @@ def main() -> None:
     state, found = subject.model.new_state(kv=options.kv), {}
     for depth in map(int, options.depths.split(",")):
         fill(state, depth)
-        found[depth] = s = summary(records(subject.model, state))
-        print(f"{subject.name} at {depth}: {s['whole us']:.0f} us a token, kernels {s['kernels us']:.0f}, ", end="")
+        found[depth] = s = summary(records(subject.model, state, options.parallel))
+        print(f"{subject.name} at {depth}: {s['whole us']:.0f} us a step, kernels {s['kernels us']:.0f}, ", end="")
         print(f"no kernel {s['idle us']:.0f}; launches {sum(r['launches'] for r in s['rows']):.0f}")
         for r in s["rows"][: options.rows]:
             print(
