@@ -19,7 +19,6 @@ import mlx.core as mx
 import numpy as np
 
 import mlx_gemma4
-from mlx_gemma4.execution import execution
 from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.measure.bench import load_subject
 from mlx_gemma4.model.model import Model
@@ -31,7 +30,7 @@ TIE = 0.02  # between logits, of their spread: what rounding may turn round
 def together(model: Model, states: list[KVState], first: list[int], steps: int) -> tuple[list[list[int]], float]:
     """Return each state's greedy tokens, [B][WARM + steps], and the seconds that all but the first WARM took."""
     tokens, found, start = first, [], 0.0
-    started = []  # each step is started with the one before, whose tokens the host does not know yet
+    started: list[Any] = []  # each step is started with the one before, whose tokens the host does not know yet
     for n in range(WARM + steps):
         if n == WARM:
             found += [step.tokens() for step in started]
