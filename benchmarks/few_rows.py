@@ -63,13 +63,15 @@ def weights(model: str) -> Iterator[tuple[str, tuple[int, ...], bool, list[str]]
 
 def tilings(rows: int, quick: bool) -> list[RowsTiling]:
     """The tilings to try for so many rows of x."""
-    every = itertools.product((1, 2, 4), (1, 2, 4, 8), (1, 2, 4), (False, True))
-    made = [RowsTiling(*options) for options in every]
-    made += [RowsTiling(2, 4, 1, False, n) for n in (3, 4, 5)] + [RowsTiling(2, 4, 1, True, n) for n in (3, 4, 5)]
-    made += [RowsTiling(1, 4, 1, False, n) for n in (6, 8)] + [RowsTiling(1, 8, 1, False, n) for n in (3, 4)]
-    fit = [t for t in made if t.room(rows) <= ROOM and t.split * t.share <= 16 and t.blocks * rows <= 64]
+    blocks, splits = (2, 3, 4), (3, 4, 6, 8, 12)
+    made = [RowsTiling(*o) for o in itertools.product(blocks, splits, (False, True), (True, False))]
+    made += [
+        RowsTiling(2, 4, prefetch, copied, n) for prefetch in (False, True) for copied in (False, True) for n in (4, 5)
+    ]
+    made += [RowsTiling(2, 8, False, copied, n) for copied in (False, True) for n in (2, 3)]
+    fit = [t for t in made if t.room(rows) <= ROOM and t.blocks * rows <= 64]
     if quick:
-        fit = [t for t in fit if t.resident == 1 and (t.share == 1 or rows > 8) and not (t.share == 4 and rows < 32)]
+        fit = [t for t in fit if (t.copied or (not t.prefetch and t.resident == 1)) and t.split != 6]
     return fit
 
 
@@ -153,9 +155,7 @@ def tune(name: str, made: Weight, options: argparse.Namespace, launcher: Launche
     """Print the lines of one weight and return them; "worst" is the largest difference from the mat-vec's rows."""
     classes = [r for r in (8, 16, 32) if r in options.rows] if not made.experts else list(options.rows)
     configs = {r: tilings(8 if made.experts else r, options.quick) for r in classes}
-    configs = {r: [c for c in cs if not (made.glu and c.blocks == 1)] for r, cs in configs.items()}
-    if made.experts:
-        configs = {r: [c for c in cs if c.share == 1] for r, cs in configs.items()}
+    configs = {r: [c for c in cs if not (made.glu and c.blocks % 2)] for r, cs in configs.items()}
     if launcher is cuda_launcher:
         compile_all([(made.several(r, c), made.x) for r, cs in configs.items() for c in [None, *cs]])
 
@@ -204,7 +204,7 @@ def tune(name: str, made: Weight, options: argparse.Namespace, launcher: Launche
 
 
 def _brief(t: RowsTiling | None) -> str:
-    return f"{t.blocks}x{t.split}x{t.share}{' prefetch' * t.prefetch} r{t.resident}" if t else ""
+    return f"{t.blocks}x{t.split}{' prefetch' * t.prefetch}{' copied' * t.copied} r{t.resident}" if t else ""
 
 
 def _rows_by_matvec(launcher: Launcher, made: Weight, rows: int) -> mx.array:

@@ -64,6 +64,16 @@ METAL_FUNC uint fma_halves(uint a, uint b, uint c) {
 METAL_FUNC uint mul_halves(uint a, uint b) { return as_type<uint>(__hmul2(as_type<__half2>(a), as_type<__half2>(b))); }
 METAL_FUNC uint add_halves(uint a, uint b) { return as_type<uint>(__hadd2(as_type<__half2>(a), as_type<__half2>(b))); }
 
+// Copies 16 bytes to shared memory, without waiting for them; and waits for all of this lane's, and for the other lanes.
+METAL_FUNC void copy_async(uint4* to, const __half* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;"
+               :: "r"(uint(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+}
+METAL_FUNC void copies_arrived() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncwarp();
+}
+
 // For quantized.metal: what Metal does with halves apart, and with a table in threadgroup memory.
 
 // Two numbers 1024 + code as halves, less 1152: code - 128.

@@ -9,11 +9,9 @@
 //   EXPERTS  W is [E, N, K]. Threadgroup y of the grid takes tile y of `tiles`, int32 [.., 3]: expert, first and one
 //            past the last of `order`, at most TOKENS. Row order[i] of y is of row order[i] / USED of x.
 //
-// Threads. A simdgroup takes BLOCKS blocks of 16 rows of W, and of K every SPLIT-th stretch of 128; SPLIT simdgroups
-// share the rows and add up at the end over threadgroup memory. SHARE times as many in a threadgroup have rows of their
-// own; with SHARE above 1 each brings some of x's second factors to threadgroup memory for all, one step ahead.
-// Threadgroup of 32 SPLIT SHARE, grid (32 SPLIT SHARE ceil(N / (16 BLOCKS SHARE)), tiles, 1); with GLU half of the
-// blocks are gate's, half up's.
+// Threads. A simdgroup takes BLOCKS blocks of 16 rows of W, and of K every SPLIT-th stretch of 128; the simdgroups of
+// a threadgroup share the rows and add up at the end over threadgroup memory. Threadgroup of 32 SPLIT, grid
+// (32 SPLIT ceil(N / (16 BLOCKS)), tiles, 1); with GLU half of the blocks are gate's, half up's.
 //
 // Weights go from memory to the matrix units through registers alone (pairs.metal). The sums of a product may be in any
 // order, so of a row, lane t takes the 32 neighbouring weights from 32 t on, 16 bytes at once where a weight has 4 bits,
@@ -22,14 +20,19 @@
 //
 // Memory. Every byte of the planes is read once; x once for each 16 BLOCKS rows, mostly from the cache; y written once.
 //
-// Rendered before: T (half), U (of y), TIMES_T, a format with CHUNK 32, TOKENS, BLOCKS, SPLIT, SHARE, PREFETCH, TAIL (K
-// is no multiple of 128), and the variants' names.
+// Rendered before: T (half), U (of y), TIMES_T, a format with CHUNK 32, TOKENS, BLOCKS, SPLIT, PREFETCH, TAIL (K is
+// no multiple of 128), and the variants' names.
 // uses: matrix.metal
 // uses: packed.metal
 // uses: pairs.metal
 
-#define LAUNCH_BOUNDS __launch_bounds__(32 * SPLIT * SHARE, RESIDENT)  // for CUDA
+#define LAUNCH_BOUNDS __launch_bounds__(32 * SPLIT, RESIDENT)  // for CUDA
 #define NB (TOKENS / 8)                       // blocks of 8 rows of x
+#if defined(CUDA) && COPIED
+#define STAGE 1
+#else
+#define STAGE 0
+#endif
 #ifdef CUDA
 #define X_ROWS 1                              // of a block of 8 rows of x, those that a lane reads
 #else
@@ -37,12 +40,10 @@
 #endif
 
 // The second factors of 8 pairs, those from 8 h on, of a chunk of a row of x (Metal: of two rows, of which e says
-// which of a pair's numbers). x: the chunk's first numbers.
+// which of a pair's numbers). x: the chunk's first numbers. On NVIDIA lanes would load from places far apart; there x
+// goes through threadgroup memory, a step ahead.
 #ifdef CUDA
-METAL_FUNC void load_pairs(const device half* x, const device half*, int h, int, thread uint* pairs) {
-  uint u[8];
-  load_words((const device uint*)(x + (APART == 16 ? 8 : 16) * h), 4, u);
-  load_words((const device uint*)(x + (APART == 16 ? 8 * h + 16 : 16 * h + 8)), 4, u + 4);
+METAL_FUNC void as_pairs(const thread uint* u, thread uint* pairs) {  // of 8 neighbouring numbers, and 8 more
   UNROLL
   for (int i = 0; i < 8; i++) {
     if (APART == 1) {
@@ -52,6 +53,23 @@ METAL_FUNC void load_pairs(const device half* x, const device half*, int h, int,
       pairs[i] = i % 2 ? seconds(u[first / 2], u[second / 2]) : firsts(u[first / 2], u[second / 2]);
     }
   }
+}
+
+METAL_FUNC void load_pairs(const device half* x, const device half*, int h, int, thread uint* pairs) {
+  uint u[8];
+  load_words((const device uint*)(x + (APART == 16 ? 8 : 16) * h), 4, u);
+  load_words((const device uint*)(x + (APART == 16 ? 8 * h + 16 : 16 * h + 8)), 4, u + 4);
+  as_pairs(u, pairs);
+}
+
+// Where 16 bytes of a row lie in threadgroup memory, such that 8 lanes read from or write to all banks: piece i of
+// chunk t of row g.
+#define PIECE(g, t, i) ((g) * 16 + (t) * 4 + ((i) ^ ((t) / 2 + (g) % 2 * 2)))
+
+METAL_FUNC void staged_pairs(const threadgroup uint4* rows, int g, int t, int h, thread uint* pairs) {
+  const uint4 a = rows[PIECE(g, t, APART == 16 ? h : 2 * h)], b = rows[PIECE(g, t, APART == 16 ? h + 2 : 2 * h + 1)];
+  const uint u[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+  as_pairs(u, pairs);
 }
 #else
 // Number e of each of 8 pairs of a row.
@@ -83,8 +101,7 @@ METAL_FUNC void load_pairs(const device half* x, const device half* x2, int h, i
 #if EXPERTS
 INPUTS_READY();  // tiles
 #endif
-const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
-const int part = sg % SPLIT, team = sg / SPLIT;
+const int lane = int(thread_index_in_simdgroup), part = int(simdgroup_index_in_threadgroup);
 const int lane_g = LANE_G, lane_t = LANE_T;
 const int words = codes_shape[EXPERTS ? 2 : 1];  // of codes in a row
 const int chunks = words / WORDS, K = chunks * 32;
@@ -108,7 +125,7 @@ const uint ones = max(uint(N), EXPONENTS);
 
 // Rows g and g + 8 of each block; with GLU the blocks of up follow those of gate.
 constexpr int OUTS = GLU ? BLOCKS / 2 : BLOCKS;
-const int first_out = (int(threadgroup_position_in_grid.x) * SHARE + team) * (16 * OUTS);
+const int first_out = int(threadgroup_position_in_grid.x) * (16 * OUTS);
 uint row[2 * BLOCKS];
 UNROLL
 for (int r = 0; r < 2 * BLOCKS; r++)
@@ -117,12 +134,12 @@ for (int r = 0; r < 2 * BLOCKS; r++)
 #if HAS_LUT
 threadgroup uint table[256];
 threadgroup half values[16];
-if (sg == 0 && lane < 16) {
+if (part == 0 && lane < 16) {
   const float listed[16] = LUT;
   values[lane] = half(listed[lane]);
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
-for (int i = sg * 32 + lane; i < 256; i += 32 * SPLIT * SHARE) table[i] = pair(values[i % 16], values[i / 16]);
+for (int i = part * 32 + lane; i < 256; i += 32 * SPLIT) table[i] = pair(values[i % 16], values[i / 16]);
 threadgroup_barrier(mem_flags::mem_threadgroup);
 #endif
 
@@ -147,6 +164,13 @@ Chunk now[2 * BLOCKS], next[2 * BLOCKS];
 #define LOAD_BLOCK_SCALES(into, c) into[r].block_scales[0] = 0;
 #endif
 
+// Threadgroup memory for x, then for sums.
+#define STAGED (STAGE ? SPLIT * NB * 128 : 0)
+#define SUMS (SPLIT > 1 ? SPLIT * BLOCKS * NB * 32 : 0)
+#if STAGE || SPLIT > 1
+threadgroup uint4 room[STAGED > SUMS ? STAGED : SUMS];
+#endif
+
 float acc[BLOCKS][NB][4];
 UNROLL
 for (int i = 0; i < BLOCKS * NB * 4; i++) acc[i / (NB * 4)][i / 4 % NB][i % 4] = 0;
@@ -161,13 +185,12 @@ const int x_chunk = lane_t, which = 0;
 #else
 const int x_chunk = lane_g / 2, which = lane_g % 2;
 #endif
-#define FROM ((NB + SHARE - 1) / SHARE)  // blocks of x's rows that this simdgroup reads: every SHARE-th
-const device half* from[FROM][X_ROWS];
+const device half* from[NB][X_ROWS];
 UNROLL
-for (int n = 0; n < FROM; n++) {
+for (int n = 0; n < NB; n++) {
   UNROLL
   for (int i = 0; i < X_ROWS; i++) {
-    const int t = min(n * SHARE + (SHARE > 1 ? team : 0), NB - 1) * 8 + (X_ROWS == 1 ? lane_g : 2 * lane_t + i);
+    const int t = n * 8 + (X_ROWS == 1 ? lane_g : 2 * lane_t + i);
     from[n][i] = x + ulong(X_ROW(t)) * ulong(K);
   }
 }
@@ -180,13 +203,34 @@ const int sums_from = LANE_OF(lane_t, lane_g / 2);
 const int sums_from = LANE_OF(lane_g / 2, lane_t);
 #endif
 
+#if STAGE
+// This lane copies 16 bytes of every second row.
+threadgroup uint4* staged = room + part * (NB * 128);
+threadgroup uint4* copy_to = staged + PIECE(lane / 16, lane % 16 / 4, lane % 4);
+uint copy_from[4 * NB];
+UNROLL
+for (int i = 0; i < 4 * NB; i++) copy_from[i] = uint(X_ROW(2 * i + lane / 16)) * uint(K) + uint(lane % 4 * 8);
+#define COPY_X(step)                                                                               \
+  {                                                                                                \
+    const int chunk = min(((step) * SPLIT + part) * 4 + lane % 16 / 4, chunks - 1);                \
+    UNROLL for (int i = 0; i < 4 * NB; i++)                                                        \
+        copy_async(copy_to + 32 * i, x + copy_from[i] + chunk * 32);                               \
+  }
+COPY_X(0)
+#endif
+
 // The second factors of a chunk: 8 pairs of block n of rows, from pair 8 half on.
 #define LOAD_X(step, n, half, pairs)                                                               \
   {                                                                                                \
     const int chunk = ((step) * SPLIT + part) * 4 + x_chunk, at = (TAIL ? min(chunk, chunks - 1) : chunk) * 32; \
-    load_pairs(from[n][0] + at, from[n][X_ROWS - 1] + at, half, which, pairs);                     \
+    LOAD_PAIRS(n, at, half, pairs)                                                                 \
     UNROLL for (int p = 0; p < (TAIL ? 8 : 0); p++) pairs[p] = chunk < chunks ? pairs[p] : 0u;     \
   }
+#if STAGE
+#define LOAD_PAIRS(n, at, half, pairs) staged_pairs(staged + n * 128, lane_g, lane_t, half, pairs);
+#else
+#define LOAD_PAIRS(n, at, half, pairs) load_pairs(from[n][0] + at, from[n][X_ROWS - 1] + at, half, which, pairs);
+#endif
 #if HAS_MIN
 // Adds the sums of x over a chunk's groups: 8 pairs of them.
 #define ADD_SUMS(sums, half, pairs)                                                                \
@@ -210,39 +254,6 @@ const int sums_from = LANE_OF(lane_g / 2, lane_t);
 #define AS_FACTORS(sums, factors)
 #endif
 
-#if SHARE > 1
-threadgroup uint4 staged[2][SPLIT][NB][4][32];
-threadgroup uint staged_sums[2][SPLIT][NB][GROUPS][32];
-uint brought[FROM][2][8];
-#define BRING_X(step)                                                                              \
-  UNROLL for (int i = 0; i < 2 * FROM; i++) {                                                   \
-    LOAD_X(step, i / 2, i % 2, brought[i / 2][i % 2])                                              \
-  }
-#define STAGE_X(step)                                                                              \
-  UNROLL for (int i = 0; i < FROM; i++) {                                                       \
-    const int n = i * SHARE + team;                                                                \
-    if (n < NB) {                                                                                  \
-      float sums[GROUPS][4] = {};                                                                  \
-      uint factors[GROUPS] = {};                                                                   \
-      ADD_SUMS(sums, 0, brought[i][0])                                                             \
-      ADD_SUMS(sums, 1, brought[i][1])                                                             \
-      AS_FACTORS(sums, factors)                                                                    \
-      UNROLL for (int j = 0; j < GROUPS * HAS_MIN; j++) staged_sums[(step) % 2][part][n][j][lane] = factors[j]; \
-      UNROLL for (int j = 0; j < 4; j++) {                                                         \
-        uint4 four;                                                                                \
-        four.x = brought[i][j / 2][j % 2 * 4];                                                     \
-        four.y = brought[i][j / 2][j % 2 * 4 + 1];                                                 \
-        four.z = brought[i][j / 2][j % 2 * 4 + 2];                                                 \
-        four.w = brought[i][j / 2][j % 2 * 4 + 3];                                                 \
-        staged[(step) % 2][part][n][j][lane] = four;                                               \
-      }                                                                                            \
-    }                                                                                              \
-  }                                                                                                \
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-BRING_X(0)
-STAGE_X(0)
-#endif
-
 // With many rows, half of a chunk at a time: registers.
 constexpr int TURNS = NB > 2 ? 2 : 1, HALVES = 2 / TURNS;
 for (int step = 0; step < steps; step++) {
@@ -250,10 +261,8 @@ for (int step = 0; step < steps; step++) {
 #if PREFETCH
   if (step + 1 < steps) LOAD(next, min(c + 4 * SPLIT, chunks - 1))
 #endif
-#if SHARE > 1
-  if (step + 1 < steps) {
-    BRING_X(step + 1)
-  }
+#if STAGE
+  copies_arrived();
 #endif
   if (c4 < chunks) {
     float dots[TURNS == 1 ? 1 : BLOCKS][NB][4], sums[NB][GROUPS][4];
@@ -263,20 +272,6 @@ for (int step = 0; step < steps; step++) {
       uint xs[NB][HALVES][8];
       UNROLL
       for (int n = 0; n < NB; n++) {
-#if SHARE > 1
-        UNROLL
-        for (int j = 0; j < 2 * HALVES; j++) {
-          const uint4 four = staged[step % 2][part][n][turn * 2 * HALVES + j][lane];
-          xs[n][j / 2][j % 2 * 4] = four.x;
-          xs[n][j / 2][j % 2 * 4 + 1] = four.y;
-          xs[n][j / 2][j % 2 * 4 + 2] = four.z;
-          xs[n][j / 2][j % 2 * 4 + 3] = four.w;
-        }
-        if (HAS_MIN && turn == TURNS - 1) {
-          UNROLL
-          for (int i = 0; i < GROUPS; i++) group_sums[n][i] = staged_sums[step % 2][part][n][i][lane];
-        }
-#else
         if (turn == 0) {
           UNROLL
           for (int i = 0; i < GROUPS * 4; i++) sums[n][i / 4][i % 4] = 0;
@@ -289,8 +284,13 @@ for (int step = 0; step < steps; step++) {
         if (turn == TURNS - 1) {
           AS_FACTORS(sums[n], group_sums[n])
         }
-#endif
       }
+#if STAGE
+      if (turn == TURNS - 1 && step + 1 < steps) {
+        simdgroup_barrier(mem_flags::mem_threadgroup);  // all lanes have read this step's
+        COPY_X(step + 1)
+      }
+#endif
       UNROLL
       for (int b = 0; b < BLOCKS; b++) {
         Scale scale0, scale1;
@@ -340,16 +340,14 @@ for (int step = 0; step < steps; step++) {
 #else
   if (step + 1 < steps) LOAD(now, min(c + 4 * SPLIT, chunks - 1))
 #endif
-#if SHARE > 1
-  if (step + 1 < steps) {
-    STAGE_X(step + 1)
-  }
-#endif
 }
 
 #if SPLIT > 1
 // Each simdgroup stores its sums, and adds up all of every SPLIT-th block.
-threadgroup float4 shared[SPLIT * SHARE][BLOCKS * NB][32];
+#if STAGE
+threadgroup_barrier(mem_flags::mem_threadgroup);  // x was here
+#endif
+threadgroup float4* shared = (threadgroup float4*)room;
 UNROLL
 for (int f = 0; f < BLOCKS * NB; f++) {
   float4 four;
@@ -357,7 +355,7 @@ for (int f = 0; f < BLOCKS * NB; f++) {
   four.y = acc[f / NB][f % NB][1];
   four.z = acc[f / NB][f % NB][2];
   four.w = acc[f / NB][f % NB][3];
-  shared[sg][f][lane] = four;
+  shared[(part * BLOCKS * NB + f) * 32 + lane] = four;
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 #endif
@@ -372,7 +370,7 @@ for (int f = 0; f < OUTS * NB; f++) {
       UNROLL
       for (int i = 0; i < 4; i++) acc[b + u * OUTS][n][i] = 0;
       for (int s = 0; s < SPLIT; s++) {
-        const float4 four = shared[team * SPLIT + s][f + u * OUTS * NB][lane];
+        const float4 four = shared[((s * BLOCKS + u * OUTS) * NB + f) * 32 + lane];
         acc[b + u * OUTS][n][0] += four.x;
         acc[b + u * OUTS][n][1] += four.y;
         acc[b + u * OUTS][n][2] += four.z;

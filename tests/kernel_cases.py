@@ -53,6 +53,8 @@ METAL_FUNC uint fma_halves(uint a, uint b, uint c) {
 }
 METAL_FUNC uint mul_halves(uint a, uint b) { return as_type<uint>(as_type<half2>(a) * as_type<half2>(b)); }
 METAL_FUNC uint add_halves(uint a, uint b) { return as_type<uint>(as_type<half2>(a) + as_type<half2>(b)); }
+METAL_FUNC void copy_async(threadgroup uint4* to, const device half* from) { *to = *(const device uint4*)from; }
+METAL_FUNC void copies_arrived() { simdgroup_barrier(mem_flags::mem_threadgroup); }
 """
 # Of quantized.metal, by the table.
 CODES = """

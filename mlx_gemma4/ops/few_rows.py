@@ -24,7 +24,6 @@ from .routing import ROWS, most_tiles, route, route_reference
 from .tuning import Tuning, launch_cache, this_gpu
 
 MAX_ROWS = 32
-ROOM = 32 << 10  # bytes of threadgroup memory, at most
 
 
 @dataclass(frozen=True)
@@ -33,27 +32,20 @@ class RowsTiling:
 
     blocks: int  # of 16 rows of the weight, a simdgroup; with glu an even number
     split: int  # simdgroups that share the rows
-    share: int = 1  # times as many simdgroups in a threadgroup, with other rows and the same x
     prefetch: bool = False  # load the next step's weights during this one
+    copied: bool = True  # x goes through threadgroup memory, on CUDA
     resident: int = 1  # threadgroups that a core holds at least, for CUDA's compiler
 
     def room(self, rows: int) -> int:
-        """Bytes of threadgroup memory, for x and for sums, and a table."""
-        sums = self.split * self.share * self.blocks * rows * 64 if self.split > 1 else 0
-        return 1088 + sums + (self.share > 1) * 2 * self.split * (rows // 8) * (2048 + 256)
+        """Bytes of threadgroup memory, for sums, or for x before, and for a table."""
+        return 1088 + self.split * rows * max(256, 64 * self.blocks)
 
 
 def rows_tiling(fmt: Format, n: int, k: int, rows: int, glu: bool = False, gpu: Tuning | None = None) -> RowsTiling:
     """The tiling for a weight of n rows of k and so many rows of x (8, 16 or 32)."""
     gpu = gpu or this_gpu()
-    blocks = 2
-    enough = 8 * gpu.cores  # simdgroups
-    split = 1
-    for split in (1, 2, 4, 8):
-        config = RowsTiling(blocks, split)
-        if n / (16 * blocks) * split >= enough or RowsTiling(blocks, 2 * split).room(rows) > ROOM:
-            return config
-    return RowsTiling(blocks, split)
+    blocks = 4 if rows == 16 else 2
+    return RowsTiling(blocks, 8 if n < 48 * blocks * gpu.cores and rows < 16 else 4)
 
 
 def few_rows(
@@ -121,8 +113,8 @@ def _prepared(
     kernel = render("few_rows", "few_rows.metal", mx.float16, defines, [*absent_planes(fmt), *missing])
     outs = n // 2 if glu else n
     result = (tokens, used, outs) if used else (tokens, outs)
-    groups = (-(-n // (16 * config.blocks * config.share)), tiles, 1)
-    return prepare(launcher, kernel, groups, 32 * config.split * config.share, (result, out))
+    groups = (-(-n // (16 * config.blocks)), tiles, 1)
+    return prepare(launcher, kernel, groups, 32 * config.split, (result, out))
 
 
 FEW_ROWS = Op("few_rows", few_rows, product_reference)
