@@ -224,9 +224,10 @@ def check_model(model: Model, wanted: Sequence[Check], done: Callable[[], None])
     each check.
     """
     assert model.kernels is not None
-    known = recall()
-    passed = [c for c in wanted if c.key in known.checked and str(c.op) not in known.failed]
-    new = [c for c in wanted if c.key not in known.checked and str(c.op) not in known.failed]
+    known, mark = recall(), tuned_mark()
+    usable = [c for c in wanted if str(c.op) not in known.failed]
+    passed = [c for c in usable if c.key + mark in known.checked]
+    new = [c for c in usable if c.key + mark not in known.checked]
     steps = f"replay: {len(model.config.layers)} layers of {model.config.hidden}"
     replays = model.replays and steps not in known.checked
     if not new and not replays:
@@ -237,7 +238,7 @@ def check_model(model: Model, wanted: Sequence[Check], done: Callable[[], None])
         for check in new:
             if str(check.op) not in failed:
                 result = run_check(check, model.kernels.launcher)
-                known.checked.add(check.key)
+                known.checked.add(check.key + mark)
                 if result.failed:
                     failed[result.op] = known.failed[result.op] = f"{result.verdict} ({check.shape})"
             done()
@@ -254,6 +255,15 @@ def check_model(model: Model, wanted: Sequence[Check], done: Callable[[], None])
         remember(known)  # also after Ctrl-C
     log.warning("Checking this machine's kernels (first run) ... %s", switched_off(failed) if failed else "ok")
     return passed
+
+
+def tuned_mark() -> str:
+    """What the names of checks end in: with other numbers than the table's, launches may take other kernels."""
+    gpu = tuning.this_gpu()
+    if gpu is row_of_this_gpu():
+        return ""
+    numbers = [*(getattr(gpu, name) for name in TUNED), *sorted(gpu.tilings.items(), key=str)]
+    return f", tuned {sha256(repr(numbers).encode()).hexdigest()[:8]}"
 
 
 def _replay_trouble(model: Model) -> str:

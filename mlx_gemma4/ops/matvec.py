@@ -18,7 +18,7 @@ from .cases import Case, Check, Product, Sizes, cases, product_inputs
 from .epilogue import ALONE, PLAIN, Epilogue, Folded, product_reference
 from .op import Op, OpKey
 from .packed import absent_planes, format_defines
-from .tuning import Tiling, TilingKey, Tuning, launch_cache, row_of_this_gpu, this_gpu
+from .tuning import Tiling, TilingKey, Tuning, launch_cache, this_gpu
 
 MAX_TOKENS = 4  # of a mat-vec
 
@@ -159,8 +159,4 @@ def matvec_cases(s: Sizes) -> Iterator[Check]:
         return Case(lambda launcher: matvec(launcher, x, w, epilogue, folded, config=config), reference, n_bytes)
 
     for p in dict.fromkeys(s.packed):
-        shape = f"{p}"
-        if this_gpu() is not row_of_this_gpu():  # another kernel than the table's, which a verdict may know
-            t = tiling(FORMATS[p.type], *tiling_key(p)[1:], p.tokens)
-            shape += f" in {t.lanes}x{t.rows}x{t.split}x{t.simdgroups}"
-        yield Check(OpKey(MATVEC.name, p.type), shape, partial(make, p))
+        yield Check(OpKey(MATVEC.name, p.type), f"{p}", partial(make, p))

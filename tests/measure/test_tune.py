@@ -249,9 +249,10 @@ def test_loads_use_it_and_check_its_kernels(monkeypatch: pytest.MonkeyPatch, tmp
     verdict.remember_tuning(replace(tuning.row_of_this_gpu(), tilings={key: BEST}))
     second = load(file, weights="packed").model
     assert tuning.this_gpu().tilings == {key: BEST}
-    assert checked and all(c.startswith("matvec") for c in checked) and any(c.endswith(" in 8x4x1x4") for c in checked)
+    assert len(checked) == len(set(checked)) > 10 and any(c.startswith("matvec") for c in checked)
+    done = len(checked)
     load(file, weights="packed")
-    assert len(checked) == len(set(checked))
+    assert len(checked) == done
     states = [model.new_state() for model in (first, second)]
     for token in (3, 5, 7):
         a, b = (m.forward(mx.array([token]), s) for m, s in zip((first, second), states, strict=True))
