@@ -165,12 +165,13 @@ class Scheduler:
             if state.length > held:  # tokens that nobody took
                 state.rewind(held)
 
-    def close(self, timeout: float | None = None) -> None:
-        """End all replies, with an error where somebody still waits for one, and the thread, within `timeout` s."""
+    def close(self, timeout: float | None = None) -> bool:
+        """End all replies, with an error where somebody still waits, and the thread; True if it ends in `timeout` s."""
         with self._lock:
             self._closed = True
         self._inbox.put(None)
         self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def __enter__(self) -> Scheduler:
         return self
@@ -195,7 +196,7 @@ class Scheduler:
         jobs, last = [job for job in self._answering if not job.behind()], self._last
         self._last = None
         self.rows, self.steps = len(jobs), self.steps + bool(jobs)
-        if self.exact or (len(jobs) == 1 and not self._reading):
+        if self.exact or (len(self._answering) == 1 and not self._reading):
             for job in jobs:
                 self._guarded([job], self._turn, job)
         elif jobs:
