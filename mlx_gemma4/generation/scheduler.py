@@ -26,6 +26,7 @@ from ..model.batch import MAX_BATCH
 from ..model.model import Model
 from ..model.step import BatchStep, LazyBatchStep
 from ..ops.dispatch import REPLAY
+from ..ops.sample import LIKELIEST
 from .loop import FAILURES, Constraint, Decoding, Statistics, begin, chunk_ahead
 from .sampling import Sample, Sampling, Token, choose
 
@@ -53,7 +54,7 @@ class _Job:
 
 
 class _Chain(NamedTuple):
-    """A step whose likeliest tokens are the next of all its replies: the step after it need not wait for them."""
+    """A step whose own tokens are the next of all its replies: the step after it need not wait for them."""
 
     step: BatchStep
     jobs: list[_Job]
@@ -164,12 +165,13 @@ class Scheduler:
             if state.length > held:  # tokens that nobody took
                 state.rewind(held)
 
-    def close(self, timeout: float | None = None) -> None:
-        """End all replies, with an error where somebody still waits for one, and the thread, within `timeout` s."""
+    def close(self, timeout: float | None = None) -> bool:
+        """End all replies, with an error where somebody still waits, and the thread; True if it ends in `timeout` s."""
         with self._lock:
             self._closed = True
         self._inbox.put(None)
         self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def __enter__(self) -> Scheduler:
         return self
@@ -194,7 +196,7 @@ class Scheduler:
         jobs, last = [job for job in self._answering if not job.behind()], self._last
         self._last = None
         self.rows, self.steps = len(jobs), self.steps + bool(jobs)
-        if self.exact or (len(jobs) == 1 and not self._reading):
+        if self.exact or (len(self._answering) == 1 and not self._reading):
             for job in jobs:
                 self._guarded([job], self._turn, job)
         elif jobs:
@@ -288,7 +290,8 @@ class Scheduler:
                 if last is None:
                     ids = mx.stack([sample.token for sample in samples])
                     mx.async_eval(ids)  # by itself: what is evaluated together is waited for together
-                step = self.model.batch(last.step if last else ids, [job.reply.state for job in jobs])
+                draws = [job.reply.sampler.draw() if _in_step(job.reply) else LIKELIEST for job in jobs]
+                step = self.model.batch(last.step if last else ids, [job.reply.state for job in jobs], draws)
                 if isinstance(step, LazyBatchStep):
                     mx.async_eval(step.logits())
             tokens = [Token(token) for token in (last.step.tokens() if last else np.array(ids).tolist())]
@@ -304,24 +307,27 @@ class Scheduler:
                 self._deliver(job, token, over=row not in masks)
         going = [jobs[row] for row in masks]
         try:
-            self._choose(going, step, masks, len(going) == len(jobs))
+            self._choose(going, step, masks)
+            if len(going) == len(jobs) and all(_in_step(job.reply) for job in jobs):
+                self._last = _Chain(step, jobs)
         except FAILURES as error:
             self._again(going, error)
 
-    def _choose(self, jobs: list[_Job], step: BatchStep, masks: dict[int, np.ndarray | None], all_: bool) -> None:
-        """Choose the tokens after a step, of those rows that go on."""
-        replies = [job.reply for job in jobs]
-        likeliest = (r.sampler.in_step and r.sampler.sampling.temperature == 0 for r in replies)
-        if all_ and all(likeliest) and not any(reply.constraint for reply in replies):
-            self._last = _Chain(step, jobs)
-            for row, reply in enumerate(replies):
-                reply.chosen = _Row(step, row)
-        elif jobs:
+    def _choose(self, jobs: list[_Job], step: BatchStep, masks: dict[int, np.ndarray | None]) -> None:
+        """Choose the tokens after a step, of those rows that go on, where the step itself does not."""
+        others: dict[int, Decoding] = {}
+        for row, job in zip(masks, jobs, strict=True):
+            if _in_step(job.reply):
+                job.reply.chosen = _Row(step, row)
+            else:
+                others[row] = job.reply
+        if others:
             with execution():
-                logits = step.logits() if all_ else step.logits()[mx.array([*masks])]
-                samples = choose([reply.sampler for reply in replies], logits, [*masks.values()])
+                logits = step.logits()
+                logits = logits if len(others) == step.rows else logits[mx.array([*others])]
+                samples = choose([reply.sampler for reply in others.values()], logits, [masks[row] for row in others])
                 mx.async_eval(samples)
-            for reply, sample in zip(replies, samples, strict=True):
+            for reply, sample in zip(others.values(), samples, strict=True):
                 reply.chosen = sample
 
     def _count(self, job: _Job, token: Token, row: int, masks: dict[int, np.ndarray | None]) -> None:
@@ -368,3 +374,8 @@ class Scheduler:
         with execution():
             mx.eval(reply.step.logits(), reply.state.arrays)
         reply.resume(marks)
+
+
+def _in_step(reply: Decoding) -> bool:
+    """Return True if the step that reads a token draws the next one, too."""
+    return reply.constraint is None and reply.sampler.in_step

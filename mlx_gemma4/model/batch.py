@@ -23,6 +23,7 @@ from ..ops import paged, stock
 from ..ops.dispatch import Kernels
 from ..ops.paged import FILL_PAGES, PAGED_ATTENTION
 from ..ops.qkv import QKV_POST, ROTATIONS, QKVArrays, QKVOptions
+from ..ops.sample import Draw
 from .batch_replay import BatchReplayer
 from .decode import TRACES, Attend, Constants, forward
 from .forward import head, run_layers
@@ -109,30 +110,30 @@ class Batcher:
 
         self._traceable, self._traced = traceable, traced
 
-    def start(self, tokens: Tokens, states: Sequence[KVState]) -> BatchStep:
-        """Start a step that reads a token into each of B states."""
+    def start(self, tokens: Tokens, states: Sequence[KVState], draws: Sequence[Draw]) -> BatchStep:
+        """Start a step that reads a token into each of B states, and draws the next of each."""
         together = [n for n, state in enumerate(states) if self.pool.takes(state)]
         if len(together) == len(states):
-            return self._together(tokens, states)
+            return self._together(tokens, states, draws)
         ids = tokens_as_array(tokens)
         rows = {n: self._alone(ids[n : n + 1], s) for n, s in enumerate(states) if n not in together}
         if together:
-            logits = self._together(ids[mx.array(together)], [states[n] for n in together]).logits()
+            logits = self._together(ids[mx.array(together)], [states[n] for n in together], draws).logits()
             rows |= {n: logits[i : i + 1] for i, n in enumerate(together)}
-        return LazyBatchStep(mx.concatenate([rows[n] for n in range(len(states))]))
+        return LazyBatchStep(mx.concatenate([rows[n] for n in range(len(states))]), draws, self._run)
 
-    def _together(self, tokens: Tokens, states: Sequence[KVState]) -> BatchStep:
+    def _together(self, tokens: Tokens, states: Sequence[KVState], draws: Sequence[Draw]) -> BatchStep:
         run, pool, rows = self._run, self.pool, rows_for(len(states))
         tables, pieces = self.places(states, rows)
         key = (run.off, rows, *(table.shape[1] for table in tables.values()), *pieces.items())
-        if self._replayer.replays(rows):
+        if self._replayer.replays(rows) and all(draw.in_kernel for draw in draws):
             if self._last is not None:
                 self._wait(False)
 
             def attend(recording: Kernels, places: dict[bool, Any]) -> Attend:
                 return over_pages(self._model, recording, {"places": places, "pool": pool.arrays}, pieces)[0]
 
-            step = self._replayer.start(tokens, states, tables, key, attend)
+            step = self._replayer.start(tokens, states, draws, tables, key, attend)
             if step is not None:
                 return step
         self._replayer.wait()
@@ -150,7 +151,7 @@ class Batcher:
         self._last = cast(mx.array, logits[: len(states)])
         for n, state in enumerate(states):
             state.advance(ids[n : n + 1])
-        return LazyBatchStep(self._last)
+        return LazyBatchStep(self._last, draws, run)
 
     def places(self, states: Sequence[KVState], rows: int) -> tuple[dict[bool, np.ndarray], dict[bool, int]]:
         """Return a step's places by kind of layer, int32 [rows, ..], and its pieces. States without pages join."""

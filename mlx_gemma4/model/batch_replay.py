@@ -20,8 +20,8 @@ from ..execution import execution
 from ..gpu.recording import STARTS, Arena, Player, Recording, Region, recorded, recorder
 from ..kv.state import KVState
 from ..ops import stock
-from ..ops.choose import ARGMAX
 from ..ops.dispatch import REPLAY, Kernels
+from ..ops.sample import LIKELIEST, SAMPLE, WORDS, Draw
 from .decode import Attend, Constants, forward
 from .step import Tokens, known_tokens
 from .weights import Loaded
@@ -93,11 +93,18 @@ class BatchReplayer:
         return run.player is not None and REPLAY not in run.off and not run.eager and rows not in self._broken
 
     def start(
-        self, tokens: Tokens, states: Sequence[KVState], tables: dict[bool, np.ndarray], key: Key, attend: OverPages
+        self,
+        tokens: Tokens,
+        states: Sequence[KVState],
+        draws: Sequence[Draw],
+        tables: dict[bool, np.ndarray],
+        key: Key,
+        attend: OverPages,
     ) -> ReplayedBatch | None:
         """Start a replayed step over these places; None: it is to be done the other way.
 
         Args:
+            draws: of the next tokens, each `in_kernel`.
             tables: places by kind of layer, int32 [rows, ..].
             key: what a recording depends on beside the pool's arrays (`forget`).
             attend: what is recorded of attention.
@@ -118,7 +125,9 @@ class BatchReplayer:
         ids = np.zeros(rows, np.int32)
         if not chained:
             ids[: len(states)] = numbers
-        uploaded = np.concatenate([ids, *(table.reshape(-1) for table in tables.values())]).astype(np.int32)
+        drawing = [draw._replace(softcap=self._model.config.softcap).numbers for draw in draws]
+        drawing += [LIKELIEST.numbers] * (rows - len(states))
+        uploaded = np.concatenate([ids, *(table.reshape(-1) for table in tables.values()), *drawing]).astype(np.int32)
         step = ReplayedBatch(self, made, made.player.start(uploaded, chained), states)
         self._started.append(step)
         for n, state in enumerate(states):
@@ -170,7 +179,9 @@ class BatchReplayer:
         player = self._players[rows] = self._players.get(rows) or self._run.player()
         arena = Arena()
         recording = Recording(arena)
-        numbers: Any = recording.buffer((rows + sum(table.size for table in tables.values()),), mx.int32)
+        # The first buffer, at the arena's beginning: tokens, their places, how the next ones are drawn.
+        size = rows * (1 + WORDS) + sum(table.size for table in tables.values())
+        numbers: Any = recording.buffer((size,), mx.int32)
         places, at = {}, rows
         for kind, table in tables.items():
             places[kind] = numbers[at : at + table.size].reshape(*table.shape)
@@ -178,6 +189,6 @@ class BatchReplayer:
         run: Any = Kernels(recorder, self._run.off, strict=True)
         with recorded(recording):
             logits: Any = forward(self._model, run, self._constants, numbers[:rows], attend(run, places))
-            best = run(ARGMAX, logits)  # the softcap leaves the order as it is
+            best = run(SAMPLE, logits, numbers[at:].reshape(rows, WORDS))
         player.load(recording.launches, arena.nbytes, numbers.size, best.region)
         return Recorded(player, logits.region)

@@ -198,17 +198,21 @@ class Model:
                 mx.async_eval(logits, [a for state in states if not state.borrower for a in state.arrays])
         return logits
 
-    def batch(self, tokens: Tokens, states: Sequence[KVState]) -> BatchStep:
-        """Start `batch_step`, whose logits or likeliest tokens are asked for later.
+    def batch(self, tokens: Tokens, states: Sequence[KVState], draws: Sequence[Draw] | None = None) -> BatchStep:
+        """Start `batch_step`, whose logits, or the tokens that `draws` take from them, are asked for later.
 
-        A greedy batch starts each step with the one before, whose tokens the host need not know yet; then those logits
-        are not to be asked for any more.
+        A batch may start each step with the one before, whose tokens the host need not know yet; then the logits of
+        that one are not to be asked for any more.
+
+        Args:
+            draws: B of them; None: the likeliest tokens.
         """
         with execution():
             check_batch(tokens, states)
+            draws = draws or [LIKELIEST] * len(states)
             if self.batcher:
-                return self.batcher.start(tokens, states)
-            return LazyBatchStep(stock_step(self.loaded, tokens_as_array(tokens), states))
+                return self.batcher.start(tokens, states, draws)
+            return LazyBatchStep(stock_step(self.loaded, tokens_as_array(tokens), states), draws)
 
     def _start(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST) -> Step:
         replays = self.replayer and self.replays and draw.in_kernel

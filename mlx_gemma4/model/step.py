@@ -66,21 +66,21 @@ class BatchStep(Protocol):
         """How many states it is for."""
 
     def tokens(self) -> list[int]:
-        """Return the likeliest next token of each, the lowest of equals. Waits for the device."""
+        """Return the next token of each, chosen by the draw that its row was started with. Waits for the device."""
 
     def logits(self) -> mx.array:
         """Return the logits of their next tokens, fp32 [rows, vocab]. To be called under the execution lock."""
 
 
-Tokens: TypeAlias = "mx.array | Sequence[int] | BatchStep"  # an array: int [B]; a step: its likeliest tokens
+Tokens: TypeAlias = "mx.array | Sequence[int] | BatchStep"  # an array: int [B]; a step: its tokens
 
 
 class LazyBatchStep:
     """A step as a lazy graph: the device gets it with the first array computed from it."""
 
-    def __init__(self, logits: mx.array) -> None:
-        self._logits = logits
-        self._best: mx.array | None = None
+    def __init__(self, logits: mx.array, draws: Sequence[Draw], run: Kernels | None = None) -> None:
+        self._logits, self._draws, self._run = logits, draws, run
+        self._drawn: mx.array | None = None
 
     @property
     def rows(self) -> int:
@@ -88,24 +88,24 @@ class LazyBatchStep:
 
     def tokens(self) -> list[int]:
         with execution():
-            best = self.best()
-        return cast("list[int]", best.tolist())
+            tokens = self.drawn()
+        return cast("list[int]", tokens.tolist())
 
     def logits(self) -> mx.array:
         return self._logits
 
-    def best(self) -> mx.array:
-        """Return the likeliest tokens, int32 [rows], under way. To be called under the execution lock."""
-        if self._best is None:
-            self._best = mx.argmax(self._logits, axis=-1).astype(mx.int32)
-            mx.async_eval(self._best)
-        return self._best
+    def drawn(self) -> mx.array:
+        """Return the tokens, int32 [rows], under way. To be called under the execution lock."""
+        if self._drawn is None:
+            self._drawn = drawn(self._run, self._logits, self._draws)
+            mx.async_eval(self._drawn)
+        return self._drawn
 
 
 def tokens_as_array(tokens: Tokens) -> mx.array:
     """Return tokens as an array, int32 [B]."""
     if isinstance(tokens, LazyBatchStep):
-        return tokens.best()
+        return tokens.drawn()
     return tokens.astype(mx.int32) if isinstance(tokens, mx.array) else mx.array(known_tokens(tokens), mx.int32)
 
 

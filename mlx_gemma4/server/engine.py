@@ -124,6 +124,7 @@ class Engine:
         self.lm, self.settings, self.metrics = lm, settings, Metrics()
         self.store = PrefixCache(lm.model, settings.max_kv_bytes, settings.kv)
         self.scheduler = scheduler = Scheduler(lm.model, settings.parallel, settings.exact)
+        pool = lm.model.batcher.pool if lm.model.batcher else None
         for name, about, value in (
             ("running", "Requests being answered.", lambda: self.load[0]),
             ("waiting", "Requests in the queue.", lambda: self.load[1]),
@@ -131,6 +132,7 @@ class Engine:
             ("prompts_waiting", "Replies being made whose prompts are not read yet.", lambda: scheduler.waiting),
             ("steps_total", "Steps so far; reply_tokens_total by it is the mean batch size.", lambda: scheduler.steps),
             ("kv_bytes", "Bytes of KV states, kept and in use.", lambda: self.store.nbytes),
+            ("kv_pool_bytes", "Bytes of the pool of states that step together.", lambda: pool.nbytes if pool else 0),
             ("kv_reserved_bytes", "Bytes that states in use may come to hold.", lambda: self.store.reserved),
         ):
             self.metrics.gauge(name, about, value)
@@ -207,8 +209,8 @@ class Engine:
         end = time.monotonic() + timeout
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
-        self.scheduler.close(max(0.0, end - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+        ended = self.scheduler.close(max(0.0, end - time.monotonic()))
+        return ended and not any(thread.is_alive() for thread in self._threads)
 
     def _serve(self) -> None:
         """Run jobs until the engine is closed. Each thread does this."""

@@ -21,6 +21,7 @@ from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.op import OpKey
 
 NEAR = 1e-3
+OFF = frozenset(map(OpKey, ["expand", "few_rows"]))  # which round to fp16
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def alone(model: Model, state: Any, token: int) -> np.ndarray:
 @pytest.mark.parametrize("kind", BUDGET)
 def test_rows_are_as_alone(kind: str, tmp_path: Path) -> None:
     """Of different lengths, among them none, and one past the window; then they have all that they would have alone."""
-    plain, fused = both(kind, "q4_k_m", tmp_path)
+    plain, fused = both(kind, "q4_k_m", tmp_path, off=OFF)
     texts = [prompts(kind)[1], [], prompts(kind)[2][:31]]
     together, solo = ([read(plain, ids) for ids in texts] for _ in "ab")
     for step in range(3):
@@ -81,19 +82,22 @@ class Counting:
 
 
 @pytest.mark.parametrize("kind", BUDGET)
-def test_launches_are_those_of_one_state(kind: str, tmp_path: Path) -> None:
-    """Whatever their number. Products of more than 4 rows, and experts of several tokens, are not counted here."""
+def test_launches_do_not_grow_with_states(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most three a layer more than for one, whatever their number; in fp16, as on a GPU."""
+    monkeypatch.setattr(Model, "kv_dtype", mx.float16)
     counting = Counting()
     plain, fused = both(kind, UNIFORM[kind], tmp_path, counting)
-    products, found = ("matvec", "dense"), []
+    found = []
     for n in (0, 2, 6):
         states = [read(plain, prompts(kind)[0]) for _ in range(n or 1)]
         if n:
             mx.eval(fused.batch_step([5] * n, states))
         counting.launches.clear()
         mx.eval(fused.batch_step([5] * n, states) if n else fused.forward(mx.array([5]), states[0]))
-        found.append(Counter({k: c for k, c in counting.launches.items() if k not in products}))
-    assert found[0] == found[1] == found[2]
+        found.append(counting.launches.copy())
+    alone, two, six = found
+    assert two == six
+    assert alone.total() <= two.total() <= alone.total() + 3 * len(fused.config.layers)
 
 
 def converse(model: Model, plain: Model, batched: bool, seed: int) -> tuple[list[np.ndarray], list[list[int]]]:
@@ -131,7 +135,7 @@ def converse(model: Model, plain: Model, batched: bool, seed: int) -> tuple[list
 
 @pytest.mark.parametrize("seed", range(3))
 def test_states_come_and_go(seed: int, tmp_path: Path) -> None:
-    plain, fused = both("e2b", "q8_0", tmp_path)
+    plain, fused = both("e2b", "q8_0", tmp_path, off=OFF)
     one, other = (converse(fused, plain, batched, seed) for batched in (True, False))
     assert one[1] == other[1]
     for a, b in zip(one[0], other[0], strict=True):
@@ -140,7 +144,7 @@ def test_states_come_and_go(seed: int, tmp_path: Path) -> None:
 
 def test_pages_are_given_back(tmp_path: Path) -> None:
     """By a state that is closed, one that nobody has any more, and those behind a window."""
-    plain, fused = both("12b", "q8_0", tmp_path)
+    plain, fused = both("12b", "q8_0", tmp_path, off=OFF)
     assert fused.batcher is not None
     pool = fused.batcher.pool
     states = [read(plain, prompts("12b")[0]) for _ in range(3)]
@@ -161,7 +165,7 @@ def test_pages_are_given_back(tmp_path: Path) -> None:
 
 
 def test_a_prefix_that_others_hold_is_shared_again(tmp_path: Path) -> None:
-    plain, fused = both("12b", "q8_0", tmp_path)
+    plain, fused = both("12b", "q8_0", tmp_path, off=OFF)
     kept = read(plain, [2] * 70)
     states = [kept.fork() for _ in "ab"]
     mx.eval(fused.batch_step([3, 4], states))
@@ -173,8 +177,8 @@ def test_a_prefix_that_others_hold_is_shared_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("traced", [False, True])
 def test_operations_that_are_off_run_as_references(traced: bool, tmp_path: Path) -> None:
     """All, which MLX can trace; without tracing those of the pool alone: its arrays are then not written in place."""
-    plain, _ = both("12b", "q8_0", tmp_path)
-    names = ["qkv_post", "paged_attention", "fill_pages"]
+    plain, _ = both("12b", "q8_0", tmp_path, off=OFF)
+    names = ["qkv_post", "paged_attention", "fill_pages", "few_rows"]
     names += ["embed", "rotations", "add_norm", "matvec", "dense"] if traced else []
     model = Model(plain.config, plain.weights, Kernels(metal, frozenset(map(OpKey, names)), traced))
     together, solo = ([read(plain, prompts("12b")[n]) for n in range(2)] for _ in "ab")
@@ -185,7 +189,7 @@ def test_operations_that_are_off_run_as_references(traced: bool, tmp_path: Path)
 
 
 def test_quantized_states_step_alone(tmp_path: Path) -> None:
-    plain, fused = both("12b", "q8_0", tmp_path)
+    plain, fused = both("12b", "q8_0", tmp_path, off=OFF)
     together, solo = ([read(plain, prompts("12b")[2][:70], kv) for kv in ("full", "q8", "full")] for _ in "ab")
     for i in range(2):
         got = np.array(fused.batch_step(mx.array([5 + i, 6, 7]), together))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from recorded import path, prompts
 
 from mlx_gemma4 import load
 from mlx_gemma4.model.model import Model
-from mlx_gemma4.ops import paged
+from mlx_gemma4.ops import dispatch, matvec, paged
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.op import OpKey
+from mlx_gemma4.ops.sample import LIKELIEST, Draw
+from mlx_gemma4.ops.tuning import this_gpu
 
 NEAR = 1e-3
 OFF = frozenset([OpKey("expand")])  # tiles of a prompt, which round to fp16
@@ -25,6 +28,12 @@ OFF = frozenset([OpKey("expand")])  # tiles of a prompt, which round to fp16
 @pytest.fixture(autouse=True)
 def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged, "PAGE", 32)
+
+
+@pytest.fixture
+def _in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of up to 4 rows by mat-vecs: few_rows.py rounds rows to fp16."""
+    monkeypatch.setattr(dispatch, "this_gpu", lambda: replace(this_gpu(), few_rows_from=matvec.MAX_TOKENS + 1))
 
 
 def both(kind: str, folder: Path, tag: str = "q8_0") -> tuple[Model, Model]:
@@ -53,6 +62,7 @@ def greedy(model: Model, state: Any, token: int, steps: int) -> list[int]:
     return found
 
 
+@pytest.mark.usefixtures("_in_fp32")
 @pytest.mark.parametrize("kind", ["12b", "e2b", "gemma3"])
 def test_rows_are_as_alone(kind: str, tmp_path: Path) -> None:
     plain, replayed = both(kind, tmp_path)
@@ -72,6 +82,7 @@ def test_rows_are_as_alone(kind: str, tmp_path: Path) -> None:
     assert not player.loaded  # nobody is in, so the pool is gone
 
 
+@pytest.mark.usefixtures("_in_fp32")
 def test_steps_chain_and_states_come_and_go(tmp_path: Path) -> None:
     """Without a new recording, but where the number of rows is another's. Tokens are those of each alone."""
     plain, replayed = both("12b", tmp_path)
@@ -107,6 +118,7 @@ def test_steps_chain_and_states_come_and_go(tmp_path: Path) -> None:
         np.testing.assert_allclose(row, alone(plain, state, found[n][-2]), atol=NEAR)
 
 
+@pytest.mark.usefixtures("_in_fp32")
 def test_tokens_are_kept_for_whoever_asks_late(tmp_path: Path) -> None:
     """More steps under way than a player keeps tokens of; then a state leaves before anybody has asked."""
     plain, replayed = both("12b", tmp_path)
@@ -121,6 +133,7 @@ def test_tokens_are_kept_for_whoever_asks_late(tmp_path: Path) -> None:
     assert np.array(steps[-1].logits()).argmax(axis=1).tolist() == [w[-1] for w in want]  # type: ignore[attr-defined]
 
 
+@pytest.mark.usefixtures("_in_fp32")
 def test_a_pool_that_grows_is_recorded_anew(tmp_path: Path) -> None:
     plain, replayed = both("12b", tmp_path)
     states = [read(plain, [2] * n) for n in (200, 900)]
@@ -136,6 +149,20 @@ def test_a_pool_that_grows_is_recorded_anew(tmp_path: Path) -> None:
     assert both_steps[0].tokens()[0] == want[1][0]
 
 
+@pytest.mark.parametrize("kind", ["31b", "26b-a4b", "e4b"])
+def test_more_rows_than_states(kind: str, tmp_path: Path) -> None:
+    """Eight of five, as on a GPU but for fp32 between kernels: products of few rows round these to fp16."""
+    plain, replayed = both(kind, tmp_path)
+    together, solo = ([read(plain, [2] * n) for n in (1, 40, 3, 90, 17)] for _ in "ab")
+    for step in range(2):
+        tokens = [5 + step, 2, 7, 9, 11]
+        got = np.array(replayed.batch_step(tokens, together))
+        want = np.stack([alone(plain, *pair) for pair in zip(solo, tokens, strict=True)])
+        np.testing.assert_allclose(got, want, atol=2e-2)
+    assert [len(player.tokens[0]) for player in HostPlayer.made if player.loads] == [8]
+
+
+@pytest.mark.usefixtures("_in_fp32")
 def test_what_cannot_be_recorded_steps_the_other_way(tmp_path: Path) -> None:
     plain, replayed = both("12b", tmp_path)
     replayed.kernels.off |= {OpKey("rotations")}  # type: ignore[union-attr]
@@ -144,3 +171,32 @@ def test_what_cannot_be_recorded_steps_the_other_way(tmp_path: Path) -> None:
         got = np.array(replayed.batch_step([token, token], states))
         np.testing.assert_allclose(got, np.stack([alone(plain, s, token) for s in solo]), atol=NEAR)
     assert not HostPlayer.made or not HostPlayer.made[-1].loads
+
+
+@pytest.mark.usefixtures("_in_fp32")
+def test_rows_draw_as_alone(tmp_path: Path) -> None:
+    """Greedy and with filters, within recorded steps that chain and after others have joined."""
+    plain, replayed = both("12b", tmp_path)
+    kinds = [LIKELIEST, Draw(1.0, 64, 0.95, seed=7), Draw(1.3, seed=2**40 + 5)]
+    texts, first = [prompts("12b")[0], [2], [2, 3, 4]], [5, 6, 7]
+    want = []
+    for text, token, kind in zip(texts, first, kinds, strict=True):
+        state, drawn = read(plain, text), [token]
+        for position in range(5):
+            drawn.append(plain.step(drawn[-1], state, kind._replace(position=position)).token())
+        want.append(drawn[1:])
+    states, found = [read(plain, text) for text in texts], []
+    step: Any = first[:2]
+    for position in range(5):
+        draws = [kind._replace(position=position) for kind in kinds]
+        if position < 2:
+            step = replayed.batch(step, states[:2], draws[:2])
+            found.append([*step.tokens(), None])
+        else:  # the third joins
+            step = [*step.tokens(), first[2]] if position == 2 else step
+            draws[2] = kinds[2]._replace(position=position - 2)
+            step = replayed.batch(step, states, draws)
+            found.append(step.tokens())
+    columns = [[token for token in column if token is not None] for column in zip(*found, strict=True)]
+    assert columns == [want[0], want[1], want[2][:3]]
+    assert sum(player.chained for player in HostPlayer.made) == 3

@@ -297,6 +297,9 @@ def test_models_health_metrics_page(client: OpenAI, server: Serving) -> None:
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     assert float(values["mlx_gemma4_reply_tokens_total"]) > 100
     assert float(values["mlx_gemma4_reused_tokens_total"]) > 100
+    for name in ("batch_size", "prompts_waiting", "waiting", "kv_reserved_bytes", "kv_pool_bytes"):
+        assert float(values[f"mlx_gemma4_{name}"]) == 0
+    assert float(values["mlx_gemma4_steps_total"]) > 100
     assert float(values["mlx_gemma4_kv_bytes"]) == server.engine.store.nbytes > 0
     assert values['mlx_gemma4_first_token_seconds_bucket{le="+Inf"}'] == values["mlx_gemma4_first_token_seconds_count"]
     assert "<title" in httpx.get(server.url).text

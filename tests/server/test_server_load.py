@@ -31,7 +31,7 @@ from mlx_gemma4.server.settings import Settings
 
 pytestmark = pytest.mark.slow
 
-CLIENTS, REQUESTS = 32, 300
+CLIENTS, REQUESTS = int(os.environ.get("LOAD_CLIENTS", 32)), int(os.environ.get("LOAD_REQUESTS", 300))
 BUDGET = 60_000_000  # bytes of KV state
 TOPICS = ["a king", "a fox", "the sea", "an old shoe", "two sisters", "a candle", "snow", "a mill"]
 
@@ -219,3 +219,23 @@ def test_a_short_request_is_not_stuck_behind_a_long_one(lm: LanguageModel, serve
     print(f"\nfirst token beside a long reply: {', '.join(f'{t:.2f}' for t in times)} s; ", end="")
     print(f"place free {time.monotonic() - start:.2f} s after its client left")
     assert max(times) < 2
+
+
+def test_replies_step_together(lm: LanguageModel) -> None:
+    """Eight at once take few more steps than one; with `exact`, one after the other in turns, the same replies."""
+    body = chat("a king", 30, logit_bias=endless(lm), temperature=0)
+    texts, steps = [], []
+    for exact in (False, True):
+        with serving(lm, Settings(parallel=8, exact=exact)) as running:
+
+            async def all_at_once() -> list[str]:
+                async with httpx.AsyncClient(base_url=running.url, timeout=120) as client:
+                    asked = [client.post("/v1/chat/completions", json={**body, "stream": False}) for _ in range(8)]
+                    return [
+                        answer.json()["choices"][0]["message"]["content"] for answer in await asyncio.gather(*asked)
+                    ]
+
+            texts.append(asyncio.run(all_at_once()))
+            steps.append(running.engine.scheduler.steps)
+    assert texts[0] == texts[1] and len(set(texts[0])) == 1
+    assert 30 <= steps[0] < 60
