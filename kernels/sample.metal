@@ -101,10 +101,20 @@ METAL_FUNC int sum_before(int mine, thread int& all, threadgroup float* room, in
   return before;
 }
 
+// Largest over the threadgroup; every thread gets it. `room`: SG floats that nobody reads any more.
+METAL_FUNC float max_group(float v, threadgroup float* room, int sg, int lane) {
+  v = max_lanes(v);
+  if (lane == 0) room[sg] = v;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  v = max_lanes(lane < SG ? room[lane] : NOTHING);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  return v;
+}
+
 // kernel: sample_pieces(logits, draws) -> (values, ids)
 // Of each piece of a row, 32 SG EACH logits, the top_k largest, ids of -1 behind them if it has fewer. Without top_k
-// and for temperature 0 the choice itself, with its noise. logits [rows, V] in T, values fp32 and ids int32
-// [rows, pieces, MOST]. Grid (32 SG pieces, rows, 1). Reads the logits once.
+// and for temperature 0 the choice itself: its logit, id, and noise as the second value. logits [rows, V] in T, values
+// fp32 and ids int32 [rows, pieces, MOST]. Grid (32 SG pieces, rows, 1). Reads the logits once.
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int me = int(thread_index_in_threadgroup), row = int(threadgroup_position_in_grid.y);
 const int piece = int(threadgroup_position_in_grid.x), pieces = int(threadgroups_per_grid.x), V = logits_shape[1];
@@ -124,18 +134,29 @@ if (temperature == 0.0f || k == 0) {
   Words key;
   key.a = uint(draws[row * 8 + 4]);
   key.b = uint(draws[row * 8 + 5]);
-  key = threefry(key, uint(draws[row * 8 + 6]), 0);
-  float best = NOTHING;
+  float best = NOTHING, top = NOTHING;
   int best_id = first;
+  if (temperature != 0.0f) {
+    key = threefry(key, uint(draws[row * 8 + 6]), 0);
+    UNROLL
+    for (int i = 0; i < EACH; i++) {
+      logit[i] = capped(logit[i], cap);
+      top = max(top, id[i] < V ? logit[i] : NOTHING);
+    }
+    top = max_group(top, room, sg, lane);  // noise added to a large number would be rounded away
+    UNROLL
+    for (int i = 0; i < EACH; i++) logit[i] = (logit[i] - top) / temperature + noise(key, id[i]);
+  }
   UNROLL
   for (int i = 0; i < EACH; i++) {
-    if (id[i] < V) {
-      const float value = temperature == 0.0f ? logit[i] : capped(logit[i], cap) / temperature + noise(key, id[i]);
-      better(best, best_id, value, id[i]);
-    }
+    if (id[i] < V) better(best, best_id, logit[i], id[i]);
   }
   best_group(best, best_id, room, places, SG, sg, lane);
   if (me == 0) {
+    if (temperature != 0.0f) {
+      best = max(NOTHING, capped(float(logits[ulong(row) * ulong(V) + ulong(best_id)]), cap));
+      values[at + 1] = noise(key, best_id);
+    }
     values[at] = best;
     ids[at] = best_id;
   }
@@ -175,7 +196,16 @@ threadgroup int name[MOST];
 float best = NOTHING;
 int best_id = 0x7FFFFFFF;
 if (temperature == 0.0f || k == 0) {
-  for (int p = me; p < pieces; p += 32 * SG) better(best, best_id, values[at + p * MOST], ids[at + p * MOST]);
+  float top = NOTHING;
+  if (temperature != 0.0f) {
+    for (int p = me; p < pieces; p += 32 * SG) top = max(top, values[at + p * MOST]);
+    top = max_group(top, room, sg, lane);
+  }
+  for (int p = me; p < pieces; p += 32 * SG) {
+    float value = values[at + p * MOST];
+    if (temperature != 0.0f) value = (value - top) / temperature + values[at + p * MOST + 1];
+    better(best, best_id, value, ids[at + p * MOST]);
+  }
 } else {
   uint key[EACH], least;
   int id[EACH], end, mine = 0, n;

@@ -34,7 +34,7 @@ class Draw(NamedTuple):
     @property
     def numbers(self) -> np.ndarray:
         """int32 [WORDS], as the kernel reads it."""
-        t = max(self.temperature, 1e-30) if self.temperature else 0.0  # so that logits / t are finite
+        t = max(self.temperature, 1e-30) if self.temperature else 0.0  # no 0 in fp32
         words = self.seed >> 32, self.seed & 0xFFFFFFFF
         packed = _FORMAT.pack(
             t, min(self.top_k, 0x7FFFFFFF), self.top_p, self.min_p, *words, self.position, self.softcap
