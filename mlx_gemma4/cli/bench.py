@@ -86,8 +86,8 @@ def bench(
                 f"{flag} {program}: llama.cpp reads GGUF files, and {path} is a folder; give --model FILE.gguf"
             )
     plan = b.BenchPlan(prompt_sizes, b.DEPTHS if depths is None else depths, reply, repetitions, kv, parallel)
-    with progress("Loading", 1e9, " GB") as update:
-        subject = b.load_subject(path, update, Room(plan.tokens, kv))
+    with progress("Loading", 1e9, " GB") as update, progress("Preparing kernels:", 1, "") as prepared:
+        subject = b.load_subject(path, update, Room(plan.tokens, kv), prepared)
     context = subject.model.config.context
     if depths is None:
         plan = replace(plan, depths=tuple(d for d in b.DEPTHS if d + reply + 2 <= context))

@@ -130,13 +130,15 @@ class Subject:
     load_time: float  # seconds
 
 
-def load_subject(path: Path, progress: Progress | None = None, room: Room = SOME_ROOM) -> Subject:
-    """Load the model alone: speed needs no tokenizer, and a synthetic file has none."""
+def load_subject(
+    path: Path, progress: Progress | None = None, room: Room = SOME_ROOM, preparing: Progress | None = None
+) -> Subject:
+    """Load the model alone: speed needs no tokenizer, and a synthetic file has none. Arguments as of `load`."""
     start = time.perf_counter()
     with open_model(path) as (config, source, metadata):
         model, plan = load_model(config, source, "auto", True, progress, usable_kernels(), room)
     took = time.perf_counter() - start
-    make_ready(model)
+    make_ready(model, preparing)
     label = size_label(str(metadata.get("general.name", "")), path.stem)
     return Subject(path, label, model, plan.holding, took)
 

@@ -7,7 +7,7 @@ trained model's are: an error can't hide behind a saturated GELU.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from math import prod
 from typing import Any
 
@@ -178,9 +178,14 @@ def weight(type: str, shape: tuple[int, ...]) -> mx.array | Packed:
     return Packed(fmt, shape, codes, group_scales, (scales / size).astype(mx.float16))
 
 
+@cache
+def _random_words() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 1 << 32, RANDOM_WORDS, np.uint32)
+
+
 def random_bytes(n: int) -> mx.array:
-    """uint8 [n], always the same."""
-    base = mx.array(np.random.default_rng(n).integers(0, 1 << 32, RANDOM_WORDS, np.uint32)).view(mx.uint8)
+    """uint8 [n], always the same for an n, and others for another."""
+    base = mx.array(np.roll(_random_words(), n)).view(mx.uint8)
     return mx.tile(base, -(-n // base.size))[:n]
 
 

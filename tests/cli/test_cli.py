@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click.testing
 import pexpect
@@ -16,7 +17,9 @@ import pytest
 from recorded import HERE
 from rewrite import drop, rewrite
 
+from mlx_gemma4.cli import options
 from mlx_gemma4.cli.main import main
+from mlx_gemma4.conversation import language_model
 
 MODEL = HERE / "e2b-q4_k_m.gguf"
 COMMAND = [sys.executable, "-m", "mlx_gemma4"]
@@ -301,3 +304,23 @@ def test_wrong_flag_of_replies(flags: list[str], says: str, tmp_path: Path) -> N
     (tmp_path / "BAD").write_text('{"properties": {"a": {"type": "strin"}}}')
     flags = [str(tmp_path / flag) if flag.isupper() else flag for flag in flags]
     assert says in refused("-m", MODEL, "-p", "x", *flags)
+
+
+def test_loading_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a terminal, after a second: bytes, then kernels; the line is gone at the end."""
+
+    def load(path: Any, *, progress: Any, preparing: Any, room: Any) -> str:
+        progress(10**9, 4 * 10**9)
+        preparing(3, 80)
+        return "model"
+
+    seconds = iter(range(0, 100, 2))
+    monkeypatch.setattr(language_model, "load", load)
+    monkeypatch.setattr(options.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    lm, _ = options.load_with_progress(str(MODEL), "full")
+    assert lm == "model"
+    shown = capsys.readouterr().err
+    assert "\rLoading 1.0 of 4.0 GB\x1b[K\rPreparing kernels: 3 of 80\x1b[K" in shown
+    assert shown.endswith("\r\x1b[K")
