@@ -77,7 +77,7 @@ def tilings(rows: int, quick: bool) -> list[RowsTiling]:
     every = itertools.product((1, 2, 3, 4), (1, 2, 3, 4, 6, 8, 12), (False, True), (False, True), (1, 2, 3, 4, 5))
     made = [RowsTiling(*options) for options in every]
     registers = {t: 65536 // (32 * t.split * t.resident) for t in made}
-    fit = [t for t in made if t.room(rows) <= ROOM and t.blocks * rows <= 64]
+    fit = [t for t in made if t.room(rows, FORMATS["IQ4_NL"]) <= ROOM and t.blocks * rows <= 64]
     return [t for t in fit if t.resident == 1 or 96 <= registers[t] <= 168]
 
 
