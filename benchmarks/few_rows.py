@@ -62,17 +62,23 @@ def weights(model: str) -> Iterator[tuple[str, tuple[int, ...], bool, list[str]]
 
 
 def tilings(rows: int, quick: bool) -> list[RowsTiling]:
-    """The tilings to try for so many rows of x."""
-    blocks, splits = (2, 3, 4), (3, 4, 6, 8, 12)
-    made = [RowsTiling(*o) for o in itertools.product(blocks, splits, (False, True), (True, False))]
-    made += [
-        RowsTiling(2, 4, prefetch, copied, n) for prefetch in (False, True) for copied in (False, True) for n in (4, 5)
-    ]
-    made += [RowsTiling(2, 8, False, copied, n) for copied in (False, True) for n in (2, 3)]
-    fit = [t for t in made if t.room(rows) <= ROOM and t.blocks * rows <= 64]
+    """The tilings to try for so many rows of x; quick: those that are likely."""
     if quick:
-        fit = [t for t in fit if (t.copied or (not t.prefetch and t.resident == 1)) and t.split != 6]
-    return fit
+        plain = {8: [(2, 4), (2, 8)], 16: [(4, 4), (4, 8), (2, 3)], 32: [(2, 4)]}[rows]
+        made = [RowsTiling(*sizes, copied=copied) for sizes in plain for copied in (False, True)]
+        held = {
+            8: [(2, 4, 4), (2, 8, 2), (2, 3, 5), (3, 8, 1)],
+            16: [(2, 4, 3), (2, 8, 1), (2, 3, 4)],
+            32: [(2, 4, 3), (2, 3, 4)],
+        }
+        kinds = ((True, False), (True, True), (False, True))
+        made += [RowsTiling(b, s, prefetch, copied, r) for b, s, r in held[rows] for prefetch, copied in kinds]
+        return list(dict.fromkeys(made))
+    every = itertools.product((1, 2, 3, 4), (1, 2, 3, 4, 6, 8, 12), (False, True), (False, True), (1, 2, 3, 4, 5))
+    made = [RowsTiling(*options) for options in every]
+    registers = {t: 65536 // (32 * t.split * t.resident) for t in made}
+    fit = [t for t in made if t.room(rows, FORMATS["IQ4_NL"]) <= ROOM and t.blocks * rows <= 64]
+    return [t for t in fit if t.resident == 1 or 96 <= registers[t] <= 168]
 
 
 class Weight:

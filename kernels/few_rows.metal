@@ -258,9 +258,6 @@ COPY_X(0)
 constexpr int TURNS = NB > 2 ? 2 : 1, HALVES = 2 / TURNS;
 for (int step = 0; step < steps; step++) {
   const int c4 = (step * SPLIT + part) * 4, c = c4 + lane_t;
-#if PREFETCH
-  if (step + 1 < steps) LOAD(next, min(c + 4 * SPLIT, chunks - 1))
-#endif
 #if STAGE
   copies_arrived();
 #endif
@@ -285,6 +282,9 @@ for (int step = 0; step < steps; step++) {
           AS_FACTORS(sums[n], group_sums[n])
         }
       }
+#if PREFETCH  // behind x, which would have to wait for them: loads come back in turn
+      if (turn == 0 && step + 1 < steps) LOAD(next, min(c + 4 * SPLIT, chunks - 1))
+#endif
 #if STAGE
       if (turn == TURNS - 1 && step + 1 < steps) {
         simdgroup_barrier(mem_flags::mem_threadgroup);  // all lanes have read this step's

@@ -24,6 +24,7 @@ from .routing import ROWS, most_tiles, route, route_reference
 from .tuning import Tuning, launch_cache, this_gpu
 
 MAX_ROWS = 32
+ROOM = 32 << 10  # bytes of threadgroup memory, at most: Metal's
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,21 @@ class RowsTiling:
     blocks: int  # of 16 rows of the weight, a simdgroup; with glu an even number
     split: int  # simdgroups that share the rows
     prefetch: bool = False  # load the next step's weights during this one
-    copied: bool = True  # x goes through threadgroup memory, on CUDA
+    copied: bool = False  # x goes through threadgroup memory, on CUDA
     resident: int = 1  # threadgroups that a core holds at least, for CUDA's compiler
 
-    def room(self, rows: int) -> int:
+    def room(self, rows: int, fmt: Format) -> int:
         """Bytes of threadgroup memory, for sums, or for x before, and for a table."""
-        return 1088 + self.split * rows * max(256, 64 * self.blocks)
+        return 1088 * (fmt.lut is not None) + self.split * rows * max(256 * self.copied, 64 * self.blocks)
 
 
 def rows_tiling(fmt: Format, n: int, k: int, rows: int, glu: bool = False, gpu: Tuning | None = None) -> RowsTiling:
     """The tiling for a weight of n rows of k and so many rows of x (8, 16 or 32)."""
     gpu = gpu or this_gpu()
     blocks = 4 if rows == 16 else 2
-    return RowsTiling(blocks, 8 if n < 48 * blocks * gpu.cores and rows < 16 else 4)
+    few = n < 48 * blocks * gpu.cores  # threadgroups: more simdgroups in each
+    tiling = RowsTiling(blocks, 8 if few and rows < 32 else 4)
+    return tiling if tiling.room(rows, fmt) <= ROOM else RowsTiling(blocks, 4)
 
 
 def few_rows(

@@ -196,7 +196,7 @@ def test_tilings_fit_threadgroup_memory() -> None:
             for rows in (8, 16, 32):
                 for glu in (False, True):
                     tiling = rows_tiling(fmt, n, 5376, rows, glu)
-                    assert tiling.room(rows) <= 32 << 10 and tiling.split <= 32
+                    assert tiling.room(rows, fmt) <= 32 << 10 and tiling.split <= 32
                     assert not glu or tiling.blocks % 2 == 0
 
 
