@@ -20,6 +20,7 @@ from ..model.weights import Layer, Weights
 from ..ops import matvec
 from ..ops.cases import ALL_CASES, Check, Heads, Product, Sizes
 from ..ops.epilogue import SHRINK
+from ..ops.tuning import this_gpu
 from ..quant.formats import FLOATS, FORMATS, Packed
 
 for _module in pkgutil.iter_modules(ops.__path__):
@@ -55,12 +56,12 @@ def sizes_of(model: Model) -> Sizes:
     usable = [used for p in products for used in _as_launched(p)]
     packed = [p for p in usable if p.type in FORMATS]
     short = [Product(p.type, p.shape, narrow=True, used=p.used, own_x=p.used > 0) for p in packed]  # short prompts
-    several = [*packed, *short]  # drafts and batches read several tokens in a step
-    usable += [*short, *(replace(p, tokens=matvec.MAX_TOKENS) for p in several if not p.used)]
+    if this_gpu().few_rows_from > 2:  # drafts and batches of two tokens take the mat-vec
+        usable += [replace(p, tokens=matvec.MAX_TOKENS) for p in packed if not p.used]
     ple_table = "" if w.per_layer_token_embd is None else _type(w.per_layer_token_embd)
     experts = (c.experts, c.experts_used if c.experts else 0)
     tables = (_type(w.token_embd), ple_table)
-    prompts = tuple(p for p in products if p.used and p.type in ("F16", "BF16"))
+    prompts = (*short, *(p for p in products if p.used and p.type in ("F16", "BF16")))
     return Sizes(
         c.hidden,
         c.vocab,

@@ -84,7 +84,7 @@ class Sizes:
     ple: int = 0
     experts: int = 0
     used: int = 0
-    prompts: tuple[Product, ...] = ()  # products that only prompts run in kernels: experts that are not packed
+    prompts: tuple[Product, ...] = ()  # products that only prompts run in kernels
     scale: float = 1.0  # of attention's scores
     lengths: tuple[int, ...] = ()  # contexts at which to check global attention
     rows: int | None = None  # quick checks: the most rows of a weight to make, launched as all of them would be

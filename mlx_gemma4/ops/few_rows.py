@@ -45,7 +45,7 @@ class RowsTiling:
 def rows_tiling(fmt: Format, n: int, k: int, rows: int, glu: bool = False, gpu: Tuning | None = None) -> RowsTiling:
     """The tiling for a weight of n rows of k and so many rows of x (8, 16 or 32)."""
     gpu = gpu or this_gpu()
-    blocks = 4 if rows == 16 else 2
+    blocks = 4 if rows == 16 and gpu.measured else 2
     few = n < 48 * blocks * gpu.cores  # threadgroups: more simdgroups in each
     tiling = RowsTiling(blocks, 8 if few and rows < 32 else 4)
     return tiling if tiling.room(rows, fmt) <= ROOM else RowsTiling(blocks, 4)
@@ -147,7 +147,7 @@ def few_rows_cases(s: Sizes) -> Iterator[Check]:
         kernel = partial(few_rows, x=x, w=w, epilogue=epilogue, folded=folded, config=config)
         return Case(kernel, reference, w.nbytes)
 
-    for p in dict.fromkeys(p for p in s.packed if p.tokens == 1):
+    for p in dict.fromkeys(p for p in (*s.packed, *s.prompts) if p.type in FORMATS and p.tokens == 1):
         few = (3,) * (p.norm or not p.narrow)  # scales of few rows lie elsewhere on Metal
         for rows in (*few, 8) if p.used else (*few, 8, 16, 32):
             many = replace(p, tokens=rows)
