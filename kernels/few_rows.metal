@@ -20,7 +20,7 @@
 //
 // Memory. Every byte of the planes is read once; x once for each 16 BLOCKS rows, mostly from the cache; y written once.
 //
-// Rendered before: T (half), U (of y), TIMES_T, a format with CHUNK 32, TOKENS, BLOCKS, SPLIT, PREFETCH, TAIL (K is
+// Rendered before: T (half), U (of y), a format with CHUNK 32, TOKENS, BLOCKS, SPLIT, PREFETCH, TAIL (K is
 // no multiple of 128), and the variants' names.
 // uses: matrix.metal
 // uses: packed.metal
@@ -143,7 +143,10 @@ for (int i = part * 32 + lane; i < 256; i += 32 * SPLIT) table[i] = pair(values[
 threadgroup_barrier(mem_flags::mem_threadgroup);
 #endif
 
-Chunk now[2 * BLOCKS], next[2 * BLOCKS];
+Chunk now[2 * BLOCKS];
+#if PREFETCH
+Chunk next[2 * BLOCKS];
+#endif
 #define LOAD(into, c)                                                            \
   UNROLL for (int r = 0; r < 2 * BLOCKS; r++) {                                  \
     load_codes(codes + row[r] * uint(words) + uint((c) * WORDS), into[r].codes); \

@@ -24,6 +24,7 @@ from .routing import ROWS, most_tiles, route, route_reference
 from .tuning import Tuning, launch_cache, this_gpu
 
 MAX_ROWS = 32
+EVEN = 0.9  # share of the simdgroups' steps, at least, in which they have work
 ROOM = 32 << 10  # bytes of threadgroup memory, at most: Metal's
 
 
@@ -42,13 +43,20 @@ class RowsTiling:
         return 1088 * (fmt.lut is not None) + self.split * rows * max(256 * self.copied, 64 * self.blocks)
 
 
-def rows_tiling(fmt: Format, n: int, k: int, rows: int, glu: bool = False, gpu: Tuning | None = None) -> RowsTiling:
-    """The tiling for a weight of n rows of k and so many rows of x (8, 16 or 32)."""
+def rows_tiling(fmt: Format, n: int, k: int, rows: int, used: int = 0, gpu: Tuning | None = None) -> RowsTiling:
+    """The tiling for a weight of n rows of k and so many rows of x (8, 16 or 32), fitted to an H200's times.
+
+    Args:
+        used: experts of a token; two tokens at least are sure to fill so many tiles.
+    """
     gpu = gpu or this_gpu()
     blocks = 4 if rows == 16 and gpu.measured else 2
-    few = n < 48 * blocks * gpu.cores  # threadgroups: more simdgroups in each
-    tiling = RowsTiling(blocks, 8 if few and rows < 32 else 4)
-    return tiling if tiling.room(rows, fmt) <= ROOM else RowsTiling(blocks, 4)
+    few = n * max(1, 2 * used) < 48 * blocks * gpu.cores  # threadgroups: more simdgroups in each
+    split = 8 if few and rows < 32 and RowsTiling(blocks, 8).room(rows, fmt) <= ROOM else 4
+    # The simdgroups should have as many stretches of a row each, and several.
+    stretches = -(-k // 128)
+    splits = range(min(split, max(1, stretches // 2)), 0, -1)
+    return RowsTiling(blocks, next(s for s in splits if stretches / (-(-stretches // s) * s) > EVEN))
 
 
 def few_rows(
@@ -105,7 +113,7 @@ def _prepared(
     (*experts, n, k), fmt, glu = shape, FORMATS[name], epilogue.glu
     rows = ROWS if used else next(r for r in (8, 16, 32) if tokens <= r)  # of x, in a threadgroup
     tiles = most_tiles(tokens * used, experts[0]) if used else 1
-    config = config or rows_tiling(fmt, n, k, rows, glu)
+    config = config or rows_tiling(fmt, n, k, rows, used)
     defines: dict[str, Any] = format_defines(fmt, 32, k)
     defines |= {field.upper(): value for field, value in asdict(config).items()}
     defines |= {"CHUNK": 32, "TOKENS": rows, "FACTOR": float(epilogue.factor), "TAIL": k % 128 > 0}
@@ -128,7 +136,7 @@ def few_rows_cases(s: Sizes) -> Iterator[Check]:
     def make(p: Product) -> Case:
         x, w, epilogue, folded = product_inputs(p, s.rows)
         assert isinstance(w, Packed)
-        config = rows_tiling(w.format, p.shape[-2], p.shape[-1], p.tokens, p.glu)  # as for all rows
+        config = rows_tiling(w.format, p.shape[-2], p.shape[-1], p.tokens, p.used)  # as for all rows
         if folded.ids is not None:
             folded = folded._replace(routed=route_reference(folded.ids, w.shape[0]))
 

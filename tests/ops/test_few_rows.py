@@ -6,6 +6,7 @@ weights are rounded to fp16 once: 1e-6 and 5e-4 of the result, as norms.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import mlx.core as mx
@@ -192,12 +193,11 @@ def test_routes_have_no_race() -> None:
 
 def test_tilings_fit_threadgroup_memory() -> None:
     for fmt in FORMATS.values():
-        for n in (256, 2816, 5376, 43008, 262144):
-            for rows in (8, 16, 32):
-                for glu in (False, True):
-                    tiling = rows_tiling(fmt, n, 5376, rows, glu)
-                    assert tiling.room(rows, fmt) <= 32 << 10 and tiling.split <= 32
-                    assert not glu or tiling.blocks % 2 == 0
+        for n, k in itertools.product((256, 1536, 2816, 5376, 43008, 262144), (96, 256, 704, 1536, 2112, 5376, 21504)):
+            for rows, used in ((8, 0), (8, 8), (16, 0), (32, 0)):
+                tiling = rows_tiling(fmt, n, k, rows, used)
+                assert tiling.room(rows, fmt) <= 32 << 10 and tiling.blocks % 2 == 0
+                assert tiling.split == 1 or 256 * tiling.split <= k + 255  # two steps or so
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, MAX_ROWS, MAX_ROWS + 1])
