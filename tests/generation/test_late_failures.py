@@ -25,6 +25,7 @@ from mlx_gemma4.model.model import Model
 from mlx_gemma4.model.step import LazyBatchStep
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.op import OpKey
+from mlx_gemma4.ops.sample import LIKELIEST
 
 GREEDY = Sampling(temperature=0)
 TOKENS = 12
@@ -142,8 +143,9 @@ def test_steps_of_several_fail(tmp_path: Path, caplog: pytest.LogCaptureFixture,
     prompt = [*prompts("e2b")[0], *range(5, 25)]
     real = Model.batch
 
-    def failing(self: Model, tokens: Any, states: Any) -> Any:
-        return LazyBatchStep(poisoned(real(self, tokens, states).logits()))
+    def failing(self: Model, tokens: Any, states: Any, draws: Any = None) -> Any:
+        logits = real(self, tokens, states, draws).logits()
+        return LazyBatchStep(poisoned(logits), draws or [LIKELIEST] * len(states))
 
     want = replies(plain, prompt)
     monkeypatch.setattr(Model, "batch", failing)
