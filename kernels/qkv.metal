@@ -174,15 +174,15 @@ if (i < HALF) {
 }
 
 // kernel: fill_pages(new_k, new_v, places, pool_k, pool_v) -> (done)
-// Copy keys and values of a sequence into its pages, in place: new_k, new_v [1, G, n, D] become the tokens from
-// PLACE_FROM to PLACE_TO, n of them, of the one row of places. A thread copies 16 bytes of each.
-// grid (128 ceil(n D sizeof(C) / 16 / 128), G, 1). Rendered before: C_BYTES, G, D, PAGE.
+// Copy keys and values of a sequence into its pages, in place: of new_k, new_v [1, G, rows, D] those from row
+// PLACE_POSITION on become the tokens from PLACE_FROM to PLACE_TO of the one row of places. A thread copies 16 bytes of
+// each. grid (128 ceil(n D sizeof(C) / 16 / 128), G, 1) for n tokens. Rendered before: C_BYTES, G, D, PAGE.
 constexpr int CHUNKS = D * C_BYTES / 16;
 const int from = places[PLACE_FROM], n = places[PLACE_TO] - from, g = int(threadgroup_position_in_grid.y);
 const int i = int(threadgroup_position_in_grid.x) * 128 + int(thread_index_in_threadgroup);
 if (i < n * CHUNKS) {
   const ulong to = paged(places, from + i / CHUNKS, g, G, CHUNKS) + ulong(i % CHUNKS);
-  const ulong at = ulong(g) * ulong(n * CHUNKS) + ulong(i);
+  const ulong at = (ulong(g) * ulong(new_k_shape[2]) + ulong(places[PLACE_POSITION])) * CHUNKS + ulong(i);
   ((device uint4*)pool_k)[to] = ((const device uint4*)new_k)[at];
   ((device uint4*)pool_v)[to] = ((const device uint4*)new_v)[at];
 }

@@ -15,13 +15,16 @@ import mlx.core as mx
 
 from ..config import Config
 from ..execution import execution
-from .segments import LayerKV, Segment, arranged, gather
+from .segments import LayerKV, Segment, arranged
 from .state import KVState
 
 Pair = tuple[mx.array, mx.array]
-Fill = Callable[[Pair, Pair, Sequence[int], int], Pair]  # `ops.paged.fill_pages`
+# Puts rows of keys and values into pages: (rows, pool, (the first of them, the tokens from .. to that they become,
+# counted from the first page's beginning), pages) -> the pool, and what is computed when it has been written.
+Fill = Callable[[Pair, Pair, tuple[int, int, int], Sequence[int]], tuple[Pair, mx.array]]
 
 SOME = 32  # pages that a pool begins with
+AT_ONCE = 256 << 20  # bytes of a state that are on their way out of the pool, about
 
 
 @dataclass(eq=False)
@@ -51,7 +54,7 @@ class Pool:
         """
         Args:
             dtype: of keys and values.
-            fill: copies a sequence's keys and values into pages.
+            fill: copies some of a sequence's keys and values into pages.
             page: tokens of one.
             idle: waits until nothing reads or writes the pool; called before states join or leave, with True before
                 its arrays go or others take their place.
@@ -111,7 +114,7 @@ class Pool:
             return
         with execution():
             self._idle(False)
-            layers = {}
+            layers, some = {}, list[mx.array]()
             for i in self.layers:
                 kind, length = self.config.layers[i].sliding, state.length
                 window = self.config.window if kind else None
@@ -126,7 +129,10 @@ class Pool:
                 pieces = (*shared, Segment(start, length, keys, values)) if length > start else tuple(shared)
                 layers[i] = arranged(pieces, length, self._empty(i, state), state.layout, window, length)
                 kv = layers[i]
-                mx.eval(kv.tail_keys, kv.tail_values, [(s.keys, s.values) for s in kv.segments])
+                some += [kv.tail_keys, kv.tail_values, *(a for s in kv.segments for a in (s.keys, s.values))]
+                if sum(a.nbytes for a in some) > AT_ONCE or i == self.layers[-1]:
+                    mx.eval(some)
+                    some = []
             self.free(seat)
             state.take_back(layers)
 
@@ -144,34 +150,44 @@ class Pool:
             self._free = {kind: [] for kind in self.kinds}
 
     def _join(self, state: KVState) -> Seat:
-        layers, length = state.layers, state.length  # whoever else has it settles
+        layers = state.layers  # whoever else has it settles
         self._idle(False)
         for other in [s for s in self._seats.values() if s.state() is None]:
             self.free(other)
-        seat = Seat(self, weakref.ref(state), {}, {}, {})
+        seat = Seat(self, weakref.ref(state), {kind: [] for kind in self.kinds}, {}, {})
+        try:
+            self._move_in(seat, layers, state)
+        except BaseException:  # too little memory, or a kernel that fails here
+            for kind, pages in seat.pages.items():
+                self._free[kind] += pages
+            raise
+        state.checkout({i: replace(self._empty(i, state), stop=state.length) for i in layers}, seat)
+        self._seats[id(state)] = seat
+        return seat
+
+    def _move_in(self, seat: Seat, layers: dict[int, LayerKV], state: KVState) -> None:
+        """Give a seat pages, and copy the state's layers into them."""
         for kind in self.kinds:
             i = next(i for i in self.layers if self.config.layers[i].sliding == kind)
-            held = min((s.start for s in layers[i].pieces), default=length)
-            first = self._first(kind, state)
-            seat.first[kind], seat.start[kind] = first, max(held, first * self.page)
-            needed = length // self.page + 1 - first
+            held = min((s.start for s in layers[i].pieces), default=state.length)
+            seat.first[kind] = self._first(kind, state)
+            seat.start[kind] = max(held, seat.first[kind] * self.page)
+            needed = state.length // self.page + 1 - seat.first[kind]
             if len(self._free[kind]) < needed:
                 self._grow(kind, needed - len(self._free[kind]))
             seat.pages[kind] = [self._free[kind].pop() for _ in range(needed)]
+        written: list[mx.array] = []
         for i, kv in layers.items():
             kind = self.config.layers[i].sliding
-            start = seat.start[kind]
-            if start < length:
-                new = gather(kv.pieces, start, length)
-                n = length - start
-                pair = mx.contiguous(new.keys[:, :, :n]), mx.contiguous(new.values[:, :, :n])
-                first = start - seat.first[kind] * self.page
-                self.arrays[i] = self._fill(pair, self.arrays[i], seat.pages[kind], first)
-                mx.eval(self.arrays[i])
+            begin = seat.first[kind] * self.page
+            for piece in kv.pieces:
+                first = max(piece.start, seat.start[kind])
+                if piece.stop > first:
+                    place, pair = (first - piece.start, first - begin, piece.stop - begin), (piece.keys, piece.values)
+                    self.arrays[i], done = self._fill(pair, self.arrays[i], place, seat.pages[kind])
+                    written.append(done)
             seat.segments[i] = [weakref.ref(s) for s in kv.segments]
-        state.checkout({i: replace(self._empty(i, state), stop=length) for i in layers}, seat)
-        self._seats[id(state)] = seat
-        return seat
+        mx.eval(written, list(self.arrays.values()))
 
     def _first(self, kind: bool, state: KVState) -> int:
         """The first page that a state keeps: of a sliding layer as much as it keeps in segments (`arranged`)."""

@@ -97,7 +97,7 @@ class Batcher:
         self._constants = Constants.of(model)
         self._last: mx.array | None = None  # logits of the latest step that was not replayed
         self._replayer = BatchReplayer(model, run, self._constants)
-        self.pool = Pool(model.config, model.kv_dtype, lambda *args: run(FILL_PAGES, *args), paged.PAGE, self._wait)
+        self.pool = Pool(model.config, model.kv_dtype, self._fill, paged.PAGE, self._wait)
 
         def traceable(pieces: dict[bool, int], ids: mx.array, inputs: Inputs) -> tuple[mx.array, dict[int, Pair]]:
             attend, moved = over_pages(model, run, inputs, pieces)
@@ -173,6 +173,9 @@ class Batcher:
                 table[n] = paged.place_row(0, n, n + 1, [0], room, share)
             tables[kind] = table
         return tables, pieces
+
+    def _fill(self, new: Pair, pool: Pair, place: tuple[int, int, int], pages: Sequence[int]) -> tuple[Pair, mx.array]:
+        return self._run(FILL_PAGES, new, pool, paged.place_row(*place, pages, paged.page_room(len(pages))))
 
     def _wait(self, moving: bool) -> None:
         """Wait until no step reads or writes the pool. `moving`: its arrays are about to go."""

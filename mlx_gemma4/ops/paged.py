@@ -13,7 +13,7 @@ import numpy as np
 
 from ..gpu.render import Launch, Launcher, prepare, render
 from .attention import FEW_ROWS, MANY_ROWS, SPANS, LaunchConfig
-from .cases import Case, Check, Heads, Sizes, case, cases, normal, random_queries, state_dtype
+from .cases import Case, Check, Heads, Sizes, cases, normal, random_queries, state_dtype
 from .op import Op
 from .parts import KVPart, QueryShape, merge, merge_reference
 from .tuning import this_gpu
@@ -115,31 +115,31 @@ def place_row(position: int, first: int, stop: int, pages: Sequence[int], room: 
     return row
 
 
-def fill_pages(launcher: Launcher, new: KVPart, pool: KVPart, pages: Sequence[int], first: int) -> KVPart:
-    """Copy a sequence's keys and values into its pages, at once: nobody may be reading these.
+def fill_pages(launcher: Launcher, new: KVPart, pool: KVPart, row: np.ndarray) -> tuple[KVPart, mx.array]:
+    """Copy some of a sequence's keys and values into its pages, which nobody may be reading.
 
     Args:
-        new: [1, G, n, D] each, contiguous, in the pool's dtype.
-        pages: of the sequence, in order.
-        first: where the first token goes, counted from the beginning of the first page.
+        new: [1, G, rows, D] each, in the pool's dtype.
+        row: a row of places, in which POSITION is the first row of `new` to copy, FROM and TO are the tokens that it
+            and those behind it become.
 
     Returns:
-        the pool, [pages, G, page, D] each.
+        the pool, [pages, G, page, D] each, and an array that is computed when it has been written.
     """
-    (_, kv_heads, n, dim), dtype, page = new[0].shape, pool[0].dtype, pool[0].shape[2]
+    (_, kv_heads, _, dim), dtype, page, n = new[0].shape, pool[0].dtype, pool[0].shape[2], int(row[TO] - row[FROM])
     defines: dict[str, Any] = {"G": kv_heads, "D": dim, "C": dtype, "C_BYTES": dtype.size, "PAGE": page}
     kernel = render("fill_pages", "qkv.metal", dtype, defines)
-    places = mx.array(place_row(0, first, first + n, pages, page_room(len(pages))))
     groups = (-(-n * dim * dtype.size // 16 // 128), kv_heads, 1)
-    mx.eval(*prepare(launcher, kernel, groups, 128, ((1,), mx.int32))(*new, places, *pool))
-    return pool
+    return pool, prepare(launcher, kernel, groups, 128, ((1,), mx.int32))(*new, mx.array(row), *pool)[0]
 
 
-def fill_pages_reference(new: KVPart, pool: KVPart, pages: Sequence[int], first: int) -> KVPart:
+def fill_pages_reference(new: KVPart, pool: KVPart, row: np.ndarray) -> tuple[KVPart, mx.array]:
     """`fill_pages` in stock MLX: the pool it returns is another one."""
-    at = np.arange(first, first + new[0].shape[2])
-    page = pool[0].shape[2]
-    return _written(pool, mx.array(np.array(pages)[at // page]), mx.array(at % page), new)
+    at, page = np.arange(row[FROM], row[TO]), pool[0].shape[2]
+    rows = slice(int(row[POSITION]), int(row[POSITION]) + at.size)
+    some = new[0][:, :, rows], new[1][:, :, rows]
+    made = _written(pool, mx.array(row[PAGES:][at // page]), mx.array(at % page), some)
+    return made, made[0]
 
 
 def write_rows(pool: KVPart, places: mx.array, new: KVPart) -> KVPart:
@@ -199,10 +199,21 @@ def paged_attention_cases(s: Sizes) -> Iterator[Check]:
 @cases
 def fill_pages_cases(s: Sizes) -> Iterator[Check]:
     def make(h: Heads) -> Case:
-        new = tuple(normal(1, h.kv_heads, 150, h.dim, dtype=state_dtype()) for _ in "kv")
+        new = (
+            normal(1, h.kv_heads, 160, h.dim, dtype=state_dtype()),
+            normal(1, h.kv_heads, 160, h.dim, dtype=state_dtype()),
+        )
         pool = tuple(mx.zeros((4, h.kv_heads, PAGE, h.dim), state_dtype()) for _ in "kv")
+        row = place_row(7, 5, 155, [3, 1], MIN_PAGES)
         mx.eval(new, pool)
-        return case(FILL_PAGES, 4 * new[0].nbytes, (new[0], new[1]), (pool[0], pool[1]), [3, 1], 5)
+
+        def launch(launcher: Launcher) -> KVPart:
+            made, done = fill_pages(launcher, new, (pool[0], pool[1]), row)
+            mx.eval(done)
+            return made
+
+        reference = partial(fill_pages_reference, new, (pool[0], pool[1]), row)
+        return Case(launch, lambda: reference()[0], 4 * new[0].nbytes)
 
     for h in dict.fromkeys(s.heads):
         if h.has_kv:

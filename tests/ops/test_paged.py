@@ -151,17 +151,20 @@ def test_new_tokens_go_into_their_pages(joined: str, launcher: Any) -> None:
 
 
 @pytest.mark.parametrize("launcher", [metal, racing])
-@pytest.mark.parametrize(("n", "first"), [(1, 0), (32, 0), (70, 25), (3, 31)])
-def test_a_sequence_is_copied_into_its_pages(n: int, first: int, launcher: Any) -> None:
+@pytest.mark.parametrize(("n", "first", "skip"), [(1, 0, 0), (32, 0, 3), (70, 25, 0), (3, 31, 9)])
+def test_a_sequence_is_copied_into_its_pages(n: int, first: int, skip: int, launcher: Any) -> None:
+    """From some row on of arrays that are longer."""
     for dtype in (mx.float32, mx.float16):
         shape = (6, 2, 32, 16)
-        pool, new = ([normal(*s, dtype=dtype, seed=i) for i in (1, 2)] for s in (shape, (1, 2, n, 16)))
+        pool, new = ([normal(*s, dtype=dtype, seed=i) for i in (1, 2)] for s in (shape, (1, 2, n + skip + 5, 16)))
         mx.eval(pool)
         pages = [4, 1, 5, 2]
-        want = paged.fill_pages_reference((new[0], new[1]), (pool[0], pool[1]), pages, first)
+        row = paged.place_row(skip, first, first + n, pages, paged.MIN_PAGES)
+        want, _ = paged.fill_pages_reference((new[0], new[1]), (pool[0], pool[1]), row)
         mx.eval(want)
-        got = paged.fill_pages(launcher, (new[0], new[1]), (pool[0], pool[1]), pages, first)
+        got, done = paged.fill_pages(launcher, (new[0], new[1]), (pool[0], pool[1]), row)
+        mx.eval(done)
         for a, b, whole in zip(got, want, new, strict=True):
             assert mx.array_equal(a, b)
             at = [(pages[t // 32], t % 32) for t in range(first, first + n)]
-            assert mx.array_equal(mx.stack([a[p, :, r] for p, r in at], axis=1), whole[0])
+            assert mx.array_equal(mx.stack([a[p, :, r] for p, r in at], axis=1), whole[0, :, skip : skip + n])
