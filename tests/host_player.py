@@ -31,6 +31,7 @@ class HostPlayer:
     def load(self, launches: Sequence[RecordedLaunch], nbytes: int, numbers: int, best: Region) -> None:
         self.arena = np.full(nbytes, 0xCD, np.uint8)  # what nobody wrote is no number
         self.launches, self.best_region, self.loads, self.loaded = list(launches), best, self.loads + 1, True
+        self.numbers = numbers
 
     def forget(self) -> None:
         self.loaded = False
@@ -40,7 +41,7 @@ class HostPlayer:
             self._at(region)[...] = np.array(a)
 
     def start(self, numbers: np.ndarray, chained: bool) -> int:
-        assert self.loaded and numbers.dtype == np.int32
+        assert self.loaded and numbers.dtype == np.int32 and numbers.size == self.numbers
         if chained:
             numbers = np.concatenate([self._at(self.best_region), numbers[prod(self.best_region.shape) :]])
         self.chained += chained

@@ -118,7 +118,8 @@ class Batcher:
         ids = tokens_as_array(tokens)
         rows = {n: self._alone(ids[n : n + 1], s) for n, s in enumerate(states) if n not in together}
         if together:
-            logits = self._together(ids[mx.array(together)], [states[n] for n in together], draws).logits()
+            some = [states[n] for n in together], [draws[n] for n in together]
+            logits = self._together(ids[mx.array(together)], *some).logits()
             rows |= {n: logits[i : i + 1] for i, n in enumerate(together)}
         return LazyBatchStep(mx.concatenate([rows[n] for n in range(len(states))]), draws, self._run)
 

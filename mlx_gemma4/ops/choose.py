@@ -1,4 +1,4 @@
-"""The choice of experts and of the likeliest token: choose.metal, each kernel beside its reference."""
+"""The choice of experts: choose.metal and its reference."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -39,25 +39,6 @@ def top_k_reference(scores: mx.array, used: int, *, scale: mx.array | None = Non
 TOP_K = Op("top_k", top_k, top_k_reference)
 
 
-def argmax(launcher: Launcher, logits: mx.array) -> Any:
-    """The largest of each row of logits [T, V], the lowest of equals: int32 [T]. A softcap never changes the order."""
-    tokens, n = logits.shape
-    pieces = max(1, min(128, n // 1024))
-    first = render("argmax_pieces", "choose.metal", logits.dtype, {"SG": 8})
-    shape = (tokens, pieces)
-    best, at = prepare(launcher, first, (pieces, tokens, 1), 256, (shape, mx.float32), (shape, mx.int32))(logits)
-    second = render("argmax_merge", "choose.metal", logits.dtype, {})
-    return prepare(launcher, second, (1, tokens, 1), 32, ((tokens,), mx.int32))(best, at)[0]
-
-
-def argmax_reference(logits: mx.array) -> mx.array:
-    """`argmax` in stock MLX."""
-    return mx.argmax(logits, axis=-1).astype(mx.int32)
-
-
-ARGMAX = Op("argmax", argmax, argmax_reference)
-
-
 @cases
 def top_k_cases(s: Sizes) -> Iterator[Check]:
     def make() -> Case:
@@ -65,9 +46,3 @@ def top_k_cases(s: Sizes) -> Iterator[Check]:
 
     if s.used:
         yield Check(TOP_K.key, f"{s.used} of {s.experts}", make)
-
-
-@cases
-def argmax_cases(s: Sizes) -> Iterator[Check]:
-    if s.vocab:
-        yield Check(ARGMAX.key, f"{s.vocab}", lambda: case(ARGMAX, 4 * s.vocab, normal(1, s.vocab)))

@@ -275,7 +275,7 @@ def test_another_machine_is_checked_anew(change: str, monkeypatch: pytest.Monkey
     with monkeypatch.context() as changed:
         changed.setattr(verdict, change, "9.9" if change == "MLX" else lambda: "another")
         assert verdict.recall() == verdict.Verdict()
-        verdict.remember(verdict.Verdict({"argmax: 5"}, {}))
+        verdict.remember(verdict.Verdict({"sample: 5"}, {}))
     assert verdict.recall() == made
 
 
@@ -290,7 +290,7 @@ def test_the_text_of_the_kernels_counts(tmp_path: Path, monkeypatch: pytest.Monk
 def test_only_so_many_verdicts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(verdict.REMEMBERED + 5):
         monkeypatch.setattr(verdict, "MLX", str(i))
-        verdict.remember(verdict.Verdict({"argmax: 5"}, {}))
+        verdict.remember(verdict.Verdict({"sample: 5"}, {}))
     assert len(json.loads(verdict.verdict_file().read_text())) == verdict.REMEMBERED
     assert verdict.recall().checked
 
@@ -303,13 +303,13 @@ def test_a_damaged_verdict_is_none(text: str) -> None:
     verdict.verdict_file().parent.mkdir()
     verdict.verdict_file().write_text(text.replace("MACHINE", verdict.machine()))
     assert verdict.recall() == verdict.Verdict()
-    verdict.remember(verdict.Verdict({"argmax: 5"}, {}))
-    assert verdict.recall().checked == {"argmax: 5"}
+    verdict.remember(verdict.Verdict({"sample: 5"}, {}))
+    assert verdict.recall().checked == {"sample: 5"}
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder would be")
-    verdict.remember(verdict.Verdict({"argmax: 5"}, {}))
+    verdict.remember(verdict.Verdict({"sample: 5"}, {}))
     assert verdict.recall() == verdict.Verdict()
 
 
@@ -361,7 +361,7 @@ def test_all_kernels_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         assert any(line.startswith(op) and line.endswith(" ok") for line in lines), op
     assert lines[-1].startswith("All kernels are right.")
     recalled = verdict.recall()
-    assert "top_k: 2 of 8" in recalled.checked and "argmax: 2048" in recalled.checked
+    assert "top_k: 2 of 8" in recalled.checked and "sample: 2048" in recalled.checked
     assert not recalled.failed
 
 

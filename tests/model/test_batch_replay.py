@@ -200,3 +200,14 @@ def test_rows_draw_as_alone(tmp_path: Path) -> None:
     columns = [[token for token in column if token is not None] for column in zip(*found, strict=True)]
     assert columns == [want[0], want[1], want[2][:3]]
     assert sum(player.chained for player in HostPlayer.made) == 3
+
+
+@pytest.mark.usefixtures("_in_fp32")
+def test_rows_that_the_pool_does_not_take_draw_as_well(tmp_path: Path) -> None:
+    plain, replayed = both("26b-a4b", tmp_path)
+    draws = [Draw(1.0, 64, 0.95, seed=7), LIKELIEST, Draw(1.3, seed=9), Draw(1.0, 20, seed=11)]
+    states, solo = ([plain.new_state(kv=kv) for kv in ("full", "tq4", "full", "full")] for _ in "ab")
+    got = replayed.batch([5, 6, 7, 8], states, draws).tokens()
+    steps = [plain.step(5 + n, state, draw) for n, (state, draw) in enumerate(zip(solo, draws, strict=True))]
+    assert got == [step.token() for step in steps]
+    assert [player.loads for player in HostPlayer.made] == [1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from kernel_cases import metal, racing
+from kernel_cases import DTYPES, metal, normal, racing
 
 from mlx_gemma4.generation.sampling import Sampler, Sampling, choose
 from mlx_gemma4.ops.dispatch import Kernels
@@ -48,6 +48,25 @@ def test_a_whole_vocabulary() -> None:
 def test_half_precision() -> None:
     logits, draws = random_logits(len(DRAWS), 3000, False).astype(mx.float16), draws_of(DRAWS)
     assert SAMPLE.kernel(metal, logits, draws).tolist() == SAMPLE.reference(logits, draws).tolist()
+
+
+def greedy(logits: mx.array) -> list[int]:
+    return SAMPLE.kernel(metal, logits, draws_of([LIKELIEST] * logits.shape[0])).tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_greedy(dtype: mx.Dtype) -> None:
+    for tokens, n in ((1, 1), (2, 1023), (3, 5000), (1, 40000)):
+        logits = normal(tokens, n, dtype=dtype) * 8  # 16-bit logits are full of ties
+        assert greedy(logits) == mx.argmax(logits, axis=-1).tolist()
+
+
+def test_greedy_takes_the_lowest_of_equals() -> None:
+    for n in (700, 9000):
+        assert greedy(mx.full((1, n), -3.5)) == [0]
+        logits = mx.zeros((1, n))
+        logits[0, [n - 1, n // 2, n // 3]] = 2.0
+        assert greedy(logits) == [n // 3]
 
 
 @pytest.mark.parametrize("draw", [*DRAWS[:4], DRAWS[5]], ids=str)

@@ -347,21 +347,6 @@ def test_top_k_takes_the_lower_of_equals() -> None:
     assert choose.top_k(metal, scores, 4)[0].tolist() == [[40, 0, 1, 2]]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_argmax(dtype: mx.Dtype) -> None:
-    for tokens, n in ((1, 1), (2, 1023), (3, 5000), (1, 40000)):
-        logits = normal(tokens, n, dtype=dtype) * 8  # 16-bit logits are full of ties
-        assert mx.array_equal(choose.argmax(metal, logits), choose.argmax_reference(logits))
-
-
-def test_argmax_takes_the_lowest_of_equals() -> None:
-    for n in (700, 9000):
-        assert choose.argmax(metal, mx.full((1, n), -3.5)).tolist() == [0]
-        logits = mx.zeros((1, n))
-        logits[0, [n - 1, n // 2, n // 3]] = 2.0
-        assert choose.argmax(metal, logits).tolist() == [n // 3]
-
-
 # ---------------------------------------------------------------- embeddings
 
 
