@@ -239,12 +239,12 @@ class Scheduler:
 
     def _read_prompts(self) -> None:
         """Read a chunk of a prompt, or of several short ones: no more than replies under way can wait for."""
-        left: int | None = None
-        for _ in range(len(self._reading)):
+        left, start = None, time.perf_counter()
+        for n in range(len(self._reading)):
             job, most = self._reading[0], self._most(self._reading[0].reply)
             ahead = chunk_ahead(self.model, job.reply.state, job.reply.ids, most)
             left = most if left is None else left
-            if ahead > left:
+            if ahead > left or (n and self._answering and time.perf_counter() - start > WAIT / 2):
                 return
             left -= ahead
             self._reading.rotate(-1)
