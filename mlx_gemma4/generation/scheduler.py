@@ -76,6 +76,8 @@ class _Row(NamedTuple):
 class Scheduler:
     """Makes replies with one model, `parallel` at a time; further ones wait in order of arrival. Thread-safe.
 
+    To be closed, or used in a `with`: its thread keeps it alive.
+
     Attributes:
         rows: replies in the latest step; 0 when idle.
         steps: steps so far.
@@ -237,12 +239,12 @@ class Scheduler:
 
     def _read_prompts(self) -> None:
         """Read a chunk of a prompt, or of several short ones: no more than replies under way can wait for."""
-        left: int | None = None
-        for _ in range(len(self._reading)):
+        left, start = None, time.perf_counter()
+        for n in range(len(self._reading)):
             job, most = self._reading[0], self._most(self._reading[0].reply)
             ahead = chunk_ahead(self.model, job.reply.state, job.reply.ids, most)
             left = most if left is None else left
-            if ahead > left:
+            if ahead > left or (n and self._answering and time.perf_counter() - start > WAIT / 2):
                 return
             left -= ahead
             self._reading.rotate(-1)
@@ -305,22 +307,21 @@ class Scheduler:
             self._guarded([job], self._count, job, token, row, masks)
             if not job.done.is_set():
                 self._deliver(job, token, over=row not in masks)
-        going = [jobs[row] for row in masks]
+        going = {row: jobs[row].reply for row in masks}
         try:
-            self._choose(going, step, masks)
-            if len(going) == len(jobs) and all(_in_step(job.reply) for job in jobs):
+            if len(going) == len(jobs) and all(map(_in_step, going.values())):
                 self._last = _Chain(step, jobs)
+            self._choose(going, step, masks)
         except FAILURES as error:
-            self._again(going, error)
+            self._again([jobs[row] for row in masks], error)
 
-    def _choose(self, jobs: list[_Job], step: BatchStep, masks: dict[int, np.ndarray | None]) -> None:
+    def _choose(self, replies: dict[int, Decoding], step: BatchStep, masks: dict[int, np.ndarray | None]) -> None:
         """Choose the tokens after a step, of those rows that go on, where the step itself does not."""
-        others: dict[int, Decoding] = {}
-        for row, job in zip(masks, jobs, strict=True):
-            if _in_step(job.reply):
-                job.reply.chosen = _Row(step, row)
-            else:
-                others[row] = job.reply
+        others = {row: reply for row, reply in replies.items() if not _in_step(reply)}
+        with execution():
+            drawn = step.drawn() if isinstance(step, LazyBatchStep) and not self._last and replies else None
+        for row in replies.keys() - others.keys():
+            replies[row].chosen = _Row(step, row) if drawn is None else Sample(drawn[row])
         if others:
             with execution():
                 logits = step.logits()
@@ -348,6 +349,7 @@ class Scheduler:
 
         If it is no kernel's, but the batch's, replies take turns from now on.
         """
+        self._last = None
         kernels, replays = self.model.kernels, self.model.replays
         if kernels is None:
             raise error

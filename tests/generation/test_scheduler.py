@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -190,6 +191,32 @@ def test_a_prompt_is_read_in_pieces_while_others_are_answered(model: SmallModel)
             next(scheduler.generate_tokens(state, prompt, GREEDY, 2, on_prompt=enough))
         assert state.length < 1500
         thread.join()
+
+
+def test_short_prompts_are_read_together_while_there_is_time(
+    model: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several between two steps, unless those who are answered would wait too long."""
+    reads: list[int] = []
+    real = Scheduler._read_chunk
+
+    def noted(self: Scheduler, job: Any, most: int) -> None:
+        reads.append(self.steps)
+        if len(reads) == 1:
+            assert until(lambda: self._inbox.qsize() + self.waiting == 8)
+        real(self, job, most)
+
+    monkeypatch.setattr(Scheduler, "_read_chunk", noted)
+
+    def ask(scheduler: Scheduler, i: int) -> None:
+        list(scheduler.generate_tokens(model.new_state(), some_tokens(9, i), GREEDY, 200))
+
+    for wait, at_once in ((100.0, range(4, 9)), (0.0, range(1, 2))):
+        monkeypatch.setattr("mlx_gemma4.generation.scheduler.WAIT", wait)
+        reads.clear()
+        with Scheduler(model, 8) as scheduler:
+            together([partial(ask, scheduler, i) for i in range(8)])
+        assert len(reads) == 8 and max(reads.count(n) for n in reads) in at_once
 
 
 def test_marks_are_left(model: SmallModel, scheduler: Scheduler) -> None:
