@@ -89,9 +89,7 @@ def paged_attention(
     return merge(launcher, sums, stats, q.shape, q.dtype)
 
 
-def paged_attention_reference(
-    q: mx.array, pool: KVPart, places: mx.array, *, scale: float, pieces: int = 1
-) -> mx.array:
+def paged_attention_reference(q: mx.array, pool: KVPart, places: mx.array, *, scale: float, pieces: int) -> mx.array:
     """`paged_attention` in stock MLX, over all pages of each row under a mask."""
     (rows, heads, dim), (_, kv_heads, page, _) = q.shape, pool[0].shape
     at = mx.arange((places.shape[1] - PAGES) * page)
@@ -189,7 +187,7 @@ def paged_attention_cases(s: Sizes) -> Iterator[Check]:
             sums = mx.where(stats[..., 1:] > 0, sums, 0)
             return merge_reference(sums, stats, q.shape, q.dtype)
 
-        reference = partial(paged_attention_reference, q, pool, places, scale=s.scale)
+        reference = partial(paged_attention_reference, q, pool, places, scale=s.scale, pieces=4)
         return Case(launch, reference, sum(lengths) * 2 * h.kv_heads * h.dim * q.dtype.size)
 
     for h in dict.fromkeys(s.heads):

@@ -21,6 +21,7 @@ from mlx_gemma4.model import decode, forward, replay
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.ops import attention, dispatch, norms, quantized_attention
 from mlx_gemma4.ops.dispatch import Kernels
+from mlx_gemma4.ops.sample import LIKELIEST
 
 BUDGET = {"E2B": 12, "E4B": 12, "12B": 9, "31B": 9, "26B-A4B": 13}  # launches a layer; one more where v's type differs
 BF16 = ("E2B", "E4B", "12B", "31B")  # in which experts run as stock operations
@@ -92,7 +93,7 @@ def test_a_step_of_a_real_size_can_be_recorded(kind: str, kv: str, depth: int, m
             state = model.new_state(kv=kv)
             lazy_fill(state, depth)
             assert model.replayer
-            assert model.replayer.start(1, state)
+            assert model.replayer.start(1, state, LIKELIEST)
             found.append([(x.kernel.name, x.grid, x.outputs) for x in Sink.launches])
     assert found[0] == found[1]
     rows = sum(s.kv_heads * s.head_dim for i, s in enumerate(model.config.layers) if s.kv_layer == i)
