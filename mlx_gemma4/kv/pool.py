@@ -38,6 +38,13 @@ class Seat:
     start: dict[bool, int]  # position of the first token that is there
     segments: dict[int, list[weakref.ref[Segment]]] = field(default_factory=dict)  # by layer; others may share them
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its pages."""
+        shapes = [self.pool.config.layers[i] for i in self.pool.layers]
+        rows = [len(self.pages[s.sliding]) * self.pool.page * s.kv_heads * s.head_dim for s in shapes]
+        return 2 * self.pool.dtype.size * sum(rows)
+
     def settle(self) -> None:
         """Give the state its keys and values back."""
         self.pool.leave(self)
@@ -109,10 +116,10 @@ class Pool:
 
     def leave(self, seat: Seat) -> None:
         """Give a state its keys and values back as segments."""
-        state = seat.state()
-        if state is None or state.borrower is not seat:
-            return
         with execution():
+            state = seat.state()
+            if state is None or state.borrower is not seat:
+                return
             self._idle(False)
             layers, some = {}, list[mx.array]()
             for i in self.layers:

@@ -36,6 +36,10 @@ class Borrower(Protocol):
     def forget(self) -> None:
         """Let go of the state without checking anything in."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what the state has there that it does not hold itself."""
+
 
 @dataclass(frozen=True, eq=False)
 class Mark:
@@ -366,9 +370,11 @@ class KVState:
 def total_nbytes(states: Iterable[KVState]) -> int:
     """Return the bytes that several states hold together; what they share counts once.
 
-    Tails that are checked out stay so, and count as they were then.
+    What is checked out stays so: tails count as they were then, pages as they are.
     """
-    return sum({id(a): a.nbytes for state in states for a in state._held()}.values())
+    states = list(states)
+    borrowed = sum(borrower.nbytes for state in states if (borrower := state.borrower) is not None)
+    return borrowed + sum({id(a): a.nbytes for state in states for a in state._held()}.values())
 
 
 def kv_bytes(

@@ -120,6 +120,10 @@ class Replayer:
             self.finish(self._started[-1])
             mx.eval(self._started[-1].array)
 
+    @property
+    def nbytes(self) -> int:
+        return 0  # the state still holds its tails, as they were
+
     def settle(self) -> None:
         """Check in the tails of the state that they were checked out of."""
         with execution():

@@ -15,6 +15,7 @@ from kernel_cases import metal
 from kernel_models import BUDGET, UNIFORM, both
 from recorded import prompts
 
+from mlx_gemma4.kv.state import total_nbytes
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.ops import paged
 from mlx_gemma4.ops.dispatch import Kernels
@@ -172,6 +173,15 @@ def test_a_prefix_that_others_hold_is_shared_again(tmp_path: Path) -> None:
     for state in states:
         for i, kv in state.layers.items():
             assert kv.segments[0] is kept.layers[i].segments[0]
+
+
+def test_nobody_leaves_to_be_measured(tmp_path: Path) -> None:
+    plain, fused = both("12b", "q8_0", tmp_path, off=OFF)
+    states = [read(plain, [2] * 70) for _ in "ab"]
+    before = total_nbytes(states)
+    mx.eval(fused.batch_step([3, 4], states))
+    assert before // 2 <= states[0].nbytes <= total_nbytes(states) <= 3 * before
+    assert all(state.borrower is not None for state in states)
 
 
 @pytest.mark.parametrize("traced", [False, True])
