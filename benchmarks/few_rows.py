@@ -63,22 +63,10 @@ def weights(model: str) -> Iterator[tuple[str, tuple[int, ...], bool, list[str]]
 
 def tilings(rows: int, quick: bool) -> list[RowsTiling]:
     """The tilings to try for so many rows of x; quick: those that are likely."""
-    if quick:
-        plain = {8: [(2, 4), (2, 8)], 16: [(4, 4), (4, 8), (2, 3)], 32: [(2, 4)]}[rows]
-        made = [RowsTiling(*sizes, copied=copied) for sizes in plain for copied in (False, True)]
-        held = {
-            8: [(2, 4, 4), (2, 8, 2), (2, 3, 5), (3, 8, 1)],
-            16: [(2, 4, 3), (2, 8, 1), (2, 3, 4)],
-            32: [(2, 4, 3), (2, 3, 4)],
-        }
-        kinds = ((True, False), (True, True), (False, True))
-        made += [RowsTiling(b, s, prefetch, copied, r) for b, s, r in held[rows] for prefetch, copied in kinds]
-        return list(dict.fromkeys(made))
-    every = itertools.product((1, 2, 3, 4), (1, 2, 3, 4, 6, 8, 12), (False, True), (False, True), (1, 2, 3, 4, 5))
-    made = [RowsTiling(*options) for options in every]
-    registers = {t: 65536 // (32 * t.split * t.resident) for t in made}
-    fit = [t for t in made if t.room(rows, FORMATS["IQ4_NL"]) <= ROOM and t.blocks * rows <= 64]
-    return [t for t in fit if t.resident == 1 or 96 <= registers[t] <= 168]
+    likely = {8: [(2, 4), (2, 8), (3, 8)], 16: [(4, 4), (4, 8), (2, 3)], 32: [(2, 3), (2, 4)]}[rows]
+    every = likely if quick else itertools.product((1, 2, 3, 4), (1, 2, 3, 4, 6, 8, 12))
+    made = [RowsTiling(*sizes) for sizes in every]
+    return [t for t in made if t.room(rows, FORMATS["IQ4_NL"]) <= 48 << 10 and t.blocks * rows <= 64]
 
 
 class Weight:
@@ -210,7 +198,7 @@ def tune(name: str, made: Weight, options: argparse.Namespace, launcher: Launche
 
 
 def _brief(t: RowsTiling | None) -> str:
-    return f"{t.blocks}x{t.split}{' prefetch' * t.prefetch}{' copied' * t.copied} r{t.resident}" if t else ""
+    return f"{t.blocks}x{t.split}" if t else ""
 
 
 def _rows_by_matvec(launcher: Launcher, made: Weight, rows: int) -> mx.array:

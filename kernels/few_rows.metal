@@ -20,22 +20,19 @@
 //
 // Memory. Every byte of the planes is read once; x once for each 16 BLOCKS rows, mostly from the cache; y written once.
 //
-// Rendered before: T (half), U (of y), a format with CHUNK 32, TOKENS, BLOCKS, SPLIT, PREFETCH, TAIL (K is
-// no multiple of 128), and the variants' names.
+// Rendered before: T (half), U (of y), a format with CHUNK 32, TOKENS, BLOCKS, SPLIT, TAIL (K is no
+// multiple of 128), and the variants' names.
 // uses: matrix.metal
 // uses: packed.metal
 // uses: pairs.metal
 
-#define LAUNCH_BOUNDS __launch_bounds__(32 * SPLIT, RESIDENT)  // for CUDA
+#define LAUNCH_BOUNDS __launch_bounds__(32 * SPLIT)  // for CUDA
 #define NB (TOKENS / 8)                       // blocks of 8 rows of x
-#if defined(CUDA) && COPIED
-#define STAGE 1
-#else
-#define STAGE 0
-#endif
 #ifdef CUDA
+#define STAGE 1                               // x goes through threadgroup memory
 #define X_ROWS 1                              // of a block of 8 rows of x, those that a lane reads
 #else
+#define STAGE 0
 #define X_ROWS 2
 #endif
 
@@ -144,9 +141,6 @@ threadgroup_barrier(mem_flags::mem_threadgroup);
 #endif
 
 Chunk now[2 * BLOCKS];
-#if PREFETCH
-Chunk next[2 * BLOCKS];
-#endif
 #define LOAD(into, c)                                                            \
   UNROLL for (int r = 0; r < 2 * BLOCKS; r++) {                                  \
     load_codes(codes + row[r] * uint(words) + uint((c) * WORDS), into[r].codes); \
@@ -285,9 +279,6 @@ for (int step = 0; step < steps; step++) {
           AS_FACTORS(sums[n], group_sums[n])
         }
       }
-#if PREFETCH  // behind x, which would have to wait for them: loads come back in turn
-      if (turn == 0 && step + 1 < steps) LOAD(next, min(c + 4 * SPLIT, chunks - 1))
-#endif
 #if STAGE
       if (turn == TURNS - 1 && step + 1 < steps) {
         simdgroup_barrier(mem_flags::mem_threadgroup);  // all lanes have read this step's
@@ -337,12 +328,7 @@ for (int step = 0; step < steps; step++) {
       }
     }
   }
-#if PREFETCH
-  UNROLL
-  for (int r = 0; r < 2 * BLOCKS; r++) now[r] = next[r];
-#else
   if (step + 1 < steps) LOAD(now, min(c + 4 * SPLIT, chunks - 1))
-#endif
 }
 
 #if SPLIT > 1

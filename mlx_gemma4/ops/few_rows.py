@@ -34,16 +34,15 @@ class RowsTiling:
 
     blocks: int  # of 16 rows of the weight, a simdgroup; with glu an even number
     split: int  # simdgroups that share the rows
-    prefetch: bool = False  # load the next step's weights during this one
-    copied: bool = False  # x goes through threadgroup memory, on CUDA
-    resident: int = 1  # threadgroups that a core holds at least, for CUDA's compiler
 
     def room(self, rows: int, fmt: Format) -> int:
-        """Bytes of threadgroup memory, for sums, or for x before, and for a table."""
-        return 1088 * (fmt.lut is not None) + self.split * rows * max(256 * self.copied, 64 * self.blocks)
+        """Bytes of threadgroup memory, for sums, or on CUDA for x before, and for a table."""
+        return 1088 * (fmt.lut is not None) + self.split * rows * max(256, 64 * self.blocks)
 
 
-def rows_tiling(fmt: Format, n: int, k: int, rows: int, used: int = 0, gpu: Tuning | None = None) -> RowsTiling:
+def rows_tiling(
+    fmt: Format, n: int, k: int, rows: int, used: int = 0, glu: bool = False, gpu: Tuning | None = None
+) -> RowsTiling:
     """The tiling for a weight of n rows of k and so many rows of x (8, 16 or 32), fitted to an H200's times.
 
     Args:
@@ -53,10 +52,13 @@ def rows_tiling(fmt: Format, n: int, k: int, rows: int, used: int = 0, gpu: Tuni
     blocks = 4 if rows == 16 and gpu.measured else 2
     few = n * max(1, 2 * used) < 48 * blocks * gpu.cores  # threadgroups: more simdgroups in each
     split = 8 if few and rows < 32 and RowsTiling(blocks, 8).room(rows, fmt) <= ROOM else 4
+    if split == 8 and rows <= 8 and gpu.measured and not glu and not used:
+        blocks = 3
     # The simdgroups should have as many stretches of a row each, and several.
     stretches = -(-k // 128)
-    splits = range(min(split, max(1, stretches // 2)), 0, -1)
-    return RowsTiling(blocks, next(s for s in splits if stretches / (-(-stretches // s) * s) > EVEN))
+    fit = [RowsTiling(blocks, s) for s in range(min(split, max(1, stretches // 2)), 0, -1)]
+    even = (t for t in fit if stretches / (-(-stretches // t.split) * t.split) > EVEN)
+    return next(t for t in even if t.room(rows, fmt) <= ROOM)
 
 
 def few_rows(
@@ -113,7 +115,7 @@ def _prepared(
     (*experts, n, k), fmt, glu = shape, FORMATS[name], epilogue.glu
     rows = ROWS if used else next(r for r in (8, 16, 32) if tokens <= r)  # of x, in a threadgroup
     tiles = most_tiles(tokens * used, experts[0]) if used else 1
-    config = config or rows_tiling(fmt, n, k, rows, used)
+    config = config or rows_tiling(fmt, n, k, rows, used, glu)
     defines: dict[str, Any] = format_defines(fmt, 32, k)
     defines |= {field.upper(): value for field, value in asdict(config).items()}
     defines |= {"CHUNK": 32, "TOKENS": rows, "FACTOR": float(epilogue.factor), "TAIL": k % 128 > 0}
@@ -136,7 +138,7 @@ def few_rows_cases(s: Sizes) -> Iterator[Check]:
     def make(p: Product) -> Case:
         x, w, epilogue, folded = product_inputs(p, s.rows)
         assert isinstance(w, Packed)
-        config = rows_tiling(w.format, p.shape[-2], p.shape[-1], p.tokens, p.used)  # as for all rows
+        config = rows_tiling(w.format, p.shape[-2], p.shape[-1], p.tokens, p.used, p.glu)  # as for all rows
         if folded.ids is not None:
             folded = folded._replace(routed=route_reference(folded.ids, w.shape[0]))
 

@@ -110,7 +110,7 @@ def test_kernels_that_are_ill_are_told() -> None:
         return lambda **arguments: [0 * a if name.startswith("matvec_") else a for a in kernel(**arguments)]
 
     assert on_metal.ill_kernels(TINY, metal) == {}
-    assert on_metal.ill_kernels(TINY, forgetful) == {"matvec Q4_0: 32x64": "gives wrong numbers"}
+    assert on_metal.ill_kernels(TINY, forgetful) == {"matvec Q4_0: 32x64 fp32": "gives wrong numbers"}
 
 
 def test_every_published_model_is_asked_about() -> None:

@@ -29,7 +29,7 @@ MOST = {
     "long_attention": 13_000,
     "qkv_post": 7_000,
 }
-MOST |= {"sample_pieces": 8_500, "sample_merge": 9_000}
+MOST |= {"sample_pieces": 9_000, "sample_merge": 9_500}
 MOST |= {"add_norm": 6_000, "quantized_attention": 16_000, "merge_quantized": 9_000, "prompt_attention": 16_000}
 
 Text = tuple[str, str]  # header and source
