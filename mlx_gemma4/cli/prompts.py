@@ -85,7 +85,7 @@ def _read(path: Path) -> list[_Line]:
 
     known = {f.name for kind in (ReplyOptions, Sampling) for f in fields(kind)} - {"sampling", "logprobs"}
     try:
-        texts = path.read_text(encoding="utf-8").splitlines()
+        texts = path.read_text(encoding="utf-8-sig").split("\n")  # U+2028 ends no line of JSON
     except (OSError, ValueError) as error:
         raise InputError(f"--prompts {path}: can't be read ({error})") from error
     lines = []

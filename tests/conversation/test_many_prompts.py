@@ -109,6 +109,15 @@ def test_a_file_in_a_file_out(lm: LanguageModel, prompts_file: Path, tmp_path: P
     assert again.exit_code == 0 and "all 4 prompts are answered" in again.stderr and out.read_bytes() == whole
 
 
+def test_lines_end_where_json_lines_do(lm: LanguageModel, tmp_path: Path) -> None:
+    """A byte order mark, Windows' line ends, and a line separator within a prompt."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('\ufeff{"prompt": "a fox\u2028and a bear"}\r\n{"prompt": "b", "id": "b"}\r\n'.encode())
+    done = run("--prompts", path, "-n", "2")
+    assert done.exit_code == 0, done.output
+    assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == [1, "b"]
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
