@@ -311,7 +311,8 @@ def test_a_decode_step_in_kernels(kind: str, tmp_path: Path) -> None:
     for step in ([ids[130]], ids[131:133], [ids[133]]):
         made = [m.forward(mx.array(step), s) for m, s in zip((plain, fused, plain), states, strict=True)]
         stock, kernel, full = (np.array(logits)[None] for logits in made)
-        assert np.abs(stock - kernel).max() <= 2e-3
-        assert kl(stock, kernel) <= 1e-7
+        few = len(step) > 1  # go into products as halves (few_rows), as a prompt's do
+        assert np.abs(stock - kernel).max() <= (1e-2 if few else 2e-3)
+        assert kl(stock, kernel) <= (1e-6 if few else 1e-7)
         assert kl(full, stock) <= {"q8": 1e-4, "tq4": 2e-2}[kind]
     assert fused.kernels is not None and OpKey("quantized_attention") not in fused.kernels.off

@@ -39,8 +39,9 @@ def test_decode_step_gives_the_stock_logits(kind: str, tag: str, tmp_path: Path)
             for model, state in zip((plain, fused), states, strict=True)
         )
         assert got.shape == want.shape
-        assert np.abs(got - want).max() <= 1e-3
-        assert kl(want, got) <= 1e-8
+        few = len(step) > 1  # go into products as halves (few_rows), as a prompt's do
+        assert np.abs(got - want).max() <= (1e-2 if few else 1e-3)
+        assert kl(want, got) <= (2e-6 if few else 1e-8)
     assert states[0].length == states[1].length
     assert states[0].tokens == states[1].tokens
 
