@@ -416,4 +416,3 @@ def test_no_races_and_no_access_out_of_bounds() -> None:
     embed.ple_inputs(racing, ids, normal(3, 512), normal(256), weights, 1.0, eps=EPS)
     dense.dense(racing, normal(2, 40), normal(5, 40), folded=Folded(normal(40), normal(2, 5)))
     choose.top_k(racing, normal(4, 60), 8)
-    choose.argmax(racing, normal(2, 5000))
