@@ -16,22 +16,23 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "20")
 
 import mlx.core as mx
 import numpy as np
-from launch_times import Call, seconds
 
 from mlx_gemma4.doctor.published import PUBLISHED
-from mlx_gemma4.doctor.verdict import MLX, device_name
+from mlx_gemma4.doctor.verdict import MLX, device_name, kernels_of
 from mlx_gemma4.gpu import cuda_compiler, cuda_graph
 from mlx_gemma4.gpu.recording import Arena, Recording, recorded, recorder
 from mlx_gemma4.gpu.render import Launcher, cuda_launcher, default_launcher
+from mlx_gemma4.measure.tune import Job, Timer, timer_of
 from mlx_gemma4.ops.cases import normal, weight
 from mlx_gemma4.ops.epilogue import ALONE, Epilogue, Folded
 from mlx_gemma4.ops.few_rows import RowsTiling, few_rows
@@ -40,6 +41,7 @@ from mlx_gemma4.ops.routing import route
 from mlx_gemma4.quant.formats import FORMATS, Packed
 
 LIMIT = 1e-3  # of the difference from the mat-vec's results, as norms
+Call = Callable[[Launcher, Any, int], Any]  # (launcher, x, number of the launch)
 COPIES = 250e6  # bytes of copies, several times the largest cache
 ROOM = 48 << 10  # bytes of threadgroup memory: CUDA's
 
@@ -66,7 +68,7 @@ def tilings(rows: int, quick: bool) -> list[RowsTiling]:
     likely = {8: [(2, 4), (2, 8), (3, 8)], 16: [(4, 4), (4, 8), (2, 3)], 32: [(2, 3), (2, 4)]}[rows]
     every = likely if quick else itertools.product((1, 2, 3, 4), (1, 2, 3, 4, 6, 8, 12))
     made = [RowsTiling(*sizes) for sizes in every]
-    return [t for t in made if t.room(rows, FORMATS["IQ4_NL"]) <= 48 << 10 and t.blocks * rows <= 64]
+    return [t for t in made if t.room(rows, FORMATS["IQ4_NL"]) <= ROOM and t.blocks * rows <= 64]
 
 
 class Weight:
@@ -141,8 +143,18 @@ def compile_all(calls: list[tuple[Call, mx.array]]) -> None:
         for launch in recording.launches:
             arguments = cuda_graph.text_arguments(launch)
             texts[arguments] = launch.kernel.name
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda a: cuda_compiler.machine_code(cuda_graph.text(*a), a[0].name), texts))
+    cuda_compiler.compile_all({cuda_graph.text(*a): name for a, name in texts.items()}, lambda: None)
+
+
+def seconds(call: Call, x: mx.array, n_bytes: float, launcher: Launcher) -> float:
+    """Time one of many launches that wait for each other, each of which reads so many bytes; the median of five."""
+    run = _timer(launcher)(Job(None, x, call, int(n_bytes)))
+    return median(run() for _ in range(5))
+
+
+@cache
+def _timer(launcher: Launcher) -> Timer:
+    return timer_of(kernels_of(launcher))
 
 
 def tune(name: str, made: Weight, options: argparse.Namespace, launcher: Launcher) -> dict[str, Any]:
@@ -154,7 +166,7 @@ def tune(name: str, made: Weight, options: argparse.Namespace, launcher: Launche
         compile_all([(made.several(r, c), made.x) for r, cs in configs.items() for c in [None, *cs]])
 
     def timed(call: Call, rows: int) -> float:
-        return seconds(call, made.x, max(10, min(100, int(1e9 / made.n_bytes(rows)))), launcher) * 1e6
+        return seconds(call, made.x, made.n_bytes(rows), launcher) * 1e6
 
     one = timed(made.one(), 1)
     line: dict[str, Any] = {"name": name, "type": made.type, "shape": made.shape, "one": one, "rows": [], "worst": 0.0}
@@ -220,7 +232,7 @@ def routing_time(launcher: Launcher) -> None:
         def call(launcher: Launcher, x: mx.array, i: int, ids: mx.array = ids) -> Any:
             return route(launcher, ids, 128)
 
-        print(f"route of {rows} x 8 rows among 128 experts: {seconds(call, ids, 100, launcher) * 1e6:.1f} us")
+        print(f"route of {rows} x 8 rows among 128 experts: {seconds(call, ids, 1e7, launcher) * 1e6:.1f} us")
 
 
 def main() -> int:
