@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +25,20 @@ def both(
     """A model with stock operations, and the same weights with kernels; tiles of a prompt, which round to fp16, off."""
     plain = load(path(kind, tag, folder), weights="packed").model
     return plain, Model(plain.config, plain.weights, Kernels(launcher, off))
+
+
+class Counting:
+    """A launcher that runs kernels on the simulator and counts their launches."""
+
+    def __init__(self) -> None:
+        self.launches: Counter[str] = Counter()
+
+    def __call__(self, **declared: Any) -> Any:
+        kernel = metal(**declared)
+        name = declared["name"].rsplit("_", 1)[0]
+
+        def call(**arguments: Any) -> Any:
+            self.launches[name] += 1
+            return kernel(**arguments)
+
+        return call

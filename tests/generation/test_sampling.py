@@ -7,6 +7,7 @@ from collections import Counter
 import mlx.core as mx
 import numpy as np
 import pytest
+from constraints import Alternating
 from recorded import HERE
 
 from mlx_gemma4 import InputError, Sampling, load
@@ -115,26 +116,9 @@ def test_masks(vocab: int) -> None:
         assert want[int(choose(mx.array(rng.normal(0, 9, vocab).astype(np.float32)), words).token)]
 
 
-class Alternating:
-    """Even tokens, then odd ones, and so on, six in all: told to the loop as any grammar is."""
-
-    def __init__(self) -> None:
-        self.seen: list[int] = []
-
-    def mask(self) -> np.ndarray:
-        return np.full(4096, 0xAAAAAAAA if len(self.seen) % 2 else 0x55555555, np.uint32)
-
-    def accept(self, token: int) -> None:
-        self.seen.append(token)
-
-    @property
-    def finished(self) -> bool:
-        return len(self.seen) == 6
-
-
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1, seed=2)])
 def test_the_loop_keeps_to_a_constraint(lm, sampling: Sampling) -> None:
-    constraint, state, statistics = Alternating(), lm.model.new_state(), Statistics()
+    constraint, state, statistics = Alternating(6), lm.model.new_state(), Statistics()
     made = generate_tokens(lm.model, state, [2, 10, 20], sampling, 20, statistics=statistics, constraint=constraint)
     tokens = [token.id for token in made]
     assert [token % 2 for token in tokens] == [0, 1, 0, 1, 0, 1]
@@ -150,17 +134,17 @@ def test_the_loop_keeps_to_a_constraint(lm, sampling: Sampling) -> None:
 def test_leaving_a_constrained_reply(lm, leave: int) -> None:
     """The state holds what was handed out and no more, as without one."""
     state = lm.model.new_state()
-    made = generate_tokens(lm.model, state, [2, 10, 20], GREEDY, 20, constraint=Alternating())
+    made = generate_tokens(lm.model, state, [2, 10, 20], GREEDY, 20, constraint=Alternating(6))
     tokens = [next(made).id for _ in range(leave)]
     made.close()
     assert state.tokens == [2, 10, 20, *tokens]
 
 
 def test_stop_tokens_end_a_constrained_reply(lm) -> None:
-    free = [token.id for token in reply(lm, constraint=Alternating())]
+    free = [token.id for token in reply(lm, constraint=Alternating(6))]
     state, statistics = lm.model.new_state(), Statistics()
     stop = frozenset([free[2]])
-    made = generate_tokens(lm.model, state, [2, 10, 20], GREEDY, 20, stop, statistics, constraint=Alternating())
+    made = generate_tokens(lm.model, state, [2, 10, 20], GREEDY, 20, stop, statistics, constraint=Alternating(6))
     assert [token.id for token in made] == free[: free.index(free[2])]
     assert statistics.stop_reason == "stop"
     assert state.tokens == [2, 10, 20, *free[: free.index(free[2]) + 1]]

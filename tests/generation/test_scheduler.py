@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from constraints import Alternating
 from plain_state import SmallModel, small_model
 
 from mlx_gemma4.errors import InputError
@@ -52,23 +53,6 @@ def some_tokens(n: int, seed: int = 0) -> list[int]:
     return [2, *np.random.default_rng(seed).integers(110, 317, n - 1).tolist()]
 
 
-class Even:
-    """Even tokens, then odd ones, and so on, `n` in all."""
-
-    def __init__(self, n: int) -> None:
-        self.n, self.seen = n, []  # type: tuple[int, list[int]]
-
-    def mask(self) -> np.ndarray:
-        return np.full(4096, 0xAAAAAAAA if len(self.seen) % 2 else 0x55555555, np.uint32)
-
-    def accept(self, token: int) -> None:
-        self.seen.append(token)
-
-    @property
-    def finished(self) -> bool:
-        return len(self.seen) == self.n
-
-
 def together(tasks: list[Callable[[], Any]]) -> list[Any]:
     """What each returns, or raises, in a thread of its own."""
     found: list[Any] = [None] * len(tasks)
@@ -102,7 +86,7 @@ def alone(model: SmallModel) -> Any:
 
 def asked(i: int) -> dict[str, Any]:
     """Options of the i-th reply."""
-    return [{}, {"logprobs": 2}, {"constraint": Even(9)}, {"stop_ids": frozenset(range(110, 140))}][i % 4]
+    return [{}, {"logprobs": 2}, {"constraint": Alternating(9)}, {"stop_ids": frozenset(range(110, 140))}][i % 4]
 
 
 def test_each_is_as_alone(model: SmallModel, scheduler: Scheduler) -> None:
@@ -237,7 +221,7 @@ def test_more_than_may_be_answered_wait(model: SmallModel) -> None:
 
 
 def test_mistakes_come_to_who_made_them(model: SmallModel, scheduler: Scheduler) -> None:
-    class Broken(Even):
+    class Broken(Alternating):
         def mask(self) -> np.ndarray:
             if len(self.seen) == 3:
                 raise KeyError("no mask")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import random
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from batched import alone, converse, read
 from recorded import HERE, KINDS, prompts
 
 from mlx_gemma4 import load
@@ -22,17 +22,6 @@ NEAR = 2e-4  # of logits: BLAS may group its sums by the number of rows
 @functools.cache
 def kept(kind: str, tag: str = "q4_k_m", weights: Any = "packed") -> Model:
     return load(HERE / f"{kind}-{tag}.gguf", weights=weights).model
-
-
-def read(model: Model, ids: list[int], kv: str = "full") -> Any:
-    state = model.new_state(kv=kv)
-    if ids:
-        model.prefill(mx.array(ids), state)
-    return state
-
-
-def alone(model: Model, state: Any, token: int) -> np.ndarray:
-    return np.array(model.forward(mx.array([token]), state))
 
 
 @pytest.mark.parametrize("tag", ["q4_k_m", "f32"])
@@ -67,40 +56,9 @@ def test_quantized_states_step_beside_plain_ones(kv: str) -> None:
         np.testing.assert_allclose(got, want, atol=NEAR)
 
 
-def converse(model: Model, batched: bool, seed: int) -> tuple[list[np.ndarray], list[list[int]]]:
-    """States that join, leave, fork, take marks, rewind and read prompts between steps; batched, or each alone."""
-    chance, found = random.Random(seed), []
-    states = [read(model, prompts("e2b")[n]) for n in range(3)]
-    marks: list[list[int]] = [[0] for _ in states]
-    for _ in range(60):
-        op, at = chance.random(), chance.randrange(len(states))
-        if op < 0.6:
-            chosen = chance.sample(range(len(states)), chance.randrange(1, len(states) + 1))
-            tokens, some = [chance.randrange(3, 300) for _ in chosen], [states[n] for n in chosen]
-            if batched:
-                found.append(np.array(model.batch_step(mx.array(tokens), some)))
-            else:
-                found.append(np.stack([alone(model, *pair) for pair in zip(some, tokens, strict=True)]))
-        elif op < 0.7 and len(states) < 6:
-            states.append(states[at].fork())
-            marks.append(list(marks[at]))
-        elif op < 0.78:
-            marks[at].append(states[at].mark().position)
-        elif op < 0.86:
-            to = chance.choice([p for p in (*marks[at], states[at].length - 1) if p > 0] or [states[at].length])
-            marks[at] = [p for p in marks[at] if p <= to]
-            states[at].rewind(to)
-        elif op < 0.92:
-            model.prefill(mx.array([chance.randrange(3, 300) for _ in range(chance.choice([1, 5, 70]))]), states[at])
-        elif len(states) > 2:
-            states.pop(at).close()
-            marks.pop(at)
-    return found, [state.tokens for state in states]
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_states_come_and_go(seed: int) -> None:
-    one, other = (converse(kept("e2b"), batched, seed) for batched in (True, False))
+    one, other = (converse(kept("e2b"), kept("e2b"), batched, seed, 60) for batched in (True, False))
     assert one[1] == other[1]
     for a, b in zip(one[0], other[0], strict=True):
         np.testing.assert_allclose(a, b, atol=NEAR)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import gc
-import random
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from batched import alone, converse, read
 from kernel_cases import metal
-from kernel_models import BUDGET, UNIFORM, both
+from kernel_models import BUDGET, UNIFORM, Counting, both
 from recorded import prompts
 
 from mlx_gemma4.kv.state import total_nbytes
@@ -29,17 +27,6 @@ OFF = frozenset(map(OpKey, ["expand", "few_rows"]))  # which round to fp16
 def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that fixtures' prompts take several, and windows leave some behind."""
     monkeypatch.setattr(paged, "PAGE", 32)
-
-
-def read(model: Model, ids: list[int], kv: str = "full") -> Any:
-    state = model.new_state(kv=kv)
-    if ids:
-        model.prefill(mx.array(ids), state)
-    return state
-
-
-def alone(model: Model, state: Any, token: int) -> np.ndarray:
-    return np.array(model.forward(mx.array([token]), state))
 
 
 @pytest.mark.parametrize("kind", BUDGET)
@@ -65,23 +52,6 @@ def test_rows_are_as_alone(kind: str, tmp_path: Path) -> None:
     assert not fused.batcher.pool.arrays  # nobody is in
 
 
-class Counting:
-    """A launcher that runs kernels on the simulator and counts their launches."""
-
-    def __init__(self) -> None:
-        self.launches: Counter[str] = Counter()
-
-    def __call__(self, **declared: Any) -> Any:
-        kernel = metal(**declared)
-        name = declared["name"].rsplit("_", 1)[0]
-
-        def call(**arguments: Any) -> Any:
-            self.launches[name] += 1
-            return kernel(**arguments)
-
-        return call
-
-
 @pytest.mark.parametrize("kind", BUDGET)
 def test_launches_do_not_grow_with_states(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most three a layer more than for one, whatever their number; in fp16, as on a GPU."""
@@ -101,43 +71,10 @@ def test_launches_do_not_grow_with_states(kind: str, tmp_path: Path, monkeypatch
     assert alone.total() <= two.total() <= alone.total() + 3 * len(fused.config.layers)
 
 
-def converse(model: Model, plain: Model, batched: bool, seed: int) -> tuple[list[np.ndarray], list[list[int]]]:
-    """States that join, leave, fork, take marks, rewind, read prompts and are closed or forgotten between steps."""
-    chance, found = random.Random(seed), []
-    states = [read(plain, prompts("e2b")[n]) for n in range(3)]
-    marks: list[list[int]] = [[0] for _ in states]
-    for _ in range(40):
-        op, at = chance.random(), chance.randrange(len(states))
-        if op < 0.55:
-            chosen = chance.sample(range(len(states)), chance.randrange(1, len(states) + 1))
-            tokens, some = [chance.randrange(3, 300) for _ in chosen], [states[n] for n in chosen]
-            if batched:
-                found.append(np.array(model.batch_step(mx.array(tokens), some)))
-            else:
-                found.append(np.stack([alone(plain, *pair) for pair in zip(some, tokens, strict=True)]))
-        elif op < 0.65 and len(states) < 6:
-            states.append(states[at].fork())
-            marks.append(list(marks[at]))
-        elif op < 0.72:
-            marks[at].append(states[at].mark().position)
-        elif op < 0.8:
-            to = chance.choice([p for p in (*marks[at], states[at].length - 1) if p > 0] or [states[at].length])
-            marks[at] = [p for p in marks[at] if p <= to]
-            states[at].rewind(to)
-        elif op < 0.88:
-            plain.prefill(mx.array([chance.randrange(3, 300) for _ in range(chance.choice([1, 5, 70]))]), states[at])
-        elif len(states) > 2:
-            if op < 0.94:
-                states[at].close()
-            del states[at], marks[at]
-            gc.collect()
-    return found, [state.tokens for state in states]
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_states_come_and_go(seed: int, tmp_path: Path) -> None:
     plain, fused = both("e2b", "q8_0", tmp_path, off=OFF)
-    one, other = (converse(fused, plain, batched, seed) for batched in (True, False))
+    one, other = (converse(fused, plain, batched, seed, 40) for batched in (True, False))
     assert one[1] == other[1]
     for a, b in zip(one[0], other[0], strict=True):
         np.testing.assert_allclose(a, b, atol=NEAR)

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
+from batched import alone, read
 from host_player import HostPlayer
 from kernel_cases import metal
 from recorded import path, prompts
@@ -41,17 +41,6 @@ def both(kind: str, folder: Path, tag: str = "q8_0") -> tuple[Model, Model]:
     plain = load(path(kind, tag, folder), weights="packed").model
     HostPlayer.made.clear()
     return plain, Model(plain.config, plain.weights, Kernels(metal, OFF, player=HostPlayer))
-
-
-def read(model: Model, ids: list[int]) -> Any:
-    state = model.new_state()
-    if ids:
-        model.prefill(mx.array(ids), state)
-    return state
-
-
-def alone(model: Model, state: Any, token: int) -> np.ndarray:
-    return np.array(model.forward(mx.array([token]), state))
 
 
 def greedy(model: Model, state: Any, token: int, steps: int) -> list[int]:

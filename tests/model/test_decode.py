@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from kernel_cases import metal
-from kernel_models import BUDGET, UNIFORM, both
+from kernel_models import BUDGET, UNIFORM, Counting, both
 from recorded import kl, prompts
 
 from mlx_gemma4.model.decode import can_step
@@ -76,23 +75,6 @@ def test_traced_steps_are_those_built_anew(kind: str, tmp_path: Path) -> None:
         states = [_read(model, prompts(kind)[0]), _read(model, [5] * 63)]
         found.append([np.array(model.forward(mx.array([i % 50]), states[i % 2])) for i in range(140)])
     np.testing.assert_allclose(*found, rtol=0, atol=1e-4)
-
-
-class Counting:
-    """A launcher that runs kernels on the simulator and counts their launches."""
-
-    def __init__(self) -> None:
-        self.launches: Counter[str] = Counter()
-
-    def __call__(self, **declared: Any) -> Any:
-        kernel = metal(**declared)
-        name = declared["name"].rsplit("_", 1)[0]
-
-        def call(**arguments: Any) -> Any:
-            self.launches[name] += 1
-            return kernel(**arguments)
-
-        return call
 
 
 @pytest.mark.parametrize("kind", BUDGET)
