@@ -24,7 +24,7 @@ from ..kv.state import KVState
 from ..memory import SMALLEST_CHUNK
 from ..model.batch import MAX_BATCH
 from ..model.model import Model
-from ..model.step import BatchStep, LazyBatchStep
+from ..model.step import BatchStep, LazyBatchStep, RowStep
 from ..ops.dispatch import REPLAY
 from ..ops.sample import LIKELIEST
 from .loop import FAILURES, Constraint, Decoding, Statistics, begin, chunk_ahead
@@ -58,19 +58,6 @@ class _Chain(NamedTuple):
 
     step: BatchStep
     jobs: list[_Job]
-
-
-class _Row(NamedTuple):
-    """What a step is for one of its replies, as a `Step`."""
-
-    of: BatchStep
-    row: int
-
-    def token(self) -> int:
-        return self.of.tokens()[self.row]
-
-    def logits(self) -> mx.array:
-        return self.of.logits()[self.row]
 
 
 class Scheduler:
@@ -321,7 +308,7 @@ class Scheduler:
         with execution():
             drawn = step.drawn() if isinstance(step, LazyBatchStep) and not self._last and replies else None
         for row in replies.keys() - others.keys():
-            replies[row].chosen = _Row(step, row) if drawn is None else Sample(drawn[row])
+            replies[row].chosen = RowStep(step, row) if drawn is None else Sample(drawn[row])
         if others:
             with execution():
                 logits = step.logits()

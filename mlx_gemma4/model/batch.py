@@ -27,7 +27,7 @@ from ..ops.sample import Draw
 from .batch_replay import BatchReplayer
 from .decode import TRACES, Attend, Constants, forward
 from .forward import head, run_layers
-from .step import BatchStep, LazyBatchStep, Tokens, tokens_as_array
+from .step import BatchStep, LazyBatchStep, Tokens, count_of, tokens_as_array
 from .weights import Loaded
 
 MAX_BATCH = 32  # states of a step
@@ -36,9 +36,7 @@ Alone = Callable[[mx.array, KVState], mx.array]  # (ids int [1], state) -> logit
 
 def check_batch(tokens: Tokens, states: Sequence[KVState]) -> None:
     """Refuse what no step can take. Raises InputError."""
-    given = (
-        tokens.size if isinstance(tokens, mx.array) else len(tokens) if isinstance(tokens, Sequence) else tokens.rows
-    )
+    given = count_of(tokens)
     different = len({id(s) for s in states})
     if not 1 <= len(states) <= MAX_BATCH or given != len(states) or different != len(states):
         raise InputError(

@@ -23,7 +23,7 @@ from ..ops import stock
 from ..ops.dispatch import REPLAY, Kernels
 from ..ops.sample import LIKELIEST, SAMPLE, WORDS, Draw
 from .decode import Attend, Constants, forward
-from .step import Tokens, known_tokens
+from .step import RowStep, Tokens, known_tokens
 from .weights import Loaded
 
 log = logging.getLogger("mlx_gemma4")
@@ -63,17 +63,6 @@ class ReplayedBatch:
             self._replayer.finish(self)
         assert self.array is not None, "the logits are gone"
         return self.array
-
-
-@dataclass(frozen=True)
-class RowToken:
-    """The token that a step leaves in one of its rows."""
-
-    step: ReplayedBatch
-    row: int
-
-    def token(self) -> int:
-        return self.step.tokens()[self.row]
 
 
 class BatchReplayer:
@@ -131,7 +120,7 @@ class BatchReplayer:
         step = ReplayedBatch(self, made, made.player.start(uploaded, chained), states)
         self._started.append(step)
         for n, state in enumerate(states):
-            state.advance(RowToken(last, n) if chained and last is not None else int(ids[n]))
+            state.advance(RowStep(last, n) if chained and last is not None else int(ids[n]))
         return step
 
     def finish(self, step: ReplayedBatch) -> None:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeAlias, cast
+from typing import NamedTuple, Protocol, TypeAlias, cast
 
 import mlx.core as mx
 
@@ -72,6 +72,19 @@ class BatchStep(Protocol):
         """Return the logits of their next tokens, fp32 [rows, vocab]. To be called under the execution lock."""
 
 
+class RowStep(NamedTuple):
+    """What a step for several states is for one of them: a `Step`."""
+
+    of: BatchStep
+    row: int
+
+    def token(self) -> int:
+        return self.of.tokens()[self.row]
+
+    def logits(self) -> mx.array:
+        return self.of.logits()[self.row]
+
+
 Tokens: TypeAlias = "mx.array | Sequence[int] | BatchStep"  # an array: int [B]; a step: its tokens
 
 
@@ -100,6 +113,13 @@ class LazyBatchStep:
             self._drawn = drawn(self._run, self._logits, self._draws)
             mx.async_eval(self._drawn)
         return self._drawn
+
+
+def count_of(tokens: Tokens) -> int:
+    """Return how many tokens these are."""
+    if isinstance(tokens, mx.array):
+        return tokens.size
+    return len(tokens) if isinstance(tokens, Sequence) else tokens.rows
 
 
 def tokens_as_array(tokens: Tokens) -> mx.array:

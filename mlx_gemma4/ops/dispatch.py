@@ -152,11 +152,9 @@ class Kernels:
         keys = [HALVE.key] * (folded.norm is not None or x.dtype != mx.float16)
         if self.eager and keys:
             self(HALVE, x.reshape(-1, x.shape[-1]), folded.norm)  # or its failure would be put down to the product
-        if folded.ids is not None:
-            if (
-                self.routed is None or self.routed[0] is not folded.ids
-            ):  # products of the same experts follow each other
-                self.routed = folded.ids, self(ROUTE, folded.ids, w.shape[0])
+        if (ids := folded.ids) is not None:
+            if self.routed is None or self.routed[0] is not ids:  # products of the same experts follow each other
+                self.routed = ids, self(ROUTE, ids, w.shape[0])
             folded = folded._replace(routed=self.routed[1])
         kernel = partial(few_rows, self.launcher, x, w, epilogue, folded)
         return self.attempt(kernel, reference, *keys, _key(FEW_ROWS, w))
