@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 from mlx_gemma4.conversation.language_model import LanguageModel
 from mlx_gemma4.server.app import create_app
 from mlx_gemma4.server.engine import Engine
+from mlx_gemma4.server.models import Models
 from mlx_gemma4.server.settings import Settings
 
 
@@ -23,11 +24,11 @@ class Serving(NamedTuple):
     url: str  # http://127.0.0.1:PORT
     port: int
     app: Starlette
-    engine: Engine
+    engine: Any  # of a single model
 
 
 @contextmanager
-def serving(lm: LanguageModel, settings: Settings | None = None) -> Iterator[Serving]:
+def serving(lm: LanguageModel | Models, settings: Settings | None = None) -> Iterator[Serving]:
     """A server that answers while this is open. Its settings are those of create_app."""
     app = create_app(lm, settings)
     listener = socket.create_server(("127.0.0.1", 0))
@@ -40,7 +41,7 @@ def serving(lm: LanguageModel, settings: Settings | None = None) -> Iterator[Ser
         time.sleep(0.01)
     port = listener.getsockname()[1]
     try:
-        yield Serving(f"http://127.0.0.1:{port}", port, app, app.state.engine)
+        yield Serving(f"http://127.0.0.1:{port}", port, app, getattr(app.state, "engine", None))
     finally:
         server.should_exit = True
         thread.join(30)

@@ -143,7 +143,7 @@ async def count_tokens(body: CountRequest, engine: Engine) -> Response:
 
 MESSAGES = Endpoint("/v1/messages", "Anthropic's messages", MessagesRequest, _REPLY, messages)
 COUNT = Endpoint(
-    "/v1/messages/count_tokens", "Tokens of a conversation", CountRequest, _COUNT, count_tokens, streams=False
+    "/v1/messages/count_tokens", "Tokens of a conversation", CountRequest, _COUNT, count_tokens, streams=""
 )
 
 

@@ -1,11 +1,10 @@
 """The server's routes, and what every request passes before and after them.
 
-In: a loaded model and `Settings`. Out: a Starlette application, with the engine as `app.state.engine`.
+In: a loaded model and `Settings`, or `Models`. Out: a Starlette application, with these as `app.state.models`.
 """
 
 import hmac
 import re
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
@@ -19,9 +18,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..conversation.language_model import LanguageModel
-from . import anthropic, completions, openapi, responses
+from . import anthropic, completions, lists, ollama_models, openapi, responses
 from .endpoint import Endpoint
-from .engine import Engine
+from .models import Models
 from .page import page
 from .settings import Settings, is_loopback
 from .wire import ApiError, error_response, json_response
@@ -33,51 +32,48 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     responses.RESPONSES,
     anthropic.MESSAGES,
     anthropic.COUNT,
+    *ollama_models.ENDPOINTS,
 )
+_OPENAI = ("chat", "completions", "responses", "messages", "models", "embeddings")  # after /v1, which may be left out
 _OPEN = ("/", "/health")  # paths that need no key: they tell nothing about the model or about requests
 
 
-def create_app(lm: LanguageModel, settings: Settings | None = None) -> Starlette:
-    """Return the application for a model. The engine's threads end with its lifespan, or by `engine.close`."""
-    engine = Engine(lm, settings or Settings())
+def create_app(lm: LanguageModel | Models, settings: Settings | None = None) -> Starlette:
+    """Return the application for a model, or several. Engines' threads end with its lifespan, or by `models.close`."""
+    models = lm if isinstance(lm, Models) else Models(settings or Settings())
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        engine.close()
+        models.close()
 
     routes = [
         Route("/", _page),
         Route("/health", _health),
         Route("/metrics", _metrics),
         Route("/openapi.json", _openapi),
-        Route("/v1/models", _models),
-        Route("/v1/models/{model:path}", _model),
-        *(Route(endpoint.path, endpoint.handle, methods=["POST"]) for endpoint in ENDPOINTS),
+        *lists.ROUTES,
+        *(Route(endpoint.path, endpoint.handle, methods=[endpoint.method]) for endpoint in ENDPOINTS),
     ]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
-    app.state.engine = engine
-    app.state.card = {
-        "id": engine.settings.model_name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "mlx-gemma4",
-        "context_length": lm.config.context,
-    }
-    app.add_middleware(_Gate, engine=engine, known={route.path for route in routes})
+    app.state.models = models
+    if not isinstance(lm, Models):
+        app.state.engine = models.stay(lm)
+    app.add_middleware(_Gate, models=models, known={route.path for route in routes})
     return app
 
 
 class _Gate:
     """Checks who asks before anything of a request is read, turns exceptions into error responses, counts requests."""
 
-    def __init__(self, app: ASGIApp, engine: Engine, known: set[str]) -> None:
-        self.app, self.settings, self.metrics, self.known = app, engine.settings, engine.metrics, known
+    def __init__(self, app: ASGIApp, models: Models, known: set[str]) -> None:
+        self.app, self.settings, self.metrics, self.known = app, models.settings, models.metrics, known
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # there are no websockets here
             return await self.app(scope, receive, send)
-        path, status, headers = scope["path"], 0, Headers(scope=scope)
+        path, status, headers = _full_path(scope["path"]), 0, Headers(scope=scope)
+        scope = {**scope, "path": path}
         unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
         async def noted() -> Message:
@@ -129,6 +125,15 @@ def _has_key(headers: Headers, key: str) -> bool:
     return any(hmac.compare_digest(key.encode("utf-8", "surrogateescape"), each.encode("latin-1")) for each in given)
 
 
+def _full_path(path: str) -> str:
+    """A path without /v1, and LM Studio's for what are OpenAI's endpoints, as the path that it stands for."""
+    for prefix in ("/api/v0/", "/"):
+        rest = path.removeprefix(prefix)
+        if rest != path and rest.split("/")[0] in _OPENAI and (prefix == "/" or rest.split("/")[0] != "models"):
+            return f"/v1/{rest}"
+    return path
+
+
 async def _no_route(request: Request, error: Exception) -> Response:
     """Starlette's own errors: no such path or method."""
     assert isinstance(error, HTTPException)
@@ -144,27 +149,17 @@ async def _page(request: Request) -> Response:
 
 
 async def _health(request: Request) -> Response:
-    engine: Engine = request.app.state.engine
-    running, waiting = engine.load
-    status = "draining" if engine.draining else "ok"
-    return json_response({"status": status, "running": running, "waiting": waiting}, 503 if engine.draining else 200)
+    models: Models = request.app.state.models
+    running, waiting = models.load
+    status = "draining" if models.draining else "ok"
+    return json_response({"status": status, "running": running, "waiting": waiting}, 503 if models.draining else 200)
 
 
 async def _metrics(request: Request) -> Response:
-    return Response(request.app.state.engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(request.app.state.models.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def _openapi(request: Request) -> Response:
-    engine: Engine = request.app.state.engine
-    return json_response(openapi.document(ENDPOINTS, engine.lm.config.vocab, engine.settings.api_key is not None))
-
-
-async def _models(request: Request) -> Response:
-    return json_response({"object": "list", "data": [request.app.state.card]})
-
-
-async def _model(request: Request) -> Response:
-    card = request.app.state.card
-    if request.path_params["model"] != card["id"]:
-        raise ApiError(404, f"there is one model here: {card['id']}", "model", "model_not_found")
-    return json_response(card)
+    models: Models = request.app.state.models
+    vocab = max((engine.lm.config.vocab for engine in models.engines), default=openapi.VOCAB)
+    return json_response(openapi.document(ENDPOINTS, vocab, models.settings.api_key is not None))

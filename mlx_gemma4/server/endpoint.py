@@ -15,8 +15,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..generation.sampling import Token
 from ..tokens.tokenizer import Tokenizer
-from .engine import Engine, Job
+from .engine import Job
 from .fields import Body, parse
+from .models import Models
 from .wire import ApiError, error_response, for_clients, json_response, read_json, sse
 
 Sent = dict[str, Any] | bytes  # of an event stream: an event's data, or bytes as they are
@@ -30,13 +31,33 @@ class Endpoint:
     summary: str
     request: type[Body]
     reply: dict[str, Any]  # a sample of it: see `openapi.schema`
-    answer: Callable[[Any, Engine], Awaitable[ASGIApp]]  # gets a `request`, and raises ApiError or InputError
-    streams: bool = True
+    answer: Callable[
+        [Any, Any], Awaitable[ASGIApp]
+    ]  # gets a `request`, and what it needs; raises ApiError or InputError
+    streams: str = "text/event-stream"  # "": never
+    of_models: bool = False  # `answer` gets all Models, and none is loaded; else the Engine of the body's `model`
+    method: str = "POST"
 
     async def handle(self, request: Request) -> ASGIApp:
-        """Read a request's body and answer it."""
-        engine: Engine = request.app.state.engine
-        return await self.answer(parse(self.request, await read_json(request, engine.settings.max_body_bytes)), engine)
+        """Read a request's body and answer it. Its model stays loaded until the end."""
+        models: Models = request.app.state.models
+        body = parse(self.request, await read_json(request, models.settings.max_body_bytes))
+        if self.of_models:
+            return await self.answer(body, models)
+        held = await models.hold(getattr(body, "model", None))
+
+        async def respond(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await app(scope, receive, send)
+            finally:
+                models.release(held, getattr(body, "keep_seconds", None))
+
+        try:
+            app = await self.answer(body, held.engine)
+        except BaseException:
+            models.release(held)
+            raise
+        return respond
 
 
 def answer(
@@ -45,12 +66,14 @@ def answer(
     events: AsyncIterator[Sent],
     whole: Callable[[], dict[str, Any]],
     failed: Callable[[ApiError], dict[str, Any]] | None = None,
+    form: tuple[str, Callable[[Sent], bytes]] = ("text/event-stream", sse),
 ) -> ASGIApp:
     """Return the response that sends what a job makes, and cancels the job when its client goes away.
 
     Args:
         stream: send `events` as they are made; else `whole()`, once they are through.
         failed: the event of a later error; None: it is as an error's body.
+        form: of a stream: its media type, and an event's bytes.
 
     Nothing is sent before the first event exists, so that an earlier error has its own status. A later one is sent as
     an event.
@@ -66,7 +89,7 @@ def answer(
             try:
                 if stream:
                     body, headers = lines(await anext(events)), {"cache-control": "no-store", "x-accel-buffering": "no"}
-                    return StreamingResponse(body, headers=headers, media_type="text/event-stream")
+                    return StreamingResponse(body, headers=headers, media_type=form[0])
                 async for _ in events:
                     pass
                 return json_response(whole())
@@ -75,12 +98,12 @@ def answer(
 
         async def lines(first: Sent) -> AsyncIterator[bytes]:
             try:
-                yield sse(first)
+                yield form[1](first)
                 async for event in events:
-                    yield sse(event)
+                    yield form[1](event)
             except Exception as error:
                 found, body = for_clients(error, scope["path"])
-                yield sse(failed(found) if failed else body)
+                yield form[1](failed(found) if failed else body)
 
         watching = asyncio.create_task(watch())
         try:

@@ -9,10 +9,10 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from ..chat_format.replies import Event
 from ..conversation.language_model import LanguageModel
@@ -25,6 +25,7 @@ from .metrics import Metrics
 from .settings import Settings
 from .wire import ApiError
 
+T = TypeVar("T")
 Prompt = Sequence[Mapping[str, Any]] | list[int] | str  # messages; ids or text to go on with as they are
 Channel = Literal["answer", "thinking", "call", "control"]
 # What the tokens behind each of these are part of.
@@ -120,24 +121,14 @@ class Job:
 class Engine:
     """Threads that make replies, and the queue before them."""
 
-    def __init__(self, lm: LanguageModel, settings: Settings) -> None:
-        self.lm, self.settings, self.metrics = lm, settings, Metrics()
+    def __init__(self, lm: LanguageModel, settings: Settings, metrics: Metrics | None = None) -> None:
+        self.lm, self.settings, self.metrics = lm, settings, metrics or Metrics()
         self.store = PrefixCache(lm.model, settings.max_kv_bytes, settings.kv)
-        self.scheduler = scheduler = Scheduler(lm.model, settings.parallel, settings.exact)
-        pool = lm.model.batcher.pool if lm.model.batcher else None
-        for name, about, value in (
-            ("running", "Requests being answered.", lambda: self.load[0]),
-            ("waiting", "Requests in the queue.", lambda: self.load[1]),
-            ("batch_size", "Replies in the latest step; 0 when idle.", lambda: scheduler.rows),
-            ("prompts_waiting", "Replies being made whose prompts are not read yet.", lambda: scheduler.waiting),
-            ("steps_total", "Steps so far; reply_tokens_total by it is the mean batch size.", lambda: scheduler.steps),
-            ("kv_bytes", "Bytes of KV states, kept and in use.", lambda: self.store.nbytes),
-            ("kv_pool_bytes", "Bytes of the pool of states that step together.", lambda: pool.nbytes if pool else 0),
-            ("kv_reserved_bytes", "Bytes that states in use may come to hold.", lambda: self.store.reserved),
-        ):
-            self.metrics.gauge(name, about, value)
+        self.scheduler = Scheduler(lm.model, settings.parallel, settings.exact)
         self._channels = {lm.tokenizer.token_id(name): channel for name, channel in _CHANNELS.items()}
         self.draining = False
+        self.load_seconds = 0.0  # that the model took to load, until a reply tells of it
+        self._aside = asyncio.Semaphore(1)
         self._waiting: deque[Job] = deque()
         self._running: set[Job] = set()
         self._holding: set[Job] = set()  # running jobs that have a KV state, or try to get one
@@ -156,6 +147,21 @@ class Engine:
         """Jobs running and waiting."""
         with self._changed:
             return len(self._running), len(self._waiting)
+
+    @property
+    def promised(self) -> int:
+        """Bytes that conversations may still come to take."""
+        return max(0, (self.settings.max_kv_bytes or 0) - self.store.nbytes)
+
+    async def aside(self, work: Callable[[Callable[[], None]], T]) -> T:
+        """Do other work with the model than replies, in a thread, one at a time; it calls what it gets as it goes."""
+
+        def check() -> None:
+            if self.draining:
+                raise ApiError(503, "the server is shutting down", code="shutting_down", wait=10)
+
+        async with self._aside:
+            return await asyncio.to_thread(work, check)
 
     def submit(
         self, requests: Sequence[GenerationRequest], field: str = "messages", format_field: str = "response_format"
@@ -302,3 +308,21 @@ class Engine:
                 self._holding.discard(job)
                 self._ended += 1
                 self._changed.notify_all()
+
+
+def _pool_bytes(engine: Engine) -> int:
+    batcher = engine.lm.model.batcher
+    return batcher.pool.nbytes if batcher else 0
+
+
+# Numbers of an engine, which `Metrics` shows as sums over all: name, what it is, value.
+GAUGES: tuple[tuple[str, str, Callable[[Engine], float]], ...] = (
+    ("running", "Requests being answered.", lambda engine: engine.load[0]),
+    ("waiting", "Requests in the queue.", lambda engine: engine.load[1]),
+    ("batch_size", "Replies in the latest step; 0 when idle.", lambda engine: engine.scheduler.rows),
+    ("prompts_waiting", "Replies being made whose prompts are not read yet.", lambda engine: engine.scheduler.waiting),
+    ("steps_total", "Steps; reply_tokens_total by it is the mean batch size.", lambda engine: engine.scheduler.steps),
+    ("kv_bytes", "Bytes of KV states, kept and in use.", lambda engine: engine.store.nbytes),
+    ("kv_pool_bytes", "Bytes of the pool of states that step together.", _pool_bytes),
+    ("kv_reserved_bytes", "Bytes that states in use may come to hold.", lambda engine: engine.store.reserved),
+)

@@ -49,8 +49,10 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 def for_clients(error: BaseException, path: str) -> tuple[ApiError, dict[str, Any]]:
-    """Return an error and its body as the clients of a path know them: Anthropic's, or OpenAI's for all others."""
+    """Return an error and its body as the clients of a path know them: Ollama's, Anthropic's, else OpenAI's."""
     found = as_api_error(error)
+    if path.startswith("/api/") and not path.startswith("/api/v0/"):
+        return found, {"error": found.message}
     other = "invalid_request_error" if found.status < 500 else None
     if path.startswith("/v1/messages"):
         if found.status == 503:  # shutting down: 529 is what these clients know
@@ -129,3 +131,8 @@ def sse(data: dict[str, Any] | bytes) -> bytes:
         return data
     head = f"event: {data['type']}\n" if "type" in data else ""
     return head.encode() + b"data: " + to_json(data) + b"\n\n"
+
+
+def ndjson(data: dict[str, Any] | bytes) -> bytes:
+    """One line of JSON, as Ollama streams. Bytes, which would be a comment, have no place there."""
+    return b"" if isinstance(data, bytes) else to_json(data) + b"\n"
