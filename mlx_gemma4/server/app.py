@@ -4,11 +4,12 @@ In: a loaded model and `Settings`. Out: a Starlette application, with the engine
 """
 
 import hmac
+import logging
 import re
 import time
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -23,8 +24,10 @@ from . import anthropic, completions, openapi, responses
 from .endpoint import Endpoint
 from .engine import Engine
 from .page import page
-from .settings import Settings, is_loopback
-from .wire import ApiError, error_response, json_response
+from .settings import Settings, host_name, is_loopback
+from .wire import ApiError, discard, error_response, json_response, request_id
+
+log = logging.getLogger(__name__)
 
 # An endpoint that takes POST requests is a module, a line here, and its tests.
 ENDPOINTS: tuple[Endpoint, ...] = (
@@ -52,6 +55,7 @@ def create_app(lm: LanguageModel, settings: Settings | None = None) -> Starlette
         Route("/metrics", _metrics),
         Route("/openapi.json", _openapi),
         Route("/v1/models", _models),
+        Route("/v1/models/", _models),
         Route("/v1/models/{model:path}", _model),
         *(Route(endpoint.path, endpoint.handle, methods=["POST"]) for endpoint in ENDPOINTS),
     ]
@@ -69,16 +73,25 @@ def create_app(lm: LanguageModel, settings: Settings | None = None) -> Starlette
 
 
 class _Gate:
-    """Checks who asks before anything of a request is read, turns exceptions into error responses, counts requests."""
+    """Checks who asks before anything of a request is read, turns exceptions into error responses, counts requests.
+
+    Each response has its request's id, the client's own or a new one, which the log names too.
+    """
 
     def __init__(self, app: ASGIApp, engine: Engine, known: set[str]) -> None:
         self.app, self.settings, self.metrics, self.known = app, engine.settings, engine.metrics, known
+        self.hosts = {name.lower() for name in self.settings.allow_host}
+        self.open = 0  # requests that are being answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # there are no websockets here
             return await self.app(scope, receive, send)
-        path, status, headers = scope["path"], 0, Headers(scope=scope)
+        path, status, headers, start = scope["path"], 0, Headers(scope=scope), time.monotonic()
         unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        id = headers.get("x-request-id", "")
+        id = id if re.fullmatch(r"[\w.:-]{1,100}", id, re.ASCII) else f"req_{uuid.uuid4().hex}"
+        request_id.set(id)
+        added = [(b"x-request-id", id.encode()), (b"request-id", id.encode())]
 
         async def noted() -> Message:
             nonlocal unread
@@ -91,34 +104,59 @@ class _Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if unread:  # uvicorn would go on reading a body that may never end
-                    message["headers"] = [*message["headers"], (b"connection", b"close")]
+                    await discard(noted)  # closing with unread data would take the response from the client
+                    added.append((b"connection", b"close"))
+                message["headers"] = [*message["headers"], *added]
             await send(message)
 
+        self.open += 1
         try:
-            self._check(headers, path)
-            await self.app(scope, noted, counted)
+            cors = self._check(headers, path)
+            added += cors
+            preflight = cors and scope["method"] == "OPTIONS" and "access-control-request-method" in headers
+            if not preflight:
+                self._check_key(headers, path)
+            answer = Response(status_code=204, headers=_preflight(headers)) if preflight else self.app
+            await answer(scope, noted, counted)
         except Exception as error:  # uvicorn closes the connection on those it sees
             if status:
                 raise
             await error_response(error, path)(scope, noted, counted)
         finally:
+            self.open -= 1
+            log.info("%s: %s %.200r: %d, %.3f s", id, scope["method"], path, status, time.monotonic() - start)
             self.metrics.requests.labels(path if path in self.known else "other", status or 500).inc()
 
-    def _check(self, headers: Headers, path: str) -> None:
-        """Raise ApiError for clients that may not use this server.
+    def _check(self, headers: Headers, path: str) -> list[tuple[bytes, bytes]]:
+        """Return the headers for pages of other origins that may ask; raise ApiError for clients that may not.
 
         A page of another site may make a browser send requests here: those carry its Origin, or, where the site's
         name was made to point to this machine (DNS rebinding), its name as Host.
         """
-        host = headers.get("host", "")
-        if is_loopback(self.settings.host) and not is_loopback(re.sub(r":\d*$", "", host)):
-            raise ApiError(403, f"this server is for this machine alone; {host!r:.80} isn't a name of it")
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
-            raise ApiError(403, f"pages of {origin!r:.80} may not use this server")
+        if self.open > self.settings.connections and path != "/health":
+            raise ApiError(503, "too many requests at a time", code="overloaded", wait=1)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        name = host_name(host)
+        if name is None or (is_loopback(self.settings.host) and not is_loopback(name) and name not in self.hosts):
+            raise ApiError(403, f"this server is for this machine alone; {host!r:.80} isn't a name of it (--allow-host)")
+        if origin is None or origin.lower() in (f"http://{host}".lower(), f"https://{host}".lower()):
+            return []
+        if not {origin.lower(), "*"} & set(self.settings.allow_origin):
+            raise ApiError(403, f"pages of {origin!r:.80} may not use this server (--allow-origin)")
+        shown = (b"access-control-expose-headers", b"x-request-id, request-id, retry-after")
+        return [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"Origin"), shown]
+
+    def _check_key(self, headers: Headers, path: str) -> None:
         key = self.settings.api_key
         if key is not None and path not in _OPEN and not _has_key(headers, key):
             raise ApiError(401, "this server wants its API key, as 'Authorization: Bearer KEY'", code="invalid_api_key")
+
+
+def _preflight(headers: Headers) -> dict[str, str]:
+    """What a browser asks before it sends a page's request to another origin."""
+    wanted = headers.get("access-control-request-headers", "")
+    allowed = {"access-control-allow-methods": "GET, POST, DELETE", "access-control-max-age": "600"}
+    return allowed | {"access-control-allow-headers": wanted, "access-control-allow-private-network": "true"}
 
 
 def _has_key(headers: Headers, key: str) -> bool:
