@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 
 from mlx_gemma4.conversation.language_model import LanguageModel
 from mlx_gemma4.server.app import create_app
+from mlx_gemma4.server.connections import server_config
 from mlx_gemma4.server.engine import Engine
 from mlx_gemma4.server.models import Models
 from mlx_gemma4.server.settings import Settings
@@ -32,7 +33,8 @@ def serving(lm: LanguageModel | Models, settings: Settings | None = None) -> Ite
     """A server that answers while this is open. Its settings are those of create_app."""
     app = create_app(lm, settings)
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5))
+    connections = app.state.engine.settings.connections
+    server = uvicorn.Server(server_config(app, connections, timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     end = time.monotonic() + 30

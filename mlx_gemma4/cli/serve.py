@@ -5,6 +5,8 @@ import os
 import re
 import socket
 import sys
+import threading
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -45,12 +47,20 @@ def _duration(value: str) -> float:
 @click.option("--host", default="127.0.0.1", help="Address to listen at; others need --api-key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, help="0 takes a free one.")
 @click.option("--api-key", metavar="KEY", envvar="MLX_GEMMA4_API_KEY", show_envvar=True, help="Ask clients for this.")
+@click.option(
+    "--allow-origin",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let pages or extensions there use it, as app://obsidian.md; * for all. May be repeated.",
+)
+@click.option("--allow-host", multiple=True, metavar="NAME", help="Another name of this machine. May be repeated.")
 @click.option("--parallel", type=click.IntRange(1, 32), help="Replies made at a time.  [default: as memory allows]")
 @click.option("--exact", is_flag=True, help="Let them take turns, each to the bit as it is alone; slower.")
 @click.option("--queue", type=click.IntRange(0, 10_000), default=32, help="Requests that may wait for that.")
 @click.option(
     "-n", "--max-tokens", type=click.IntRange(1), default=4096, help="Length of a reply whose request doesn't say."
 )
+@click.option("--think-budget", type=click.IntRange(0), metavar="N", help="Tokens of thinking, where it doesn't say.")
 @click.option(
     "--max-kv-bytes",
     type=_size,
@@ -68,10 +78,13 @@ def serve(
     host: str,
     port: int,
     api_key: str | None,
+    allow_origin: tuple[str, ...],
+    allow_host: tuple[str, ...],
     parallel: int | None,
     exact: bool,
     queue: int,
     max_tokens: int,
+    think_budget: int | None,
     max_kv_bytes: int | None,
     grace: int,
     kv: str,
@@ -88,13 +101,25 @@ def serve(
     from ..memory import Room, available_memory
     from ..model.batch import MAX_BATCH
     from ..server.app import create_app
+    from ..server.connections import server_config
     from ..server.engine import Engine
     from ..server.models import Models
     from ..server.settings import Settings
 
-    for name in ("httpx", "uvicorn.error"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    settings = Settings(host=host, api_key=api_key or None, exact=exact, queue=queue, max_tokens=max_tokens, kv=kv)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns of every request that is no HTTP
+    settings = Settings(
+        host=host,
+        api_key=api_key or None,
+        allow_origin=allow_origin,
+        allow_host=allow_host,
+        connections=_connections(queue),
+        exact=exact,
+        queue=queue,
+        max_tokens=max_tokens,
+        think_budget=think_budget,
+        kv=kv,
+    )
     if models is not None and model is not None:
         raise InputError("--model and --models: give one of them")
     if models is not None and not Path(models).is_dir():
@@ -126,29 +151,27 @@ def serve(
     app = create_app(served)
     shown = f"[{host}]" if ":" in host else host
     echo(f"Serving {what} at http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends)")
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=logging.getLogger().isEnabledFor(logging.INFO),  # --verbose
-        server_header=False,
-        timeout_graceful_shutdown=grace,
-    )
+    config = server_config(app, settings.connections, timeout_graceful_shutdown=1 if grace else 0)
     server = uvicorn.Server(config)
     handle_exit = server.handle_exit
 
+    def finish(sig: int, frame: Any) -> None:
+        """Answer until running replies have ended: /health says meanwhile that no more are taken."""
+        end = time.monotonic() + grace
+        while served.load != (0, 0) and time.monotonic() < end:
+            time.sleep(0.05)
+        handle_exit(sig, frame)
+
     def stop(sig: int, frame: Any) -> None:
         """Let running replies end after Ctrl-C, and end them after a second one."""
-        if server.should_exit:
+        if served.draining:
             served.close(timeout=0)  # ends replies, and so the connections that uvicorn waits for
-        else:
-            running, waiting = served.load
-            if running or waiting:
-                echo(f"Finishing {running} replies, for {grace} s at most; Ctrl-C again ends at once.")
-            served.drain()
-        handle_exit(sig, frame)
+            return handle_exit(sig, frame)
+        running, waiting = served.load
+        if running or waiting:
+            echo(f"Finishing {running} replies, for {grace} s at most; Ctrl-C again ends at once.")
+        served.drain()
+        threading.Thread(target=finish, args=(sig, frame), daemon=True).start()
 
     server.handle_exit = stop  # type: ignore[method-assign]
     with suppress(KeyboardInterrupt):  # uvicorn sends itself, in the end, the signals that it got
@@ -157,6 +180,19 @@ def serve(
         logging.warning("A reply didn't stop in time; ending without it.")
         sys.stderr.flush()
         os._exit(1)  # Python's own exit would free what a thread uses that still runs a kernel
+
+
+def _connections(queue: int) -> int:
+    """The most requests at a time: more than may wait for replies, and as many as there are descriptors for."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(512, queue + 64)
+    if soft < wanted + 64:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted + 64, hard), hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return max(16, min(wanted, soft - 64))
 
 
 def model_name(model: str | None, path: Path) -> str:

@@ -4,10 +4,12 @@ In: a loaded model and `Settings`, or `Models`. Out: a Starlette application, wi
 """
 
 import hmac
+import logging
 import re
+import time
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -22,8 +24,10 @@ from . import anthropic, completions, lists, ollama_models, openapi, responses
 from .endpoint import Endpoint
 from .models import Models
 from .page import page
-from .settings import Settings, is_loopback
-from .wire import ApiError, error_response, json_response
+from .settings import Settings, host_name, is_loopback
+from .wire import ApiError, discard, error_response, json_response, request_id
+
+log = logging.getLogger(__name__)
 
 # An endpoint that takes POST requests is a module, a line here, and its tests.
 ENDPOINTS: tuple[Endpoint, ...] = (
@@ -34,7 +38,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     anthropic.COUNT,
     *ollama_models.ENDPOINTS,
 )
-_OPENAI = ("chat", "completions", "responses", "messages", "models", "embeddings")  # after /v1, which may be left out
+_OPENAI = {"chat", "completions", "responses", "messages", "models", "embeddings"}  # after /v1, which may be left out
 _OPEN = ("/", "/health")  # paths that need no key: they tell nothing about the model or about requests
 
 
@@ -64,17 +68,26 @@ def create_app(lm: LanguageModel | Models, settings: Settings | None = None) -> 
 
 
 class _Gate:
-    """Checks who asks before anything of a request is read, turns exceptions into error responses, counts requests."""
+    """Checks who asks before anything of a request is read, turns exceptions into error responses, counts requests.
+
+    Each response has its request's id, the client's own or a new one, which the log names too.
+    """
 
     def __init__(self, app: ASGIApp, models: Models, known: set[str]) -> None:
         self.app, self.settings, self.metrics, self.known = app, models.settings, models.metrics, known
+        self.hosts = {name.lower() for name in self.settings.allow_host}
+        self.open = 0  # requests that are being answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # there are no websockets here
             return await self.app(scope, receive, send)
-        path, status, headers = _full_path(scope["path"]), 0, Headers(scope=scope)
+        path, status, headers, start = _full_path(scope["path"]), 0, Headers(scope=scope), time.monotonic()
         scope = {**scope, "path": path}
         unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        id = headers.get("x-request-id", "")
+        id = id if re.fullmatch(r"[\w.:-]{1,100}", id, re.ASCII) else f"req_{uuid.uuid4().hex}"
+        request_id.set(id)
+        added = [(b"x-request-id", id.encode()), (b"request-id", id.encode())]
 
         async def noted() -> Message:
             nonlocal unread
@@ -87,34 +100,61 @@ class _Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if unread:  # uvicorn would go on reading a body that may never end
-                    message["headers"] = [*message["headers"], (b"connection", b"close")]
+                    await discard(noted)  # closing with unread data would take the response from the client
+                    added.append((b"connection", b"close"))
+                message["headers"] = [*message["headers"], *added]
             await send(message)
 
+        self.open += 1
         try:
-            self._check(headers, path)
-            await self.app(scope, noted, counted)
+            cors = self._check(headers, path)
+            added += cors
+            preflight = cors and scope["method"] == "OPTIONS" and "access-control-request-method" in headers
+            if not preflight:
+                self._check_key(headers, path)
+            answer = Response(status_code=204, headers=_preflight(headers)) if preflight else self.app
+            await answer(scope, noted, counted)
         except Exception as error:  # uvicorn closes the connection on those it sees
             if status:
                 raise
             await error_response(error, path)(scope, noted, counted)
         finally:
+            self.open -= 1
+            log.info("%s: %s %.200r: %d, %.3f s", id, scope["method"], path, status, time.monotonic() - start)
             self.metrics.requests.labels(path if path in self.known else "other", status or 500).inc()
 
-    def _check(self, headers: Headers, path: str) -> None:
-        """Raise ApiError for clients that may not use this server.
+    def _check(self, headers: Headers, path: str) -> list[tuple[bytes, bytes]]:
+        """Return the headers for pages of other origins that may ask; raise ApiError for clients that may not.
 
         A page of another site may make a browser send requests here: those carry its Origin, or, where the site's
         name was made to point to this machine (DNS rebinding), its name as Host.
         """
-        host = headers.get("host", "")
-        if is_loopback(self.settings.host) and not is_loopback(re.sub(r":\d*$", "", host)):
-            raise ApiError(403, f"this server is for this machine alone; {host!r:.80} isn't a name of it")
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
-            raise ApiError(403, f"pages of {origin!r:.80} may not use this server")
+        if self.open > self.settings.connections and path != "/health":
+            raise ApiError(503, "too many requests at a time", code="overloaded", wait=1)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        name = host_name(host)
+        if name is None or (is_loopback(self.settings.host) and not is_loopback(name) and name not in self.hosts):
+            raise ApiError(
+                403, f"this server is for this machine alone; {host!r:.80} isn't a name of it (--allow-host)"
+            )
+        if origin is None or origin.lower() in (f"http://{host}".lower(), f"https://{host}".lower()):
+            return []
+        if not {origin.lower(), "*"} & set(self.settings.allow_origin):
+            raise ApiError(403, f"pages of {origin!r:.80} may not use this server (--allow-origin)")
+        shown = (b"access-control-expose-headers", b"x-request-id, request-id, retry-after")
+        return [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"Origin"), shown]
+
+    def _check_key(self, headers: Headers, path: str) -> None:
         key = self.settings.api_key
         if key is not None and path not in _OPEN and not _has_key(headers, key):
             raise ApiError(401, "this server wants its API key, as 'Authorization: Bearer KEY'", code="invalid_api_key")
+
+
+def _preflight(headers: Headers) -> dict[str, str]:
+    """What a browser asks before it sends a page's request to another origin."""
+    wanted = headers.get("access-control-request-headers", "")
+    allowed = {"access-control-allow-methods": "GET, POST, DELETE", "access-control-max-age": "600"}
+    return allowed | {"access-control-allow-headers": wanted, "access-control-allow-private-network": "true"}
 
 
 def _has_key(headers: Headers, key: str) -> bool:
@@ -127,11 +167,8 @@ def _has_key(headers: Headers, key: str) -> bool:
 
 def _full_path(path: str) -> str:
     """A path without /v1, and LM Studio's for what are OpenAI's endpoints, as the path that it stands for."""
-    for prefix in ("/api/v0/", "/"):
-        rest = path.removeprefix(prefix)
-        if rest != path and rest.split("/")[0] in _OPENAI and (prefix == "/" or rest.split("/")[0] != "models"):
-            return f"/v1/{rest}"
-    return path
+    studio, rest = path.startswith("/api/v0/"), path.removeprefix("/api/v0").removeprefix("/")
+    return f"/v1/{rest}" if rest.split("/")[0] in _OPENAI - ({"models"} if studio else set()) else path
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

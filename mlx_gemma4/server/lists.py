@@ -91,6 +91,7 @@ def _of(request: Request) -> Models:
 
 ROUTES = [
     Route("/v1/models", _models),
+    Route("/v1/models/", _models),
     Route("/v1/models/{model:path}", _model),
     Route("/api/v0/models", _lm_studio),
     Route("/api/v0/models/{model:path}", _lm_studio_model),
