@@ -33,7 +33,7 @@ def serving(lm: LanguageModel | Models, settings: Settings | None = None) -> Ite
     """A server that answers while this is open. Its settings are those of create_app."""
     app = create_app(lm, settings)
     listener = socket.create_server(("127.0.0.1", 0))
-    connections = app.state.engine.settings.connections
+    connections = app.state.models.settings.connections
     server = uvicorn.Server(server_config(app, connections, timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
