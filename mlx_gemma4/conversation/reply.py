@@ -54,6 +54,7 @@ class ReplyOptions:
     regex: str | None = None  # the answer matches this regular expression, in Rust's syntax
     grammar: str | None = None  # the answer is of this language, in Lark's notation
     logprobs: int | None = None  # each token carries its log-probability, and those of so many likeliest ones
+    go_on: bool = False  # with the last message, the assistant's: the reply is what follows its text
     think_budget: int | None = None  # tokens of thinking, after which it is ended; None: no bound
 
     def __post_init__(self) -> None:
@@ -164,13 +165,29 @@ def prompt_ids(
         InputError: there are no messages, or the chat template refuses them.
     """
     options = options or ReplyOptions()
+    begun = messages[-1] if messages and options.go_on and reply else None
+    if begun is not None:
+        if begun.get("role") != "assistant" or begun.get("tool_calls"):
+            raise InputError("to go on with the last message, it must be the assistant's, and text")
+        messages = messages[:-1]
     if not messages:
         raise InputError("there are no messages to reply to")
     tools = options.tools if options.tool_choice != "none" else ()
     known, declared = for_template(messages, tools, lm.tokenizer.chat_template)
-    return encode_chat(
+    ids = encode_chat(
         lm.tokenizer, known, add_generation_prompt=reply, tools=declared or None, enable_thinking=options.think
     )
+    return ids if begun is None else ids + _beginning(lm.tokenizer, begun)
+
+
+def _beginning(tokenizer: Tokenizer, message: Message) -> list[int]:
+    """Return the ids of a reply that is begun. With thinking and no text, it is the thinking that goes on."""
+    opening, closing = tokenizer.token_id("<|channel>"), tokenizer.token_id("<channel|>")
+    thinking, text = message.get("reasoning_content"), message.get("content") or ""
+    ids = tokenizer.encode(str(text), add_bos=False) if text else []
+    if not thinking or opening is None or closing is None:
+        return ids
+    return [opening, *tokenizer.encode(f"thought\n{thinking}", add_bos=False), *([closing, *ids] if ids else [])]
 
 
 def stream(
