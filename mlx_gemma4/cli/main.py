@@ -134,5 +134,16 @@ def main() -> None:
     """Gemma 4 on Apple Silicon, straight from GGUF files."""
 
 
-for command in (generate, chat, serve, pull, inspect, bench, perplexity, tune, doctor, completion):  # in the order of --help
+for command in (
+    generate,
+    chat,
+    serve,
+    pull,
+    inspect,
+    bench,
+    perplexity,
+    tune,
+    doctor,
+    completion,
+):  # in the order of --help
     main.add_command(command)

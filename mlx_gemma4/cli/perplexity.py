@@ -19,8 +19,8 @@ from .options import complete_file, json_option, load_with_progress, model_optio
 def perplexity(file: str, model: str | None, context: int, as_json: bool) -> None:
     """Measure how well a model predicts a text: exp of the mean negative log-probability of its tokens.
 
-    As llama.cpp's llama-perplexity: the text is cut into windows of --context tokens that begin with BOS, and the second
-    half of each is predicted.
+    As llama.cpp's llama-perplexity: the text is cut into windows of --context tokens that begin with BOS, and the
+    second half of each is predicted.
     """
     from ..measure.perplexity import perplexity as measure
 

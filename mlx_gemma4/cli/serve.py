@@ -138,7 +138,7 @@ def serve(
         """Load a model of the folder."""
         lm = load(path, room=Room(2 * max_tokens, kv, (max_kv_bytes or 0) + promised))
         lm = replace(lm, sampling=sampling(lm))
-        return Engine(lm, sized(lm, name, promised), served.metrics)
+        return Engine(lm, sized(lm, name, promised))
 
     if models is None:
         lm, _ = load_with_progress(model, kv, 2 * max_tokens, max_kv_bytes)

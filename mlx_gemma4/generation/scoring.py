@@ -40,7 +40,9 @@ def score(
                 logits = head(model.loaded, hidden[row - first : row - first + len(wanted)])
                 logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
                 chosen = mx.take_along_axis(logprobs, mx.array(wanted)[:, None], axis=-1)[:, 0]
-                likely = mx.argpartition(-logprobs, kth=top - 1, axis=-1)[:, :top] if top else mx.zeros((len(wanted), 0))
+                likely = (
+                    mx.argpartition(-logprobs, kth=top - 1, axis=-1)[:, :top] if top else mx.zeros((len(wanted), 0))
+                )
                 values = mx.take_along_axis(logprobs, likely, axis=-1) if top else likely
                 mx.eval(chosen, likely, values)
             rows = zip(np.array(chosen).tolist(), np.array(likely).tolist(), np.array(values).tolist(), strict=True)

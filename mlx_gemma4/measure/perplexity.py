@@ -41,7 +41,9 @@ def perplexity(
     ids = lm.tokenizer.encode(text)
     windows = len(ids) // context
     if not windows:
-        raise InputError(f"the text has {len(ids)} tokens, and a window takes {context}; give more, or a smaller --context")
+        raise InputError(
+            f"the text has {len(ids)} tokens, and a window takes {context}; give more, or a smaller --context"
+        )
     losses: list[float] = []
     for i in range(windows):
         window = [lm.tokenizer.bos_id, *ids[i * context + 1 : (i + 1) * context]]

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..conversation.language_model import LanguageModel
-from . import anthropic, completions, lists, ollama_models, openapi, responses
+from . import anthropic, completions, embeddings, lists, ollama, ollama_models, openapi, responses
 from .endpoint import Endpoint
 from .models import Models
 from .page import page
@@ -36,6 +36,8 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     responses.RESPONSES,
     anthropic.MESSAGES,
     anthropic.COUNT,
+    embeddings.EMBEDDINGS,
+    *ollama.ENDPOINTS,
     *ollama_models.ENDPOINTS,
 )
 _OPENAI = {"chat", "completions", "responses", "messages", "models", "embeddings"}  # after /v1, which may be left out

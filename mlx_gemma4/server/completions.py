@@ -152,7 +152,7 @@ async def chat_completions(body: ChatRequest, engine: Engine) -> ASGIApp:
 async def completions(body: CompletionRequest, engine: Engine) -> ASGIApp:
     """Go on with a text, without a chat template."""
     choices = body.n or 1
-    prompts = _prompts(body.prompt, engine.lm.config.vocab)
+    prompts = fields.prompts(body.prompt, engine.lm.config.vocab)
     if (body.best_of or choices) != choices:
         raise wrong("best_of", "other than n isn't supported", "unsupported_value")
     if body.echo and body.logprobs is not None:
@@ -224,20 +224,6 @@ def _with_usage(body: CompletionOptions) -> bool:
     if body.stream_options and not body.stream:
         raise wrong("stream_options", "is for stream=true only")
     return bool(body.stream_options and body.stream_options.include_usage)
-
-
-def _prompts(value: Any, vocab: int) -> list[str | list[int]]:
-    """A text completion's prompts: a text, texts, ids, or lists of ids."""
-    several = isinstance(value, list) and not (value and all(type(item) is int for item in value))
-    prompts = value if several else [value]
-    if not 0 < len(prompts) <= fields.MAX_CHOICES:
-        raise wrong("prompt", f"must be 1 to {fields.MAX_CHOICES} prompts, not {len(prompts)}")
-    for i, prompt in enumerate(prompts):
-        ids = isinstance(prompt, list) and prompt and all(type(item) is int and 0 <= item < vocab for item in prompt)
-        if not ids and not (isinstance(prompt, str) and prompt):
-            name = f"prompt[{i}]" if several else "prompt"
-            raise wrong(name, f"must be a string or a list of token ids from 0 to {vocab - 1}, and not empty")
-    return prompts
 
 
 # What is sent

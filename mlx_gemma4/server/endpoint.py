@@ -50,7 +50,8 @@ class Endpoint:
             try:
                 await app(scope, receive, send)
             finally:
-                models.release(held, getattr(body, "keep_seconds", None))
+                keep = getattr(body, "keep_alive", None)  # seconds where the body's model knows it
+                models.release(held, keep if isinstance(keep, float) else None)
 
         try:
             app = await self.answer(body, held.engine)

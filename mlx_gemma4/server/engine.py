@@ -121,8 +121,8 @@ class Job:
 class Engine:
     """Threads that make replies, and the queue before them."""
 
-    def __init__(self, lm: LanguageModel, settings: Settings, metrics: Metrics | None = None) -> None:
-        self.lm, self.settings, self.metrics = lm, settings, metrics or Metrics()
+    def __init__(self, lm: LanguageModel, settings: Settings) -> None:
+        self.lm, self.settings, self.metrics = lm, settings, Metrics()
         self.store = PrefixCache(lm.model, settings.max_kv_bytes, settings.kv)
         self.scheduler = Scheduler(lm.model, settings.parallel, settings.exact)
         self._channels = {lm.tokenizer.token_id(name): channel for name, channel in _CHANNELS.items()}

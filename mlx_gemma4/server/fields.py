@@ -169,6 +169,20 @@ def wrong(path: str, message: str, code: str | None = None) -> ApiError:
     return ApiError(400, f"{path} {message}", path, code)
 
 
+def prompts(value: Any, vocab: int, most: int = MAX_CHOICES, name: str = "prompt") -> list[str | list[int]]:
+    """The prompts of a field: a text, texts, ids, or lists of ids. Raises ApiError."""
+    several = isinstance(value, list) and not (value and all(type(item) is int for item in value))
+    found = value if several else [value]
+    if not 0 < len(found) <= most:
+        raise wrong(name, f"must be 1 to {most} of them, not {len(found)}")
+    for i, prompt in enumerate(found):
+        ids = isinstance(prompt, list) and prompt and all(type(item) is int and 0 <= item < vocab for item in prompt)
+        if not ids and not (isinstance(prompt, str) and prompt):
+            path = f"{name}[{i}]" if several else name
+            raise wrong(path, f"must be a string or a list of token ids from 0 to {vocab - 1}, and not empty")
+    return found
+
+
 def _unknown(body: Body, path: str = "") -> Iterator[str]:
     """Paths of fields that no model declares, in the body and in the objects right in it."""
     yield from (path + name for name in body.model_extra or () if name not in body.ignored + body.unsupported)

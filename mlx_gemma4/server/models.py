@@ -69,7 +69,7 @@ class Models:
 
     def stay(self, lm: LanguageModel) -> Engine:
         """Serve this model, whatever requests call it; return its engine."""
-        engine = Engine(lm, self.settings, self.metrics)
+        engine = self._shared(Engine(lm, self.settings))
         self._single = lm.path
         self.loaded[self.settings.model_name] = Held(self.settings.model_name, engine, math.inf)
         return engine
@@ -186,7 +186,7 @@ class Models:
             promised = sum(engine.promised for engine in self.engines)
             started = time.monotonic()
             try:
-                engine = await asyncio.to_thread(self._start, key, path, promised)
+                engine = self._shared(await asyncio.to_thread(self._start, key, path, promised))
                 break
             except InputError as error:
                 if error.exit_code != 3 or not self.loaded:
@@ -196,6 +196,10 @@ class Models:
         engine.load_seconds = time.monotonic() - started
         held = self.loaded[key] = Held(key, engine, self.keep)
         return held
+
+    def _shared(self, engine: Engine) -> Engine:
+        engine.metrics = self.metrics
+        return engine
 
     async def _let_go(self, held: Held) -> None:
         """Unload a model once nobody holds it. Called with `_loading`."""

@@ -14,7 +14,7 @@ from .fields import MAX_CHOICES
 
 Schema = dict[str, Any]
 
-_TYPES = {str: "string", dict: "object", None: "null"}
+_TYPES = {str: "string", dict: "object", float: "number", True: "boolean", None: "null"}
 _ERROR = {"error": {"message": str, "type": str, "param": (str, None), "code": (str, None)}}
 _OLLAMA_ERROR = {"error": str}
 _MESSAGES_ERROR = {"type": "error", "error": {"type": str, "message": str}}
@@ -80,8 +80,10 @@ def _with_ids(schemas: dict[str, Schema], vocab: int) -> dict[str, Schema]:
         properties = schema.get("properties", {})
         if "logit_bias" in properties:
             properties["logit_bias"] = {"anyOf": [{"$ref": "#/components/schemas/Bias"}, {"type": "null"}]}
-        if "prompt" in properties:
-            properties["prompt"] = {"anyOf": [text, ids, *several]}
+        for name in {"prompt", "input"} & {
+            name for name, field in properties.items() if not {"type", "anyOf"} & {*field}
+        }:
+            properties[name] = {"anyOf": [text, ids, *several]}
     return schemas
 
 

@@ -4,14 +4,18 @@ In: checked fields of a request. Out: options, and messages with their text as o
 them. What only the model or other fields show to be wrong is an ApiError that names its field.
 """
 
+import asyncio
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ..conversation.language_model import LanguageModel
+from ..conversation.reply import ReplyOptions, prompt_ids
 from ..generation.sampling import Sampling
 from . import fields
+from .engine import Engine
 from .fields import wrong
 
 _LEAST = {"top_p": 1e-9, "top_k": 0, "repetition_penalty": 1e-6}  # a top_p of 0 keeps one token
@@ -92,6 +96,30 @@ def read_format(wanted: fields.Format | None, path: str = "response_format") -> 
 
 
 # Messages
+
+
+async def fitted(engine: Engine, messages: list[dict[str, Any]], options: ReplyOptions) -> list[int]:
+    """Return a conversation's prompt without its oldest turns, so that it and a reply fit into the context.
+
+    System messages and the last turn stay; a turn begins with a user's message. A quarter of the context is kept for
+    the reply, or less if it is to be shorter.
+    """
+    context = engine.lm.config.context
+    most = context - min(options.max_tokens or context, context // 4)
+    told = [message for message in messages if message["role"] == "system"]
+    said = [message for message in messages if message["role"] != "system"]
+
+    def from_turn(start: int) -> list[int]:
+        return prompt_ids(engine.lm, told + said[start:], options)
+
+    def find() -> list[int]:
+        whole = prompt_ids(engine.lm, messages, options)
+        turns = [i for i, message in enumerate(said) if message["role"] == "user" and i]
+        if len(whole) <= most or not turns:
+            return whole
+        return from_turn(turns[bisect_left(turns[:-1], True, key=lambda i: len(from_turn(i)) <= most)])
+
+    return await asyncio.to_thread(find)
 
 
 def read_text(content: str | Sequence[fields.TextPart | fields.RefusalPart] | None) -> str:

@@ -48,7 +48,7 @@ def models(folder: Path) -> Models:
     def start(name: str, path: Path, promised: int) -> Engine:
         if made.loaded and not roomy:
             raise InputError("too little memory", exit_code=3)
-        return Engine(load(path), Settings(model_name=name, parallel=1), made.metrics)
+        return Engine(load(path), Settings(model_name=name, parallel=1))
 
     roomy: list[bool] = []
     made = Models(Settings(parallel=1), folder, start, keep=300)
