@@ -138,7 +138,9 @@ class _Gate:
         host, origin = headers.get("host", ""), headers.get("origin")
         name = host_name(host)
         if name is None or (is_loopback(self.settings.host) and not is_loopback(name) and name not in self.hosts):
-            raise ApiError(403, f"this server is for this machine alone; {host!r:.80} isn't a name of it (--allow-host)")
+            raise ApiError(
+                403, f"this server is for this machine alone; {host!r:.80} isn't a name of it (--allow-host)"
+            )
         if origin is None or origin.lower() in (f"http://{host}".lower(), f"https://{host}".lower()):
             return []
         if not {origin.lower(), "*"} & set(self.settings.allow_origin):

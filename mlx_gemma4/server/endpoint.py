@@ -19,6 +19,9 @@ from .engine import Engine, Job
 from .fields import Body, parse
 from .wire import ApiError, error_response, for_clients, json_response, read_json, sse
 
+QUIET = 1.0  # seconds without a byte after which a stream says that it goes on
+SLOW = 4.0  # seconds beside them in which a reply that is being made may still fail with its own status
+LONG = 50_000  # bytes of a body that is checked in a thread, for others are served meanwhile
 Sent = dict[str, Any] | bytes  # of an event stream: an event's data, or bytes as they are
 
 
@@ -36,7 +39,10 @@ class Endpoint:
     async def handle(self, request: Request) -> ASGIApp:
         """Read a request's body and answer it."""
         engine: Engine = request.app.state.engine
-        return await self.answer(parse(self.request, await read_json(request, engine.settings.max_body_bytes)), engine)
+        values = await read_json(request, engine.settings.max_body_bytes)
+        long = int(request.headers.get("content-length", LONG)) >= LONG
+        body = await asyncio.to_thread(parse, self.request, values) if long else parse(self.request, values)
+        return await self.answer(body, engine)
 
 
 def answer(
@@ -45,15 +51,17 @@ def answer(
     events: AsyncIterator[Sent],
     whole: Callable[[], dict[str, Any]],
     failed: Callable[[ApiError], dict[str, Any]] | None = None,
+    ping: Sent = b": still here\n\n",
 ) -> ASGIApp:
     """Return the response that sends what a job makes, and cancels the job when its client goes away.
 
     Args:
         stream: send `events` as they are made; else `whole()`, once they are through.
         failed: the event of a later error; None: it is as an error's body.
+        ping: what tells a stream's client, once it has had an event, that more will come: clients give up on silence.
 
     Nothing is sent before the first event exists, so that an earlier error has its own status. A later one is sent as
-    an event.
+    an event. Where the job waits for others, or takes long to begin, a comment is sent first.
     """
 
     async def respond(scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,22 +73,36 @@ def answer(
         async def begun() -> Response:
             try:
                 if stream:
-                    body, headers = lines(await anext(events)), {"cache-control": "no-store", "x-accel-buffering": "no"}
-                    return StreamingResponse(body, headers=headers, media_type="text/event-stream")
+                    first = asyncio.ensure_future(anext(events))
+                    await asyncio.wait({first}, timeout=QUIET)
+                    if not first.done() and not job.waiting:
+                        await asyncio.wait({first}, timeout=SLOW)
+                    if first.done():
+                        first.result()
+                    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+                    return StreamingResponse(lines(first), headers=headers, media_type="text/event-stream")
                 async for _ in events:
                     pass
                 return json_response(whole())
             except Exception as error:
                 return error_response(error, scope["path"])
 
-        async def lines(first: Sent) -> AsyncIterator[bytes]:
+        async def lines(coming: asyncio.Future[Sent]) -> AsyncIterator[bytes]:
+            silence: Sent = b": waiting\n\n"
             try:
-                yield sse(first)
-                async for event in events:
-                    yield sse(event)
+                while True:
+                    if not (await asyncio.wait({coming}, timeout=QUIET))[0]:
+                        yield sse(silence)
+                        continue
+                    yield sse(coming.result())
+                    silence, coming = ping, asyncio.ensure_future(anext(events))
+            except StopAsyncIteration:
+                return
             except Exception as error:
                 found, body = for_clients(error, scope["path"])
                 yield sse(failed(found) if failed else body)
+            finally:
+                coming.cancel()
 
         watching = asyncio.create_task(watch())
         try:

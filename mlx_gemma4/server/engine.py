@@ -6,6 +6,7 @@ within one token, or one chunk of a prompt.
 """
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -23,7 +24,9 @@ from ..generation.sampling import Token
 from ..generation.scheduler import Scheduler
 from .metrics import Metrics
 from .settings import Settings
-from .wire import ApiError
+from .wire import ApiError, request_id
+
+log = logging.getLogger(__name__)
 
 Prompt = Sequence[Mapping[str, Any]] | list[int] | str  # messages; ids or text to go on with as they are
 Channel = Literal["answer", "thinking", "call", "control"]
@@ -73,6 +76,7 @@ class Job:
         self.replies: list[Reply] = []
         self.answers: list[list[Token]] = [[] for _ in requests]
         self.thought = 0
+        self.waiting = True  # until a thread begins with it
         self.cancelled = False
         self.submitted = time.monotonic()
         # The HTTP request's fields for those of ReplyOptions that have other names there; None: the prompt's.
@@ -169,6 +173,7 @@ class Engine:
             ApiError: 429 where the queue is full, 503 where the server is shutting down.
         """
         job = Job(self, requests, field, format_field)
+        _log_unused(self.lm, requests[0].options)
         with self._changed:
             if self.draining:
                 raise ApiError(503, "the server is shutting down", code="shutting_down", wait=10)
@@ -221,6 +226,7 @@ class Engine:
                     return
                 job = self._waiting.popleft()
                 self._running.add(job)
+                job.waiting = False
             end: Exception | None = None
             start = time.monotonic()
             try:
@@ -280,7 +286,13 @@ class Engine:
                     self._holding.add(job)
                     ended = self._ended
                 made = stream(
-                    self.lm, prompt, request.options, store=self.store, on_prompt=reading, scheduler=self.scheduler
+                    self.lm,
+                    prompt,
+                    request.options,
+                    store=self.store,
+                    on_prompt=reading,
+                    scheduler=self.scheduler,
+                    call_parts=True,
                 )
                 with closing(made) as chunks:
                     try:
@@ -302,3 +314,11 @@ class Engine:
                 self._holding.discard(job)
                 self._ended += 1
                 self._changed.notify_all()
+
+
+def _log_unused(lm: LanguageModel, options: ReplyOptions) -> None:
+    """Log what a reply is asked for that this model has not, or that can't be together."""
+    if options.think and lm.tokenizer.token_id("<|channel>") is None:
+        log.warning("%s: ignored that thinking is asked for: this model has none", request_id.get())
+    if options.tools and options.tool_choice == "auto" and (options.schema or options.regex or options.grammar):
+        log.warning("%s: no tool will be called: the reply has a form", request_id.get())
