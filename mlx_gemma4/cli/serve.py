@@ -78,13 +78,11 @@ def serve(
 
     Ctrl-C lets running replies end; a second one ends at once.
     """
-    import uvicorn
-
     from ..generation.prefix import PrefixCache
     from ..memory import available_memory
     from ..model.batch import MAX_BATCH
     from ..server.app import create_app
-    from ..server.connections import server_config
+    from ..server.connections import Server, server_config
     from ..server.settings import Settings
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -113,7 +111,7 @@ def serve(
     shown = f"[{host}]" if ":" in host else host
     echo(f"Serving {settings.model_name} at http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends)")
     config = server_config(app, settings.connections, timeout_graceful_shutdown=1 if grace else 0)
-    server = uvicorn.Server(config)
+    server = Server(config)
     handle_exit, engine = server.handle_exit, app.state.engine
 
     def finish(sig: int, frame: Any) -> None:

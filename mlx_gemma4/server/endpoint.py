@@ -74,7 +74,7 @@ def answer(
             try:
                 if stream:
                     first = asyncio.ensure_future(anext(events))
-                    await asyncio.wait({first}, timeout=QUIET)
+                    await asyncio.wait({first}, timeout=QUIET / 4)
                     if not first.done() and not job.waiting:
                         await asyncio.wait({first}, timeout=SLOW)
                     if first.done():

@@ -26,6 +26,23 @@ MAX_CHOICES = 16
 MAX_ITEMS = 10_000  # of a list
 MAX_TOOLS = 1000
 _OTHER_NAMES = {"repeat_penalty": "repetition_penalty", "n_predict": "max_tokens", "max_new_tokens": "max_tokens"}
+# Unknown fields that `forms` reads, and what the value of each is: of vLLM (guided_*, structured_outputs), SGLang,
+# llama.cpp, Ollama, tabbyAPI and others.
+FORM_KINDS = {
+    **dict.fromkeys(("guided_json", "json_schema", "json", "output_schema", "response_schema"), "json"),
+    **dict.fromkeys(("guided_regex", "regex", "regex_pattern", "pattern"), "regex"),
+    **dict.fromkeys(("guided_choice", "choice"), "choice"),
+    **dict.fromkeys(("guided_grammar", "grammar", "grammar_string", "ebnf", "gbnf"), "grammar"),
+    **dict.fromkeys(("guided_json_object", "json_object", "json_mode"), "object"),
+    "format": "json",
+}
+FORM_HOLDERS = (
+    "structured_outputs",
+    "nvext",
+    "extra_body",
+    "guided_decoding",
+    "guided_params",
+)  # objects with such fields
 _THOUGHTS = ("thinking", "redacted_thinking", "reasoning", "reasoning_text", "summary_text", "encrypted_content")
 _CODES = {
     "missing": "missing_required_parameter",
@@ -264,7 +281,8 @@ def parse(model: type[B], values: dict[str, Any]) -> B:
     for name in model.unsupported:
         if values.get(name):
             raise wrong(name, "isn't supported", "unsupported_value")
-    unknown = dict.fromkeys(name for name in _unknown(body) if name not in _OTHER_NAMES)
+    known = {*_OTHER_NAMES, *FORM_KINDS, *FORM_HOLDERS}
+    unknown = dict.fromkeys(name for name in _unknown(body) if name not in known)
     for what, names in (("Ignored %d unknown field(s) of a request", unknown), ("Left out %d kind(s) of parts", left)):
         if names:
             shown = ", ".join(f"{name!r:.60}" for name in list(names)[:10])

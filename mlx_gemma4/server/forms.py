@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from . import fields
-from .fields import Body, wrong
+from .fields import FORM_HOLDERS, FORM_KINDS, Body, wrong
 
 
 class Form(NamedTuple):
@@ -18,16 +18,6 @@ class Form(NamedTuple):
     options: dict[str, Any]  # at most one, of ReplyOptions
 
 
-# What the value of a field is, of vLLM (guided_*, structured_outputs), SGLang, llama.cpp, Ollama, tabbyAPI and others.
-_KINDS = {
-    **dict.fromkeys(("guided_json", "json_schema", "json", "output_schema", "response_schema"), "json"),
-    **dict.fromkeys(("guided_regex", "regex", "regex_pattern", "pattern"), "regex"),
-    **dict.fromkeys(("guided_choice", "choice"), "choice"),
-    **dict.fromkeys(("guided_grammar", "grammar", "grammar_string", "ebnf", "gbnf"), "grammar"),
-    **dict.fromkeys(("guided_json_object", "json_object", "json_mode"), "object"),
-    "format": "json",
-}
-_HOLDERS = ("structured_outputs", "nvext", "extra_body", "guided_decoding", "guided_params")  # objects with such fields
 _ALONE = ("json", "choice", "pattern", "json_object")  # names that say little outside of them
 _SOUNDS = re.compile(
     r"schema|grammar|regex|guided|structur|ebnf|gbnf|(response|output)_?format|json_mode|constrain", re.I
@@ -42,10 +32,10 @@ def read_form(body: Body, path: str, wanted: fields.Format | None) -> Form:
     """
     found = [Form(path, _of_format(wanted, path))] if wanted else []
     extra = dict(body.model_extra or {})
-    for name in _HOLDERS:
+    for name in FORM_HOLDERS:
         if isinstance(inner := extra.get(name), Mapping):
-            found += _among(inner, f"{name}.", (*_KINDS, "schema"))
-    found += _among(extra, "", [name for name in _KINDS if name not in _ALONE])
+            found += _among(inner, f"{name}.", (*FORM_KINDS, "schema"))
+    found += _among(extra, "", [name for name in FORM_KINDS if name not in _ALONE])
     for name, value in _odd(body):
         if value not in (None, False, True, "", [], {}):  # True: OpenRouter's list of what a model must support
             raise wrong(name, "isn't supported: give the reply's form as response_format", "unsupported_value")
@@ -59,7 +49,7 @@ def _among(values: Mapping[str, Any], before: str, names: Any) -> Iterator[Form]
     for name in names:
         value = values.get(name)
         if value is not None and value is not False and value != "":
-            yield Form(before + name, _of(_KINDS.get(name, "json"), value, before + name))
+            yield Form(before + name, _of(FORM_KINDS.get(name, "json"), value, before + name))
 
 
 def _of(kind: str, value: Any, path: str) -> dict[str, Any]:
@@ -140,9 +130,9 @@ def _odd(body: Body, path: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in (body.model_extra or {}).items():
         if isinstance(value, Mapping) and not path:
             yield from (
-                (f"{name}.{key}", inner) for key, inner in value.items() if _is_odd(key, known=name in _HOLDERS)
+                (f"{name}.{key}", inner) for key, inner in value.items() if _is_odd(key, known=name in FORM_HOLDERS)
             )
-        if _is_odd(name, known=not path) and not (name in _HOLDERS and isinstance(value, Mapping)):
+        if _is_odd(name, known=not path) and not (name in FORM_HOLDERS and isinstance(value, Mapping)):
             yield path + name, value
     for name, value in body:
         if isinstance(value, Body):
@@ -150,4 +140,4 @@ def _odd(body: Body, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_odd(name: str, known: bool) -> bool:
-    return bool(_SOUNDS.search(name)) and not _HOW.search(name) and not (known and name in _KINDS)
+    return bool(_SOUNDS.search(name)) and not _HOW.search(name) and not (known and name in FORM_KINDS)
