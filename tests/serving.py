@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import httpx
-import uvicorn
 from starlette.applications import Starlette
 
 from mlx_gemma4.conversation.language_model import LanguageModel
 from mlx_gemma4.server.app import create_app
-from mlx_gemma4.server.connections import server_config
+from mlx_gemma4.server.connections import Server, server_config
 from mlx_gemma4.server.engine import Engine
 from mlx_gemma4.server.models import Models
 from mlx_gemma4.server.settings import Settings
@@ -34,7 +33,7 @@ def serving(lm: LanguageModel | Models, settings: Settings | None = None) -> Ite
     app = create_app(lm, settings)
     listener = socket.create_server(("127.0.0.1", 0))
     connections = app.state.models.settings.connections
-    server = uvicorn.Server(server_config(app, connections, timeout_graceful_shutdown=5))
+    server = Server(server_config(app, connections, timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     end = time.monotonic() + 30

@@ -22,7 +22,7 @@ class CallWriter:
 
     >>> writer = CallWriter()
     >>> [writer.push(piece) for piece in ("call:f{a:1,b:[tr", "ue,2", "]}")], writer.name
-    (['{"a": 1, "b": [', 'true', ', 2]}'], 'f')
+    (['{"a": 1, "b": [', 'true, ', '2]}'], 'f')
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class CallWriter:
         whole = json.dumps(arguments, ensure_ascii=False)
         return whole[len(self._sent) :] if not self._complete and whole.startswith(self._sent) else ""
 
-    # Each of these writes what comes next, and says what follows it; None: the source has not come that far, or deviates.
+    # Each of these writes what comes next, and says what follows it. None: the source isn't there yet, or deviates.
 
     def _take(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
         found = pattern.match(self._source)

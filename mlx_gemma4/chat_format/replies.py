@@ -75,7 +75,7 @@ class ReplyParser:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, thinking_open: bool = False, parts: bool = False) -> None:
-        """`thinking_open`: the prompt ends inside a thinking channel (see `ends_in_thinking`); `parts`: of calls, too."""
+        """`thinking_open`: the prompt ends inside a channel (`ends_in_thinking`); `parts`: with CallParts."""
         self._tokenizer = tokenizer
         names = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>')
         self._open, self._close, self._call, self._called, self._quote = map(tokenizer.token_id, names)

@@ -94,14 +94,12 @@ def serve(
 
     Ctrl-C lets running replies end; a second one ends at once.
     """
-    import uvicorn
-
     from ..conversation.language_model import LanguageModel, load
     from ..generation.prefix import PrefixCache
     from ..memory import Room, available_memory
     from ..model.batch import MAX_BATCH
     from ..server.app import create_app
-    from ..server.connections import server_config
+    from ..server.connections import Server, server_config
     from ..server.engine import Engine
     from ..server.models import Models
     from ..server.settings import Settings
@@ -152,7 +150,7 @@ def serve(
     shown = f"[{host}]" if ":" in host else host
     echo(f"Serving {what} at http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends)")
     config = server_config(app, settings.connections, timeout_graceful_shutdown=1 if grace else 0)
-    server = uvicorn.Server(config)
+    server = Server(config)
     handle_exit = server.handle_exit
 
     def finish(sig: int, frame: Any) -> None:

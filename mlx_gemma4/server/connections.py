@@ -6,6 +6,7 @@ may take is `wire.py`'s.
 
 import asyncio
 import logging
+import socket
 import time
 from typing import Any
 
@@ -16,7 +17,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 HEAD_SECONDS = 15.0  # until a connection's next request has its whole head
 STALL_SECONDS = 120.0  # that a client may leave unread what was sent to it
 SPARE = 16  # connections beside the most that may have requests: /health is asked over them
-_BACKLOG = 128
+_BACKLOG = 128  # connections that the system holds until they are accepted
+_ACCEPTS = 8  # at once: those over the bound are closed before the next ones come
 
 
 class Connection(H11Protocol):
@@ -39,8 +41,9 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait()
-        if len(self.connections) > self.most:
-            idle = [one for one in self.connections if isinstance(one, Connection) and one.waiting]
+        there = [one for one in self.connections if isinstance(one, Connection) and not one.transport.is_closing()]
+        if len(there) > self.most:
+            idle = [one for one in there if one.waiting]
             min(idle, key=lambda one: one.since, default=self).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -72,6 +75,15 @@ class Connection(H11Protocol):
     def _late(self) -> None:
         if self.waiting:
             self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which accepts few connections at once but lets many wait for that."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for each in sockets or ():
+            each.listen(_BACKLOG)
 
 
 class _Seldom(logging.Filter):
@@ -108,6 +120,6 @@ def server_config(app: Starlette, connections: int, **more: Any) -> uvicorn.Conf
         access_log=False,  # the application has its own
         server_header=False,
         timeout_keep_alive=int(HEAD_SECONDS),
-        backlog=_BACKLOG,
+        backlog=_ACCEPTS,
         **more,
     )

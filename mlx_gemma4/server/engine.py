@@ -6,6 +6,7 @@ within one token, or one chunk of a prompt.
 """
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -23,7 +24,9 @@ from ..generation.sampling import Token
 from ..generation.scheduler import Scheduler
 from .metrics import Metrics
 from .settings import Settings
-from .wire import ApiError
+from .wire import ApiError, request_id
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Prompt = Sequence[Mapping[str, Any]] | list[int] | str  # messages; ids or text to go on with as they are
@@ -74,6 +77,7 @@ class Job:
         self.replies: list[Reply] = []
         self.answers: list[list[Token]] = [[] for _ in requests]
         self.thought = 0
+        self.waiting = True  # until a thread begins with it
         self.cancelled = False
         self.submitted = time.monotonic()
         # The HTTP request's fields for those of ReplyOptions that have other names there; None: the prompt's.
@@ -175,6 +179,7 @@ class Engine:
             ApiError: 429 where the queue is full, 503 where the server is shutting down.
         """
         job = Job(self, requests, field, format_field)
+        _log_unused(self.lm, requests[0].options)
         with self._changed:
             if self.draining:
                 raise ApiError(503, "the server is shutting down", code="shutting_down", wait=10)
@@ -227,6 +232,7 @@ class Engine:
                     return
                 job = self._waiting.popleft()
                 self._running.add(job)
+                job.waiting = False
             end: Exception | None = None
             start = time.monotonic()
             try:
@@ -286,7 +292,13 @@ class Engine:
                     self._holding.add(job)
                     ended = self._ended
                 made = stream(
-                    self.lm, prompt, request.options, store=self.store, on_prompt=reading, scheduler=self.scheduler
+                    self.lm,
+                    prompt,
+                    request.options,
+                    store=self.store,
+                    on_prompt=reading,
+                    scheduler=self.scheduler,
+                    call_parts=True,
                 )
                 with closing(made) as chunks:
                     try:
@@ -326,3 +338,11 @@ GAUGES: tuple[tuple[str, str, Callable[[Engine], float]], ...] = (
     ("kv_pool_bytes", "Bytes of the pool of states that step together.", _pool_bytes),
     ("kv_reserved_bytes", "Bytes that states in use may come to hold.", lambda engine: engine.store.reserved),
 )
+
+
+def _log_unused(lm: LanguageModel, options: ReplyOptions) -> None:
+    """Log what a reply is asked for that this model has not, or that can't be together."""
+    if options.think and lm.tokenizer.token_id("<|channel>") is None:
+        log.warning("%s: ignored that thinking is asked for: this model has none", request_id.get())
+    if options.tools and options.tool_choice == "auto" and (options.schema or options.regex or options.grammar):
+        log.warning("%s: no tool will be called: the reply has a form", request_id.get())

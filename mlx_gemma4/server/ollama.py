@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -78,7 +79,7 @@ class ChatRequest(ReplyRequest):
     """The body of /api/chat."""
 
     messages: fields.Items[Message] | None = None
-    tools: fields.Items[FunctionTool] | None = None
+    tools: Annotated[fields.Tools[FunctionTool], fields.usable("function")] | None = None
 
 
 class GenerateRequest(ReplyRequest):
@@ -110,7 +111,9 @@ async def chat(body: ChatRequest, engine: Engine) -> ASGIApp:
     if not body.messages:
         return _without_prompt(body, {"message": {"role": "assistant", "content": ""}})
     messages = [_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
-    tools = read.read_tools({f"tools[{i}].function": tool.function for i, tool in enumerate(body.tools or ())})
+    tools = read.read_tools(
+        {f"tools[{i}].function": tool.function for i, tool in enumerate(body.tools or ())}, engine.lm
+    )
     begun = messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
     options = _options(body, engine, tools=tools, go_on=begun)
     if body.truncate is not False:
@@ -198,7 +201,9 @@ def _answer(body: ReplyRequest, engine: Engine, ids: list[int], options: ReplyOp
     job = engine.submit([GenerationRequest(ids, options)], "messages", "format")
     load = _load_time(engine)
     lines = _lines(job, body, load)
-    return answer(job, body.stream is not False, lines, lambda: _whole(job, body, load), form=(JSON_LINES, ndjson))
+    nothing = {**_head(body), **_piece(body, []), "done": False}
+    whole = partial(_whole, job, body, load)
+    return answer(job, body.stream is not False, lines, whole, ping=nothing, form=(JSON_LINES, ndjson))
 
 
 async def _lines(job: Job, body: ReplyRequest, load: float) -> AsyncIterator[Sent]:

@@ -1,4 +1,4 @@
-"""Replies as events: cut anywhere, a transcript gives what it gives uncut; no control token shows, only a call that is cut is lost."""
+"""Replies as events: cut anywhere, a transcript gives what it gives uncut; no control token and no cut call shows."""
 
 from __future__ import annotations
 
