@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+from ..chat_format import renderer
 from ..chat_format.template import encode_chat
 from ..config import Config
 from ..doctor.ready import make_ready
@@ -111,6 +112,7 @@ def load(
     path = demo_path() if path is None else resolve(path)
     with open_model(path) as (config, source, metadata):
         tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(metadata, str(path))
+        renderer.start()  # while the weights are read
         model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room)
         make_ready(model, preparing)
     return LanguageModel(path, config, model, tokenizer, _sampling_defaults(path, metadata), plan)

@@ -15,8 +15,8 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from io import RawIOBase
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 
 from ..errors import InputError
