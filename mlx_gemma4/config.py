@@ -5,7 +5,7 @@ Out: a `Config`, one `LayerConfig` a layer. No model size is hard-coded: the met
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,6 +73,12 @@ class Config:
     def own_kv_layers(self) -> int:
         """The number of layers, from the first, with keys and values of their own."""
         return sum(layer.kv_layer == i for i, layer in enumerate(self.layers))
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise InputError for a token id without a row of the embedding: reading there is reading foreign memory."""
+        if len(ids) and not 0 <= min(ids) <= max(ids) < self.vocab:
+            bad = min(ids) if min(ids) < 0 else max(ids)
+            raise InputError(f"there is no token {bad}; the model has 0 to {self.vocab - 1}")
 
     @property
     def value_norm(self) -> bool:
@@ -176,7 +182,7 @@ def config_from_gguf(metadata: Mapping[str, Any], source: str) -> Config:
     architecture, kind = metadata.get("general.architecture"), metadata.get("general.type")
     for name, what in OTHERS.items():
         if name in [x for x in (kind, architecture) if isinstance(x, str)]:
-            raise InputError(f"{source}: is {what}, not a model; give the model's file")
+            raise InputError(f"{source}: is {what}, and no model itself; give the model's file")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise InputError(
             f"{source}: this is a model of architecture {str(architecture)[:40]!r}; mlx-gemma4 runs gemma4 and gemma3"

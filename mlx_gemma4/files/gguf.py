@@ -201,9 +201,11 @@ def read_file(path: Path, maps: ExitStack) -> SplitFile:
     except InputError:
         if path.is_file() and PIECE.search(path.name):
             whole = PIECE.sub("", path.name)
+            ending = path.name[len(whole) :]
+            start = re.split(r"\d", ending)[0] if re.search(r"\d", ending) else ending[0]
             raise InputError(
                 f"{path}: is a piece of a file by its name; join all pieces in order first: "
-                f"cat {whole}{path.name[len(whole)]}* > {whole}"
+                f"cat {whole}{start}* > {whole}"
             ) from None
         raise
 

@@ -218,7 +218,7 @@ def _fusions(source: Source, present: dict[str, Spec], layers: int) -> dict[str,
             log.info("Fused gate+up on %d %s (%d left unfused)", len(fused), what, len(pairs) - len(fused))
     for i in range(layers):
         q, k, v = (f"blk.{i}.attn_{x}.weight" for x in "qkv")
-        if types.get(k) == types[q]:
+        if q in types and types.get(k) == types[q]:
             joined[f"blk.{i}.attn_qk.weight"] = [q, k, v] if types.get(v) == types[q] else [q, k]
     return joined
 
