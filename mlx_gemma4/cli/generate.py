@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import InputError
+from ..errors import InputError, reason
+from ..paths import check_target
 from .options import (
     EXIT_INTERRUPTED,
     SamplingOf,
@@ -21,6 +22,7 @@ from .options import (
     output_options,
     progress,
     sampling_options,
+    say,
 )
 from .prompts import answer_file
 
@@ -68,6 +70,7 @@ def generate(
     line of the output is a reply, in the same order.
     """
     from ..conversation.reply import ReplyOptions, stream
+    from ..kv.file import FORMAT as STATE_MARK
 
     if raw and (system is not None or think is not None):
         raise InputError(
@@ -91,6 +94,8 @@ def generate(
         return
     if output is not None:
         raise InputError("--output goes with --prompts; --prompt answers on standard output")
+    if state_file:
+        check_target(Path(state_file), STATE_MARK, "saved conversation")
     if prompt == "-":
         prompt = sys.stdin.read()
     if not prompt:
@@ -111,10 +116,10 @@ def generate(
         for chunk in chain([first], chunks):
             if not as_json:
                 if chunk.thinking:
-                    click.echo(click.style(chunk.thinking, dim=True), nl=False, err=True)
+                    say(chunk.thinking, end="", err=True, dim=True)
                 elif thinking:  # it has ended
-                    click.echo(err=True)
-                click.echo(chunk.text, nl=False)
+                    say(err=True)
+                say(chunk.text, end="")
             text, thinking, reply = text + chunk.text, bool(chunk.thinking), chunk.reply
     except InputError as error:
         raise InputError(f"--json-schema {schema_file}: {error}") if error.field == "schema" else error from error
@@ -123,9 +128,9 @@ def generate(
         if chunks:
             chunks.close()  # a token on its way leaves the state
     if as_json:
-        click.echo(json.dumps(_report(lm, text, reply, load_time, interrupted), ensure_ascii=False))
+        say(json.dumps(_report(lm, text, reply, load_time, interrupted), ensure_ascii=False))
     elif not text.endswith("\n"):
-        click.echo()
+        say()
     if reply:
         s = reply.statistics
         echo(
@@ -143,7 +148,7 @@ def _read_schema(path: str) -> dict[str, Any]:
     try:
         schema = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"--json-schema {path}: can't be read as JSON ({error})") from error
+        raise InputError(f"--json-schema {path}: can't be read as JSON ({reason(error)})") from error
     if not isinstance(schema, dict):
         raise InputError(f"--json-schema {path}: must hold a JSON object, a schema")
     return schema

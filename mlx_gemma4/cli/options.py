@@ -10,15 +10,20 @@ import functools
 import logging
 import os
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
+
+from ..errors import printable
 
 if TYPE_CHECKING:
     from ..conversation.language_model import LanguageModel
@@ -87,9 +92,29 @@ def sampling_options(command: Command) -> Command:
     return _together(*(click.option(flag, type=kind, help=text) for flag, kind, text in _SAMPLING))(collect)
 
 
+class _Harmless(logging.Formatter):
+    """Messages with their tracebacks: text of files and clients is in both."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    echo("".join(traceback.format_exception(kind, error, trace)).rstrip())
+
+
 def _set_up_logging(_ctx: click.Context, _option: click.Parameter, detailed: bool) -> None:
     """Write the package's messages as bare lines on stderr; `detailed`: including those of level INFO."""
-    logging.basicConfig(format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Harmless("%(message)s"))
+    logging.basicConfig(handlers=[handler])
+    sys.excepthook = _show_traceback
+    threading.excepthook = lambda args: (
+        args.exc_value
+        and _show_traceback(  # type: ignore[assignment]
+            args.exc_type, args.exc_value, args.exc_traceback
+        )
+    )
     if detailed:
         logging.getLogger().setLevel(logging.INFO)
 
@@ -136,9 +161,20 @@ def find_model(model: str | None) -> Path:
         return resolve(model, progress=update)
 
 
+def say(text: str = "", *, end: str = "\n", err: bool = False, dim: bool = False) -> None:
+    """Print text of any origin: on a terminal, and always on stderr, without what could control it.
+
+    Everything that a command prints passes here, or is drawn by reply_screen.py.
+    """
+    if err or sys.stdout.isatty():
+        text = printable(text)
+    click.echo(click.style(text, dim=True) if dim else text, nl=False, err=err)
+    click.echo(end, nl=False, err=err)
+
+
 def echo(line: str) -> None:
     """Print a line for people, on stderr."""
-    click.echo(line, err=True)
+    say(line, err=True)
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 In: a path, or a repository's name. Out: a `LanguageModel`, which also encodes prompts. Replies are made in reply.py.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+from ..chat_format import renderer
 from ..chat_format.template import encode_chat
 from ..config import Config
 from ..doctor.ready import make_ready
@@ -22,8 +24,11 @@ from ..model.model import Model
 from ..paths import read_object
 from ..tokens.tokenizer import Tokenizer
 
+log = logging.getLogger("mlx_gemma4")
+
 # The keys under general.sampling, with the value of those that a file leaves out: Google's choice for Gemma 4.
 SAMPLING_KEYS: dict[str, Any] = {"temp": 1.0, "top_k": 64, "top_p": 0.95, "min_p": 0.0, "penalty_repeat": 1.0}
+_OFF = {"top_k": 0, "top_p": 1.0}
 _FIELDS = {"temp": "temperature", "penalty_repeat": "repetition_penalty"}  # of Sampling and generation_config.json
 
 
@@ -111,6 +116,7 @@ def load(
     path = demo_path() if path is None else resolve(path)
     with open_model(path) as (config, source, metadata):
         tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(metadata, str(path))
+        renderer.start()  # while the weights are read
         model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room)
         make_ready(model, preparing)
     return LanguageModel(path, config, model, tokenizer, _sampling_defaults(path, metadata), plan)
@@ -123,10 +129,13 @@ def _sampling_defaults(path: Path, metadata: Mapping[str, Any]) -> Sampling:
         source = path / "generation_config.json"
         given = read_object(source) if source.is_file() else {}
         given |= {key: given.get(name) for key, name in _FIELDS.items()}
-    chosen = SAMPLING_KEYS | {key: value for key in SAMPLING_KEYS if (value := given.get(key)) is not None}
-    try:
-        return Sampling(**{_FIELDS.get(key, key): type(SAMPLING_KEYS[key])(x) for key, x in chosen.items()})
-    except (TypeError, ValueError, InputError):
-        raise InputError(
-            f"{source}: its sampling defaults {chosen} can't be; give --temperature 0 or mend it"
-        ) from None
+    sampling = Sampling(**{_FIELDS.get(key, key): value for key, value in SAMPLING_KEYS.items()})
+    for key, field in ((key, _FIELDS.get(key, key)) for key in SAMPLING_KEYS):
+        try:
+            if given.get(key) is not None:
+                sampling = replace(sampling, **{field: type(SAMPLING_KEYS[key])(given[key])})
+        except (TypeError, ValueError, OverflowError, InputError):
+            off = _OFF.get(key, SAMPLING_KEYS[key])  # llama.cpp, too, takes these out of range for off
+            log.warning("%s: recommends %s %s for sampling, which can't be; taking %s", source, field, given[key], off)
+            sampling = replace(sampling, **{field: off})
+    return sampling

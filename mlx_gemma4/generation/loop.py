@@ -25,7 +25,7 @@ from ..model.model import Model
 from ..model.step import LazyStep, Step, ids_of
 from ..ops.dispatch import REPLAY
 from ..ops.sample import LIKELIEST
-from .sampling import REPETITION_WINDOW, Sample, Sampler, Sampling, Token
+from .sampling import REPETITION_WINDOW, Sample, Sampler, Sampling, Token, check_finite
 
 log = logging.getLogger("mlx_gemma4")
 
@@ -181,6 +181,7 @@ def begin(
 ) -> Decoding:
     """Check what `generate_tokens` is asked for, as it says, and return the reply with nothing read yet."""
     length, context = state.length + len(prompt), model.config.context
+    model.config.check_ids(prompt)
     if length < 1:
         raise InputError("the prompt is empty; give it some text")
     if length >= context:
@@ -432,6 +433,7 @@ def read_chunk(model: Model, state: KVState, ids: list[int], marks: list[int], m
         else:
             logits = model.forward(chunk, state)
             mx.eval(logits)
+            check_finite(mx.sum(logits))
             step = LazyStep(logits)
             _give_back()
         for position in marks:

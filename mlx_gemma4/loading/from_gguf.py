@@ -4,12 +4,15 @@ In: an open GGUF. Out: weights, packed in the file's bits or dense. It knows not
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
 import numpy as np
 
-from ..files.gguf import GGUFFile
+from ..config import Config
+from ..errors import InputError
+from ..files.gguf import GGUFFile, TensorInfo
 from ..memory import Holding, on_cpu
 from ..ops import pack
 from ..ops.dispatch import Kernels
@@ -21,17 +24,17 @@ from .tensors import Entry, Spec
 class GGUFSource:
     """The tensors of an open GGUF: rows of raw blocks are joined, then packed or expanded, then released."""
 
-    def __init__(self, file: GGUFFile) -> None:
+    def __init__(self, file: GGUFFile, config: Config | None = None) -> None:
+        """`config`: tensors that the file has joined are taken apart as it says."""
         self.name = str(file.path)
+        self._file = file if config is None else replace(file, tensors=_apart(file, config))
         self.entries = {
-            name: Entry(t.shape, t.type, t.n_bytes, t.type in formats.FORMATS) for name, t in file.tensors.items()
+            name: Entry(t.shape, t.type, t.n_bytes, t.type in formats.FORMATS, t.type in formats.SUPPORTED)
+            for name, t in self._file.tensors.items()
         }
-        self._file = file
 
     def read(self, names: Sequence[str], spec: Spec, holding: Holding, kernels: Kernels | None) -> Weight:
         infos = [self._file.tensors[name] for name in names]
-        for info in infos:
-            formats.check_supported(info, self._file.path)
         first, shape, parts = infos[0], infos[0].shape, [self._file.raw(name) for name in names]
         if len(infos) > 1:
             # Experts are joined one by one: [E, N, bytes], not all gates before all ups.
@@ -50,3 +53,24 @@ class GGUFSource:
         for name in names:
             self._file.release(name)
         return weight
+
+
+def _apart(file: GGUFFile, config: Config) -> dict[str, TensorInfo]:
+    """The directory with each attn_qkv, whose rows are those of q, k and v, as three tensors."""
+    tensors = dict(file.tensors)
+    for i, layer in enumerate(config.layers):
+        joined = tensors.get(f"blk.{i}.attn_qkv.weight")
+        if joined is None or f"blk.{i}.attn_q.weight" in tensors:
+            continue
+        rows = [layer.heads * layer.head_dim, *[layer.kv_heads * layer.head_dim] * 2]
+        if joined.shape[:-1] != (sum(rows),):
+            raise InputError(
+                f"{file.path}: {joined.name} has {joined.shape[0]} rows, not {sum(rows)}; convert it again"
+            )
+        del tensors[joined.name]
+        at = joined.offset
+        for x, n in zip("qkv", rows, strict=True):
+            name, n_bytes = f"blk.{i}.attn_{x}.weight", n * joined.row_bytes
+            tensors[name] = replace(joined, name=name, shape=(n, joined.shape[-1]), n_bytes=n_bytes, offset=at)
+            at += n_bytes
+    return tensors

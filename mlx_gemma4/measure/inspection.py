@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ..config import Config
 from ..doctor.verdict import usable_kernels
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..files.gguf import TENSOR_TYPES
 from ..kv.quantization import vector_bytes
 from ..loading.loader import open_model
@@ -114,7 +114,7 @@ def _problems(entries: Mapping[str, Entry], wanted: Mapping[str, Spec]) -> list[
 def _header(path: Path) -> tuple[Config, Mapping[str, Entry], str]:
     """Return the configuration, the tensors by GGUF name, and the model's name ("" for a folder)."""
     with open_model(path) as (config, source, metadata):
-        return config, source.entries, str(metadata.get("general.name", ""))
+        return config, source.entries, one_line(str(metadata.get("general.name", "")))
 
 
 def weights_per_token(config: Config, sizes: Mapping[str, int]) -> int:
