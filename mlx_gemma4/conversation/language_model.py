@@ -22,6 +22,7 @@ from ..loading.loader import Progress, load_model, open_model
 from ..memory import SOME_ROOM, MemoryPlan, Room
 from ..model.model import Model
 from ..paths import read_object
+from ..shard import Shard
 from ..tokens.tokenizer import Tokenizer
 
 log = logging.getLogger("mlx_gemma4")
@@ -94,6 +95,7 @@ def load(
     progress: Progress | None = None,
     preparing: Progress | None = None,
     room: Room = SOME_ROOM,
+    shard: Shard | None = None,
 ) -> LanguageModel:
     """Load a GGUF file (or any part of a split one), or a folder of safetensors with its `config.json`.
 
@@ -105,6 +107,7 @@ def load(
         progress: called with (bytes read, bytes in all).
         preparing: called after that, on a GPU, with (kernels that are ready, kernels in all).
         room: for keys and values, that must be there beside the weights.
+        shard: load only this rank's part: several processes run the model together, and each makes the same calls.
 
     Raises:
         InputError: the file can't be used, or there is too little memory.
@@ -117,9 +120,9 @@ def load(
     with open_model(path) as (config, source, metadata):
         tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(metadata, str(path))
         renderer.start()  # while the weights are read
-        model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room)
+        model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room, shard)
         make_ready(model, preparing)
-    return LanguageModel(path, config, model, tokenizer, _sampling_defaults(path, metadata), plan)
+    return LanguageModel(path, model.config, model, tokenizer, _sampling_defaults(path, metadata), plan)
 
 
 def _sampling_defaults(path: Path, metadata: Mapping[str, Any]) -> Sampling:
