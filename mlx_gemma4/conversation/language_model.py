@@ -20,6 +20,7 @@ from ..loading.loader import Progress, load_model, open_model
 from ..memory import SOME_ROOM, MemoryPlan, Room
 from ..model.model import Model
 from ..paths import read_object
+from ..shard import Shard
 from ..tokens.tokenizer import Tokenizer
 
 # The keys under general.sampling, with the value of those that a file leaves out: Google's choice for Gemma 4.
@@ -89,6 +90,7 @@ def load(
     progress: Progress | None = None,
     preparing: Progress | None = None,
     room: Room = SOME_ROOM,
+    shard: Shard | None = None,
 ) -> LanguageModel:
     """Load a GGUF file (or any part of a split one), or a folder of safetensors with its `config.json`.
 
@@ -100,6 +102,7 @@ def load(
         progress: called with (bytes read, bytes in all).
         preparing: called after that, on a GPU, with (kernels that are ready, kernels in all).
         room: for keys and values, that must be there beside the weights.
+        shard: load only this rank's part: several processes run the model together, and each makes the same calls.
 
     Raises:
         InputError: the file can't be used, or there is too little memory.
@@ -111,9 +114,9 @@ def load(
     path = demo_path() if path is None else resolve(path)
     with open_model(path) as (config, source, metadata):
         tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(metadata, str(path))
-        model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room)
+        model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room, shard)
         make_ready(model, preparing)
-    return LanguageModel(path, config, model, tokenizer, _sampling_defaults(path, metadata), plan)
+    return LanguageModel(path, model.config, model, tokenizer, _sampling_defaults(path, metadata), plan)
 
 
 def _sampling_defaults(path: Path, metadata: Mapping[str, Any]) -> Sampling:

@@ -21,10 +21,12 @@ from ..model.model import Model
 from ..model.weights import Layer, Weights
 from ..ops import pack
 from ..ops.dispatch import Kernels
-from ..ops.stock import Weight
+from ..ops.stock import Weight, rows_of
 from ..paths import read_object
+from ..shard import Part, Shard
 from .from_gguf import GGUFSource
 from .from_safetensors import FolderSource
+from .parts import part_of
 from .tensors import Source, Spec, tensor_specs
 
 log = logging.getLogger("mlx_gemma4")
@@ -55,6 +57,7 @@ def load_model(
     progress: Progress | None = None,
     kernels: Kernels | None = None,
     room: Room = SOME_ROOM,
+    shard: Shard | None = None,
 ) -> tuple[Model, MemoryPlan]:
     """Read every tensor that the configuration calls for and build the model.
 
@@ -67,12 +70,15 @@ def load_model(
         progress: called as bytes are read.
         kernels: pack the weights and run the model; None: stock operations do.
         room: for keys and values, that must be there beside the weights.
+        shard: read only this rank's part.
 
     Raises:
         InputError: a tensor is missing, has another shape or a type that can't be read; too little memory.
     """
-    specs = tensor_specs(config)
-    present = _account(source, specs)
+    present, part = _account(source, tensor_specs(config)), None
+    if shard is not None:
+        mine, source, present = part_of(config, source, present, shard)
+        config, part = mine.config, mine.part
     packed, dense = _sizes(source, present)
     chunk = largest_chunk(config, kernels)
     largest = max(source.entries[name].n_bytes for name in present)
@@ -95,7 +101,7 @@ def load_model(
             progress(done, total)
     pack.done()
     limit_memory(plan)
-    return Model(config, _assemble(config, weights), kernels, plan), plan
+    return Model(config, _assemble(config, weights, part), kernels, plan, part), plan
 
 
 def _tell(plan: MemoryPlan, chunk: int, context: int) -> None:
@@ -180,7 +186,7 @@ def _fusions(source: Source, present: dict[str, Spec], layers: int) -> dict[str,
     return joined
 
 
-def _assemble(config: Config, weights: dict[str, Weight]) -> Weights:
+def _assemble(config: Config, weights: dict[str, Weight], part: Part | None) -> Weights:
     """Put weights into the model's fields, which are named after the GGUF's tensors."""
     top: dict[str, Any] = {}
     per_layer: list[dict[str, Any]] = [{} for _ in config.layers]
@@ -190,7 +196,10 @@ def _assemble(config: Config, weights: dict[str, Weight]) -> Weights:
             per_layer[int(i)][field.removesuffix(".weight").replace(".", "_")] = weight
         else:
             top[name.removesuffix(".weight")] = weight
-    top.setdefault("output", top["token_embd"])
+    if "output" not in top:  # tied; a rank with the whole table has its rows of the head there
+        table: Weight = top["token_embd"]
+        top["output"] = table if part is None or table.shape[0] == len(part.rows) else rows_of(table, part.rows)
+    top.setdefault("token_embd", top["output"])  # a rank that embeds no tokens
     return Weights(layers=tuple(Layer(**fields) for fields in per_layer), **top)
 
 

@@ -1,0 +1,232 @@
+"""Which part of each tensor a rank reads, so that a model runs in several processes.
+
+In: a configuration, the tensors of a file, a `Shard`. Out: the configuration of the rank's part, its `Part`, and for
+each tensor that it reads a `Cut`. Rows are cut anywhere; within rows, only whole blocks of a quantization are told apart,
+so shares may be uneven, and what has too few blocks stays whole on each rank.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import lcm, prod
+
+from ..config import Config, LayerConfig
+from ..errors import InputError
+from ..memory import Holding
+from ..ops.dispatch import Kernels
+from ..ops.stock import Weight
+from ..shard import Part, Shard, shares
+from .tensors import Cut, Entry, Source, Spec
+
+log = logging.getLogger("mlx_gemma4")
+
+Heads = tuple[range, range]  # of a rank in a layer: query heads, KV heads
+Cuts = dict[str, Cut]  # by the name in the file
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """What a rank loads."""
+
+    config: Config  # of its part; `vocab` stays the model's
+    part: Part
+    tensors: dict[str, tuple[str, Cut]]  # by the part's own name: the name in the file, and what of it
+    whole: str = ""  # what could not be split
+
+
+class PartSource:
+    """The tensors of a rank's part, cut out of another source's as they are read."""
+
+    def __init__(self, source: Source, tensors: Mapping[str, tuple[str, Cut]]) -> None:
+        self.name = source.name
+        self.entries = {name: _entry(source.entries[of], cut) for name, (of, cut) in tensors.items()}
+        self._source, self._tensors = source, tensors
+
+    def read(
+        self, names: Sequence[str], spec: Spec, holding: Holding, kernels: Kernels | None, cuts: Sequence[Cut] = ()
+    ) -> Weight:
+        of, cuts = zip(*(self._tensors[name] for name in names), strict=True)
+        return self._source.read(of, spec, holding, kernels, cuts)
+
+
+def _entry(entry: Entry, cut: Cut) -> Entry:
+    shape = cut.shape(entry.shape)
+    return replace(entry, shape=shape, n_bytes=entry.n_bytes * prod(shape) // max(1, prod(entry.shape)))
+
+
+def part_of(
+    config: Config, source: Source, present: Mapping[str, Spec], shard: Shard
+) -> tuple[PartPlan, PartSource, dict[str, Spec]]:
+    """Return a rank's part of a model: its plan, its source, and the tensors that it has. Raises InputError."""
+    plan = plan_part(config, source.entries, present, shard)
+    specs = {name: replace(present[of], shape=cut.shape(present[of].shape)) for name, (of, cut) in plan.tensors.items()}
+    some = PartSource(source, plan.tensors)
+    mine, all_ = (sum(s.entries[name].n_bytes for name in names) for s, names in ((some, specs), (source, present)))
+    layers = plan.part.layers
+    what = f"layers {layers.start + 1} to {layers.stop}" if shard.kind == "layers" else "a part of each layer"
+    log.info("Rank %d of %d: %s, %.2f of %.2f GB", shard.rank, shard.size, what, mine / 1e9, all_ / 1e9)
+    if plan.whole:
+        log.warning("Too few heads or blocks for %d ranks, so whole on each: %s", shard.size, plan.whole)
+    return plan, some, specs
+
+
+def plan_part(config: Config, entries: Mapping[str, Entry], present: Mapping[str, Spec], shard: Shard) -> PartPlan:
+    """Plan the part of one rank; the others' follow from the same arguments. Raises InputError."""
+    if not 0 <= shard.rank < shard.size:
+        raise InputError(f"rank {shard.rank} of {shard.size}: ranks count from 0; check the hostfile")
+    return (by_tensors if shard.kind == "tensor" else by_layers)(config, entries, present, shard)
+
+
+# ---- each layer in parts
+
+
+def by_tensors(config: Config, entries: Mapping[str, Entry], present: Mapping[str, Spec], shard: Shard) -> PartPlan:
+    c, size, rank = config, shard.size, shard.rank
+    rows = shares(c.vocab, size)[rank]
+    cuts: Cuts = {name: Cut((rows,)) for name in ("token_embd", "per_layer_token_embd", "output")}
+    blocks = {name: entry.block for name, entry in entries.items()}
+    experts = None
+    if c.experts:
+        downs = (blocks[f"blk.{i}.ffn_down_exps.weight"] for i in range(len(c.layers)))
+        experts = widths(c.expert_ffn, lcm(*downs), size)
+    heads = [_heads_of(c, i, blocks, size) for i in range(len(c.layers))]
+    layers, split = [], {"attention": set[int](), "mlp": set[int](), "experts": set[int]()}
+    for i, layer in enumerate(c.layers):
+        blk, dim, chosen = f"blk.{i}.", layer.head_dim, heads[layer.kv_layer]
+        if chosen is not None:
+            q, kv = chosen[rank]
+            cuts |= {f"{blk}attn_q": _by_rows(q, dim), f"{blk}attn_output": Cut((), _times(q, dim))}
+            cuts |= {f"{blk}attn_{x}": _by_rows(kv, dim) for x in "kv"}
+            layer = replace(layer, heads=len(q), kv_heads=len(kv))
+            split["attention"].add(i)
+        if (mlp := widths(layer.ffn, blocks[f"{blk}ffn_down.weight"], size)) is not None:
+            cuts |= {f"{blk}ffn_{x}": Cut((mlp[rank],)) for x in ("gate", "up")}
+            cuts[f"{blk}ffn_down"] = Cut((), mlp[rank])
+            layer = replace(layer, ffn=len(mlp[rank]))
+            split["mlp"].add(i)
+        if experts is not None:
+            f = experts[rank]
+            cuts |= {f"{blk}ffn_{x}_exps": Cut((f,)) for x in ("gate", "up")}
+            cuts[f"{blk}ffn_gate_up_exps"] = Cut((f, range(f.start + c.expert_ffn, f.stop + c.expert_ffn)))
+            cuts[f"{blk}ffn_down_exps"] = Cut((), f)
+            split["experts"].add(i)
+        layers.append(layer)
+    kept = {what: len(layers) - len(some) for what, some in split.items() if what != "experts" or c.experts}
+    whole = ", ".join(f"{what} of {n} layers" for what, n in kept.items() if n)
+    tensors = {name: (name, cuts.get(name.removesuffix(".weight"), Cut())) for name in present}
+    part = Part(shard, c.vocab, rows, range(len(layers)), {what: frozenset(some) for what, some in split.items()})
+    local = replace(c, layers=tuple(layers), expert_ffn=len(experts[rank]) if experts else c.expert_ffn)
+    return PartPlan(local, part, tensors, whole)
+
+
+def _heads_of(c: Config, i: int, blocks: Mapping[str, int], size: int) -> list[Heads] | None:
+    """Return each rank's heads in layer i and those that share its keys and values; None: they stay whole."""
+    sharing = [j for j, layer in enumerate(c.layers) if layer.kv_layer == i]
+    if len({c.layers[j].heads for j in sharing}) != 1:  # none, where i shares another's itself
+        return None
+    block = lcm(*(blocks[f"blk.{j}.attn_output.weight"] for j in sharing))
+    return heads_by_rank(c.layers[i], block, size)
+
+
+def heads_by_rank(layer: LayerConfig, block: int, size: int) -> list[Heads] | None:
+    """Return each rank's query heads and the KV heads that these read: whole groups, or parts of one group.
+
+    A KV head that several ranks' queries read is on each of them. `block`: numbers of a row of attn_output that are
+    told apart only together. None: there are too few heads.
+    """
+    heads, kv_heads = layer.heads, layer.kv_heads
+    group, unit = heads // kv_heads, lcm(block, layer.head_dim) // layer.head_dim  # query heads
+    if kv_heads >= size:
+        together = lcm(unit, group) // group  # KV heads
+        if kv_heads % together or kv_heads // together < size:
+            return None
+        kv = [_times(share, together) for share in shares(kv_heads // together, size)]
+        return [(_times(each, group), each) for each in kv]
+    ranks = shares(size, kv_heads)
+    if group % unit or group // unit < max(map(len, ranks)):
+        return None
+    found = []
+    for g, some in enumerate(ranks):
+        for share in shares(group // unit, len(some)):
+            q = _times(share, unit)
+            found.append((range(g * group + q.start, g * group + q.stop), range(g, g + 1)))
+    return found
+
+
+def widths(n: int, block: int, size: int) -> list[range] | None:
+    """Return n columns by rank, in whole blocks; None: there are too few. Of plain numbers, 32 go together: kernels
+    load 8 at a time."""
+    unit = 32 if block == 1 and n % 32 == 0 and n // 32 >= size else block
+    if n % unit or n // unit < size:
+        return None
+    return [_times(share, unit) for share in shares(n // unit, size)]
+
+
+def _times(share: range, n: int) -> range:
+    return range(share.start * n, share.stop * n)
+
+
+def _by_rows(share: range, n: int) -> Cut:
+    return Cut((_times(share, n),))
+
+
+# ---- so many layers for each rank
+
+
+def by_layers(config: Config, entries: Mapping[str, Entry], present: Mapping[str, Spec], shard: Shard) -> PartPlan:
+    c, size, rank = config, shard.size, shard.rank
+    sizes = [0] * len(c.layers)
+    for name in present:
+        if name.startswith("blk."):
+            sizes[int(name.split(".")[1])] += entries[name].n_bytes
+    # Layers that share keys and values lie with the layers that make them, on the last rank.
+    limit = min((s.kv_layer for i, s in enumerate(c.layers) if s.kv_layer != i), default=len(sizes) - 1)
+    if limit + 1 < size:
+        raise InputError(f"this model's layers can be split among {limit + 1} ranks at most, not {size}; take fewer")
+    mine = stages(sizes, size, limit)[rank]
+    rows = shares(c.vocab, size)[rank]
+    layers = tuple(replace(layer, kv_layer=layer.kv_layer - mine.start) for layer in c.layers[mine.start : mine.stop])
+    tensors = {
+        local: (name, Cut(*cut)) for name in present for local, *cut in _of_layers(c, name, mine, rank, rows, present)
+    }
+    for name, (source, cut) in tensors.items():
+        if cut.columns and (cut.columns.start % entries[source].block or cut.columns.stop % entries[source].block):
+            raise InputError(f"{name}: its blocks can't be split between layers; use --split tensor")
+    part = Part(shard, c.vocab, rows, mine, {what: frozenset() for what in ("attention", "mlp", "experts")})
+    return PartPlan(replace(c, layers=layers), part, tensors)
+
+
+def _of_layers(
+    c: Config, name: str, mine: range, rank: int, rows: range, present: Mapping[str, Spec]
+) -> Iterator[tuple[str, tuple[range, ...], range | None] | tuple[str]]:
+    """Yield what a rank with the layers `mine` reads of a tensor: its own name for it, rows, columns."""
+    columns = _times(mine, c.ple)
+    if name.startswith("blk."):
+        _, i, rest = name.split(".", 2)
+        if int(i) in mine:
+            yield (f"blk.{int(i) - mine.start}.{rest}",)
+    elif name == "token_embd.weight":
+        # The first rank embeds tokens; where layers take per-layer embeddings, all do. The head's rows are everybody's.
+        if rank == 0 or c.ple:
+            yield (name,)
+        elif "output.weight" not in present:
+            yield "output.weight", (rows,), None
+    elif name == "output.weight":
+        yield name, (rows,), None
+    elif name == "per_layer_token_embd.weight":
+        yield name, (), columns
+    elif name == "per_layer_model_proj.weight":
+        yield name, (columns,), None
+    else:
+        yield (name,)
+
+
+def stages(sizes: list[int], ranks: int, limit: int) -> list[range]:
+    """Cut layers of so many bytes into ranges of about equal bytes, none empty, the last beginning at `limit` at most."""
+    stop, found = len(sizes), list[range]()
+    for left in range(ranks - 1, 0, -1):
+        goal = sum(sizes[:stop]) * left / (left + 1)
+        start = min(range(left, min(stop - 1, limit) + 1), key=lambda n: abs(sum(sizes[:n]) - goal))
+        found.insert(0, range(start, stop))
+        stop = start
+    return [range(stop), *found]
