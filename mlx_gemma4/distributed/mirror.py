@@ -7,6 +7,7 @@ of it. Tokens go over MLX's link inside the graph, so that a step may start befo
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -24,7 +25,7 @@ from ..kv.state import KVState, Mark
 from ..model.batch import check_batch
 from ..model.forward import run_layers
 from ..model.model import Model
-from ..model.step import BatchStep, NextToken, Step, Tokens, ids_of, tokens_as_array
+from ..model.step import BatchStep, LazyBatchStep, LazyStep, NextToken, Step, Tokens, ids_of, tokens_as_array
 from ..ops.dispatch import REPLAY
 from ..ops.sample import LIKELIEST, Draw
 from .link import Follower, Leader, Message
@@ -45,8 +46,7 @@ def call(model: Model, op: str, shared: mx.array, states: Sequence[KVState], on_
         shared: the tokens, int32 [T], as rank 0 gave them.
         given: "all_logits" of `Model.forward`; on rank 0 "draw" or "draws" of steps.
     """
-    before = [state.length for state in states]
-    made: Any = None
+    before, made = [state.length for state in states], None
     if op == "forward":
         made = model.forward(shared, states[0], **given)
     elif op == "prefill":
@@ -55,8 +55,6 @@ def call(model: Model, op: str, shared: mx.array, states: Sequence[KVState], on_
         made = model.step(shared[0], states[0], **given)
     else:
         made = model.batch(shared, states, **given)
-    logits = made if isinstance(made, mx.array | None) else made.logits()
-    mx.async_eval([] if logits is None else logits, [a for s in states if not s.borrower for a in s.arrays])
     for state, was in zip(states, before, strict=True):
         if state.length // CHECKED > was // CHECKED:
             # What all layers make of one more token depends on all that the state holds.
@@ -142,19 +140,29 @@ class LedModel(Model):
     def step(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST) -> Step:
         with execution():
             state.check_room(1)
-            step: Step = self._call("step", ids_of(token), [state], mine={"draw": draw})
+            key = next(self.keys)
+            step: LazyStep = self._call("step", ids_of(token), [state], mine={"draw": draw}, key=key)
+            step.batch = LedStep(step.batch, self.leader, key)
             return step
 
     def batch(self, tokens: Tokens, states: Sequence[KVState], draws: Sequence[Draw] | None = None) -> BatchStep:
         with execution():
             check_batch(tokens, states)
-            step: BatchStep = self._call("batch", tokens_as_array(tokens), states, mine={"draws": draws})
-            return step
+            key = next(self.keys)
+            step = self._call("batch", tokens_as_array(tokens), states, mine={"draws": draws}, key=key)
+            return LedStep(step, self.leader, key)
 
     def _call(
-        self, op: str, ids: mx.array, states: Sequence[KVState], mine: dict[str, Any] | None = None, **given: Any
+        self,
+        op: str,
+        ids: mx.array,
+        states: Sequence[KVState],
+        mine: dict[str, Any] | None = None,
+        key: int | None = None,
+        **given: Any,
     ) -> Any:
-        self.leader.tell(op, *map(key_of, states), n=ids.size, given=given)
+        """Make a call on all ranks. `mine`: what only rank 0 needs; `key`: of the step that it makes."""
+        self.leader.tell(op, *map(key_of, states), n=ids.size, key=key, given=given)
         shared = _shared(ids.astype(mx.int32), self.leader.group)
         return call(self.inner, op, shared, states, self._checked, **(mine or {}), **given)
 
@@ -165,12 +173,38 @@ class LedModel(Model):
 
     def _compare(self, rank: int, theirs: Message) -> None:
         """Compare a follower's sums with this rank's, which were scheduled before."""
+        while theirs["n"] not in self.sums:
+            time.sleep(0.01)  # this rank is a moment behind
         position, sums = self.sums[theirs["n"]]
         mine, other = np.array(sums), np.array(theirs["sums"])
         if not np.linalg.norm(mine - other) <= AGREE * np.linalg.norm(mine):  # NaN too
             self.leader.fail(
                 f"{self.leader.name(rank)} has drifted from rank 0 by token {position}; run mlx-gemma4 doctor on both"
             )
+
+
+class LedStep(LazyBatchStep):
+    """A step on rank 0: the others gather what it is asked for."""
+
+    def __init__(self, step: LazyBatchStep, leader: Leader, key: int) -> None:
+        self.__dict__.update(vars(step))
+        self.leader, self.key = leader, key
+        self.asked: set[str] = set()
+        weakref.finalize(self, leader.dropped.append, key).atexit = False
+
+    def logits(self) -> mx.array:
+        self._ask("logits")
+        return super().logits()
+
+    def drawn(self) -> mx.array:
+        if self.greedy:
+            self._ask("drawn")
+        return super().drawn()
+
+    def _ask(self, what: str) -> None:
+        if what not in self.asked:
+            self.asked.add(what)
+            self.leader.tell(what, self.key)
 
 
 class LedState(KVState):
@@ -231,30 +265,40 @@ def follow(model: Model, follower: Follower) -> None:
     if model.kernels:
         model.kernels.off |= {REPLAY}
     states: dict[int, KVState] = {}
+    steps: dict[int, Step | BatchStep] = {}
     checks = count()
 
     def on_checked(_: int, sums: mx.array) -> None:
         follower.checked(n=next(checks), sums=np.array(sums).tolist())
 
     for message in follower.calls():
-        _follow(model, follower, states, on_checked, message)
+        op, keys = message["op"], message["states"]
+        if op == "drop":
+            for key in keys:
+                states.pop(key, None)
+                steps.pop(key, None)
+        elif op in ("forward", "prefill", "step", "batch"):
+            with execution():
+                shared = _shared(mx.zeros(message["n"], mx.int32), follower.group)
+                made = call(model, op, shared, [states[key] for key in keys], on_checked, **message["given"])
+            if message["key"] is not None:
+                steps[message["key"]] = made
+            if op == "prefill":  # as rank 0 does
+                mx.eval(states[keys[0]].arrays)
+                mx.clear_cache()
+        elif op in ("logits", "drawn"):
+            step = steps[keys[0]]
+            step = step.batch if isinstance(step, LazyStep) else step
+            with execution():
+                getattr(step, op)()
+        else:
+            _follow(model, follower, states, message)
 
 
-def _follow(
-    model: Model, follower: Follower, states: dict[int, KVState], on_checked: Checked, message: Message
-) -> None:
+def _follow(model: Model, follower: Follower, states: dict[int, KVState], message: Message) -> None:
+    """Make a call that passes no weights, but for those that make quantizers."""
     op, keys = message["op"], message["states"]
-    if op == "drop":
-        for key in keys:
-            states.pop(key, None)
-    elif op in ("forward", "prefill", "step", "batch"):
-        with execution():
-            shared = _shared(mx.zeros(message["n"], mx.int32), follower.group)
-            call(model, op, shared, [states[key] for key in keys], on_checked, **message["given"])
-        if op == "prefill":  # as rank 0 does
-            mx.eval(states[keys[0]].arrays)
-            mx.clear_cache()
-    elif op == "new":
+    if op == "new":
         layout = message["layout"] and SegmentLayout(*message["layout"])
         dtype = message["dtype"] and getattr(mx, message["dtype"])
         states[keys[0]] = model.new_state(None, message["kv"], layout=layout, dtype=dtype)
