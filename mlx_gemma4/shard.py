@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import mlx.core as mx
-import numpy as np
 
 from .execution import host_stream
 from .memory import on_cpu
@@ -33,7 +33,7 @@ class Shard:
 def shares(n: int, parts: int) -> list[range]:
     """Return 0..n cut into `parts` ranges whose lengths differ by 1 at most."""
     edges = [-(-n * i // parts) for i in range(parts + 1)]
-    return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(edges)]
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,9 @@ class Part:
 
     def sums(self, *arrays: mx.array) -> list[mx.array]:
         """Return the sums over all ranks of arrays [T, any], in one collective."""
-        joined = arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=-1)
-        total = mx.distributed.all_sum(joined, group=self.shard.group, stream=_stream())
-        edges = np.cumsum([a.shape[-1] for a in arrays])[:-1].tolist()
-        return [total] if len(arrays) == 1 else mx.split(total, edges, axis=-1)
+        total = mx.distributed.all_sum(mx.concatenate([*arrays], axis=-1), group=self.shard.group, stream=_stream())
+        stops = [0, *accumulate(a.shape[-1] for a in arrays)]
+        return [total[..., start:stop] for start, stop in pairwise(stops)]
 
     def sum_of(self, what: str, layer: int, x: mx.array) -> mx.array:
         """Return a product [T, hidden] of a layer here, summed if it is in parts."""
@@ -74,10 +73,10 @@ class Part:
         return mx.where(there, ids - self.rows.start, 0), there[:, None]
 
     def gathered(self, logits: mx.array) -> mx.array:
-        """Return logits of the whole vocabulary, [T, vocab], of those that are here, [T, rows]: the same on each rank."""
+        """Return logits of the whole vocabulary, [T, vocab], of those here, [T, rows]: the same on each rank."""
         all_rows = shares(self.vocab, self.shard.size)
         most = len(all_rows[0])
-        padded = mx.pad(logits, ((0, 0), (0, most - logits.shape[-1])))
+        padded = mx.pad(logits, [(0, 0), (0, most - logits.shape[-1])])
         by_rank = self._all(padded)
         return mx.concatenate([by_rank[i, :, : len(rows)] for i, rows in enumerate(all_rows)], axis=-1)
 
@@ -102,9 +101,9 @@ class Part:
         """Return the residual x, fp32 [T, hidden]; evaluated, it goes to the next rank."""
         return mx.distributed.send(x, self.shard.rank + 1, group=self.shard.group, stream=_stream())
 
-    def of_last(self, x: mx.array) -> mx.array:
-        """Return x [T, hidden] of the last rank; a rank that has just handed it on adds nothing."""
-        return self.sums(mx.depends(mx.zeros_like(x), x) if self.sends else x)[0]
+    def of_last(self, x: mx.array, sent: mx.array | None = None) -> mx.array:
+        """Return x [T, hidden] of the last rank; `sent`: what another has handed on, after which it adds nothing."""
+        return self.sums(x if sent is None else mx.depends(mx.zeros_like(x), sent))[0]
 
 
 def _stream() -> Any:

@@ -232,8 +232,9 @@ class Decoding:
 
     @property
     def in_step(self) -> bool:
-        """True if the step that reads a token also chooses the next."""
-        return self.model.replays and self.constraint is None and self.sampler.in_step
+        """True if the step that reads a token also chooses the next: recorded steps, and parts of models, which need
+        not gather all logits for it."""
+        return (self.model.replays or self.model.part is not None) and self.constraint is None and self.sampler.in_step
 
     @property
     def over(self) -> bool:

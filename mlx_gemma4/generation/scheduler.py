@@ -282,7 +282,7 @@ class Scheduler:
                 draws = [job.reply.sampler.draw() if _in_step(job.reply) else LIKELIEST for job in jobs]
                 step = self.model.batch(last.step if last else ids, [job.reply.state for job in jobs], draws)
                 if isinstance(step, LazyBatchStep):
-                    mx.async_eval(step.logits())
+                    step.schedule()
             tokens = [Token(token) for token in (last.step.tokens() if last else np.array(ids).tolist())]
             for row, sample in enumerate(samples):
                 if sample.logprobs is not None:

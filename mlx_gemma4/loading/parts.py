@@ -1,12 +1,12 @@
 """Which part of each tensor a rank reads, so that a model runs in several processes.
 
 In: a configuration, the tensors of a file, a `Shard`. Out: the configuration of the rank's part, its `Part`, and for
-each tensor that it reads a `Cut`. Rows are cut anywhere; within rows, only whole blocks of a quantization are told apart,
-so shares may be uneven, and what has too few blocks stays whole on each rank.
+each tensor that it reads a `Cut`. Rows are cut anywhere; within rows, only whole blocks of a quantization, so
+shares may be uneven, and what has too few blocks stays whole on each rank.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import lcm, prod
 
@@ -186,9 +186,10 @@ def by_layers(config: Config, entries: Mapping[str, Entry], present: Mapping[str
     mine = stages(sizes, size, limit)[rank]
     rows = shares(c.vocab, size)[rank]
     layers = tuple(replace(layer, kv_layer=layer.kv_layer - mine.start) for layer in c.layers[mine.start : mine.stop])
-    tensors = {
-        local: (name, Cut(*cut)) for name in present for local, *cut in _of_layers(c, name, mine, rank, rows, present)
-    }
+    tensors: dict[str, tuple[str, Cut]] = {}
+    for name in present:
+        found = _of_layers(c, name, mine, rank, rows, "output.weight" not in present)
+        tensors |= {} if found is None else {found[0]: (name, found[1])}
     for name, (source, cut) in tensors.items():
         if cut.columns and (cut.columns.start % entries[source].block or cut.columns.stop % entries[source].block):
             raise InputError(f"{name}: its blocks can't be split between layers; use --split tensor")
@@ -196,33 +197,21 @@ def by_layers(config: Config, entries: Mapping[str, Entry], present: Mapping[str
     return PartPlan(replace(c, layers=layers), part, tensors)
 
 
-def _of_layers(
-    c: Config, name: str, mine: range, rank: int, rows: range, present: Mapping[str, Spec]
-) -> Iterator[tuple[str, tuple[range, ...], range | None] | tuple[str]]:
-    """Yield what a rank with the layers `mine` reads of a tensor: its own name for it, rows, columns."""
+def _of_layers(c: Config, name: str, mine: range, rank: int, rows: range, tied: bool) -> tuple[str, Cut] | None:
+    """Return what a rank with the layers `mine` reads of a tensor, and its own name for it; None: nothing."""
     columns = _times(mine, c.ple)
     if name.startswith("blk."):
         _, i, rest = name.split(".", 2)
-        if int(i) in mine:
-            yield (f"blk.{int(i) - mine.start}.{rest}",)
-    elif name == "token_embd.weight":
+        return (f"blk.{int(i) - mine.start}.{rest}", Cut()) if int(i) in mine else None
+    if name == "token_embd.weight" and rank > 0 and not c.ple:
         # The first rank embeds tokens; where layers take per-layer embeddings, all do. The head's rows are everybody's.
-        if rank == 0 or c.ple:
-            yield (name,)
-        elif "output.weight" not in present:
-            yield "output.weight", (rows,), None
-    elif name == "output.weight":
-        yield name, (rows,), None
-    elif name == "per_layer_token_embd.weight":
-        yield name, (), columns
-    elif name == "per_layer_model_proj.weight":
-        yield name, (columns,), None
-    else:
-        yield (name,)
+        return ("output.weight", Cut((rows,))) if tied else None
+    cuts = {"output": Cut((rows,)), "per_layer_token_embd": Cut((), columns), "per_layer_model_proj": Cut((columns,))}
+    return name, cuts.get(name.removesuffix(".weight"), Cut())
 
 
 def stages(sizes: list[int], ranks: int, limit: int) -> list[range]:
-    """Cut layers of so many bytes into ranges of about equal bytes, none empty, the last beginning at `limit` at most."""
+    """Cut layers of so many bytes into ranges of about equal bytes; none is empty, the last begins by `limit`."""
     stop, found = len(sizes), list[range]()
     for left in range(ranks - 1, 0, -1):
         goal = sum(sizes[:stop]) * left / (left + 1)

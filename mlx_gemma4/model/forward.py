@@ -60,11 +60,13 @@ def run_layers(m: Loaded, ids: mx.array, states: Sequence[KVState], wanted: int)
             before = x
     for n, state in enumerate(states):
         state.advance(ids if len(states) == 1 else ids[n : n + 1])
-    if part and part.sends:
-        x = part.hand_on(x)
-        mx.async_eval(x)
-        x = x[-wanted:] if wanted else x[:0]
-    return part.of_last(x) if part and part.shard.kind == "layers" and wanted else x
+    if part is None or part.shard.kind != "layers":
+        return x
+    sent = part.hand_on(x) if part.sends else None
+    if sent is not None:
+        mx.async_eval(sent)
+        x = x[-wanted:]
+    return part.of_last(x, sent) if wanted else x
 
 
 def inputs(m: Loaded, ids: mx.array) -> tuple[mx.array, mx.array | None]:
@@ -86,7 +88,7 @@ def inputs(m: Loaded, ids: mx.array) -> tuple[mx.array, mx.array | None]:
 def rows_by_rank(
     part: Part | None, ids: mx.array, tables: Sequence[Weight], look: Callable[[mx.array, Weight], mx.array]
 ) -> list[mx.array]:
-    """Return what `look` finds of tokens, int [T], in tables, fp32 [T, K] each: of tables that ranks share, in one sum."""
+    """Return what `look` finds of tokens, int [T], in tables, fp32 [T, K] each; of tables in parts, in one sum."""
     if part is None or part.shard.kind == "layers":
         return [look(ids, table) for table in tables]
     here, there = part.here(ids)
