@@ -142,7 +142,7 @@ class LedModel(Model):
             state.check_room(1)
             key = next(self.keys)
             step: LazyStep = self._call("step", ids_of(token), [state], mine={"draw": draw}, key=key)
-            step.batch = LedStep(step.batch, self.leader, key)
+            step.batch = LedStep(step.batch, self.leader, key, [draw])
             return step
 
     def batch(self, tokens: Tokens, states: Sequence[KVState], draws: Sequence[Draw] | None = None) -> BatchStep:
@@ -150,7 +150,7 @@ class LedModel(Model):
             check_batch(tokens, states)
             key = next(self.keys)
             step = self._call("batch", tokens_as_array(tokens), states, mine={"draws": draws}, key=key)
-            return LedStep(step, self.leader, key)
+            return LedStep(step, self.leader, key, draws or [])
 
     def _call(
         self,
@@ -186,9 +186,9 @@ class LedModel(Model):
 class LedStep(LazyBatchStep):
     """A step on rank 0: the others gather what it is asked for."""
 
-    def __init__(self, step: LazyBatchStep, leader: Leader, key: int) -> None:
+    def __init__(self, step: LazyBatchStep, leader: Leader, key: int, draws: Sequence[Draw]) -> None:
         self.__dict__.update(vars(step))
-        self.leader, self.key = leader, key
+        self.leader, self.key, self.greedy = leader, key, all(draw.temperature == 0 for draw in draws)
         self.asked: set[str] = set()
         weakref.finalize(self, leader.dropped.append, key).atexit = False
 
