@@ -205,13 +205,13 @@ class Leader:
                     if not self._over.is_set():
                         self.fail(f"{self.name(rank)} died; start again")
 
-    def answers(self) -> list[Message]:
+    def answers(self) -> list[Any]:
         """Return what followers answer to the latest call that asks for it. Raises InputError, the first of theirs."""
         given = {rank: answers.get() for rank, answers in self._answers.items()}
         for rank, answer in given.items():
             if answer["answer"] is None:
                 raise InputError(f"{self.name(rank)}: {answer['wrong']}")
-        return [*given.values()]
+        return [answer["answer"] for answer in given.values()]
 
     def close(self) -> None:
         """Let the followers end."""
