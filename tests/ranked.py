@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +21,7 @@ import mlx_gemma4
 from mlx_gemma4.conversation import language_model
 from mlx_gemma4.conversation.language_model import LanguageModel
 from mlx_gemma4.distributed import link
+from mlx_gemma4.distributed.hosts import free_port, read_hosts
 from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.server.settings import Settings
 
@@ -30,19 +29,11 @@ TESTS = Path(__file__).parent
 LAUNCHED = [sys.executable, "-m", "mlx_gemma4"]
 
 
-def ports(n: int) -> list[int]:
-    """Ports that nobody listens at now."""
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    taken = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return taken
-
-
 @contextmanager
 def ranks(folder: Path, *commands: list[str], **env: str) -> Iterator[list[subprocess.Popen[str]]]:
     """A process for each command, rank by rank. They are gone afterwards."""
-    (folder / "ring.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports(len(commands))]))
+    port = free_port(read_hosts(",".join(["127.0.0.1"] * len(commands))))
+    (folder / "ring.json").write_text(json.dumps([[f"127.0.0.1:{port + rank}"] for rank in range(len(commands))]))
     path = f"{TESTS.parent}:{TESTS}:{TESTS / 'fixtures'}:{os.environ.get('PYTHONPATH', '')}"
     env = {**os.environ, "MLX_HOSTFILE": str(folder / "ring.json"), "PYTHONPATH": path, **env}
     started = [

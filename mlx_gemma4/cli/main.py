@@ -142,5 +142,18 @@ def main(ctx: click.Context) -> None:
             language_model.follow(place)
 
 
-for command in (generate, chat, serve, pull, inspect, bench, tune, doctor, hosts, completion, follow, probe):  # in the order of --help
+for command in (
+    generate,
+    chat,
+    serve,
+    pull,
+    inspect,
+    bench,
+    tune,
+    doctor,
+    hosts,
+    completion,
+    follow,
+    probe,
+):  # in the order of --help
     main.add_command(command)

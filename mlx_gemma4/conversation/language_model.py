@@ -145,7 +145,9 @@ def follow(place: Place, joined: Callable[[], None] = lambda: None) -> NoReturn:
     def load_shard(path: Path, shard: Shard, given: dict[str, Any]) -> Model:
         return load(path, **given | {"room": Room(**given["room"])}, shard=shard).model
 
-    team.follow_rank_0(place, lambda name: resolve(Path(name).expanduser()) if name else demo_path(), load_shard, joined)
+    team.follow_rank_0(
+        place, lambda name: resolve(Path(name).expanduser()) if name else demo_path(), load_shard, joined
+    )
 
 
 def _sampling_defaults(path: Path, metadata: Mapping[str, Any]) -> Sampling:

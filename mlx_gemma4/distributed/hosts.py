@@ -1,7 +1,7 @@
 """The machines that run a model together: read from names or a hostfile of MLX's, and their ranks started.
 
-In: `a.local,b.local`, or a file. Out: this process as rank 0, in its own terminal, and the others started by `mlx.launch`
-(ssh), which ends when they have joined; from then on the link (link.py) is what keeps them.
+In: `a.local,b.local`, or a file. Out: this process as rank 0, in its own terminal, and the others started by
+`mlx.launch` (ssh), which ends when they have joined; from then on the link (link.py) is what keeps them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def read_hosts(text: str) -> Hosts:
         rdma = [[*row.get("rdma", [])] for row in rows]
         hosts = Hosts(names, ips, rdma, held.get("backend") or "ring", [*held.get("envs", [])])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: can't be read as a hostfile of MLX's ({error}); mlx.distributed_config makes one") from error
+        raise InputError(
+            f"{path}: can't be read as a hostfile of MLX's ({error}); mlx.distributed_config makes one"
+        ) from error
     return _checked(hosts, str(path))
 
 
@@ -69,7 +71,7 @@ def _ip(name: str) -> str:
         raise InputError(f"{name}: no such host ({error}); name it as ssh does, or by its address") from error
 
 
-def _free_port(hosts: Hosts) -> int:
+def free_port(hosts: Hosts) -> int:
     """Return a port of this machine's address, free with the ones behind it that MLX gives the others here."""
     address = hosts.ips[0][0]
     try:
@@ -83,12 +85,12 @@ def _free_port(hosts: Hosts) -> int:
     except (OSError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno not in (None, 98, 48, 13):  # else taken: try others
             raise InputError(f"{hosts.names[0]} ({address}) is not this machine; name this one first") from error
-        return _free_port(hosts)
+        return free_port(hosts)
 
 
 def start(hosts: Hosts) -> None:
     """Make this process rank 0, and start the others. `place.placed` says so from now on."""
-    port, folder = _free_port(hosts), Path(tempfile.mkdtemp(prefix="mlx-gemma4-"))
+    port, folder = free_port(hosts), Path(tempfile.mkdtemp(prefix="mlx-gemma4-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ |= {"MLX_RANK": "0"} | dict(env.split("=", 1) for env in hosts.envs if "=" in env)
     if hosts.backend == "jaccl":
@@ -99,7 +101,9 @@ def start(hosts: Hosts) -> None:
         ring = [[f"{ip}:{next(ports)}" for ip in ips] for ips in hosts.ips]
         os.environ["MLX_HOSTFILE"] = _written(folder / "ring.json", ring)
     # mlx.launch starts a rank 0 too, here, which ends at once: this process is rank 0.
-    rows = [{"ssh": n, "ips": i, "rdma": r} for n, i, r in zip([HERE, *hosts.names[1:]], hosts.ips, hosts.rdma, strict=True)]
+    rows = [
+        {"ssh": n, "ips": i, "rdma": r} for n, i, r in zip([HERE, *hosts.names[1:]], hosts.ips, hosts.rdma, strict=True)
+    ]
     given = {"backend": hosts.backend, "envs": hosts.envs, "hosts": rows}
     command = [
         str(Path(sys.executable).with_name("mlx.launch")),

@@ -2,7 +2,8 @@
 
 In: messages, JSON objects of a line each. Out: the same, in order; and the end of this process with one line on stderr
 when another rank is dead, silent or reports an error: what waits in a collective can't be stopped otherwise. Rank 0
-listens on the address that the hostfile names for it, and takes only who knows a secret that went over MLX's link.
+listens on the address that the hostfile names for it, and tells nothing to who does not know a secret that has gone
+over MLX's link.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import platform
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import termios
 import threading
@@ -24,9 +26,8 @@ from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import Any, NoReturn
 
-import mlx.core as mx
-
 from .. import __version__
+from ..doctor.verdict import MLX
 from ..errors import InputError
 from .place import Place, from_first, group_of
 
@@ -44,7 +45,7 @@ def stall() -> float:
 
 def about() -> Message:
     """Return what must be the same on all ranks."""
-    return {"mlx-gemma4": __version__, "mlx": mx.__version__}
+    return {"mlx-gemma4": __version__, "mlx": MLX}
 
 
 class Wire:
@@ -87,15 +88,19 @@ def _thread(target: Callable[..., None], *args: Any) -> None:
 
 
 @contextmanager
-def _deadline(what: str) -> Iterator[None]:
-    """End this process if the block isn't through in JOINING seconds."""
-    timer = threading.Timer(JOINING, end_with, (what,))
-    timer.daemon = True
-    timer.start()
+def _deadline() -> Iterator[None]:
+    """End this process if the block isn't through in JOINING seconds.
+
+    While MLX connects it lets no thread of Python's run, so another process looks at the clock.
+    """
+    line = "mlx-gemma4: MLX's own link between the ranks did not come up; let its ports through the firewall"
+    script = f'sleep {JOINING:g}; echo "{line}" >&2; kill -9 {os.getpid()}'
+    clock = subprocess.Popen(["/bin/sh", "-c", script], stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         yield
     finally:
-        timer.cancel()
+        os.killpg(clock.pid, signal.SIGKILL)
+        clock.wait()
 
 
 _terminal: list[Any] = []  # how the terminal was before anything was read from it
@@ -124,13 +129,9 @@ class Leader:
         self.dropped: deque[int] = deque()  # states that nobody has any more; followers hear of it with the next call
         self.on_checked: Callable[[int, Message], None] = lambda rank, checked: None
         self._lock, self._failing = threading.Lock(), threading.Lock()
-        with _deadline("the other ranks did not come; run mlx-gemma4 hosts check HOSTFILE to see why"):
-            self.group = group_of(place.backend)
-            family = socket.AF_INET6 if ":" in place.address else socket.AF_INET
-            with socket.create_server((place.address, 0), family=family) as listener:
-                secret = [secrets.randbits(31) for _ in range(4)]
-                from_first(self.group, [listener.getsockname()[1], *secret])
-                self._wires, self._hello = self._accept(listener, repr(secret))
+        self._wires: dict[int, Wire] = {}
+        self._hello: dict[int, Message] = {}
+        self._accept()
         self._answers: dict[int, SimpleQueue[Message]] = {rank: SimpleQueue() for rank in self._wires}
         for rank, hello in self._hello.items():
             for what, mine in about().items():
@@ -139,27 +140,36 @@ class Leader:
                     raise InputError(
                         f"{self.name(rank)} has {what} {hello['about'].get(what)}, rank 0 has {mine}; install the same"
                     )
+        for wire in self._wires.values():
+            wire.send(stall=stall())
+        with _deadline():
+            self.group = group_of(place.backend)
+            secret = from_first(self.group, [secrets.randbits(31) for _ in range(4)])
+        for rank, wire in self._wires.items():
+            if not hmac.compare_digest(str(wire.receive().get("secret")), str(secret)):
+                raise InputError(f"{self.name(rank)} is a stranger; see who connects to port {place.port} here")
+            wire.sock.settimeout(stall())
         for rank in self._wires:
             _thread(self._hear, rank)
         _thread(_beat, [*self._wires.values()], self._over)
 
-    def _accept(self, listener: socket.socket, secret: str) -> tuple[dict[int, Wire], dict[int, Message]]:
-        wires: dict[int, Wire] = {}
-        hellos: dict[int, Message] = {}
-        while len(wires) < self.place.size - 1:
-            wire = Wire(listener.accept()[0], 10)
-            try:
-                hello = wire.receive()
-                known = hmac.compare_digest(str(hello["secret"]).encode(), secret.encode())
-            except (OSError, EOFError, ValueError, LookupError, TypeError):
-                known = False
-            if known:  # else a stranger
-                wire.sock.settimeout(stall())
-                wire.send(stall=stall())
-                wires[hello["rank"]], hellos[hello["rank"]] = wire, hello
-            else:
-                wire.sock.close()
-        return wires, hellos
+    def _accept(self) -> None:
+        """Wait until each follower has said who it is. Raises InputError."""
+        place, end = self.place, time.monotonic() + JOINING
+        family = socket.AF_INET6 if ":" in place.address else socket.AF_INET
+        try:
+            with socket.create_server((place.address, place.port), family=family) as listener:
+                while len(self._wires) < place.size - 1:
+                    listener.settimeout(max(0.1, end - time.monotonic()))
+                    wire = Wire(listener.accept()[0], JOINING)
+                    hello = wire.receive()
+                    self._wires[int(hello["rank"])], self._hello[int(hello["rank"])] = wire, hello
+        except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
+            why = "they did not come" if isinstance(error, TimeoutError) else str(error) or "one left"
+            raise InputError(
+                f"{place.size - 1 - len(self._wires)} of {place.size} ranks have not joined at {place.address} port "
+                f"{place.port} ({why}); run mlx-gemma4 hosts check to see the reason"
+            ) from error
 
     def name(self, rank: int) -> str:
         """Return what people call a rank."""
@@ -226,17 +236,31 @@ class Follower:
     """Another rank's end."""
 
     def __init__(self, place: Place) -> None:
-        with _deadline("rank 0 did not come"):
-            self.place, self.group = place, group_of(place.backend)
-            port, *secret = from_first(self.group, [0] * 5)
-            self._wire = Wire(socket.create_connection((place.address, port), timeout=10), 10)
-            hello = {"secret": repr(secret), "rank": place.rank, "about": about(), "pid": os.getpid()}
-            self._wire.send(host=platform.node() or place.rank, **hello)
-            os.environ[STALL] = str(self._wire.receive().get("stall", stall()))
+        self.place, self._wire = place, Wire(self._connect(place), JOINING)
+        self._wire.send(rank=place.rank, about=about(), pid=os.getpid(), host=platform.node() or place.address)
+        first = self._wire.receive()
+        if "stall" not in first:  # rank 0 has another version, and says so
+            sys.exit(0)
+        os.environ[STALL] = str(first["stall"])
+        with _deadline():
+            self.group = group_of(place.backend)
+            self._wire.send(secret=str(from_first(self.group, [0] * 4)))
         self._wire.sock.settimeout(stall() + 5)
         self._calls: SimpleQueue[Message] = SimpleQueue()
         _thread(self._hear)
         _thread(_beat, [self._wire], threading.Event())
+
+    def _connect(self, place: Place) -> socket.socket:
+        end = time.monotonic() + JOINING
+        while True:
+            try:
+                return socket.create_connection((place.address, place.port), timeout=10)
+            except OSError as error:  # rank 0 may be on its way
+                if time.monotonic() > end:
+                    raise InputError(
+                        f"rank 0 can't be reached at {place.address} port {place.port} ({error})"
+                    ) from error
+                time.sleep(0.2)
 
     def _hear(self) -> None:
         try:

@@ -1,8 +1,8 @@
 """A model on several ranks: each call of rank 0's `Model` and of its KV states is made on all ranks, in one order.
 
-In: calls. Out: on rank 0 their results; on the others the same keys and values of their shards. What is mirrored are the
-calls that change a state or pass the weights, nothing above them: sessions, drafts, batches and the server know nothing
-of it. Tokens go over MLX's link inside the graph, so that a step may start before rank 0's host knows its token.
+In: calls. Out: on rank 0 their results; on the others the same keys and values of their shards. Mirrored are the calls
+that change a state or pass the weights, nothing above them: sessions, batches and the server know nothing of it. Tokens
+go over MLX's link inside the graph, so that a step may start before rank 0's host knows its token.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def call(model: Model, op: str, shared: mx.array, states: Sequence[KVState], on_
         shared: the tokens, int32 [T], as rank 0 gave them.
         given: "all_logits" of `Model.forward`; on rank 0 "draw" or "draws" of steps.
     """
-    before, made = [state.length for state in states], None
+    made: Any = None
+    before = [state.length for state in states]
     if op == "forward":
         made = model.forward(shared, states[0], **given)
     elif op == "prefill":
@@ -97,7 +98,9 @@ class LedModel(Model):
         with execution():
             shape = None if layout is None else [layout.tail, layout.fan, layout.tops]
             key = next(self.keys)
-            self.leader.tell("new", key, kv=kv, layout=shape, dtype=None if dtype is None else str(dtype).split(".")[-1])
+            self.leader.tell(
+                "new", key, kv=kv, layout=shape, dtype=None if dtype is None else str(dtype).split(".")[-1]
+            )
             return LedState(self.inner.new_state(max_tokens, kv, layout=layout, dtype=dtype), self, key)
 
     def save_state(self, state: KVState, path: str | Path) -> None:

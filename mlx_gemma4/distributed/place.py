@@ -9,7 +9,7 @@ import json
 import os
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
@@ -24,6 +24,7 @@ class Place(NamedTuple):
     size: int
     backend: str  # "ring", "jaccl" or "nccl"
     address: str  # of rank 0, where all ranks reach it
+    port: int  # there, behind MLX's own: for the link (link.py)
 
 
 def placed() -> Place | None:
@@ -34,12 +35,13 @@ def placed() -> Place | None:
             return None
         if coordinator := env.get("MLX_JACCL_COORDINATOR"):
             size = len(json.loads(Path(env["MLX_IBV_DEVICES"]).read_text()))
-            place = Place(int(rank), size, "jaccl", _host(coordinator))
+            place = Place(int(rank), size, "jaccl", *_behind([coordinator]))
         elif "NCCL_HOST_IP" in env:
-            place = Place(int(rank), int(env["MLX_WORLD_SIZE"]), "nccl", env["NCCL_HOST_IP"])
+            address = f"{env['NCCL_HOST_IP']}:{env['NCCL_PORT']}"
+            place = Place(int(rank), int(env["MLX_WORLD_SIZE"]), "nccl", *_behind([address]))
         elif "MLX_HOSTFILE" in env:
-            nodes = json.loads(Path(env["MLX_HOSTFILE"]).read_text() or "[]") or [[":"]]
-            place = Place(int(rank), len(nodes), "ring", _host(nodes[0][0]))
+            nodes = json.loads(Path(env["MLX_HOSTFILE"]).read_text() or "[]") or [[":0"]]
+            place = Place(int(rank), len(nodes), "ring", *_behind([a for node in nodes for a in node]))
         else:
             return None
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -47,8 +49,9 @@ def placed() -> Place | None:
     return place if place.size > 1 else None
 
 
-def _host(address: str) -> str:
-    return address.rpartition(":")[0].strip("[]")
+def _behind(addresses: list[str]) -> tuple[str, int]:
+    """Return the host of the first address, and the port after the last of all."""
+    return addresses[0].rpartition(":")[0].strip("[]"), max(int(a.rpartition(":")[2]) for a in addresses) + 1
 
 
 @cache
@@ -63,4 +66,4 @@ def from_first(group: mx.distributed.Group, numbers: list[int]) -> list[int]:
         given = mx.array(numbers if group.rank() == 0 else [0] * len(numbers), mx.int32)
         sums = mx.distributed.all_sum(given, group=group, stream=mx.cpu)
         mx.eval(sums)
-    return [int(n) for n in sums.tolist()]  # type: ignore[union-attr]
+    return cast("list[int]", sums.tolist())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
@@ -100,8 +100,8 @@ def choose(token: Token, machine: Machine, ranks: int, link: Link) -> tuple[str,
     best = min(times, key=lambda kind: times[kind])
     expected = ", ".join(f"{kind} {seconds * 1e3:.1f}" for kind, seconds in times.items())
     return best, (
-        f"{ranks} ranks, {link}, {machine.bandwidth / 1e9:.0f} GB/s of memory: --split {best}. Expected, in ms a token: "
-        f"{expected}, one machine alone {alone_time(token, machine) * 1e3:.1f}"
+        f"{ranks} ranks, {link}, {machine.bandwidth / 1e9:.0f} GB/s of memory: --split {best}. Expected, in ms a "
+        f"token: {expected}, one machine alone {alone_time(token, machine) * 1e3:.1f}"
     )
 
 
@@ -116,7 +116,7 @@ def measure_link(group: mx.distributed.Group) -> Link:
     with execution():
         both = mx.array([seconds(small, 30), seconds(large, 5)]) / n
         both = mx.distributed.all_sum(both, group=group, stream=host_stream())
-        latency, whole = (float(t) for t in both.tolist())  # type: ignore[union-attr]
+        latency, whole = cast("list[float]", both.tolist())
     return Link(latency, 2 * (n - 1) / n * large / max(whole - latency, 1e-9))
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ranked import LAUNCHED, TESTS, end_of, ranks, tour
-from recorded import HERE
+from ranked import TESTS, end_of, ranks, tour
 
 import mlx_gemma4
 
