@@ -30,10 +30,10 @@ class Shard:
     group: Any = field(default=None, repr=False, compare=False)  # mx.distributed.Group; None: the process's first one
 
 
-def shares(n: int, parts: int) -> list[range]:
-    """Return 0..n cut into `parts` ranges whose lengths differ by 1 at most."""
-    edges = [-(-n * i // parts) for i in range(parts + 1)]
-    return [range(a, b) for a, b in pairwise(edges)]
+def shares(n: int, parts: int, turn: int = 0) -> list[range]:
+    """Return 0..n cut into `parts` ranges whose lengths differ by 1 at most; `turn` moves the longer ones on."""
+    lengths = [n * (i + 1) // parts - n * i // parts for i in range(parts)]
+    return [range(a, b) for a, b in pairwise([0, *accumulate(lengths[(i + turn) % parts] for i in range(parts))])]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Part:
     def gathered(self, logits: mx.array) -> mx.array:
         """Return logits of the whole vocabulary, [T, vocab], of those here, [T, rows]: the same on each rank."""
         all_rows = shares(self.vocab, self.shard.size)
-        most = len(all_rows[0])
+        most = max(map(len, all_rows))
         padded = mx.pad(logits, [(0, 0), (0, most - logits.shape[-1])])
         by_rank = self._all(padded)
         return mx.concatenate([by_rank[i, :, : len(rows)] for i, rows in enumerate(all_rows)], axis=-1)

@@ -85,10 +85,6 @@ def by_tensors(config: Config, entries: Mapping[str, Entry], present: Mapping[st
     rows = shares(c.vocab, size)[rank]
     cuts: Cuts = {name: Cut((rows,)) for name in ("token_embd", "per_layer_token_embd", "output")}
     blocks = {name: entry.block for name, entry in entries.items()}
-    experts = None
-    if c.experts:
-        downs = (blocks[f"blk.{i}.ffn_down_exps.weight"] for i in range(len(c.layers)))
-        experts = widths(c.expert_ffn, lcm(*downs), size)
     heads = [_heads_of(c, i, blocks, size) for i in range(len(c.layers))]
     layers, split = [], {"attention": set[int](), "mlp": set[int](), "experts": set[int]()}
     for i, layer in enumerate(c.layers):
@@ -99,11 +95,12 @@ def by_tensors(config: Config, entries: Mapping[str, Entry], present: Mapping[st
             cuts |= {f"{blk}attn_{x}": _by_rows(kv, dim) for x in "kv"}
             layer = replace(layer, heads=len(q), kv_heads=len(kv))
             split["attention"].add(i)
-        if (mlp := widths(layer.ffn, blocks[f"{blk}ffn_down.weight"], size)) is not None:
+        if (mlp := widths(layer.ffn, blocks[f"{blk}ffn_down.weight"], size, i)) is not None:
             cuts |= {f"{blk}ffn_{x}": Cut((mlp[rank],)) for x in ("gate", "up")}
             cuts[f"{blk}ffn_down"] = Cut((), mlp[rank])
             layer = replace(layer, ffn=len(mlp[rank]))
             split["mlp"].add(i)
+        experts = widths(c.expert_ffn, blocks[f"{blk}ffn_down_exps.weight"], size, i) if c.experts else None
         if experts is not None:
             f = experts[rank]
             cuts |= {f"{blk}ffn_{x}_exps": Cut((f,)) for x in ("gate", "up")}
@@ -115,8 +112,10 @@ def by_tensors(config: Config, entries: Mapping[str, Entry], present: Mapping[st
     whole = ", ".join(f"{what} of {n} layers" for what, n in kept.items() if n)
     tensors = {name: (name, cuts.get(name.removesuffix(".weight"), Cut())) for name in present}
     part = Part(shard, c.vocab, rows, range(len(layers)), {what: frozenset(some) for what, some in split.items()})
-    local = replace(c, layers=tuple(layers), expert_ffn=len(experts[rank]) if experts else c.expert_ffn)
-    return PartPlan(local, part, tensors, whole)
+    widest = (
+        c.expert_ffn if len(split["experts"]) < len(layers) else -(-c.expert_ffn // size)
+    )  # memory is planned by it
+    return PartPlan(replace(c, layers=tuple(layers), expert_ffn=widest), part, tensors, whole)
 
 
 def _heads_of(c: Config, i: int, blocks: Mapping[str, int], size: int) -> list[Heads] | None:
@@ -125,10 +124,10 @@ def _heads_of(c: Config, i: int, blocks: Mapping[str, int], size: int) -> list[H
     if len({c.layers[j].heads for j in sharing}) != 1:  # none, where i shares another's itself
         return None
     block = lcm(*(blocks[f"blk.{j}.attn_output.weight"] for j in sharing))
-    return heads_by_rank(c.layers[i], block, size)
+    return heads_by_rank(c.layers[i], block, size, i)
 
 
-def heads_by_rank(layer: LayerConfig, block: int, size: int) -> list[Heads] | None:
+def heads_by_rank(layer: LayerConfig, block: int, size: int, turn: int = 0) -> list[Heads] | None:
     """Return each rank's query heads and the KV heads that these read: whole groups, or parts of one group.
 
     A KV head that several ranks' queries read is on each of them. `block`: numbers of a row of attn_output that are
@@ -140,9 +139,9 @@ def heads_by_rank(layer: LayerConfig, block: int, size: int) -> list[Heads] | No
         together = lcm(unit, group) // group  # KV heads
         if kv_heads % together or kv_heads // together < size:
             return None
-        kv = [_times(share, together) for share in shares(kv_heads // together, size)]
+        kv = [_times(share, together) for share in shares(kv_heads // together, size, turn)]
         return [(_times(each, group), each) for each in kv]
-    ranks = shares(size, kv_heads)
+    ranks = shares(size, kv_heads, turn)
     if group % unit or group // unit < max(map(len, ranks)):
         return None
     found = []
@@ -153,13 +152,13 @@ def heads_by_rank(layer: LayerConfig, block: int, size: int) -> list[Heads] | No
     return found
 
 
-def widths(n: int, block: int, size: int) -> list[range] | None:
+def widths(n: int, block: int, size: int, turn: int = 0) -> list[range] | None:
     """Return n columns by rank, in whole blocks; None: there are too few. Of plain numbers, 32 go together: kernels
     load 8 at a time."""
     unit = 32 if block == 1 and n % 32 == 0 and n // 32 >= size else block
     if n % unit or n // unit < size:
         return None
-    return [_times(share, unit) for share in shares(n // unit, size)]
+    return [_times(share, unit) for share in shares(n // unit, size, turn)]
 
 
 def _times(share: range, n: int) -> range:
@@ -179,20 +178,19 @@ def by_layers(config: Config, entries: Mapping[str, Entry], present: Mapping[str
     for name in present:
         if name.startswith("blk."):
             sizes[int(name.split(".")[1])] += entries[name].n_bytes
-    # Layers that share keys and values lie with the layers that make them, on the last rank.
+    # Layers that share keys and values lie with the layers that make them, on the last rank; and a rank's columns of
+    # per-layer embeddings are whole blocks.
     limit = min((s.kv_layer for i, s in enumerate(c.layers) if s.kv_layer != i), default=len(sizes) - 1)
-    if limit + 1 < size:
-        raise InputError(f"this model's layers can be split among {limit + 1} ranks at most, not {size}; take fewer")
-    mine = stages(sizes, size, limit)[rank]
+    together = lcm(entries["per_layer_token_embd.weight"].block, c.ple) // c.ple if c.ple else 1
+    if limit // together + 1 < size:
+        raise InputError(f"{size} ranks: this model's layers can be split among {limit // together + 1} at most")
+    mine = stages(sizes, size, limit, together)[rank]
     rows = shares(c.vocab, size)[rank]
     layers = tuple(replace(layer, kv_layer=layer.kv_layer - mine.start) for layer in c.layers[mine.start : mine.stop])
     tensors: dict[str, tuple[str, Cut]] = {}
     for name in present:
         found = _of_layers(c, name, mine, rank, rows, "output.weight" not in present)
         tensors |= {} if found is None else {found[0]: (name, found[1])}
-    for name, (source, cut) in tensors.items():
-        if cut.columns and (cut.columns.start % entries[source].block or cut.columns.stop % entries[source].block):
-            raise InputError(f"{name}: its blocks can't be split between layers; use --split tensor")
     part = Part(shard, c.vocab, rows, mine, {what: frozenset() for what in ("attention", "mlp", "experts")})
     return PartPlan(replace(c, layers=layers), part, tensors)
 
@@ -210,12 +208,16 @@ def _of_layers(c: Config, name: str, mine: range, rank: int, rows: range, tied: 
     return name, cuts.get(name.removesuffix(".weight"), Cut())
 
 
-def stages(sizes: list[int], ranks: int, limit: int) -> list[range]:
-    """Cut layers of so many bytes into ranges of about equal bytes; none is empty, the last begins by `limit`."""
+def stages(sizes: list[int], ranks: int, limit: int, unit: int = 1) -> list[range]:
+    """Cut layers of so many bytes into ranges of about equal bytes, none empty.
+
+    They end at multiples of `unit`; the last one begins at `limit` or before.
+    """
     stop, found = len(sizes), list[range]()
     for left in range(ranks - 1, 0, -1):
         goal = sum(sizes[:stop]) * left / (left + 1)
-        start = min(range(left, min(stop - 1, limit) + 1), key=lambda n: abs(sum(sizes[:n]) - goal))
+        starts = range(left * unit, min(stop - 1, limit) + 1, unit)
+        start = min(starts, key=lambda n: abs(sum(sizes[:n]) - goal))
         found.insert(0, range(start, stop))
         stop = start
     return [range(stop), *found]
