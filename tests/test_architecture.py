@@ -31,6 +31,7 @@ LAYERS = (
     "generation",
     "doctor",
     "demo",
+    "distributed",
     "conversation",
     "measure",
     "server",

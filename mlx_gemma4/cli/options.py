@@ -59,6 +59,30 @@ kv_option = click.option(  # kv: str
     help="Keys and values of global layers: as they are, or in 8 or 4 bits.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+RANKS = "mlx_gemma4.ranks"  # where a context keeps them
+
+
+def _keep(ctx: click.Context, option: click.Parameter, value: str | None) -> None:
+    ctx.meta.setdefault(RANKS, {})[option.name] = value
+
+
+ranks_options = _together(  # no arguments: `load_with_progress` reads them
+    click.option(
+        "--hosts",
+        metavar="A,B|FILE",
+        expose_value=False,
+        callback=_keep,
+        help="Run on these Macs together, this one first: names for ssh, or a hostfile of MLX's.",
+    ),
+    click.option(
+        "--split",
+        type=click.Choice(["auto", "tensor", "layers"]),
+        default="auto",
+        expose_value=False,
+        callback=_keep,
+        help="There: a part of each layer for each, or so many layers.",
+    ),
+)
 # model, kv, system: str | None, think: bool | None, think_budget: int | None, state_file: str | None
 conversation_options = _together(
     model_option,
@@ -67,6 +91,7 @@ conversation_options = _together(
     click.option("--think-budget", type=click.IntRange(0), metavar="N", help="End thinking after N tokens."),
     click.option("--state", "state_file", metavar="FILE", help="Go on with the conversation saved there, and save it."),
     kv_option,
+    ranks_options,
 )
 _SAMPLING = (
     ("--temperature", float, "0 always takes the likeliest token.  [default: the file's]"),
@@ -136,17 +161,22 @@ def load_with_progress(
     from ..conversation.language_model import load
     from ..memory import Room
 
+    running = click.get_current_context(silent=True)
+    ranks = running.meta.get(RANKS, {}) if running else {}
     if model is None:
-        running = click.get_current_context(silent=True)
         command = running.info_name if running else "generate"
         echo(
             "No --model given: running the small built-in demo. For a real one: "
             f"mlx-gemma4 {command} --model gemma-4-E2B-it-Q4_K_M.gguf" + ' --prompt "..."' * (command == "generate")
         )
     path = find_model(model)
-    start = time.perf_counter()
+    if ranks.get("hosts"):
+        from ..distributed import hosts
+
+        hosts.start(hosts.read_hosts(ranks["hosts"]))
+    start, split = time.perf_counter(), ranks.get("split", "auto")
     with progress("Loading", 1e9, " GB") as update, progress("Preparing kernels:", 1, "") as prepared:
-        lm = load(path, progress=update, preparing=prepared, room=Room(context, kv, kv_bytes or 0))
+        lm = load(path, progress=update, preparing=prepared, room=Room(context, kv, kv_bytes or 0), split=split)
     return lm, time.perf_counter() - start
 
 

@@ -15,7 +15,16 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from .options import SamplingOf, echo, kv_option, load_with_progress, model_option, output_options, sampling_options
+from .options import (
+    SamplingOf,
+    echo,
+    kv_option,
+    load_with_progress,
+    model_option,
+    output_options,
+    ranks_options,
+    sampling_options,
+)
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -69,6 +78,7 @@ def _duration(value: str) -> float:
 )
 @click.option("--grace", type=click.IntRange(0), default=30, help="Seconds that Ctrl-C waits.")
 @kv_option
+@ranks_options
 @sampling_options
 @output_options
 def serve(

@@ -4,15 +4,17 @@ In: a path, or a repository's name. Out: a `LanguageModel`, which also encodes p
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from ..chat_format import renderer
 from ..chat_format.template import encode_chat
 from ..config import Config
+from ..distributed import team
+from ..distributed.place import Place, placed
 from ..doctor.ready import make_ready
 from ..doctor.verdict import usable_kernels
 from ..errors import InputError
@@ -96,8 +98,12 @@ def load(
     preparing: Progress | None = None,
     room: Room = SOME_ROOM,
     shard: Shard | None = None,
+    split: team.Split = "auto",
 ) -> LanguageModel:
     """Load a GGUF file (or any part of a split one), or a folder of safetensors with its `config.json`.
+
+    Where `mlx.launch` has started this process among others, all run the model together: on rank 0 this returns when
+    each has its shard. On the others it makes rank 0's calls and ends the process with it (docs/several-macs.md).
 
     Args:
         path: the file or folder, or `REPO[:QUANT]` on Hugging Face; None: the small built-in model.
@@ -108,6 +114,7 @@ def load(
         preparing: called after that, on a GPU, with (kernels that are ready, kernels in all).
         room: for keys and values, that must be there beside the weights.
         shard: load only this rank's part: several processes run the model together, and each makes the same calls.
+        split: on several ranks, a part of each layer for each, or so many layers; "auto" measures what is faster.
 
     Raises:
         InputError: the file can't be used, or there is too little memory.
@@ -116,13 +123,37 @@ def load(
     >>> lm.config.context
     2048
     """
+    place = placed() if shard is None else None
+    if place and place.rank:
+        follow(place)
     path = demo_path() if path is None else resolve(path)
+    if place:
+        given = {"weights": weights, "fuse": fuse, "room": asdict(room)}
+        name = "" if path == demo_path() else team.portable(path)
+        shard = team.gather(place, path, name, split, given)
+        lm = load(path, weights=weights, fuse=fuse, progress=progress, preparing=preparing, room=room, shard=shard)
+        return replace(lm, model=team.lead(lm.model))
     with open_model(path) as (config, source, metadata):
         tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(metadata, str(path))
         renderer.start()  # while the weights are read
         model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room, shard)
         make_ready(model, preparing)
     return LanguageModel(path, model.config, model, tokenizer, _sampling_defaults(path, metadata), plan)
+
+
+def follow(place: Place, joined: Callable[[], None] = lambda: None) -> NoReturn:
+    """Be another rank than 0: load the shard of what rank 0 loads, make its calls, and end with it.
+
+    Args:
+        joined: called when rank 0 has been found.
+    """
+
+    def load_shard(path: Path, shard: Shard, given: dict[str, Any]) -> Model:
+        return load(path, **given | {"room": Room(**given["room"])}, shard=shard).model
+
+    team.follow_rank_0(
+        place, lambda name: resolve(Path(name).expanduser()) if name else demo_path(), load_shard, joined
+    )
 
 
 def _sampling_defaults(path: Path, metadata: Mapping[str, Any]) -> Sampling:
