@@ -85,6 +85,18 @@ def sampling_options(command: Command) -> Command:
     return _together(*(click.option(flag, type=kind, help=text) for flag, kind, text in _SAMPLING))(collect)
 
 
+def draft_options(command: Command) -> Command:
+    """Add the options of drafts; the command takes them as one argument, `draft_max: int`; 0: none are made."""
+
+    @functools.wraps(command)
+    def collect(draft_max: int, no_draft: bool, **given: Any) -> Any:
+        return command(**given, draft_max=0 if no_draft else draft_max)
+
+    most = click.option("--draft-max", type=click.IntRange(1, 7), default=7, help="Tokens guessed a step, at most.")
+    none = click.option("--no-draft", is_flag=True, help="Guess no tokens: one a step.")
+    return _together(most, none)(collect)
+
+
 def _set_up_logging(_ctx: click.Context, _option: click.Parameter, detailed: bool) -> None:
     """Write the package's messages as bare lines on stderr; `detailed`: including those of level INFO."""
     logging.basicConfig(format="%(message)s")
@@ -100,7 +112,7 @@ output_options = _together(  # no arguments
 
 
 def load_with_progress(
-    model: str | None, kv: str, context: int | None = None, kv_bytes: int | None = None
+    model: str | None, kv: str, context: int | None = None, kv_bytes: int | None = None, *, draft_max: int
 ) -> tuple[LanguageModel, float]:
     """Load the model, or the demo with a line that says so; return it and the seconds that loading took.
 
@@ -119,7 +131,8 @@ def load_with_progress(
     path = find_model(model)
     start = time.perf_counter()
     with progress("Loading", 1e9, " GB") as update, progress("Preparing kernels:", 1, "") as prepared:
-        lm = load(path, progress=update, preparing=prepared, room=Room(context, kv, kv_bytes or 0))
+        room = Room(context, kv, kv_bytes or 0)
+        lm = load(path, progress=update, preparing=prepared, room=room, draft_max=draft_max)
     return lm, time.perf_counter() - start
 
 

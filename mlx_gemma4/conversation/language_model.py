@@ -4,6 +4,7 @@ In: a path, or a repository's name. Out: a `LanguageModel`, which also encodes p
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -12,14 +13,15 @@ from typing import Any, Literal
 from ..chat_format.template import encode_chat
 from ..config import Config
 from ..doctor.ready import make_ready
-from ..doctor.verdict import usable_kernels
+from ..doctor.verdict import device_name, usable_kernels
 from ..errors import InputError
 from ..files.hub import resolve
+from ..generation.drafting import LONGEST, MOST, NGRAM, Drafts
 from ..generation.sampling import Sampling
 from ..loading.loader import Progress, load_model, open_model
 from ..memory import SOME_ROOM, MemoryPlan, Room
 from ..model.model import Model
-from ..paths import read_object
+from ..paths import cache_folder, read_object
 from ..tokens.tokenizer import Tokenizer
 
 # The keys under general.sampling, with the value of those that a file leaves out: Google's choice for Gemma 4.
@@ -37,6 +39,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     sampling: Sampling  # as the file recommends
     plan: MemoryPlan  # of the weights
+    drafts: Drafts | None = None  # of tokens, so that a step makes several; None: a token a step
 
     def encode_prompt(
         self,
@@ -89,6 +92,7 @@ def load(
     progress: Progress | None = None,
     preparing: Progress | None = None,
     room: Room = SOME_ROOM,
+    draft_max: int = MOST,
 ) -> LanguageModel:
     """Load a GGUF file (or any part of a split one), or a folder of safetensors with its `config.json`.
 
@@ -100,6 +104,7 @@ def load(
         progress: called with (bytes read, bytes in all).
         preparing: called after that, on a GPU, with (kernels that are ready, kernels in all).
         room: for keys and values, that must be there beside the weights.
+        draft_max: drafts of tokens that a step checks, at most; 0: none are made. How many pay is measured.
 
     Raises:
         InputError: the file can't be used, or there is too little memory.
@@ -113,7 +118,11 @@ def load(
         tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(metadata, str(path))
         model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room)
         make_ready(model, preparing)
-    return LanguageModel(path, config, model, tokenizer, _sampling_defaults(path, metadata), plan)
+    drafts = Drafts(draft_max, least_alike=LONGEST if model.replays else NGRAM) if draft_max else None
+    if drafts is not None:
+        with suppress(RuntimeError):  # this user has no home folder
+            drafts.keep(cache_folder() / "drafts.json", f"{device_name()}, {path.name}")
+    return LanguageModel(path, config, model, tokenizer, _sampling_defaults(path, metadata), plan, drafts)
 
 
 def _sampling_defaults(path: Path, metadata: Mapping[str, Any]) -> Sampling:
