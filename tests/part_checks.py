@@ -124,9 +124,7 @@ def folders() -> Found:
 def synthetic(folder: Path, name: str) -> Path:
     """A model with the heads, experts and types of a published one, and few layers, numbers and tokens."""
     if RANK == 0:
-        shape = replace(
-            PUBLISHED[name], layers=4, hidden=256, vocab=1001, every=2, window=32
-        )
+        shape = replace(PUBLISHED[name], layers=4, hidden=256, vocab=1001, every=2, window=32)
         shape = replace(shape, shared=1 if shape.shared else 0, experts=min(shape.experts, 8), experts_used=2)
         PUBLISHED[name] = replace(shape, ffn=min(shape.ffn, 768), heads=min(shape.heads, 16))
         make_synthetic.write(name, folder / f"{name}.gguf")

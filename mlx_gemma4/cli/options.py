@@ -117,6 +117,18 @@ def sampling_options(command: Command) -> Command:
     return _together(*(click.option(flag, type=kind, help=text) for flag, kind, text in _SAMPLING))(collect)
 
 
+def draft_options(command: Command) -> Command:
+    """Add the options of drafts; the command takes them as one argument, `draft_max: int`; 0: none are made."""
+
+    @functools.wraps(command)
+    def collect(draft_max: int, no_draft: bool, **given: Any) -> Any:
+        return command(**given, draft_max=0 if no_draft else draft_max)
+
+    most = click.option("--draft-max", type=click.IntRange(1, 7), default=7, help="Tokens guessed a step, at most.")
+    none = click.option("--no-draft", is_flag=True, help="Guess no tokens: one a step.")
+    return _together(most, none)(collect)
+
+
 class _Harmless(logging.Formatter):
     """Messages with their tracebacks: text of files and clients is in both."""
 
@@ -152,7 +164,7 @@ output_options = _together(  # no arguments
 
 
 def load_with_progress(
-    model: str | None, kv: str, context: int | None = None, kv_bytes: int | None = None
+    model: str | None, kv: str, context: int | None = None, kv_bytes: int | None = None, *, draft_max: int
 ) -> tuple[LanguageModel, float]:
     """Load the model, or the demo with a line that says so; return it and the seconds that loading took.
 
@@ -176,7 +188,8 @@ def load_with_progress(
         hosts.start(hosts.read_hosts(ranks["hosts"]))
     start, split = time.perf_counter(), ranks.get("split", "auto")
     with progress("Loading", 1e9, " GB") as update, progress("Preparing kernels:", 1, "") as prepared:
-        lm = load(path, progress=update, preparing=prepared, room=Room(context, kv, kv_bytes or 0), split=split)
+        room = Room(context, kv, kv_bytes or 0)
+        lm = load(path, progress=update, preparing=prepared, room=room, split=split, draft_max=draft_max)
     return lm, time.perf_counter() - start
 
 

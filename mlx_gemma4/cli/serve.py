@@ -17,6 +17,7 @@ import click
 from ..errors import InputError
 from .options import (
     SamplingOf,
+    draft_options,
     echo,
     kv_option,
     load_with_progress,
@@ -80,6 +81,7 @@ def _duration(value: str) -> float:
 @kv_option
 @ranks_options
 @sampling_options
+@draft_options
 @output_options
 def serve(
     model: str | None,
@@ -99,6 +101,7 @@ def serve(
     grace: int,
     kv: str,
     sampling: SamplingOf,
+    draft_max: int,
 ) -> None:
     """Answer over HTTP: OpenAI's, Anthropic's and Ollama's interfaces, and a page to chat in a browser.
 
@@ -144,12 +147,12 @@ def serve(
 
     def start(name: str, path: Path, promised: int) -> Engine:
         """Load a model of the folder."""
-        lm = load(path, room=Room(2 * max_tokens, kv, (max_kv_bytes or 0) + promised))
+        lm = load(path, room=Room(2 * max_tokens, kv, (max_kv_bytes or 0) + promised), draft_max=draft_max)
         lm = replace(lm, sampling=sampling(lm))
         return Engine(lm, sized(lm, name, promised))
 
     if models is None:
-        lm, _ = load_with_progress(model, kv, 2 * max_tokens, max_kv_bytes)
+        lm, _ = load_with_progress(model, kv, 2 * max_tokens, max_kv_bytes, draft_max=draft_max)
         lm = replace(lm, sampling=sampling(lm))
         served = Models(sized(lm, model_name(model, lm.path)))
         served.stay(lm)

@@ -5,6 +5,7 @@ In: a path, or a repository's name. Out: a `LanguageModel`, which also encodes p
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -16,14 +17,15 @@ from ..config import Config
 from ..distributed import team
 from ..distributed.place import Place, placed
 from ..doctor.ready import make_ready
-from ..doctor.verdict import usable_kernels
+from ..doctor.verdict import device_name, usable_kernels
 from ..errors import InputError
 from ..files.hub import resolve
+from ..generation.drafting import LONGEST, MOST, NGRAM, Drafts
 from ..generation.sampling import Sampling
 from ..loading.loader import Progress, load_model, open_model
 from ..memory import SOME_ROOM, MemoryPlan, Room
 from ..model.model import Model
-from ..paths import read_object
+from ..paths import cache_folder, read_object
 from ..shard import Shard
 from ..tokens.tokenizer import Tokenizer
 
@@ -45,6 +47,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     sampling: Sampling  # as the file recommends
     plan: MemoryPlan  # of the weights
+    drafts: Drafts | None = None  # of tokens, so that a step makes several; None: a token a step
 
     def encode_prompt(
         self,
@@ -99,6 +102,7 @@ def load(
     room: Room = SOME_ROOM,
     shard: Shard | None = None,
     split: team.Split = "auto",
+    draft_max: int = MOST,
 ) -> LanguageModel:
     """Load a GGUF file (or any part of a split one), or a folder of safetensors with its `config.json`.
 
@@ -115,6 +119,7 @@ def load(
         room: for keys and values, that must be there beside the weights.
         shard: load only this rank's part: several processes run the model together, and each makes the same calls.
         split: on several ranks, a part of each layer for each, or so many layers; "auto" measures what is faster.
+        draft_max: drafts of tokens that a step checks, at most; 0: none are made. How many pay is measured.
 
     Raises:
         InputError: the file can't be used, or there is too little memory.
@@ -138,7 +143,11 @@ def load(
         renderer.start()  # while the weights are read
         model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room, shard)
         make_ready(model, preparing)
-    return LanguageModel(path, model.config, model, tokenizer, _sampling_defaults(path, metadata), plan)
+    drafts = Drafts(draft_max, least_alike=LONGEST if model.replays else NGRAM) if draft_max else None
+    if drafts is not None:
+        with suppress(RuntimeError):  # this user has no home folder
+            drafts.keep(cache_folder() / "drafts.json", f"{device_name()}, {path.name}")
+    return LanguageModel(path, model.config, model, tokenizer, _sampling_defaults(path, metadata), plan, drafts)
 
 
 def follow(place: Place, joined: Callable[[], None] = lambda: None) -> NoReturn:
