@@ -17,6 +17,8 @@ from ..ops.stock import Weight
 from ..quant import formats
 from .tensors import Entry, Spec
 
+INTEGERS = {"I32": "<i4", "I64": "<i8"}  # types of numbers that are no weights
+
 
 class GGUFSource:
     """The tensors of an open GGUF: rows of raw blocks are joined, then packed or expanded, then released."""
@@ -30,7 +32,8 @@ class GGUFSource:
 
     def read(self, names: Sequence[str], spec: Spec, holding: Holding, kernels: Kernels | None) -> Weight:
         infos = [self._file.tensors[name] for name in names]
-        for info in infos:
+        integers = spec.role == "vector" and infos[0].type in INTEGERS
+        for info in infos if not integers else ():
             formats.check_supported(info, self._file.path)
         first, shape, parts = infos[0], infos[0].shape, [self._file.raw(name) for name in names]
         if len(infos) > 1:
@@ -38,7 +41,9 @@ class GGUFSource:
             parts = [raw.reshape(*t.shape[:-1], t.row_bytes) for raw, t in zip(parts, infos, strict=True)]
             shape = (*shape[:-2], sum(info.shape[-2] for info in infos), shape[-1])
         weight: Weight
-        if first.type in formats.FORMATS and (holding == "packed" or spec.role == "table"):
+        if integers:
+            weight = mx.array(parts[0].reshape(-1).view(INTEGERS[first.type]).astype(np.int32))
+        elif first.type in formats.FORMATS and (holding == "packed" or spec.role == "table"):
             # A tensor may be half the file: a single one's pages are released as they are read.
             on_read = partial(self._file.release, first.name) if len(infos) == 1 else None
             weight = pack.pack_on_gpu(parts, first.type, shape, kernels, on_read)

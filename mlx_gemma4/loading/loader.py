@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ..config import Config, config_from_gguf, config_from_json
 from ..errors import InputError
 from ..files.gguf import open_gguf
-from ..memory import DEFAULT_CONTEXT, SOME_ROOM, MemoryPlan, Room, kv_dtype, limit_memory, make_plan, on_cpu
+from ..memory import DEFAULT_CONTEXT, SOME_ROOM, Holding, MemoryPlan, Room, kv_dtype, limit_memory, make_plan, on_cpu
 from ..model.costs import largest_chunk, needs_of, own_attention
 from ..model.model import Model
 from ..model.weights import Layer, Weights
@@ -72,15 +72,28 @@ def load_model(
         InputError: a tensor is missing, has another shape or a type that can't be read; too little memory.
     """
     specs = tensor_specs(config)
-    present = _account(source, specs)
-    packed, dense = _sizes(source, present)
+    present = account(source, specs)
+    packed, dense = sizes(source, present)
     chunk = largest_chunk(config, kernels)
     largest = max(source.entries[name].n_bytes for name in present)
     needs = needs_of(config, kv_dtype(), chunk, own_attention(kernels), largest if on_cpu() else 4 * pack.PIECE)
     plan = make_plan(packed, dense, holding, source.name, needs, room)
     _tell(plan, chunk, min(room.context or DEFAULT_CONTEXT, config.context))
-    joined = _fusions(source, present, len(config.layers)) if fuse else {}
+    joined = fusions(source, present, len(config.layers)) if fuse else {}
+    weights = read_weights(source, present, joined, plan.holding, kernels, progress)
+    limit_memory(plan)
+    return Model(config, assemble(config, weights), kernels, plan), plan
 
+
+def read_weights(
+    source: Source,
+    present: dict[str, Spec],
+    joined: dict[str, list[str]],
+    holding: Holding,
+    kernels: Kernels | None,
+    progress: Progress | None = None,
+) -> dict[str, Weight]:
+    """Read tensors, by name; those to be joined go by their target's."""
     total, done = sum(source.entries[name].n_bytes for name in present), 0
     weights: dict[str, Weight] = {}
     parts_of = {part: target for target, parts in joined.items() for part in parts}
@@ -89,13 +102,12 @@ def load_model(
         if target in weights:
             continue  # joined to an earlier tensor
         parts = joined.get(target, [name])
-        weights[target] = source.read(parts, spec, plan.holding, kernels)
+        weights[target] = source.read(parts, spec, holding, kernels)
         done += sum(source.entries[part].n_bytes for part in parts)
         if progress:
             progress(done, total)
     pack.done()
-    limit_memory(plan)
-    return Model(config, _assemble(config, weights), kernels, plan), plan
+    return weights
 
 
 def _tell(plan: MemoryPlan, chunk: int, context: int) -> None:
@@ -114,7 +126,7 @@ def _tell(plan: MemoryPlan, chunk: int, context: int) -> None:
         )
 
 
-def _account(source: Source, specs: dict[str, Spec]) -> dict[str, Spec]:
+def account(source: Source, specs: dict[str, Spec]) -> dict[str, Spec]:
     """Return the specs of the tensors that the file has; log those that it has beside them."""
     needed = dict(specs)
     for joined in (name for name in specs if name.endswith("ffn_gate_up_exps.weight")):
@@ -147,7 +159,7 @@ def _account(source: Source, specs: dict[str, Spec]) -> dict[str, Spec]:
     return present
 
 
-def _sizes(source: Source, present: dict[str, Spec]) -> tuple[int, int]:
+def sizes(source: Source, present: dict[str, Spec]) -> tuple[int, int]:
     """Return the bytes of all weights held packed, and held dense."""
     packed = dense = 0
     for name, spec in present.items():
@@ -159,7 +171,7 @@ def _sizes(source: Source, present: dict[str, Spec]) -> tuple[int, int]:
     return packed, dense
 
 
-def _fusions(source: Source, present: dict[str, Spec], layers: int) -> dict[str, list[str]]:
+def fusions(source: Source, present: dict[str, Spec], layers: int) -> dict[str, list[str]]:
     """Return the tensors to join, in the order of their rows: target name -> [gate, up] or [q, k] or [q, k, v].
 
     Rows of different types can't share an array. Those of gate and up are equally long, and those of q, k and v.
@@ -180,7 +192,7 @@ def _fusions(source: Source, present: dict[str, Spec], layers: int) -> dict[str,
     return joined
 
 
-def _assemble(config: Config, weights: dict[str, Weight]) -> Weights:
+def assemble(config: Config, weights: dict[str, Weight]) -> Weights:
     """Put weights into the model's fields, which are named after the GGUF's tensors."""
     top: dict[str, Any] = {}
     per_layer: list[dict[str, Any]] = [{} for _ in config.layers]
