@@ -8,10 +8,10 @@ nothing of what becomes of its drafts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 
@@ -19,12 +19,13 @@ from ..config import Config
 from ..execution import execution
 from ..kv.state import KVState
 from ..ops.choose import TOP_K
-from ..ops.dispatch import Kernels, references
+from ..ops.dispatch import ALL, references
 from ..ops.embed import EMBED
 from ..ops.epilogue import FP32, Folded
 from ..ops.qkv import QKV_POST, ROTATIONS, QKVArrays, QKVOptions
+from ..ops.sample import SAMPLE, Draw, draws_of
 from ..ops.stock import Weight
-from .decode import TRACES, Constants, Inputs, attend_parts, can_step, inputs_of, through_layers
+from .decode import TRACES, Attend, Constants, Inputs, attend_parts, can_step, inputs_of, through_layers
 from .forward import rope_wavelengths
 from .model import Model
 from .spans import numbers_at, placed
@@ -88,6 +89,8 @@ def matched(config: AssistantConfig, target: Config) -> Config:
 class Assistant:
     """Drafts tokens for a target; a `generation.drafting.Drafter`."""
 
+    needs_hidden = True
+
     def __init__(self, config: AssistantConfig, weights: AssistantWeights, target: Model) -> None:
         self.config, self.weights, self.target = config, weights, target
         own = matched(config, target.config)
@@ -95,84 +98,103 @@ class Assistant:
         waves = {k: rope_wavelengths(own, layer, weights.decoder.rope_freqs) for k, layer in kinds.items()}
         mx.eval(list(waves.values()))
         self.loaded = Loaded(own, weights.decoder, target.kv_dtype, waves, target.kernels)
+        in_kernels = can_step(own, 1) and can_step(target.config, 1)
+        self.run = target.kernels if target.kernels and in_kernels else references()
         self._constants = Constants.of(self.loaded)
-        self._run = target.kernels if target.kernels and can_step(own, 1) and can_step(target.config, 1) else references()
-        self._read = sorted({layer.kv_layer for layer in own.layers})
-        self._traced = lru_cache(TRACES)(lambda _, count: mx.compile(partial(self.drafted, count=count)))
+        self._traced = lru_cache(TRACES)(lambda _, count: mx.compile(partial(self.drafted, count)))
 
-    def draft(self, tokens: Sequence[int], state: KVState, hidden: mx.array | None, count: int) -> list[int]:
+    def draft(
+        self,
+        tokens: Sequence[int],
+        state: KVState,
+        hidden: mx.array | None,
+        count: int,
+        draws: Sequence[Draw] = (),
+    ) -> list[int]:
         """Return the `count` tokens that it expects after `tokens`.
 
         Args:
             tokens: all so far, of which the last is not in `state` yet.
             state: the target's, of all tokens but the last. It stays as it is.
-            hidden: fp32 [H], the target's, after its last norm, at the token that the last one was chosen after.
+            hidden: fp32 [H], the target's after its last norm, which the head made the last token from.
+            draws: how to draw each token from the assistant's logits; empty: the likeliest.
         """
         if hidden is None or not count or not state.length:
             return []
-        run = self._run
+        run, draws = self.run, draws[:count]
         with execution():
-            inputs = self.inputs(state)
+            inputs, drawn = self.inputs(state), draws_of(draws) if draws else None
             shapes = (tuple(k.shape for k, _ in segments) for segments in inputs["segments"].values())
-            traced = run.traced and not run.eager
-            key = (run.off, *shapes, *inputs["rotations"])
-            step: Callable[..., Any] = self._traced(key, count) if traced else partial(self.drafted, count=count)
-            drafted = step(mx.array([tokens[-1]], mx.int32), hidden[None], inputs)
+            lazy = not draws or (all(draw.in_kernel for draw in draws) and run.off.isdisjoint((SAMPLE.key, ALL)))
+            traced = run.traced and not run.eager and lazy
+            made = self._traced((run.off, len(draws), *shapes), count) if traced else partial(self.drafted, count)
+            drafted = made(mx.array([tokens[-1]], mx.int32), hidden[None], inputs, drawn)
             mx.eval(drafted)
         return cast("list[int]", drafted.tolist())
 
     def inputs(self, state: KVState) -> Inputs:
         """Return what drafts read of a state: that of a query at the position of the token that comes next."""
-        layers = state.layers
-        return inputs_of(self.target.loaded, {i: layers[i] for i in self._read}, 0)[0]
+        layers, read = state.layers, sorted({layer.kv_layer for layer in self.loaded.config.layers})
+        return inputs_of(self.target.loaded, {i: layers[i] for i in read}, 0)[0]
 
-    def drafted(self, ids: mx.array, hidden: mx.array, inputs: Inputs, count: int) -> mx.array:
-        """Return the next `count` tokens, int32 [count]: a function of arrays, each token's step fed with the one before.
+    def drafted(
+        self, count: int, ids: mx.array, hidden: mx.array, inputs: Inputs, draws: mx.array | None = None
+    ) -> mx.array:
+        """Return the next `count` tokens, int32 [count]: a function of arrays, each step fed with the one before.
 
-        All steps rotate queries to the position of the first one's token and see the same keys: this is what
-        assistants are trained on.
+        All steps turn their queries to the position of the first one's token, and see the same keys: so assistants
+        are trained.
 
         Args:
             ids: int32 [1], the last token.
             hidden: fp32 [1, H].
+            draws: int32 [count or fewer, ..], of `draws_of`.
         """
-        attend, found = self._attention(inputs), []
-        for _ in range(count):
+        attend, found = self.attention(inputs), []
+        for i in range(count):
             h = self.step(ids, hidden, attend)
-            ids = self._likeliest(h)
-            hidden = self._run.product(h, self.weights.post_projection, FP32)
+            logits, tokens = self.scores(h)
+            if draws is not None and i < draws.shape[0]:
+                ids = self.run(SAMPLE, spread(logits, tokens, self.target.config.vocab), draws[i : i + 1])
+            else:
+                best = mx.argmax(logits, axis=-1).astype(mx.int32)
+                ids = best if tokens is None else tokens[best]
+            hidden = self.run.product(h, self.weights.post_projection, FP32)
             found.append(ids)
         return mx.concatenate(found)
 
-    def step(self, ids: mx.array, hidden: mx.array, attend: Callable[..., mx.array]) -> mx.array:
+    def step(self, ids: mx.array, hidden: mx.array, attend: Attend) -> mx.array:
         """Return the assistant's hidden state after its last norm, [1, h], of a token [1] and a hidden state [1, H]."""
-        run, target = self._run, self.target
+        run, target = self.run, self.target
         embedded = run(EMBED, ids, target.weights.token_embd, math.sqrt(target.config.hidden))
         x = run.product(mx.concatenate([embedded, hidden], axis=1), self.weights.pre_projection, FP32)
         return through_layers(self.loaded, run, self._constants, x, attend)
 
     def scores(self, h: mx.array) -> tuple[mx.array, mx.array | None]:
-        """Return the logits of hidden states [1, h], fp32 [1, n], and the tokens that they are of; None: of all."""
-        run, w = self._run, self.weights
+        """Return the logits of a hidden state [1, h], fp32 [1, n], and the n tokens that they are of; None: of all."""
+        run, w = self.run, self.weights
         if w.centroids is None or w.ordering is None:
             return run.product(h, w.decoder.output, FP32), None
         near, _ = run(TOP_K, run.product(h, w.centroids, FP32), self.config.centroids_used)  # [1, used]
         logits = run.product(h, w.decoder.output, FP32, Folded(ids=near[0]))  # [used, tokens of a centroid]
-        tokens = w.ordering.reshape(self.config.centroids, -1)[near[0]]
-        return logits.reshape(1, -1), tokens.reshape(-1)
+        return logits.reshape(1, -1), w.ordering.reshape(self.config.centroids, -1)[near[0]].reshape(-1)
 
-    def _likeliest(self, h: mx.array) -> mx.array:
-        logits, tokens = self.scores(h)
-        best = mx.argmax(logits, axis=-1).astype(mx.int32)
-        return best if tokens is None else tokens[best]
-
-    def _attention(self, inputs: Inputs) -> Callable[..., mx.array]:
-        run, c, places = self._run, self.loaded.config, placed(numbers_at(inputs["position"], *inputs["spans"]), inputs["lengths"])
+    def attention(self, inputs: Inputs) -> Attend:
+        """Return the attention of a draft's layers to what `inputs` gives."""
+        run, c = self.run, self.loaded.config
+        places = placed(numbers_at(inputs["position"], *inputs["spans"]), inputs["lengths"])
         rope = {k: run(ROTATIONS, places.position, waves, tokens=1) for k, waves in self.loaded.wavelengths.items()}
 
-        def attend(i: int, q: mx.array, k: None, v: None, options: QKVOptions) -> mx.array:
+        def attend(i: int, q: mx.array, k: mx.array | None, v: mx.array | None, options: QKVOptions) -> mx.array:
             shape, norm = c.layers[i], self.weights.decoder.layers[i].attn_q_norm
             q, _, _ = run(QKV_POST, QKVArrays(q, None, None, norm, None, rope[shape.sliding]), options)
             return attend_parts(run, c, shape, q, inputs, inputs["tails"][shape.kv_layer], places)
 
         return attend
+
+
+def spread(logits: mx.array, tokens: mx.array | None, vocab: int) -> mx.array:
+    """Return the logits [1, vocab] of all tokens, where only some have been scored: others get the lowest less 1."""
+    if tokens is None:
+        return logits
+    return mx.put_along_axis(mx.broadcast_to(logits.min() - 1, (1, vocab)), tokens[None], logits, axis=1)

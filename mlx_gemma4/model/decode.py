@@ -30,6 +30,7 @@ from .spans import Places, Spans, in_sight, numbers_at, placed, spans_of
 from .weights import Layer, Loaded
 
 MAX_TOKENS = matvec.MAX_TOKENS
+MAX_CHECKED = 8  # of a step that checks drafts: as many as attention takes
 TRACES = 8  # kept of a model's steps: a conversation needs one at a time
 Tails = dict[int, parts.KVPart]  # by layer with keys and values of its own
 # A layer's attention: its number, raw products q, k, v (the latter None as in `QKVArrays`), options -> [T, H D].
@@ -72,45 +73,49 @@ class Constants:
         return made
 
 
-def make_step(model: Loaded, run: Kernels) -> Callable[[mx.array, KVState], mx.array]:
-    """Return the function that reads a few tokens into a state: (ids int [T], state) -> fp32 logits [T, vocab].
+def make_step(model: Loaded, run: Kernels) -> Callable[[mx.array, KVState], tuple[mx.array, mx.array]]:
+    """Return the function that reads a few tokens, ids int [T], into a state.
 
-    T as `can_step` allows. Building a step's hundreds of launches takes the host longer than a GPU takes to run
-    them, so each arrangement of a state's segments is traced once (`mx.compile`) and its trace is used until the next.
+    It returns logits, fp32 [T, vocab], and hidden rows after the last norm, [T, hidden]. T as `can_step` allows, or up
+    to MAX_CHECKED. Building a step's hundreds of launches takes the host longer than a GPU takes to run them, so each
+    arrangement of a state's segments is traced once (`mx.compile`) and its trace is used until the next.
     """
     constants = Constants.of(model)
     kinds = {layer.sliding: i for i, layer in reversed(list(enumerate(model.config.layers)))}  # the first of each
 
-    def traceable(ids: mx.array, inputs: Inputs) -> tuple[mx.array, list[parts.KVPart]]:
+    def traceable(ids: mx.array, inputs: Inputs) -> tuple[mx.array, mx.array, list[parts.KVPart]]:
         numbers = numbers_at(inputs["position"], *inputs["spans"])
         attend, tails = over_parts(model, run, inputs, placed(numbers, inputs["lengths"]), ids.size)
-        logits = forward(model, run, constants, ids, attend)
-        return stock.softcap(logits, model.config.softcap), list(tails.values())
+        logits, hidden = forward(model, run, constants, ids, attend)
+        return stock.softcap(logits, model.config.softcap), hidden, list(tails.values())
 
     @lru_cache(TRACES)
     def traced(_: Any) -> Callable[..., Any]:
         return mx.compile(partial(traceable))  # a function of its own: MLX keeps traces by function
 
-    def step(ids: mx.array, state: KVState) -> mx.array:
+    def step(ids: mx.array, state: KVState) -> tuple[mx.array, mx.array]:
         tokens, layers = ids.size, with_room(model, state)
         inputs, _ = inputs_of(model, layers, tokens)
         shapes = (tuple(k.shape for k, _ in inputs["segments"][i]) for i in kinds.values())
         run_it = traced((run.off, tokens, *shapes)) if run.traced and not run.eager else traceable
-        logits, tails = run_it(ids.astype(mx.int32), inputs)
+        logits, hidden, tails = run_it(ids.astype(mx.int32), inputs)
         for (i, kv), (keys, values) in zip(layers.items(), tails, strict=True):
             count, stop = kv.count + tokens, kv.stop + tokens
             state.stage(i, replace(kv, tail_keys=keys, tail_values=values, count=count, stop=stop))
         state.advance(ids)
-        return cast(mx.array, logits)
+        return logits, hidden
 
     return step
 
 
-def forward(model: Loaded, run: Kernels, constants: Constants, ids: mx.array, attend: Attend) -> mx.array:
-    """Return fp32 logits [T, vocab] before any softcap: the step itself, a function of arrays.
+def forward(
+    model: Loaded, run: Kernels, constants: Constants, ids: mx.array, attend: Attend
+) -> tuple[mx.array, mx.array]:
+    """Return fp32 logits [T, vocab] before any softcap, and what the head reads, [T, hidden]: the step itself.
 
-    Nothing but our kernels touches what it makes, so that their launches are all there is to it (replay.py records
-    them). x, the residual, is fp32 throughout; what a norm gives, h, has the dtype of the KV state: fp16 on a GPU.
+    A function of arrays. Nothing but our kernels touches what it makes, so that their launches are all there is to it
+    (replay.py records them). x, the residual, is fp32 throughout; what a norm gives, h, has the dtype of the KV state:
+    fp16 on a GPU.
     """
     c, w = model.config, model.weights
     x = run(EMBED, ids, w.token_embd, math.sqrt(c.hidden))  # [T, hidden]
@@ -123,7 +128,7 @@ def forward(model: Loaded, run: Kernels, constants: Constants, ids: mx.array, at
         )  # [layers, T, P]
         per_layer = [made[i : i + 1].reshape(*made.shape[1:]) for i in range(len(w.layers))]  # made[i] would gather
     h = through_layers(model, run, constants, x, attend, per_layer)
-    return run.product(h, w.output, FP32)
+    return run.product(h, w.output, FP32), h
 
 
 def through_layers(

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -31,8 +32,8 @@ from ..ops.quantize_kv import QUANTIZE_KV
 from ..ops.sample import LIKELIEST, Draw
 from .batch import Batcher, check_batch, stock_step
 from .costs import largest_chunk
-from .decode import can_step, make_step
-from .forward import head, rope_wavelengths, run_layers
+from .decode import MAX_CHECKED, can_step, make_step
+from .forward import head, logits_of, rope_wavelengths, run_layers
 from .replay import Replayer
 from .step import BatchStep, LazyBatchStep, LazyStep, NextToken, Step, Tokens, ids_of, tokens_as_array
 from .weights import Loaded, Weights
@@ -219,6 +220,40 @@ class Model:
         replayed = self.replayer.start(token, state, draw) if self.replayer and replays else None
         return replayed or LazyStep(self._read(ids_of(token), state, 1)[0], draw, self.kernels)
 
+    def most_checked(self, state: KVState) -> int:
+        """Return how many tokens `check` takes next: up to MAX_CHECKED, and none beyond the state's tail."""
+        return min(MAX_CHECKED, state.layout.tail - state.length % state.layout.tail)
+
+    def check(self, ids: Sequence[int], state: KVState) -> tuple[mx.array, mx.array]:
+        """Read a token and drafts of those after it, all in one step; `state.rewind` takes back what is refused.
+
+        On a CPU each row, with its keys and values, is to the bit what a step of one token makes: it multiplies and
+        attends by itself. On a GPU rows share the weights that are read, and last bits differ (docs/drafting.md).
+
+        Args:
+            ids: of T tokens, up to `most_checked`.
+
+        Returns:
+            Logits, fp32 [T, vocab], of the token after each; and hidden rows after the last norm, which the head
+            reads, fp32 [T, hidden]. Scheduled on return as `forward`'s are.
+        """
+        with execution() as outermost:
+            state.check_room(len(ids))
+            if not 1 <= len(ids) <= self.most_checked(state):
+                raise ValueError(f"{len(ids)} tokens to check, and at most {self.most_checked(state)} are possible")
+            tokens = mx.array([*ids], mx.int32)
+            if self._step and can_step(self.config, 1):
+                logits, hidden = self._step(tokens, state)
+            else:
+                model = replace(self.loaded, apart=self.kernels is None)
+                x = run_layers(model, tokens, [state], len(ids))
+                hidden = stock.rms_norm(x, self.weights.output_norm, self.config.eps)
+                logits = logits_of(model, hidden)
+            hidden = hidden.astype(mx.float32)
+            if outermost:
+                mx.async_eval(logits, hidden, state.arrays)
+        return logits, hidden
+
     def prefill(self, ids: mx.array, state: KVState) -> None:
         """Read tokens, int [T], into the state without their logits: only keys and values are made."""
         with execution() as outermost:
@@ -236,7 +271,7 @@ class Model:
     def _stepped(self, ids: mx.array, state: KVState) -> mx.array | None:
         """Return logits of all tokens, read in one step; None: no step takes them."""
         if self._step and can_step(self.config, ids.size) and state.fits_tail(ids.size):
-            return self._step(ids, state)
+            return self._step(ids, state)[0]
         return None
 
 
