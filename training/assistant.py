@@ -29,7 +29,7 @@ from tales import tale
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from train import Muon
-from vocabulary import BOS, END_TURN, EOS, PAD, Vocabulary, build
+from vocabulary import BOS, Vocabulary, build
 
 HIDDEN, FFN, PATTERN, HEADS = 128, 192, "SSSG", 4
 STEPS, WEIGHTS = 3, (1.0, 0.7, 0.5)  # drafted tokens, and how much each counts
@@ -59,13 +59,17 @@ class Assistant(nn.Module):
                       "ffn_up": (FFN, HIDDEN), "ffn_down": (HIDDEN, FFN)}  # fmt: skip
             made |= {f"blk/{i}/{name}": torch.randn(n, k) * k**-0.5 for name, (n, k) in shapes.items()}
             made |= {f"blk/{i}/{name}": torch.ones(HIDDEN) for name in ("attn_norm", "ffn_norm")}
-            made |= {f"blk/{i}/{name}": torch.full((HIDDEN,), late) for name in ("post_attention_norm", "post_ffw_norm")}
+            made |= {
+                f"blk/{i}/{name}": torch.full((HIDDEN,), late) for name in ("post_attention_norm", "post_ffw_norm")
+            }
             made |= {f"blk/{i}/attn_q_norm": torch.full((d,), d**-0.25), f"blk/{i}/layer_output_scale": torch.ones(1)}
         self.w = nn.ParameterDict(made)
         for kind, sliding in (("S", True), ("G", False)):
             self.register_buffer(f"rope_{kind}", rope_table(s, sliding, s.context), persistent=False)
 
-    def forward(self, x: Tensor, positions: Tensor, kv: dict[str, tuple[Tensor, Tensor]], masks: dict[str, Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, kv: dict[str, tuple[Tensor, Tensor]], masks: dict[str, Tensor]
+    ) -> Tensor:
         """Inputs (B, T, 2 H), of queries at `positions`, and the model's keys and values: (B, T, HIDDEN), normed."""
         z, eps = F.linear(x, self.w["nextn/pre_projection"]), self.shape.eps
         for i, kind in enumerate(PATTERN):
@@ -78,14 +82,17 @@ class Assistant(nn.Module):
             a = F.linear(a.transpose(1, 2).reshape(b, t, -1), w("attn_output"))
             z = z + rms(a, w("post_attention_norm"), eps)
             u = rms(z, w("ffn_norm"), eps)
-            u = F.linear(F.gelu(F.linear(u, w("ffn_gate")), approximate="tanh") * F.linear(u, w("ffn_up")), w("ffn_down"))
+            u = F.linear(
+                F.gelu(F.linear(u, w("ffn_gate")), approximate="tanh") * F.linear(u, w("ffn_up")), w("ffn_down")
+            )
             z = (z + rms(u, w("post_ffw_norm"), eps)) * w("layer_output_scale")
         return rms(z, self.w["output_norm"], eps)
 
 
 def run(assistant: Assistant, target: Gemma4, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each step the assistant's logits and the model's (B, T - STEPS, V), for drafts after each token but the first."""
-    s, own = target.shape, {}
+    """Of each step the assistant's logits and the model's (B, T - STEPS, V), for drafts after each token."""
+    s = target.shape
+    own: dict[int, tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
         hidden = target.hidden(tokens, own)
         embedded = F.embedding(tokens, target.get("token_embd")) * math.sqrt(s.hidden)
@@ -143,7 +150,8 @@ class Stepper:
     """The model a token at a time, for a batch, within its window."""
 
     def __init__(self, target: Gemma4) -> None:
-        self.m, self.kv = target, {}
+        self.m = target
+        self.kv: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, token: Tensor, at: int) -> Tensor:
         m, s = self.m, self.m.shape
@@ -162,14 +170,18 @@ class Stepper:
                 k = rotate(norm(heads(F.linear(h, w("attn_k"))), "attn_k_norm"), table)
                 v = rms(heads(F.linear(h, w("attn_v"))), None, s.eps)
                 before = self.kv.get(i)
-                self.kv[i] = (k, v) if before is None else tuple(torch.cat(p, 2) for p in zip(before, (k, v), strict=True))
+                self.kv[i] = (
+                    (k, v) if before is None else tuple(torch.cat(p, 2) for p in zip(before, (k, v), strict=True))
+                )
             k, v = self.kv[s.kv_source(i)]
             if s.is_sliding(i):
                 k, v = k[:, :, -s.window :], v[:, :, -s.window :]
             a = (q @ k.mT).softmax(-1) @ v
             x = x + norm(F.linear(a.reshape(len(token), -1), w("attn_output")), "post_attention_norm")
             y = norm(x, "ffn_norm")
-            y = F.linear(F.gelu(F.linear(y, w("ffn_gate")), approximate="tanh") * F.linear(y, w("ffn_up")), w("ffn_down"))
+            y = F.linear(
+                F.gelu(F.linear(y, w("ffn_gate")), approximate="tanh") * F.linear(y, w("ffn_up")), w("ffn_down")
+            )
             x = x + norm(y, "post_ffw_norm")
             y = F.linear(F.gelu(F.linear(x, w("inp_gate")), approximate="tanh") * ple[:, i], w("proj"))
             x = (x + norm(y, "post_norm")) * w("layer_output_scale")
@@ -203,7 +215,9 @@ def agreement(assistant: Assistant, target: Gemma4, rows: Tensor, from_: int) ->
     right = []
     for row in rows.split(8):
         drafted, wanted = run(assistant, target, row)
-        right.append(torch.stack([a.argmax(-1) == b.argmax(-1) for a, b in zip(drafted, wanted, strict=True)])[:, :, from_:])
+        right.append(
+            torch.stack([a.argmax(-1) == b.argmax(-1) for a, b in zip(drafted, wanted, strict=True)])[:, :, from_:]
+        )
     all_right = torch.cat(right, dim=1).float()
     held = all_right.cumprod(0).mean((1, 2))
     shares = " ".join(f"{x:.3f}" for x in all_right.mean((1, 2)).tolist())
@@ -252,7 +266,10 @@ def train(args: argparse.Namespace) -> None:
             average[name].lerp_(p.detach(), 0.02)
         step += 1
         if time.monotonic() > report:
-            print(f"{done:5.1%} step {step} loss {loss.item():.3f} {agreement(assistant, target, held[:8], 32)}", flush=True)
+            print(
+                f"{done:5.1%} step {step} loss {loss.item():.3f} {agreement(assistant, target, held[:8], 32)}",
+                flush=True,
+            )
             report = time.monotonic() + 60
             torch.save({"weights": average}, args.out)
     for name, p in named.items():

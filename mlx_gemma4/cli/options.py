@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Command = Callable[..., Any]
 SamplingOf = Callable[["LanguageModel"], "Sampling"]  # what a model's file recommends, with the flags' changes
 
+DRAFT = f"{__package__}.draft"  # in a command's context: the value of --draft
 EXIT_INTERRUPTED = 130  # as shells report Ctrl-C
 
 
@@ -53,6 +54,15 @@ kv_option = click.option(  # kv: str
     default="full",
     help="Keys and values of global layers: as they are, or in 8 or 4 bits.",
 )
+draft_option = click.option(  # of `load_with_progress`
+    "--draft",
+    metavar="FILE",
+    default="auto",
+    expose_value=False,
+    callback=lambda context, _, value: context.meta.update({DRAFT: value}),
+    shell_complete=complete_file,
+    help="An assistant that drafts for the model: a file, a folder, REPO[:QUANT].  [default: one beside the model]",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 conversation_options = _together(  # model, kv, system: str | None, think: bool | None, state_file: str | None
     model_option,
@@ -60,6 +70,7 @@ conversation_options = _together(  # model, kv, system: str | None, think: bool 
     click.option("--think/--no-think", default=None, help="Let the model think first.  [default: the chat template's]"),
     click.option("--state", "state_file", metavar="FILE", help="Go on with the conversation saved there, and save it."),
     kv_option,
+    draft_option,
 )
 _SAMPLING = (
     ("--temperature", float, "0 always takes the likeliest token.  [default: the file's]"),
@@ -119,7 +130,9 @@ def load_with_progress(
     path = find_model(model)
     start = time.perf_counter()
     with progress("Loading", 1e9, " GB") as update, progress("Preparing kernels:", 1, "") as prepared:
-        lm = load(path, progress=update, preparing=prepared, room=Room(context, kv, kv_bytes or 0))
+        running = click.get_current_context(silent=True)
+        draft = running.meta.get(DRAFT, "auto") if running else "auto"
+        lm = load(path, progress=update, preparing=prepared, room=Room(context, kv, kv_bytes or 0), draft=draft)
     return lm, time.perf_counter() - start
 
 

@@ -13,7 +13,16 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from .options import SamplingOf, echo, kv_option, load_with_progress, model_option, output_options, sampling_options
+from .options import (
+    SamplingOf,
+    draft_option,
+    echo,
+    kv_option,
+    load_with_progress,
+    model_option,
+    output_options,
+    sampling_options,
+)
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -45,6 +54,7 @@ def _size(value: str) -> int:
 )
 @click.option("--grace", type=click.IntRange(0), default=30, help="Seconds that Ctrl-C waits.")
 @kv_option
+@draft_option
 @sampling_options
 @output_options
 def serve(

@@ -3,6 +3,7 @@
 In: a path, or a repository's name. Out: a `LanguageModel`, which also encodes prompts. Replies are made in reply.py.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -16,11 +17,15 @@ from ..doctor.verdict import usable_kernels
 from ..errors import InputError
 from ..files.hub import resolve
 from ..generation.sampling import Sampling
+from ..loading.assistant import assistant_beside, load_assistant
 from ..loading.loader import Progress, load_model, open_model
 from ..memory import SOME_ROOM, MemoryPlan, Room
+from ..model.assistant import Assistant
 from ..model.model import Model
 from ..paths import read_object
 from ..tokens.tokenizer import Tokenizer
+
+log = logging.getLogger("mlx_gemma4")
 
 # The keys under general.sampling, with the value of those that a file leaves out: Google's choice for Gemma 4.
 SAMPLING_KEYS: dict[str, Any] = {"temp": 1.0, "top_k": 64, "top_p": 0.95, "min_p": 0.0, "penalty_repeat": 1.0}
@@ -37,6 +42,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     sampling: Sampling  # as the file recommends
     plan: MemoryPlan  # of the weights
+    assistant: Assistant | None = None  # drafts for the model
 
     def encode_prompt(
         self,
@@ -89,6 +95,7 @@ def load(
     progress: Progress | None = None,
     preparing: Progress | None = None,
     room: Room = SOME_ROOM,
+    draft: str | Path | None = "auto",
 ) -> LanguageModel:
     """Load a GGUF file (or any part of a split one), or a folder of safetensors with its `config.json`.
 
@@ -100,9 +107,11 @@ def load(
         progress: called with (bytes read, bytes in all).
         preparing: called after that, on a GPU, with (kernels that are ready, kernels in all).
         room: for keys and values, that must be there beside the weights.
+        draft: the assistant that drafts for it: a file, a folder or `REPO[:QUANT]`; "auto": one that lies beside the
+            model and fits, if there is any; None: none.
 
     Raises:
-        InputError: the file can't be used, or there is too little memory.
+        InputError: a file can't be used, the assistant is another model's, or there is too little memory.
 
     >>> lm = load()  # or load("gemma-4-E2B-it-Q4_K_M.gguf"), or load("ggml-org/gemma-4-E2B-it-GGUF:Q4_K_M")
     >>> lm.config.context
@@ -112,8 +121,23 @@ def load(
     with open_model(path) as (config, source, metadata):
         tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(metadata, str(path))
         model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room)
-        make_ready(model, preparing)
-    return LanguageModel(path, config, model, tokenizer, _sampling_defaults(path, metadata), plan)
+    assistant = _assistant(draft, path, model)
+    make_ready(model, preparing, assistant)
+    return LanguageModel(path, config, model, tokenizer, _sampling_defaults(path, metadata), plan, assistant)
+
+
+def _assistant(draft: str | Path | None, path: Path, model: Model) -> Assistant | None:
+    """Return the assistant that `load` asks for. One that was not named is no reason to fail."""
+    if draft is None:
+        return None
+    if str(draft) != "auto":
+        return load_assistant(resolve(draft), model)
+    found = assistant_beside(path, model.config)
+    try:
+        return load_assistant(found, model) if found else None
+    except InputError as error:
+        log.warning("No drafts: %s", error)
+        return None
 
 
 def _sampling_defaults(path: Path, metadata: Mapping[str, Any]) -> Sampling:

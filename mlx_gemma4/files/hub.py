@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -120,7 +121,8 @@ def best_drafters(files: Iterable[str], model: str = "") -> list[str]:
 
     def rank(file: str) -> tuple[int, bool, str]:
         name = file.rsplit("/", 1)[-1].lower().removeprefix("mtp-")
-        return -len(os.path.commonprefix([name, model.lower()])), "q8_0" not in name, file
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(name, model.lower(), strict=False))
+        return -len(list(alike)), "q8_0" not in name, file
 
     return sorted((file for file in files if DRAFTER.fullmatch(file)), key=rank)
 

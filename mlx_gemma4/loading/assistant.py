@@ -64,7 +64,9 @@ class Renamed:
 
 
 def _own_name(name: str) -> str:
-    return next((own for pattern, own in OWN_NAMES.items() if (m := pattern.search(name)) and m.end() == len(name)), name)
+    return next(
+        (own for pattern, own in OWN_NAMES.items() if (m := pattern.search(name)) and m.end() == len(name)), name
+    )
 
 
 @contextmanager
@@ -88,7 +90,9 @@ def open_assistant(path: Path) -> Iterator[tuple[AssistantConfig, Source]]:
 
 
 def _no_assistant(path: Path, what: str) -> InputError:
-    return InputError(f"{path}: is {what}, no assistant of Gemma 4; give --draft a gemma4-assistant file, or --no-draft")
+    return InputError(
+        f"{path}: is {what}, no assistant of Gemma 4; give --draft a gemma4-assistant file, or --no-draft"
+    )
 
 
 def _from_gguf(metadata: Mapping[str, Any], architecture: str, source: Source) -> AssistantConfig:
@@ -129,8 +133,12 @@ def _with_head(config: AssistantConfig, read: Reader, used: str, source: Source)
         return config
     centroids, vocab = source.entries["centroids.weight"].shape[0], config.decoder.vocab
     if vocab % centroids:
-        raise InputError(f"{source.name}: {vocab} tokens can't be shared among {centroids} centroids; download it again")
-    return replace(config, centroids=centroids, centroids_used=read.count(used, min(32, centroids), most=min(32, centroids)))
+        raise InputError(
+            f"{source.name}: {vocab} tokens can't be shared among {centroids} centroids; download it again"
+        )
+    return replace(
+        config, centroids=centroids, centroids_used=read.count(used, min(32, centroids), most=min(32, centroids))
+    )
 
 
 def assistant_specs(config: AssistantConfig) -> dict[str, Spec]:
@@ -159,7 +167,10 @@ def load_assistant(path: Path, target: Model) -> Assistant:
         present = account(source, assistant_specs(config))
         packed, dense = sizes(source, present)
         holding: Holding = target.plan.holding if target.plan else "dense" if on_cpu() else "packed"
-        if target.plan and (more := dense if holding == "dense" else packed) + target.plan.total > target.plan.available:
+        if (
+            target.plan
+            and (more := dense if holding == "dense" else packed) + target.plan.total > target.plan.available
+        ):
             raise InputError(f"{path}: {more / 1e9:.1f} GB beside the model's are more than is free; use --no-draft")
         joined = fusions(source, present, len(config.decoder.layers))
         weights = read_weights(source, present, joined, holding, target.kernels)
@@ -170,7 +181,9 @@ def load_assistant(path: Path, target: Model) -> Assistant:
             assert isinstance(ordering, mx.array)
             ordering = ordering.astype(mx.int32)
             if not np.array_equal(np.sort(np.array(ordering)), np.arange(config.decoder.vocab)):
-                raise InputError(f"{path}: its ordering has not each token once; the file is damaged, download it again")
+                raise InputError(
+                    f"{path}: its ordering has not each token once; the file is damaged, download it again"
+                )
             head = clustered(decoder.output, ordering, config.centroids)
             decoder = replace(decoder, token_embd=head, output=head)
     if target.plan:
@@ -179,21 +192,21 @@ def load_assistant(path: Path, target: Model) -> Assistant:
 
 
 def clustered(head: Weight, ordering: mx.array, clusters: int) -> Weight:
-    """Return a head [vocab, K] as [clusters, vocab / clusters, K], its rows in an order: products take it as experts."""
+    """Return a head [vocab, K] as [clusters, vocab / clusters, K], rows in an order: products take it as experts."""
 
     def arranged(a: mx.array) -> mx.array:
         return a[ordering].reshape(clusters, -1, *a.shape[1:])
 
-    if isinstance(head, mx.array):
-        made: Weight = arranged(head)
-        mx.eval(made)
-        return made
-    names = ("codes", "scales", "biases") if isinstance(head, Affine) else ("codes", "group_scales", "block_scales")
-    planes = {name: arranged(plane) for name in names if (plane := getattr(head, name)) is not None}
-    mx.eval(list(planes.values()))
+    made: Weight
     if isinstance(head, Packed):
-        return replace(head, shape=(clusters, head.shape[0] // clusters, head.shape[1]), **planes)
-    return replace(head, **planes)
+        scales = (None if a is None else arranged(a) for a in (head.group_scales, head.block_scales))
+        made = Packed(head.format, (clusters, head.shape[0] // clusters, head.shape[1]), arranged(head.codes), *scales)
+    elif isinstance(head, Affine):
+        made = Affine(arranged(head.codes), arranged(head.scales), arranged(head.biases), head.group, head.bits)
+    else:
+        made = arranged(head)
+    mx.eval([made] if isinstance(made, mx.array) else [a for a in vars(made).values() if isinstance(a, mx.array)])
+    return made
 
 
 def assistant_beside(path: Path, target: Config) -> Path | None:

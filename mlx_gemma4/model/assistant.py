@@ -1,4 +1,4 @@
-"""An assistant: a small decoder that drafts tokens for a model, its target, and attends to the target's keys and values.
+"""An assistant: a small decoder that drafts tokens for a target model, whose keys and values it attends to.
 
 In: the tokens so far, the target's KV state, its hidden state at the last token. Out: the tokens that the assistant
 expects next. It has no keys and values of its own and reads no prompt. Knows no files (loading/assistant.py) and
@@ -62,7 +62,7 @@ def mismatch(config: AssistantConfig, target: Config) -> str | None:
     if config.decoder.vocab != target.vocab:
         return f"for a vocabulary of {config.decoder.vocab} tokens, and the model's has {target.vocab}"
     read = kv_layers(target)
-    for i, layer in enumerate(config.decoder.layers):
+    for layer in config.decoder.layers:
         kind = "sliding" if layer.sliding else "global"
         if layer.sliding not in read:
             return f"for a model with {kind} layers, and this one has none with keys of its own"
@@ -70,7 +70,7 @@ def mismatch(config: AssistantConfig, target: Config) -> str | None:
         if layer.head_dim != theirs.head_dim:
             return f"for {kind} heads of {layer.head_dim}, and the model's are of {theirs.head_dim}"
         if layer.heads % theirs.kv_heads:
-            return f"with {layer.heads} heads in layer {i}, which the model's {theirs.kv_heads} {kind} KV heads don't divide"
+            return f"of {layer.heads} heads, which the model's {theirs.kv_heads} KV heads of {kind} layers don't divide"
     return None
 
 
@@ -82,7 +82,9 @@ def kv_layers(target: Config) -> dict[bool, int]:
 def matched(config: AssistantConfig, target: Config) -> Config:
     """Return an assistant's layers as they read a target's keys and values, where nothing is a `mismatch`."""
     read, own = kv_layers(target), config.decoder
-    layers = (replace(s, kv_layer=read[s.sliding], kv_heads=target.layers[read[s.sliding]].kv_heads) for s in own.layers)
+    layers = (
+        replace(s, kv_layer=read[s.sliding], kv_heads=target.layers[read[s.sliding]].kv_heads) for s in own.layers
+    )
     return replace(own, layers=tuple(layers), window=target.window)
 
 
@@ -123,12 +125,12 @@ class Assistant:
             return []
         run, draws = self.run, draws[:count]
         with execution():
-            inputs, drawn = self.inputs(state), draws_of(draws) if draws else None
+            inputs, drawn = self.inputs(state), [draws_of(draws)] if draws else []
             shapes = (tuple(k.shape for k, _ in segments) for segments in inputs["segments"].values())
             lazy = not draws or (all(draw.in_kernel for draw in draws) and run.off.isdisjoint((SAMPLE.key, ALL)))
             traced = run.traced and not run.eager and lazy
             made = self._traced((run.off, len(draws), *shapes), count) if traced else partial(self.drafted, count)
-            drafted = made(mx.array([tokens[-1]], mx.int32), hidden[None], inputs, drawn)
+            drafted = made(mx.array([tokens[-1]], mx.int32), hidden[None], inputs, *drawn)
             mx.eval(drafted)
         return cast("list[int]", drafted.tolist())
 
