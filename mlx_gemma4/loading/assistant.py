@@ -86,7 +86,7 @@ def open_assistant(path: Path) -> Iterator[tuple[AssistantConfig, Source]]:
             if architecture not in SPELLINGS:
                 raise _no_assistant(path, f"a model of architecture {architecture[:40]!r}")
             source = Renamed(GGUFSource(gguf))
-            yield _from_gguf(gguf.metadata, architecture, source), source
+            yield assistant_from_gguf(gguf.metadata, source), source
 
 
 def _no_assistant(path: Path, what: str) -> InputError:
@@ -95,7 +95,9 @@ def _no_assistant(path: Path, what: str) -> InputError:
     )
 
 
-def _from_gguf(metadata: Mapping[str, Any], architecture: str, source: Source) -> AssistantConfig:
+def assistant_from_gguf(metadata: Mapping[str, Any], source: Source) -> AssistantConfig:
+    """Return the configuration that a GGUF in one of SPELLINGS states; `source` has its tensors."""
+    architecture = metadata["general.architecture"]
     own = {k.removeprefix(f"{architecture}."): v for k, v in metadata.items() if k.startswith(f"{architecture}.")}
     read = Reader(own, "", source.name)
     layers, head = read.count("block_count", most=MAX_LAYERS), source.entries.get("token_embd.weight")
@@ -164,28 +166,29 @@ def load_assistant(path: Path, target: Model) -> Assistant:
     with open_assistant(path) as (config, source):
         if wrong := mismatch(config, target.config):
             raise InputError(f"{path}: this assistant is {wrong}; give --draft the model's own, or --no-draft")
-        present = account(source, assistant_specs(config))
-        packed, dense = sizes(source, present)
-        holding: Holding = target.plan.holding if target.plan else "dense" if on_cpu() else "packed"
-        if (
-            target.plan
-            and (more := dense if holding == "dense" else packed) + target.plan.total > target.plan.available
-        ):
-            raise InputError(f"{path}: {more / 1e9:.1f} GB beside the model's are more than is free; use --no-draft")
-        joined = fusions(source, present, len(config.decoder.layers))
-        weights = read_weights(source, present, joined, holding, target.kernels)
-        own = {name: weights.pop(f"{name}.weight") for name in ("pre_projection", "post_projection")}
-        centroids, ordering = (weights.pop(f"{name}.weight", None) for name in ("centroids", "ordering"))
-        decoder = assemble(config.decoder, weights)
-        if ordering is not None:
-            assert isinstance(ordering, mx.array)
-            ordering = ordering.astype(mx.int32)
-            if not np.array_equal(np.sort(np.array(ordering)), np.arange(config.decoder.vocab)):
-                raise InputError(
-                    f"{path}: its ordering has not each token once; the file is damaged, download it again"
-                )
-            head = clustered(decoder.output, ordering, config.centroids)
-            decoder = replace(decoder, token_embd=head, output=head)
+        return read_assistant(config, source, target)
+
+
+def read_assistant(config: AssistantConfig, source: Source, target: Model) -> Assistant:
+    """Read an assistant that matches its target. Raises InputError."""
+    present = account(source, assistant_specs(config))
+    packed, dense = sizes(source, present)
+    holding: Holding = target.plan.holding if target.plan else "dense" if on_cpu() else "packed"
+    more = dense if holding == "dense" else packed
+    if target.plan and more + target.plan.total > target.plan.available:
+        raise InputError(f"{source.name}: {more / 1e9:.1f} GB beside the model's are more than is free; use --no-draft")
+    joined = fusions(source, present, len(config.decoder.layers))
+    weights = read_weights(source, present, joined, holding, target.kernels)
+    own = {name: weights.pop(f"{name}.weight") for name in ("pre_projection", "post_projection")}
+    centroids, ordering = (weights.pop(f"{name}.weight", None) for name in ("centroids", "ordering"))
+    decoder = assemble(config.decoder, weights)
+    if ordering is not None:
+        assert isinstance(ordering, mx.array)
+        ordering = ordering.astype(mx.int32)
+        if not np.array_equal(np.sort(np.array(ordering)), np.arange(config.decoder.vocab)):
+            raise InputError(f"{source.name}: its ordering has not each token once; it is damaged, download it again")
+        head = clustered(decoder.output, ordering, config.centroids)
+        decoder = replace(decoder, token_embd=head, output=head)
     if target.plan:
         limit_memory(target.plan)
     return Assistant(config, AssistantWeights(decoder, **own, centroids=centroids, ordering=ordering), target)

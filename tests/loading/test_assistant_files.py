@@ -155,7 +155,7 @@ def twice(arrays: Arrays) -> None:
         ("12b", None, {"attention.key_length_swa": 64}, "for sliding heads of 64, and the model's are of 16"),
         ("12b", None, {"attention.head_count": 3}, "of 3 heads, which the model's 2 KV heads of sliding layers don't"),
         ("12b", None, {"vocab_size": 130}, "for a vocabulary of 130 tokens, and the model's has 128"),
-        ("e2b", twice, {}, "its ordering has not each token once; the file is damaged"),
+        ("e2b", twice, {}, "its ordering has not each token once; it is damaged"),
         ("e2b", cut("mtp.token_ordering"), {}, "ordering.weight is 120, .* calls for 128"),
         ("e2b", None, {"centroid_top_k": 99}, "centroid_top_k is 99"),
     ],
