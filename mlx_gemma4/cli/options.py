@@ -54,15 +54,6 @@ kv_option = click.option(  # kv: str
     default="full",
     help="Keys and values of global layers: as they are, or in 8 or 4 bits.",
 )
-draft_option = click.option(  # of `load_with_progress`
-    "--draft",
-    metavar="FILE",
-    default="auto",
-    expose_value=False,
-    callback=lambda context, _, value: context.meta.update({DRAFT: value}),
-    shell_complete=complete_file,
-    help="An assistant that drafts for the model: a file, a folder, REPO[:QUANT].  [default: one beside the model]",
-)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 conversation_options = _together(  # model, kv, system: str | None, think: bool | None, state_file: str | None
     model_option,
@@ -70,7 +61,6 @@ conversation_options = _together(  # model, kv, system: str | None, think: bool 
     click.option("--think/--no-think", default=None, help="Let the model think first.  [default: the chat template's]"),
     click.option("--state", "state_file", metavar="FILE", help="Go on with the conversation saved there, and save it."),
     kv_option,
-    draft_option,
 )
 _SAMPLING = (
     ("--temperature", float, "0 always takes the likeliest token.  [default: the file's]"),
@@ -96,6 +86,27 @@ def sampling_options(command: Command) -> Command:
     return _together(*(click.option(flag, type=kind, help=text) for flag, kind, text in _SAMPLING))(collect)
 
 
+def draft_options(command: Command) -> Command:
+    """Add the options of drafts; the command takes `draft_max: int`, 0: none are made, and its context --draft."""
+
+    @functools.wraps(command)
+    def collect(draft_max: int, no_draft: bool, **given: Any) -> Any:
+        return command(**given, draft_max=0 if no_draft else draft_max)
+
+    by = click.option(
+        "--draft",
+        metavar="FILE",
+        default="auto",
+        expose_value=False,
+        callback=lambda context, _, value: context.meta.update({DRAFT: value}),
+        shell_complete=complete_file,
+        help="An assistant that guesses: a file, a folder, REPO[:QUANT].  [default: one beside the model]",
+    )
+    most = click.option("--draft-max", type=click.IntRange(1, 7), default=7, help="Tokens guessed a step, at most.")
+    none = click.option("--no-draft", is_flag=True, help="Guess no tokens: one a step.")
+    return _together(by, most, none)(collect)
+
+
 def _set_up_logging(_ctx: click.Context, _option: click.Parameter, detailed: bool) -> None:
     """Write the package's messages as bare lines on stderr; `detailed`: including those of level INFO."""
     logging.basicConfig(format="%(message)s")
@@ -111,7 +122,7 @@ output_options = _together(  # no arguments
 
 
 def load_with_progress(
-    model: str | None, kv: str, context: int | None = None, kv_bytes: int | None = None
+    model: str | None, kv: str, context: int | None = None, kv_bytes: int | None = None, *, draft_max: int
 ) -> tuple[LanguageModel, float]:
     """Load the model, or the demo with a line that says so; return it and the seconds that loading took.
 
@@ -131,8 +142,9 @@ def load_with_progress(
     start = time.perf_counter()
     with progress("Loading", 1e9, " GB") as update, progress("Preparing kernels:", 1, "") as prepared:
         running = click.get_current_context(silent=True)
-        draft = running.meta.get(DRAFT, "auto") if running else "auto"
-        lm = load(path, progress=update, preparing=prepared, room=Room(context, kv, kv_bytes or 0), draft=draft)
+        draft = running.meta.pop(DRAFT, "auto") if running else "auto"  # the next model's is another
+        room = Room(context, kv, kv_bytes or 0)
+        lm = load(path, progress=update, preparing=prepared, room=room, draft=draft, draft_max=draft_max)
     return lm, time.perf_counter() - start
 
 

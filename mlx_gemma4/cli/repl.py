@@ -238,6 +238,9 @@ class Repl:
             read, made = _counted(s.prompt_tokens, "token"), _counted(s.reply_tokens, "token")
             self.env.echo(f"Prompt: {read} read, {s.prompt_rate:.1f} a second; {s.reused_tokens:,} reused.")
             self.env.echo(f"Reply: {made}, {s.reply_rate:.1f} a second.")
+            if s.drafted_tokens:
+                share = f"{s.accepted_tokens:,} of {s.drafted_tokens:,} accepted"
+                self.env.echo(f"Drafts: {share}, {s.tokens_per_step:.2f} tokens a step.")
             self.env.echo(f"Peak memory of arrays: {_megabytes(s.peak_memory)}.")
         self.env.echo(f"Conversation: {_turns(session)}, {self.status()}.")
 

@@ -15,7 +15,7 @@ import click
 from ..errors import InputError
 from .options import (
     SamplingOf,
-    draft_option,
+    draft_options,
     echo,
     kv_option,
     load_with_progress,
@@ -54,8 +54,8 @@ def _size(value: str) -> int:
 )
 @click.option("--grace", type=click.IntRange(0), default=30, help="Seconds that Ctrl-C waits.")
 @kv_option
-@draft_option
 @sampling_options
+@draft_options
 @output_options
 def serve(
     model: str | None,
@@ -70,6 +70,7 @@ def serve(
     grace: int,
     kv: str,
     sampling: SamplingOf,
+    draft_max: int,
 ) -> None:
     """Answer over HTTP: OpenAI's and Anthropic's interfaces, and a page to chat in a browser.
 
@@ -87,7 +88,7 @@ def serve(
         logging.getLogger(name).setLevel(logging.WARNING)
     settings = Settings(host=host, api_key=api_key or None, exact=exact, queue=queue, max_tokens=max_tokens, kv=kv)
     listening = _listen(host, port)  # before the model is loaded, so that an error shows at once
-    lm, _ = load_with_progress(model, kv, 2 * max_tokens, max_kv_bytes)
+    lm, _ = load_with_progress(model, kv, 2 * max_tokens, max_kv_bytes, draft_max=draft_max)
     lm = replace(lm, sampling=sampling(lm))
     one = PrefixCache(lm.model, kv=kv).most_bytes(min(lm.config.context, 2 * max_tokens))  # long reply
     if not max_kv_bytes:  # half of what prompts leave free, but enough for one

@@ -5,6 +5,7 @@ In: a path, or a repository's name. Out: a `LanguageModel`, which also encodes p
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -13,16 +14,17 @@ from typing import Any, Literal
 from ..chat_format.template import encode_chat
 from ..config import Config
 from ..doctor.ready import make_ready
-from ..doctor.verdict import usable_kernels
+from ..doctor.verdict import device_name, usable_kernels
 from ..errors import InputError
 from ..files.hub import resolve
+from ..generation.drafting import LONGEST, MOST, NGRAM, Drafts
 from ..generation.sampling import Sampling
 from ..loading.assistant import assistant_beside, load_assistant
 from ..loading.loader import Progress, load_model, open_model
 from ..memory import SOME_ROOM, MemoryPlan, Room
 from ..model.assistant import Assistant
 from ..model.model import Model
-from ..paths import read_object
+from ..paths import cache_folder, read_object
 from ..tokens.tokenizer import Tokenizer
 
 log = logging.getLogger("mlx_gemma4")
@@ -42,7 +44,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     sampling: Sampling  # as the file recommends
     plan: MemoryPlan  # of the weights
-    assistant: Assistant | None = None  # drafts for the model
+    drafts: Drafts | None = None  # of tokens, so that a step makes several; None: a token a step
 
     def encode_prompt(
         self,
@@ -96,6 +98,7 @@ def load(
     preparing: Progress | None = None,
     room: Room = SOME_ROOM,
     draft: str | Path | None = "auto",
+    draft_max: int = MOST,
 ) -> LanguageModel:
     """Load a GGUF file (or any part of a split one), or a folder of safetensors with its `config.json`.
 
@@ -109,6 +112,7 @@ def load(
         room: for keys and values, that must be there beside the weights.
         draft: the assistant that drafts for it: a file, a folder or `REPO[:QUANT]`; "auto": one that lies beside the
             model and fits, if there is any; None: none.
+        draft_max: drafts of tokens that a step checks, at most; 0: none are made. How many pay is measured.
 
     Raises:
         InputError: a file can't be used, the assistant is another model's, or there is too little memory.
@@ -121,9 +125,13 @@ def load(
     with open_model(path) as (config, source, metadata):
         tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(metadata, str(path))
         model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room)
-    assistant = _assistant(draft, path, model)
+    assistant = _assistant(draft, path, model) if draft_max else None
     make_ready(model, preparing, assistant)
-    return LanguageModel(path, config, model, tokenizer, _sampling_defaults(path, metadata), plan, assistant)
+    drafts = Drafts(draft_max, assistant, least_alike=LONGEST if model.replays else NGRAM) if draft_max else None
+    if drafts is not None:
+        with suppress(RuntimeError):  # this user has no home folder
+            drafts.keep(cache_folder() / "drafts.json", f"{device_name()}, {path.name}")
+    return LanguageModel(path, config, model, tokenizer, _sampling_defaults(path, metadata), plan, drafts)
 
 
 def _assistant(draft: str | Path | None, path: Path, model: Model) -> Assistant | None:

@@ -19,7 +19,8 @@ from ..chat_format.messages import for_template
 from ..chat_format.replies import Event, ReplyParser, Text, Thinking, ToolCall, ends_in_thinking
 from ..chat_format.template import Message, encode_chat
 from ..errors import InputError
-from ..generation.loop import Constraint, Statistics, generate_tokens
+from ..generation.decoding import Constraint, Statistics
+from ..generation.loop import generate_tokens
 from ..generation.prefix import PrefixCache, common_length
 from ..generation.sampling import Sampling, Token
 from ..generation.scheduler import Scheduler
@@ -222,7 +223,7 @@ def stream(
             ids = as_held(lm.tokenizer, ids, state.tokens)
             held = go_back(state, ids[:-1])
         reply.statistics.reused_tokens = held
-        make = partial(generate_tokens, lm.model) if scheduler is None else scheduler.generate_tokens
+        make = scheduler.generate_tokens if scheduler else partial(generate_tokens, lm.model, drafts=lm.drafts)
         tokens = make(
             state,
             ids[held:],

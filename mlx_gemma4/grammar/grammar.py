@@ -7,6 +7,9 @@ Text and control tokens are kept apart: a constraint on text never matches a con
 from users are compiled within size limits and on a large stack of their own, because the library recurses over them.
 """
 
+from __future__ import annotations
+
+import copy
 import json
 import math
 import re
@@ -84,6 +87,12 @@ class Grammar:
             self._check(not self._matcher.consume_token(token))
             if self._trigger is not None and self._matcher.is_stopped():
                 self._inside = False
+
+    def fork(self) -> Grammar:
+        """Return one that goes on from here by itself."""
+        other = copy.copy(self)
+        other._matcher = self._matcher.deep_copy()
+        return other
 
     @property
     def finished(self) -> bool:

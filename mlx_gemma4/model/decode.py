@@ -114,8 +114,8 @@ def forward(
     """Return fp32 logits [T, vocab] before any softcap, and what the head reads, [T, hidden]: the step itself.
 
     A function of arrays. Nothing but our kernels touches what it makes, so that their launches are all there is to it
-    (replay.py records them). x, the residual, is fp32 throughout; what a norm gives, h, has the dtype of the KV state:
-    fp16 on a GPU.
+    (replay.py records them). x, the residual, is fp32 throughout; what a norm gives, h, has the dtype of the KV
+    state: fp16 on a GPU.
     """
     c, w = model.config, model.weights
     x = run(EMBED, ids, w.token_embd, math.sqrt(c.hidden))  # [T, hidden]

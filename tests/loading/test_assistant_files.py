@@ -201,7 +201,9 @@ def test_the_one_beside_the_model(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     (tmp_path / "a-assistant-q8_0.gguf").write_bytes(b"GGUF")
     assert assistant_beside(model, config) == fits
     for draft, there in (("auto", True), (fits, True), (None, False)):
-        assert (load(model, draft=draft).assistant is not None) == there
+        drafts = load(model, draft=draft).drafts
+        assert drafts is not None and (drafts.drafter is not None) == there
+    assert load(model, draft_max=0).drafts is None
 
 
 def test_too_little_memory_for_the_one_beside(
@@ -211,7 +213,8 @@ def test_too_little_memory_for_the_one_beside(
     shutil.copy(demo_path(), model)
     make_synthetic.write("DEMO", file, spelling="gemma4-assistant")
     monkeypatch.setattr("mlx_gemma4.loading.assistant.sizes", lambda *_: (1 << 60, 1 << 60))
-    assert load(model).assistant is None
+    drafts = load(model).drafts
+    assert drafts is not None and drafts.drafter is None
     assert "No drafts: " in caplog.text
     with pytest.raises(InputError, match="more than is free; use --no-draft"):
         load(model, draft=file)
