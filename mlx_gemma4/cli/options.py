@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Command = Callable[..., Any]
 SamplingOf = Callable[["LanguageModel"], "Sampling"]  # what a model's file recommends, with the flags' changes
 
+DRAFT = f"{__package__}.draft"  # in a command's context: the value of --draft
 EXIT_INTERRUPTED = 130  # as shells report Ctrl-C
 
 
@@ -118,15 +119,24 @@ def sampling_options(command: Command) -> Command:
 
 
 def draft_options(command: Command) -> Command:
-    """Add the options of drafts; the command takes them as one argument, `draft_max: int`; 0: none are made."""
+    """Add the options of drafts; the command takes `draft_max: int`, 0: none are made, and its context --draft."""
 
     @functools.wraps(command)
     def collect(draft_max: int, no_draft: bool, **given: Any) -> Any:
         return command(**given, draft_max=0 if no_draft else draft_max)
 
+    by = click.option(
+        "--draft",
+        metavar="FILE",
+        default="auto",
+        expose_value=False,
+        callback=lambda context, _, value: context.meta.update({DRAFT: value}),
+        shell_complete=complete_file,
+        help="An assistant that guesses: a file, a folder, REPO[:QUANT].  [default: one beside the model]",
+    )
     most = click.option("--draft-max", type=click.IntRange(1, 7), default=7, help="Tokens guessed a step, at most.")
     none = click.option("--no-draft", is_flag=True, help="Guess no tokens: one a step.")
-    return _together(most, none)(collect)
+    return _together(by, most, none)(collect)
 
 
 class _Harmless(logging.Formatter):
@@ -140,18 +150,18 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
     echo("".join(traceback.format_exception(kind, error, trace)).rstrip())
 
 
+def _show_thread_traceback(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is not None:
+        _show_traceback(args.exc_type, args.exc_value, args.exc_traceback)
+
+
 def _set_up_logging(_ctx: click.Context, _option: click.Parameter, detailed: bool) -> None:
     """Write the package's messages as bare lines on stderr; `detailed`: including those of level INFO."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Harmless("%(message)s"))
     logging.basicConfig(handlers=[handler])
     sys.excepthook = _show_traceback
-    threading.excepthook = lambda args: (
-        args.exc_value
-        and _show_traceback(  # type: ignore[assignment]
-            args.exc_type, args.exc_value, args.exc_traceback
-        )
-    )
+    threading.excepthook = _show_thread_traceback
     if detailed:
         logging.getLogger().setLevel(logging.INFO)
 
@@ -188,8 +198,11 @@ def load_with_progress(
         hosts.start(hosts.read_hosts(ranks["hosts"]))
     start, split = time.perf_counter(), ranks.get("split", "auto")
     with progress("Loading", 1e9, " GB") as update, progress("Preparing kernels:", 1, "") as prepared:
+        running = click.get_current_context(silent=True)
+        draft = running.meta.pop(DRAFT, "auto") if running else "auto"  # the next model's is another
         room = Room(context, kv, kv_bytes or 0)
-        lm = load(path, progress=update, preparing=prepared, room=room, split=split, draft_max=draft_max)
+        drafts: dict[str, Any] = {"draft": draft, "draft_max": draft_max}
+        lm = load(path, progress=update, preparing=prepared, room=room, split=split, **drafts)
     return lm, time.perf_counter() - start
 
 

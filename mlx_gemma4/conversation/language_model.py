@@ -22,8 +22,10 @@ from ..errors import InputError
 from ..files.hub import resolve
 from ..generation.drafting import LONGEST, MOST, NGRAM, Drafts
 from ..generation.sampling import Sampling
+from ..loading.assistant import assistant_beside, load_assistant
 from ..loading.loader import Progress, load_model, open_model
 from ..memory import SOME_ROOM, MemoryPlan, Room
+from ..model.assistant import Assistant
 from ..model.model import Model
 from ..paths import cache_folder, read_object
 from ..shard import Shard
@@ -102,6 +104,7 @@ def load(
     room: Room = SOME_ROOM,
     shard: Shard | None = None,
     split: team.Split = "auto",
+    draft: str | Path | None = "auto",
     draft_max: int = MOST,
 ) -> LanguageModel:
     """Load a GGUF file (or any part of a split one), or a folder of safetensors with its `config.json`.
@@ -119,10 +122,12 @@ def load(
         room: for keys and values, that must be there beside the weights.
         shard: load only this rank's part: several processes run the model together, and each makes the same calls.
         split: on several ranks, a part of each layer for each, or so many layers; "auto" measures what is faster.
+        draft: the assistant that drafts for it: a file, a folder or `REPO[:QUANT]`; "auto": one that lies beside the
+            model and fits, if there is any; None: none.
         draft_max: drafts of tokens that a step checks, at most; 0: none are made. How many pay is measured.
 
     Raises:
-        InputError: the file can't be used, or there is too little memory.
+        InputError: a file can't be used, the assistant is another model's, or there is too little memory.
 
     >>> lm = load()  # or load("gemma-4-E2B-it-Q4_K_M.gguf"), or load("ggml-org/gemma-4-E2B-it-GGUF:Q4_K_M")
     >>> lm.config.context
@@ -142,8 +147,9 @@ def load(
         tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(metadata, str(path))
         renderer.start()  # while the weights are read
         model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room, shard)
-        make_ready(model, preparing)
-    drafts = Drafts(draft_max, least_alike=LONGEST if model.replays else NGRAM) if draft_max else None
+    assistant = _assistant(draft, path, model) if draft_max else None
+    make_ready(model, preparing, assistant)
+    drafts = Drafts(draft_max, assistant, least_alike=LONGEST if model.replays else NGRAM) if draft_max else None
     if drafts is not None:
         with suppress(RuntimeError):  # this user has no home folder
             drafts.keep(cache_folder() / "drafts.json", f"{device_name()}, {path.name}")
@@ -163,6 +169,20 @@ def follow(place: Place, joined: Callable[[], None] = lambda: None) -> NoReturn:
     team.follow_rank_0(
         place, lambda name: resolve(Path(name).expanduser()) if name else demo_path(), load_shard, joined
     )
+
+
+def _assistant(draft: str | Path | None, path: Path, model: Model) -> Assistant | None:
+    """Return the assistant that `load` asks for. One that was not named is no reason to fail."""
+    if draft is None:
+        return None
+    if str(draft) != "auto":
+        return load_assistant(resolve(draft), model)
+    found = assistant_beside(path, model.config)
+    try:
+        return load_assistant(found, model) if found else None
+    except InputError as error:
+        log.warning("No drafts: %s", error)
+        return None
 
 
 def _sampling_defaults(path: Path, metadata: Mapping[str, Any]) -> Sampling:

@@ -20,6 +20,8 @@ from ..ops.stock import Weight
 from ..quant import formats
 from .tensors import Cut, Entry, Spec
 
+INTEGERS = {"I32": "<i4", "I64": "<i8"}  # types of numbers that are no weights
+
 
 class GGUFSource:
     """The tensors of an open GGUF: rows of raw blocks are joined, then packed or expanded, then released."""
@@ -34,7 +36,7 @@ class GGUFSource:
                 t.type,
                 t.n_bytes,
                 t.type in formats.FORMATS,
-                t.type in formats.SUPPORTED,
+                t.type in formats.SUPPORTED or (t.type in INTEGERS and len(t.shape) == 1),
                 formats.BLOCKS[t.type].block_size,
             )
             for name, t in self._file.tensors.items()
@@ -44,12 +46,15 @@ class GGUFSource:
         self, names: Sequence[str], spec: Spec, holding: Holding, kernels: Kernels | None, cuts: Sequence[Cut] = ()
     ) -> Weight:
         infos, cuts = [self._file.tensors[name] for name in names], cuts or [Cut()] * len(names)
+        integers = spec.role == "vector" and infos[0].type in INTEGERS
         parts = [_rows(self._file.raw(t.name), t, cut) for t, cut in zip(infos, cuts, strict=True)]
         first, shape = infos[0], cuts[0].shape(infos[0].shape)
         if len(infos) > 1:  # experts are joined one by one: [E, N, bytes], not all gates before all ups
             shape = (*shape[:-2], sum(part.shape[-2] for part in parts), shape[-1])
         weight: Weight
-        if first.type in formats.FORMATS and (holding == "packed" or spec.role == "table"):
+        if integers:
+            weight = mx.array(parts[0].reshape(-1).view(INTEGERS[first.type]).astype(np.int32))
+        elif first.type in formats.FORMATS and (holding == "packed" or spec.role == "table"):
             # A tensor may be half the file: a single one's pages are released as they are read.
             on_read = partial(self._file.release, first.name) if len(infos) == 1 and cuts[0].whole else None
             weight = pack.pack_on_gpu(parts, first.type, shape, kernels, on_read)

@@ -17,7 +17,7 @@ import mlx.core as mx
 from ..config import Config, config_from_gguf, config_from_json
 from ..errors import InputError
 from ..files.gguf import open_gguf
-from ..memory import DEFAULT_CONTEXT, SOME_ROOM, MemoryPlan, Room, kv_dtype, limit_memory, make_plan, on_cpu
+from ..memory import DEFAULT_CONTEXT, SOME_ROOM, Holding, MemoryPlan, Room, kv_dtype, limit_memory, make_plan, on_cpu
 from ..model.costs import largest_chunk, needs_of, own_attention
 from ..model.model import Model
 from ..model.weights import Layer, Weights
@@ -85,21 +85,35 @@ def load_model(
     Raises:
         InputError: a tensor is missing, has another shape or a type that can't be read; too little memory.
     """
-    present, scales = _account(config, source, tensor_specs(config))
-    whole, part = source, None
+    present, scales = account(config, source, tensor_specs(config))
+    part = None
     if shard is not None:
         mine, source, present = part_of(config, source, present, shard)
         config, part = mine.config, mine.part
         scales = {name: scales[of] for name, (of, _) in mine.tensors.items() if of in scales}
-    packed, dense = _sizes(source, present)
+    packed, dense = sizes(source, present)
     chunk = largest_chunk(config, kernels)
     largest = max(source.entries[name].n_bytes for name in present)
     needs = needs_of(config, kv_dtype(), chunk, own_attention(kernels), largest if on_cpu() else 4 * pack.PIECE)
     plan = make_plan(packed, dense, holding, source.name, needs, room)
     _tell(plan, chunk, min(room.context or DEFAULT_CONTEXT, config.context))
     apart = {name: spec for name, spec in present.items() if name not in scales}  # one scale is one tensor's
-    joined = _fusions(source, apart, len(config.layers)) if fuse else {}
+    joined = fusions(source, apart, len(config.layers)) if fuse else {}
+    weights = read_weights(source, present, joined, scales, plan.holding, kernels, progress)
+    limit_memory(plan)
+    return Model(config, assemble(config, weights, part), kernels, plan, part), plan
 
+
+def read_weights(
+    source: Source,
+    present: dict[str, Spec],
+    joined: dict[str, list[str]],
+    scales: Mapping[str, str],
+    holding: Holding,
+    kernels: Kernels | None,
+    progress: Progress | None = None,
+) -> dict[str, Weight]:
+    """Read tensors, by name; those to be joined go by their target's. `scales`: names of factors, by what each is for."""
     total, done = sum(source.entries[name].n_bytes for name in present), 0
     weights: dict[str, Weight] = {}
     parts_of = {part: target for target, parts in joined.items() for part in parts}
@@ -108,14 +122,14 @@ def load_model(
         if target in weights:
             continue  # joined to an earlier tensor
         parts = joined.get(target, [name])
-        weights[target] = source.read(parts, spec, plan.holding, kernels)
+        weights[target] = source.read(parts, spec, holding, kernels)
         if spec.role == "vector" and not bool(mx.isfinite(cast("mx.array", weights[target])).all()):
             raise InputError(
                 f"{source.name}: tensor {name} has values that are no numbers (NaN or infinite); "
                 "the file is damaged, download it again"
             )
         if name in scales:
-            factor = cast("mx.array", whole.read([scales[name]], Spec((1,), "vector"), plan.holding, None))
+            factor = cast("mx.array", source.read([scales[name]], Spec((1,), "vector"), holding, None))
             weight = cast("mx.array", weights[target])
             weights[target] = weight.astype(mx.float32) * factor.reshape(-1, *[1] * (weight.ndim - 1))
             mx.eval(weights[target])
@@ -123,8 +137,7 @@ def load_model(
         if progress:
             progress(done, total)
     pack.done()
-    limit_memory(plan)
-    return Model(config, _assemble(config, weights, part), kernels, plan, part), plan
+    return weights
 
 
 def _tell(plan: MemoryPlan, chunk: int, context: int) -> None:
@@ -143,7 +156,7 @@ def _tell(plan: MemoryPlan, chunk: int, context: int) -> None:
         )
 
 
-def _account(config: Config, source: Source, specs: dict[str, Spec]) -> tuple[dict[str, Spec], dict[str, str]]:
+def account(config: Config, source: Source, specs: dict[str, Spec]) -> tuple[dict[str, Spec], dict[str, str]]:
     """Return the specs of the tensors that the file has, and the names of their scales; log what else it has.
 
     Raises InputError before any tensor is read: one is missing, can't be read, or changes the result and isn't known.
@@ -198,7 +211,7 @@ def _account(config: Config, source: Source, specs: dict[str, Spec]) -> tuple[di
     return present, scales
 
 
-def _sizes(source: Source, present: dict[str, Spec]) -> tuple[int, int]:
+def sizes(source: Source, present: dict[str, Spec]) -> tuple[int, int]:
     """Return the bytes of all weights held packed, and held dense."""
     packed = dense = 0
     for name, spec in present.items():
@@ -210,7 +223,7 @@ def _sizes(source: Source, present: dict[str, Spec]) -> tuple[int, int]:
     return packed, dense
 
 
-def _fusions(source: Source, present: dict[str, Spec], layers: int) -> dict[str, list[str]]:
+def fusions(source: Source, present: dict[str, Spec], layers: int) -> dict[str, list[str]]:
     """Return the tensors to join, in the order of their rows: target name -> [gate, up] or [q, k] or [q, k, v].
 
     Rows of different types can't share an array. Those of gate and up are equally long, and those of q, k and v.
@@ -231,7 +244,7 @@ def _fusions(source: Source, present: dict[str, Spec], layers: int) -> dict[str,
     return joined
 
 
-def _assemble(config: Config, weights: dict[str, Weight], part: Part | None) -> Weights:
+def assemble(config: Config, weights: dict[str, Weight], part: Part | None = None) -> Weights:
     """Put weights into the model's fields, which are named after the GGUF's tensors."""
     top: dict[str, Any] = {}
     per_layer: list[dict[str, Any]] = [{} for _ in config.layers]

@@ -135,7 +135,7 @@ def tensor_specs(config: Config) -> dict[str, Spec]:
             add(blk + "ffn_gate_inp.weight", c.experts, c.hidden)
             add(blk + "ffn_gate_inp.scale", c.hidden)
             add(blk + "pre_ffw_norm_2.weight", c.hidden)
-            # Either joined in the file already, or apart; `_account` settles which.
+            # Either joined in the file already, or apart; `account` settles which.
             add(blk + "ffn_gate_up_exps.weight", c.experts, 2 * c.expert_ffn, c.hidden, opt=True)
             add(blk + "ffn_gate_exps.weight", c.experts, c.expert_ffn, c.hidden, opt=True)
             add(blk + "ffn_up_exps.weight", c.experts, c.expert_ffn, c.hidden, opt=True)

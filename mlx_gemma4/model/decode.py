@@ -8,14 +8,14 @@ takes, runs as its own reference.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, TypedDict, cast
 
 import mlx.core as mx
 
-from ..config import Config
+from ..config import Config, LayerConfig
 from ..kv.segments import LayerKV, sealed
 from ..kv.state import KVState
 from ..ops import matvec, parts, stock
@@ -126,6 +126,18 @@ def forward(
     else:
         x, per_layer = _inputs(run, model, ids)
         x = part.receive(ids.size, c.hidden) if part and part.receives else x
+    h = through_layers(model, run, constants, x, attend, per_layer)
+    return run.product(h, w.output, FP32), h
+
+
+def through_layers(
+    model: Loaded, run: Kernels, constants: Constants, x: mx.array, attend: Attend, per_layer: Sequence[mx.array] = ()
+) -> mx.array:
+    """Return the residual x, fp32 [T, hidden], after all layers and the last norm, [T, hidden] in the KV's dtype.
+
+    per_layer: of each layer, its embeddings of the tokens [T, P]; (): there are none.
+    """
+    c, w, part = model.config, model.weights, model.part
     # x + rms(x) 0, which is x, and the first norm of it
     x, h = run(ADD_NORM, x, x, constants.nothing, NormOptions(c.eps, w.layers[0].attn_norm, out=model.kv_dtype))
     eps, out = c.eps, model.kv_dtype
@@ -146,7 +158,7 @@ def forward(
         x, h = run(ADD_NORM, x, m, norm, NormOptions(eps, following, scale, experts, shrunk, out))
     if part and part.shard.kind == "layers":
         h = part.of_last(h, part.hand_on(x) if part.sends else None)
-    return run.product(h, w.output, FP32), h
+    return h
 
 
 def _inputs(run: Kernels, model: Loaded, ids: mx.array) -> tuple[mx.array, list[mx.array]]:
@@ -209,16 +221,21 @@ def over_parts(model: Loaded, run: Kernels, inputs: Inputs, places: Places, toke
         q, tail_keys, tail_values = run(QKV_POST, given, options)
         if tail_keys is not None and tail_values is not None:
             tails[i] = tail_keys, tail_values
-        parts = [*inputs["segments"][shape.kv_layer], tails[shape.kv_layer]]
-        window = c.window if shape.sliding else 0
-        spans = places.spans[shape.sliding]
-        if parts[0][0].dtype == mx.uint32:  # quantized: a global layer
-            *quantized, tail = parts
-            rotation = inputs["rotations"][shape.kv_layer]
-            return run(QUANTIZED_ATTENTION, q, quantized, rotation, tail, spans, scale=c.attention_scale)
-        return run.attention(q, parts, spans, scale=c.attention_scale, window=window)
+        return attend_parts(run, c, shape, q, inputs, tails[shape.kv_layer], places)
 
     return attend, tails
+
+
+def attend_parts(
+    run: Kernels, c: Config, shape: LayerConfig, q: mx.array, inputs: Inputs, tail: parts.KVPart, places: Places
+) -> mx.array:
+    """Let queries [T, H, D] of such a layer attend to the segments and the tail that it reads: [T, H D]."""
+    seen = [*inputs["segments"][shape.kv_layer], tail]
+    spans, scale = places.spans[shape.sliding], c.attention_scale
+    if seen[0][0].dtype == mx.uint32:  # quantized: a global layer
+        rotation = inputs["rotations"][shape.kv_layer]
+        return run(QUANTIZED_ATTENTION, q, seen[:-1], rotation, tail, spans, scale=scale)
+    return run.attention(q, seen, spans, scale=scale, window=c.window if shape.sliding else 0)
 
 
 def _mlp(run: Kernels, layer: Layer, h: mx.array) -> mx.array:
