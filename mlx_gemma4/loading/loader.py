@@ -113,7 +113,7 @@ def read_weights(
     kernels: Kernels | None,
     progress: Progress | None = None,
 ) -> dict[str, Weight]:
-    """Read tensors, by name; those to be joined go by their target's. `scales`: names of factors, by what each is for."""
+    """Read tensors, by name; those to be joined go by their target's. `scales`: names of factors, by whose they are."""
     total, done = sum(source.entries[name].n_bytes for name in present), 0
     weights: dict[str, Weight] = {}
     parts_of = {part: target for target, parts in joined.items() for part in parts}
