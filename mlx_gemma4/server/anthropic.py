@@ -96,7 +96,7 @@ class OutputConfig(Body):
 class CountRequest(Body):
     """The body of /v1/messages/count_tokens. Any `model` will do."""
 
-    ignored = ("metadata", "service_tier", "cache_control", "user_profile_id", "inference_geo")
+    ignored = ("metadata", "service_tier", "cache_control", "user_profile_id", "inference_geo", "context_management")
     model: str
     system: str | Annotated[fields.Items[TextBlock], fields.readable("text")] | None = None
     messages: Annotated[

@@ -103,8 +103,8 @@ class TextOptions(Body):
 class ResponsesRequest(fields.ConversationRequest):
     """The body of /v1/responses."""
 
-    ignored = (*fields.IGNORED, "max_tool_calls", "stream_options")
-    unsupported = ("previous_response_id", "conversation", "background", "prompt", "context_management")
+    ignored = (*fields.IGNORED, "max_tool_calls", "stream_options", "client_metadata")
+    unsupported = ("previous_response_id", "conversation", "background", "prompt")
     input: str | Annotated[fields.Items[Item], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: fields.Length | None = None
