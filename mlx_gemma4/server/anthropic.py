@@ -206,7 +206,7 @@ def read_messages(body: CountRequest) -> list[dict[str, Any]]:
                 content = "Error: " * bool(block.is_error) + read.read_text(block.content)
                 messages.append(tool_result(id, called[id], content))
         if text:
-            messages.append({"role": message.role, "content": "\n".join(text)})
+            messages.append({"role": message.role, "content": "\n".join(filter(None, text))})
     if messages[-1]["role"] == "system":
         raise wrong("messages", "must hold at least one message of the user")
     if messages[-1]["role"] == "assistant":

@@ -150,7 +150,7 @@ async def chat_completions(body: ChatRequest, engine: Engine) -> ASGIApp:
     if any(kind != "text" for kind in body.modalities or ()):
         raise wrong("modalities", "other than text aren't supported", "unsupported_value")
     tools = read.read_tools(
-        {f"tools[{i}].function": tool.function for i, tool in enumerate(body.tools or ())}, engine.lm
+        {f"tools[{i}].function": tool.function if tool else None for i, tool in enumerate(body.tools or ())}, engine.lm
     )
     choice, tools = read.read_tool_choice(body.tool_choice, tools)
     form = read_form(body, "response_format", body.response_format)
