@@ -111,9 +111,8 @@ async def chat(body: ChatRequest, engine: Engine) -> ASGIApp:
     if not body.messages:
         return _without_prompt(body, {"message": {"role": "assistant", "content": ""}})
     messages = [_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
-    tools = read.read_tools(
-        {f"tools[{i}].function": tool.function for i, tool in enumerate(body.tools or ())}, engine.lm
-    )
+    functions = ((f"tools[{i}].function", tool) for i, tool in enumerate(body.tools or ()))
+    tools = read.read_tools({path: tool.function if tool else None for path, tool in functions}, engine.lm)
     begun = messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
     options = _options(body, engine, tools=tools, go_on=begun)
     if body.truncate is not False:
