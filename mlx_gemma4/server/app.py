@@ -186,8 +186,8 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 
 async def _page(request: Request) -> Response:
-    body, headers = page()
-    return Response(body, headers=headers)
+    status, body, headers = page(request.headers)
+    return Response(body, status, headers)
 
 
 async def _health(request: Request) -> Response:
