@@ -60,7 +60,7 @@ def create_app(lm: LanguageModel | Models, settings: Settings | None = None) -> 
         Route("/metrics", _metrics),
         Route("/openapi.json", _openapi),
         *lists.ROUTES,
-        llama_cpp.PROPS,
+        *llama_cpp.ROUTES,
         responses.STORED,
         *(Route(endpoint.path, endpoint.handle, methods=[endpoint.method]) for endpoint in ENDPOINTS),
     ]

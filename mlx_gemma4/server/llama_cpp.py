@@ -1,11 +1,13 @@
 """llama.cpp's endpoints about text and the model: /tokenize, /detokenize, /apply-template, /props.
 
-In: requests as llama.cpp's server takes them. Out: the same form.
+In: requests as llama.cpp's server takes them, or vLLM's (by these, and /tokenizer_info, lm-evaluation-harness has a
+tokenizer). Out: the same form.
 """
 
 import asyncio
 import re
 
+from pydantic import AliasChoices, Field
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -25,8 +27,8 @@ class TokenizeRequest(Body):
     """The body of /tokenize."""
 
     model: str | None = None
-    content: str
-    add_special: bool | None = None  # BOS before it
+    content: str = Field(validation_alias=AliasChoices("content", "prompt"))
+    add_special: bool | None = Field(None, validation_alias=AliasChoices("add_special", "add_special_tokens"))  # BOS
     parse_special: bool | None = None  # control tokens in it are read as such, unless false
     with_pieces: bool | None = None
 
@@ -61,7 +63,8 @@ async def detokenize(body: DetokenizeRequest, engine: Engine) -> Response:
     vocab = engine.lm.config.vocab
     if not all(0 <= id < vocab for id in body.tokens):
         raise wrong("tokens", f"must be ids from 0 to {vocab - 1}")
-    return json_response({"content": engine.lm.tokenizer.decode(body.tokens, skip_special=False)})
+    text = engine.lm.tokenizer.decode(body.tokens, skip_special=False)
+    return json_response({"content": text, "prompt": text})
 
 
 async def apply_template(body: ChatRequest, engine: Engine) -> Response:
@@ -72,15 +75,23 @@ async def apply_template(body: ChatRequest, engine: Engine) -> Response:
 
 
 async def _props(request: Request) -> Response:
-    """What the model is and how it is served."""
+    """What the model is and how it is served; under /tokenizer_info, its tokenizer alone."""
     models: Models = request.app.state.models
     held = await models.hold(request.query_params.get("model"))
     try:
         lm, settings, sampling = held.engine.lm, held.engine.settings, held.engine.lm.sampling
         names = ("temperature", "top_k", "top_p", "min_p")
         template = lm.tokenizer.chat_template or ""
+        tokenizer = {
+            "bos_token": lm.tokenizer.decode([lm.tokenizer.bos_id], skip_special=False),
+            "eos_token": lm.tokenizer.decode(sorted(lm.tokenizer.stop_ids)[:1], skip_special=False),
+            "chat_template": template,
+        }
+        if request.url.path == "/tokenizer_info":
+            return json_response({"tokenizer_class": "GemmaTokenizer", "pad_token": None, **tokenizer})
         return json_response(
             {
+                **tokenizer,
                 "default_generation_settings": {
                     "n_ctx": lm.config.context,
                     "params": {
@@ -92,10 +103,7 @@ async def _props(request: Request) -> Response:
                 "total_slots": settings.parallel,
                 "model_alias": held.name,
                 "model_path": lm.path.name,
-                "chat_template": template,
                 "chat_template_caps": {"supports_tools": bool(re.search(r"\btools\b", template))},
-                "bos_token": lm.tokenizer.decode([lm.tokenizer.bos_id], skip_special=False),
-                "eos_token": lm.tokenizer.decode(sorted(lm.tokenizer.stop_ids)[:1], skip_special=False),
                 "modalities": {"vision": False, "audio": False},
                 "build_info": f"mlx-gemma4 {__version__}",
             }
@@ -104,7 +112,7 @@ async def _props(request: Request) -> Response:
         models.release(held)
 
 
-PROPS = Route("/props", _props)
+ROUTES = [Route("/props", _props), Route("/tokenizer_info", _props)]
 ENDPOINTS = (
     Endpoint("/tokenize", "llama.cpp: a text's tokens", TokenizeRequest, {"tokens": [(int, dict)]}, tokenize, ""),
     Endpoint("/detokenize", "llama.cpp: the text of tokens", DetokenizeRequest, {"content": str}, detokenize, ""),

@@ -171,7 +171,7 @@ class Models:
             return str(name)
         names = list(await self.paths())
         if not name and (self.loaded or names):
-            return next(reversed(self.loaded), names[0])
+            return next(reversed(self.loaded), None) or names[0]
         found = look_up(name or "", names)
         if found is None:
             raise self._not_found(name or "", names)

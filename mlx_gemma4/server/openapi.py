@@ -57,6 +57,7 @@ def document(endpoints: Sequence[Endpoint], vocab: int, with_key: bool) -> dict[
             "/api/version": _get("Ollama: its version", _json({"version": str}), 401, 403),
             "/v1/responses/{id}": _kept(),
             "/props": _get("llama.cpp: the model", _json({"default_generation_settings": dict}), 401, 403, 404),
+            "/tokenizer_info": _get("vLLM: the tokenizer", _json({"eos_token": str}), 401, 403, 404),
             "/metrics": _get("Counters for Prometheus", {"text/plain": {"schema": {"type": "string"}}}, 401, 403),
             "/health": _get("Says that the server answers", _json(_HEALTH), 403),
         },
