@@ -156,7 +156,7 @@ def read_chat(body: ChatRequest, engine: Engine) -> tuple[list[dict[str, Any]], 
     if any(kind != "text" for kind in body.modalities or ()):
         raise wrong("modalities", "other than text aren't supported", "unsupported_value")
     tools = read.read_tools(
-        {f"tools[{i}].function": tool.function for i, tool in enumerate(body.tools or ())}, engine.lm
+        {f"tools[{i}].function": tool.function if tool else None for i, tool in enumerate(body.tools or ())}, engine.lm
     )
     choice, tools = read.read_tool_choice(body.tool_choice, tools)
     form = read_form(body, "response_format", body.response_format)
