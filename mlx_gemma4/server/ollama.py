@@ -21,7 +21,7 @@ from ..conversation.reply import Reply, ReplyOptions, prompt_ids
 from . import fields
 from . import options as read
 from .cards import timestamp
-from .completions import CalledFunction, FunctionTool
+from .completions import CalledFunction, FunctionTool, read_functions
 from .embeddings import MAX_INPUTS, embedded
 from .endpoint import Endpoint, Sent, answer
 from .engine import Engine, GenerationRequest, Job
@@ -111,11 +111,8 @@ async def chat(body: ChatRequest, engine: Engine) -> ASGIApp:
     if not body.messages:
         return _without_prompt(body, {"message": {"role": "assistant", "content": ""}})
     messages = [_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
-    tools = read.read_tools(
-        {f"tools[{i}].function": tool.function for i, tool in enumerate(body.tools or ())}, engine.lm
-    )
     begun = messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
-    options = _options(body, engine, tools=tools, go_on=begun)
+    options = _options(body, engine, tools=read_functions(body.tools, engine.lm), go_on=begun)
     if body.truncate is not False:
         return _answer(body, engine, await read.fitted(engine, messages, options), options)
     return _answer(body, engine, await asyncio.to_thread(prompt_ids, engine.lm, messages, options), options)
