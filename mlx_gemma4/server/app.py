@@ -22,7 +22,7 @@ from ..conversation.language_model import LanguageModel
 from . import anthropic, completions, openapi, responses
 from .endpoint import Endpoint
 from .engine import Engine
-from .page import page
+from .page import answer
 from .settings import Settings, is_loopback
 from .wire import ApiError, error_response, json_response
 
@@ -139,8 +139,9 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 
 async def _page(request: Request) -> Response:
-    body, headers = page()
-    return Response(body, headers=headers)
+    headers = request.headers
+    status, body, ours = answer(headers.get("accept-encoding", ""), headers.get("if-none-match", ""))
+    return Response(body, status, ours)
 
 
 async def _health(request: Request) -> Response:
