@@ -1,6 +1,6 @@
 """The page to chat in a browser: one file on the wire, and headers that let it do nothing else.
 
-In: index.html, the styles and scripts that it names, those of others in vendor/ (versions and licences are in a file there).
+In: index.html, the styles and scripts that it names, those of others in vendor/ (versions and licences: a file there).
 Out: the page's bytes, and the headers to send with them.
 """
 
@@ -56,7 +56,7 @@ def page() -> tuple[bytes, dict[str, str]]:
 
 
 def answer(accepts: str, known: str) -> tuple[int, bytes, dict[str, str]]:
-    """Status, body and headers for a browser that accepts these encodings and has the versions `known` (If-None-Match)."""
+    """Status, body and headers for a browser with these Accept-Encoding and If-None-Match."""
     body, headers = page()
     if headers["ETag"] in known:
         return 304, b"", headers

@@ -43,7 +43,8 @@ async function written(id, fields, messages, live) {
 }
 
 function add(role, content, parent = leaf) {
-  const message = { id: newId(), chat: chat.id, parent, role, content, created: Date.now() };
+  const created = Math.max(Date.now(), ...[...tree.values()].map(m => m.created + 1)); // in order, however fast they come
+  const message = { id: newId(), chat: chat.id, parent, role, content, created };
   tree.set(message.id, message);
   leaf = message.id;
   return message;

@@ -16,10 +16,10 @@ function sseParser(onData, onComment = () => {}) {
 }
 
 // Markdown as chats have it: HTML in it is text, links lead to the web only, and an image is a link to it, for this page
-// loads nothing. Formulas become <code class="math">, their text as it stands: view.js draws them.
+// loads nothing. Formulas become <code class="math">, their source as it stands: view.js draws them.
 const TAGS = "p h1 h2 h3 h4 h5 h6 ul ol li blockquote pre code table thead tbody tr th td hr br strong em s a span".split(" ");
 const WEB = /^(https?:\/\/|mailto:)[^\s]+$/i;
-const LONGEST_FORMULA = 5000, LONGEST_BLOCK = 100; // characters, lines: what never closes must not cost time
+const LONGEST_FORMULA = 3000, LONGEST_BLOCK = 100; // characters, lines: what never closes must not cost time
 const parser = markdownit({ html: false, linkify: true, breaks: true });
 parser.linkify.set({ fuzzyLink: false, fuzzyEmail: false }); // file.py is no host
 parser.validateLink = url => WEB.test(url);
@@ -34,17 +34,16 @@ parser.inline.ruler.before("escape", "math", (state, silent) => {
   const { src, pos, posMax } = state, open = src[pos] === "$" && src[pos + 1] !== "$" ? "$" : src.slice(pos, pos + 2);
   const close = { $: "$", $$: "$$", "\\(": "\\)", "\\[": "\\]" }[open];
   if (!close || (open === "$" && (/\s/.test(src[pos + 1] || " ") || /[\p{L}\p{N}$]/u.test(src[pos - 1] || "")))) return false;
-  const start = pos + open.length, limit = Math.min(posMax, start + LONGEST_FORMULA);
-  for (let end = start; (end = src.indexOf(close, end)) >= 0 && end + close.length <= limit; end++) {
-    const text = src.slice(start, end);
-    if (close[0] === "$" && /(^|[^\\])(\\\\)*\\$/.test(text.slice(-20))) continue; // an escaped $
-    if (open === "$" && (src[end - 1] === " " || src[end + 1] === "$" || /[\p{L}\p{N}]/u.test(src[end + 1] || ""))) continue;
-    if (!text.trim()) return false;
-    if (!silent) Object.assign(state.push("math", "code", 0), { content: text.trim(), info: open === "$" || open === "\\(" ? "" : " display" });
-    state.pos = end + close.length;
-    return true;
-  }
-  return false;
+  const start = pos + open.length, near = src.slice(start, Math.min(posMax, start + LONGEST_FORMULA));
+  let end = near.indexOf(close);
+  while (end >= 0 && close[0] === "$" && near[end - 1] === "\\" && /(^|[^\\])(\\\\)*\\$/.test(near.slice(Math.max(0, end - 20), end))) end = near.indexOf(close, end + 1); // \$
+  const text = near.slice(0, end);
+  if (end < 0 || !text.trim()) return false;
+  const after = src[start + end + 1] || "";
+  if (open === "$" && (/[\s`]/.test(near[end - 1]) || text.includes("`") || /[\p{L}\p{N}$]/u.test(after))) return false;
+  if (!silent) Object.assign(state.push("math", "code", 0), { content: open + text + close, info: open === "$" || open === "\\(" ? "" : " display" });
+  state.pos = start + end + close.length;
+  return true;
 });
 
 // $$ or \[ that begins a line, to its end some lines further down.
@@ -52,14 +51,14 @@ parser.block.ruler.before("fence", "math", (state, from, to, silent) => {
   const line = n => state.src.slice(state.bMarks[n] + state.tShift[n], state.eMarks[n]);
   const close = { $$: "$$", "\\[": "\\]" }[line(from).slice(0, 2)];
   if (!close || state.sCount[from] - state.blkIndent >= 4) return false;
-  const lines = [line(from).slice(2)];
+  const lines = [line(from)], ends = text => text.trimEnd().endsWith(close);
   let n = from;
-  while (!lines.at(-1).trimEnd().endsWith(close)) {
+  for (let first = lines[0].slice(2); !ends(first); first = lines.at(-1)) {
     if (++n >= Math.min(to, from + LONGEST_BLOCK) || state.sCount[n] < state.blkIndent) return false;
     lines.push(line(n));
   }
-  const text = lines.join("\n").trim().slice(0, -2).trim();
-  if (!text || (n === from && text.includes(close))) return false;
+  const text = lines.join("\n").trimEnd();
+  if (!text.slice(2, -2).trim() || (n === from && text.slice(2, -2).includes(close))) return false;
   if (silent) return true;
   Object.assign(state.push("math_block", "p", 0), { content: text, map: [from, n + 1] });
   state.line = n + 1;
@@ -125,7 +124,7 @@ function inWords(status, error, keyed, wait) {
 }
 
 function titleOf(text) {
-  const line = text.trim().split(/\s*\n/)[0].replace(/^#+\s*/, "");
+  const line = text.trim().split(/\s*\n/)[0].replace(/^#+\s*|\*\*|`/g, "");
   return line.length > 60 ? line.slice(0, 60).replace(/\s+\S*$/, "") + " …" : line || "New chat";
 }
 
@@ -162,17 +161,16 @@ function fromMarkdown(text) {
   }
   if (!messages.length) throw new Error("no chat is in it: heads as '## You' and '## Reply' are missing");
   // After a head and at an end, one empty line each belongs to the file.
-  const content = ({ lines: [first, ...rest] }, last) => {
-    const all = first === "" ? rest : [first ?? "", ...rest];
-    for (let ends = last ? 1 : 2; ends && all.at(-1) === ""; ends--) all.pop();
-    return all.join("\n");
+  const content = ({ lines: all }) => {
+    const inner = all.slice(all[0] === "" ? 1 : 0, all.length > 1 && all.at(-1) === "" ? -1 : undefined).join("\n");
+    return plain ? inner.trim() : inner;
   };
-  const made = messages.map((m, i) => ({ id: String(i), parent: i ? String(i - 1) : null, role: m.role, content: content(m, i === messages.length - 1) }));
-  return { title: title || titleOf(made[0].content), leaf: made.at(-1).id, messages: made };
+  const made = messages.map((m, i) => ({ id: String(i), parent: i ? String(i - 1) : null, role: m.role, content: content(m) }));
+  return { title: title || titleOf(made[0].content), settings: {}, from: null, leaf: made.at(-1).id, messages: made };
 }
 
 // What a file holds, as chats of {title, created, settings, leaf, from, messages}; Error where it isn't one, in words.
-// Nothing is taken over but what is known, with its type; ids are the file's, parents stand before their children.
+// Nothing is taken over but what is known, with its type; ids are the file's.
 function readChats(name, text, settingNames) {
   if (/\.(md|markdown|txt)$/i.test(name)) return [fromMarkdown(text)];
   let file;
@@ -183,11 +181,12 @@ function readChats(name, text, settingNames) {
     const known = new Map();
     for (const m of Array.isArray(chat?.messages) ? chat.messages : []) {
       if (!["user", "assistant"].includes(m?.role) || typeof m.content !== "string" || typeof m.id !== "string" || known.has(m.id)) continue;
-      const made = { id: m.id, parent: known.has(m.parent) ? m.parent : null, role: m.role };
+      const made = { id: m.id, parent: m.parent, role: m.role };
       for (const [field, type] of Object.entries(KEPT)) if (m[field] && typeof m[field] === type) made[field] = m[field];
       known.set(m.id, { content: "", ...made });
     }
     if (!known.size) throw new Error("a chat in it has no messages");
+    cutCircles(known);
     const messages = [...known.values()], settings = {};
     for (const name of settingNames) if (["string", "number", "boolean"].includes(typeof chat.settings?.[name])) settings[name] = chat.settings[name];
     return {
@@ -196,6 +195,20 @@ function readChats(name, text, settingNames) {
       leaf: known.has(chat.leaf) ? chat.leaf : messages.at(-1).id, from: known.has(chat.from) ? chat.from : null,
     };
   });
+}
+
+// Makes trees of messages by id, whatever their parents are.
+function cutCircles(known) {
+  const safe = new Set();
+  for (let message of known.values()) {
+    const way = new Set();
+    for (let up; !safe.has(message.id); message = up) {
+      way.add(message.id);
+      up = known.get(message.parent);
+      if (!up || way.has(up.id)) { message.parent = null; break; }
+    }
+    for (const id of way) safe.add(id);
+  }
 }
 
 // The export of llama-server's page: [{conv: {name, currNode}, messages: [{id, parent, role, content}]}].

@@ -75,13 +75,14 @@ function codeBox(pre) {
 // Draws a formula. KaTeX sets a few styles as attributes, which the policy blocks; they go the way that it allows.
 function formulaIn(code) {
   const fenced = code.parentElement?.tagName === "PRE", display = fenced || code.classList.contains("display");
+  const source = code.textContent.replace(/^(\$\$?|\\[([])|(\$\$?|\\[)\]])$/g, "");
   const box = element("span", { class: display ? "formula display" : "formula", dir: "ltr" }), set = Element.prototype.setAttribute;
   if (display) for (const [name, value] of Object.entries({ tabindex: "0", role: "group", "aria-label": "Formula" })) box.setAttribute(name, value);
   Element.prototype.setAttribute = function (name, value) {
     if (name === "style") this.style.cssText = value; else set.call(this, name, value);
   };
   try {
-    katex.render(code.textContent, box, { displayMode: display, throwOnError: true, strict: "ignore", maxSize: 20, maxExpand: 500 });
+    katex.render(source.trim(), box, { displayMode: display, throwOnError: true, strict: "ignore", maxSize: 20, maxExpand: 500 });
     (fenced ? code.parentElement : code).replaceWith(box);
   } catch { /* not what KaTeX knows: its text stays, as code */ }
   finally { Element.prototype.setAttribute = set; }
