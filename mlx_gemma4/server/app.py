@@ -22,7 +22,7 @@ from ..conversation.language_model import LanguageModel
 from . import anthropic, completions, openapi, responses
 from .endpoint import Endpoint
 from .engine import Engine
-from .page import answer
+from .page import page
 from .settings import Settings, is_loopback
 from .wire import ApiError, error_response, json_response
 
@@ -139,9 +139,8 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 
 async def _page(request: Request) -> Response:
-    headers = request.headers
-    status, body, ours = answer(headers.get("accept-encoding", ""), headers.get("if-none-match", ""))
-    return Response(body, status, ours)
+    status, body, headers = page(request.headers)
+    return Response(body, status, headers)
 
 
 async def _health(request: Request) -> Response:

@@ -8,16 +8,30 @@ import base64
 import gzip
 import hashlib
 import re
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
+from types import MappingProxyType
 
 _PLACE = re.compile(rb'<script src="([\w./-]+\.js)"></script>|<link rel="stylesheet" href="([\w./-]+\.css)">')
 _FONT = re.compile(rb"@font-face\{[^}]*?url\(fonts/([\w-]+\.woff2)\)[^}]*\}")
 
 
+def page(asked: Mapping[str, str] = MappingProxyType({})) -> tuple[int, bytes, dict[str, str]]:
+    """Status, body and headers for a request with these headers: packed for a browser that unpacks, 304 for one that has it.
+
+    Only the page's own scripts and styles run, and it talks to this server alone.
+    """
+    body, headers = _made()
+    if headers["ETag"] in asked.get("if-none-match", ""):
+        return 304, b"", headers
+    if "gzip" in asked.get("accept-encoding", ""):
+        return 200, _packed(), headers | {"Content-Encoding": "gzip"}
+    return 200, body, headers
+
+
 @cache
-def page() -> tuple[bytes, dict[str, str]]:
-    """The page in UTF-8, and its headers: only its own scripts and styles run, and it talks to this server alone."""
+def _made() -> tuple[bytes, dict[str, str]]:
     scripts: list[str] = []
     styles: list[str] = []
 
@@ -55,19 +69,9 @@ def page() -> tuple[bytes, dict[str, str]]:
     return body, headers
 
 
-def answer(accepts: str, known: str) -> tuple[int, bytes, dict[str, str]]:
-    """Status, body and headers for a browser with these Accept-Encoding and If-None-Match."""
-    body, headers = page()
-    if headers["ETag"] in known:
-        return 304, b"", headers
-    if re.search(r"\bgzip\b", accepts):
-        return 200, _packed(), headers | {"Content-Encoding": "gzip"}
-    return 200, body, headers
-
-
 @cache
 def _packed() -> bytes:
-    return gzip.compress(page()[0], mtime=0)
+    return gzip.compress(_made()[0], mtime=0)
 
 
 def _with_font(face: re.Match[bytes]) -> bytes:

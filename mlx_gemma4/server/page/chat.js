@@ -171,7 +171,18 @@ function regenerate(message = path().at(-1)) {
   reply();
 }
 
-function goOn(message) { if (!running()) reply(message, true); }
+async function goOn(message) {
+  if (running()) return;
+  if (await continues()) reply(message, true); else say("This server can't go on with a reply.");
+}
+
+// True if the server can go on with a message: it says so in its own description.
+let goesOn = null;
+async function continues() {
+  try { goesOn ??= (await (await call("/openapi.json")).text()).includes("continue_final_message"); }
+  catch { goesOn = null; }
+  return goesOn;
+}
 
 // Shows the branch that a message is on.
 function goTo(id) {
@@ -224,7 +235,7 @@ function dropOldest(message) {
   if (!rest.length) return tooLong();
   chat.from = rest[0].id;
   save({ from: chat.from });
-  reply(message, Boolean(message.content));
+  if (message.content) goOn(message); else reply(message);
 }
 
 function sendAll() {
@@ -246,7 +257,7 @@ function moveOn(message) {
   place(chat.id, true);
   showSettings();
   save({ leaf }, copies);
-  if (copies.at(-1).role === "assistant") reply(copies.at(-1), true); else reply();
+  if (copies.at(-1).role === "assistant") goOn(copies.at(-1)); else reply();
 }
 
 // Another tab has written. What is being written here stays as it is here.

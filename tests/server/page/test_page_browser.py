@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from browsing import answer, chats, done, events, ready, replies, send, settle_sampling, shot, tab, windows
+from browsing import answer, chats, done, events, ready, replies, send, settle_sampling, tab, windows
 from playwright.sync_api import Browser, Page, expect
 from serving import Serving, serving, settled
 
@@ -26,7 +26,6 @@ def test_send_and_go_on(page: Page) -> None:
     done(page)
     expect(replies(page)).to_have_count(2)
     expect(replies(page).last.locator(".stats")).to_contain_text("not read again")
-    shot(page, "page")
 
 
 def test_stop_keeps_what_came_and_frees_the_server(page: Page, server: Serving) -> None:
@@ -210,8 +209,6 @@ def test_both_themes_and_widths(browser: Browser, server: Serving, scheme: Any, 
         answer(page, {"reasoning_content": "Two cups."}, {"content": TEA})
         send(page, "How do I make tea?")
         done(page)
-        if scheme == "dark":
-            shot(page, "page-dark-360")
         wide = "|" + "leaf|" * 40 + "\n" + "|-" * 40 + "|\n\n```\n" + "water, " * 40 + "\n```\n" + "y" * 300
         answer(page, {"content": wide})
         send(page, "z" * 300)
