@@ -18,7 +18,7 @@ _FONT = re.compile(rb"@font-face\{[^}]*?url\(fonts/([\w-]+\.woff2)\)[^}]*\}")
 
 
 def page(asked: Mapping[str, str] = MappingProxyType({})) -> tuple[int, bytes, dict[str, str]]:
-    """Status, body and headers for a request with these headers: packed for a browser that unpacks, 304 for one that has it.
+    """Status, body and headers for a request with these headers: packed where that is accepted, 304 for what it has.
 
     Only the page's own scripts and styles run, and it talks to this server alone.
     """
