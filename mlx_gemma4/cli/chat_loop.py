@@ -31,6 +31,7 @@ def chat_loop(
     model: str | None,
     system: str | None,
     think: bool | None,
+    think_budget: int | None,
     max_tokens: int | None,
     sampling: SamplingOf,
     state_file: str | None,
@@ -40,7 +41,7 @@ def chat_loop(
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     lm, _ = load_with_progress(model, kv)
-    options = ReplyOptions(max_tokens, sampling(lm), think=think)
+    options = ReplyOptions(max_tokens, sampling(lm), think=think, think_budget=think_budget)
     rich = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     repl = Repl(_repl_env(rich, sampling, kv), {"main": _open(lm, state_file, system, options, kv)}, options)
     with _saved_at_the_end(repl, state_file), _terminal(repl) if rich else nullcontext(partial(_line, repl)) as read:

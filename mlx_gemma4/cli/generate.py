@@ -47,6 +47,7 @@ def generate(
     model: str | None,
     system: str | None,
     think: bool | None,
+    think_budget: int | None,
     state_file: str | None,
     kv: str,
     prompt: str | None,
@@ -82,7 +83,7 @@ def generate(
             raise InputError("--state and --logprobs go with a single --prompt")
 
         def options_of(lm: LanguageModel) -> ReplyOptions:
-            return ReplyOptions(max_tokens, sampling(lm), stop, think, schema=schema)
+            return ReplyOptions(max_tokens, sampling(lm), stop, think, schema=schema, think_budget=think_budget)
 
         answer_file(
             Path(prompts_file), Path(output) if output else None, model, kv, system, raw, max_tokens, options_of
@@ -95,7 +96,9 @@ def generate(
     if not prompt:
         raise InputError("--prompt is empty; give it some text")
     lm, load_time = load_with_progress(model, kv, len(prompt.encode()) // 3 + max_tokens)  # a token has over 3 bytes
-    options = ReplyOptions(max_tokens, sampling(lm), stop, think, schema=schema, logprobs=logprobs)
+    options = ReplyOptions(
+        max_tokens, sampling(lm), stop, think, schema=schema, logprobs=logprobs, think_budget=think_budget
+    )
     state = _open_state(lm, state_file, kv)
     ids = lm.encode_prompt(prompt, raw=raw, after=state.tokens, system=system, think=think)
     logging.info("Loaded in %.2f s; prompt of %d tokens; %s", load_time, len(ids), options.sampling)

@@ -18,6 +18,7 @@ from .bench import bench
 from .chat import chat
 from .generate import generate
 from .options import EXIT_INTERRUPTED, complete_file, echo, find_model, json_option, output_options, progress
+from .perplexity import perplexity
 from .serve import serve
 from .tune import tune
 
@@ -133,5 +134,16 @@ def main() -> None:
     """Gemma 4 on Apple Silicon, straight from GGUF files."""
 
 
-for command in (generate, chat, serve, pull, inspect, bench, tune, doctor, completion):  # in the order of --help
+for command in (
+    generate,
+    chat,
+    serve,
+    pull,
+    inspect,
+    bench,
+    perplexity,
+    tune,
+    doctor,
+    completion,
+):  # in the order of --help
     main.add_command(command)

@@ -54,10 +54,12 @@ kv_option = click.option(  # kv: str
     help="Keys and values of global layers: as they are, or in 8 or 4 bits.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-conversation_options = _together(  # model, kv, system: str | None, think: bool | None, state_file: str | None
+# model, kv, system: str | None, think: bool | None, think_budget: int | None, state_file: str | None
+conversation_options = _together(
     model_option,
     click.option("--system", metavar="TEXT", help="What the model is told first: who it is, how to answer."),
     click.option("--think/--no-think", default=None, help="Let the model think first.  [default: the chat template's]"),
+    click.option("--think-budget", type=click.IntRange(0), metavar="N", help="End thinking after N tokens."),
     click.option("--state", "state_file", metavar="FILE", help="Go on with the conversation saved there, and save it."),
     kv_option,
 )

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from ..chat_format.replies import Event, Thinking, ToolCall
+from ..chat_format.replies import Event, Text, Thinking, ToolCall
 from ..conversation.background import OnPrompt
 from ..conversation.language_model import LanguageModel
 from ..conversation.reply import ReplyOptions
@@ -151,7 +151,7 @@ class Repl:
                 counted = len(reply.tokens)
             if isinstance(event, ToolCall):
                 view.note(f"calls {event.raw}")
-            else:
+            elif isinstance(event, Text | Thinking):
                 (view.think if thinking else view.text)(event.text)
             if stopped():
                 break

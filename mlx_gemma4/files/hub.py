@@ -76,9 +76,13 @@ def resolve(name: str | Path, *, update: bool = False, progress: Progress | None
     if match is None or path.exists() or (path.suffix.lower() == ".gguf" and match["quant"] is None):
         return path
 
+    return pull(match["repo"], match["quant"] or "", update=update, progress=progress)
+
+
+def pull(repo: str, quant: str = "", *, update: bool = True, progress: Progress | None = None) -> Path:
+    """As `resolve` of `REPO:QUANT`, which is no path here."""
     from huggingface_hub.errors import HFValidationError
 
-    repo, quant = match["repo"], match["quant"] or ""
     here = _cached(repo, quant)
     # Without a quantization, the cached one may differ from the hub's default.
     if here and not update and (quant or here.is_dir() or PREFERRED[0] in here.name.upper()):
@@ -169,11 +173,16 @@ def _folder_files(files: Sequence[str]) -> tuple[str, ...]:
 # ---------------------------------------------------------------- the cache
 
 
-def _cache(repo: str) -> Path:
-    """Return the repository's folder in huggingface_hub's cache, with blobs/, snapshots/ and refs/ in it."""
+def cache_root() -> Path:
+    """Return huggingface_hub's cache."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _cache(repo: str) -> Path:
+    """Return the repository's folder in huggingface_hub's cache, with blobs/, snapshots/ and refs/ in it."""
+    return cache_root() / f"models--{repo.replace('/', '--')}"
 
 
 def _cached(repo: str, quant: str) -> Path | None:

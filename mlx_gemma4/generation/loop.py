@@ -37,8 +37,8 @@ CACHED = 256 << 20  # bytes of free buffers from which on they are given back on
 class Constraint(Protocol):
     """Restricts one reply, token by token. `grammar.Grammar` is one; none serves two replies."""
 
-    def mask(self) -> np.ndarray:
-        """Return the tokens that may come next: uint32 words, the lowest bit of the first one for token 0."""
+    def mask(self) -> np.ndarray | None:
+        """Return the tokens that may come next: uint32 words, the lowest bit of the first for token 0; None: any."""
 
     def accept(self, token: int) -> None:
         """Take note of the token that was chosen."""
