@@ -44,7 +44,7 @@ async function written(id, fields, messages, live) {
 
 function add(role, content, parent = leaf) {
   const created = Math.max(Date.now(), ...[...tree.values()].map(m => m.created + 1)); // in order, however fast they come
-  const message = { id: newId(), chat: chat.id, parent, role, content, created };
+  const message = { id: newId(), chat: chat.id, parent, role, content, created, ...(role === "assistant" && { model }) };
   tree.set(message.id, message);
   leaf = message.id;
   return message;
@@ -171,18 +171,7 @@ function regenerate(message = path().at(-1)) {
   reply();
 }
 
-async function goOn(message) {
-  if (running()) return;
-  if (await continues()) reply(message, true); else say("This server can't go on with a reply.");
-}
-
-// True if the server can go on with a message: it says so in its own description.
-let goesOn = null;
-async function continues() {
-  try { goesOn ??= (await (await call("/openapi.json")).text()).includes("continue_final_message"); }
-  catch { goesOn = null; }
-  return goesOn;
-}
+function goOn(message) { if (!running()) reply(message, true); }
 
 // Shows the branch that a message is on.
 function goTo(id) {

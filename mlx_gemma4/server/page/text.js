@@ -130,7 +130,7 @@ function titleOf(text) {
 
 // Chats as files. JSON has all branches; Markdown has what is shown, and is read back as it was written.
 const FORMAT = "mlx-gemma4-chats";
-const KEPT = { content: "string", thinking: "string", note: "string", error: "string", stats: "object", created: "number" };
+const KEPT = { content: "string", thinking: "string", note: "string", error: "string", model: "string", stats: "object", created: "number" };
 
 function toJson(chats) {
   const plain = ({ chat, messages }) => ({

@@ -138,6 +138,7 @@ function belowOf(message, last) {
   if (!user) {
     row.append(iconButton("again", "Regenerate", () => regenerate(message), { disabled: Boolean(running()) }));
     if (last && message.content && (message.note || message.error) && !message.full) row.append(textButton("Continue", () => goOn(message)));
+    if (message.model && message.model !== model) row.append(element("span", { class: "stats" }, message.model));
     if (message.stats) row.append(element("span", { class: "stats" }, summary(message.stats, context)));
   }
   made.push(row);

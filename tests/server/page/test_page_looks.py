@@ -144,3 +144,8 @@ def test_axe_finds_nothing(browser: Browser, server: Serving, scheme: Any, width
             page.click("#sides")
         page.get_by_role("button", name="More for How do I make tea").click()
         assert faults(page) == []
+        page.keyboard.press("Escape")
+        page.keyboard.press("Escape")
+        page.click("#models-open")
+        expect(page.get_by_role("button", name="Use gemma4-demo")).to_be_visible()
+        assert faults(page) == []
