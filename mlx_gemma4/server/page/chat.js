@@ -179,7 +179,7 @@ function goTo(id) {
   leaf = newest(id);
   save({ leaf });
   showAll();
-  document.querySelector(`#log article.${tree.get(id).role}:last-of-type`)?.scrollIntoView({ block: "nearest" });
+  [...$("log").children].find(article => article.message?.id === id)?.scrollIntoView({ block: "nearest" });
 }
 
 function edit(message) {
@@ -277,5 +277,12 @@ function take({ chat: record, messages }) {
   chat = { ...record, stored: true };
   const own = running()?.message; // it is newer than what is stored
   if (own) tree.set(own.id, own);
-  for (const message of messages) if (message.id !== own?.id) tree.set(message.id, message);
+  for (const message of messages) {
+    const known = tree.get(message.id); // an object stays the same: articles and buttons have it
+    if (!known) tree.set(message.id, message);
+    else if (known !== own) {
+      for (const field of Object.keys(known)) if (!(field in message)) delete known[field];
+      Object.assign(known, message);
+    }
+  }
 }

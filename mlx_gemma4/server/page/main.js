@@ -58,6 +58,7 @@ $("think").addEventListener("click", () => { panel.elements.think.checked = !pan
 $("models-open").addEventListener("click", openModels);
 $("models-close").addEventListener("click", () => $("models").close());
 $("pull").addEventListener("submit", event => { event.preventDefault(); if (pulling) pulling.abort(); else pull($("pull-name").value.trim()); });
+$("known").addEventListener("click", event => { if (event.target.dataset.name) { $("pull-name").value = event.target.dataset.name; $("pull-go").focus(); } });
 $("search").addEventListener("input", searchNow);
 $("export").addEventListener("click", exportAll);
 $("import").addEventListener("click", () => $("file").click());

@@ -1,6 +1,7 @@
 "use strict";
 // The server's models, through OpenAI's list and Ollama's API: choose, load, download, delete.
 let pulling = null; // the AbortController of a download
+let drawnModels = ""; // what the list shows
 
 async function asked(path, body, more = {}) {
   const response = await call(path, { ...(body && { method: "POST", body: JSON.stringify(body) }), ...more });
@@ -33,7 +34,9 @@ function openModels() {
 async function listModels() {
   try {
     const [tags, running] = await Promise.all(["/api/tags", "/api/ps"].map(async path => (await (await asked(path)).json()).models));
-    const loaded = new Set(running.map(({ name }) => name));
+    const loaded = new Set(running.map(({ name }) => name)), drawn = JSON.stringify([tags, [...loaded], model]);
+    if (drawn === drawnModels) return; // nothing that a hand may be on is replaced
+    drawnModels = drawn;
     $("models-list").replaceChildren(...tags.map(tag => modelItem(tag, loaded.has(tag.name))));
   } catch (error) { tell(inPlainWords(error)); }
 }

@@ -108,8 +108,9 @@ def test_downloads_that_fail_or_are_stopped(browser: Browser, several: Serving) 
 def test_one_model_alone(page: Page) -> None:
     page.click("#models-open")
     expect(page.locator("#models-list li")).to_have_count(1)
-    page.fill("#pull-name", "owner/name")
-    page.click("#pull-go")
+    page.get_by_role("button", name="Gemma 4 E2B").click()
+    expect(page.locator("#pull-name")).to_have_value("ggml-org/gemma-4-E2B-it-GGUF:Q4_K_M")
+    page.keyboard.press("Enter")
     expect(page.locator("#models-said")).to_contain_text("serve --models DIR")
 
 
