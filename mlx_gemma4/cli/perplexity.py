@@ -29,7 +29,7 @@ def perplexity(file: str, model: str | None, context: int, as_json: bool) -> Non
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8"
         raise InputError(f"{file}: can't be read as text ({reason}); name a text file") from None
-    lm, _ = load_with_progress(model, "full", context)
+    lm, _ = load_with_progress(model, "full", context, draft_max=0)
     with progress("Window", 1, "") as update:
         found = measure(lm, text, context, update)
     if as_json:

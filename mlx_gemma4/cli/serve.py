@@ -15,7 +15,17 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from .options import SamplingOf, echo, kv_option, load_with_progress, model_option, output_options, sampling_options
+from .options import (
+    SamplingOf,
+    draft_options,
+    echo,
+    kv_option,
+    load_with_progress,
+    model_option,
+    output_options,
+    ranks_options,
+    sampling_options,
+)
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -69,7 +79,9 @@ def _duration(value: str) -> float:
 )
 @click.option("--grace", type=click.IntRange(0), default=30, help="Seconds that Ctrl-C waits.")
 @kv_option
+@ranks_options
 @sampling_options
+@draft_options
 @output_options
 def serve(
     model: str | None,
@@ -89,6 +101,7 @@ def serve(
     grace: int,
     kv: str,
     sampling: SamplingOf,
+    draft_max: int,
 ) -> None:
     """Answer over HTTP: OpenAI's, Anthropic's and Ollama's interfaces, and a page to chat in a browser.
 
@@ -134,12 +147,12 @@ def serve(
 
     def start(name: str, path: Path, promised: int) -> Engine:
         """Load a model of the folder."""
-        lm = load(path, room=Room(2 * max_tokens, kv, (max_kv_bytes or 0) + promised))
+        lm = load(path, room=Room(2 * max_tokens, kv, (max_kv_bytes or 0) + promised), draft_max=draft_max)
         lm = replace(lm, sampling=sampling(lm))
         return Engine(lm, sized(lm, name, promised))
 
     if models is None:
-        lm, _ = load_with_progress(model, kv, 2 * max_tokens, max_kv_bytes)
+        lm, _ = load_with_progress(model, kv, 2 * max_tokens, max_kv_bytes, draft_max=draft_max)
         lm = replace(lm, sampling=sampling(lm))
         served = Models(sized(lm, model_name(model, lm.path)))
         served.stay(lm)

@@ -3,9 +3,11 @@
 In: the constraint on the reply, if it has one. Out: a `Constraint` that closes the thinking channel in time.
 """
 
+import copy
+
 import numpy as np
 
-from ..generation.loop import Constraint
+from ..generation.decoding import Constraint
 from ..tokens.tokenizer import Tokenizer
 
 
@@ -20,6 +22,12 @@ class ThinkBudget:
         self._close = np.zeros(-(-tokenizer.vocab_size // 32), np.uint32)
         if self._closes is not None:
             self._close[self._closes // 32] = 1 << self._closes % 32
+
+    def fork(self) -> "ThinkBudget":
+        """Return one that goes on from here by itself."""
+        other = copy.copy(self)
+        other._inner = None if self._inner is None else self._inner.fork()
+        return other
 
     def mask(self) -> np.ndarray | None:
         """Return the tokens that may come next, as `Constraint.mask`; None: any."""

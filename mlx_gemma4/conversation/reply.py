@@ -11,6 +11,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import groupby
+from numbers import Integral
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -19,7 +20,8 @@ from ..chat_format.messages import for_template
 from ..chat_format.replies import Event, ReplyParser, Text, Thinking, ToolCall, ends_in_thinking
 from ..chat_format.template import Message, encode_chat
 from ..errors import InputError
-from ..generation.loop import Constraint, Statistics, generate_tokens
+from ..generation.decoding import Constraint, Statistics
+from ..generation.loop import generate_tokens
 from ..generation.prefix import PrefixCache, common_length
 from ..generation.sampling import Sampling, Token
 from ..generation.scheduler import Scheduler
@@ -66,8 +68,12 @@ class ReplyOptions:
                 object.__setattr__(self, name, None)
         if self.think_budget is not None and self.think_budget < 0:
             raise InputError(f"think_budget {self.think_budget}: must be 0 or more", field="think_budget")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise InputError(f"max_tokens {self.max_tokens}: must be 1 or more")
+        if self.max_tokens is not None and not (isinstance(self.max_tokens, Integral) and self.max_tokens >= 1):
+            raise InputError(f"max_tokens {self.max_tokens!r}: must be a whole number, 1 or more")
+        if self.logprobs is not None and not isinstance(self.logprobs, Integral):
+            raise InputError(f"logprobs {self.logprobs!r}: must be a whole number")
+        if not all(isinstance(text, str) for text in self.stop):
+            raise InputError(f"stop {self.stop!r}: must be a text or several")
         if forms > 1:
             raise InputError("schema, regex and grammar: give one of them")
         if self.tool_choice not in ("auto", "none", *(["required", *self.tool_names] if self.tools else [])):
@@ -251,7 +257,7 @@ def stream(
             ids = as_held(lm.tokenizer, ids, state.tokens)
             held = go_back(state, ids[:-1])
         reply.statistics.reused_tokens = held
-        make = partial(generate_tokens, lm.model) if scheduler is None else scheduler.generate_tokens
+        make = scheduler.generate_tokens if scheduler else partial(generate_tokens, lm.model, drafts=lm.drafts)
         tokens = make(
             state,
             ids[held:],
@@ -343,11 +349,14 @@ def options_of(lm: LanguageModel, options: ReplyOptions | None, named: dict[str,
 
 
 def whole_prompt(lm: LanguageModel, prompt: Prompt, options: ReplyOptions) -> list[int]:
-    if isinstance(prompt, str):
-        return prompt_ids(lm, [{"role": "user", "content": prompt}], options)
-    if prompt and all(isinstance(i, int) for i in prompt):
-        return [int(i) for i in cast(Sequence[int], prompt)]
-    return prompt_ids(lm, cast(Sequence[Message], prompt), options)
+    """Return a prompt's token ids. Raises InputError, also for ids that the model does not have."""
+    if not isinstance(prompt, str) and len(prompt) and all(isinstance(i, Integral) for i in prompt):
+        ids = [int(i) for i in cast(Sequence[int], prompt)]
+    else:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        ids = prompt_ids(lm, cast(Sequence[Message], messages), options)
+    lm.config.check_ids(ids)
+    return ids
 
 
 def as_held(tokenizer: Tokenizer, ids: list[int], held: list[int]) -> list[int]:

@@ -19,7 +19,7 @@ from ..errors import NoRoom
 from ..execution import execution
 from ..kv.state import KVState, kv_bytes, total_nbytes, window_bytes
 from ..model.model import Model
-from .loop import prefill_chunk
+from .prompt import prefill_chunk
 
 # Marks of one conversation that are kept, at ends of its turns. Beyond, the mark goes whose neighbours are closest.
 MAX_MARKS = 8

@@ -15,7 +15,7 @@ from ..kv.state import KVState
 from ..model.forward import head, run_layers
 from ..model.model import Model
 from ..ops import stock
-from .loop import chunk_ahead, fitting_chunk
+from .prompt import chunk_ahead, fitting_chunk
 from .sampling import Token
 
 ROWS = 64  # of logits that are made at a time: 64 MB of the largest vocabulary

@@ -7,6 +7,9 @@ Text and control tokens are kept apart: a constraint on text never matches a con
 from users are compiled within size limits and on a large stack of their own, because the library recurses over them.
 """
 
+from __future__ import annotations
+
+import copy
 import json
 import math
 import re
@@ -93,6 +96,12 @@ class Grammar:
     def begin_thinking(self) -> None:
         """Take note that the prompt ends inside a thought channel."""
         self._thinking = True
+
+    def fork(self) -> Grammar:
+        """Return one that goes on from here by itself."""
+        other = copy.copy(self)
+        other._matcher = self._matcher.deep_copy()
+        return other
 
     @property
     def finished(self) -> bool:

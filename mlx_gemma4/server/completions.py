@@ -130,7 +130,8 @@ class CompletionRequest(CompletionOptions):
 # Samples of replies
 
 
-_DETAILS = {"prompt_tokens_details": {"cached_tokens": int}, "completion_tokens_details": {"reasoning_tokens": int}}
+_REPLIED = {"reasoning_tokens": int, "accepted_prediction_tokens": int, "rejected_prediction_tokens": int}
+_DETAILS = {"prompt_tokens_details": {"cached_tokens": int}, "completion_tokens_details": _REPLIED}
 _USAGE = {"prompt_tokens": int, "completion_tokens": int, "total_tokens": int, **_DETAILS}
 _HEAD = {"id": str, "created": int, "model": str, "usage": _USAGE}
 _CHOICE = {"index": int, "finish_reason": ("stop", "length", "tool_calls"), "logprobs": (dict, None)}

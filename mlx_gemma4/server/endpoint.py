@@ -147,12 +147,18 @@ def usage(job: Job, choices: int) -> dict[str, Any]:
     reused = sum(statistics.reused_tokens for statistics in prompts)
     prompt = reused + sum(statistics.prompt_tokens for statistics in prompts)
     replied = sum(reply.statistics.reply_tokens for reply in job.replies)
+    drafted = sum(reply.statistics.drafted_tokens for reply in job.replies)
+    accepted = sum(reply.statistics.accepted_tokens for reply in job.replies)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": replied,
         "total_tokens": prompt + replied,
         "prompt_tokens_details": {"cached_tokens": reused},
-        "completion_tokens_details": {"reasoning_tokens": job.thought},
+        "completion_tokens_details": {
+            "reasoning_tokens": job.thought,
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": drafted - accepted,
+        },
     }
 
 

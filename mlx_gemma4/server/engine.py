@@ -128,7 +128,7 @@ class Engine:
     def __init__(self, lm: LanguageModel, settings: Settings) -> None:
         self.lm, self.settings, self.metrics = lm, settings, Metrics()
         self.store = PrefixCache(lm.model, settings.max_kv_bytes, settings.kv)
-        self.scheduler = Scheduler(lm.model, settings.parallel, settings.exact)
+        self.scheduler = Scheduler(lm.model, settings.parallel, settings.exact, lm.drafts)
         self._channels = {lm.tokenizer.token_id(name): channel for name, channel in _CHANNELS.items()}
         self.draining = False
         self.load_seconds = 0.0  # that the model took to load, until a reply tells of it
@@ -274,6 +274,8 @@ class Engine:
             self.metrics.prompt_tokens.inc(reply.statistics.prompt_tokens)
             self.metrics.reused_tokens.inc(reply.statistics.reused_tokens)
             self.metrics.reply_tokens.inc(reply.statistics.reply_tokens)
+            self.metrics.drafted_tokens.inc(reply.statistics.drafted_tokens)
+            self.metrics.accepted_tokens.inc(reply.statistics.accepted_tokens)
 
     def _chunks(self, job: Job, choice: int, request: GenerationRequest) -> Generator[Chunk, None, None]:
         """Yield one reply's chunks. While the KV budget has no room for it beside others, wait until one is done."""
