@@ -135,13 +135,9 @@ Items = Annotated[list[T], Field(fail_fast=True, max_length=MAX_ITEMS)]  # the f
 Tools = Annotated[list[T], Field(fail_fast=True, max_length=MAX_TOOLS)]
 Object = dict[str, Any]
 Whole = BeforeValidator(_whole)
-Length = Annotated[
-    int,
-    Field(le=2**31),
-    AfterValidator(_check_length),
-    Whole,
-    WithJsonSchema({"type": "integer", "minimum": -1, "maximum": 2**31, "not": {"const": 0}}),
-]
+_LENGTHS = WithJsonSchema({"type": "integer", "minimum": -1, "maximum": 2**31, "not": {"const": 0}})
+Length = Annotated[int, Field(le=2**31), AfterValidator(_check_length), Whole, _LENGTHS]
+LengthOrNone = Annotated[int, Field(ge=-1, le=2**31), Whole, _LENGTHS]  # where an endpoint knows what 0 is for
 Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES), Whole]
 TopLogprobs = Annotated[int, Field(ge=0, le=20), Whole]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]

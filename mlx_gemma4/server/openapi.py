@@ -55,6 +55,9 @@ def document(endpoints: Sequence[Endpoint], vocab: int, with_key: bool) -> dict[
             "/api/tags": _get("Ollama: the models", _json(_OLLAMA_MODELS), 401, 403),
             "/api/ps": _get("Ollama: the models that are loaded", _json(_OLLAMA_MODELS), 401, 403),
             "/api/version": _get("Ollama: its version", _json({"version": str}), 401, 403),
+            "/v1/responses/{id}": _kept(),
+            "/props": _get("llama.cpp: the model", _json({"default_generation_settings": dict}), 401, 403, 404),
+            "/tokenizer_info": _get("vLLM: the tokenizer", _json({"eos_token": str}), 401, 403, 404),
             "/metrics": _get("Counters for Prometheus", {"text/plain": {"schema": {"type": "string"}}}, 401, 403),
             "/health": _get("Says that the server answers", _json(_HEALTH), 403),
         },
@@ -133,4 +136,13 @@ def _model(sample: dict[str, Any]) -> dict[str, Any]:
     made = _get("A model, by its name", _json(sample), 401, 403, 404)
     name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     made["get"]["parameters"] = [name]
+    return made
+
+
+def _kept() -> dict[str, Any]:
+    """GET and DELETE of a response that is kept."""
+    name = {"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    made: dict[str, Any] = {"parameters": [name]}
+    for method, sample in (("get", {"id": str, "object": "response"}), ("delete", {"id": str, "deleted": True})):
+        made[method] = _get("A response that is kept", _json(sample), 401, 403, 404)["get"]
     return made
