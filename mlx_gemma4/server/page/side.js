@@ -129,7 +129,7 @@ const MENU = {
   delete: async ({ id, title }) => {
     const record = await store.read(id);
     if (!record) return;
-    runs.get(id)?.stop.abort();
+    abandon(id);
     await store.remove(id);
     if (id === chat.id) newChat();
     showList();

@@ -188,7 +188,7 @@ function readChats(name, text, settingNames) {
     if (!known.size) throw new Error("a chat in it has no messages");
     cutCircles(known);
     const messages = [...known.values()], settings = {};
-    for (const name of settingNames) if (["string", "number", "boolean"].includes(typeof chat.settings?.[name])) settings[name] = chat.settings[name];
+    for (const name of settingNames) if (typeof chat.settings?.[name] === ({ system: "string", think: "boolean" }[name] || "number")) settings[name] = chat.settings[name];
     return {
       title: typeof chat.title === "string" && chat.title.trim() ? chat.title.slice(0, 200) : titleOf(messages[0].content),
       created: Number.isFinite(chat.created) ? chat.created : undefined, settings, messages,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from browsing import answer, chats, done, ready, replies, say, send, settle_sampling, tab, texts
 from playwright.sync_api import BrowserContext, Download, Page, expect
-from serving import Serving
+from serving import Serving, settled
 
 pytestmark = pytest.mark.browser
 
@@ -110,6 +110,20 @@ def test_a_chat_deleted_in_one_tab_is_left_in_the_other(window: BrowserContext, 
     second.get_by_role("button", name="Undo").click()
     expect(chats(first)).to_have_text(["One"])
     assert texts(second) == ["One", "Yes."]
+
+
+def test_a_chat_deleted_while_its_reply_is_written_stays_deleted(window: BrowserContext, server: Serving) -> None:
+    first, second = tab(window, server.url), tab(window, server.url)
+    for page, other in ((first, first), (first, second)):  # in the tab that writes, and in another one
+        send(page, "Tell me a long story about the sea.")
+        expect(replies(page).locator(".text")).not_to_be_empty()
+        menu(other, "Tell me a long story about the sea.", "Delete")
+        expect(first.locator("article")).to_have_count(0)
+        assert settled(server.engine)
+        for each in (first, second):
+            each.reload()
+            ready(each)
+            expect(each.locator("#none")).to_have_text("No chats yet.")
 
 
 def test_chats_are_listed_and_found_by_name_and_text(page: Page) -> None:
