@@ -289,10 +289,13 @@ def test_markdown_of_others_and_llama_servers_export_are_read(js: MiniRacer) -> 
     root = {"id": "r", "parent": None, "role": "system", "type": "root", "content": ""}
     one = {"id": "a", "parent": "r", "role": "user", "content": "Hi", "timestamp": 5}
     two = {"id": "b", "parent": "a", "role": "assistant", "content": "Hello", "reasoningContent": "Hm"}
-    text = json.dumps([{"conv": {"name": "N", "currNode": "b"}, "messages": [root, one, two]}])
-    (chat,) = call(js, "readChats", "a.json", text, [])
-    assert chat["title"] == "N" and chat["leaf"] == "b" and chat["messages"][1]["thinking"] == "Hm"
-    assert [m["parent"] for m in chat["messages"]] == [None, "a"]
+    conv = {"name": "N", "currNode": "b"}
+    lines = [{"harness": "llama.app", "type": "session", **conv}]
+    lines += [{"type": "message", "message": each} for each in (root, one, two)]
+    for text in (json.dumps([{"conv": conv, "messages": [root, one, two]}]), "\n".join(map(json.dumps, lines))):
+        (chat,) = call(js, "readChats", "a.json", text, [])
+        assert chat["title"] == "N" and chat["leaf"] == "b" and chat["messages"][1]["thinking"] == "Hm"
+        assert [m["parent"] for m in chat["messages"]] == [None, "a"]
 
 
 JSON = st.recursive(
