@@ -101,18 +101,18 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
     echo("".join(traceback.format_exception(kind, error, trace)).rstrip())
 
 
+def _show_thread_traceback(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is not None:
+        _show_traceback(args.exc_type, args.exc_value, args.exc_traceback)
+
+
 def _set_up_logging(_ctx: click.Context, _option: click.Parameter, detailed: bool) -> None:
     """Write the package's messages as bare lines on stderr; `detailed`: including those of level INFO."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Harmless("%(message)s"))
     logging.basicConfig(handlers=[handler])
     sys.excepthook = _show_traceback
-    threading.excepthook = lambda args: (
-        args.exc_value
-        and _show_traceback(  # type: ignore[assignment]
-            args.exc_type, args.exc_value, args.exc_traceback
-        )
-    )
+    threading.excepthook = _show_thread_traceback
     if detailed:
         logging.getLogger().setLevel(logging.INFO)
 

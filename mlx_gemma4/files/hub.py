@@ -168,7 +168,7 @@ def _about(repo: str) -> tuple[str, dict[str, int]]:
     """Return a repository's newest version, and the sizes of its files, as the hub tells. Raises InputError."""
     from huggingface_hub import constants, get_session, hf_raise_for_status
     from huggingface_hub.errors import OfflineModeIsEnabled
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     validate_repo_id(repo)
     if constants.HF_HUB_OFFLINE:

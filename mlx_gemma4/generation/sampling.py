@@ -178,7 +178,7 @@ def choose(samplers: Sequence[Sampler], logits: mx.array, masks: Sequence[np.nda
 
 def check_finite(total: mx.array) -> None:
     """Raise InputError if a sum of logits, [], shows that one of them is NaN or infinite."""
-    if not math.isfinite(total.item()):
+    if not math.isfinite(float(total)):
         raise InputError(
             "the model's logits are NaN or infinite, no numbers: its file is damaged, or a kernel fails here, which "
             "`mlx-gemma4 doctor` tells"

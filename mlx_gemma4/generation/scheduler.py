@@ -310,7 +310,8 @@ class Scheduler:
         try:
             return sample.on_host()
         except InputError as error:
-            return self._end(job, error)
+            self._end(job, error)
+            return None
 
     def _choose(self, replies: dict[int, Decoding], step: BatchStep, masks: dict[int, np.ndarray | None]) -> None:
         """Choose the tokens after a step, of those rows that go on, where the step itself does not."""
