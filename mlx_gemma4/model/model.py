@@ -24,7 +24,7 @@ from ..kv import quantization
 from ..kv.file import load_state, save_state
 from ..kv.segments import KVQuantizer, SegmentLayout
 from ..kv.state import KVState
-from ..memory import MemoryPlan, kv_dtype
+from ..memory import MemoryPlan, kv_dtype, on_cpu
 from ..ops import stock
 from ..ops.dispatch import Kernels
 from ..ops.quantize_kv import QUANTIZE_KV
@@ -33,8 +33,9 @@ from .batch import Batcher, check_batch, stock_step
 from .costs import largest_chunk
 from .decode import can_step, make_step
 from .forward import head, rope_wavelengths, run_layers
+from .numpy_step import make_numpy_step, numpy_steps
 from .replay import Replayer
-from .step import BatchStep, LazyBatchStep, LazyStep, NextToken, Step, Tokens, ids_of, tokens_as_array
+from .step import BatchStep, LazyBatchStep, LazyStep, NextToken, Step, Tokens, ids_of, known_tokens, tokens_as_array
 from .weights import Loaded, Weights
 
 log = logging.getLogger("mlx_gemma4")
@@ -64,6 +65,7 @@ class Model:
             else None
         )
         self._step = make_step(self.loaded, kernels) if kernels else None
+        self._numpy_step = make_numpy_step(self.loaded) if not kernels and on_cpu() else None
         replayable = kernels and kernels.player and can_step(config, 1)
         self.replayer = Replayer(self.loaded, kernels) if kernels and replayable else None
 
@@ -212,6 +214,8 @@ class Model:
             draws = draws or [LIKELIEST] * len(states)
             if self.batcher:
                 return self.batcher.start(tokens, states, draws)
+            if self._numpy_step and numpy_steps(states):
+                return LazyBatchStep(self._numpy_step(known_tokens(tokens), states), draws)
             return LazyBatchStep(stock_step(self.loaded, tokens_as_array(tokens), states), draws)
 
     def _start(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST) -> Step:
@@ -230,6 +234,8 @@ class Model:
 
     def _read(self, ids: mx.array, state: KVState, wanted: int) -> mx.array:
         """Return logits of the last `wanted` tokens, or of all: from a step, or all layers as in a prompt."""
+        if self._numpy_step and ids.size == 1 and numpy_steps([state]):
+            return self._numpy_step([int(ids)], [state])
         logits = self._stepped(ids, state)
         return head(self.loaded, run_layers(self.loaded, ids, [state], wanted)) if logits is None else logits
 
