@@ -18,6 +18,7 @@ from rewrite import Entry
 
 from mlx_gemma4 import InputError, Sampling, generate, load
 from mlx_gemma4.conversation.language_model import LanguageModel
+from mlx_gemma4.generation.loop import generate_tokens
 
 E2B, GEMMA3 = HERE / "e2b-f32.gguf", HERE / "gemma3-f32.gguf"
 IDS = [2, 251, 37, 197, 260, 179]
@@ -152,9 +153,12 @@ def test_types_are_checked_before_anything_is_read(tmp_path: Path) -> None:
 def test_more_tokens_than_rows(tmp_path: Path) -> None:
     tokens = [str(t) for t in gguf.GGUFReader(E2B).fields["tokenizer.ggml.tokens"].contents()]
     more = [*tokens, *(f"<extra_{i}>" for i in range(50))]
-    keys = {"tokenizer.ggml.tokens": more, "gemma4.vocab_size": len(tokens)}
+    keys: dict[str, Any] = {"tokenizer.ggml.tokens": more, "gemma4.vocab_size": len(tokens)}
     assert f"{len(more)} tokens for an embedding of {len(tokens)} rows" in refused(odd(E2B, tmp_path / "a.gguf", keys))
-    del keys["gemma4.vocab_size"]
+    keys = {"tokenizer.ggml.tokens": more}
+    for name, value in (("token_type", 1), ("scores", 0.0)):
+        fields = list(gguf.GGUFReader(E2B).fields[f"tokenizer.ggml.{name}"].contents())
+        keys[f"tokenizer.ggml.{name}"] = [*fields, *[value] * 50]
     assert "token_embd.weight is" in refused(odd(E2B, tmp_path / "b.gguf", keys))
 
 
@@ -245,10 +249,4 @@ def test_ids_without_a_row(ids: list[int]) -> None:
     with pytest.raises(InputError, match="there is no token"):
         generate(lm, ids, max_tokens=1)
     with pytest.raises(InputError, match="there is no token"):
-        list(lm.model.new_state() and generate_raw(lm, ids))
-
-
-def generate_raw(lm: LanguageModel, ids: list[int]) -> Any:
-    from mlx_gemma4.generation.loop import generate_tokens
-
-    return generate_tokens(lm.model, lm.model.new_state(), ids, Sampling(temperature=0), 1)
+        list(generate_tokens(lm.model, lm.model.new_state(), ids, Sampling(temperature=0), 1))
