@@ -42,7 +42,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         BIG + "(ns.x, ns.x) %}{% endfor %}{{ ns.x ~ '' }}",
         BIG + "dict(a=ns.x, b=ns.x) %}{% endfor %}{{ ns.x | string }}",
         "{% set ns = namespace(x=3) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
-        "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x | replace('a', ns.x) %}{% endfor %}",
+        "{% set ns = namespace(x='ab') %}{% for i in range(9) %}{% set ns.x = ns.x.replace('a', ns.x*9) %}{% endfor %}",
         "{% set s = 'a' * 10000000 %}{% for i in range(99999) %}{% if 'b' in s %}{% endif %}{% endfor %}",
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% set l = range(99999) | list %}{% for i in l %}{{ l | sum }}{% endfor %}",
@@ -87,7 +87,11 @@ def test_memory_is_watched_where_no_limit_holds(monkeypatch: pytest.MonkeyPatch)
 def test_no_answer_is_another_conversations() -> None:
     def say(i: int) -> bool:
         messages = [{"role": "user", "content": f"{i} " * 10_000}]
-        template = "{{ messages[0].content }}" if i % 13 else "{% for i in range(99999) %}{% for j in range(999) %}{% endfor %}{% endfor %}"
+        template = (
+            "{{ messages[0].content }}"
+            if i % 13
+            else "{% for i in range(99999) %}{% for j in range(999) %}{% endfor %}{% endfor %}"
+        )
         try:
             return render_chat(template, messages) == messages[0]["content"] and i % 13 > 0
         except InputError:

@@ -86,7 +86,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template.replace("{endpoint}", url))
-    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template.replace("{endpoint}", url), raising=False)
+    monkeypatch.setattr(
+        file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template.replace("{endpoint}", url), raising=False
+    )
     monkeypatch.setattr(hub, "WAIT", 0.001)
     monkeypatch.setattr(hub, "TRIES", 3)
     monkeypatch.setattr(Liar, "ranges", [])

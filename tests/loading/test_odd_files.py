@@ -137,7 +137,9 @@ def test_q_k_and_v_in_one(source: Path, tmp_path: Path) -> None:
         return [joined, *(e for e in entries if e[0] not in names)]
 
     np.testing.assert_array_equal(logits(odd(source, tmp_path / "joined.gguf", edit=join)), logits(source))
-    short = odd(source, tmp_path / "short.gguf", edit=lambda e: [(n, d[:-1] if "qkv" in n else d, k) for n, d, k in join(e)])
+    short = odd(
+        source, tmp_path / "short.gguf", edit=lambda e: [(n, d[:-1] if "qkv" in n else d, k) for n, d, k in join(e)]
+    )
     assert "attn_qkv" in refused(short)
 
 
@@ -220,7 +222,9 @@ def test_values_that_are_no_numbers(tmp_path: Path) -> None:
 
     def poked(name: str, row: int) -> Path:
         def poke(entries: list[Entry]) -> list[Entry]:
-            return [(n, np.where(np.arange(len(d)) == row, np.nan, d.T).T if n == name else d, k) for n, d, k in entries]
+            return [
+                (n, np.where(np.arange(len(d)) == row, np.nan, d.T).T if n == name else d, k) for n, d, k in entries
+            ]
 
         return odd(E2B, tmp_path / "nan.gguf", edit=lambda e: [(n, d.astype(np.float32), k) for n, d, k in poke(e)])
 

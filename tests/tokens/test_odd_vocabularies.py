@@ -1,4 +1,4 @@
-"""Vocabularies as programs write them: control tokens by meaning, contradicting keys, tables of any shape in no time."""
+"""Vocabularies as programs write them: control tokens by meaning, contradicting keys, tables of any shape."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def metadata(kind: str = "llama", more: dict[str, int] | None = None, **keys: An
     """A vocabulary of letters and a few words, with `more` tokens of given types."""
     table = {"<pad>": CONTROL, "<eos>": CONTROL, "<bos>": CONTROL, "<unk>": CONTROL, **dict.fromkeys(BYTES, BYTE)}
     words = ["ab", "abc", "▁a", "▁ab"]
-    table |= {text: NORMAL for text in [*"▁abcdefghijklmnopqrstuvwxyz<>|_/", *words]} | (more or {})
+    table |= dict.fromkeys([*"▁abcdefghijklmnopqrstuvwxyz<>|_/", *words], NORMAL) | (more or {})
     tokens = list(table)
     made = {
         "model": kind,
@@ -30,7 +30,9 @@ def metadata(kind: str = "llama", more: dict[str, int] | None = None, **keys: An
         **({"merges": ["a b", "ab c", "▁ a", "▁ ab"]} if kind == "gemma4" else {}),
         **keys,
     }
-    return {f"tokenizer.ggml.{name}": value for name, value in made.items()} | {"tokenizer.ggml.add_space_prefix": False}
+    return {f"tokenizer.ggml.{name}": value for name, value in made.items()} | {
+        "tokenizer.ggml.add_space_prefix": False
+    }
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma4"])
@@ -94,8 +96,8 @@ def test_tables_of_any_shape_take_little_time(keys: dict[str, Any]) -> None:
     try:
         tokenizer = Tokenizer.from_gguf(metadata("gemma4", **keys))
         assert tokenizer.decode(tokenizer.encode("<" * 1000 + "abc" * 1000, parse_special=True)[1:])
-    except InputError as error:
-        assert len(str(error)) < 600
+    except InputError:
+        assert "merges" in keys
     assert time.process_time() - begin < 5
 
 
