@@ -1,4 +1,4 @@
-"""Files as they are found: what changes the result is honoured or refused by name, and nothing is dropped in silence."""
+"""Files as they are found: what changes the result is honoured or refused by name, never dropped in silence."""
 
 from __future__ import annotations
 
@@ -101,8 +101,17 @@ def test_keys_that_say_what_is_so_anyway(source: Path, keys: dict[str, Any], tmp
 
 @pytest.mark.parametrize(
     "name",
-    ["blk.0.attn_q.bias", "blk.0.attn_sinks.weight", "output.bias", "token_embd.bias", "per_layer_more.weight"]
-    + ["blk.3.ffn_gate_up.weight", "blk.8.attn_q.weight", "token_embd.scale", "blk.0.attn_norm.scale"],
+    [
+        "blk.0.attn_q.bias",
+        "blk.0.attn_sinks.weight",
+        "output.bias",
+        "token_embd.bias",
+        "per_layer_more.weight",
+        "blk.3.ffn_gate_up.weight",
+        "blk.8.attn_q.weight",
+        "token_embd.scale",
+        "blk.0.attn_norm.scale",
+    ],
 )
 def test_a_tensor_that_nothing_uses_is_refused(name: str, tmp_path: Path) -> None:
     assert name in refused(odd(E2B, tmp_path / "more.gguf", edit=plus(name, np.ones(1))))
