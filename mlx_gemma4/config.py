@@ -86,7 +86,7 @@ class Config:
         return self.architecture == "gemma4"
 
 
-class _Reader:
+class Reader:
     """Typed look-ups in metadata whose errors name the key."""
 
     def __init__(self, metadata: Mapping[str, Any], prefix: str, source: str) -> None:
@@ -150,7 +150,7 @@ class _Reader:
             return [self.count(key)] * n
         if len(value) != n:
             raise self.error(key, f"has {len(value)} entries for {n} layers")
-        one = [_Reader({self.prefix + key: v}, self.prefix, self.source) for v in value]
+        one = [Reader({self.prefix + key: v}, self.prefix, self.source) for v in value]
         return [each.count(key) for each in one]
 
     def refuse_unknown(self) -> None:
@@ -187,7 +187,7 @@ def config_from_gguf(metadata: Mapping[str, Any], source: str) -> Config:
         raise InputError(
             f"{source}: this is a model of architecture {str(architecture)[:40]!r}; mlx-gemma4 runs gemma4 and gemma3"
         )
-    read = _Reader(metadata, f"{architecture}.", source)
+    read = Reader(metadata, f"{architecture}.", source)
     n = read.count("block_count", most=MAX_LAYERS)
     sliding, heads = _sliding_layers(read, architecture, n), read.counts("attention.head_count", n)
     hidden, head_dim = read.count("embedding_length"), read.count("attention.key_length")
@@ -251,11 +251,11 @@ def config_from_json(config: Mapping[str, Any], source: str) -> Config:
     kind = str(text.get("model_type", config.get("model_type"))).removesuffix("_text")
     if kind not in ARCHITECTURES:
         raise InputError(f"{source}: model_type is {kind[:40]!r}; mlx-gemma4 runs gemma4 and gemma3")
-    read = _Reader({k: v for k, v in text.items() if v is not None}, "", source)
+    read = Reader({k: v for k, v in text.items() if v is not None}, "", source)
     layers = _layers_from_json(text, read, kind)
     ropes = _object(text.get("rope_parameters"))
-    full = _Reader(_object(ropes.get("full_attention") or text.get("rope_scaling")), "", source)
-    local = _Reader(_object(ropes.get("sliding_attention")), "", source)
+    full = Reader(_object(ropes.get("full_attention") or text.get("rope_scaling")), "", source)
+    local = Reader(_object(ropes.get("sliding_attention")), "", source)
     local.rope_scale(_rope_type(local.metadata), "factor")
     if local.number("factor", 1.0) not in (0, 1) or _bidirectional(text) or read.number("attn_logit_softcapping", 0):
         raise InputError(
@@ -301,7 +301,7 @@ def _bidirectional(text: Mapping[str, Any]) -> bool:
     return text.get("use_bidirectional_attention") not in (None, False, "vision")
 
 
-def _layers_from_json(text: Mapping[str, Any], read: _Reader, kind: str) -> tuple[LayerConfig, ...]:
+def _layers_from_json(text: Mapping[str, Any], read: Reader, kind: str) -> tuple[LayerConfig, ...]:
     """The layers of a Hugging Face configuration of architecture `kind`."""
     n = read.count("num_hidden_layers", most=MAX_LAYERS)
     types = text.get("layer_types")
@@ -330,7 +330,7 @@ def _layers_from_json(text: Mapping[str, Any], read: _Reader, kind: str) -> tupl
     for key, own in _object(text.get("per_layer_config")).items():
         if not (key.isdigit() and int(key) < n and isinstance(own, Mapping)):
             raise read.error("per_layer_config", f"has an entry {key[:20]!r} that is none of the {n} layers")
-        layer, differs = layers[int(key)], _Reader(own, "", read.source)
+        layer, differs = layers[int(key)], Reader(own, "", read.source)
         layers[int(key)] = replace(
             layer,
             head_dim=differs.count("head_dim", layer.head_dim),
@@ -339,7 +339,7 @@ def _layers_from_json(text: Mapping[str, Any], read: _Reader, kind: str) -> tupl
     return _shared(read, layers, shared)
 
 
-def _sliding_layers(read: _Reader, architecture: str, n: int) -> list[bool]:
+def _sliding_layers(read: Reader, architecture: str, n: int) -> list[bool]:
     """True for each sliding layer: from an array of flags, or from a period whose last layer is global."""
     key, default = "attention.sliding_window_pattern", None
     flags = read.metadata.get(read.prefix + key)
@@ -353,7 +353,7 @@ def _sliding_layers(read: _Reader, architecture: str, n: int) -> list[bool]:
     return [(i + 1) % period != 0 for i in range(n)]
 
 
-def _shared(read: _Reader, layers: list[LayerConfig], shared: int) -> tuple[LayerConfig, ...]:
+def _shared(read: Reader, layers: list[LayerConfig], shared: int) -> tuple[LayerConfig, ...]:
     """Return the layers, checked; the last `shared` of them read an earlier layer's keys and values."""
     n, own = len(layers), len(layers) - shared
     if own <= 0:

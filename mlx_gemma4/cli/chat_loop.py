@@ -29,20 +29,22 @@ def chat_loop(
     model: str | None,
     system: str | None,
     think: bool | None,
+    think_budget: int | None,
     max_tokens: int | None,
     sampling: SamplingOf,
     state_file: str | None,
     kv: str,
+    draft_max: int,
 ) -> bool:
     """Hold a conversation until there are no more messages; return True if a line failed."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     if state_file:
         Session.check_place(state_file)
-    lm, _ = load_with_progress(model, kv)
-    options = ReplyOptions(max_tokens, sampling(lm), think=think)
+    lm, _ = load_with_progress(model, kv, draft_max=draft_max)
+    options = ReplyOptions(max_tokens, sampling(lm), think=think, think_budget=think_budget)
     rich = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-    repl = Repl(_repl_env(rich, sampling, kv), {"main": _open(lm, state_file, system, options, kv)}, options)
+    repl = Repl(_repl_env(rich, sampling, kv, draft_max), {"main": _open(lm, state_file, system, options, kv)}, options)
     with _saved_at_the_end(repl, state_file), _terminal(repl) if rich else nullcontext(partial(_line, repl)) as read:
         return _converse(repl, read)
 
@@ -89,7 +91,7 @@ def _saved_at_the_end(repl: Repl, path: str | None) -> Iterator[None]:
             repl.session.save(path)
 
 
-def _repl_env(rich: bool, sampling: SamplingOf, kv: str) -> ReplEnv:
+def _repl_env(rich: bool, sampling: SamplingOf, kv: str, draft_max: int) -> ReplEnv:
     console = console_for_replies()
     screen: Callable[[bool], View] = partial(ReplyScreen, console)
     return ReplEnv(
@@ -97,7 +99,7 @@ def _repl_env(rich: bool, sampling: SamplingOf, kv: str) -> ReplEnv:
         echo=(lambda line: console.print(printable(line), markup=False, highlight=False)) if rich else say,
         stoppable=stoppable if sys.stdin.isatty() else lambda: nullcontext(lambda: False),  # Ctrl-C ends a pipe
         reading=lambda: progress("Reading", 1, " tokens"),
-        load=lambda name: load_with_progress(name, kv)[0],
+        load=lambda name: load_with_progress(name, kv, draft_max=draft_max)[0],
         sampling=sampling,
         kv=kv,
         drafts=rich,

@@ -17,6 +17,7 @@ from .options import (
     EXIT_INTERRUPTED,
     SamplingOf,
     conversation_options,
+    draft_options,
     echo,
     load_with_progress,
     output_options,
@@ -29,6 +30,7 @@ from .prompts import answer_file
 if TYPE_CHECKING:
     from ..conversation.language_model import LanguageModel
     from ..conversation.reply import Reply
+    from ..generation.decoding import Statistics
     from ..kv.state import KVState
 
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the reply before this text. May be repeated.")
 @click.option("--json-schema", "schema_file", metavar="FILE", help="Make the reply JSON that obeys this JSON schema.")
 @sampling_options
+@draft_options
 @click.option("--raw", is_flag=True, help="Send the text as it is, without the chat template.")
 @click.option("--logprobs", type=click.IntRange(0, 100), metavar="N", help="With --json: how likely each token was.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with reply and statistics.")
@@ -49,6 +52,7 @@ def generate(
     model: str | None,
     system: str | None,
     think: bool | None,
+    think_budget: int | None,
     state_file: str | None,
     kv: str,
     prompt: str | None,
@@ -61,6 +65,7 @@ def generate(
     raw: bool,
     logprobs: int | None,
     as_json: bool,
+    draft_max: int,
 ) -> None:
     """Answer a prompt, or a file of prompts.
 
@@ -85,10 +90,18 @@ def generate(
             raise InputError("--state and --logprobs go with a single --prompt")
 
         def options_of(lm: LanguageModel) -> ReplyOptions:
-            return ReplyOptions(max_tokens, sampling(lm), stop, think, schema=schema)
+            return ReplyOptions(max_tokens, sampling(lm), stop, think, schema=schema, think_budget=think_budget)
 
         answer_file(
-            Path(prompts_file), Path(output) if output else None, model, kv, system, raw, max_tokens, options_of
+            Path(prompts_file),
+            Path(output) if output else None,
+            model,
+            kv,
+            system,
+            raw,
+            max_tokens,
+            options_of,
+            draft_max,
         )
         return
     if output is not None:
@@ -99,8 +112,11 @@ def generate(
         prompt = sys.stdin.read()
     if not prompt:
         raise InputError("--prompt is empty; give it some text")
-    lm, load_time = load_with_progress(model, kv, len(prompt.encode()) // 3 + max_tokens)  # a token has over 3 bytes
-    options = ReplyOptions(max_tokens, sampling(lm), stop, think, schema=schema, logprobs=logprobs)
+    most = len(prompt.encode()) // 3 + max_tokens  # a token has over 3 bytes
+    lm, load_time = load_with_progress(model, kv, most, draft_max=draft_max)
+    options = ReplyOptions(
+        max_tokens, sampling(lm), stop, think, schema=schema, logprobs=logprobs, think_budget=think_budget
+    )
     state = _open_state(lm, state_file, kv)
     ids = lm.encode_prompt(prompt, raw=raw, after=state.tokens, system=system, think=think)
     logging.info("Loaded in %.2f s; prompt of %d tokens; %s", load_time, len(ids), options.sampling)
@@ -133,12 +149,21 @@ def generate(
         echo(
             f"Prompt: {s.prompt_tokens} tokens, {s.prompt_rate:.1f} tokens/s. "
             f"Reply: {s.reply_tokens} tokens, {s.reply_rate:.1f} tokens/s. "
-            f"Peak memory: {s.peak_memory / 1e9:.2f} GB." + " (interrupted)" * interrupted
+            + _drafted(s)
+            + f"Peak memory: {s.peak_memory / 1e9:.2f} GB."
+            + " (interrupted)" * interrupted
         )
     if state_file and reply:  # an interrupted reply is kept as far as it went, a half-read prompt is not
         lm.model.save_state(state, state_file)
     if interrupted:
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _drafted(s: Statistics) -> str:
+    """What drafts did, as a sentence; none if there were none."""
+    if not s.drafted_tokens:
+        return ""
+    return f"Drafts: {s.accepted_tokens} of {s.drafted_tokens} accepted, {s.tokens_per_step:.2f} tokens a step. "
 
 
 def _read_schema(path: str) -> dict[str, Any]:
@@ -169,6 +194,7 @@ def _report(lm: LanguageModel, text: str, reply: Reply | None, load_time: float,
     if reply.thinking:
         report["thinking"] = reply.thinking
     figures = "stop_reason prompt_tokens prompt_time prompt_rate reply_tokens reply_time reply_rate peak_memory"
+    figures += " drafted_tokens accepted_tokens tokens_per_step"
     report |= {name: getattr(reply.statistics, name) for name in figures.split()}
     if reply.tokens and reply.tokens[0].logprob is not None:
         report["tokens"] = [

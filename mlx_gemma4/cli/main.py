@@ -4,6 +4,7 @@ Heavy modules are imported when a command runs, so that `--help` answers at once
 """
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,9 @@ from ..paths import check_target
 from .bench import bench
 from .chat import chat
 from .generate import generate
+from .hosts import follow, hosts, probe
 from .options import EXIT_INTERRUPTED, complete_file, echo, find_model, json_option, output_options, progress, say
+from .perplexity import perplexity
 from .serve import serve
 from .tune import tune
 
@@ -132,9 +135,30 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="mlx-gemma4")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Gemma 4 on Apple Silicon, straight from GGUF files."""
+    if os.environ.get("MLX_RANK", "0") != "0" and ctx.invoked_subcommand in ("generate", "chat", "serve"):
+        from ..conversation import language_model
+        from ..distributed.place import placed
+
+        if place := placed():  # rank 0 alone takes the command; this one does what it says
+            language_model.follow(place)
 
 
-for command in (generate, chat, serve, pull, inspect, bench, tune, doctor, completion):  # in the order of --help
+for command in (
+    generate,
+    chat,
+    serve,
+    pull,
+    inspect,
+    bench,
+    perplexity,
+    tune,
+    doctor,
+    hosts,
+    completion,
+    follow,
+    probe,
+):  # in the order of --help
     main.add_command(command)

@@ -42,6 +42,7 @@ def answer_file(
     raw: bool,
     max_tokens: int,
     options_of: Callable[[LanguageModel], ReplyOptions],
+    draft_max: int,
 ) -> None:
     """Answer the prompts of `source` on standard output, or in `output` behind those that it has answers to."""
     lines = _read(source)
@@ -55,7 +56,7 @@ def answer_file(
 
     left = lines[answered:]
     longest = max(len(json.dumps(line.prompt, ensure_ascii=False).encode()) for line in left)
-    lm, _ = load_with_progress(model, kv, longest // 3 + max_tokens)  # a token has over 3 bytes
+    lm, _ = load_with_progress(model, kv, longest // 3 + max_tokens, draft_max=draft_max)  # a token has over 3 bytes
     options = [_options(line, options_of(lm)) for line in left]
     prompts = [_prompt(lm, line, system, raw) for line in left]
     start, tokens, failed, written = time.monotonic(), 0, 0, 0

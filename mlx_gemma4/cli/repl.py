@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from ..chat_format.replies import Event, Thinking, ToolCall
+from ..chat_format.replies import Event, Text, Thinking, ToolCall
 from ..conversation.background import OnPrompt
 from ..conversation.language_model import LanguageModel
 from ..conversation.reply import ReplyOptions
@@ -151,7 +151,7 @@ class Repl:
                 counted = len(reply.tokens)
             if isinstance(event, ToolCall):
                 view.note(f"calls {event.raw}")
-            else:
+            elif isinstance(event, Text | Thinking):
                 (view.think if thinking else view.text)(event.text)
             if stopped():
                 break
@@ -236,6 +236,9 @@ class Repl:
             read, made = _counted(s.prompt_tokens, "token"), _counted(s.reply_tokens, "token")
             self.env.echo(f"Prompt: {read} read, {s.prompt_rate:.1f} a second; {s.reused_tokens:,} reused.")
             self.env.echo(f"Reply: {made}, {s.reply_rate:.1f} a second.")
+            if s.drafted_tokens:
+                share = f"{s.accepted_tokens:,} of {s.drafted_tokens:,} accepted"
+                self.env.echo(f"Drafts: {share}, {s.tokens_per_step:.2f} tokens a step.")
             self.env.echo(f"Peak memory of arrays: {_megabytes(s.peak_memory)}.")
         self.env.echo(f"Conversation: {_turns(session)}, {self.status()}.")
 

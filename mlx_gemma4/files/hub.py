@@ -14,9 +14,10 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from io import RawIOBase
+from itertools import takewhile
 from pathlib import Path
 
 from ..errors import InputError
@@ -31,6 +32,8 @@ NAME = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<quant>[\w./-]+))?")
 QUANT = re.compile(
     r"(?<![A-Z0-9])((?:UD-)?(?:I?Q\d(?:_(?:\d|K|NL|XXS|XS|S|M|L|XL|XXL))*|TQ\d_\d|BF16|F16|F32|MXFP4(?:_MOE)?))(?![A-Z0-9])"
 )
+# An assistant, which drafts for a model of the same repository: `mtp-*`, or `*-assistant-*`.
+DRAFTER = re.compile(r"(?:.*/)?(?:mtp-[^/]*|[^/]*-assistant(?:-[^/]*)?)\.gguf", re.IGNORECASE)
 SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 # Files of a repository in MLX's or transformers' format that `load` reads.
 FOLDER = re.compile(
@@ -81,9 +84,13 @@ def resolve(name: str | Path, *, update: bool = False, progress: Progress | None
     if match is None or path.exists() or (path.suffix.lower() == ".gguf" and match["quant"] is None):
         return path
 
+    return pull(match["repo"], match["quant"] or "", update=update, progress=progress)
+
+
+def pull(repo: str, quant: str = "", *, update: bool = True, progress: Progress | None = None) -> Path:
+    """As `resolve` of `REPO:QUANT`, which is no path here."""
     from huggingface_hub.errors import HFValidationError
 
-    repo, quant = match["repo"], match["quant"] or ""
     here = _cached(repo, quant)
     # Without a quantization, the cached one may differ from the hub's default.
     if here and not update and (quant or here.is_dir() or PREFERRED[0] in here.name.upper()):
@@ -99,9 +106,12 @@ def resolve(name: str | Path, *, update: bool = False, progress: Progress | None
 
 
 def choices(files: Sequence[str]) -> list[PullChoice]:
-    """Return the models among a repository's files, split ones joined, without projectors and importance matrices."""
+    """Return the models among a repository's files, split ones joined.
+
+    Without projectors, importance matrices, and assistants, unless there is nothing else.
+    """
     groups: dict[tuple[str, int], dict[int, str]] = {}
-    for file in sorted(files):
+    for file in sorted(set(files) - set(best_drafters(files))) or sorted(files):
         base = file.rsplit("/", 1)[-1].lower()
         if base.endswith(".gguf") and not re.search(r"mmproj|imatrix", base):
             split = SPLIT.fullmatch(file)
@@ -113,6 +123,17 @@ def choices(files: Sequence[str]) -> list[PullChoice]:
         whole = sorted(parts) == list(range(1, count + 1))
         found.append(PullChoice(label[-1] if label else "", tuple(parts[i] for i in sorted(parts)), whole))
     return found
+
+
+def best_drafters(files: Iterable[str], model: str = "") -> list[str]:
+    """Return the assistants among files, those first that are named most like a model, and of these Q8_0."""
+
+    def rank(file: str) -> tuple[int, bool, str]:
+        name = file.rsplit("/", 1)[-1].lower().removeprefix("mtp-")
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(name, model.lower(), strict=False))
+        return -len(list(alike)), "q8_0" not in name, file
+
+    return sorted((file for file in files if DRAFTER.fullmatch(file)), key=rank)
 
 
 def choose(repo: str, files: Sequence[str], quant: str) -> PullChoice:
@@ -147,6 +168,8 @@ def _fetch_model(repo: str, quant: str, progress: Progress | None) -> Path:
     commit, sizes = _about(repo)
     files = () if quant or choices(list(sizes)) else _folder_files(list(sizes))
     wanted = files or choose(repo, list(sizes), quant).files
+    if not files:
+        wanted += tuple(file for file in best_drafters(sizes, wanted[0].rsplit("/", 1)[-1])[:1] if file not in wanted)
     if bad := [file for file in wanted if not PLAIN.fullmatch(file)]:
         raise InputError(f"{repo}: its file {bad[0]!r} has a name that no file may have here; name another")
     done, total, paths = 0, sum(sizes[file] for file in wanted), []
@@ -168,7 +191,7 @@ def _about(repo: str) -> tuple[str, dict[str, int]]:
     """Return a repository's newest version, and the sizes of its files, as the hub tells. Raises InputError."""
     from huggingface_hub import constants, get_session, hf_raise_for_status
     from huggingface_hub.errors import OfflineModeIsEnabled
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    from huggingface_hub.utils._validators import validate_repo_id
 
     validate_repo_id(repo)
     if constants.HF_HUB_OFFLINE:
@@ -214,11 +237,16 @@ def _folder_files(files: Sequence[str]) -> tuple[str, ...]:
 # ---------------------------------------------------------------- the cache
 
 
-def _cache(repo: str) -> Path:
-    """Return the repository's folder in huggingface_hub's cache, with blobs/, snapshots/ and refs/ in it."""
+def cache_root() -> Path:
+    """Return huggingface_hub's cache."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _cache(repo: str) -> Path:
+    """Return the repository's folder in huggingface_hub's cache, with blobs/, snapshots/ and refs/ in it."""
+    return cache_root() / f"models--{repo.replace('/', '--')}"
 
 
 def _cached(repo: str, quant: str) -> Path | None:

@@ -5,6 +5,7 @@ the device: nothing here waits for a result, except `Sample.on_host`. A token fo
 by, its seed and its position in the reply, whatever else is chosen beside it (ops/sample.py).
 """
 
+import copy
 import math
 import secrets
 from collections.abc import Mapping, Sequence
@@ -134,6 +135,11 @@ class Sampler:
         draw, self._next = self._next, self._next._replace(position=self._next.position + 1)
         return draw
 
+    def following(self, n: int) -> list[Draw]:
+        """Return how the next n tokens are drawn; none where that is not all that they follow from."""
+        position = self._next.position
+        return [] if self.alters else [self._next._replace(position=position + i) for i in range(n)]
+
     def skip(self, token: int) -> None:
         """Be as after this choice, which another sampler of the same seed has made."""
         self.draw()
@@ -183,6 +189,29 @@ def check_finite(total: mx.array) -> None:
             "the model's logits are NaN or infinite, no numbers: its file is damaged, or a kernel fails here, which "
             "`mlx-gemma4 doctor` tells"
         )
+
+
+def choose_in_turn(
+    sampler: Sampler, logits: mx.array, masks: Sequence[np.ndarray | None]
+) -> tuple[list[Sample], list[Sampler]]:
+    """Choose a token from each row of logits, fp32 [T, vocab], as if they came one after the other.
+
+    Returns:
+        The tokens, each as if those of all rows before it had been chosen; and the sampler as it is after each. The
+        given one stays as it is.
+    """
+    samples, after = [], []
+    if not sampler.alters:  # then only the draws follow each other, and all rows are drawn at once
+        for _ in masks:
+            after.append(copy.copy(sampler))
+            sampler = copy.copy(sampler)
+            sampler.draw()
+        return choose(after, logits, masks), after
+    for row, mask in zip(logits, masks, strict=True):
+        sampler = copy.copy(sampler)
+        samples.append(sampler(row, mask))
+        after.append(sampler)
+    return samples, after
 
 
 def penalise(logits: mx.array, recent: mx.array, penalty: float) -> mx.array:

@@ -28,7 +28,10 @@ from ..model.model import Model
 from ..model.step import BatchStep, LazyBatchStep, RowStep
 from ..ops.dispatch import REPLAY
 from ..ops.sample import LIKELIEST
-from .loop import FAILURES, Constraint, Decoding, Statistics, begin, chunk_ahead
+from .decoding import FAILURES, Constraint, Decoding, Statistics
+from .drafting import Drafts
+from .loop import begin
+from .prompt import chunk_ahead
 from .sampling import Sample, Sampling, Token, choose
 
 log = logging.getLogger("mlx_gemma4")
@@ -71,16 +74,19 @@ class Scheduler:
         steps: steps so far.
     """
 
-    def __init__(self, model: Model, parallel: int = MAX_BATCH, exact: bool = False) -> None:
+    def __init__(
+        self, model: Model, parallel: int = MAX_BATCH, exact: bool = False, drafts: Drafts | None = None
+    ) -> None:
         """
         Args:
             parallel: replies at a time, 1 to MAX_BATCH.
             exact: they take turns, each with steps of its own, so that each is to the bit what it is alone. Otherwise
                 all step at once, faster by far, and near ties between tokens may be decided otherwise.
+            drafts: for replies while they are alone, or take turns; beside others, one reads as many rows as drafts.
         """
         if not 1 <= parallel <= MAX_BATCH:
             raise ValueError(f"parallel must be from 1 to {MAX_BATCH}, not {parallel}")
-        self.model, self.parallel, self.exact = model, parallel, exact
+        self.model, self.parallel, self.exact, self.drafts = model, parallel, exact, drafts
         self.rows = self.steps = 0
         self._inbox: SimpleQueue[_Job | None] = SimpleQueue()  # None: look again at what has changed
         self._closed, self._lock = False, threading.Lock()
@@ -124,6 +130,7 @@ class Scheduler:
             turn_ends,
             constraint=constraint,
             logprobs=logprobs,
+            drafts=self.drafts,
         )
         job, given, held = _Job(reply), 0, len(reply.ids)
         if reply.max_tokens < 1:
@@ -261,6 +268,11 @@ class Scheduler:
         token = job.reply.turn()
         self._deliver(job, token, job.reply.over)
 
+    def _settle(self, job: _Job) -> None:
+        """Hand out what a step has found that checked drafts while the reply was alone."""
+        for token in job.reply.settled():
+            self._deliver(job, token, over=False)
+
     def _step(self, jobs: list[_Job], last: _Chain | None) -> None:
         """Make the next token of several replies by one step.
 
@@ -271,6 +283,8 @@ class Scheduler:
         if last is None or last.jobs != jobs:
             last = None
             for job in jobs:
+                self._guarded([job], self._settle, job)
+            for job in [job for job in jobs if not job.done.is_set()]:
                 self._guarded([job], lambda job=job: samples.append(job.reply.next_token()))
             jobs = [job for job in jobs if not job.done.is_set()]
             if not jobs:
@@ -283,7 +297,7 @@ class Scheduler:
                 draws = [job.reply.sampler.draw() if _in_step(job.reply) else LIKELIEST for job in jobs]
                 step = self.model.batch(last.step if last else ids, [job.reply.state for job in jobs], draws)
                 if isinstance(step, LazyBatchStep):
-                    mx.async_eval(step.logits())
+                    step.schedule()
             tokens = [Token(token) for token in (last.step.tokens() if last else np.array(ids).tolist())]
             for row, sample in enumerate(samples):
                 if sample.logprobs is not None or sample.total is not None:

@@ -17,17 +17,19 @@ import mlx.core as mx
 from ..config import Config, config_from_gguf, config_from_json
 from ..errors import InputError
 from ..files.gguf import open_gguf
-from ..memory import DEFAULT_CONTEXT, SOME_ROOM, MemoryPlan, Room, kv_dtype, limit_memory, make_plan, on_cpu
+from ..memory import DEFAULT_CONTEXT, SOME_ROOM, Holding, MemoryPlan, Room, kv_dtype, limit_memory, make_plan, on_cpu
 from ..model.costs import largest_chunk, needs_of, own_attention
 from ..model.model import Model
 from ..model.weights import Layer, Weights
 from ..ops import pack
 from ..ops.dispatch import Kernels
-from ..ops.stock import Weight
+from ..ops.stock import Weight, rows_of
 from ..paths import read_object
 from ..quant.formats import SUPPORTED
+from ..shard import Part, Shard
 from .from_gguf import GGUFSource
 from .from_safetensors import FolderSource
+from .parts import part_of
 from .tensors import Source, Spec, tensor_specs, unused
 
 log = logging.getLogger("mlx_gemma4")
@@ -65,6 +67,7 @@ def load_model(
     progress: Progress | None = None,
     kernels: Kernels | None = None,
     room: Room = SOME_ROOM,
+    shard: Shard | None = None,
 ) -> tuple[Model, MemoryPlan]:
     """Read every tensor that the configuration calls for and build the model.
 
@@ -77,21 +80,40 @@ def load_model(
         progress: called as bytes are read.
         kernels: pack the weights and run the model; None: stock operations do.
         room: for keys and values, that must be there beside the weights.
+        shard: read only this rank's part.
 
     Raises:
         InputError: a tensor is missing, has another shape or a type that can't be read; too little memory.
     """
-    specs = tensor_specs(config)
-    present, scales = _account(config, source, specs)
-    packed, dense = _sizes(source, present)
+    present, scales = account(config, source, tensor_specs(config))
+    part = None
+    if shard is not None:
+        mine, source, present = part_of(config, source, present, shard)
+        config, part = mine.config, mine.part
+        scales = {name: scales[of] for name, (of, _) in mine.tensors.items() if of in scales}
+    packed, dense = sizes(source, present)
     chunk = largest_chunk(config, kernels)
     largest = max(source.entries[name].n_bytes for name in present)
     needs = needs_of(config, kv_dtype(), chunk, own_attention(kernels), largest if on_cpu() else 4 * pack.PIECE)
     plan = make_plan(packed, dense, holding, source.name, needs, room)
     _tell(plan, chunk, min(room.context or DEFAULT_CONTEXT, config.context))
     apart = {name: spec for name, spec in present.items() if name not in scales}  # one scale is one tensor's
-    joined = _fusions(source, apart, len(config.layers)) if fuse else {}
+    joined = fusions(source, apart, len(config.layers)) if fuse else {}
+    weights = read_weights(source, present, joined, scales, plan.holding, kernels, progress)
+    limit_memory(plan)
+    return Model(config, assemble(config, weights, part), kernels, plan, part), plan
 
+
+def read_weights(
+    source: Source,
+    present: dict[str, Spec],
+    joined: dict[str, list[str]],
+    scales: Mapping[str, str],
+    holding: Holding,
+    kernels: Kernels | None,
+    progress: Progress | None = None,
+) -> dict[str, Weight]:
+    """Read tensors, by name; those to be joined go by their target's. `scales`: names of factors, by whose they are."""
     total, done = sum(source.entries[name].n_bytes for name in present), 0
     weights: dict[str, Weight] = {}
     parts_of = {part: target for target, parts in joined.items() for part in parts}
@@ -100,14 +122,14 @@ def load_model(
         if target in weights:
             continue  # joined to an earlier tensor
         parts = joined.get(target, [name])
-        weights[target] = source.read(parts, spec, plan.holding, kernels)
+        weights[target] = source.read(parts, spec, holding, kernels)
         if spec.role == "vector" and not bool(mx.isfinite(cast("mx.array", weights[target])).all()):
             raise InputError(
                 f"{source.name}: tensor {name} has values that are no numbers (NaN or infinite); "
                 "the file is damaged, download it again"
             )
         if name in scales:
-            factor = cast("mx.array", source.read([scales[name]], Spec((1,), "vector"), plan.holding, None))
+            factor = cast("mx.array", source.read([scales[name]], Spec((1,), "vector"), holding, None))
             weight = cast("mx.array", weights[target])
             weights[target] = weight.astype(mx.float32) * factor.reshape(-1, *[1] * (weight.ndim - 1))
             mx.eval(weights[target])
@@ -115,8 +137,7 @@ def load_model(
         if progress:
             progress(done, total)
     pack.done()
-    limit_memory(plan)
-    return Model(config, _assemble(config, weights), kernels, plan), plan
+    return weights
 
 
 def _tell(plan: MemoryPlan, chunk: int, context: int) -> None:
@@ -135,7 +156,7 @@ def _tell(plan: MemoryPlan, chunk: int, context: int) -> None:
         )
 
 
-def _account(config: Config, source: Source, specs: dict[str, Spec]) -> tuple[dict[str, Spec], dict[str, str]]:
+def account(config: Config, source: Source, specs: dict[str, Spec]) -> tuple[dict[str, Spec], dict[str, str]]:
     """Return the specs of the tensors that the file has, and the names of their scales; log what else it has.
 
     Raises InputError before any tensor is read: one is missing, can't be read, or changes the result and isn't known.
@@ -190,7 +211,7 @@ def _account(config: Config, source: Source, specs: dict[str, Spec]) -> tuple[di
     return present, scales
 
 
-def _sizes(source: Source, present: dict[str, Spec]) -> tuple[int, int]:
+def sizes(source: Source, present: dict[str, Spec]) -> tuple[int, int]:
     """Return the bytes of all weights held packed, and held dense."""
     packed = dense = 0
     for name, spec in present.items():
@@ -202,7 +223,7 @@ def _sizes(source: Source, present: dict[str, Spec]) -> tuple[int, int]:
     return packed, dense
 
 
-def _fusions(source: Source, present: dict[str, Spec], layers: int) -> dict[str, list[str]]:
+def fusions(source: Source, present: dict[str, Spec], layers: int) -> dict[str, list[str]]:
     """Return the tensors to join, in the order of their rows: target name -> [gate, up] or [q, k] or [q, k, v].
 
     Rows of different types can't share an array. Those of gate and up are equally long, and those of q, k and v.
@@ -223,7 +244,7 @@ def _fusions(source: Source, present: dict[str, Spec], layers: int) -> dict[str,
     return joined
 
 
-def _assemble(config: Config, weights: dict[str, Weight]) -> Weights:
+def assemble(config: Config, weights: dict[str, Weight], part: Part | None = None) -> Weights:
     """Put weights into the model's fields, which are named after the GGUF's tensors."""
     top: dict[str, Any] = {}
     per_layer: list[dict[str, Any]] = [{} for _ in config.layers]
@@ -233,7 +254,10 @@ def _assemble(config: Config, weights: dict[str, Weight]) -> Weights:
             per_layer[int(i)][field.removesuffix(".weight").replace(".", "_")] = weight
         else:
             top[name.removesuffix(".weight")] = weight
-    top.setdefault("output", top["token_embd"])
+    if "output" not in top:  # tied; a rank with the whole table has its rows of the head there
+        table: Weight = top["token_embd"]
+        top["output"] = table if part is None or table.shape[0] == len(part.rows) else rows_of(table, part.rows)
+    top.setdefault("token_embd", top["output"])  # a rank that embeds no tokens
     return Weights(layers=tuple(Layer(**fields) for fields in per_layer), **top)
 
 

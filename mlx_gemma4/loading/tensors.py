@@ -42,6 +42,29 @@ class Entry:
     n_bytes: int
     quantized: bool = False  # otherwise a matrix is widened to fp32 on a CPU
     readable: bool = True  # its type is one that can be loaded
+    block: int = 1  # numbers of a row that are quantized together
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The part of a tensor to read: ranges of rows, one after the other, and of columns. Empty, None: all."""
+
+    rows: tuple[range, ...] = ()
+    columns: range | None = None
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the part of a tensor [.., N, K]."""
+        shape = list(whole)
+        if self.rows:
+            shape[-2] = sum(map(len, self.rows))
+        if self.columns is not None:
+            shape[-1] = len(self.columns)
+        return tuple(shape)
+
+    @property
+    def whole(self) -> bool:
+        """True if it is all of the tensor."""
+        return not self.rows and self.columns is None
 
 
 class Source(Protocol):
@@ -50,13 +73,16 @@ class Source(Protocol):
     name: str
     entries: dict[str, Entry]
 
-    def read(self, names: Sequence[str], spec: Spec, holding: Holding, kernels: Kernels | None) -> Weight:
+    def read(
+        self, names: Sequence[str], spec: Spec, holding: Holding, kernels: Kernels | None, cuts: Sequence[Cut] = ()
+    ) -> Weight:
         """Read tensors of equal type, once each, as one weight: their rows joined in this order.
 
         Args:
             names: one tensor, or several whose rows agree in type and length.
             holding: "packed" keeps quantized blocks, "dense" expands them to fp32; tables stay packed either way.
             kernels: pack on the GPU; None: on the CPU.
+            cuts: the part of each to read; empty: all of all.
         """
 
 
@@ -109,7 +135,7 @@ def tensor_specs(config: Config) -> dict[str, Spec]:
             add(blk + "ffn_gate_inp.weight", c.experts, c.hidden)
             add(blk + "ffn_gate_inp.scale", c.hidden)
             add(blk + "pre_ffw_norm_2.weight", c.hidden)
-            # Either joined in the file already, or apart; `_account` settles which.
+            # Either joined in the file already, or apart; `account` settles which.
             add(blk + "ffn_gate_up_exps.weight", c.experts, 2 * c.expert_ffn, c.hidden, opt=True)
             add(blk + "ffn_gate_exps.weight", c.experts, c.expert_ffn, c.hidden, opt=True)
             add(blk + "ffn_up_exps.weight", c.experts, c.expert_ffn, c.hidden, opt=True)

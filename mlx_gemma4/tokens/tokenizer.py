@@ -304,7 +304,13 @@ def _refused(what: str) -> InputError:
 
 
 def _encoder(engine: tokenizers.Tokenizer) -> Encoder:
-    return lambda text: engine.encode(text, add_special_tokens=False).ids
+    def encode(text: str) -> list[int]:
+        if len(text) < 2000:
+            return engine.encode(text, add_special_tokens=False).ids
+        # The same, without offsets, and other threads run meanwhile.
+        return engine.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    return encode
 
 
 def _valid(text: str) -> str:
