@@ -24,7 +24,7 @@ from ..kv import quantization
 from ..kv.file import load_state, save_state
 from ..kv.segments import KVQuantizer, SegmentLayout
 from ..kv.state import KVState
-from ..memory import MemoryPlan, kv_dtype
+from ..memory import MemoryPlan, kv_dtype, on_cpu
 from ..ops import stock
 from ..ops.dispatch import Kernels
 from ..ops.quantize_kv import QUANTIZE_KV
@@ -34,8 +34,9 @@ from .batch import Batcher, check_batch, stock_step
 from .costs import largest_chunk
 from .decode import can_step, make_step
 from .forward import head, rope_wavelengths, run_layers
+from .numpy_step import make_numpy_step, numpy_steps
 from .replay import Replayer
-from .step import BatchStep, LazyBatchStep, LazyStep, NextToken, Step, Tokens, ids_of, tokens_as_array
+from .step import BatchStep, LazyBatchStep, LazyStep, NextToken, Step, Tokens, ids_of, known_tokens, tokens_as_array
 from .weights import Loaded, Weights
 
 log = logging.getLogger("mlx_gemma4")
@@ -71,6 +72,7 @@ class Model:
         together = kernels and can_step(config, 1)
         self.batcher = Batcher(self.loaded, kernels, self._alone) if kernels and together else None
         self._step = make_step(self.loaded, kernels) if kernels else None
+        self._numpy_step = make_numpy_step(self.loaded) if not kernels and on_cpu() and part is None else None
         replayable = kernels and kernels.player and can_step(config, 1) and part is None
         self.replayer = Replayer(self.loaded, kernels) if kernels and replayable else None
 
@@ -220,6 +222,8 @@ class Model:
             draws = draws or [LIKELIEST] * len(states)
             if self.batcher:
                 step = self.batcher.start(tokens, states, draws)
+            elif self._numpy_step and numpy_steps(states):
+                step = LazyBatchStep(self._numpy_step(known_tokens(tokens), states), draws)
             else:
                 logits = stock_step(self.loaded, tokens_as_array(tokens), states)
                 step = LazyBatchStep(logits, draws, None, self.part)
@@ -261,6 +265,8 @@ class Model:
 
     def _read(self, ids: mx.array, state: KVState, wanted: int) -> mx.array:
         """Return logits of the last `wanted` tokens, or of all: from a step, or all layers as in a prompt."""
+        if self._numpy_step and ids.size == 1 and numpy_steps([state]):
+            return self._numpy_step([int(ids)], [state])
         logits = self._stepped(ids, state)
         return head(self.loaded, run_layers(self.loaded, ids, [state], wanted)) if logits is None else logits
 
