@@ -164,14 +164,14 @@ def others(mine: Found) -> list[Found]:
 
 
 def demo() -> Found:
-    """500 tokens, greedy and drawn, of the built-in model; and a long prompt to a state in 4 bits."""
+    """500 tokens, greedy, of the built-in model, and 60 drawn; and a long prompt to a state in 4 bits."""
     ids = load().encode_prompt(DEMO_PROMPT, raw=True)
     found: Found = {}
-    for sampling in (Sampling(temperature=0), Sampling(top_k=40, top_p=0.95, seed=7)):
+    for n, sampling in ((500, Sampling(temperature=0)), (60, Sampling(top_k=40, top_p=0.95, seed=7))):
         for split in (None, *SPLITS):
             model = model_of(None, split)
             state = model.new_state()
-            tokens = [t.id for t in generate_tokens(model, state, ids, sampling, 500)]
+            tokens = [t.id for t in generate_tokens(model, state, ids, sampling, n)]
             found[f"{split} {sampling.temperature}"] = {"tokens": tokens, "held": state.tokens}
     found["tq4"] = compared(None, lambda m: conversation(m, ids * 40, "tq4"))
     return found

@@ -115,12 +115,9 @@ def forward(model: Loaded, run: Kernels, constants: Constants, ids: mx.array, at
     them). x, the residual, is fp32 throughout; what a norm gives, h, has the dtype of the KV state: fp16 on a GPU.
     """
     c, w, part = model.config, model.weights, model.part
-    per_layer: list[mx.array] = []
-    if part and part.receives and not c.ple:
-        x = part.receive(ids.size, c.hidden)
-    else:
-        x, per_layer = _inputs(run, model, ids)
-        x = part.receive(ids.size, c.hidden) if part and part.receives else x
+    handed = part.receive(ids.size, c.hidden) if part and part.receives else None
+    x, per_layer = _inputs(run, model, ids) if handed is None or c.ple else (handed, [])
+    x = x if handed is None else handed
     # x + rms(x) 0, which is x, and the first norm of it
     x, h = run(ADD_NORM, x, x, constants.nothing, NormOptions(c.eps, w.layers[0].attn_norm, out=model.kv_dtype))
     eps, out = c.eps, model.kv_dtype

@@ -70,7 +70,7 @@ class Model:
         self.loaded = Loaded(config, weights, self.kv_dtype, waves, kernels, part)
         self.rotations: dict[int, mx.array] | None = None  # of quantized keys and values; made for the first such state
         together = kernels and can_step(config, 1)
-        self.batcher = Batcher(self.loaded, kernels, self._alone) if kernels and together else None
+        self.batcher = Batcher(self.loaded, kernels, self._whole) if kernels and together else None
         self._step = make_step(self.loaded, kernels) if kernels else None
         self._numpy_step = make_numpy_step(self.loaded) if not kernels and on_cpu() and part is None else None
         replayable = kernels and kernels.player and can_step(config, 1) and part is None
@@ -169,7 +169,7 @@ class Model:
             if ids.size == 1 and self.replays:
                 logits = self._start(int(ids), state).logits()[None]
             else:
-                logits = self._whole(self._read(ids, state, ids.size if all_logits else 1))
+                logits = self._whole(ids, state, ids.size if all_logits else 1)
             logits = logits if all_logits else logits[-1]
             if outermost or self.part:
                 mx.async_eval(logits, [] if state.borrower else state.arrays)
@@ -231,27 +231,15 @@ class Model:
                 step.schedule()
             return step
 
-    def _alone(self, ids: mx.array, state: KVState) -> mx.array:
-        """Return logits [1, vocab] after one token, ids int [1], for a batch that does not take its state."""
-        return self._scheduled(self._whole(self._read(ids, state, 1)), state)
-
-    def _whole(self, logits: mx.array) -> mx.array:
-        """Return logits of the whole vocabulary."""
+    def _whole(self, ids: mx.array, state: KVState, wanted: int = 1) -> mx.array:
+        """Return `_read`'s logits for the whole vocabulary."""
+        logits = self._read(ids, state, wanted)
         return logits if self.part is None else self.part.gathered(logits)
-
-    def _scheduled(self, logits: mx.array, state: KVState) -> mx.array:
-        """Return logits; a part's are scheduled: collectives run in the order of calls, whatever is asked for later."""
-        if self.part:
-            mx.async_eval(logits, state.arrays)
-        return logits
 
     def _start(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST) -> Step:
         replays = self.replayer and self.replays and draw.in_kernel
         replayed = self.replayer.start(token, state, draw) if self.replayer and replays else None
-        if replayed:
-            return replayed
-        logits = self._scheduled(self._read(ids_of(token), state, 1), state)
-        return LazyStep(logits[0], draw, self.kernels, self.part)
+        return replayed or LazyStep(self._read(ids_of(token), state, 1)[0], draw, self.kernels, self.part)
 
     def prefill(self, ids: mx.array, state: KVState) -> None:
         """Read tokens, int [T], into the state without their logits: only keys and values are made."""
@@ -268,7 +256,11 @@ class Model:
         if self._numpy_step and ids.size == 1 and numpy_steps([state]):
             return self._numpy_step([int(ids)], [state])
         logits = self._stepped(ids, state)
-        return head(self.loaded, run_layers(self.loaded, ids, [state], wanted)) if logits is None else logits
+        if logits is None:
+            logits = head(self.loaded, run_layers(self.loaded, ids, [state], wanted))
+        if self.part:  # collectives run in the order of calls, whatever is asked for later
+            mx.async_eval(logits, state.arrays)
+        return logits
 
     def _stepped(self, ids: mx.array, state: KVState) -> mx.array | None:
         """Return logits of all tokens, read in one step; None: no step takes them."""
