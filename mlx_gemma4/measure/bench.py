@@ -25,17 +25,18 @@ from ..doctor.ready import make_ready
 from ..doctor.verdict import MLX, device_name, recall, usable_kernels
 from ..errors import InputError
 from ..execution import execution
-from ..generation.loop import Statistics, generate_tokens, prefill_chunk, read_chunk
+from ..generation.decoding import Statistics
+from ..generation.loop import generate_tokens
+from ..generation.prompt import prefill_chunk, read_chunk
 from ..generation.sampling import Sampling
 from ..gpu.render import observed
 from ..kv.state import KVState
 from ..loading.loader import Progress, load_model, open_model
 from ..memory import SOME_ROOM, Room, available_memory, device_info
 from ..model.batch import MAX_BATCH
-from ..model.costs import PREFILL_CHUNK
+from ..model.costs import PREFILL_CHUNK, kv_per_token, weights_per_token
 from ..model.model import Model
 from ..ops.dispatch import Kernels
-from .inspection import kv_per_token, weights_per_token
 
 DEPTHS = (0, 512, 2048, 8192)
 GREEDY = Sampling(temperature=0)
