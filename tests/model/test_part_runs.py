@@ -70,7 +70,7 @@ def test_all_kinds_give_the_logits_of_one_process(two: Any, kind: str) -> None:
 
 
 def test_quantized_files_do(two: Any) -> None:
-    assert len(two["quantized"]) == 15
+    assert len(two["quantized"]) == 10
     for name, found in two["quantized"].items():
         assert_same(found, 40, ("tensor",) if name.startswith("e2b") else ("tensor", "layers"))
 
