@@ -124,9 +124,7 @@ def folders() -> Found:
 def synthetic(folder: Path, name: str) -> Path:
     """A model with the heads, experts and types of a published one, and few layers, numbers and tokens."""
     if RANK == 0:
-        shape = replace(
-            PUBLISHED[name], layers=4, hidden=256, vocab=1001, every=2, window=32
-        )
+        shape = replace(PUBLISHED[name], layers=4, hidden=256, vocab=1001, every=2, window=32)
         shape = replace(shape, shared=1 if shape.shared else 0, experts=min(shape.experts, 8), experts_used=2)
         PUBLISHED[name] = replace(shape, ffn=min(shape.ffn, 768), heads=min(shape.heads, 16))
         make_synthetic.write(name, folder / f"{name}.gguf")
@@ -171,12 +169,10 @@ def demo() -> Found:
     found: Found = {}
     for sampling in (Sampling(temperature=0), Sampling(top_k=40, top_p=0.95, seed=7)):
         for split in (None, *SPLITS):
-            model, state = model_of(None, split), None
+            model = model_of(None, split)
             state = model.new_state()
-            before = collectives.copy()
             tokens = [t.id for t in generate_tokens(model, state, ids, sampling, 500)]
-            made = {name: n - before[name] for name, n in collectives.items()}
-            found[f"{split} {sampling.temperature}"] = {"tokens": tokens, "held": state.tokens, "made": made}
+            found[f"{split} {sampling.temperature}"] = {"tokens": tokens, "held": state.tokens}
     found["tq4"] = compared(None, lambda m: conversation(m, ids * 40, "tq4"))
     return found
 
@@ -194,30 +190,30 @@ def long() -> Found:
     return compared(path("gemma3", "q8_0", Path()), calls)
 
 
+def fused(m: Model, launcher: Any = metal) -> Model:
+    return Model(m.config, m.weights, Kernels(launcher, UNPACKED), part=m.part)
+
+
 def kernels(folder: Path) -> Found:
     """Steps in kernels on the simulator, beside stock operations alone; launches and collectives of one step."""
     found: Found = {}
     for name in ("26B-A4B", "E2B"):
         file = synthetic(folder, name)
 
-        def fused(m: Model, launcher: Any = metal) -> Model:
-            return Model(m.config, m.weights, Kernels(launcher, UNPACKED), part=m.part) if m.part else m
-
-        def calls(model: Model, fused: Callable[[Model], Model] = fused) -> list[mx.array]:
-            model = fused(model)
+        def calls(model: Model) -> list[mx.array]:
+            model = fused(model) if model.part else model
             state = model.new_state()
             return [model.step(t, state).logits() for t in (60, 70, 80)]
 
         found[f"{name} logits"] = compared(file, calls, weights="packed")
-        for split in SPLITS:
+        for split in (None, *SPLITS):
             launcher = Counting()
-            model = fused(model_of(file, split, weights="packed"), launcher)
+            model = fused(model_of(file, split, "packed"), launcher)
             state, before = model.new_state(), collectives.copy()
             step = model.step(60, state)
-            made = {n: c - before[n] for n, c in collectives.items()}
+            made = dict(collectives - before)
             step.token()
-            drawn = {n: c - before[n] for n, c in collectives.items()}
-            counts = {"launches": dict(launcher.launches), "made": made, "drawn": drawn}
+            counts = {"launches": launcher.launches, "made": made, "drawn": dict(collectives - before)}
             found[f"{name} {split}"] = others({**counts, "layers": len(model.config.layers)})
     return found
 

@@ -97,7 +97,7 @@ def rows_by_rank(
 
 def summed(m: Loaded, what: str, i: int, x: mx.array) -> mx.array:
     """Return a product of layer i, [T, hidden], summed over ranks where each has a part of it."""
-    return x if m.part is None else m.part.sum_of(what, i, x)
+    return m.part.sums(x)[0] if m.part is not None and i in m.part.split[what] else x
 
 
 def per_layer_inputs(m: Loaded, own: mx.array, x: mx.array) -> mx.array:

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def test_a_rank_holds_its_share_and_what_all_hold(two: Any, name: str) -> None:
 @pytest.mark.parametrize("temperature", ["0", "1.0"])
 @pytest.mark.parametrize("split", ["tensor", "layers"])
 def test_the_built_in_model_replies_the_same(two: Any, split: str, temperature: str) -> None:
-    """500 tokens, greedy and drawn; greedy ones take a pair of numbers of each rank and not all logits."""
+    """500 tokens, greedy, of pairs of numbers that ranks gather, and drawn by one seed from all logits."""
     found, alone = two["demo"][f"{split} {temperature}"], two["demo"][f"None {temperature}"]
     assert len(alone["tokens"]) == 500
     assert found["tokens"] == alone["tokens"]
@@ -133,10 +134,13 @@ def test_steps_in_kernels_do(two: Any, name: str) -> None:
 @pytest.mark.parametrize("name", ["26B-A4B", "E2B"])
 def test_launches_and_collectives_of_a_step(two: Any, name: str) -> None:
     """In parts a layer takes two sums, and the kernels that it takes alone; by layers a step goes from rank to rank."""
+    alone = two["kernels"][f"{name} None"][0]
+    assert alone["drawn"] == {}
     for rank in two["kernels"][f"{name} tensor"]:
         assert rank["made"] == {"all_sum": 2 * rank["layers"] + 1}  # and one for the embedding
         assert rank["drawn"] == rank["made"] | {"all_gather": 1}
-        assert sum(rank["launches"].values()) <= (14 if name == "26B-A4B" else 12) * rank["layers"] + 8
+        more = {"embed": 1} if name == "E2B" else {}  # rows of per-layer embeddings, to be summed
+        assert Counter(rank["launches"]) == Counter(alone["launches"]) + Counter(more)
     first, last = two["kernels"][f"{name} layers"]
     assert first["made"] == {"send": 1, "all_sum": 1}
     assert last["made"] == {"recv": 1, "all_sum": 1}
