@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import median
 
 from mlx_gemma4.conversation.language_model import demo_path
-from mlx_gemma4.generation.loop import Statistics, generate_tokens
+from mlx_gemma4.generation.decoding import Statistics
+from mlx_gemma4.generation.loop import generate_tokens
 from mlx_gemma4.generation.sampling import Sampling
 from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.measure.bench import fill, load_subject

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .conversation.mlx_lm import for_mlx_lm
     from .conversation.reply import Chunk, Reply, ReplyOptions, achat, astream, chat, generate, prompt_ids, stream
     from .conversation.session import Session
-    from .generation.loop import Statistics
+    from .generation.decoding import Statistics
     from .generation.prefix import PrefixCache
     from .generation.sampling import Sampling, Token
 
@@ -44,7 +44,7 @@ _MODULES = {
     "conversation.mlx_lm": "for_mlx_lm",
     "conversation.reply": "Chunk Reply ReplyOptions achat astream chat generate prompt_ids stream",
     "conversation.session": "Session",
-    "generation.loop": "Statistics",
+    "generation.decoding": "Statistics",
     "generation.prefix": "PrefixCache",
     "generation.sampling": "Sampling Token",
 }

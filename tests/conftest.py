@@ -8,6 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_gemma4 import LanguageModel, load
+from mlx_gemma4.conversation import language_model
 
 SIMULATOR = {"metal_sim", "kernel_cases", "kernel_models", "host_player", "sim_cases"}
 
@@ -28,6 +29,14 @@ def on_the_cpu() -> Iterator[None]:
     mx.set_default_device(mx.cpu)
     yield
     mx.set_default_device(device)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_learned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What drafts cost is measured anew: nothing is read from the user's files, or written there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language_model, "cache_folder", lambda: tmp_path_factory.getbasetemp() / "cache")
+        yield
 
 
 @pytest.fixture(scope="session")

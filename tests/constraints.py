@@ -17,6 +17,11 @@ class Alternating:
     def accept(self, token: int) -> None:
         self.seen.append(token)
 
+    def fork(self) -> Alternating:
+        other = Alternating(self.n)
+        other.seen = [*self.seen]
+        return other
+
     @property
     def finished(self) -> bool:
         return len(self.seen) == self.n

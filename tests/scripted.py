@@ -56,7 +56,8 @@ class Actor:
         model = Scripted(lm.model.config, lm.model.weights)
         tokenizer = copy.copy(lm.tokenizer)
         tokenizer.chat_template = template or lm.tokenizer.chat_template
-        self.model, self.lm = model, replace(lm, model=model, tokenizer=tokenizer, sampling=GREEDY)
+        self.model = model
+        self.lm = replace(lm, model=model, tokenizer=tokenizer, sampling=GREEDY, drafts=None)
 
     def say(self, text: str, end: str = "<turn|>") -> Actor:
         self.tell(self.lm.tokenizer.encode(text + end, add_bos=False, parse_special=True))

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from .options import EXIT_INTERRUPTED, conversation_options, output_options, sampling_options
+from .options import EXIT_INTERRUPTED, conversation_options, draft_options, output_options, sampling_options
 
 
 @click.command()
@@ -15,6 +15,7 @@ from .options import EXIT_INTERRUPTED, conversation_options, output_options, sam
     "-n", "--max-tokens", type=click.IntRange(1), help="Length of a reply.  [default: what the context holds]"
 )
 @sampling_options
+@draft_options
 @output_options
 def chat(**options: Any) -> None:
     """Talk with a model. /help lists the commands at the prompt.

@@ -11,22 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import InputError
+from ..errors import InputError, reason
+from ..paths import check_target
 from .options import (
     EXIT_INTERRUPTED,
     SamplingOf,
     conversation_options,
+    draft_options,
     echo,
     load_with_progress,
     output_options,
     progress,
     sampling_options,
+    say,
 )
 from .prompts import answer_file
 
 if TYPE_CHECKING:
     from ..conversation.language_model import LanguageModel
     from ..conversation.reply import Reply
+    from ..generation.decoding import Statistics
     from ..kv.state import KVState
 
 
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the reply before this text. May be repeated.")
 @click.option("--json-schema", "schema_file", metavar="FILE", help="Make the reply JSON that obeys this JSON schema.")
 @sampling_options
+@draft_options
 @click.option("--raw", is_flag=True, help="Send the text as it is, without the chat template.")
 @click.option("--logprobs", type=click.IntRange(0, 100), metavar="N", help="With --json: how likely each token was.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with reply and statistics.")
@@ -47,6 +52,7 @@ def generate(
     model: str | None,
     system: str | None,
     think: bool | None,
+    think_budget: int | None,
     state_file: str | None,
     kv: str,
     prompt: str | None,
@@ -59,6 +65,7 @@ def generate(
     raw: bool,
     logprobs: int | None,
     as_json: bool,
+    draft_max: int,
 ) -> None:
     """Answer a prompt, or a file of prompts.
 
@@ -67,6 +74,7 @@ def generate(
     line of the output is a reply, in the same order.
     """
     from ..conversation.reply import ReplyOptions, stream
+    from ..kv.file import FORMAT as STATE_MARK
 
     if raw and (system is not None or think is not None):
         raise InputError(
@@ -82,20 +90,33 @@ def generate(
             raise InputError("--state and --logprobs go with a single --prompt")
 
         def options_of(lm: LanguageModel) -> ReplyOptions:
-            return ReplyOptions(max_tokens, sampling(lm), stop, think, schema=schema)
+            return ReplyOptions(max_tokens, sampling(lm), stop, think, schema=schema, think_budget=think_budget)
 
         answer_file(
-            Path(prompts_file), Path(output) if output else None, model, kv, system, raw, max_tokens, options_of
+            Path(prompts_file),
+            Path(output) if output else None,
+            model,
+            kv,
+            system,
+            raw,
+            max_tokens,
+            options_of,
+            draft_max,
         )
         return
     if output is not None:
         raise InputError("--output goes with --prompts; --prompt answers on standard output")
+    if state_file:
+        check_target(Path(state_file), STATE_MARK, "saved conversation")
     if prompt == "-":
         prompt = sys.stdin.read()
     if not prompt:
         raise InputError("--prompt is empty; give it some text")
-    lm, load_time = load_with_progress(model, kv, len(prompt.encode()) // 3 + max_tokens)  # a token has over 3 bytes
-    options = ReplyOptions(max_tokens, sampling(lm), stop, think, schema=schema, logprobs=logprobs)
+    most = len(prompt.encode()) // 3 + max_tokens  # a token has over 3 bytes
+    lm, load_time = load_with_progress(model, kv, most, draft_max=draft_max)
+    options = ReplyOptions(
+        max_tokens, sampling(lm), stop, think, schema=schema, logprobs=logprobs, think_budget=think_budget
+    )
     state = _open_state(lm, state_file, kv)
     ids = lm.encode_prompt(prompt, raw=raw, after=state.tokens, system=system, think=think)
     logging.info("Loaded in %.2f s; prompt of %d tokens; %s", load_time, len(ids), options.sampling)
@@ -108,10 +129,10 @@ def generate(
         for chunk in chain([first], chunks):
             if not as_json:
                 if chunk.thinking:
-                    click.echo(click.style(chunk.thinking, dim=True), nl=False, err=True)
+                    say(chunk.thinking, end="", err=True, dim=True)
                 elif thinking:  # it has ended
-                    click.echo(err=True)
-                click.echo(chunk.text, nl=False)
+                    say(err=True)
+                say(chunk.text, end="")
             text, thinking, reply = text + chunk.text, bool(chunk.thinking), chunk.reply
     except InputError as error:
         raise InputError(f"--json-schema {schema_file}: {error}") if error.field == "schema" else error from error
@@ -120,15 +141,17 @@ def generate(
         if chunks:
             chunks.close()  # a token on its way leaves the state
     if as_json:
-        click.echo(json.dumps(_report(lm, text, reply, load_time, interrupted), ensure_ascii=False))
+        say(json.dumps(_report(lm, text, reply, load_time, interrupted), ensure_ascii=False))
     elif not text.endswith("\n"):
-        click.echo()
+        say()
     if reply:
         s = reply.statistics
         echo(
             f"Prompt: {s.prompt_tokens} tokens, {s.prompt_rate:.1f} tokens/s. "
             f"Reply: {s.reply_tokens} tokens, {s.reply_rate:.1f} tokens/s. "
-            f"Peak memory: {s.peak_memory / 1e9:.2f} GB." + " (interrupted)" * interrupted
+            + _drafted(s)
+            + f"Peak memory: {s.peak_memory / 1e9:.2f} GB."
+            + " (interrupted)" * interrupted
         )
     if state_file and reply:  # an interrupted reply is kept as far as it went, a half-read prompt is not
         lm.model.save_state(state, state_file)
@@ -136,11 +159,18 @@ def generate(
         sys.exit(EXIT_INTERRUPTED)
 
 
+def _drafted(s: Statistics) -> str:
+    """What drafts did, as a sentence; none if there were none."""
+    if not s.drafted_tokens:
+        return ""
+    return f"Drafts: {s.accepted_tokens} of {s.drafted_tokens} accepted, {s.tokens_per_step:.2f} tokens a step. "
+
+
 def _read_schema(path: str) -> dict[str, Any]:
     try:
         schema = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"--json-schema {path}: can't be read as JSON ({error})") from error
+        raise InputError(f"--json-schema {path}: can't be read as JSON ({reason(error)})") from error
     if not isinstance(schema, dict):
         raise InputError(f"--json-schema {path}: must hold a JSON object, a schema")
     return schema
@@ -164,6 +194,7 @@ def _report(lm: LanguageModel, text: str, reply: Reply | None, load_time: float,
     if reply.thinking:
         report["thinking"] = reply.thinking
     figures = "stop_reason prompt_tokens prompt_time prompt_rate reply_tokens reply_time reply_rate peak_memory"
+    figures += " drafted_tokens accepted_tokens tokens_per_step"
     report |= {name: getattr(reply.statistics, name) for name in figures.split()}
     if reply.tokens and reply.tokens[0].logprob is not None:
         report["tokens"] = [

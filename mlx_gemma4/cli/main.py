@@ -14,12 +14,14 @@ import click
 from click.shell_completion import get_completion_class
 
 from .. import __version__
-from ..errors import InputError
+from ..errors import InputError, one_line
+from ..paths import check_target
 from .bench import bench
 from .chat import chat
 from .generate import generate
 from .hosts import follow, hosts, probe
-from .options import EXIT_INTERRUPTED, complete_file, echo, find_model, json_option, output_options, progress
+from .options import EXIT_INTERRUPTED, complete_file, echo, find_model, json_option, output_options, progress, say
+from .perplexity import perplexity
 from .serve import serve
 from .tune import tune
 
@@ -43,7 +45,7 @@ def pull(model: str) -> None:
         sys.exit(EXIT_INTERRUPTED)
     if not path.exists():
         raise InputError(f"{model}: no name of a repository; pull OWNER/NAME or OWNER/NAME:QUANT")
-    click.echo(path)
+    say(str(path))
 
 
 @click.command()
@@ -61,10 +63,10 @@ def inspect(model: str, context: int | None, as_json: bool) -> None:
 
     report = inspect(find_model(model), context)
     if as_json:
-        click.echo(json.dumps(asdict(report)))
+        say(json.dumps(asdict(report)))
     else:
         for line in lines(report, device_name()):
-            click.echo(line)
+            say(line)
 
 
 @click.command()
@@ -79,7 +81,9 @@ def doctor(as_json: bool, report: str | None) -> None:
     from ..doctor.table import examine
     from ..measure.report import examine_and_report
 
-    passed = examine_and_report(Path(report), click.echo, as_json) if report else examine(click.echo, as_json)
+    if report:
+        check_target(Path(report))
+    passed = examine_and_report(Path(report), say, as_json) if report else examine(say, as_json)
     if report:
         echo(f"{report} tells about this machine and its kernels, nothing about you: please attach it to an issue.")
     sys.exit(0 if passed else 1)
@@ -98,7 +102,7 @@ def completion(ctx: click.Context, shell: str) -> None:
     """
     made = get_completion_class(shell)
     assert made is not None
-    click.echo(made(ctx.find_root().command, {}, "mlx-gemma4", "_MLX_GEMMA4_COMPLETE").source())
+    say(made(ctx.find_root().command, {}, "mlx-gemma4", "_MLX_GEMMA4_COMPLETE").source())
 
 
 class _Commands(click.Group):
@@ -124,7 +128,7 @@ class _Commands(click.Group):
         except Exception as error:
             if debug:
                 raise
-            what = " ".join(str(error).split()) or "no details"
+            what = one_line(str(error)) or "no details"
             echo(f"mlx-gemma4: unexpected {type(error).__name__}: {what} (run again with --debug for the traceback)")
             ctx.exit(1)
 
@@ -149,6 +153,7 @@ for command in (
     pull,
     inspect,
     bench,
+    perplexity,
     tune,
     doctor,
     hosts,

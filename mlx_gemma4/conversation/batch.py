@@ -71,7 +71,7 @@ def batch(
             done.put((i, Reply(error=str(error))))
     parallel = min(parallel or _parallel(lm, ids, each, kv), len(ids) or 1)
     left = threading.Event()
-    with Scheduler(lm.model, parallel, exact) as scheduler, ThreadPoolExecutor(parallel, "reply") as pool:
+    with Scheduler(lm.model, parallel, exact, lm.drafts) as scheduler, ThreadPoolExecutor(parallel, "reply") as pool:
         beginning = _beginning(scheduler, lm.model.new_state(kv=kv), list(ids.values()))
 
         def check(*_: int) -> None:

@@ -19,7 +19,7 @@ from ..errors import NoRoom
 from ..execution import execution
 from ..kv.state import KVState, kv_bytes, total_nbytes, window_bytes
 from ..model.model import Model
-from .loop import prefill_chunk
+from .prompt import prefill_chunk
 
 # Marks of one conversation that are kept, at ends of its turns. Beyond, the mark goes whose neighbours are closest.
 MAX_MARKS = 8
@@ -132,6 +132,15 @@ class PrefixCache:
             yield state, held
         finally:
             self.put(state)
+            state.close()
+
+    @contextmanager
+    def room(self, tokens: int) -> Iterator[KVState]:
+        """Within this, have an empty state for so many tokens, which is not kept. Raises NoRoom."""
+        state, _ = self.take([], tokens)
+        try:
+            yield state
+        finally:
             state.close()
 
     def unpin(self) -> None:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..errors import InputError
 from ..execution import execution
 from ..kv.state import KVState
 from ..memory import SMALLEST_CHUNK
@@ -27,7 +28,10 @@ from ..model.model import Model
 from ..model.step import BatchStep, LazyBatchStep, RowStep
 from ..ops.dispatch import REPLAY
 from ..ops.sample import LIKELIEST
-from .loop import FAILURES, Constraint, Decoding, Statistics, begin, chunk_ahead
+from .decoding import FAILURES, Constraint, Decoding, Statistics
+from .drafting import Drafts
+from .loop import begin
+from .prompt import chunk_ahead
 from .sampling import Sample, Sampling, Token, choose
 
 log = logging.getLogger("mlx_gemma4")
@@ -70,16 +74,19 @@ class Scheduler:
         steps: steps so far.
     """
 
-    def __init__(self, model: Model, parallel: int = MAX_BATCH, exact: bool = False) -> None:
+    def __init__(
+        self, model: Model, parallel: int = MAX_BATCH, exact: bool = False, drafts: Drafts | None = None
+    ) -> None:
         """
         Args:
             parallel: replies at a time, 1 to MAX_BATCH.
             exact: they take turns, each with steps of its own, so that each is to the bit what it is alone. Otherwise
                 all step at once, faster by far, and near ties between tokens may be decided otherwise.
+            drafts: for replies while they are alone, or take turns; beside others, one reads as many rows as drafts.
         """
         if not 1 <= parallel <= MAX_BATCH:
             raise ValueError(f"parallel must be from 1 to {MAX_BATCH}, not {parallel}")
-        self.model, self.parallel, self.exact = model, parallel, exact
+        self.model, self.parallel, self.exact, self.drafts = model, parallel, exact, drafts
         self.rows = self.steps = 0
         self._inbox: SimpleQueue[_Job | None] = SimpleQueue()  # None: look again at what has changed
         self._closed, self._lock = False, threading.Lock()
@@ -123,6 +130,7 @@ class Scheduler:
             turn_ends,
             constraint=constraint,
             logprobs=logprobs,
+            drafts=self.drafts,
         )
         job, given, held = _Job(reply), 0, len(reply.ids)
         if reply.max_tokens < 1:
@@ -260,6 +268,11 @@ class Scheduler:
         token = job.reply.turn()
         self._deliver(job, token, job.reply.over)
 
+    def _settle(self, job: _Job) -> None:
+        """Hand out what a step has found that checked drafts while the reply was alone."""
+        for token in job.reply.settled():
+            self._deliver(job, token, over=False)
+
     def _step(self, jobs: list[_Job], last: _Chain | None) -> None:
         """Make the next token of several replies by one step.
 
@@ -270,6 +283,8 @@ class Scheduler:
         if last is None or last.jobs != jobs:
             last = None
             for job in jobs:
+                self._guarded([job], self._settle, job)
+            for job in [job for job in jobs if not job.done.is_set()]:
                 self._guarded([job], lambda job=job: samples.append(job.reply.next_token()))
             jobs = [job for job in jobs if not job.done.is_set()]
             if not jobs:
@@ -285,12 +300,14 @@ class Scheduler:
                     step.schedule()
             tokens = [Token(token) for token in (last.step.tokens() if last else np.array(ids).tolist())]
             for row, sample in enumerate(samples):
-                if sample.logprobs is not None:
-                    tokens[row] = sample.on_host()
+                if sample.logprobs is not None or sample.total is not None:
+                    tokens[row] = self._received(jobs[row], sample) or tokens[row]
         except FAILURES as error:
             return self._again(jobs, error)
         masks: dict[int, np.ndarray | None] = {}  # of rows that go on
         for row, (job, token) in enumerate(zip(jobs, tokens, strict=True)):
+            if job.done.is_set():
+                continue
             self._guarded([job], self._count, job, token, row, masks)
             if not job.done.is_set():
                 self._deliver(job, token, over=row not in masks)
@@ -302,13 +319,23 @@ class Scheduler:
         except FAILURES as error:
             self._again([jobs[row] for row in masks], error)
 
+    def _received(self, job: _Job, sample: Sample) -> Token | None:
+        """Return a chosen token; None, and the reply ends, if its logits are no numbers."""
+        try:
+            return sample.on_host()
+        except InputError as error:
+            self._end(job, error)
+            return None
+
     def _choose(self, replies: dict[int, Decoding], step: BatchStep, masks: dict[int, np.ndarray | None]) -> None:
         """Choose the tokens after a step, of those rows that go on, where the step itself does not."""
         others = {row: reply for row, reply in replies.items() if not _in_step(reply)}
         with execution():
             drawn = step.drawn() if isinstance(step, LazyBatchStep) and not self._last and replies else None
+            totals = None if drawn is None else mx.sum(step.logits(), axis=-1)
         for row in replies.keys() - others.keys():
-            replies[row].chosen = RowStep(step, row) if drawn is None else Sample(drawn[row])
+            chosen = None if drawn is None or totals is None else Sample(drawn[row], None, totals[row])
+            replies[row].chosen = chosen or RowStep(step, row)
         if others:
             with execution():
                 logits = step.logits()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, cast
 
 import mlx.core as mx
@@ -192,6 +192,10 @@ class KVState:
     @property
     def tokens(self) -> list[int]:
         """The tokens read so far."""
+        self._know_tokens()
+        return list(self._tokens)
+
+    def _know_tokens(self) -> None:
         if self._unread:
             with execution():
                 for ids in self._unread:
@@ -200,7 +204,6 @@ class KVState:
                     else:
                         self._tokens.append(ids if isinstance(ids, int) else ids.token())
                 self._unread = []
-        return list(self._tokens)
 
     @property
     def marks(self) -> list[Mark]:
@@ -295,14 +298,21 @@ class KVState:
         self._require(position, "rewind")
         if position == self._length:
             return
+        self._know_tokens()
+        if all(position > kv.stop - kv.count + kv.skip for kv in self._layers.values()):  # as after drafts: a count
+            del self._tokens[position:]
+            back, self._length = self._length - position, position
+            self._layers = {i: replace(kv, count=kv.count - back, stop=position) for i, kv in self._layers.items()}
+            self._staged, self._reading = {}, {}
+            self._marks = {p: m for p, m in self._marks.items() if p <= position}
+            return
         with execution():
             layers = {
                 i: segments.arranged(self._pieces(i), position, kv, self.layout, self._window(i), position)
                 for i, kv in self._layers.items()
             }
-            tokens = self.tokens[:position]
             self._layers, self._staged, self._reading = layers, {}, {}
-            self._tokens, self._unread, self._length = tokens, [], position
+            self._tokens, self._length = self._tokens[:position], position
             self._marks = {p: m for p, m in self._marks.items() if p <= position}
             mx.eval(self.arrays)  # what is cut off can go at once
 

@@ -81,17 +81,21 @@ class FolderSource:
             key, stem = gguf_name(name), name.removesuffix(".weight")
             if f"{stem}.scales" not in arrays:
                 self._arrays[key] = (array,)
-                self.entries[key] = Entry(tuple(array.shape), str(array.dtype), array.nbytes)
+                readable = array.dtype in (mx.float32, mx.float16, mx.bfloat16)
+                self.entries[key] = Entry(tuple(array.shape), str(array.dtype), array.nbytes, readable=readable)
                 continue
             if f"{stem}.biases" not in arrays:
                 raise InputError(f"{path}: {stem} is quantized without biases; only mlx-lm's affine kind can be read")
             parts = self._arrays[key] = (array, arrays[f"{stem}.scales"], arrays[f"{stem}.biases"])
             own = quantization.get(stem)  # the module's own entry in config.json, or the entry for all modules
-            group = int((own if isinstance(own, Mapping) else quantization).get("group_size", 64))
+            group = (own if isinstance(own, Mapping) else quantization).get("group_size", 64)
+            if group not in (32, 64, 128) or array.ndim < 2 or parts[1].ndim != array.ndim:
+                raise InputError(f"{path}: {stem} is quantized by groups of {group}, which can't be; convert it again")
             k = parts[1].shape[-1] * group
-            kind = f"affine {array.shape[-1] * 32 // k} bits by {group}"
-            n_bytes = sum(a.nbytes for a in parts)
-            self.entries[key] = Entry((*array.shape[:-1], k), kind, n_bytes, quantized=True, block=group)
+            bits = array.shape[-1] * 32 / k
+            kind, size = f"affine {bits:g} bits by {group}", sum(a.nbytes for a in parts)
+            readable = array.dtype == mx.uint32 and bits in (2, 3, 4, 5, 6, 8)
+            self.entries[key] = Entry((*array.shape[:-1], k), kind, size, True, readable, group)
 
     def read(
         self, names: Sequence[str], spec: Spec, holding: Holding, kernels: Kernels | None, cuts: Sequence[Cut] = ()
@@ -139,7 +143,7 @@ def _mapped(path: Path) -> dict[str, mx.array]:
     for shard in shards:
         try:
             arrays |= cast("dict[str, mx.array]", mx.load(str(shard)))
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # of MLX's reader of JSON, say
             raise InputError(f"{shard}: can't be read ({error}); download it again") from error
     return arrays
 

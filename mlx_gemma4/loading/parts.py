@@ -48,7 +48,7 @@ class PartSource:
     def read(
         self, names: Sequence[str], spec: Spec, holding: Holding, kernels: Kernels | None, cuts: Sequence[Cut] = ()
     ) -> Weight:
-        of, cuts = zip(*(self._tensors[name] for name in names), strict=True)
+        of, cuts = zip(*(self._tensors.get(name, (name, Cut())) for name in names), strict=True)  # a scale is whole
         return self._source.read(of, spec, holding, kernels, cuts)
 
 

@@ -25,7 +25,9 @@ from ..doctor.ready import make_ready
 from ..doctor.verdict import MLX, device_name, recall, usable_kernels
 from ..errors import InputError
 from ..execution import execution
-from ..generation.loop import Statistics, generate_tokens, prefill_chunk, read_chunk
+from ..generation.decoding import Statistics
+from ..generation.loop import generate_tokens
+from ..generation.prompt import prefill_chunk, read_chunk
 from ..generation.sampling import Sampling
 from ..gpu.render import observed
 from ..kv.state import KVState

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ..config import Config
 from ..doctor.verdict import usable_kernels
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..files.gguf import TENSOR_TYPES
 from ..loading.loader import open_model
 from ..loading.tensors import Entry, Spec, tensor_specs
@@ -113,7 +113,7 @@ def _problems(entries: Mapping[str, Entry], wanted: Mapping[str, Spec]) -> list[
 def _header(path: Path) -> tuple[Config, Mapping[str, Entry], str]:
     """Return the configuration, the tensors by GGUF name, and the model's name ("" for a folder)."""
     with open_model(path) as (config, source, metadata):
-        return config, source.entries, str(metadata.get("general.name", ""))
+        return config, source.entries, one_line(str(metadata.get("general.name", "")))
 
 
 def _memory(

@@ -99,7 +99,7 @@ class Batcher:
 
         def traceable(pieces: dict[bool, int], ids: mx.array, inputs: Inputs) -> tuple[mx.array, dict[int, Pair]]:
             attend, moved = over_pages(model, run, inputs, pieces)
-            logits = forward(model, run, self._constants, ids, attend)
+            logits, _ = forward(model, run, self._constants, ids, attend)
             return stock.softcap(logits, model.config.softcap), moved
 
         @lru_cache(TRACES)

@@ -177,7 +177,7 @@ class BatchReplayer:
             at += table.size
         run: Any = Kernels(recorder, self._run.off, strict=True)
         with recorded(recording):
-            logits: Any = forward(self._model, run, self._constants, numbers[:rows], attend(run, places))
+            logits: Any = forward(self._model, run, self._constants, numbers[:rows], attend(run, places))[0]
             best = run(SAMPLE, logits, numbers[at:].reshape(rows, WORDS))
         player.load(recording.launches, arena.nbytes, numbers.size, best.region)
         return Recorded(player, logits.region)

@@ -8,14 +8,14 @@ takes, runs as its own reference.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, TypedDict, cast
 
 import mlx.core as mx
 
-from ..config import Config
+from ..config import Config, LayerConfig
 from ..kv.segments import LayerKV, sealed
 from ..kv.state import KVState
 from ..ops import matvec, parts, stock
@@ -31,6 +31,7 @@ from .spans import Places, Spans, in_sight, numbers_at, placed, spans_of
 from .weights import Layer, Loaded
 
 MAX_TOKENS = matvec.MAX_TOKENS
+MAX_CHECKED = 8  # of a step that checks drafts: as many as attention takes
 TRACES = 8  # kept of a model's steps: a conversation needs one at a time
 Tails = dict[int, parts.KVPart]  # by layer with keys and values of its own
 Experts = tuple[mx.array, mx.array, mx.array, mx.array]  # `NormOptions.experts`
@@ -74,45 +75,49 @@ class Constants:
         return made
 
 
-def make_step(model: Loaded, run: Kernels) -> Callable[[mx.array, KVState], mx.array]:
-    """Return the function that reads a few tokens into a state: (ids int [T], state) -> fp32 logits [T, vocab].
+def make_step(model: Loaded, run: Kernels) -> Callable[[mx.array, KVState], tuple[mx.array, mx.array]]:
+    """Return the function that reads a few tokens, ids int [T], into a state.
 
-    T as `can_step` allows. Building a step's hundreds of launches takes the host longer than a GPU takes to run
-    them, so each arrangement of a state's segments is traced once (`mx.compile`) and its trace is used until the next.
+    It returns logits, fp32 [T, vocab], and hidden rows after the last norm, [T, hidden]. T as `can_step` allows, or up
+    to MAX_CHECKED. Building a step's hundreds of launches takes the host longer than a GPU takes to run them, so each
+    arrangement of a state's segments is traced once (`mx.compile`) and its trace is used until the next.
     """
     constants = Constants.of(model)
     kinds = {layer.sliding: i for i, layer in reversed(list(enumerate(model.config.layers)))}  # the first of each
 
-    def traceable(ids: mx.array, inputs: Inputs) -> tuple[mx.array, list[parts.KVPart]]:
+    def traceable(ids: mx.array, inputs: Inputs) -> tuple[mx.array, mx.array, list[parts.KVPart]]:
         numbers = numbers_at(inputs["position"], *inputs["spans"])
         attend, tails = over_parts(model, run, inputs, placed(numbers, inputs["lengths"]), ids.size)
-        logits = forward(model, run, constants, ids, attend)
-        return stock.softcap(logits, model.config.softcap), list(tails.values())
+        logits, hidden = forward(model, run, constants, ids, attend)
+        return stock.softcap(logits, model.config.softcap), hidden, list(tails.values())
 
     @lru_cache(TRACES)
     def traced(_: Any) -> Callable[..., Any]:
         return mx.compile(partial(traceable))  # a function of its own: MLX keeps traces by function
 
-    def step(ids: mx.array, state: KVState) -> mx.array:
+    def step(ids: mx.array, state: KVState) -> tuple[mx.array, mx.array]:
         tokens, layers = ids.size, with_room(model, state)
         inputs, _ = inputs_of(model, layers, tokens)
         shapes = (tuple(k.shape for k, _ in inputs["segments"][i]) for i in kinds.values())
         run_it = traced((run.off, tokens, *shapes)) if run.traced and not run.eager else traceable
-        logits, tails = run_it(ids.astype(mx.int32), inputs)
+        logits, hidden, tails = run_it(ids.astype(mx.int32), inputs)
         for (i, kv), (keys, values) in zip(layers.items(), tails, strict=True):
             count, stop = kv.count + tokens, kv.stop + tokens
             state.stage(i, replace(kv, tail_keys=keys, tail_values=values, count=count, stop=stop))
         state.advance(ids)
-        return cast(mx.array, logits)
+        return logits, hidden
 
     return step
 
 
-def forward(model: Loaded, run: Kernels, constants: Constants, ids: mx.array, attend: Attend) -> mx.array:
-    """Return fp32 logits [T, vocab] before any softcap, of a part those of its rows: the step, a function of arrays.
+def forward(
+    model: Loaded, run: Kernels, constants: Constants, ids: mx.array, attend: Attend
+) -> tuple[mx.array, mx.array]:
+    """Return fp32 logits [T, vocab] before any softcap, of a part those of its rows, and the head's input, [T, hidden].
 
-    Nothing but our kernels touches what it makes, so that their launches are all there is to it (replay.py records
-    them). x, the residual, is fp32 throughout; what a norm gives, h, has the dtype of the KV state: fp16 on a GPU.
+    The step itself, a function of arrays. Nothing but our kernels touches what it makes, so that their launches are all
+    there is to it (replay.py records them). x, the residual, is fp32 throughout; what a norm gives, h, has the dtype of
+    the KV state: fp16 on a GPU.
     """
     c, w, part = model.config, model.weights, model.part
     per_layer: list[mx.array] = []
@@ -121,6 +126,18 @@ def forward(model: Loaded, run: Kernels, constants: Constants, ids: mx.array, at
     else:
         x, per_layer = _inputs(run, model, ids)
         x = part.receive(ids.size, c.hidden) if part and part.receives else x
+    h = through_layers(model, run, constants, x, attend, per_layer)
+    return run.product(h, w.output, FP32), h
+
+
+def through_layers(
+    model: Loaded, run: Kernels, constants: Constants, x: mx.array, attend: Attend, per_layer: Sequence[mx.array] = ()
+) -> mx.array:
+    """Return the residual x, fp32 [T, hidden], after all layers and the last norm, [T, hidden] in the KV's dtype.
+
+    per_layer: of each layer, its embeddings of the tokens [T, P]; (): there are none.
+    """
+    c, w, part = model.config, model.weights, model.part
     # x + rms(x) 0, which is x, and the first norm of it
     x, h = run(ADD_NORM, x, x, constants.nothing, NormOptions(c.eps, w.layers[0].attn_norm, out=model.kv_dtype))
     eps, out = c.eps, model.kv_dtype
@@ -141,7 +158,7 @@ def forward(model: Loaded, run: Kernels, constants: Constants, ids: mx.array, at
         x, h = run(ADD_NORM, x, m, norm, NormOptions(eps, following, scale, experts, shrunk, out))
     if part and part.shard.kind == "layers":
         h = part.of_last(h, part.hand_on(x) if part.sends else None)
-    return run.product(h, w.output, FP32)
+    return h
 
 
 def _inputs(run: Kernels, model: Loaded, ids: mx.array) -> tuple[mx.array, list[mx.array]]:
@@ -204,16 +221,21 @@ def over_parts(model: Loaded, run: Kernels, inputs: Inputs, places: Places, toke
         q, tail_keys, tail_values = run(QKV_POST, given, options)
         if tail_keys is not None and tail_values is not None:
             tails[i] = tail_keys, tail_values
-        parts = [*inputs["segments"][shape.kv_layer], tails[shape.kv_layer]]
-        window = c.window if shape.sliding else 0
-        spans = places.spans[shape.sliding]
-        if parts[0][0].dtype == mx.uint32:  # quantized: a global layer
-            *quantized, tail = parts
-            rotation = inputs["rotations"][shape.kv_layer]
-            return run(QUANTIZED_ATTENTION, q, quantized, rotation, tail, spans, scale=c.attention_scale)
-        return run.attention(q, parts, spans, scale=c.attention_scale, window=window)
+        return attend_parts(run, c, shape, q, inputs, tails[shape.kv_layer], places)
 
     return attend, tails
+
+
+def attend_parts(
+    run: Kernels, c: Config, shape: LayerConfig, q: mx.array, inputs: Inputs, tail: parts.KVPart, places: Places
+) -> mx.array:
+    """Let queries [T, H, D] of such a layer attend to the segments and the tail that it reads: [T, H D]."""
+    seen = [*inputs["segments"][shape.kv_layer], tail]
+    spans, scale = places.spans[shape.sliding], c.attention_scale
+    if seen[0][0].dtype == mx.uint32:  # quantized: a global layer
+        rotation = inputs["rotations"][shape.kv_layer]
+        return run(QUANTIZED_ATTENTION, q, seen[:-1], rotation, tail, spans, scale=scale)
+    return run.attention(q, seen, spans, scale=scale, window=c.window if shape.sliding else 0)
 
 
 def _mlp(run: Kernels, layer: Layer, h: mx.array) -> mx.array:

@@ -221,7 +221,11 @@ def per_layer_step(m: Loaded, layer: Layer, x: mx.array, p: mx.array) -> mx.arra
 
 def head(m: Loaded, x: mx.array) -> mx.array:
     """Return logits, fp32 [T, vocab], of hidden states [T, hidden]; of a part, those of its rows."""
-    h = stock.rms_norm(x, m.weights.output_norm, m.config.eps)
+    return logits_of(m, stock.rms_norm(x, m.weights.output_norm, m.config.eps))
+
+
+def logits_of(m: Loaded, h: mx.array) -> mx.array:
+    """Return logits, fp32 [T, vocab], of hidden states after the last norm, [T, hidden]."""
     return stock.softcap(linear(m, h, m.weights.output).astype(mx.float32), m.config.softcap)
 
 

@@ -32,8 +32,8 @@ from ..ops.sample import LIKELIEST, Draw
 from ..shard import Part
 from .batch import Batcher, check_batch, stock_step
 from .costs import largest_chunk
-from .decode import can_step, make_step
-from .forward import head, rope_wavelengths, run_layers
+from .decode import MAX_CHECKED, can_step, make_step
+from .forward import head, logits_of, rope_wavelengths, run_layers
 from .numpy_step import make_numpy_step, numpy_steps
 from .replay import Replayer
 from .step import BatchStep, LazyBatchStep, LazyStep, NextToken, Step, Tokens, ids_of, known_tokens, tokens_as_array
@@ -72,7 +72,8 @@ class Model:
         together = kernels and can_step(config, 1)
         self.batcher = Batcher(self.loaded, kernels, self._alone) if kernels and together else None
         self._step = make_step(self.loaded, kernels) if kernels else None
-        self._numpy_step = make_numpy_step(self.loaded) if not kernels and on_cpu() and part is None else None
+        plain = not kernels and on_cpu() and part is None  # a part's sums are forward.py's
+        self._numpy_step = make_numpy_step(self.loaded) if plain else None
         replayable = kernels and kernels.player and can_step(config, 1) and part is None
         self.replayer = Replayer(self.loaded, kernels) if kernels and replayable else None
 
@@ -223,7 +224,7 @@ class Model:
             if self.batcher:
                 step = self.batcher.start(tokens, states, draws)
             elif self._numpy_step and numpy_steps(states):
-                step = LazyBatchStep(self._numpy_step(known_tokens(tokens), states), draws)
+                step = LazyBatchStep(self._numpy_step(known_tokens(tokens), states)[0], draws)
             else:
                 logits = stock_step(self.loaded, tokens_as_array(tokens), states)
                 step = LazyBatchStep(logits, draws, None, self.part)
@@ -253,6 +254,45 @@ class Model:
         logits = self._scheduled(self._read(ids_of(token), state, 1), state)
         return LazyStep(logits[0], draw, self.kernels, self.part)
 
+    def most_checked(self, state: KVState) -> int:
+        """Return how many tokens `check` takes next: up to MAX_CHECKED, and none beyond the state's tail."""
+        return min(MAX_CHECKED, state.layout.tail - state.length % state.layout.tail)
+
+    def check(self, ids: Sequence[int], state: KVState) -> tuple[mx.array, mx.array]:
+        """Read a token and drafts of those after it, all in one step; `state.rewind` takes back what is refused.
+
+        On a GPU rows share the weights that are read, and last bits differ (docs/drafting.md). On a CPU they are steps
+        of one token each, and equal to the bit.
+
+        Args:
+            ids: of T tokens, up to `most_checked`.
+
+        Returns:
+            Logits, fp32 [T, vocab], of the token after each; and hidden rows after the last norm, which the head
+            reads, fp32 [T, hidden]. Scheduled on return as `forward`'s are.
+        """
+        with execution() as outermost:
+            state.check_room(len(ids))
+            if not 1 <= len(ids) <= self.most_checked(state):
+                raise ValueError(f"{len(ids)} tokens to check, and at most {self.most_checked(state)} are possible")
+            if self._step and can_step(self.config, 1):
+                logits, hidden = self._step(mx.array([*ids], mx.int32), state)
+            else:
+                rows = [self._one(token, state) for token in ids]
+                logits, hidden = (mx.concatenate([*column]) for column in zip(*rows, strict=True))
+            logits, hidden = self._whole(logits), hidden.astype(mx.float32)
+            if outermost:
+                mx.async_eval(logits, hidden, state.arrays)
+        return logits, hidden
+
+    def _one(self, token: int, state: KVState) -> tuple[mx.array, mx.array]:
+        """Return logits after a token, [1, vocab] (of a part, those of its rows), and the head's input, [1, hidden]."""
+        if self._numpy_step and numpy_steps([state]):
+            return self._numpy_step([token], [state])
+        x = run_layers(self.loaded, mx.array([token]), [state], 1)
+        hidden = stock.rms_norm(x, self.weights.output_norm, self.config.eps)
+        return logits_of(self.loaded, hidden), hidden
+
     def prefill(self, ids: mx.array, state: KVState) -> None:
         """Read tokens, int [T], into the state without their logits: only keys and values are made."""
         with execution() as outermost:
@@ -266,14 +306,14 @@ class Model:
     def _read(self, ids: mx.array, state: KVState, wanted: int) -> mx.array:
         """Return logits of the last `wanted` tokens, or of all: from a step, or all layers as in a prompt."""
         if self._numpy_step and ids.size == 1 and numpy_steps([state]):
-            return self._numpy_step([int(ids)], [state])
+            return self._numpy_step([int(ids)], [state])[0]
         logits = self._stepped(ids, state)
         return head(self.loaded, run_layers(self.loaded, ids, [state], wanted)) if logits is None else logits
 
     def _stepped(self, ids: mx.array, state: KVState) -> mx.array | None:
         """Return logits of all tokens, read in one step; None: no step takes them."""
         if self._step and can_step(self.config, ids.size) and state.fits_tail(ids.size):
-            return self._step(ids, state)
+            return self._step(ids, state)[0]
         return None
 
 

@@ -30,8 +30,11 @@ def numpy_steps(states: Sequence[KVState]) -> bool:
     return all(state.kv == "full" and state.dtype == mx.float32 for state in states)
 
 
-def make_numpy_step(model: Loaded) -> Callable[[Sequence[int], Sequence[KVState]], mx.array]:
-    """Return the function that reads a token into each of B states that `numpy_steps` takes: fp32 logits [B, vocab]."""
+def make_numpy_step(model: Loaded) -> Callable[[Sequence[int], Sequence[KVState]], tuple[mx.array, mx.array]]:
+    """Return the function that reads a token into each of B states that `numpy_steps` takes.
+
+    It returns logits, fp32 [B, vocab], and hidden states after the last norm, fp32 [B, hidden].
+    """
     return _NumpyStep(model).run
 
 
@@ -47,7 +50,7 @@ class _NumpyStep:
                     self.views[id(weight)] = np.asarray(weight)
         self.frequencies = {kind: 1 / np.asarray(waves) for kind, waves in model.wavelengths.items()}
 
-    def run(self, tokens: Sequence[int], states: Sequence[KVState]) -> mx.array:
+    def run(self, tokens: Sequence[int], states: Sequence[KVState]) -> tuple[mx.array, mx.array]:
         c, w, layers = self.config, self.model.weights, [state.layers for state in states]
         x = self.rows(w.token_embd, tokens) * np.float32(math.sqrt(c.hidden))  # [B, hidden]
         per_layer = self.per_layer_inputs(tokens, x)
@@ -76,10 +79,11 @@ class _NumpyStep:
                 x = x * self.views[id(layer.layer_output_scale)]
         for token, state in zip(tokens, states, strict=True):
             state.advance(token)
-        logits = self.product(self.norm(x, w.output_norm), w.output)
+        hidden = self.norm(x, w.output_norm)
+        logits = self.product(hidden, w.output)
         if c.softcap:
             logits = np.tanh(logits / np.float32(c.softcap)) * np.float32(c.softcap)
-        return mx.array(logits)
+        return mx.array(logits), mx.array(hidden)
 
     def norm(self, x: np.ndarray, weight: mx.array | None) -> np.ndarray:
         """`stock.rms_norm` over the last axis."""

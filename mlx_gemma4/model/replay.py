@@ -170,7 +170,7 @@ class Replayer:
         with recorded(recording):
             places = placed(numbers[1 : 1 + spans.size], spans.lengths)
             attend, _ = over_parts(self._model, run, buffers, places, 1)
-            logits: Any = forward(self._model, run, self._constants, numbers[:1], attend)
+            logits: Any = forward(self._model, run, self._constants, numbers[:1], attend)[0]
             best = run(SAMPLE, logits, numbers[1 + spans.size :].reshape(1, WORDS))
         self._logits, self._tails = logits.region, {i: (k.region, v.region) for i, (k, v) in tails.items()}
         player.load(recording.launches, self._arena.nbytes, numbers.size, best.region)

@@ -21,6 +21,8 @@ class Metrics:
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens read.")
         self.reused_tokens = self._counter("reused_tokens", "Prompt tokens that kept prefixes spared.")
         self.reply_tokens = self._counter("reply_tokens", "Tokens of replies.")
+        self.drafted_tokens = self._counter("drafted_tokens", "Drafts of tokens that steps checked.")
+        self.accepted_tokens = self._counter("accepted_tokens", "Tokens of replies that drafts had right.")
         self.first_token = self._histogram("first_token_seconds", "From a request's arrival to its first token.")
         self.reply = self._histogram("reply_seconds", "From a request's arrival to its end.")
 

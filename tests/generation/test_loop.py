@@ -11,7 +11,9 @@ import pytest
 from recorded import HERE
 
 from mlx_gemma4 import InputError, Sampling, generate, load, stream
-from mlx_gemma4.generation.loop import Statistics, generate_tokens, prefill_chunk
+from mlx_gemma4.generation.decoding import Statistics
+from mlx_gemma4.generation.loop import generate_tokens
+from mlx_gemma4.generation.prompt import prefill_chunk
 from mlx_gemma4.generation.sampling import Sampler, penalise
 from mlx_gemma4.gpu.render import cuda_launcher
 from mlx_gemma4.model.costs import PREFILL_CHUNK

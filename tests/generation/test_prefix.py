@@ -17,7 +17,8 @@ from mlx_gemma4 import load
 from mlx_gemma4.chat_format.template import encode_chat
 from mlx_gemma4.cli.main import main
 from mlx_gemma4.errors import InputError
-from mlx_gemma4.generation.loop import Statistics, generate_tokens
+from mlx_gemma4.generation.decoding import Statistics
+from mlx_gemma4.generation.loop import generate_tokens
 from mlx_gemma4.generation.prefix import MAX_MARKS, PrefixCache
 from mlx_gemma4.generation.sampling import Sampling
 from mlx_gemma4.kv.segments import SegmentLayout

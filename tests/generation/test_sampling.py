@@ -11,7 +11,8 @@ from constraints import Alternating
 from recorded import HERE
 
 from mlx_gemma4 import InputError, Sampling, load
-from mlx_gemma4.generation.loop import Statistics, generate_tokens
+from mlx_gemma4.generation.decoding import Statistics
+from mlx_gemma4.generation.loop import generate_tokens
 from mlx_gemma4.generation.sampling import Sampler, Token, log_probabilities, unpack_mask
 
 GREEDY = Sampling(temperature=0)

@@ -16,7 +16,8 @@ from constraints import Alternating
 from plain_state import SmallModel, small_model
 
 from mlx_gemma4.errors import InputError
-from mlx_gemma4.generation.loop import Statistics, generate_tokens
+from mlx_gemma4.generation.decoding import Statistics
+from mlx_gemma4.generation.loop import generate_tokens
 from mlx_gemma4.generation.sampling import Sampling
 from mlx_gemma4.generation.scheduler import AHEAD, Scheduler
 from mlx_gemma4.kv.segments import SegmentLayout

@@ -78,6 +78,21 @@ class States(RuleBasedStateMachine):
             if len(self.states[i][2]) < MOST:
                 self.extend(i, [token])
 
+    @rule(data=st.data(), drafts=st.integers(1, 7), right=st.integers(0, 7), seed=st.integers(0, 5))
+    def check_drafts(self, data: Any, drafts: int, right: int, seed: int) -> None:
+        """Drafts are read in one step; those that are wrong are taken back. Rows are those of single steps."""
+        i = self.pick(data)
+        state, plain, tokens = self.states[i]
+        rows = min(drafts + 1, self.model.most_checked(state), MOST - len(tokens))
+        if rows > 0:
+            new, kept = some_tokens(rows + 1, seed)[1:], min(right + 1, rows)
+            logits, _ = self.model.check(new, state)
+            plain = plain.cut(len(tokens))
+            for n, token in enumerate(new):
+                np.testing.assert_array_equal(np.array(logits[n]), read(self.model, plain, [token]))
+            state.rewind(len(tokens) + kept)
+            self.set(i, state, plain.cut(len(tokens) + kept), tokens + new[:kept])
+
     @precondition(lambda self: len(self.states) < 5)
     @rule(data=st.data())
     def fork(self, data: Any) -> None:

@@ -68,7 +68,7 @@ def test_a_step_of_a_real_size_runs_in_kernels(
     state = model.new_state()
     with execution():
         lazy_fill(state, depth)
-        logits = decode.make_step(model.loaded, run)(mx.array([1]), state)
+        logits, _ = decode.make_step(model.loaded, run)(mx.array([1]), state)
     assert logits.shape == (1, model.config.vocab)
     layers, apart = model.config.layers, sum(layer.attn_v is not None for layer in model.weights.layers)
     apart += 0 if packed else len(layers)  # of an unpacked weight, gate and up

@@ -1,0 +1,430 @@
+"""A reply under way: chunks of its prompt are read, then it takes turns, a token each, until it is over.
+
+In: a model, a KV state, token ids, how tokens are chosen. Out: a token a turn, and `Statistics`. Each turn starts the
+step after it: one that reads a token which the host need not know yet, or one that checks drafts (drafting.py). Knows
+nothing of who waits for the tokens: loop.py, scheduler.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, cast
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import InputError
+from ..execution import execution
+from ..kv.state import KVState
+from ..model.model import Model
+from ..model.step import Step, ids_of
+from ..ops.dispatch import REPLAY
+from ..ops.sample import LIKELIEST
+from .drafting import Check, Drafting, lead
+from .prompt import give_back, read_chunk
+from .sampling import Sample, Sampler, Token, choose_in_turn
+
+log = logging.getLogger("mlx_gemma4")
+
+FAILURES = (RuntimeError, ValueError)  # that an evaluation may raise: a kernel that this GPU's compiler refuses, ..
+
+
+class Constraint(Protocol):
+    """Restricts one reply, token by token. `grammar.Grammar` is one; none serves two replies."""
+
+    def mask(self) -> np.ndarray | None:
+        """Return the tokens that may come next: uint32 words, the lowest bit of the first one for token 0."""
+
+    def accept(self, token: int) -> None:
+        """Take note of the token that was chosen."""
+
+    @property
+    def finished(self) -> bool:
+        """True if the reply is complete and nothing may follow."""
+
+    def fork(self) -> Constraint:
+        """Return one that goes on from here by itself, for drafts."""
+
+
+@dataclass
+class Statistics:
+    """Figures of one generation. Times in seconds."""
+
+    prompt_tokens: int = 0  # those that were read
+    reused_tokens: int = 0  # the prompt's others, which the state held before
+    prompt_time: float = 0.0
+    reply_tokens: int = 0
+    reply_time: float = 0.0
+    drafted_tokens: int = 0  # that were checked
+    accepted_tokens: int = 0  # of the reply's tokens, those that drafts had right
+    peak_memory: int = 0  # bytes, MLX's arrays
+    stop_reason: Literal["stop", "length"] = "length"  # "stop": the reply was complete, "length": cut or left
+
+    @property
+    def prompt_rate(self) -> float:
+        return self.prompt_tokens / self.prompt_time if self.prompt_time else 0.0
+
+    @property
+    def reply_rate(self) -> float:
+        """Tokens a second after the first, which the prompt's time already holds."""
+        return (self.reply_tokens - 1) / self.reply_time if self.reply_tokens > 1 and self.reply_time else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens of the reply for each step of the model; 1 without drafts."""
+        return self.reply_tokens / max(1, self.reply_tokens - self.accepted_tokens)
+
+
+@dataclass
+class Decoding:
+    """A reply under way: chunks of its prompt are read, then it takes turns, a token each, until it is over."""
+
+    model: Model
+    state: KVState
+    new_sampler: Callable[[], Sampler]
+    constraint: Constraint | None
+    max_tokens: int
+    stop_ids: frozenset[int]
+    statistics: Statistics
+    start: float  # when the prompt began to be read
+    ids: list[int]  # of the state, with the tokens that the host has received
+    marks: list[int]  # positions to mark
+    chunk: int  # tokens of a prompt to read at a time, at most
+    drafting: Drafting | None = None
+    produced: int = 0  # tokens received
+    first: float = 0.0  # when the first was there
+    chosen: Sample | Step | None = None  # the next token, before it is received
+    step: Step | None = None  # or what it is to be chosen from
+    check: Check | None = None  # or the step that checks drafts of it
+    accepted: deque[Token] = field(default_factory=deque)  # by that, and read, but not yet received
+    known: bool = False  # the token chosen next is on the host
+    sure: bool = True  # False: it is to be read by a step of its own
+    since: float = 0.0  # when the latest step of one token could start; 0: unknown
+    stopped: bool = False  # it is complete
+
+    def __post_init__(self) -> None:
+        self.sampler = self.new_sampler()
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt to be read before the first turn."""
+        return 0 if self.produced or self.max_tokens < 1 else max(0, len(self.ids) - self.state.length)
+
+    @property
+    def in_step(self) -> bool:
+        """True if the step that reads a token also chooses the next: recorded steps, and parts of models, which need
+        not gather all logits for it."""
+        return (self.model.replays or self.model.part is not None) and self.constraint is None and self.sampler.in_step
+
+    @property
+    def over(self) -> bool:
+        """True after the last token."""
+        return self.chosen is None and self.step is None and self.check is None and not self.accepted
+
+    def read_chunk(self, most: int) -> None:
+        """Read `most` more tokens of the prompt, or fewer: `read_chunk`."""
+        try:
+            self.step = read_chunk(self.model, self.state, self.ids, self.marks, most)
+        except FAILURES as error:
+            self.step = self.again(error)
+
+    def turn(self) -> Token | None:
+        """Receive the next token, the one after it started; None: that was a stop token."""
+        if self.check is not None:
+            self.settle_check(self.check)
+        if self.accepted:
+            token = self.receive_accepted()
+        elif self.drafting and self.produced and self.sure and (self.known or self.drafting.ready(self.ids)):
+            token = self._drafted(self.drafting)
+        else:
+            token = self._undrafted()
+        return None if token.id in self.stop_ids else token
+
+    def _undrafted(self) -> Token:
+        # A step starts before its token is known to the host, where that can be.
+        self.known, self.sure = False, True
+        pipelined = self.constraint is None and (self.in_step or not self.model.replays)
+        token = self._pipelined() if pipelined else self._one_by_one()
+        self.timed(time.perf_counter())
+        return token
+
+    def _pipelined(self) -> Token:
+        """Start the step that reads the next token before the host knows it."""
+        chosen = self.next_token() if self.chosen is None else self.chosen
+        while True:
+            try:
+                in_step = self.in_step  # before the step, which may be the first to find that none are replayed here
+                step = self.read(chosen, last=self.produced + 1 == self.max_tokens)
+                self.chosen = step if step is None or in_step else self.sample(step)
+                token = self.receive(chosen)
+                break
+            except FAILURES as error:
+                chosen = self.sample(self.again(error))
+        self.step = None
+        if self.is_last(token):
+            self.chosen = None
+        return token
+
+    def _one_by_one(self) -> Token:
+        """Start the step when its token is known: a constraint is to see it, or a replayed step's logits are sampled.
+
+        The caller has the token while the device runs the step; then, under a constraint, the mask is made.
+        """
+        sample = self.next_token()
+        try:
+            token = self.receive(sample)
+        except FAILURES as error:
+            sample = self.sample(self.again(error))
+            token = self.receive(sample)
+        last = self.is_last(token)
+        try:
+            self.step = self.read(sample, last=last)
+            if self.step is not None and not self.model.replays:
+                with execution():
+                    mx.async_eval(self.step.logits())
+        except FAILURES as error:
+            again = self.again(error)
+            self.step = None if last else again
+        self.chosen = None
+        return token
+
+    def next_token(self) -> Sample:
+        """Return the next token, perhaps still being computed."""
+        if isinstance(self.chosen, Sample):
+            return self.chosen
+        try:
+            if self.chosen is not None:
+                return Sample(mx.array(self.chosen.token()))
+            assert self.step is not None
+            return self.sample(self.step)
+        except FAILURES as error:
+            return self.sample(self.again(error))
+
+    def is_last(self, token: Token) -> bool:
+        """Take note of a token that was received; return True if the reply ends with it."""
+        stop = token.id in self.stop_ids
+        if self.constraint is not None and not stop:
+            self.constraint.accept(token.id)
+        self.stopped = stop or (self.constraint is not None and self.constraint.finished)
+        return self.stopped or self.produced == self.max_tokens
+
+    def mask(self) -> np.ndarray | None:
+        """Return the tokens that the constraint lets come next; None: any."""
+        return None if self.constraint is None else self.constraint.mask()
+
+    def read(self, chosen: Sample | Step, *, last: bool) -> Step | None:
+        """Start the step that reads a chosen token; None after the last, whose logits nobody wants."""
+        token = chosen.token if isinstance(chosen, Sample) else chosen
+        with execution():
+            if last and not self.model.replays:  # a lazy graph: it costs nothing unless the state is used again
+                self.model.prefill(ids_of(token), self.state)
+                return None
+            # Replayed, a step costs less than a prefill.
+            draw = self.sampler.draw() if self.in_step and not last else LIKELIEST
+            step = self.model.step(token, self.state, draw)
+            return None if last else step
+
+    def sample(self, step: Step) -> Sample:
+        """Choose the token after a step, scheduled. The device may still be at the step while the mask is made."""
+        allowed = self.mask()
+        with execution():
+            sample = self.sampler(step.logits(), allowed)
+            mx.async_eval(sample)
+        return sample
+
+    def receive(self, chosen: Sample | Step) -> Token:
+        """Wait for a chosen token."""
+        token = chosen.on_host() if isinstance(chosen, Sample) else Token(chosen.token())
+        self.count(token)
+        return token
+
+    def count(self, token: Token) -> None:
+        """Count a token that the host has received."""
+        self.ids.append(token.id)
+        self.produced, now = self.produced + 1, time.perf_counter()
+        s = self.statistics
+        if len(self.ids) % self.state.layout.tail == 2:  # a full tail was sealed: segments were joined
+            give_back()
+        if self.produced == 1:
+            s.prompt_time, self.first = now - self.start, now
+        s.reply_tokens, s.reply_time, s.peak_memory = self.produced, now - self.first, mx.get_peak_memory()
+
+    def _drafted(self, drafting: Drafting) -> Token:
+        """Receive the next token, and start the step that reads it with drafts of those after it, if any are made."""
+        sample = self.next_token()
+        try:
+            token = self.receive(sample)
+        except FAILURES as error:
+            sample = self.sample(self.again(error))
+            token = self.receive(sample)
+        self.chosen = self.step = None
+        self.known, last = False, self.is_last(token)
+        try:
+            if not last and self.start_check(drafting):
+                return token
+        except FAILURES as error:
+            self.step = self.without_drafts(error)
+            return token
+        try:
+            in_step = self.in_step
+            step = self.read(sample, last=last)
+            if step is not None and in_step:
+                self.chosen = step
+            elif step is not None and self.constraint is None:
+                self.chosen = self.sample(step)
+            else:
+                self.step = step
+        except FAILURES as error:
+            again = self.again(error)
+            self.step = None if last else again
+        self.since = 0.0 if last else time.perf_counter()
+        return token
+
+    def start_check(self, drafting: Drafting) -> bool:
+        """Start the step that reads the latest token with drafts, and chooses after each; False: none are worth it."""
+        start, before = time.perf_counter(), self.state.length
+        most = min(self.max_tokens - self.produced, self.model.most_checked(self.state)) - 1
+        drafts = drafting.propose(self.ids, self.state, most, self.sampler)
+        if drafts is None:
+            return False
+        stops = (n for n, draft in enumerate(drafts.tokens) if draft in self.stop_ids)
+        tokens = drafts.tokens[: next(stops, len(drafts.tokens))]
+        masks: list[np.ndarray | None] = [None] * (len(tokens) + 1)
+        if self.constraint is not None:
+            masks = masks_of(self.constraint, tokens)
+            tokens = tokens[: max(0, len(masks) - 1)]
+        if not masks or (drafts.tokens and not tokens):
+            return False
+        drafts = drafts._replace(tokens=tokens)
+        with execution():
+            logits, hidden = self.model.check([self.ids[-1], *tokens], self.state)
+            samples, samplers = choose_in_turn(self.sampler, logits, masks)
+            leads = None
+            if self.model.kernels is not None and self.sampler.sampling.temperature == 0:
+                rows = zip([self.sampler, *samplers], logits, masks, samples, strict=False)
+                leads = mx.stack([lead(sampler.altered(row, mask), each.token) for sampler, row, mask, each in rows])
+            mx.async_eval(samples, *([] if leads is None else [leads]), hidden)
+        self.check = Check(drafts, samples, samplers, leads, hidden, before, start)
+        self.statistics.drafted_tokens += len(tokens)
+        return True
+
+    def settle_check(self, check: Check) -> None:
+        """Take what a step that checked drafts has found: the drafts that were right, and the token after them."""
+        assert self.drafting is not None
+        self.check = None
+        try:
+            tokens = [sample.on_host() for sample in check.samples]
+            right, unsure = check.taken([token.id for token in tokens])
+        except FAILURES as error:
+            self.step = self.without_drafts(error)
+            return
+        rows, drafts = len(tokens), self.drafting.drafts
+        drafts.took(rows, time.perf_counter() - check.start)
+        if rows > 1:
+            drafts.found(check.drafts.kind, right, rows - 1)
+        last = min(right, unsure - 1)  # the row whose token comes next
+        self.state.rewind(check.before + last + 1)
+        self.since = 0.0
+        if last < 0:  # not even the first is sure: its own token is read once more
+            self.step = self.model.step(self.ids[-1], self.state)
+            return
+        self.accepted.extend(tokens[:last])
+        self.chosen, self.sampler = check.samples[last], check.samplers[last]
+        self.known = self.sure = unsure > right
+        self.drafting.hidden = check.hidden[last] if self.sure else None
+
+    def settled(self) -> list[Token]:
+        """Receive the tokens that a check of drafts has found; then the reply may step beside others."""
+        if self.check is not None:
+            self.settle_check(self.check)
+        tokens = [*self.accepted]
+        for _ in tokens:
+            self.receive_accepted()
+        self.known, self.sure, self.since = False, True, 0.0
+        return tokens
+
+    def receive_accepted(self) -> Token:
+        """Receive a token that a draft had right. None is the last: the one after the drafts is yet to come."""
+        token = self.accepted.popleft()
+        self.count(token)
+        self.statistics.accepted_tokens += 1
+        self.is_last(token)
+        return token
+
+    def without_drafts(self, error: Exception) -> Step:
+        """Read everything once more after an error in a step that checks drafts; return the last token's step."""
+        assert self.drafting is not None
+        log.warning("Drafts fail here and are off: %s", error)
+        self.drafting.drafts.most, self.drafting = 0, None
+        marks = self.reread()
+        step = self.model.step(self.ids[-1], self.state)
+        self.resume(marks)
+        return step
+
+    def timed(self, now: float) -> None:
+        """Learn what a step of one token takes, from one to the next."""
+        if self.drafting and self.since:
+            self.drafting.drafts.took(1, now - self.since)
+        self.since = now
+
+    def again(self, error: Exception) -> Step:
+        """Read everything once more, launch by launch, after an error in an evaluation; return the last token's step.
+
+        So the kernel is found that fails only when it is evaluated, as all do on Metal, and is off from then on. An
+        error that is no kernel's is raised.
+        """
+        model, kernels = self.model, self.model.kernels
+        if kernels is None:
+            raise error
+        off, replayed = kernels.off, model.replays
+        with kernels.one_by_one():
+            marks = self.reread()
+            step = model.step(self.ids[-1], self.state)
+            with execution():
+                mx.eval(step.logits(), self.state.arrays, self.new_sampler()(step.logits()))
+        if kernels.off == off:
+            if not replayed:
+                raise error
+            kernels.off |= {REPLAY}
+            log.warning("Replayed steps fail here and are off, steps run launch by launch instead: %s", error)
+        self.resume(marks)
+        return step
+
+    def reread(self) -> list[int]:
+        """Start over, and read all tokens but the last; return the positions to mark."""
+        marks = sorted({*self.marks, *(mark.position for mark in self.state.marks)})
+        self.state.start_over()
+        while self.state.length < len(self.ids) - 1:
+            read_chunk(self.model, self.state, self.ids[:-1], marks, self.chunk)
+        return marks
+
+    def resume(self, marks: list[int]) -> None:
+        """Go on after `reread` and a step of the last token, whose next one is to be chosen anew."""
+        if self.state.length in marks:
+            self.state.mark()
+        with execution():
+            self.sampler = self.new_sampler()
+            for token in self.ids[len(self.ids) - self.produced :]:
+                self.sampler.skip(token)
+
+
+def masks_of(constraint: Constraint, drafts: list[int]) -> list[np.ndarray | None]:
+    """Return what a constraint lets come next, and after each draft, up to one that it forbids or that ends it."""
+    trial, masks = constraint.fork(), cast("list[np.ndarray | None]", [])
+    with suppress(InputError):  # a mask that can't be made is for who comes to it to tell
+        words = trial.mask()
+        masks.append(words)
+        for draft in drafts:
+            if words is not None and (draft // 32 >= words.size or not words[draft // 32] >> draft % 32 & 1):
+                break
+            trial.accept(draft)
+            if trial.finished:
+                break
+            words = trial.mask()
+            masks.append(words)
+    return masks

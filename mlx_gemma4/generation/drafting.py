@@ -1,0 +1,298 @@
+"""Drafts: guesses at the next tokens of a reply, which the model then checks in one step (`Model.check`).
+
+In: the tokens of a sequence. Out: tokens that may follow, as many as pay. `Lookup` guesses that what came before comes
+again; another `Drafter` may be a model. Knows nothing of text, and nothing of how a token is chosen: loop.py takes the
+tokens that it would have chosen, drafted or not, so drafts change how fast a reply comes and not what it says.
+docs/drafting.md says what is measured, what that promises, and where it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import mlx.core as mx
+
+from ..kv.state import KVState
+from ..model.decode import MAX_CHECKED
+from ..ops.sample import Draw
+from ..paths import whole_file
+from .sampling import Sample, Sampler
+
+log = logging.getLogger("mlx_gemma4")
+
+NGRAM = 3  # tokens that must have come before in this order
+LONGEST = 16  # tokens that are compared with those before a place, at most
+PLACES = 4  # places that are compared, the latest ones
+SURE = 8  # tokens alike from which on a place is asked before a model
+
+MOST = MAX_CHECKED - 1  # drafts that a step checks
+HOPE = 0.7  # share of drafts accepted, before any was checked
+ROW = 0.1  # of a step of one row: what each more row takes, before it was measured
+NEAR = 0.05  # of logits: rows of a step on a GPU whose best are as close are decided by a step of their own
+LEARN_COST, LEARN_ACCEPTED = 0.3, 0.1  # weights of a new measurement
+JUMP = 0.25  # most by which one measurement of seconds moves what is known of them
+GAIN = 1.02  # in tokens a second that drafts must promise
+PROBE, RARELY = 32, 512  # chances that pass, at first and at most, before a draft that would not pay is tried again
+KEEP_EVERY = 64  # steps with drafts, after which what was learned is written
+MODELS_KEPT = 32
+
+
+class Drafter(Protocol):
+    """Guesses the next tokens of one sequence at a time."""
+
+    @property
+    def needs_hidden(self) -> bool:
+        """True if it drafts from the hidden row of the target."""
+
+    def draft(
+        self,
+        tokens: Sequence[int],
+        state: KVState,
+        hidden: mx.array | None,
+        count: int,
+        draws: Sequence[Draw] = (),
+    ) -> list[int]:
+        """Return up to `count` tokens that may follow; none where there is nothing to go by.
+
+        Args:
+            tokens: all of the sequence; the last one is not read yet.
+            state: of the target, which has read all but the last token. Must stay as it is.
+            hidden: the target's hidden row after its last norm, which the head made the last token from: fp32
+                [hidden]. None: unknown.
+            draws: how the target will draw each of these tokens; empty: in another way. A drafter that draws from
+                its own logits by the same numbers agrees with the target more often than one that takes its likeliest.
+        """
+
+
+class Lookup:
+    """Finds where the latest tokens of a sequence came before. A `Drafter` of one sequence, which only grows."""
+
+    needs_hidden = False
+
+    def __init__(self) -> None:
+        self._latest: dict[tuple[int, ...], int] = {}  # NGRAM tokens -> where they last ended
+        self._before = [0]  # by that place -> where they ended before; 0: nowhere
+        self.place = self.alike = 0  # of the latest search: where to go on, and the tokens alike before it
+
+    def search(self, tokens: Sequence[int]) -> int:
+        """Return how many of the last tokens came before in this order, LONGEST at most; less than NGRAM: 0."""
+        end, self.alike = len(tokens), 0
+        for at in range(len(self._before), end):  # those that end before the last token
+            key = tuple(tokens[at - NGRAM : at]) if at >= NGRAM else ()
+            self._before.append(self._latest.get(key, 0))
+            self._latest[key] = at
+        place = self._latest.get(tuple(tokens[-NGRAM:]), 0) if end > NGRAM else 0
+        for _ in range(PLACES):
+            if not place:
+                break
+            alike = NGRAM
+            while alike < min(LONGEST, place) and tokens[place - 1 - alike] == tokens[end - 1 - alike]:
+                alike += 1
+            if alike > self.alike:
+                self.place, self.alike = place, alike
+            place = self._before[place]
+        return self.alike
+
+    def draft(
+        self,
+        tokens: Sequence[int],
+        state: KVState | None = None,
+        hidden: mx.array | None = None,
+        count: int = MOST,
+        draws: Sequence[Draw] = (),
+    ) -> list[int]:
+        """Return what followed the place that is most alike; what repeats without end, repeated."""
+        if not self.search(tokens):
+            return []
+        period = len(tokens) - self.place
+        return [tokens[self.place + i % period] for i in range(count)]
+
+
+class Drafts:
+    """What is known of drafting with one model on this machine, shared by its replies: seconds, and who is right.
+
+    How many drafts pay follows from it: expected tokens of a step over its seconds (`depth`).
+    """
+
+    def __init__(
+        self,
+        most: int = MOST,
+        drafter: Drafter | None = None,
+        *,
+        depth: int | None = None,
+        least_alike: int = NGRAM,
+    ) -> None:
+        """
+        Args:
+            most: drafts of a step, at most; more than MOST count as MOST.
+            drafter: a model that drafts where repetition has nothing better to say.
+            depth: always so many, whatever is measured.
+            least_alike: tokens alike from which on repetition drafts. More than NGRAM where a step that checks is
+                followed by a dear one: on NVIDIA steps are recorded anew.
+        """
+        self.most, self.drafter, self.fixed, self.least_alike = min(most, MOST), drafter, depth, least_alike
+        self.seconds: dict[int, float] = {}  # by rows of a step
+        self.accepted: dict[str, list[float]] = {}  # by kind of draft: of its n-th, how often, if those before were
+        self._passed: dict[str, tuple[int, int]] = {}  # by kind: chances that passed, and how many have to
+        self._file: Path | None = None
+        self._key, self._unwritten = "", 0
+
+    def depth(self, kind: str) -> int:
+        """Return how many drafts of a kind are to be checked now; 0: none."""
+        if self.fixed is not None:
+            return min(self.fixed, self.most)
+        best = max(range(self.most + 1), key=lambda n: self.rate(kind, n))
+        return best if self.rate(kind, best) > GAIN * self.rate(kind, 0) else 0
+
+    def probe(self, kind: str) -> bool:
+        """Return True if it is time to check one draft that would not pay, to see whether that is still so."""
+        passed, until = self._passed.get(kind, (0, PROBE))
+        due = passed >= until and self.most > 0 and self.fixed is None
+        self._passed[kind] = (0, min(2 * until, RARELY)) if due else (passed + 1, until)
+        return due
+
+    def rate(self, kind: str, drafts: int) -> float:
+        """Return the tokens expected of a step with so many drafts, over its seconds."""
+        known, tokens, all_right = self.accepted.get(kind, []), 1.0, 1.0
+        for n in range(drafts):
+            all_right *= known[n] if n < len(known) else known[-1] if known else HOPE
+            tokens += all_right
+        return tokens / self.cost(drafts + 1)
+
+    def cost(self, rows: int) -> float:
+        """Return the seconds of a step of so many rows: as measured, or between or beyond what was."""
+        one = self.seconds.get(1, min(self.seconds.values(), default=1.0))
+        known = sorted({1: one, **self.seconds}.items())
+        below, above = [k for k in known if k[0] <= rows][-1], [k for k in known if k[0] >= rows][:1]
+        if not above:
+            return below[1] + ROW * one * (rows - below[0])
+        (r, s), (to, then) = below, above[0]
+        return s if to == r else s + (then - s) * (rows - r) / (to - r)
+
+    def took(self, rows: int, seconds: float) -> None:
+        """Learn how long a step of so many rows took, from its start until the next one could start."""
+        known = self.seconds.get(rows, seconds)
+        change = max(-JUMP * known, min(JUMP * known, seconds - known))
+        self.seconds[rows] = known + LEARN_COST * change
+
+    def found(self, kind: str, right: int, checked: int) -> None:
+        """Learn that of so many drafts of a kind the first `right` ones were."""
+        known = self.accepted.setdefault(kind, [])
+        for n in range(min(right + 1, checked)):
+            if n == len(known):
+                known.append(known[-1] if known else HOPE)
+            known[n] += LEARN_ACCEPTED * ((n < right) - known[n])
+        if right:
+            self._passed.pop(kind, None)
+        self._unwritten += 1
+        if self._unwritten >= KEEP_EVERY:
+            self.write()
+
+    def keep(self, file: Path, key: str) -> None:
+        """Begin with what is known there of this model and machine, and keep it up to date."""
+        self._file, self._key = file, key
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            known = json.loads(file.read_text())[key]
+            seconds = {int(rows): float(s) for rows, s in known["seconds"].items()}
+            accepted = {str(kind): [float(x) for x in shares] for kind, shares in known["accepted"].items()}
+            shares = [x for kind in accepted.values() for x in kind]
+            if all(s > 0 for s in seconds.values()) and all(0 <= x <= 1 for x in shares):
+                self.seconds, self.accepted = seconds, accepted
+
+    def write(self) -> None:
+        """Write what was learned, if it is kept; a file that can't be written is none."""
+        self._unwritten = 0
+        if self._file is None:
+            return
+        values = {}
+        with suppress(OSError, ValueError):
+            values = json.loads(self._file.read_text())
+        values = values if isinstance(values, dict) else {}
+        values.pop(self._key, None)
+        values = dict(list(values.items())[1 - MODELS_KEPT :])
+        values[self._key] = {"seconds": self.seconds, "accepted": self.accepted}
+        with suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(self._file) as out:
+                out.write(json.dumps(values, indent=1).encode())
+
+
+class Proposal(NamedTuple):
+    """Drafts that are to be checked."""
+
+    tokens: list[int]  # none: the step is for its hidden row
+    kind: str
+
+
+class Drafting:
+    """Drafts of one reply."""
+
+    def __init__(self, drafts: Drafts) -> None:
+        self.drafts, self.lookup = drafts, Lookup()
+        self.hidden: mx.array | None = None  # which the next token was made from
+        self._probes = False
+
+    def ready(self, tokens: Sequence[int]) -> bool:
+        """Return True if it is worth waiting for the token after these, or for the last one, to draft those after it.
+
+        Else the step that reads it may start at once, before the host knows it.
+        """
+        kind = self._kind(tokens)
+        pays = bool(kind) and self.drafts.depth(kind) > 0
+        self._probes = bool(kind) and not pays and self.drafts.probe(kind)
+        return pays or self._probes
+
+    def propose(self, tokens: Sequence[int], state: KVState, most: int, sampler: Sampler) -> Proposal | None:
+        """Return drafts, `most` at most, of what follows these tokens, the last of which is not read; None: no step."""
+        kind, drafter = self._kind(tokens), self.drafts.drafter
+        count = min(most, self.drafts.depth(kind) or int(self._probes)) if kind else 0
+        self._probes = False
+        if count < 1:
+            return None
+        if kind == "model" and drafter is not None:
+            hidden, self.hidden = self.hidden, None
+            if hidden is None and drafter.needs_hidden:
+                return Proposal([], kind)
+            return Proposal(drafter.draft(tokens, state, hidden, count, sampler.following(count)), kind)
+        return Proposal(self.lookup.draft(tokens, count=count), kind)
+
+    def _kind(self, tokens: Sequence[int]) -> str:
+        """Return whose drafts are to be had: the model's, or those of repetition by how much is alike; "": none."""
+        alike = self.lookup.search(tokens)
+        alike = alike if alike >= self.drafts.least_alike else 0
+        if self.drafts.drafter is not None and alike < SURE:
+            return "model"
+        return f"alike {1 << alike.bit_length() - 1}" if alike else ""
+
+
+class Check(NamedTuple):
+    """A step that checks drafts, under way."""
+
+    drafts: Proposal
+    samples: list[Sample]  # of each row: what would be chosen there
+    samplers: list[Sampler]  # as they are after each
+    leads: mx.array | None  # of each row's token before the next best, fp32; None: rows are exact
+    hidden: mx.array  # fp32 [rows, hidden]
+    before: int  # length of the state
+    start: float  # seconds
+
+    def taken(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """Return how many drafts were right, and the first row that is too close to call, at most one past those."""
+        right = 0
+        while right < len(self.drafts.tokens) and tokens[right] == self.drafts.tokens[right]:
+            right += 1
+        unsure = right + 1
+        if self.leads is not None:
+            leads: list[float] = self.leads[: right + 1].tolist()  # type: ignore[assignment]
+            unsure = next((i for i, lead in enumerate(leads) if lead < NEAR), unsure)
+        return right, unsure
+
+
+def lead(logits: mx.array, token: mx.array) -> mx.array:
+    """Return by how much the logit of a token, int [], is above all others of logits [vocab]."""
+    return logits[token] - mx.put_along_axis(logits, token[None], mx.array([-mx.inf]), axis=0).max()
