@@ -15,6 +15,7 @@ import sys
 import time
 from math import prod
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import mlx.core as mx
@@ -55,7 +56,7 @@ def entries(name: str) -> dict[str, Entry]:
     found = {}
     for tensor, (shape, type) in make_synthetic.tensors(PUBLISHED[name]).items():
         _, size, n_bytes = make_synthetic.TYPES[type]
-        found[tensor] = Entry(shape, type, prod(shape) // size * n_bytes, size > 1, size)
+        found[tensor] = Entry(shape, type, prod(shape) // size * n_bytes, size > 1, block=size)
     return found
 
 
@@ -151,8 +152,13 @@ def check(path: str | None) -> None:
     lm = load(path, shard=Shard(place.rank, place.size, "tensor", group))
     state, summed = lm.model.new_state(), mx.distributed.all_sum
     mx.eval(lm.model.forward(mx.array([2, 3]), state))
-    calls = []
-    with patch.object(mx.distributed, "all_sum", lambda *a, **k: calls.append(1) or summed(*a, **k)):
+    calls: list[int] = []
+
+    def counted(x: mx.array, **rest: Any) -> mx.array:
+        calls.append(x.size)
+        return summed(x, **rest)
+
+    with patch.object(mx.distributed, "all_sum", counted):
         mx.eval(lm.model.forward(mx.array([4]), state))
     if show:
         layers = len(lm.config.layers)
