@@ -6,6 +6,7 @@ MLX_RANK=0 MLX_HOSTFILE=hosts.json python part_checks.py RESULTS.json CHECK.. (r
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -38,6 +39,7 @@ UNPACKED = frozenset([OpKey("expand")])  # tiles of a prompt round to fp16
 mx.set_default_device(mx.cpu)
 group = mx.distributed.init(strict=True, backend="ring")
 RANK, SIZE = group.rank(), group.size()
+del os.environ["MLX_RANK"]  # so that `load` without a shard loads the whole model, as one process does
 collectives: Counter[str] = Counter()
 
 
@@ -92,7 +94,7 @@ def conversation(model: Model, ids: list[int], kv: str = "full") -> list[mx.arra
     other.rewind(len(ids) + 2)
     logits += [model.batch_step([12, 13], [state, other]), model.step(3, other).logits()]
     model.prefill(mx.array([4]), other)
-    return [*logits, model.forward(mx.array([1, 2]), other, all_logits=True)]
+    return [*logits, model.forward(mx.array([1, 2]), other, all_logits=True), model.check([6, 5, 4], state)[0]]
 
 
 def fixtures() -> Found:
@@ -106,8 +108,8 @@ def few() -> Found:
 
 def quantized() -> Found:
     """Blocks: some layers of these are whole on each rank. E2B's layers share keys and values from the first on."""
-    files = {f"{kind}-{tag}": SPLITS[: 1 + (kind != "e2b")] for kind in KINDS for tag in ("q4_0", "ud")}
-    files |= dict.fromkeys(("31b-q8_0", "12b-untied-q4_k_m", "26b-a4b-split-mix"), SPLITS)
+    names = [*(f"{kind}-ud" for kind in KINDS), "12b-q4_0", "31b-q8_0", "12b-untied-q4_k_m", "26b-a4b-split-mix"]
+    files = {name: SPLITS[: 1 + (name != "e2b-ud")] for name in names}
     here = path("12b", "f32", Path()).parent
     return {
         name: compared(here / f"{name}.gguf", lambda m: conversation(m, [*range(60, 100)]), splits)
@@ -164,14 +166,14 @@ def others(mine: Found) -> list[Found]:
 
 
 def demo() -> Found:
-    """500 tokens, greedy and drawn, of the built-in model; and a long prompt to a state in 4 bits."""
+    """500 tokens, greedy, of the built-in model, and 60 drawn; and a long prompt to a state in 4 bits."""
     ids = load().encode_prompt(DEMO_PROMPT, raw=True)
     found: Found = {}
-    for sampling in (Sampling(temperature=0), Sampling(top_k=40, top_p=0.95, seed=7)):
+    for n, sampling in ((500, Sampling(temperature=0)), (60, Sampling(top_k=40, top_p=0.95, seed=7))):
         for split in (None, *SPLITS):
             model = model_of(None, split)
             state = model.new_state()
-            tokens = [t.id for t in generate_tokens(model, state, ids, sampling, 500)]
+            tokens = [t.id for t in generate_tokens(model, state, ids, sampling, n)]
             found[f"{split} {sampling.temperature}"] = {"tokens": tokens, "held": state.tokens}
     found["tq4"] = compared(None, lambda m: conversation(m, ids * 40, "tq4"))
     return found

@@ -92,25 +92,20 @@ def by_tensors(config: Config, entries: Mapping[str, Entry], present: Mapping[st
             cuts |= {f"{blk}attn_{x}": Cut((_times(kv, dim),)) for x in "kv"}
             layer = replace(layer, heads=len(q), kv_heads=len(kv))
             split["attention"].add(i)
-        if (mlp := widths(layer.ffn, blocks[f"{blk}ffn_down.weight"], size, i)) is not None:
-            cuts |= {f"{blk}ffn_{x}": Cut((mlp[rank],)) for x in ("gate", "up")}
-            cuts[f"{blk}ffn_down"] = Cut((), mlp[rank])
-            layer = replace(layer, ffn=len(mlp[rank]))
-            split["mlp"].add(i)
-        experts = widths(c.expert_ffn, blocks[f"{blk}ffn_down_exps.weight"], size, i) if c.experts else None
-        if experts is not None:
-            f = experts[rank]
-            cuts |= {f"{blk}ffn_{x}_exps": Cut((f,)) for x in ("gate", "up")}
-            cuts[f"{blk}ffn_gate_up_exps"] = Cut((f, range(f.start + c.expert_ffn, f.stop + c.expert_ffn)))
-            cuts[f"{blk}ffn_down_exps"] = Cut((), f)
-            split["experts"].add(i)
+        for what, name, n in (("mlp", "", layer.ffn), ("experts", "_exps", c.expert_ffn)):
+            if n and (share := widths(n, blocks[f"{blk}ffn_down{name}.weight"], size, i)) is not None:
+                f = share[rank]
+                cuts |= {f"{blk}ffn_{x}{name}": Cut((f,)) for x in ("gate", "up")}
+                cuts[f"{blk}ffn_gate_up{name}"] = Cut((f, range(f.start + n, f.stop + n)))
+                cuts[f"{blk}ffn_down{name}"] = Cut((), f)
+                layer = replace(layer, ffn=len(f)) if what == "mlp" else layer
+                split[what].add(i)
         layers.append(layer)
-    kept = {what: len(layers) - len(some) for what, some in split.items()}
-    kept["experts"] *= c.experts > 0
+    kept = {what: len(layers) - len(some) for what, some in split.items() if what != "experts" or c.experts}
     whole = ", ".join(f"{what} of {n} layers" for what, n in kept.items() if n)
     tensors = {name: (name, cuts.get(name.removesuffix(".weight"), Cut())) for name in present}
     part = Part(shard, c.vocab, rows, range(len(layers)), {what: frozenset(some) for what, some in split.items()})
-    wide = -(-c.expert_ffn // (1 if kept["experts"] else size))  # about: memory is planned by it
+    wide = -(-c.expert_ffn // (1 if kept.get("experts") else size))  # about: memory is planned by it
     return PartPlan(replace(c, layers=tuple(layers), expert_ffn=wide), part, tensors, whole)
 
 

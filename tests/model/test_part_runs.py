@@ -70,7 +70,7 @@ def test_all_kinds_give_the_logits_of_one_process(two: Any, kind: str) -> None:
 
 
 def test_quantized_files_do(two: Any) -> None:
-    assert len(two["quantized"]) == 15
+    assert len(two["quantized"]) == 10
     for name, found in two["quantized"].items():
         assert_same(found, 40, ("tensor",) if name.startswith("e2b") else ("tensor", "layers"))
 
@@ -108,9 +108,9 @@ def test_a_rank_holds_its_share_and_what_all_hold(two: Any, name: str) -> None:
 @pytest.mark.parametrize("temperature", ["0", "1.0"])
 @pytest.mark.parametrize("split", ["tensor", "layers"])
 def test_the_built_in_model_replies_the_same(two: Any, split: str, temperature: str) -> None:
-    """500 tokens, greedy, of pairs of numbers that ranks gather, and drawn by one seed from all logits."""
+    """500 tokens, greedy, of pairs of numbers that ranks gather, and 60 drawn by one seed from all logits."""
     found, alone = two["demo"][f"{split} {temperature}"], two["demo"][f"None {temperature}"]
-    assert len(alone["tokens"]) == 500
+    assert len(alone["tokens"]) == (500 if temperature == "0" else 60)
     assert found["tokens"] == alone["tokens"]
     assert found["held"] == alone["held"]
 
