@@ -274,11 +274,11 @@ def key_of(state: KVState) -> int:
     return state.key
 
 
-def follow(model: Model, follower: Follower) -> None:
-    """Make rank 0's calls on this rank's shard until it is done."""
+def follow(model: Model, follower: Follower, states: dict[int, KVState] | None = None) -> None:
+    """Make rank 0's calls on this rank's shard until it is done. `states`: by key, those that rank 0 has."""
     if model.kernels:
         model.kernels.off |= {REPLAY}
-    states: dict[int, KVState] = {}
+    states = {} if states is None else states
     steps: dict[int, Step | BatchStep] = {}
     checks = count()
 
