@@ -138,10 +138,13 @@ def load(
         follow(place)
     path = demo_path() if path is None else resolve(path)
     if place:
-        given = {"weights": weights, "fuse": fuse, "room": asdict(room)}
+        if draft not in (None, "auto"):
+            raise InputError(f"--draft {draft}: an assistant sees keys and values of one machine alone; leave it out")
+        given: dict[str, Any] = {"weights": weights, "fuse": fuse, "draft": None}
         name = "" if path == demo_path() else team.portable(path)
-        shard = team.gather(place, path, name, split, given)
-        lm = load(path, weights=weights, fuse=fuse, progress=progress, preparing=preparing, room=room, shard=shard)
+        shard = team.gather(place, path, name, split, given | {"room": asdict(room), "draft_max": 0})
+        given |= {"room": room, "draft_max": draft_max}
+        lm = load(path, progress=progress, preparing=preparing, shard=shard, **given)
         return replace(lm, model=team.lead(lm.model))
     with open_model(path) as (config, source, metadata):
         tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(metadata, str(path))
