@@ -31,7 +31,7 @@ from ..quant.formats import Packed
 from .from_gguf import GGUFSource
 from .from_safetensors import FolderSource
 from .loader import account, assemble, fusions, read_weights, sizes
-from .tensors import Source, Spec, tensor_specs
+from .tensors import Cut, Source, Spec, tensor_specs
 
 log = logging.getLogger("mlx_gemma4")
 
@@ -59,8 +59,10 @@ class Renamed:
         self._names = {_own_name(name): name for name in source.entries}
         self.entries = {own: source.entries[name] for own, name in self._names.items()}
 
-    def read(self, names: Sequence[str], spec: Spec, holding: Holding, kernels: Kernels | None) -> Weight:
-        return self._source.read([self._names[name] for name in names], spec, holding, kernels)
+    def read(
+        self, names: Sequence[str], spec: Spec, holding: Holding, kernels: Kernels | None, cuts: Sequence[Cut] = ()
+    ) -> Weight:
+        return self._source.read([self._names[name] for name in names], spec, holding, kernels, cuts)
 
 
 def _own_name(name: str) -> str:
@@ -171,14 +173,15 @@ def load_assistant(path: Path, target: Model) -> Assistant:
 
 def read_assistant(config: AssistantConfig, source: Source, target: Model) -> Assistant:
     """Read an assistant that matches its target. Raises InputError."""
-    present = account(source, assistant_specs(config))
+    present, scales = account(config.decoder, source, assistant_specs(config))
     packed, dense = sizes(source, present)
     holding: Holding = target.plan.holding if target.plan else "dense" if on_cpu() else "packed"
     more = dense if holding == "dense" else packed
     if target.plan and more + target.plan.total > target.plan.available:
         raise InputError(f"{source.name}: {more / 1e9:.1f} GB beside the model's are more than is free; use --no-draft")
-    joined = fusions(source, present, len(config.decoder.layers))
-    weights = read_weights(source, present, joined, holding, target.kernels)
+    apart = {name: spec for name, spec in present.items() if name not in scales}
+    joined = fusions(source, apart, len(config.decoder.layers))
+    weights = read_weights(source, present, joined, scales, holding, target.kernels)
     own = {name: weights.pop(f"{name}.weight") for name in ("pre_projection", "post_projection")}
     centroids, ordering = (weights.pop(f"{name}.weight", None) for name in ("centroids", "ordering"))
     decoder = assemble(config.decoder, weights)
