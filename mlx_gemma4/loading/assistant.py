@@ -108,6 +108,7 @@ def assistant_from_gguf(metadata: Mapping[str, Any], source: Source) -> Assistan
         "context_length": 1,
         "vocab_size": head.shape[0] if head else 1,
         **own,
+        **dict.fromkeys(("attention.k_eq_v", "attention_k_eq_v", "nextn_predict_layers"), 0),  # the target's; = layers
         "attention.head_count_kv": 1,  # all of this is the target's
         "attention.shared_kv_layers": 0,
         "embedding_length_per_layer_input": 0,
