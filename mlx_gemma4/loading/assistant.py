@@ -42,6 +42,8 @@ SPELLINGS = {
     "gemma4_mtp": "backbone_embedding_length",
 }
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")  # of config.json
+# What no model's configuration has; a count of layers, which GGUFs repeat here.
+OWN_KEYS = {*SPELLINGS.values(), "nextn_predict_layers", "centroid_top_k", "use_ordered_embeddings"}
 # The tensors that no model has, by what their names have in common.
 OWN_NAMES = {
     re.compile(r"(?<!\w)(?:mtp_)?pre_proj(?:ection)?\.weight"): "pre_projection.weight",
@@ -114,7 +116,7 @@ def assistant_from_gguf(metadata: Mapping[str, Any], source: Source) -> Assistan
         "embedding_length_per_layer_input": 0,
         "final_logit_softcapping": 0,
     }
-    named = {f"gemma4.{key}": value for key, value in own.items()}
+    named = {f"gemma4.{key}": value for key, value in own.items() if key not in OWN_KEYS}
     decoder = config_from_gguf({**named, "general.architecture": "gemma4"}, source.name)
     # Files may leave out the frequencies of global heads, of which a quarter turn in all of Gemma 4.
     config = AssistantConfig(replace(decoder, rope_rotated=0.25), read.count(SPELLINGS[architecture]))

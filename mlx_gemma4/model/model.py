@@ -305,8 +305,6 @@ class Model:
 
     def _read(self, ids: mx.array, state: KVState, wanted: int) -> mx.array:
         """Return logits of the last `wanted` tokens, or of all: from a step, or all layers as in a prompt."""
-        if self._numpy_step and ids.size == 1 and numpy_steps([state]):
-            return self._numpy_step([int(ids)], [state])[0]
         logits = self._stepped(ids, state)
         return head(self.loaded, run_layers(self.loaded, ids, [state], wanted)) if logits is None else logits
 
@@ -314,6 +312,8 @@ class Model:
         """Return logits of all tokens, read in one step; None: no step takes them."""
         if self._step and can_step(self.config, ids.size) and state.fits_tail(ids.size):
             return self._step(ids, state)[0]
+        if self._numpy_step and ids.size == 1 and numpy_steps([state]):
+            return self._numpy_step([int(ids)], [state])[0]
         return None
 
 
