@@ -42,8 +42,9 @@ SPELLINGS = {
     "gemma4_mtp": "backbone_embedding_length",
 }
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")  # of config.json
-# What no model's configuration has; a count of layers, which GGUFs repeat here.
+# What no model's configuration has, or what says of the target's keys; nextn_predict_layers is block_count again.
 OWN_KEYS = {*SPELLINGS.values(), "nextn_predict_layers", "centroid_top_k", "use_ordered_embeddings"}
+OWN_KEYS |= {"attention.k_eq_v", "attention_k_eq_v"}
 # The tensors that no model has, by what their names have in common.
 OWN_NAMES = {
     re.compile(r"(?<!\w)(?:mtp_)?pre_proj(?:ection)?\.weight"): "pre_projection.weight",
@@ -110,7 +111,6 @@ def assistant_from_gguf(metadata: Mapping[str, Any], source: Source) -> Assistan
         "context_length": 1,
         "vocab_size": head.shape[0] if head else 1,
         **own,
-        **dict.fromkeys(("attention.k_eq_v", "attention_k_eq_v", "nextn_predict_layers"), 0),  # the target's; = layers
         "attention.head_count_kv": 1,  # all of this is the target's
         "attention.shared_kv_layers": 0,
         "embedding_length_per_layer_input": 0,
