@@ -20,7 +20,7 @@ from tales import tale
 from mlx_gemma4 import ReplyOptions, Sampling, chat, load
 from mlx_gemma4.generation.drafting import Drafts
 from mlx_gemma4.loading.assistant import load_assistant
-from mlx_gemma4.model import assistant as forward
+from mlx_gemma4.model.decode import Inputs
 
 
 def requests(count: int) -> list[str]:
@@ -32,7 +32,7 @@ def requests(count: int) -> list[str]:
     return made
 
 
-def one_less(inputs: forward.Inputs) -> forward.Inputs:
+def one_less(inputs: Inputs) -> Inputs:
     """Return what drafts read with their queries one position lower: the other reading (docs/drafting.md)."""
     inputs["position"] = mx.maximum(inputs["position"] - 1, 0)
     return inputs
