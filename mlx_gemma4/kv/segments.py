@@ -164,12 +164,12 @@ class LayerKV:
         keys, values = (a[:, :, rows] if self.skip else a for a in (self.tail_keys, self.tail_values))
         return (*self.segments, Segment(start, self.stop, keys, values))
 
-    def views(self, first: int, stop: int | None = None) -> list[KVView]:
-        """Return what holds the tokens from position `first` on, up to `stop`."""
-        found, stop = [], self.stop if stop is None else stop
+    def views(self, first: int) -> list[KVView]:
+        """Return what holds the tokens from position `first` on."""
+        found = []
         for s in self.pieces:
-            if s.stop > first and s.start < stop:
-                skip, n = max(0, first - s.start), min(s.stop, stop) - s.start
+            if s.stop > first:
+                skip, n = max(0, first - s.start), s.stop - s.start
                 whole = skip == 0 and s.keys.shape[2] == n
                 keys, values = (s.keys, s.values) if whole else (s.keys[:, :, skip:n], s.values[:, :, skip:n])
                 rotation = self.quantizer.rotation if self.quantizer and s.quantized else None

@@ -135,15 +135,14 @@ class KVState:
         if kv.quantizer and kv.count % self.layout.tail + k.shape[2] > self.layout.tail:
             self._reading[layer] = segments.reading(kv, k, v, self.layout)
 
-    def view(self, layer: int, queries: int, ahead: int = 0) -> list[KVView]:
-        """Return what the last `queries` tokens before the last `ahead` may see of a layer, in at most 8 parts."""
+    def view(self, layer: int, queries: int) -> list[KVView]:
+        """Return what the last `queries` tokens may see of a layer, in at most 8 parts."""
         self.settle()
         if layer in self._reading:
             return self._reading[layer]
         kv = self._staged.get(layer) or self._layers[layer]
         window = self._window(layer)
-        stop = kv.stop - ahead
-        return kv.views(0 if window is None else max(0, stop - queries - window + 1), stop)
+        return kv.views(0 if window is None else max(0, kv.stop - queries - window + 1))
 
     def advance(self, ids: int | mx.array | PendingToken) -> None:
         """Count a token, or the tokens ids, int [T], whose keys and values every layer has been given."""

@@ -114,10 +114,8 @@ def attention(
     attend = m.kernels.prompt_attention if m.kernels else reference
     scale, done = m.config.attention_scale, []
     for n, state in enumerate(states):
-        each = 1 if m.apart else queries
-        for i in range(0, queries, each):
-            parts, some = state.view(shape.kv_layer, each, queries - each - i), q[n : n + 1, :, i : i + each]
-            done.append(attend(some, parts, scale=scale, position=firsts[n] + i, window=window))
+        parts = state.view(shape.kv_layer, queries)
+        done.append(attend(q[n : n + 1], parts, scale=scale, position=firsts[n], window=window))
     return linear(m, done[0] if len(done) == 1 else mx.concatenate(done), layer.attn_output)  # of [Tq, H * D]
 
 
@@ -177,18 +175,16 @@ def per_layer_step(m: Loaded, layer: Layer, x: mx.array, p: mx.array) -> mx.arra
 
 def head(m: Loaded, x: mx.array) -> mx.array:
     """Return logits, fp32 [T, vocab], of hidden states [T, hidden]."""
-    return logits_of(m, stock.rms_norm(x, m.weights.output_norm, m.config.eps))
+    return stock.softcap(linear(m, normed(m, x), m.weights.output).astype(mx.float32), m.config.softcap)
 
 
-def logits_of(m: Loaded, h: mx.array) -> mx.array:
-    """Return logits, fp32 [T, vocab], of hidden states after the last norm, [T, hidden]."""
-    return stock.softcap(linear(m, h, m.weights.output).astype(mx.float32), m.config.softcap)
+def normed(m: Loaded, x: mx.array) -> mx.array:
+    """Return what the head reads of hidden states [T, hidden]."""
+    return stock.rms_norm(x, m.weights.output_norm, m.config.eps)
 
 
 def linear(m: Loaded, x: mx.array, w: Weight) -> mx.array:
     """Return `stock.linear`'s result, by kernels where there are any."""
-    if m.apart and x.shape[0] > 1:
-        return mx.concatenate([linear(m, row, w) for row in mx.split(x, x.shape[0])])
     return m.kernels.linear(x, w) if m.kernels else stock.linear(x, w)
 
 

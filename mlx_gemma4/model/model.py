@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from ..kv import quantization
 from ..kv.file import load_state, save_state
 from ..kv.segments import KVQuantizer, SegmentLayout
 from ..kv.state import KVState
-from ..memory import MemoryPlan, kv_dtype
+from ..memory import MemoryPlan, kv_dtype, on_cpu
 from ..ops import stock
 from ..ops.dispatch import Kernels
 from ..ops.quantize_kv import QUANTIZE_KV
@@ -33,9 +32,10 @@ from ..ops.sample import LIKELIEST, Draw
 from .batch import Batcher, check_batch, stock_step
 from .costs import largest_chunk
 from .decode import MAX_CHECKED, can_step, make_step
-from .forward import head, logits_of, rope_wavelengths, run_layers
+from .forward import head, normed, rope_wavelengths, run_layers
+from .numpy_step import make_numpy_step, numpy_steps
 from .replay import Replayer
-from .step import BatchStep, LazyBatchStep, LazyStep, NextToken, Step, Tokens, ids_of, tokens_as_array
+from .step import BatchStep, LazyBatchStep, LazyStep, NextToken, Step, Tokens, ids_of, known_tokens, tokens_as_array
 from .weights import Loaded, Weights
 
 log = logging.getLogger("mlx_gemma4")
@@ -65,6 +65,7 @@ class Model:
             else None
         )
         self._step = make_step(self.loaded, kernels) if kernels else None
+        self._numpy_step = make_numpy_step(self.loaded) if not kernels and on_cpu() else None
         replayable = kernels and kernels.player and can_step(config, 1)
         self.replayer = Replayer(self.loaded, kernels) if kernels and replayable else None
 
@@ -213,6 +214,8 @@ class Model:
             draws = draws or [LIKELIEST] * len(states)
             if self.batcher:
                 return self.batcher.start(tokens, states, draws)
+            if self._numpy_step and numpy_steps(states):
+                return LazyBatchStep(self._numpy_step(known_tokens(tokens), states)[0], draws)
             return LazyBatchStep(stock_step(self.loaded, tokens_as_array(tokens), states), draws)
 
     def _start(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST) -> Step:
@@ -227,8 +230,8 @@ class Model:
     def check(self, ids: Sequence[int], state: KVState) -> tuple[mx.array, mx.array]:
         """Read a token and drafts of those after it, all in one step; `state.rewind` takes back what is refused.
 
-        On a CPU each row, with its keys and values, is to the bit what a step of one token makes: it multiplies and
-        attends by itself. On a GPU rows share the weights that are read, and last bits differ (docs/drafting.md).
+        On a CPU these are steps of one token, one after the other. On a GPU rows share the weights that are read, and
+        their last bits are others than a single step's (docs/drafting.md).
 
         Args:
             ids: of T tokens, up to `most_checked`.
@@ -241,14 +244,11 @@ class Model:
             state.check_room(len(ids))
             if not 1 <= len(ids) <= self.most_checked(state):
                 raise ValueError(f"{len(ids)} tokens to check, and at most {self.most_checked(state)} are possible")
-            tokens = mx.array([*ids], mx.int32)
             if self._step and can_step(self.config, 1):
-                logits, hidden = self._step(tokens, state)
+                logits, hidden = self._step(mx.array([*ids], mx.int32), state)
             else:
-                model = replace(self.loaded, apart=self.kernels is None)
-                x = run_layers(model, tokens, [state], len(ids))
-                hidden = stock.rms_norm(x, self.weights.output_norm, self.config.eps)
-                logits = logits_of(model, hidden)
+                rows = [self._row(token, state) for token in ids]
+                logits, hidden = (mx.concatenate(parts) for parts in zip(*rows, strict=True))
             hidden = hidden.astype(mx.float32)
             if outermost:
                 mx.async_eval(logits, hidden, state.arrays)
@@ -265,8 +265,17 @@ class Model:
 
     def _read(self, ids: mx.array, state: KVState, wanted: int) -> mx.array:
         """Return logits of the last `wanted` tokens, or of all: from a step, or all layers as in a prompt."""
+        if self._numpy_step and ids.size == 1 and numpy_steps([state]):
+            return self._numpy_step([int(ids)], [state])[0]
         logits = self._stepped(ids, state)
         return head(self.loaded, run_layers(self.loaded, ids, [state], wanted)) if logits is None else logits
+
+    def _row(self, token: int, state: KVState) -> tuple[mx.array, mx.array]:
+        """Return logits, [1, vocab], and the hidden row after the last norm, [1, hidden], of `_read` of a token."""
+        if self._numpy_step and numpy_steps([state]):
+            return self._numpy_step([token], [state])
+        x = run_layers(self.loaded, mx.array([token]), [state], 1)
+        return head(self.loaded, x), normed(self.loaded, x)
 
     def _stepped(self, ids: mx.array, state: KVState) -> mx.array | None:
         """Return logits of all tokens, read in one step; None: no step takes them."""

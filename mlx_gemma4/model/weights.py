@@ -72,4 +72,3 @@ class Loaded:
     kv_dtype: mx.Dtype  # of keys and values, and of activations between kernels
     wavelengths: Mapping[bool, mx.array]  # of RoPE, fp32 [D / 2]; True: of sliding layers, False: of global ones
     kernels: Kernels | None = None  # None: stock operations run everything
-    apart: bool = False  # one state's tokens, within its tail, are multiplied and attend one by one, as in steps

@@ -17,6 +17,7 @@ from ..kv import quantization
 from ..kv.segments import KVView
 from ..memory import on_cpu
 from ..quant.formats import Packed, affine_parts, dequantize
+from .cores import product
 
 # Rows of a look-up-table type are expanded this many weights at a time, to bound the memory it takes.
 _EXPAND = 1 << 26
@@ -211,20 +212,37 @@ def _numpy_attention(
     _, heads, t, d = q.shape
     groups = parts[0].keys.shape[1]
     rows = np.asarray(q).reshape(groups, heads // groups * t, d) * np.float32(scale)
+    masks = [_mask(t, part, position, window, last) for part in parts]
+    pairs = [(np.asarray(part.keys)[0], np.asarray(part.values)[0]) for part in parts]
+    return mx.array(attend(rows, pairs, masks)).reshape(q.shape)
+
+
+def attend(
+    rows: np.ndarray, pairs: Sequence[tuple[np.ndarray, np.ndarray]], masks: Sequence[mx.array | None] | None
+) -> np.ndarray:
+    """softmax(rows kᵀ) v in numpy, over keys and values in parts.
+
+    Args:
+        rows: fp32 [G, R, D], the scaled queries of each KV head: query heads, and of each all its T tokens.
+        pairs: keys and values, fp32 [G, n, D].
+        masks: for each part, bool [T, n], which keys tokens see; None: all.
+
+    Returns:
+        fp32 [G, R, D].
+    """
     scores = []
-    for part in parts:
-        s = rows @ np.asarray(part.keys)[0].swapaxes(-1, -2)  # [groups, heads / groups * T, n]
-        mask = _mask(t, part, position, window, last)
+    for (keys, _), mask in zip(pairs, masks or [None] * len(pairs), strict=True):
+        s = rows @ keys.swapaxes(-1, -2)  # [G, R, n]
         if mask is not None:
-            by_query = s.reshape(groups, -1, t, s.shape[-1])
+            by_query = s.reshape(len(s), -1, *mask.shape)
             by_query += np.where(np.asarray(mask), np.float32(0), np.float32(-np.inf))
         scores.append(s)
     top = reduce(np.maximum, (s.max(axis=-1, keepdims=True) for s in scores))
     for s in scores:
         np.exp(np.subtract(s, top, out=s), out=s)
     total = sum(s.sum(axis=-1, keepdims=True) for s in scores)
-    out = sum(s @ np.asarray(part.values)[0] for s, part in zip(scores, parts, strict=True))
-    return mx.array(out / total).reshape(q.shape)
+    out: np.ndarray = sum(s @ values for s, (_, values) in zip(scores, pairs, strict=True)) / total
+    return out
 
 
 def _mask(
@@ -244,7 +262,7 @@ def _dense_matmul(x: mx.array, w: mx.array) -> mx.array:
     """x @ wᵀ for a dense [N, K]; a 16-bit weight is widened, some rows at a time, so that x keeps its precision."""
     if w.dtype == mx.float32 and _numpy_multiplies(x.size // x.shape[-1], w.size):
         rows = np.asarray(x.astype(mx.float32).reshape(-1, x.shape[-1]))
-        return mx.array(rows @ np.asarray(w).T).reshape(*x.shape[:-1], -1).astype(x.dtype)
+        return mx.array(product(rows, np.asarray(w))).reshape(*x.shape[:-1], -1).astype(x.dtype)
     if w.dtype == x.dtype:
         return x @ w.T
     return _in_pieces(lambda xi, wi: (xi.astype(mx.float32) @ wi.astype(mx.float32).T).astype(x.dtype), x, w)
