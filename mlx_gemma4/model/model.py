@@ -248,7 +248,7 @@ class Model:
                 logits, hidden = self._step(mx.array([*ids], mx.int32), state)
             else:
                 rows = [self._row(token, state) for token in ids]
-                logits, hidden = (mx.concatenate(parts) for parts in zip(*rows, strict=True))
+                logits, hidden = (mx.concatenate([*parts]) for parts in zip(*rows, strict=True))
             hidden = hidden.astype(mx.float32)
             if outermost:
                 mx.async_eval(logits, hidden, state.arrays)
