@@ -1,17 +1,20 @@
 """Write a GGUF of a published Gemma 4's shape with random weights, to time things without a download.
 
     python examples/make_synthetic.py 31b /tmp/31b.gguf [--tokenizer OTHER.gguf]
+    python examples/make_synthetic.py 31b /tmp/mtp-31b.gguf --assistant [--spelling gemma4_assistant]
 
-The tensor types are those of llama.cpp's Q4_K_M mix. Random weights are repeated, so that 18 GB take seconds.
+The tensor types are those of llama.cpp's Q4_K_M mix; an assistant, which drafts for a model of the shape, is in Q8_0.
+Random weights are repeated, so that 18 GB take seconds. `demo` is the shape of the built-in model.
 """
 
 from __future__ import annotations
 
 import argparse
 import struct
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -21,6 +24,7 @@ from mlx_gemma4.files.gguf import TENSOR_TYPES, open_gguf
 from mlx_gemma4.loading.tensors import tensor_specs
 
 TYPES = {t.name: (number, t.block_size, t.block_bytes) for number, t in TENSOR_TYPES.items()}
+Tensors = dict[str, tuple[tuple[int, ...], str]]
 # (offset in a block, value) of each fp16 scale, such that weights have about unit variance.
 SCALES = {
     "Q4_K": ((0, 1 / 200), (2, 7.5 / 200)),
@@ -71,14 +75,89 @@ def metadata(model: Shape, name: str) -> dict[str, Any]:
     return general | {f"gemma4.{key}": value for key, value in keys.items()}
 
 
+@dataclass(frozen=True)
+class AssistantShape:
+    """The shape of an assistant: three sliding layers and a global one, with the target's head sizes."""
+
+    hidden: int
+    heads: int
+    ffn: int
+    centroids: int = 0  # in the spelling that keeps them
+
+
+DEMO = Shape(10, 256, 4, (1, 1), 256, 256, 5, 5, True, 128, head_dims=(64, 128), vocab=4096, context=2048)
+ASSISTANTS = {
+    "E2B": AssistantShape(256, 4, 2048, 2048),
+    "E4B": AssistantShape(256, 4, 2048, 2048),
+    "12B": AssistantShape(1024, 16, 8192),
+    "26B-A4B": AssistantShape(1024, 16, 8192),
+    "31B": AssistantShape(1024, 32, 8192),
+    "DEMO": AssistantShape(128, 4, 192, 128),
+}
+# Of a GGUF's spelling: the key of the target's hidden size, and names of the tensors that only assistants have.
+SPELLINGS = {
+    "gemma4-assistant": ("embedding_length_out", "nextn.pre_projection", "nextn.post_projection"),
+    "gemma4_assistant": ("n_embd_backbone", "mtp.pre_projection", "mtp.post_projection"),
+    "gemma4_mtp": ("backbone_embedding_length", "mtp_pre_proj", "mtp_post_proj"),
+}
+
+
+def assistant(model: Shape, own: AssistantShape, spelling: str) -> tuple[dict[str, Any], Tensors]:
+    """Return the metadata of an assistant for a model, and name -> (shape, type) of its tensors."""
+    backbone, pre, post = SPELLINGS[spelling]
+    sliding, ordered = np.array([True, True, True, False]), own.centroids > 0 and spelling == "gemma4_assistant"
+    keys = {
+        "block_count": len(sliding),
+        "context_length": model.context,
+        "embedding_length": own.hidden,
+        backbone: model.hidden,
+        "feed_forward_length": own.ffn,
+        "attention.head_count": own.heads,
+        "attention.head_count_kv": np.array([model.kv_heads[not s] for s in sliding], np.int32),
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "attention.key_length": model.head_dims[1],
+        "attention.value_length": model.head_dims[1],
+        "attention.key_length_swa": model.head_dims[0],
+        "attention.value_length_swa": model.head_dims[0],
+        "attention.sliding_window": model.window,
+        "attention.sliding_window_pattern": sliding,
+        "attention.shared_kv_layers": len(sliding),
+        "rope.freq_base": 1e6,
+        "rope.freq_base_swa": 1e4,
+        "rope.dimension_count": model.head_dims[1],
+        "rope.dimension_count_swa": model.head_dims[0],
+        "nextn_predict_layers": len(sliding),
+    }
+    if ordered:
+        keys |= {"use_ordered_embeddings": True, "n_centroids": own.centroids, "centroid_top_k": 32}
+    h, norms = own.hidden, ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
+    made: Tensors = {"token_embd.weight": ((model.vocab, h), "Q8_0"), "output_norm.weight": ((h,), "F32")}
+    made |= {f"{pre}.weight": ((h, 2 * model.hidden), "Q8_0"), f"{post}.weight": ((model.hidden, h), "Q8_0")}
+    if spelling != "gemma4_mtp":
+        made["rope_freqs.weight"] = ((model.head_dims[1] // 2,), "F32")
+    if ordered:
+        made["mtp.centroids.weight"] = ((own.centroids, h), "Q8_0")
+        made["mtp.token_ordering"] = ((model.vocab,), "I32")
+    for i, s in enumerate(sliding):
+        dim = model.head_dims[not s]
+        q = own.heads * dim
+        made |= {f"blk.{i}.{name}.weight": ((h,), "F32") for name in norms}
+        made |= {f"blk.{i}.attn_q_norm.weight": ((dim,), "F32"), f"blk.{i}.layer_output_scale.weight": ((1,), "F32")}
+        matrices = {"attn_q": (q, h), "attn_output": (h, q), "ffn_gate": (own.ffn, h), "ffn_up": (own.ffn, h)}
+        matrices["ffn_down"] = (h, own.ffn)
+        made |= {f"blk.{i}.{name}.weight": (shape, "Q8_0") for name, shape in matrices.items()}
+    general = {"general.architecture": spelling, "general.name": "synthetic assistant", "general.file_type": 7}
+    return general | {f"{spelling}.{key}": value for key, value in keys.items()}, made
+
+
 def config_of(model: Shape) -> Config:
     """Return the configuration that a file of a shape gives."""
     return config_from_gguf(metadata(model, "model"), "published")
 
 
-def tensors(model: Shape) -> dict[str, tuple[tuple[int, ...], str]]:
+def tensors(model: Shape) -> Tensors:
     """Return name -> (shape, type), in the order of a forward pass."""
-    config, chosen = config_of(model), {}
+    config, chosen = config_of(model), cast(Tensors, {})
     n = len(config.layers)
     for name, spec in tensor_specs(config).items():
         layer = int(name.split(".")[1]) if name.startswith("blk.") else 0
@@ -102,6 +181,8 @@ def stretch(name: str, shape: tuple[int, ...], type: str, rng: np.random.Generat
     _, size, block_bytes = TYPES[type]
     if name == "rope_freqs.weight":  # only the first frequencies turn
         return np.where(np.arange(shape[0]) < shape[0] // 4, 1, 1e30).astype("<f4").view(np.uint8)
+    if type == "I32":
+        return rng.permutation(shape[0]).astype("<i4").view(np.uint8)
     if type == "F32":
         gain = 0.05 if "ffn_gate_inp.weight" in name else 0.1
         values = rng.normal(0 if len(shape) > 1 else 1, gain, shape).astype("<f4")
@@ -139,9 +220,12 @@ def write_value(out: BinaryIO, value: Any) -> None:
         out.write(struct.pack("<II", 4, value))
 
 
-def write(model: str, path: Path, tokenizer: Path | None = None) -> None:
-    """Write a file of the shape of a model in PUBLISHED."""
-    keys, chosen = metadata(PUBLISHED[model], model.lower()), tensors(PUBLISHED[model])
+def write(model: str, path: Path, tokenizer: Path | None = None, spelling: str | None = None) -> None:
+    """Write a file of the shape of a model in PUBLISHED or of DEMO, or with a spelling, of its assistant."""
+    shape = DEMO if model == "DEMO" else PUBLISHED[model]
+    keys, chosen = metadata(shape, model.lower()), tensors(shape)
+    if spelling:
+        keys, chosen = assistant(shape, ASSISTANTS[model], spelling)
     if tokenizer:
         with open_gguf(tokenizer) as other:
             keys |= {key: value for key, value in other.metadata.items() if key.startswith("tokenizer.")}
@@ -172,9 +256,11 @@ def write(model: str, path: Path, tokenizer: Path | None = None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("shape", type=str.upper, choices=PUBLISHED)
+    parser.add_argument("shape", type=str.upper, choices=[*PUBLISHED, "DEMO"])
     parser.add_argument("path", type=Path)
     parser.add_argument("--tokenizer", type=Path, help="a GGUF to copy the tokenizer from")
+    parser.add_argument("--assistant", action="store_true", help="write the shape's assistant")
+    parser.add_argument("--spelling", choices=SPELLINGS, default="gemma4-assistant", help="of an assistant")
     options = parser.parse_args()
-    write(options.shape, options.path, options.tokenizer)
+    write(options.shape, options.path, options.tokenizer, options.spelling if options.assistant else None)
     print(f"{options.path}: {options.path.stat().st_size / 1e9:.2f} GB")

@@ -4,14 +4,35 @@ In: the metadata of a GGUF (`gemma4` or `gemma3`), or the `config.json` of a saf
 Out: a `Config`, one `LayerConfig` a layer. No model size is hard-coded: the metadata gives every number.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import InputError
 
 ARCHITECTURES = ("gemma4", "gemma3")
+# Other files than models, by general.type or general.architecture.
+OTHERS = {
+    "adapter": "a LoRA adapter, which belongs to a model",
+    "imatrix": "an importance matrix, which helps to quantize a model",
+    "mmproj": "a projector for images or sound (mmproj), which belongs to a model",
+    "clip": "a projector for images or sound (mmproj), which belongs to a model",
+    "controlvector": "a control vector, which belongs to a model",
+}
 MAX_LAYERS = 1024  # far above any real model; a file that claims more is damaged
+# Keys under the architecture's name that are read here, or say what is so in any case.
+_KNOWN = re.compile(
+    r"attention\.(head_count(_kv)?|(key|value)_length(_swa)?|layer_norm_rms_epsilon|scale|shared_kv_layers|causal"
+    r"|sliding_window(_pattern)?)|expert_(count|used_count|feed_forward_length|weights_norm|gating_func)|embedding_length\w*"
+    r"|rope\.(freq_base(_swa)?|dimension_count(_swa)?|(global|local)\.freq_base"
+    r"|scaling\.(type|factor|finetuned|original_context_length))|final_logit_softcapping|(vision|audio|mm)\..*"
+)
+# Those that change what is computed, as other models have them.
+_MATHS = re.compile(
+    r"(attention|rope|experts?|altup|laurel|activation|residual|embedding|logit|ssm|wkv|shortconv|nextn)[._].*"
+    r"|.*(softcap\w*|_scale|_multiplier|parallel_residual|pooling_type|dense_block_count|moe_\w*step\w*)"
+)
 
 
 @dataclass(frozen=True)
@@ -53,13 +74,19 @@ class Config:
         """The number of layers, from the first, with keys and values of their own."""
         return sum(layer.kv_layer == i for i, layer in enumerate(self.layers))
 
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise InputError for a token id without a row of the embedding: reading there is reading foreign memory."""
+        if len(ids) and not 0 <= min(ids) <= max(ids) < self.vocab:
+            bad = min(ids) if min(ids) < 0 else max(ids)
+            raise InputError(f"there is no token {bad}; the model has 0 to {self.vocab - 1}")
+
     @property
     def value_norm(self) -> bool:
         """Gemma 4 normalises values (without a weight); Gemma 3 does not."""
         return self.architecture == "gemma4"
 
 
-class _Reader:
+class Reader:
     """Typed look-ups in metadata whose errors name the key."""
 
     def __init__(self, metadata: Mapping[str, Any], prefix: str, source: str) -> None:
@@ -74,10 +101,34 @@ class _Reader:
             raise self.error(key, "is missing")
         if hasattr(value, "__len__"):
             raise self.error(key, "is not a number")
-        value = float(value)
+        try:
+            value = float(value)
+        except (TypeError, ValueError):
+            raise self.error(key, "is not a number") from None
         if not abs(value) < 1e30:
             raise self.error(key, f"is {value}")
         return value
+
+    def within(self, key: str, default: float | None, low: float, high: float) -> float:
+        """A number from `low` to `high`."""
+        value = self.number(key, default)
+        if not low <= value <= high:
+            raise self.error(key, f"is {value:g}")
+        return value
+
+    def rope_base(self, *keys: str, default: float) -> float:
+        """The base of the first of these keys that is there."""
+        return self.within(next((key for key in keys if self.prefix + key in self.metadata), keys[0]), default, 1, 1e12)
+
+    def rope_scale(self, kind: Any, factor: str) -> float:
+        """What positions are divided by, given what the file calls this kind of scaling."""
+        if kind not in (None, "none", "default", "linear", "proportional"):
+            raise InputError(
+                f"{self.source}: its RoPE is scaled by {str(kind)[:40]!r} ({self.prefix}rope), which is not supported: "
+                "only linear scaling is; take another file of this model"
+            )
+        scale = self.within(factor, 1.0, 0, 1e6)
+        return scale if scale and kind != "none" else 1.0  # 0: not set, as in llama.cpp
 
     def count(self, key: str, default: int | None = None, *, least: int = 1, most: int = 1 << 31) -> int:
         value = self.number(key, default)
@@ -99,10 +150,23 @@ class _Reader:
             return [self.count(key)] * n
         if len(value) != n:
             raise self.error(key, f"has {len(value)} entries for {n} layers")
-        counts = [int(v) for v in value]
-        if min(counts) < 1 or max(counts) > 1 << 31:
-            raise self.error(key, "holds a count that cannot be")
-        return counts
+        one = [Reader({self.prefix + key: v}, self.prefix, self.source) for v in value]
+        return [each.count(key) for each in one]
+
+    def refuse_unknown(self) -> None:
+        """Refuse keys that change what is computed and that nothing here reads."""
+        for name, value in self.metadata.items():
+            key = name.removeprefix(self.prefix)
+            if not name.startswith(self.prefix) or _KNOWN.fullmatch(key):
+                continue
+            value = value if isinstance(value, int | float | str) else int(any(value))
+            # No value, or a factor of 1; a count of 1 is one too many.
+            neutral = value in (0, "", "none") or (isinstance(value, float) and value == 1)
+            if _MATHS.fullmatch(key) and not neutral:
+                raise InputError(
+                    f"{self.source}: {name} is {str(value)[:40]}, which changes what the model computes and is not "
+                    "supported; update mlx-gemma4, or take another file of this model"
+                )
 
 
 def config_from_gguf(metadata: Mapping[str, Any], source: str) -> Config:
@@ -115,12 +179,15 @@ def config_from_gguf(metadata: Mapping[str, Any], source: str) -> Config:
     Raises:
         InputError: another architecture, a key that is missing or cannot be true.
     """
-    architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    architecture, kind = metadata.get("general.architecture"), metadata.get("general.type")
+    for name, what in OTHERS.items():
+        if name in [x for x in (kind, architecture) if isinstance(x, str)]:
+            raise InputError(f"{source}: is {what}, and no model itself; give the model's file")
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise InputError(
             f"{source}: this is a model of architecture {str(architecture)[:40]!r}; mlx-gemma4 runs gemma4 and gemma3"
         )
-    read = _Reader(metadata, f"{architecture}.", source)
+    read = Reader(metadata, f"{architecture}.", source)
     n = read.count("block_count", most=MAX_LAYERS)
     sliding, heads = _sliding_layers(read, architecture, n), read.counts("attention.head_count", n)
     hidden, head_dim = read.count("embedding_length"), read.count("attention.key_length")
@@ -130,12 +197,25 @@ def config_from_gguf(metadata: Mapping[str, Any], source: str) -> Config:
         if read.count(f"attention.value_length{key}", key_length) != key_length:
             raise read.error(f"attention.value_length{key}", "differs from the key length")
     tokens = metadata.get("tokenizer.ggml.tokens")
+    rows = read.count("vocab_size", len(tokens) if isinstance(tokens, list) else None)
+    if isinstance(tokens, list) and len(tokens) > rows:
+        raise InputError(f"{source}: has {len(tokens)} tokens for an embedding of {rows} rows; convert the model again")
+    for key, dim in (("", head_dim), ("_swa", head_dim_sliding)):
+        if read.count(f"rope.dimension_count{key}", dim) != dim:
+            raise read.error(f"rope.dimension_count{key}", f"differs from the key length, {dim}")
+    if not metadata.get(f"{architecture}.attention.causal", True):
+        raise read.error("attention.causal", "is false: this model is no language model, and")
+    if read.number("expert_gating_func", 1) not in (0, 1):
+        raise read.error("expert_gating_func", "is not that of a softmax")
+    read.refuse_unknown()
     attention_scale = 1.0
     if architecture == "gemma3":
         # The 27B alone scales by hidden/heads instead of head_dim, and no key says so; llama.cpp
         # (src/models/gemma3.cpp) tells it by its 62 layers too.
         dim = hidden // heads[0] if n == 62 else head_dim
-        attention_scale = read.number("attention.scale", dim**-0.5)
+        attention_scale = read.within("attention.scale", dim**-0.5, 1e-6, 1e3)
+    elif read.number("attention.scale", 1.0) != 1.0:
+        raise read.error("attention.scale", "is not 1")
     experts = read.count("expert_count", 0, least=0)
     kv_heads, ffn = read.counts("attention.head_count_kv", n), read.counts("feed_forward_length", n)
     layers = [
@@ -144,16 +224,16 @@ def config_from_gguf(metadata: Mapping[str, Any], source: str) -> Config:
     ]
     return Config(
         architecture=architecture,
-        vocab=read.count("vocab_size", len(tokens) if tokens is not None else None),
+        vocab=rows,
         hidden=hidden,
         context=read.count("context_length"),
         window=read.count("attention.sliding_window") if any(sliding) else 0,
-        eps=read.number("attention.layer_norm_rms_epsilon"),
-        softcap=read.number("final_logit_softcapping", 0.0),
+        eps=read.within("attention.layer_norm_rms_epsilon", None, 0, 0.1),
+        softcap=read.within("final_logit_softcapping", 0.0, 0, 1e6),
         attention_scale=attention_scale,
-        rope_theta=read.number("rope.freq_base", 1e6),
-        rope_theta_sliding=read.number("rope.freq_base_swa", 1e4),
-        rope_scale=read.number("rope.scaling.factor", 1.0),
+        rope_theta=read.rope_base("rope.freq_base", "rope.global.freq_base", default=1e6),
+        rope_theta_sliding=read.rope_base("rope.freq_base_swa", "rope.local.freq_base", default=1e4),
+        rope_scale=read.rope_scale(metadata.get(f"{architecture}.rope.scaling.type"), "rope.scaling.factor"),
         rope_rotated=1.0 if architecture == "gemma3" else None,
         ple=read.count("embedding_length_per_layer_input", 0, least=0),
         experts=experts,
@@ -171,26 +251,34 @@ def config_from_json(config: Mapping[str, Any], source: str) -> Config:
     kind = str(text.get("model_type", config.get("model_type"))).removesuffix("_text")
     if kind not in ARCHITECTURES:
         raise InputError(f"{source}: model_type is {kind[:40]!r}; mlx-gemma4 runs gemma4 and gemma3")
-    read = _Reader({k: v for k, v in text.items() if v is not None}, "", source)
+    read = Reader({k: v for k, v in text.items() if v is not None}, "", source)
     layers = _layers_from_json(text, read, kind)
-    ropes = text.get("rope_parameters") or {}
-    full: Mapping[str, Any] = ropes.get("full_attention") or text.get("rope_scaling") or {}
-    local: Mapping[str, Any] = ropes.get("sliding_attention", {})
+    ropes = _object(text.get("rope_parameters"))
+    full = Reader(_object(ropes.get("full_attention") or text.get("rope_scaling")), "", source)
+    local = Reader(_object(ropes.get("sliding_attention")), "", source)
+    local.rope_scale(_rope_type(local.metadata), "factor")
+    if local.number("factor", 1.0) not in (0, 1) or _bidirectional(text) or read.number("attn_logit_softcapping", 0):
+        raise InputError(
+            f"{source}: sliding layers with scaled RoPE, attention to what follows and softcapped attention are not "
+            "supported; take another model"
+        )
     experts = read.count("num_experts") if text.get("enable_moe_block") else 0
     head_dim = float(read.count("head_dim", 256))
+    if (act := text.get("hidden_activation") or "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
+        raise read.error("hidden_activation", f"is {str(act)[:40]!r}")
     return Config(
         architecture=kind,
         vocab=read.count("vocab_size"),
         hidden=read.count("hidden_size"),
         context=read.count("max_position_embeddings"),
         window=read.count("sliding_window") if any(layer.sliding for layer in layers) else 0,
-        eps=read.number("rms_norm_eps", 1e-6),
-        softcap=read.number("final_logit_softcapping", 0.0),
-        attention_scale=read.number("query_pre_attn_scalar", head_dim) ** -0.5 if kind == "gemma3" else 1.0,
-        rope_theta=float(full.get("rope_theta", text.get("rope_theta", 1e6))),
-        rope_theta_sliding=float(local.get("rope_theta", text.get("rope_local_base_freq", 1e4))),
-        rope_scale=float(full.get("factor", 1.0)),
-        rope_rotated=float(full.get("partial_rotary_factor", 0.25 if kind == "gemma4" else 1.0)),
+        eps=read.within("rms_norm_eps", 1e-6, 0, 0.1),
+        softcap=read.within("final_logit_softcapping", 0.0, 0, 1e6),
+        attention_scale=read.within("query_pre_attn_scalar", head_dim, 1e-3, 1e9) ** -0.5 if kind == "gemma3" else 1.0,
+        rope_theta=full.rope_base("rope_theta", default=read.rope_base("rope_theta", default=1e6)),
+        rope_theta_sliding=local.rope_base("rope_theta", default=read.rope_base("rope_local_base_freq", default=1e4)),
+        rope_scale=full.rope_scale(_rope_type(full.metadata), "factor"),
+        rope_rotated=full.within("partial_rotary_factor", 0.25 if kind == "gemma4" else 1.0, 1e-6, 1),
         ple=read.count("hidden_size_per_layer_input", 0, least=0) if kind == "gemma4" else 0,
         experts=experts,
         experts_used=read.used("top_k_experts", experts),
@@ -199,7 +287,21 @@ def config_from_json(config: Mapping[str, Any], source: str) -> Config:
     )
 
 
-def _layers_from_json(text: Mapping[str, Any], read: _Reader, kind: str) -> tuple[LayerConfig, ...]:
+def _object(value: Any) -> dict[str, Any]:
+    """A part of a configuration without its nulls; {} where it is missing."""
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, Mapping) else {}
+
+
+def _rope_type(rope: Mapping[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type"))
+
+
+def _bidirectional(text: Mapping[str, Any]) -> bool:
+    """True if tokens attend to later ones, as in embedding models; "vision" means those of images alone."""
+    return text.get("use_bidirectional_attention") not in (None, False, "vision")
+
+
+def _layers_from_json(text: Mapping[str, Any], read: Reader, kind: str) -> tuple[LayerConfig, ...]:
     """The layers of a Hugging Face configuration of architecture `kind`."""
     n = read.count("num_hidden_layers", most=MAX_LAYERS)
     types = text.get("layer_types")
@@ -208,6 +310,8 @@ def _layers_from_json(text: Mapping[str, Any], read: _Reader, kind: str) -> tupl
         types = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(n)]
     if not isinstance(types, list) or len(types) != n:
         raise read.error("layer_types", f"is not a list of {n}")
+    if others := [t for t in types if t not in ("sliding_attention", "full_attention")]:
+        raise read.error("layer_types", f"has {str(others[0])[:40]!r}")
     sliding = [t == "sliding_attention" for t in types]
     head_dim, kv_heads = read.count("head_dim", 256), read.count("num_key_value_heads")
     global_dim, global_kv = head_dim, kv_heads
@@ -223,10 +327,10 @@ def _layers_from_json(text: Mapping[str, Any], read: _Reader, kind: str) -> tupl
         shape = (kv_heads, head_dim) if s else (global_kv, global_dim)
         layers.append(LayerConfig(s, heads, *shape, 2 * ffn if i >= wide else ffn, i))
     # transformers 5.23 and later write the differences between layers by layer number instead.
-    for key, own in (text.get("per_layer_config") or {}).items():
+    for key, own in _object(text.get("per_layer_config")).items():
         if not (key.isdigit() and int(key) < n and isinstance(own, Mapping)):
             raise read.error("per_layer_config", f"has an entry {key[:20]!r} that is none of the {n} layers")
-        layer, differs = layers[int(key)], _Reader(own, "", read.source)
+        layer, differs = layers[int(key)], Reader(own, "", read.source)
         layers[int(key)] = replace(
             layer,
             head_dim=differs.count("head_dim", layer.head_dim),
@@ -235,7 +339,7 @@ def _layers_from_json(text: Mapping[str, Any], read: _Reader, kind: str) -> tupl
     return _shared(read, layers, shared)
 
 
-def _sliding_layers(read: _Reader, architecture: str, n: int) -> list[bool]:
+def _sliding_layers(read: Reader, architecture: str, n: int) -> list[bool]:
     """True for each sliding layer: from an array of flags, or from a period whose last layer is global."""
     key, default = "attention.sliding_window_pattern", None
     flags = read.metadata.get(read.prefix + key)
@@ -249,7 +353,7 @@ def _sliding_layers(read: _Reader, architecture: str, n: int) -> list[bool]:
     return [(i + 1) % period != 0 for i in range(n)]
 
 
-def _shared(read: _Reader, layers: list[LayerConfig], shared: int) -> tuple[LayerConfig, ...]:
+def _shared(read: Reader, layers: list[LayerConfig], shared: int) -> tuple[LayerConfig, ...]:
     """Return the layers, checked; the last `shared` of them read an earlier layer's keys and values."""
     n, own = len(layers), len(layers) - shared
     if own <= 0:

@@ -43,6 +43,11 @@ def _stream(device: mx.DeviceType) -> Any:
     return mx.new_thread_unsafe_stream(mx.Device(device))
 
 
+def host_stream() -> Any:
+    """Return the stream on the CPU that threads share; where MLX computes on the CPU it is the one of `execution`."""
+    return _stream(mx.DeviceType.cpu)
+
+
 @contextmanager
 def _turn() -> Iterator[None]:
     """Wait for the thread before in the queue, and hold a lock that the next one waits for.

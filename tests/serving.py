@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import httpx
-import uvicorn
 from starlette.applications import Starlette
 
 from mlx_gemma4.conversation.language_model import LanguageModel
 from mlx_gemma4.server.app import create_app
+from mlx_gemma4.server.connections import Server, server_config
 from mlx_gemma4.server.engine import Engine
+from mlx_gemma4.server.models import Models
 from mlx_gemma4.server.settings import Settings
 
 
@@ -23,15 +24,16 @@ class Serving(NamedTuple):
     url: str  # http://127.0.0.1:PORT
     port: int
     app: Starlette
-    engine: Engine
+    engine: Any  # of a single model
 
 
 @contextmanager
-def serving(lm: LanguageModel, settings: Settings | None = None) -> Iterator[Serving]:
+def serving(lm: LanguageModel | Models, settings: Settings | None = None) -> Iterator[Serving]:
     """A server that answers while this is open. Its settings are those of create_app."""
     app = create_app(lm, settings)
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5))
+    connections = app.state.models.settings.connections
+    server = Server(server_config(app, connections, timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     end = time.monotonic() + 30
@@ -40,7 +42,7 @@ def serving(lm: LanguageModel, settings: Settings | None = None) -> Iterator[Ser
         time.sleep(0.01)
     port = listener.getsockname()[1]
     try:
-        yield Serving(f"http://127.0.0.1:{port}", port, app, app.state.engine)
+        yield Serving(f"http://127.0.0.1:{port}", port, app, getattr(app.state, "engine", None))
     finally:
         server.should_exit = True
         thread.join(30)

@@ -125,8 +125,8 @@ class Gemma4(nn.Module):
         x = x + drop(norm(F.linear(drop(y), w("proj")), "post_norm"))
         return x * w("layer_output_scale").type_as(x)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """(B, T) -> (B, T, hidden), normed."""
+    def hidden(self, tokens: Tensor, kv: dict[int, tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """(B, T) -> (B, T, hidden), normed. `kv` takes each layer's own keys and values."""
         s, (b, t) = self.shape, tokens.shape
         x = F.embedding(tokens, self.get("token_embd")) * math.sqrt(s.hidden)
         if torch.is_autocast_enabled():
@@ -138,7 +138,7 @@ class Gemma4(nn.Module):
         ple = (ple + F.dropout(own.type_as(ple), self.drop, self.training)) / math.sqrt(2)
         back = torch.arange(t, device=tokens.device)[:, None] - torch.arange(t, device=tokens.device)
         mask = (back >= 0) & (back < s.window)
-        kv: dict[int, tuple[Tensor, Tensor]] = {}
+        kv = {} if kv is None else kv
         for i in range(s.layers):
             x = self.block(i, x, ple[:, :, i], mask, kv)
         return rms(x, self.get("output_norm"), s.eps)

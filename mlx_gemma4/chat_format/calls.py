@@ -108,7 +108,7 @@ class _Reader:
             return self._object("}", depth)
         if first == "[":
             return [self._value(depth + 1) for _ in self._items("]")]
-        return _word(self.match(_WORD).strip())
+        return word(self.match(_WORD).strip())
 
     def _string(self) -> str:
         found = _STRING.match(self.source, self.at)
@@ -139,7 +139,7 @@ class _Reader:
         return found[0]
 
 
-def _word(text: str) -> Any:
+def word(text: str) -> Any:
     """Convert a value without quotes: a number, true, false, null, or else a string as it is."""
     if not text:
         raise _Unreadable

@@ -3,51 +3,24 @@
 In: messages ({"role", "content"}, as OpenAI and transformers have them) and a Jinja template.
 Out: the prompt as text (`render_chat`) or as ids (`encode_chat`). Replies are read elsewhere (replies.py).
 
-Templates are untrusted code: they run in Jinja's immutable sandbox, within a budget of steps, and their errors become
-InputErrors. Messages are untrusted text: a control token spelled in a message stays text, whatever the template does
-to it. `encode_chat` renders with a stand-in, a rare character, for each character of a message that a control token
-may begin with ("<"). So the control tokens found in the result are the template's own; the text between them gets its
-characters back. A template may search a message for a control token, as Gemma 4's does to drop old thinking: the
-strings that it compares with or passes to a message's methods are written with stand-ins too, and are found. No
-operation turns a stand-in back.
+Templates are untrusted code: they run in a process of their own (renderer.py), bounded in time and memory, and their
+errors become InputErrors. Messages are untrusted text: a control token spelled in a message stays text, whatever the
+template does to it. `encode_chat` renders with a stand-in, a rare character, for each character of a message that a
+control token may begin with ("<"). So the control tokens found in the result are the template's own; the text between
+them gets its characters back. A template may search a message for a control token, as Gemma 4's does to drop old
+thinking: the strings that it compares with or passes to a message's methods are written with stand-ins too, and are
+found. No operation turns a stand-in back.
 """
 
-import functools
 import itertools
-import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import InputError
 from ..tokens.tokenizer import Tokenizer
+from .renderer import render
 
 Message = Mapping[str, Any]
-
-_MAX_STEPS = 3_000_000  # loop iterations that one rendering may take: a second
-_CALL_STEPS = 30  # steps that a call counts as
-_MAX_TEXT = 1 << 24  # characters in one string; four times what the longest context holds
-
-
-@dataclass
-class _Run:
-    """The state of one rendering."""
-
-    steps: int  # that are left
-    there: Mapping[int, str]  # ordinal of a character -> its stand-in
-
-
-_run: ContextVar[_Run] = ContextVar("run")
 
 # For files without a template: turns alone, as in Gemma 3's own template, where the system's message is part of the
 # first user's turn, and as in Gemma 4's, where it has its own.
@@ -120,18 +93,11 @@ def _render(
     """Render with `names` as they are, and with copies of `given` in which stand-ins are written as `there` says."""
     if think is not None:
         names["enable_thinking"] = think
-    token = _run.set(_Run(_MAX_STEPS, there))
     try:
         copies = {name: _copied(value, there) for name, value in given.items()}
-        return _compile(_PLAIN if template is None else template).render({**names, **copies})
     except RecursionError as error:
-        raise InputError("the messages are nested too deeply, or the model's chat template is") from error
-    except InputError:
-        raise
-    except Exception as error:  # a template is a program: it may raise anything
-        raise InputError(f"the model's chat template failed: {error or type(error).__name__}") from error
-    finally:
-        _run.reset(token)
+        raise InputError("the messages are nested too deeply") from error
+    return render(_PLAIN if template is None else template, {**names, **copies}, there)
 
 
 def encode_chat(
@@ -167,13 +133,15 @@ def _copied(value: Any, there: Mapping[int, str]) -> Any:
     Other objects could have methods that a template must not reach: the name of their type replaces them.
     """
     if isinstance(value, str):
-        return str.translate(value, there)
+        return str(str.translate(value, there))
     if isinstance(value, Mapping):
         return {_copied(key, there): _copied(x, there) for key, x in value.items()}
     if isinstance(value, list | tuple):
         return (list if isinstance(value, list) else tuple)(_copied(x, there) for x in value)
-    if value is None or isinstance(value, bool | int | float):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, int | float):
+        return int(value) if isinstance(value, int) else float(value)
     return f"({type(value).__name__})"
 
 
@@ -199,110 +167,3 @@ def _stand_ins(tokenizer: Tokenizer, given: Any, template: str) -> tuple[dict[in
         raise InputError("the messages use 42,000 ideographs, which leaves none to mark control tokens: send less")
     pairs = list(zip(starts, stand_ins, strict=True))
     return {ord(start): c for start, c in pairs}, {ord(c): start for start, c in pairs}
-
-
-class _Generation(jinja2.ext.Extension):
-    """The block {% generation %}, which marks a reply for training: it is rendered as its contents."""
-
-    tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja as transformers sets it up for chat templates, with bounds on steps and on the length of strings."""
-
-    intercepted_binops = frozenset({"*", "**", "%"})
-
-    def __init__(self) -> None:
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation], finalize=_bounded
-        )
-        marked = jinja2.pass_context(lambda _context, value: _marked(value))  # so that no result is compiled in
-        self.filters.update(tojson=_tojson, _counted=_counted, _bounded=_bounded, _marked=marked)
-        self.globals.update(raise_exception=_raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
-        """Parse, and have all loops counted, all operands of + and ~ bounded, and strings compared with stand-ins."""
-        tree = super()._parse(source, name, filename)
-        for loop in tree.find_all(jinja2.nodes.For):
-            loop.iter = self._filtered(loop.iter, "_counted")
-        for add in tree.find_all(jinja2.nodes.Add):
-            add.left, add.right = (self._filtered(node, "_bounded") for node in (add.left, add.right))
-        for concat in tree.find_all(jinja2.nodes.Concat):
-            concat.nodes = [self._filtered(node, "_bounded") for node in concat.nodes]
-        for compare in tree.find_all(jinja2.nodes.Compare):
-            compare.expr = self._filtered(compare.expr, "_marked")
-            for operand in compare.ops:
-                operand.expr = self._filtered(operand.expr, "_marked")
-        return tree
-
-    def _filtered(self, node: jinja2.nodes.Node, name: str) -> jinja2.nodes.Expr:
-        made = jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
-        made.set_environment(self)
-        return made
-
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # Jinja's names of them
-        _spend(_CALL_STEPS)
-        # A macro may be given any number, as the bounds in a tool's schema are.
-        if not isinstance(__obj, Macro) and any(isinstance(x, int) and abs(x) > _MAX_TEXT for x in args):
-            raise InputError("the model's chat template asks for too much: its code may be broken")
-        text = getattr(__obj, "__self__", None)  # of which this is a method
-        if isinstance(text, str) and any(stand_in in text for stand_in in _run.get().there.values()):
-            args, kwargs = tuple(map(_marked, args)), {name: _marked(x) for name, x in kwargs.items()}
-        return _bounded(super().call(__context, __obj, *args, **kwargs))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        sizes = [x if isinstance(x, int) else len(x) if hasattr(x, "__len__") else 1 for x in (left, right)]
-        numbers = isinstance(left, int | float) and isinstance(right, int | float)
-        repeats = operator == "*" and not numbers and sizes[0] * sizes[1] > _MAX_TEXT
-        if repeats or (operator == "%" and isinstance(left, str) and re.search(r"\d{6}|\*", left)):
-            raise InputError("the model's chat template makes too long a string: its code may be broken")
-        if operator == "**" and abs(sizes[1]) > 64:
-            raise InputError("the model's chat template makes too large a number: its code may be broken")
-        return super().call_binop(context, operator, left, right)
-
-
-def _spend(steps: int = 1) -> None:
-    run = _run.get()
-    run.steps -= steps
-    if run.steps < 0:
-        raise InputError(f"the model's chat template took over {_MAX_STEPS} steps: its code may be broken")
-
-
-def _counted(items: Iterable[Any]) -> Iterator[Any]:
-    for item in items:
-        _spend()
-        yield item
-
-
-def _bounded(value: Any) -> Any:
-    if isinstance(value, str) and len(value) > _MAX_TEXT:
-        raise InputError(f"the prompt has a text of over {_MAX_TEXT} characters: leave some out")
-    return value
-
-
-def _marked(value: Any) -> Any:
-    """Write a string with stand-ins, so that it compares with text of messages; leave any other value alone."""
-    return value.translate(_run.get().there) if isinstance(value, str) else value
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """Write JSON as transformers does, without HTML escapes. Stand-ins stay as they are."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
-    if ensure_ascii:
-        text = re.sub(f"[^\\x00-\\x7f{''.join(_run.get().there.values())}]", lambda c: json.dumps(c[0])[1:-1], text)
-    return text
-
-
-def _raise_exception(message: str) -> None:
-    raise InputError(f"the model's chat template refuses these messages: {message}")
-
-
-@functools.lru_cache(maxsize=16)
-def _compile(source: str) -> jinja2.Template:
-    return _Sandbox().from_string(source)

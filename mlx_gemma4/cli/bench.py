@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from ..paths import write_object
-from .options import echo, find_model, kv_option, model_option, output_options, progress
+from ..paths import check_target, write_object
+from .options import echo, find_model, kv_option, model_option, output_options, progress, say
 
 
 def _numbers(least: int) -> Callable[[str], tuple[int, ...]]:
@@ -70,9 +70,8 @@ def bench(
     from ..memory import Room
 
     files = {flag: Path(name) for flag, name in (("--json", json_file), ("--report", report)) if name}
-    for flag, file in files.items():
-        if not file.absolute().parent.is_dir():
-            raise InputError(f"{flag} {file}: there is no such folder; make it first")
+    for file in files.values():
+        check_target(file)
     others = {"--vs": (vs, "llama-bench"), "--vs-batched": (vs_batched, "llama-batched-bench")}
     for flag, (program, name) in others.items():
         if program and not os.access(program, os.X_OK):
@@ -118,7 +117,7 @@ def bench(
     for cell in b.measure(subject.model, plan, cells, repetitions - first) if repetitions > first else ():
         echo(f"{cell.title}, again: {cell.rate:.1f} tokens/s")
     for line in b.table(keep()):
-        click.echo(line)
+        say(line)
 
 
 def _command(path: Path, plan: Any, vs: str | None, vs_batched: str | None) -> str:

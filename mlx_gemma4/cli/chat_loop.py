@@ -13,15 +13,13 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
-import click
-
 from ..conversation.language_model import LanguageModel
 from ..conversation.reply import ReplyOptions
 from ..conversation.session import Session
-from ..errors import InputError
-from .options import SamplingOf, echo, load_with_progress, progress
+from ..errors import InputError, one_line, printable
+from .options import SamplingOf, echo, load_with_progress, progress, say
 from .repl import COMMANDS, Leave, Repl, ReplEnv, View
-from .reply_screen import ReplyScreen, console_for_replies, printable
+from .reply_screen import ReplyScreen, console_for_replies
 from .terminal import TerminalPrompt, quiet_terminal, stoppable
 
 Read = Callable[[], str | None]  # the next message; None: there are no more
@@ -31,6 +29,7 @@ def chat_loop(
     model: str | None,
     system: str | None,
     think: bool | None,
+    think_budget: int | None,
     max_tokens: int | None,
     sampling: SamplingOf,
     state_file: str | None,
@@ -40,8 +39,10 @@ def chat_loop(
     """Hold a conversation until there are no more messages; return True if a line failed."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
+    if state_file:
+        Session.check_place(state_file)
     lm, _ = load_with_progress(model, kv, draft_max=draft_max)
-    options = ReplyOptions(max_tokens, sampling(lm), think=think)
+    options = ReplyOptions(max_tokens, sampling(lm), think=think, think_budget=think_budget)
     rich = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     repl = Repl(_repl_env(rich, sampling, kv, draft_max), {"main": _open(lm, state_file, system, options, kv)}, options)
     with _saved_at_the_end(repl, state_file), _terminal(repl) if rich else nullcontext(partial(_line, repl)) as read:
@@ -58,7 +59,7 @@ def _converse(repl: Repl, read: Read) -> bool:
             break
         except (InputError, RuntimeError, MemoryError) as error:  # MLX reports as RuntimeError that memory ran out
             failed = True
-            echo(" ".join(str(error).split()) or type(error).__name__)
+            echo(one_line(str(error)) or type(error).__name__)
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
@@ -95,7 +96,7 @@ def _repl_env(rich: bool, sampling: SamplingOf, kv: str, draft_max: int) -> Repl
     screen: Callable[[bool], View] = partial(ReplyScreen, console)
     return ReplEnv(
         view=screen if rich else lambda unfolded: PlainReply(),
-        echo=(lambda line: console.print(printable(line), markup=False, highlight=False)) if rich else click.echo,
+        echo=(lambda line: console.print(printable(line), markup=False, highlight=False)) if rich else say,
         stoppable=stoppable if sys.stdin.isatty() else lambda: nullcontext(lambda: False),  # Ctrl-C ends a pipe
         reading=lambda: progress("Reading", 1, " tokens"),
         load=lambda name: load_with_progress(name, kv, draft_max=draft_max)[0],
@@ -112,7 +113,7 @@ class PlainReply:
         self._last = "\n"
 
     def text(self, piece: str) -> None:
-        click.echo(piece, nl=False)
+        say(piece, end="")
         self._last = piece or self._last
 
     def think(self, piece: str) -> None: ...
@@ -141,7 +142,7 @@ def _line(repl: Repl) -> str | None:
     asked = sys.stdin.isatty()
     while True:
         if asked:
-            click.echo(repl.label, nl=False, err=True)
+            say(repl.label, end="", err=True)
         try:
             line = sys.stdin.readline()
             return line.rstrip("\n") if line else None

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import InputError
+from ..errors import InputError, reason
+from ..paths import check_target
 from .options import (
     EXIT_INTERRUPTED,
     SamplingOf,
@@ -22,6 +23,7 @@ from .options import (
     output_options,
     progress,
     sampling_options,
+    say,
 )
 from .prompts import answer_file
 
@@ -50,6 +52,7 @@ def generate(
     model: str | None,
     system: str | None,
     think: bool | None,
+    think_budget: int | None,
     state_file: str | None,
     kv: str,
     prompt: str | None,
@@ -71,6 +74,7 @@ def generate(
     line of the output is a reply, in the same order.
     """
     from ..conversation.reply import ReplyOptions, stream
+    from ..kv.file import FORMAT as STATE_MARK
 
     if raw and (system is not None or think is not None):
         raise InputError(
@@ -86,7 +90,7 @@ def generate(
             raise InputError("--state and --logprobs go with a single --prompt")
 
         def options_of(lm: LanguageModel) -> ReplyOptions:
-            return ReplyOptions(max_tokens, sampling(lm), stop, think, schema=schema)
+            return ReplyOptions(max_tokens, sampling(lm), stop, think, schema=schema, think_budget=think_budget)
 
         answer_file(
             Path(prompts_file),
@@ -102,13 +106,17 @@ def generate(
         return
     if output is not None:
         raise InputError("--output goes with --prompts; --prompt answers on standard output")
+    if state_file:
+        check_target(Path(state_file), STATE_MARK, "saved conversation")
     if prompt == "-":
         prompt = sys.stdin.read()
     if not prompt:
         raise InputError("--prompt is empty; give it some text")
     most = len(prompt.encode()) // 3 + max_tokens  # a token has over 3 bytes
     lm, load_time = load_with_progress(model, kv, most, draft_max=draft_max)
-    options = ReplyOptions(max_tokens, sampling(lm), stop, think, schema=schema, logprobs=logprobs)
+    options = ReplyOptions(
+        max_tokens, sampling(lm), stop, think, schema=schema, logprobs=logprobs, think_budget=think_budget
+    )
     state = _open_state(lm, state_file, kv)
     ids = lm.encode_prompt(prompt, raw=raw, after=state.tokens, system=system, think=think)
     logging.info("Loaded in %.2f s; prompt of %d tokens; %s", load_time, len(ids), options.sampling)
@@ -121,10 +129,10 @@ def generate(
         for chunk in chain([first], chunks):
             if not as_json:
                 if chunk.thinking:
-                    click.echo(click.style(chunk.thinking, dim=True), nl=False, err=True)
+                    say(chunk.thinking, end="", err=True, dim=True)
                 elif thinking:  # it has ended
-                    click.echo(err=True)
-                click.echo(chunk.text, nl=False)
+                    say(err=True)
+                say(chunk.text, end="")
             text, thinking, reply = text + chunk.text, bool(chunk.thinking), chunk.reply
     except InputError as error:
         raise InputError(f"--json-schema {schema_file}: {error}") if error.field == "schema" else error from error
@@ -133,9 +141,9 @@ def generate(
         if chunks:
             chunks.close()  # a token on its way leaves the state
     if as_json:
-        click.echo(json.dumps(_report(lm, text, reply, load_time, interrupted), ensure_ascii=False))
+        say(json.dumps(_report(lm, text, reply, load_time, interrupted), ensure_ascii=False))
     elif not text.endswith("\n"):
-        click.echo()
+        say()
     if reply:
         s = reply.statistics
         echo(
@@ -162,7 +170,7 @@ def _read_schema(path: str) -> dict[str, Any]:
     try:
         schema = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"--json-schema {path}: can't be read as JSON ({error})") from error
+        raise InputError(f"--json-schema {path}: can't be read as JSON ({reason(error)})") from error
     if not isinstance(schema, dict):
         raise InputError(f"--json-schema {path}: must hold a JSON object, a schema")
     return schema

@@ -4,6 +4,7 @@ Heavy modules are imported when a command runs, so that `--help` answers at once
 """
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -13,11 +14,14 @@ import click
 from click.shell_completion import get_completion_class
 
 from .. import __version__
-from ..errors import InputError
+from ..errors import InputError, one_line
+from ..paths import check_target
 from .bench import bench
 from .chat import chat
 from .generate import generate
-from .options import EXIT_INTERRUPTED, complete_file, echo, find_model, json_option, output_options, progress
+from .hosts import follow, hosts, probe
+from .options import EXIT_INTERRUPTED, complete_file, echo, find_model, json_option, output_options, progress, say
+from .perplexity import perplexity
 from .serve import serve
 from .tune import tune
 
@@ -41,7 +45,7 @@ def pull(model: str) -> None:
         sys.exit(EXIT_INTERRUPTED)
     if not path.exists():
         raise InputError(f"{model}: no name of a repository; pull OWNER/NAME or OWNER/NAME:QUANT")
-    click.echo(path)
+    say(str(path))
 
 
 @click.command()
@@ -59,10 +63,10 @@ def inspect(model: str, context: int | None, as_json: bool) -> None:
 
     report = inspect(find_model(model), context)
     if as_json:
-        click.echo(json.dumps(asdict(report)))
+        say(json.dumps(asdict(report)))
     else:
         for line in lines(report, device_name()):
-            click.echo(line)
+            say(line)
 
 
 @click.command()
@@ -77,7 +81,9 @@ def doctor(as_json: bool, report: str | None) -> None:
     from ..doctor.table import examine
     from ..measure.report import examine_and_report
 
-    passed = examine_and_report(Path(report), click.echo, as_json) if report else examine(click.echo, as_json)
+    if report:
+        check_target(Path(report))
+    passed = examine_and_report(Path(report), say, as_json) if report else examine(say, as_json)
     if report:
         echo(f"{report} tells about this machine and its kernels, nothing about you: please attach it to an issue.")
     sys.exit(0 if passed else 1)
@@ -96,7 +102,7 @@ def completion(ctx: click.Context, shell: str) -> None:
     """
     made = get_completion_class(shell)
     assert made is not None
-    click.echo(made(ctx.find_root().command, {}, "mlx-gemma4", "_MLX_GEMMA4_COMPLETE").source())
+    say(made(ctx.find_root().command, {}, "mlx-gemma4", "_MLX_GEMMA4_COMPLETE").source())
 
 
 class _Commands(click.Group):
@@ -122,16 +128,37 @@ class _Commands(click.Group):
         except Exception as error:
             if debug:
                 raise
-            what = " ".join(str(error).split()) or "no details"
+            what = one_line(str(error)) or "no details"
             echo(f"mlx-gemma4: unexpected {type(error).__name__}: {what} (run again with --debug for the traceback)")
             ctx.exit(1)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="mlx-gemma4")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Gemma 4 on Apple Silicon, straight from GGUF files."""
+    if os.environ.get("MLX_RANK", "0") != "0" and ctx.invoked_subcommand in ("generate", "chat", "serve"):
+        from ..conversation import language_model
+        from ..distributed.place import placed
+
+        if place := placed():  # rank 0 alone takes the command; this one does what it says
+            language_model.follow(place)
 
 
-for command in (generate, chat, serve, pull, inspect, bench, tune, doctor, completion):  # in the order of --help
+for command in (
+    generate,
+    chat,
+    serve,
+    pull,
+    inspect,
+    bench,
+    perplexity,
+    tune,
+    doctor,
+    hosts,
+    completion,
+    follow,
+    probe,
+):  # in the order of --help
     main.add_command(command)

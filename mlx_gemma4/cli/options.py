@@ -10,15 +10,20 @@ import functools
 import logging
 import os
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
+
+from ..errors import printable
 
 if TYPE_CHECKING:
     from ..conversation.language_model import LanguageModel
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
 Command = Callable[..., Any]
 SamplingOf = Callable[["LanguageModel"], "Sampling"]  # what a model's file recommends, with the flags' changes
 
+DRAFT = f"{__package__}.draft"  # in a command's context: the value of --draft
 EXIT_INTERRUPTED = 130  # as shells report Ctrl-C
 
 
@@ -54,12 +60,39 @@ kv_option = click.option(  # kv: str
     help="Keys and values of global layers: as they are, or in 8 or 4 bits.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-conversation_options = _together(  # model, kv, system: str | None, think: bool | None, state_file: str | None
+RANKS = "mlx_gemma4.ranks"  # where a context keeps them
+
+
+def _keep(ctx: click.Context, option: click.Parameter, value: str | None) -> None:
+    ctx.meta.setdefault(RANKS, {})[option.name] = value
+
+
+ranks_options = _together(  # no arguments: `load_with_progress` reads them
+    click.option(
+        "--hosts",
+        metavar="A,B|FILE",
+        expose_value=False,
+        callback=_keep,
+        help="Run on these Macs together, this one first: names for ssh, or a hostfile of MLX's.",
+    ),
+    click.option(
+        "--split",
+        type=click.Choice(["auto", "tensor", "layers"]),
+        default="auto",
+        expose_value=False,
+        callback=_keep,
+        help="There: a part of each layer for each, or so many layers.",
+    ),
+)
+# model, kv, system: str | None, think: bool | None, think_budget: int | None, state_file: str | None
+conversation_options = _together(
     model_option,
     click.option("--system", metavar="TEXT", help="What the model is told first: who it is, how to answer."),
     click.option("--think/--no-think", default=None, help="Let the model think first.  [default: the chat template's]"),
+    click.option("--think-budget", type=click.IntRange(0), metavar="N", help="End thinking after N tokens."),
     click.option("--state", "state_file", metavar="FILE", help="Go on with the conversation saved there, and save it."),
     kv_option,
+    ranks_options,
 )
 _SAMPLING = (
     ("--temperature", float, "0 always takes the likeliest token.  [default: the file's]"),
@@ -86,20 +119,49 @@ def sampling_options(command: Command) -> Command:
 
 
 def draft_options(command: Command) -> Command:
-    """Add the options of drafts; the command takes them as one argument, `draft_max: int`; 0: none are made."""
+    """Add the options of drafts; the command takes `draft_max: int`, 0: none are made, and its context --draft."""
 
     @functools.wraps(command)
     def collect(draft_max: int, no_draft: bool, **given: Any) -> Any:
         return command(**given, draft_max=0 if no_draft else draft_max)
 
+    by = click.option(
+        "--draft",
+        metavar="FILE",
+        default="auto",
+        expose_value=False,
+        callback=lambda context, _, value: context.meta.update({DRAFT: value}),
+        shell_complete=complete_file,
+        help="An assistant that guesses: a file, a folder, REPO[:QUANT].  [default: one beside the model]",
+    )
     most = click.option("--draft-max", type=click.IntRange(1, 7), default=7, help="Tokens guessed a step, at most.")
     none = click.option("--no-draft", is_flag=True, help="Guess no tokens: one a step.")
-    return _together(most, none)(collect)
+    return _together(by, most, none)(collect)
+
+
+class _Harmless(logging.Formatter):
+    """Messages with their tracebacks: text of files and clients is in both."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    echo("".join(traceback.format_exception(kind, error, trace)).rstrip())
+
+
+def _show_thread_traceback(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is not None:
+        _show_traceback(args.exc_type, args.exc_value, args.exc_traceback)
 
 
 def _set_up_logging(_ctx: click.Context, _option: click.Parameter, detailed: bool) -> None:
     """Write the package's messages as bare lines on stderr; `detailed`: including those of level INFO."""
-    logging.basicConfig(format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Harmless("%(message)s"))
+    logging.basicConfig(handlers=[handler])
+    sys.excepthook = _show_traceback
+    threading.excepthook = _show_thread_traceback
     if detailed:
         logging.getLogger().setLevel(logging.INFO)
 
@@ -121,18 +183,26 @@ def load_with_progress(
     from ..conversation.language_model import load
     from ..memory import Room
 
+    running = click.get_current_context(silent=True)
+    ranks = running.meta.get(RANKS, {}) if running else {}
     if model is None:
-        running = click.get_current_context(silent=True)
         command = running.info_name if running else "generate"
         echo(
             "No --model given: running the small built-in demo. For a real one: "
             f"mlx-gemma4 {command} --model gemma-4-E2B-it-Q4_K_M.gguf" + ' --prompt "..."' * (command == "generate")
         )
     path = find_model(model)
-    start = time.perf_counter()
+    if ranks.get("hosts"):
+        from ..distributed import hosts
+
+        hosts.start(hosts.read_hosts(ranks["hosts"]))
+    start, split = time.perf_counter(), ranks.get("split", "auto")
     with progress("Loading", 1e9, " GB") as update, progress("Preparing kernels:", 1, "") as prepared:
+        running = click.get_current_context(silent=True)
+        draft = running.meta.pop(DRAFT, "auto") if running else "auto"  # the next model's is another
         room = Room(context, kv, kv_bytes or 0)
-        lm = load(path, progress=update, preparing=prepared, room=room, draft_max=draft_max)
+        drafts: dict[str, Any] = {"draft": draft, "draft_max": draft_max}
+        lm = load(path, progress=update, preparing=prepared, room=room, split=split, **drafts)
     return lm, time.perf_counter() - start
 
 
@@ -147,9 +217,20 @@ def find_model(model: str | None) -> Path:
         return resolve(model, progress=update)
 
 
+def say(text: str = "", *, end: str = "\n", err: bool = False, dim: bool = False) -> None:
+    """Print text of any origin: on a terminal, and always on stderr, without what could control it.
+
+    Everything that a command prints passes here, or is drawn by reply_screen.py.
+    """
+    if err or sys.stdout.isatty():
+        text = printable(text)
+    click.echo(click.style(text, dim=True) if dim else text, nl=False, err=err)
+    click.echo(end, nl=False, err=err)
+
+
 def echo(line: str) -> None:
     """Print a line for people, on stderr."""
-    click.echo(line, err=True)
+    say(line, err=True)
 
 
 @contextmanager

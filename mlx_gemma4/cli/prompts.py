@@ -14,8 +14,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
-from .options import EXIT_INTERRUPTED, echo, load_with_progress, progress
+from ..errors import InputError, reason
+from ..paths import check_target
+from .options import EXIT_INTERRUPTED, echo, load_with_progress, progress, say
 
 if TYPE_CHECKING:
     from ..conversation.language_model import LanguageModel
@@ -45,6 +46,8 @@ def answer_file(
 ) -> None:
     """Answer the prompts of `source` on standard output, or in `output` behind those that it has answers to."""
     lines = _read(source)
+    if output is not None and (output.is_file() or not output.exists()):
+        check_target(output)
     answered = 0 if output is None else _answered(output, lines)
     if answered == len(lines):
         echo(f"{output or source}: all {len(lines)} prompts are answered")
@@ -60,14 +63,17 @@ def answer_file(
     early: dict[int, str] = {}  # replies done before those of earlier lines
     try:
         with ExitStack() as stack:
-            file = sys.stdout if output is None else stack.enter_context(output.open("a", encoding="utf-8"))
+            file = None if output is None else stack.enter_context(output.open("a", encoding="utf-8"))
             update = stack.enter_context(progress("Answered", 1, " prompts"))
             for i, reply in stack.enter_context(closing(batch(lm, prompts, options, kv=kv, on_progress=update))):
                 early[i] = json.dumps(_record(left[i].name, reply), ensure_ascii=False)
                 tokens, failed = tokens + len(reply.tokens), failed + (reply.error is not None)
                 while written in early:
-                    file.write(early.pop(written) + "\n")
-                    file.flush()
+                    if file is None:
+                        say(early.pop(written))
+                    else:
+                        file.write(early.pop(written) + "\n")
+                        file.flush()
                     written += 1
     except KeyboardInterrupt:
         again = "" if output is None else "; the same command goes on from there"
@@ -88,7 +94,7 @@ def _read(path: Path) -> list[_Line]:
     try:
         texts = path.read_text(encoding="utf-8-sig").split("\n")  # U+2028 ends no line of JSON
     except (OSError, ValueError) as error:
-        raise InputError(f"--prompts {path}: can't be read ({error})") from error
+        raise InputError(f"--prompts {path}: can't be read ({reason(error)})") from error
     lines = []
     for number, text in enumerate(texts, 1):
         if not text.strip():
@@ -97,7 +103,7 @@ def _read(path: Path) -> list[_Line]:
         try:
             entry = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{place}: is not JSON ({error})") from error
+            raise InputError(f"{place}: is not JSON ({reason(error)})") from error
         if not isinstance(entry, dict) or ("prompt" in entry) == ("messages" in entry):
             raise InputError(f'{place}: must be an object with either "prompt" or "messages"')
         name, prompt, messages = entry.pop("id", number), entry.pop("prompt", ""), entry.pop("messages", [])
@@ -116,15 +122,15 @@ def _read(path: Path) -> list[_Line]:
 
 def _answered(path: Path, lines: list[_Line]) -> int:
     """Return how many of the first lines an output file answers, after dropping the half-written end of it."""
+    if not path.is_file():
+        return 0
     try:
         whole = path.read_bytes().rpartition(b"\n")
         names = [json.loads(text)["id"] for text in whole[0].splitlines()]
         if whole[2]:
             with path.open("r+b") as file:
                 file.truncate(len(whole[0]) + len(whole[1]))
-    except FileNotFoundError:
-        return 0
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(f"--output {path}: isn't what --prompts writes ({error!r}); give another file") from error
     if names != [line.name for line in lines[: len(names)]]:
         raise InputError(f"--output {path}: has answers to other prompts than {lines[0].place} on; give another file")

@@ -14,11 +14,11 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from ..chat_format.replies import Event, Thinking, ToolCall
+from ..chat_format.replies import Event, Text, Thinking, ToolCall
 from ..conversation.background import OnPrompt
 from ..conversation.language_model import LanguageModel
 from ..conversation.reply import ReplyOptions
-from ..conversation.session import FORMAT, Session
+from ..conversation.session import Session
 from ..errors import InputError
 from ..kv.state import total_nbytes
 from .options import SamplingOf
@@ -151,7 +151,7 @@ class Repl:
                 counted = len(reply.tokens)
             if isinstance(event, ToolCall):
                 view.note(f"calls {event.raw}")
-            else:
+            elif isinstance(event, Text | Thinking):
                 (view.think if thinking else view.text)(event.text)
             if stopped():
                 break
@@ -205,8 +205,6 @@ class Repl:
 
     def _save(self, argument: str) -> None:
         path = _path("/save", argument)
-        if path.exists() and not _is_conversation(path):
-            raise InputError(f"{path}: is there and is no conversation; choose another name")
         self.session.save(path)
         self.env.echo(f"Saved as {path}, and what the model has read beside it.")
 
@@ -325,14 +323,6 @@ def _path(command: str, argument: str) -> Path:
     if not name:
         raise InputError(f"{command}: which file?")
     return Path(name).expanduser()
-
-
-def _is_conversation(path: Path) -> bool:
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            return FORMAT in file.read(200)
-    except OSError:
-        return False
 
 
 def _turns(session: Session) -> str:

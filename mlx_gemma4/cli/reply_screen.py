@@ -22,23 +22,18 @@ from rich.markdown import Heading, Markdown
 from rich.text import Text
 from rich.theme import Theme
 
+from ..errors import printable
+
 REDRAW_EVERY = 0.05  # seconds between two drawings, at least
 THOUGHT_LINES = 6  # the last lines of an open thought that are shown
 _STYLES = {"markdown.code": "cyan", "markdown.link_url": "underline"}  # in place of rich's black boxes
 
 # Raw HTML and link definitions, which rich drops, are shown as they stand.
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("reference")
-_CONTROLS = {c: "\N{REPLACEMENT CHARACTER}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
-_CONTROLS[ord("\r")] = ""
 
 
 def console_for_replies() -> Console:
     return Console(theme=Theme(_STYLES), highlight=False)
-
-
-def printable(text: str) -> str:
-    """Replace control characters, except line ends and tabs, so that no text can move the cursor or do worse."""
-    return text.translate(_CONTROLS)
 
 
 class Block(NamedTuple):

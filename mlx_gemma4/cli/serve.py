@@ -5,6 +5,8 @@ import os
 import re
 import socket
 import sys
+import threading
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from .options import (
     load_with_progress,
     model_option,
     output_options,
+    ranks_options,
     sampling_options,
 )
 
@@ -35,17 +38,39 @@ def _size(value: str) -> int:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
+def _duration(value: str) -> float:
+    """Seconds from 10m, 1h30m, 0, -1."""
+    from ..server.settings import seconds
+
+    try:
+        return seconds(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} must {error}") from None
+
+
 @click.command()
 @model_option
+@click.option(
+    "--models", metavar="DIR", help="In place of --model: serve those in this folder, each loaded by its name."
+)
+@click.option("--keep", type=_duration, default="5m", help="How long such a model stays loaded unused; -1: for ever.")
 @click.option("--host", default="127.0.0.1", help="Address to listen at; others need --api-key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, help="0 takes a free one.")
 @click.option("--api-key", metavar="KEY", envvar="MLX_GEMMA4_API_KEY", show_envvar=True, help="Ask clients for this.")
+@click.option(
+    "--allow-origin",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let pages or extensions there use it, as app://obsidian.md; * for all. May be repeated.",
+)
+@click.option("--allow-host", multiple=True, metavar="NAME", help="Another name of this machine. May be repeated.")
 @click.option("--parallel", type=click.IntRange(1, 32), help="Replies made at a time.  [default: as memory allows]")
 @click.option("--exact", is_flag=True, help="Let them take turns, each to the bit as it is alone; slower.")
 @click.option("--queue", type=click.IntRange(0, 10_000), default=32, help="Requests that may wait for that.")
 @click.option(
     "-n", "--max-tokens", type=click.IntRange(1), default=4096, help="Length of a reply whose request doesn't say."
 )
+@click.option("--think-budget", type=click.IntRange(0), metavar="N", help="Tokens of thinking, where it doesn't say.")
 @click.option(
     "--max-kv-bytes",
     type=_size,
@@ -54,81 +79,131 @@ def _size(value: str) -> int:
 )
 @click.option("--grace", type=click.IntRange(0), default=30, help="Seconds that Ctrl-C waits.")
 @kv_option
+@ranks_options
 @sampling_options
 @draft_options
 @output_options
 def serve(
     model: str | None,
+    models: str | None,
+    keep: float,
     host: str,
     port: int,
     api_key: str | None,
+    allow_origin: tuple[str, ...],
+    allow_host: tuple[str, ...],
     parallel: int | None,
     exact: bool,
     queue: int,
     max_tokens: int,
+    think_budget: int | None,
     max_kv_bytes: int | None,
     grace: int,
     kv: str,
     sampling: SamplingOf,
     draft_max: int,
 ) -> None:
-    """Answer over HTTP: OpenAI's and Anthropic's interfaces, and a page to chat in a browser.
+    """Answer over HTTP: OpenAI's, Anthropic's and Ollama's interfaces, and a page to chat in a browser.
 
     Ctrl-C lets running replies end; a second one ends at once.
     """
-    import uvicorn
-
+    from ..conversation.language_model import LanguageModel, load
     from ..generation.prefix import PrefixCache
-    from ..memory import available_memory
+    from ..memory import Room, available_memory
     from ..model.batch import MAX_BATCH
     from ..server.app import create_app
+    from ..server.connections import Server, server_config
+    from ..server.engine import Engine
+    from ..server.models import Models
     from ..server.settings import Settings
 
-    for name in ("httpx", "uvicorn.error"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    settings = Settings(host=host, api_key=api_key or None, exact=exact, queue=queue, max_tokens=max_tokens, kv=kv)
-    listening = _listen(host, port)  # before the model is loaded, so that an error shows at once
-    lm, _ = load_with_progress(model, kv, 2 * max_tokens, max_kv_bytes, draft_max=draft_max)
-    lm = replace(lm, sampling=sampling(lm))
-    one = PrefixCache(lm.model, kv=kv).most_bytes(min(lm.config.context, 2 * max_tokens))  # long reply
-    if not max_kv_bytes:  # half of what prompts leave free, but enough for one
-        max_kv_bytes = max((available_memory() - lm.plan.reading) // 2, one)
-    parallel = parallel or min(max(4, max_kv_bytes // one), MAX_BATCH)
-    settings = replace(settings, model_name=model_name(model, lm.path), parallel=parallel, max_kv_bytes=max_kv_bytes)
-    app = create_app(lm, settings)
-    shown = f"[{host}]" if ":" in host else host
-    echo(f"Serving {settings.model_name} at http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends)")
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=logging.getLogger().isEnabledFor(logging.INFO),  # --verbose
-        server_header=False,
-        timeout_graceful_shutdown=grace,
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns of every request that is no HTTP
+    settings = Settings(
+        host=host,
+        api_key=api_key or None,
+        allow_origin=allow_origin,
+        allow_host=allow_host,
+        connections=_connections(queue),
+        exact=exact,
+        queue=queue,
+        max_tokens=max_tokens,
+        think_budget=think_budget,
+        kv=kv,
     )
-    server = uvicorn.Server(config)
-    handle_exit, engine = server.handle_exit, app.state.engine
+    if models is not None and model is not None:
+        raise InputError("--model and --models: give one of them")
+    if models is not None and not Path(models).is_dir():
+        raise InputError(f"--models {models}: no such folder; make it, or name one with .gguf files in it")
+    listening = _listen(host, port)  # before the model is loaded, so that an error shows at once
+
+    def sized(lm: LanguageModel, name: str, promised: int = 0) -> Settings:
+        """The settings for a model, beside others that may still take as many bytes as `promised`."""
+        one = PrefixCache(lm.model, kv=kv).most_bytes(min(lm.config.context, 2 * max_tokens))  # long reply
+        # Half of what prompts leave free, but enough for one.
+        most = max_kv_bytes or max((available_memory() - lm.plan.reading - promised) // 2, one)
+        together = parallel or min(max(4, most // one), MAX_BATCH)
+        return replace(settings, model_name=name, parallel=together, max_kv_bytes=most)
+
+    def start(name: str, path: Path, promised: int) -> Engine:
+        """Load a model of the folder."""
+        lm = load(path, room=Room(2 * max_tokens, kv, (max_kv_bytes or 0) + promised), draft_max=draft_max)
+        lm = replace(lm, sampling=sampling(lm))
+        return Engine(lm, sized(lm, name, promised))
+
+    if models is None:
+        lm, _ = load_with_progress(model, kv, 2 * max_tokens, max_kv_bytes, draft_max=draft_max)
+        lm = replace(lm, sampling=sampling(lm))
+        served = Models(sized(lm, model_name(model, lm.path)))
+        served.stay(lm)
+        what = served.settings.model_name
+    else:
+        served, what = Models(settings, Path(models), start, keep), f"the models in {models}"
+    app = create_app(served)
+    shown = f"[{host}]" if ":" in host else host
+    echo(f"Serving {what} at http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends)")
+    config = server_config(app, settings.connections, timeout_graceful_shutdown=1 if grace else 0)
+    server = Server(config)
+    handle_exit = server.handle_exit
+
+    def finish(sig: int, frame: Any) -> None:
+        """Answer until running replies have ended: /health says meanwhile that no more are taken."""
+        end = time.monotonic() + grace
+        while served.load != (0, 0) and time.monotonic() < end:
+            time.sleep(0.05)
+        handle_exit(sig, frame)
 
     def stop(sig: int, frame: Any) -> None:
         """Let running replies end after Ctrl-C, and end them after a second one."""
-        if server.should_exit:
-            engine.close(timeout=0)  # ends replies, and so the connections that uvicorn waits for
-        else:
-            running, waiting = engine.load
-            if running or waiting:
-                echo(f"Finishing {running} replies, for {grace} s at most; Ctrl-C again ends at once.")
-            engine.drain()
-        handle_exit(sig, frame)
+        if served.draining:
+            served.close(timeout=0)  # ends replies, and so the connections that uvicorn waits for
+            return handle_exit(sig, frame)
+        running, waiting = served.load
+        if running or waiting:
+            echo(f"Finishing {running} replies, for {grace} s at most; Ctrl-C again ends at once.")
+        served.drain()
+        threading.Thread(target=finish, args=(sig, frame), daemon=True).start()
 
     server.handle_exit = stop  # type: ignore[method-assign]
     with suppress(KeyboardInterrupt):  # uvicorn sends itself, in the end, the signals that it got
         server.run(sockets=[listening])
-    if not engine.close():
+    if not served.close():
         logging.warning("A reply didn't stop in time; ending without it.")
         sys.stderr.flush()
         os._exit(1)  # Python's own exit would free what a thread uses that still runs a kernel
+
+
+def _connections(queue: int) -> int:
+    """The most requests at a time: more than may wait for replies, and as many as there are descriptors for."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(512, queue + 64)
+    if soft < wanted + 64:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted + 64, hard), hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return max(16, min(wanted, soft - 64))
 
 
 def model_name(model: str | None, path: Path) -> str:

@@ -22,6 +22,7 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.styles import Style
 
 from ..paths import state_folder
+from .options import say
 
 _STYLE = Style.from_dict({"prompt": "bold", "bottom-toolbar": "noreverse fg:ansibrightblack"})
 
@@ -60,7 +61,7 @@ class TerminalPrompt:
             return None
         except KeyboardInterrupt:
             if not self._session.default_buffer.text and not text:
-                print("Ctrl-D leaves. /help lists the commands.")
+                say("Ctrl-D leaves. /help lists the commands.")
             return ""
 
 
@@ -98,12 +99,15 @@ class _PrivateHistory(FileHistory):
         path = Path(os.fsdecode(self.filename))
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not path.is_file():
+                return
             os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
             super().store_string(string)
 
     def load_history_strings(self) -> Iterable[str]:
         with suppress(OSError):
-            return list(super().load_history_strings())
+            if Path(os.fsdecode(self.filename)).is_file():
+                return list(super().load_history_strings())
         return []
 
 

@@ -3,7 +3,7 @@
 import click
 
 from ..errors import InputError
-from .options import echo, find_model, model_option, output_options, progress
+from .options import echo, find_model, model_option, output_options, progress, say
 
 
 @click.command()
@@ -29,7 +29,7 @@ def tune(model: str | None) -> None:
     with progress("Measuring", 1, " s") as update:
         found, kinds = tune(loaded, tuning.this_gpu(), progress=update)
     for line in lines(kinds, f"{verdict.device_name()}, {path.name}"):
-        click.echo(line)
+        say(line)
     tuning.use(found)
     make_ready(loaded)  # now, so that the next load need not
     try:

@@ -3,29 +3,39 @@
 In: a path, or a repository's name. Out: a `LanguageModel`, which also encodes prompts. Replies are made in reply.py.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
+from ..chat_format import renderer
 from ..chat_format.template import encode_chat
 from ..config import Config
+from ..distributed import team
+from ..distributed.place import Place, placed
 from ..doctor.ready import make_ready
 from ..doctor.verdict import device_name, usable_kernels
 from ..errors import InputError
 from ..files.hub import resolve
 from ..generation.drafting import LONGEST, MOST, NGRAM, Drafts
 from ..generation.sampling import Sampling
+from ..loading.assistant import assistant_beside, load_assistant
 from ..loading.loader import Progress, load_model, open_model
 from ..memory import SOME_ROOM, MemoryPlan, Room
+from ..model.assistant import Assistant
 from ..model.model import Model
 from ..paths import cache_folder, read_object
+from ..shard import Shard
 from ..tokens.tokenizer import Tokenizer
+
+log = logging.getLogger("mlx_gemma4")
 
 # The keys under general.sampling, with the value of those that a file leaves out: Google's choice for Gemma 4.
 SAMPLING_KEYS: dict[str, Any] = {"temp": 1.0, "top_k": 64, "top_p": 0.95, "min_p": 0.0, "penalty_repeat": 1.0}
+_OFF = {"top_k": 0, "top_p": 1.0}
 _FIELDS = {"temp": "temperature", "penalty_repeat": "repetition_penalty"}  # of Sampling and generation_config.json
 
 
@@ -92,9 +102,15 @@ def load(
     progress: Progress | None = None,
     preparing: Progress | None = None,
     room: Room = SOME_ROOM,
+    shard: Shard | None = None,
+    split: team.Split = "auto",
+    draft: str | Path | None = "auto",
     draft_max: int = MOST,
 ) -> LanguageModel:
     """Load a GGUF file (or any part of a split one), or a folder of safetensors with its `config.json`.
+
+    Where `mlx.launch` has started this process among others, all run the model together: on rank 0 this returns when
+    each has its shard. On the others it makes rank 0's calls and ends the process with it (docs/several-macs.md).
 
     Args:
         path: the file or folder, or `REPO[:QUANT]` on Hugging Face; None: the small built-in model.
@@ -104,25 +120,69 @@ def load(
         progress: called with (bytes read, bytes in all).
         preparing: called after that, on a GPU, with (kernels that are ready, kernels in all).
         room: for keys and values, that must be there beside the weights.
+        shard: load only this rank's part: several processes run the model together, and each makes the same calls.
+        split: on several ranks, a part of each layer for each, or so many layers; "auto" measures what is faster.
+        draft: the assistant that drafts for it: a file, a folder or `REPO[:QUANT]`; "auto": one that lies beside the
+            model and fits, if there is any; None: none.
         draft_max: drafts of tokens that a step checks, at most; 0: none are made. How many pay is measured.
 
     Raises:
-        InputError: the file can't be used, or there is too little memory.
+        InputError: a file can't be used, the assistant is another model's, or there is too little memory.
 
     >>> lm = load()  # or load("gemma-4-E2B-it-Q4_K_M.gguf"), or load("ggml-org/gemma-4-E2B-it-GGUF:Q4_K_M")
     >>> lm.config.context
     2048
     """
+    place = placed() if shard is None else None
+    if place and place.rank:
+        follow(place)
     path = demo_path() if path is None else resolve(path)
+    if place:
+        given = {"weights": weights, "fuse": fuse, "room": asdict(room)}
+        name = "" if path == demo_path() else team.portable(path)
+        shard = team.gather(place, path, name, split, given)
+        lm = load(path, weights=weights, fuse=fuse, progress=progress, preparing=preparing, room=room, shard=shard)
+        return replace(lm, model=team.lead(lm.model))
     with open_model(path) as (config, source, metadata):
         tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(metadata, str(path))
-        model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room)
-        make_ready(model, preparing)
-    drafts = Drafts(draft_max, least_alike=LONGEST if model.replays else NGRAM) if draft_max else None
+        renderer.start()  # while the weights are read
+        model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room, shard)
+    assistant = _assistant(draft, path, model) if draft_max else None
+    make_ready(model, preparing, assistant)
+    drafts = Drafts(draft_max, assistant, least_alike=LONGEST if model.replays else NGRAM) if draft_max else None
     if drafts is not None:
         with suppress(RuntimeError):  # this user has no home folder
             drafts.keep(cache_folder() / "drafts.json", f"{device_name()}, {path.name}")
-    return LanguageModel(path, config, model, tokenizer, _sampling_defaults(path, metadata), plan, drafts)
+    return LanguageModel(path, model.config, model, tokenizer, _sampling_defaults(path, metadata), plan, drafts)
+
+
+def follow(place: Place, joined: Callable[[], None] = lambda: None) -> NoReturn:
+    """Be another rank than 0: load the shard of what rank 0 loads, make its calls, and end with it.
+
+    Args:
+        joined: called when rank 0 has been found.
+    """
+
+    def load_shard(path: Path, shard: Shard, given: dict[str, Any]) -> Model:
+        return load(path, **given | {"room": Room(**given["room"])}, shard=shard).model
+
+    team.follow_rank_0(
+        place, lambda name: resolve(Path(name).expanduser()) if name else demo_path(), load_shard, joined
+    )
+
+
+def _assistant(draft: str | Path | None, path: Path, model: Model) -> Assistant | None:
+    """Return the assistant that `load` asks for. One that was not named is no reason to fail."""
+    if draft is None:
+        return None
+    if str(draft) != "auto":
+        return load_assistant(resolve(draft), model)
+    found = assistant_beside(path, model.config)
+    try:
+        return load_assistant(found, model) if found else None
+    except InputError as error:
+        log.warning("No drafts: %s", error)
+        return None
 
 
 def _sampling_defaults(path: Path, metadata: Mapping[str, Any]) -> Sampling:
@@ -132,10 +192,13 @@ def _sampling_defaults(path: Path, metadata: Mapping[str, Any]) -> Sampling:
         source = path / "generation_config.json"
         given = read_object(source) if source.is_file() else {}
         given |= {key: given.get(name) for key, name in _FIELDS.items()}
-    chosen = SAMPLING_KEYS | {key: value for key in SAMPLING_KEYS if (value := given.get(key)) is not None}
-    try:
-        return Sampling(**{_FIELDS.get(key, key): type(SAMPLING_KEYS[key])(x) for key, x in chosen.items()})
-    except (TypeError, ValueError, InputError):
-        raise InputError(
-            f"{source}: its sampling defaults {chosen} can't be; give --temperature 0 or mend it"
-        ) from None
+    sampling = Sampling(**{_FIELDS.get(key, key): value for key, value in SAMPLING_KEYS.items()})
+    for key, field in ((key, _FIELDS.get(key, key)) for key in SAMPLING_KEYS):
+        try:
+            if given.get(key) is not None:
+                sampling = replace(sampling, **{field: type(SAMPLING_KEYS[key])(given[key])})
+        except (TypeError, ValueError, OverflowError, InputError):
+            off = _OFF.get(key, SAMPLING_KEYS[key])  # llama.cpp, too, takes these out of range for off
+            log.warning("%s: recommends %s %s for sampling, which can't be; taking %s", source, field, given[key], off)
+            sampling = replace(sampling, **{field: off})
+    return sampling

@@ -6,7 +6,7 @@ passed as `prompt_cache` and trimmed, and holds all that was read.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -57,6 +57,8 @@ class MlxLmModel:
         """Return the logits, fp32 [1, 1, vocab], after the last of the tokens `inputs`, int [1, T]."""
         if inputs.shape[0] != 1:
             raise InputError(f"a batch of {inputs.shape[0]} prompts: this model takes one at a time")
+        if inputs.shape[1] > 1:
+            self.lm.config.check_ids(cast("list[int]", inputs[0].tolist()))
         (held,) = self.make_cache() if cache is None else cache
         if held.kv.length + inputs.size > self.lm.config.context:
             raise InputError(f"the model's context holds {self.lm.config.context} tokens, and it is full; ask for less")

@@ -11,6 +11,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import groupby
+from numbers import Integral
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -28,6 +29,7 @@ from ..generation.stops import StopStrings
 from ..kv.state import KVState
 from ..tokens.tokenizer import Tokenizer
 from .background import OnPrompt, in_thread
+from .budget import ThinkBudget
 from .language_model import LanguageModel
 
 Prompt = str | Sequence[int] | Sequence[Message]  # what a user says, a whole prompt's token ids, or a conversation
@@ -54,13 +56,24 @@ class ReplyOptions:
     regex: str | None = None  # the answer matches this regular expression, in Rust's syntax
     grammar: str | None = None  # the answer is of this language, in Lark's notation
     logprobs: int | None = None  # each token carries its log-probability, and those of so many likeliest ones
+    go_on: bool = False  # with the last message, the assistant's: the reply is what follows its text
+    think_budget: int | None = None  # tokens of thinking, after which it is ended; None: no bound
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "tools", tuple(self.tools))
         forms = sum(form is not None for form in (self.schema, self.regex, self.grammar))
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise InputError(f"max_tokens {self.max_tokens}: must be 1 or more")
+        for name in ("max_tokens", "think_budget"):
+            if getattr(self, name) == -1:  # as llama.cpp and others spell "no limit"
+                object.__setattr__(self, name, None)
+        if self.think_budget is not None and self.think_budget < 0:
+            raise InputError(f"think_budget {self.think_budget}: must be 0 or more", field="think_budget")
+        if self.max_tokens is not None and not (isinstance(self.max_tokens, Integral) and self.max_tokens >= 1):
+            raise InputError(f"max_tokens {self.max_tokens!r}: must be a whole number, 1 or more")
+        if self.logprobs is not None and not isinstance(self.logprobs, Integral):
+            raise InputError(f"logprobs {self.logprobs!r}: must be a whole number")
+        if not all(isinstance(text, str) for text in self.stop):
+            raise InputError(f"stop {self.stop!r}: must be a text or several")
         if forms > 1:
             raise InputError("schema, regex and grammar: give one of them")
         if self.tool_choice not in ("auto", "none", *(["required", *self.tool_names] if self.tools else [])):
@@ -104,7 +117,7 @@ class Reply:
                 self.text += event.text
             elif isinstance(event, Thinking):
                 self.thinking += event.text
-            else:
+            elif isinstance(event, ToolCall):
                 self.tool_calls.append(event)
 
     @property
@@ -132,7 +145,7 @@ class Chunk:
     @property
     def text(self) -> str:
         """Its piece of the answer; a tool call as the model wrote it."""
-        added = (event for event in self.events if not isinstance(event, Thinking))
+        added = (event for event in self.events if isinstance(event, Text | ToolCall))
         return "".join(event.text if isinstance(event, Text) else event.raw for event in added)
 
     @property
@@ -158,13 +171,29 @@ def prompt_ids(
         InputError: there are no messages, or the chat template refuses them.
     """
     options = options or ReplyOptions()
+    begun = messages[-1] if messages and options.go_on and reply else None
+    if begun is not None:
+        if begun.get("role") != "assistant" or begun.get("tool_calls"):
+            raise InputError("to go on with the last message, it must be the assistant's, and text")
+        messages = messages[:-1]
     if not messages:
         raise InputError("there are no messages to reply to")
     tools = options.tools if options.tool_choice != "none" else ()
     known, declared = for_template(messages, tools, lm.tokenizer.chat_template)
-    return encode_chat(
+    ids = encode_chat(
         lm.tokenizer, known, add_generation_prompt=reply, tools=declared or None, enable_thinking=options.think
     )
+    return ids if begun is None else ids + _beginning(lm.tokenizer, begun)
+
+
+def _beginning(tokenizer: Tokenizer, message: Message) -> list[int]:
+    """Return the ids of a reply that is begun. With thinking and no text, it is the thinking that goes on."""
+    opening, closing = tokenizer.token_id("<|channel>"), tokenizer.token_id("<channel|>")
+    thinking, text = message.get("reasoning_content"), message.get("content") or ""
+    ids = tokenizer.encode(str(text), add_bos=False) if text else []
+    if not thinking or opening is None or closing is None:
+        return ids
+    return [opening, *tokenizer.encode(f"thought\n{thinking}", add_bos=False), *([closing, *ids] if ids else [])]
 
 
 def stream(
@@ -177,6 +206,7 @@ def stream(
     marks: bool = True,
     on_prompt: OnPrompt | None = None,
     scheduler: Scheduler | None = None,
+    call_parts: bool = False,
     **named: Any,
 ) -> Generator[Chunk, None, None]:
     """Reply to a prompt, a chunk for each token and a last one. Closing the iterator stops within a token.
@@ -191,6 +221,7 @@ def stream(
         marks: leave marks in `state` to rewind to later. Each may hold a window of every sliding layer.
         on_prompt: called with (tokens read, tokens in all) while the prompt is read; an exception ends the reply.
         scheduler: of `lm.model`: make the reply together with others of its own.
+        call_parts: events also tell of calls while they are written (`CallPart`).
         named: instead of `options`, fields of ReplyOptions by name, and of Sampling to change what the model's file
             recommends: `stream(lm, "Hi", max_tokens=20, temperature=0)`.
 
@@ -208,12 +239,15 @@ def stream(
     options = options_of(lm, options, named)
     ids = whole_prompt(lm, prompt, options)
     reply, stops, stop_ids = Reply(), StopStrings(options.stop), lm.tokenizer.stop_ids
-    parser = ReplyParser(lm.tokenizer, thinking_open=ends_in_thinking(lm.tokenizer, ids))
+    thinking = ends_in_thinking(lm.tokenizer, ids)
+    parser = ReplyParser(lm.tokenizer, thinking_open=thinking, parts=call_parts)
     room = max(1, lm.config.context - len(ids))
     if state is not None and state.max_tokens is not None:
         room = max(1, min(room, state.max_tokens - len(ids)))
     max_tokens = min(options.max_tokens or room, room)
-    constraint = _constraint(lm, options)
+    constraint = _constraint(lm, options, thinking)
+    if options.think_budget is not None and options.think_budget < max_tokens:
+        constraint = ThinkBudget(lm.tokenizer, options.think_budget, constraint, thinking)
     marks = store is not None or (marks and state is not None)
     with ExitStack() as stack:
         if store is not None:
@@ -315,11 +349,14 @@ def options_of(lm: LanguageModel, options: ReplyOptions | None, named: dict[str,
 
 
 def whole_prompt(lm: LanguageModel, prompt: Prompt, options: ReplyOptions) -> list[int]:
-    if isinstance(prompt, str):
-        return prompt_ids(lm, [{"role": "user", "content": prompt}], options)
-    if prompt and all(isinstance(i, int) for i in prompt):
-        return [int(i) for i in cast(Sequence[int], prompt)]
-    return prompt_ids(lm, cast(Sequence[Message], prompt), options)
+    """Return a prompt's token ids. Raises InputError, also for ids that the model does not have."""
+    if not isinstance(prompt, str) and len(prompt) and all(isinstance(i, Integral) for i in prompt):
+        ids = [int(i) for i in cast(Sequence[int], prompt)]
+    else:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        ids = prompt_ids(lm, cast(Sequence[Message], messages), options)
+    lm.config.check_ids(ids)
+    return ids
 
 
 def as_held(tokenizer: Tokenizer, ids: list[int], held: list[int]) -> list[int]:
@@ -379,17 +416,21 @@ def _cut(stops: StopStrings, events: list[Event], *, last: bool = False) -> list
     return [event for event in found if event != Text("")]
 
 
-def _constraint(lm: LanguageModel, options: ReplyOptions) -> Constraint | None:
-    """Return the form that the options ask of the reply, if any."""
+def _constraint(lm: LanguageModel, options: ReplyOptions, thinking: bool) -> Constraint | None:
+    """Return the form that the options ask of the reply, if any. `thinking`: the prompt ends inside a thought."""
     if not options.calls_forced and options.schema is None and options.regex is None and options.grammar is None:
         return None
     from ..grammar import grammar  # llguidance takes 0.3 s to import
 
     think = bool(options.think)
     if options.schema is not None:
-        return grammar.json_schema(lm.tokenizer, options.schema, think=think)
-    if options.regex is not None:
-        return grammar.regex(lm.tokenizer, options.regex, think=think)
-    if options.grammar is not None:
-        return grammar.lark(lm.tokenizer, options.grammar, think=think)
-    return grammar.tool_calls(lm.tokenizer, options.tools, options.tool_choice, think=think)
+        made = grammar.json_schema(lm.tokenizer, options.schema, think=think)
+    elif options.regex is not None:
+        made = grammar.regex(lm.tokenizer, options.regex, think=think)
+    elif options.grammar is not None:
+        made = grammar.lark(lm.tokenizer, options.grammar, think=think)
+    else:
+        made = grammar.tool_calls(lm.tokenizer, options.tools, options.tool_choice, think=think)
+    if thinking:
+        made.begin_thinking()
+    return made

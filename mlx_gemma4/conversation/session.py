@@ -17,10 +17,11 @@ from typing import Any
 
 from ..chat_format.replies import Event
 from ..chat_format.template import Message
-from ..errors import InputError
+from ..errors import InputError, reason
 from ..generation.prefix import MAX_MARKS, thin
+from ..kv.file import FORMAT as STATE_MARK
 from ..kv.state import KVState, window_bytes
-from ..paths import whole_file
+from ..paths import check_source, check_target, whole_file
 from .background import OnPrompt, in_thread
 from .language_model import LanguageModel
 from .reply import Reply, ReplyOptions, as_held, go_back, prompt_ids, stream
@@ -160,18 +161,27 @@ class Session:
             InputError: a file can't be written; an existing one is left as it was.
         """
         path = Path(path)
+        self.check_place(path)
         saved = {"format": FORMAT, "version": VERSION, "messages": self.messages}
         try:
             with whole_file(path) as file:
                 file.write((json.dumps(saved, ensure_ascii=False, indent=1) + "\n").encode())
         except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{path}: the conversation can't be saved ({error}); choose another place") from error
+            raise InputError(
+                f"{path}: the conversation can't be saved ({reason(error)}); choose another place"
+            ) from error
         beside = _state_file(path)
         if state and self.state.length:
             self.lm.model.save_state(self.state, beside)
         else:
             with contextlib.suppress(OSError):
                 beside.unlink()
+
+    @staticmethod
+    def check_place(path: str | Path) -> None:
+        """Raise InputError unless a conversation can be saved there, in place of no files but saved conversations."""
+        check_target(Path(path), FORMAT, "conversation")
+        check_target(_state_file(Path(path)), STATE_MARK, "conversation's state")
 
     @classmethod
     def load(
@@ -186,10 +196,12 @@ class Session:
             InputError: the file isn't a conversation.
         """
         path = Path(path)
+        check_source(path, "a file that /save, --state or Session.save wrote")
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: can't be read as a saved conversation ({error})") from error
+        except (OSError, ValueError, RecursionError) as error:
+            what = f"can't be read as a saved conversation ({reason(error)})"
+            raise InputError(f"{path}: {what}; give a file that /save, --state or Session.save wrote") from error
         messages = saved.get("messages") if isinstance(saved, dict) and saved.get("format") == FORMAT else None
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise InputError(f"{path}: is not a conversation that was saved here")

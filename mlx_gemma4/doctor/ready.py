@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from ..execution import execution
 from ..gpu import cuda_compiler, render
+from ..model.assistant import Assistant
 from ..model.model import Model
 from ..ops.cases import Check
 from ..ops.dispatch import STOCK
@@ -23,23 +24,25 @@ from ..ops.few_rows import MAX_ROWS
 from ..ops.many_rows import GROUPED_ROWS_FROM
 from ..ops.op import OpKey
 from . import verdict
-from .sizes import checks, sizes_of
+from .sizes import assistant_sizes, checks, sizes_of
 
 log = logging.getLogger("mlx_gemma4")
 
 Progress = Callable[[int, int], None]  # kernels that are ready, of how many
 
 
-def make_ready(model: Model, progress: Progress | None = None) -> None:
+def make_ready(model: Model, progress: Progress | None = None, assistant: Assistant | None = None) -> None:
     """Check the kernels of a model that have no verdict yet, and compile all; on a CPU nothing happens.
 
     Args:
         model: its kernels that fail are switched off.
         progress: called after each check; on NVIDIA also after each kernel that is compiled or found on disk.
+        assistant: drafts for the model.
     """
     if model.kernels is None:
         return
-    off, listed = model.kernels.off, checks(sizes_of(model), verdict.QUICK_LENGTHS, verdict.QUICK_ROWS)
+    of = [sizes_of(model), *([assistant_sizes(assistant)] if assistant else [])]
+    off, listed = model.kernels.off, (c for s in of for c in checks(s, verdict.QUICK_LENGTHS, verdict.QUICK_ROWS))
     wanted = list({c.key: c for c in listed if off.isdisjoint((c.op, OpKey(c.op.op)))}.values())
     on_disk = model.kernels.launcher is render.cuda_launcher
     texts = cuda_texts(wanted) if on_disk else {}

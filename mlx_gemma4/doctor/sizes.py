@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import ops
+from ..model.assistant import Assistant
 from ..model.model import Model
 from ..model.weights import Layer, Weights
 from ..ops import matvec
@@ -74,6 +75,24 @@ def sizes_of(model: Model) -> Sizes:
         prompts,
         c.attention_scale,
     )
+
+
+def assistant_sizes(assistant: Assistant) -> Sizes:
+    """Return the sizes of an assistant, beside its target's."""
+    c, w = assistant.loaded.config, assistant.weights
+    products = [Product(_type(w.pre_projection), w.pre_projection.shape)]
+    products += [Product(_type(a), a.shape, narrow=True) for a in (w.post_projection, w.centroids) if a is not None]
+    products.append(
+        Product(_type(w.decoder.output), w.decoder.output.shape, narrow=True, used=assistant.config.centroids_used)
+    )
+    heads = []
+    for shape, layer in zip(c.layers, w.decoder.layers, strict=True):
+        products += layer_products(layer, 0, c.hidden).values()
+        window = c.window if shape.sliding else 0
+        heads.append(Heads(shape.heads, shape.kv_heads, shape.head_dim, window, "", has_kv=False))
+    usable = tuple(used for p in products for used in _as_launched(p))
+    experts = (assistant.config.centroids, assistant.config.centroids_used)
+    return Sizes(c.hidden, 0, tuple(heads), usable, "", experts=experts[0], used=experts[1])
 
 
 def outer_products(w: Weights) -> list[Product]:

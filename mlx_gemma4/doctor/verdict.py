@@ -153,8 +153,8 @@ def _remember(at: Callable[[], Path], value: dict[str, Any]) -> None:
 
 def _remembered(at: Callable[[], Path]) -> dict[str, Any]:
     try:
-        values = json.loads(at().read_text())
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home
+        values = json.loads(at().read_text()) if at().is_file() else {}
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home; or nested too deeply
         return {}
     return values if isinstance(values, dict) else {}
 

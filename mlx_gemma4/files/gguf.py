@@ -19,12 +19,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, reason
+from ..paths import check_source
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4  # ggml's own limit
+# What names of files cut in pieces end with: x.gguf.part1of2, x.gguf.part-00001-of-00003, x.gguf.001, x.gguf.aa, ..
+PIECE = re.compile(r"(?<=\.gguf)([._-]?(part|split|chunk|piece)[\w.-]*|[._-]\d+(of\d+)?|\.[a-z]{2})$", re.IGNORECASE)
 MAX_KEY_BYTES = 65535  # the specification's limit on a key; used for tensor names too
 
 
@@ -192,8 +195,19 @@ def join_tensors(names: list[Path], splits: list[SplitFile]) -> dict[str, Tensor
 
 def read_file(path: Path, maps: ExitStack) -> SplitFile:
     """Map one file, which `maps` closes, and parse its header."""
-    buf = maps.enter_context(open_map(path))
-    return SplitFile(buf, *read_header(Reader(path, buf)))
+    try:
+        buf = maps.enter_context(open_map(path))
+        return SplitFile(buf, *read_header(Reader(path, buf)))
+    except InputError:
+        if path.is_file() and PIECE.search(path.name):
+            whole = PIECE.sub("", path.name)
+            ending = path.name[len(whole) :]
+            start = re.split(r"\d", ending)[0] if re.search(r"\d", ending) else ending[0]
+            raise InputError(
+                f"{path}: is a piece of a file by its name; join all pieces in order first: "
+                f"cat {whole}{start}* > {whole}"
+            ) from None
+        raise
 
 
 def open_map(path: Path) -> mmap.mmap:
@@ -201,6 +215,8 @@ def open_map(path: Path) -> mmap.mmap:
     try:
         if path.is_dir():
             raise InputError(f"{path}: is a folder; give the .gguf file in it")
+        if path.exists():
+            check_source(path, "a .gguf file")
         with open(path, "rb") as f:
             f.seek(0, 2)
             if f.tell() == 0:
@@ -209,7 +225,7 @@ def open_map(path: Path) -> mmap.mmap:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path") from None
     except (OSError, ValueError) as e:
-        raise InputError(f"{path}: can't be read: {getattr(e, 'strerror', None) or e}") from None
+        raise InputError(f"{path}: can't be read: {reason(e)}") from None
 
 
 class Reader:

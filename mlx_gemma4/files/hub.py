@@ -2,7 +2,8 @@
 
 In: the value of `--model`. Out: the path of a file or folder. Downloads go to the cache that every program built on
 huggingface_hub shares; that library also handles tokens and offline mode. It restarts a download when its process has
-ended; this module resumes it, and checks each file against the hash that the hub states.
+ended; this module resumes it, and checks each file against the hash that the hub states. Nothing that a server says is
+trusted: names become paths only where they are plain, answers and files end at the size that they may have.
 """
 
 import fcntl
@@ -13,10 +14,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from io import RawIOBase
+from itertools import takewhile
 from pathlib import Path
-from typing import BinaryIO
 
 from ..errors import InputError
 
@@ -30,6 +32,8 @@ NAME = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<quant>[\w./-]+))?")
 QUANT = re.compile(
     r"(?<![A-Z0-9])((?:UD-)?(?:I?Q\d(?:_(?:\d|K|NL|XXS|XS|S|M|L|XL|XXL))*|TQ\d_\d|BF16|F16|F32|MXFP4(?:_MOE)?))(?![A-Z0-9])"
 )
+# An assistant, which drafts for a model of the same repository: `mtp-*`, or `*-assistant-*`.
+DRAFTER = re.compile(r"(?:.*/)?(?:mtp-[^/]*|[^/]*-assistant(?:-[^/]*)?)\.gguf", re.IGNORECASE)
 SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 # Files of a repository in MLX's or transformers' format that `load` reads.
 FOLDER = re.compile(
@@ -39,7 +43,11 @@ TRIES = 5  # in a row without a byte, before a download gives up
 WAIT = 0.5  # seconds before the second try, doubled each time
 TIMEOUT = 30.0  # seconds of silence
 CHUNK = 1 << 18  # bytes
-SHA256 = re.compile(r"[0-9a-f]{64}")  # the name of a large file's blob
+HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # a file's: git's SHA-1, or of large files SHA-256; of versions SHA-1
+_PART = r"(?!\.{1,2}(?:/|\Z))[^\x00-\x1f\x7f-\x9f/\\:]{1,255}"
+PLAIN = re.compile(f"{_PART}(?:/{_PART})*")  # a file's name in a repository
+ANSWER = 1 << 26  # bytes of what the hub tells about a repository, at most
+RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
 AGENT = "mlx-gemma4"
 LARGE = 10_000_000  # bytes; smaller downloads are not logged
 
@@ -76,9 +84,13 @@ def resolve(name: str | Path, *, update: bool = False, progress: Progress | None
     if match is None or path.exists() or (path.suffix.lower() == ".gguf" and match["quant"] is None):
         return path
 
+    return pull(match["repo"], match["quant"] or "", update=update, progress=progress)
+
+
+def pull(repo: str, quant: str = "", *, update: bool = True, progress: Progress | None = None) -> Path:
+    """As `resolve` of `REPO:QUANT`, which is no path here."""
     from huggingface_hub.errors import HFValidationError
 
-    repo, quant = match["repo"], match["quant"] or ""
     here = _cached(repo, quant)
     # Without a quantization, the cached one may differ from the hub's default.
     if here and not update and (quant or here.is_dir() or PREFERRED[0] in here.name.upper()):
@@ -94,9 +106,12 @@ def resolve(name: str | Path, *, update: bool = False, progress: Progress | None
 
 
 def choices(files: Sequence[str]) -> list[PullChoice]:
-    """Return the models among a repository's files, split ones joined, without projectors and importance matrices."""
+    """Return the models among a repository's files, split ones joined.
+
+    Without projectors, importance matrices, and assistants, unless there is nothing else.
+    """
     groups: dict[tuple[str, int], dict[int, str]] = {}
-    for file in sorted(files):
+    for file in sorted(set(files) - set(best_drafters(files))) or sorted(files):
         base = file.rsplit("/", 1)[-1].lower()
         if base.endswith(".gguf") and not re.search(r"mmproj|imatrix", base):
             split = SPLIT.fullmatch(file)
@@ -108,6 +123,17 @@ def choices(files: Sequence[str]) -> list[PullChoice]:
         whole = sorted(parts) == list(range(1, count + 1))
         found.append(PullChoice(label[-1] if label else "", tuple(parts[i] for i in sorted(parts)), whole))
     return found
+
+
+def best_drafters(files: Iterable[str], model: str = "") -> list[str]:
+    """Return the assistants among files, those first that are named most like a model, and of these Q8_0."""
+
+    def rank(file: str) -> tuple[int, bool, str]:
+        name = file.rsplit("/", 1)[-1].lower().removeprefix("mtp-")
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(name, model.lower(), strict=False))
+        return -len(list(alike)), "q8_0" not in name, file
+
+    return sorted((file for file in files if DRAFTER.fullmatch(file)), key=rank)
 
 
 def choose(repo: str, files: Sequence[str], quant: str) -> PullChoice:
@@ -139,12 +165,13 @@ def _listed(found: Sequence[PullChoice]) -> str:
 
 def _fetch_model(repo: str, quant: str, progress: Progress | None) -> Path:
     """Download the hub's current version of a model; cached files are not downloaded again."""
-    from huggingface_hub import HfApi
-
-    info = HfApi(library_name=AGENT).model_info(repo, files_metadata=True, timeout=TIMEOUT)
-    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+    commit, sizes = _about(repo)
     files = () if quant or choices(list(sizes)) else _folder_files(list(sizes))
     wanted = files or choose(repo, list(sizes), quant).files
+    if not files:
+        wanted += tuple(file for file in best_drafters(sizes, wanted[0].rsplit("/", 1)[-1])[:1] if file not in wanted)
+    if bad := [file for file in wanted if not PLAIN.fullmatch(file)]:
+        raise InputError(f"{repo}: its file {bad[0]!r} has a name that no file may have here; name another")
     done, total, paths = 0, sum(sizes[file] for file in wanted), []
     for file in wanted:
 
@@ -152,12 +179,53 @@ def _fetch_model(repo: str, quant: str, progress: Progress | None) -> Path:
             if progress:
                 progress(before + n, max(total, before + n))
 
-        paths.append(_fetch_file(repo, file, str(info.sha), count))
+        paths.append(_fetch_file(repo, file, commit, count))
         done += sizes[file]
     reference = _cache(repo) / "refs" / "main"  # the version to use offline
     reference.parent.mkdir(parents=True, exist_ok=True)
-    reference.write_text(str(info.sha))
+    reference.write_text(commit)
     return paths[0].parent if files else paths[0]
+
+
+def _about(repo: str) -> tuple[str, dict[str, int]]:
+    """Return a repository's newest version, and the sizes of its files, as the hub tells. Raises InputError."""
+    from huggingface_hub import constants, get_session, hf_raise_for_status
+    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    validate_repo_id(repo)
+    if constants.HF_HUB_OFFLINE:
+        raise OfflineModeIsEnabled("offline")
+    url, answer = f"{constants.ENDPOINT}/api/models/{repo}?blobs=true", bytearray()
+    with get_session().stream("GET", url, headers=_headers(), timeout=TIMEOUT, follow_redirects=True) as response:
+        for piece in response.iter_raw():
+            answer += piece
+            if len(answer) > ANSWER:
+                raise InputError(f"{repo}: {constants.ENDPOINT} tells too much about it; try again later")
+        made = type(response)(response.status_code, content=bytes(answer), request=response.request)
+        made.headers.update({name: x for name, x in response.headers.items() if name.lower().startswith("x-")})
+        hf_raise_for_status(made)
+    try:
+        about = json.loads(answer)
+        sizes = {file["rfilename"]: file.get("size") or 0 for file in about["siblings"]}
+        good = HASH.fullmatch(about["sha"]) and all(
+            isinstance(name, str) and type(size) is int and 0 <= size < 1 << 60 for name, size in sizes.items()
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        good = None
+    if not good:
+        raise InputError(f"{repo}: what {constants.ENDPOINT} tells about it can't be used; check HF_ENDPOINT")
+    return about["sha"], sizes
+
+
+def _headers() -> dict[str, str]:
+    """Return what a request to the hub says: who asks, and that nothing be packed on its way."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return {"Accept-Encoding": "identity", "User-Agent": AGENT} | (
+        {"Authorization": f"Bearer {token}"} if token else {}
+    )
 
 
 def _folder_files(files: Sequence[str]) -> tuple[str, ...]:
@@ -169,17 +237,25 @@ def _folder_files(files: Sequence[str]) -> tuple[str, ...]:
 # ---------------------------------------------------------------- the cache
 
 
-def _cache(repo: str) -> Path:
-    """Return the repository's folder in huggingface_hub's cache, with blobs/, snapshots/ and refs/ in it."""
+def cache_root() -> Path:
+    """Return huggingface_hub's cache."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _cache(repo: str) -> Path:
+    """Return the repository's folder in huggingface_hub's cache, with blobs/, snapshots/ and refs/ in it."""
+    return cache_root() / f"models--{repo.replace('/', '--')}"
 
 
 def _cached(repo: str, quant: str) -> Path | None:
     """Return the path of a complete model in the version downloaded last, or None."""
     try:
-        snapshot = _cache(repo) / "snapshots" / (_cache(repo) / "refs" / "main").read_text().strip()
+        commit = (_cache(repo) / "refs" / "main").read_text().strip()
+        snapshot = _cache(repo) / "snapshots" / commit
+        if not HASH.fullmatch(commit):
+            return None
         files = [p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*") if p.is_file()]
         if not quant and not choices(files):
             return snapshot if _whole(snapshot, files) else None
@@ -198,21 +274,22 @@ def _whole(snapshot: Path, files: Sequence[str]) -> bool:
 
 def _fetch_file(repo: str, file: str, commit: str, count: Callable[[int], None]) -> Path:
     """Return the path of one file of a repository in the cache; download it if necessary."""
-    from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    here = try_to_load_from_cache(repo, file, revision=commit)
-    if not isinstance(here, str):
+    here = _cache(repo) / "snapshots" / commit / file
+    if not here.is_file():
         url = hf_hub_url(repo, file, revision=commit)
         about = get_hf_file_metadata(url, timeout=TIMEOUT)
-        if about.etag and about.size is not None:
-            blob = _cache(repo) / "blobs" / about.etag
-            if not blob.exists():
-                token = get_token()
-                headers = {"Authorization": f"Bearer {token}"} if token else {}
-                _fetch_blob(url, {**headers, "Accept-Encoding": "identity"}, blob, about.size, count)
-        here = hf_hub_download(repo, file, revision=commit, library_name=AGENT)  # finds the blob, and names it
+        if not HASH.fullmatch(about.etag or "") or about.size is None or about.size < 0:
+            raise InputError(f"{url}: the server states no hash and size to check it by; check HF_ENDPOINT")
+        blob = _cache(repo) / "blobs" / str(about.etag)
+        if not blob.is_file():
+            _fetch_blob(url, _headers(), blob, about.size, count)
+        here.parent.mkdir(parents=True, exist_ok=True)
+        here.unlink(missing_ok=True)  # a link to a blob that is gone
+        here.symlink_to(os.path.relpath(blob, here.parent))
     count(os.stat(here).st_size)
-    return Path(here)
+    return here
 
 
 # ---------------------------------------------------------------- downloading
@@ -222,7 +299,7 @@ def _fetch_blob(url: str, headers: dict[str, str], blob: Path, size: int, count:
     """Download to `blob`, whose name is the hub's hash, resuming an earlier try."""
     blob.parent.mkdir(parents=True, exist_ok=True)
     partial = blob.with_name(blob.name + ".part")
-    with partial.open("a+b") as out:
+    with partial.open("a+b", buffering=0) as out:
         try:
             fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -239,37 +316,76 @@ def _fetch_blob(url: str, headers: dict[str, str], blob: Path, size: int, count:
             log.warning("Going on from %.2f of %.2f GB", done / 1e9, size / 1e9)
         elif size > LARGE:
             log.warning("Downloading %.2f GB: %s", size / 1e9, url)
-        digest = _fetch_rest(out, url, headers, size, count)
-        if out.tell() != size or (SHA256.fullmatch(blob.name) and digest != blob.name):
+        try:
+            passed = _fetch_rest(out, url, headers, size, blob.name, count)
+        except InputError:
+            partial.unlink()
+            raise
+        if not passed:
             partial.unlink()
             raise InputError(f"{url}: was damaged on its way; download it again")
         os.replace(partial, blob)
 
 
-def _fetch_rest(out: BinaryIO, url: str, headers: dict[str, str], size: int, count: Callable[[int], None]) -> str:
-    """Download the bytes that a file lacks, over several connections if necessary; return the SHA-256 of all.
+class _Check:
+    """Tells whether bytes have a hash: SHA-256, or SHA-1 as git takes it, or plain."""
 
-    Gives up after TRIES without a byte.
+    def __init__(self, name: str, size: int) -> None:
+        self.name = name
+        self._all = [hashlib.sha256()] if len(name) == 64 else [hashlib.sha1(b"blob %d\0" % size), hashlib.sha1()]
+
+    def update(self, data: bytes) -> None:
+        for one in self._all:
+            one.update(data)
+
+    @property
+    def passed(self) -> bool:
+        return any(one.hexdigest() == self.name for one in self._all)
+
+
+def _fetch_rest(
+    out: RawIOBase, url: str, headers: dict[str, str], size: int, name: str, count: Callable[[int], None]
+) -> bool:
+    """Download the bytes that a file lacks, over several connections if necessary; True if their hash is `name`.
+
+    Gives up after TRIES without a byte. Raises InputError if more comes than `size`.
     """
     from huggingface_hub import get_session, hf_raise_for_status
 
-    digest, tries = hashlib.sha256(), 0
+    digest, tries, ranges = _Check(name, size), 0, True
     out.seek(0)
     while chunk := out.read(CHUNK):
         digest.update(chunk)
     while out.tell() < size:
         before, reason = out.tell(), "it ended early"
+        if before and not ranges:  # the server sent something else than was asked for
+            out.truncate(0)
+            out.seek(0)
+            digest, before = _Check(name, size), 0
         asked = {**headers, "Range": f"bytes={before}-"} if before else headers
         try:
             with get_session().stream("GET", url, headers=asked, timeout=TIMEOUT, follow_redirects=True) as response:
                 if response.status_code >= 400:
-                    response.read()
+                    if response.status_code == 416 and before:
+                        ranges = False
+                        continue
+                    response = type(response)(response.status_code, headers=response.headers, request=response.request)
                 hf_raise_for_status(response)
-                if before and not response.headers.get("Content-Range", "").startswith(f"bytes {before}-"):
+                if response.status_code == 206:
+                    sent = RANGE.fullmatch(response.headers.get("Content-Range", ""))
+                    right = sent and int(sent[1]) == before <= int(sent[2]) < size and sent[3] in ("*", str(size))
+                    if not right and (before == 0 or not ranges):
+                        raise InputError(f"{url}: the server sends another part than was asked for; try again later")
+                    if not right:
+                        ranges = False
+                        continue
+                elif before:
                     out.truncate(0)  # a server without range requests sends the whole file
                     out.seek(0)
-                    digest = hashlib.sha256()
-                for chunk in response.iter_bytes(CHUNK):
+                    digest = _Check(name, size)
+                for chunk in response.iter_raw():
+                    if out.tell() + len(chunk) > size:
+                        raise InputError(f"{url}: sends more than the {size} bytes it has; download it again")
                     out.write(chunk)
                     digest.update(chunk)
                     count(out.tell())
@@ -278,14 +394,13 @@ def _fetch_rest(out: BinaryIO, url: str, headers: dict[str, str], size: int, cou
             if tries == TRIES or (status and status < 500 and status != 429):
                 raise
             reason = " ".join(str(error).split())[:120] or type(error).__name__
-        tries = 0 if out.tell() > before else tries + 1
+        tries = 0 if ranges and out.tell() > before else tries + 1
         if tries > TRIES:
             raise InputError(f"{url}: the server sends nothing; try again later")
         if out.tell() < size:
             log.info("Connection lost (%s); going on from byte %d", reason, out.tell())
             time.sleep(WAIT * 2 ** min(tries, 4))
-    out.flush()
-    return digest.hexdigest()
+    return digest.passed
 
 
 # ---------------------------------------------------------------- errors

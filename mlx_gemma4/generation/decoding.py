@@ -37,7 +37,7 @@ FAILURES = (RuntimeError, ValueError)  # that an evaluation may raise: a kernel 
 class Constraint(Protocol):
     """Restricts one reply, token by token. `grammar.Grammar` is one; none serves two replies."""
 
-    def mask(self) -> np.ndarray:
+    def mask(self) -> np.ndarray | None:
         """Return the tokens that may come next: uint32 words, the lowest bit of the first one for token 0."""
 
     def accept(self, token: int) -> None:
@@ -117,8 +117,9 @@ class Decoding:
 
     @property
     def in_step(self) -> bool:
-        """True if the step that reads a token also chooses the next."""
-        return self.model.replays and self.constraint is None and self.sampler.in_step
+        """True if the step that reads a token also chooses the next: recorded steps, and parts of models, which need
+        not gather all logits for it."""
+        return (self.model.replays or self.model.part is not None) and self.constraint is None and self.sampler.in_step
 
     @property
     def over(self) -> bool:
@@ -422,7 +423,7 @@ def masks_of(constraint: Constraint, drafts: list[int]) -> list[np.ndarray | Non
         words = trial.mask()
         masks.append(words)
         for draft in drafts:
-            if draft // 32 >= words.size or not words[draft // 32] >> draft % 32 & 1:
+            if words is not None and (draft // 32 >= words.size or not words[draft // 32] >> draft % 32 & 1):
                 break
             trial.accept(draft)
             if trial.finished:

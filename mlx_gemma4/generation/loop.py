@@ -106,6 +106,7 @@ def begin(
 ) -> Decoding:
     """Check what `generate_tokens` is asked for, as it says, and return the reply with nothing read yet."""
     length, context = state.length + len(prompt), model.config.context
+    model.config.check_ids(prompt)
     if length < 1:
         raise InputError("the prompt is empty; give it some text")
     if length >= context:

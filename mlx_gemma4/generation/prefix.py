@@ -134,6 +134,15 @@ class PrefixCache:
             self.put(state)
             state.close()
 
+    @contextmanager
+    def room(self, tokens: int) -> Iterator[KVState]:
+        """Within this, have an empty state for so many tokens, which is not kept. Raises NoRoom."""
+        state, _ = self.take([], tokens)
+        try:
+            yield state
+        finally:
+            state.close()
+
     def unpin(self) -> None:
         """Let the budget drop any kept state again."""
         with self._lock:

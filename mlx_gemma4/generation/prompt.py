@@ -14,6 +14,7 @@ from ..memory import on_metal
 from ..model.costs import chunk_at, needs_of, own_attention
 from ..model.model import Model
 from ..model.step import LazyStep
+from .sampling import check_finite
 
 TURNS_MARKED = 4  # of one prompt, the last ones
 CACHED = 256 << 20  # bytes of free buffers from which on they are given back on a Mac
@@ -81,6 +82,7 @@ def read_chunk(model: Model, state: KVState, ids: list[int], marks: list[int], m
         else:
             logits = model.forward(chunk, state)
             mx.eval(logits)
+            check_finite(mx.sum(logits))
             step = LazyStep(logits)
             give_back()
         for position in marks:

@@ -10,7 +10,8 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +20,7 @@ from ..errors import InputError
 from ..ops.dispatch import Kernels
 from ..ops.sample import Draw, drawn
 
+_LARGE = 1e30  # of numbers that fp32 has
 REPETITION_WINDOW = 64  # tokens that the repetition penalty looks back, as llama.cpp does
 
 
@@ -37,19 +39,25 @@ class Sampling:
     seed: int | None = None  # None: a different one each time
 
     def __post_init__(self) -> None:
-        for name, value, good, want in (
-            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
-            ("top-k", self.top_k, self.top_k >= 0, "0 (off) or more"),
-            ("top-p", self.top_p, 0 < self.top_p <= 1, "over 0 and at most 1"),
-            ("min-p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition-penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "over 0"),
-            ("frequency-penalty", self.frequency_penalty, math.isfinite(self.frequency_penalty), "a number"),
-            ("presence-penalty", self.presence_penalty, math.isfinite(self.presence_penalty), "a number"),
+        for name, kind, least, most, want in (
+            ("temperature", Real, 0, _LARGE, "0 or more"),
+            ("top_k", Integral, 0, math.inf, "0 (off) or more, and whole"),
+            ("top_p", Real, math.ulp(0), 1, "over 0 and at most 1"),
+            ("min_p", Real, 0, 1, "from 0 to 1"),
+            ("repetition_penalty", Real, 1 / _LARGE, _LARGE, "over 0"),
+            ("frequency_penalty", Real, -_LARGE, _LARGE, "a number"),
+            ("presence_penalty", Real, -_LARGE, _LARGE, "a number"),
+            ("seed", Integral, -(2**63), 2**64 - 1, "a whole number of 64 bits"),
         ):
-            if not good:
-                raise InputError(f"--{name} {value}: must be {want}")
-        bias = tuple(sorted((int(i), float(x)) for i, x in dict(self.logit_bias).items()))
-        if not all(math.isfinite(x) for _, x in bias):
+            value: Any = getattr(self, name)
+            good = (name == "seed" and value is None) or (isinstance(value, kind) and not isinstance(value, bool))
+            if not good or (value is not None and not least <= value <= most):
+                raise InputError(f"--{name.replace('_', '-')} {value!r}: must be {want}")
+        try:
+            bias = tuple(sorted((int(i), float(x)) for i, x in dict(self.logit_bias).items()))
+        except (TypeError, ValueError, OverflowError):
+            raise InputError("logit_bias: must be ids of tokens with a number each") from None
+        if not all(abs(x) <= _LARGE for _, x in bias):
             raise InputError("logit_bias: all values must be numbers")
         object.__setattr__(self, "logit_bias", bias)  # pairs, so that a Sampling can be hashed
 
@@ -67,9 +75,12 @@ class Sample(NamedTuple):
 
     token: mx.array  # int []
     logprobs: tuple[mx.array, mx.array, mx.array] | None = None  # of the token []; likeliest ids [n], theirs [n]
+    total: mx.array | None = None  # sum of its logits, []: no number if one of them is none
 
     def on_host(self) -> Token:
-        """Return the token, once it is computed."""
+        """Return the token, once it is computed. Raises InputError if its logits are no numbers."""
+        if self.total is not None:
+            check_finite(self.total)
         if self.logprobs is None:
             return Token(int(self.token))
         of_token, ids, of_top = self.logprobs
@@ -161,12 +172,23 @@ def choose(samplers: Sequence[Sampler], logits: mx.array, masks: Sequence[np.nda
     if any(sampler.alters or mask is not None for sampler, mask in zip(samplers, masks, strict=True)):
         rows = zip(samplers, logits, masks, strict=True)
         altered = mx.stack([sampler.altered(row, mask) for sampler, row, mask in rows])
+    totals = mx.sum(logits, axis=-1)
     tokens, samples = drawn(samplers[0].kernels, altered, [sampler.draw() for sampler in samplers]), []
     for i, sampler in enumerate(samplers):
         sampler.note(tokens[i])
         n = sampler.logprobs
-        samples.append(Sample(tokens[i], None if n is None else log_probabilities(logits[i], tokens[i], n)))
+        likely = None if n is None else log_probabilities(logits[i], tokens[i], n)
+        samples.append(Sample(tokens[i], likely, totals[i]))
     return samples
+
+
+def check_finite(total: mx.array) -> None:
+    """Raise InputError if a sum of logits, [], shows that one of them is NaN or infinite."""
+    if not math.isfinite(float(total)):
+        raise InputError(
+            "the model's logits are NaN or infinite, no numbers: its file is damaged, or a kernel fails here, which "
+            "`mlx-gemma4 doctor` tells"
+        )
 
 
 def choose_in_turn(

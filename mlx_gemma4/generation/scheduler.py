@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..errors import InputError
 from ..execution import execution
 from ..kv.state import KVState
 from ..memory import SMALLEST_CHUNK
@@ -296,15 +297,17 @@ class Scheduler:
                 draws = [job.reply.sampler.draw() if _in_step(job.reply) else LIKELIEST for job in jobs]
                 step = self.model.batch(last.step if last else ids, [job.reply.state for job in jobs], draws)
                 if isinstance(step, LazyBatchStep):
-                    mx.async_eval(step.logits())
+                    step.schedule()
             tokens = [Token(token) for token in (last.step.tokens() if last else np.array(ids).tolist())]
             for row, sample in enumerate(samples):
-                if sample.logprobs is not None:
-                    tokens[row] = sample.on_host()
+                if sample.logprobs is not None or sample.total is not None:
+                    tokens[row] = self._received(jobs[row], sample) or tokens[row]
         except FAILURES as error:
             return self._again(jobs, error)
         masks: dict[int, np.ndarray | None] = {}  # of rows that go on
         for row, (job, token) in enumerate(zip(jobs, tokens, strict=True)):
+            if job.done.is_set():
+                continue
             self._guarded([job], self._count, job, token, row, masks)
             if not job.done.is_set():
                 self._deliver(job, token, over=row not in masks)
@@ -316,13 +319,23 @@ class Scheduler:
         except FAILURES as error:
             self._again([jobs[row] for row in masks], error)
 
+    def _received(self, job: _Job, sample: Sample) -> Token | None:
+        """Return a chosen token; None, and the reply ends, if its logits are no numbers."""
+        try:
+            return sample.on_host()
+        except InputError as error:
+            self._end(job, error)
+            return None
+
     def _choose(self, replies: dict[int, Decoding], step: BatchStep, masks: dict[int, np.ndarray | None]) -> None:
         """Choose the tokens after a step, of those rows that go on, where the step itself does not."""
         others = {row: reply for row, reply in replies.items() if not _in_step(reply)}
         with execution():
             drawn = step.drawn() if isinstance(step, LazyBatchStep) and not self._last and replies else None
+            totals = None if drawn is None else mx.sum(step.logits(), axis=-1)
         for row in replies.keys() - others.keys():
-            replies[row].chosen = RowStep(step, row) if drawn is None else Sample(drawn[row])
+            chosen = None if drawn is None or totals is None else Sample(drawn[row], None, totals[row])
+            replies[row].chosen = chosen or RowStep(step, row)
         if others:
             with execution():
                 logits = step.logits()

@@ -48,7 +48,7 @@ class Grammar:
         """
         Args:
             source: a grammar in llguidance's own form.
-            think: allow thought channels first.
+            think: allow a thought channel first; one that stays empty doesn't count.
             lazy: allow any text around matches of the grammar, which begin with the token `<|tool_call>`.
             say: the name of the grammar in errors.
         """
@@ -57,7 +57,8 @@ class Grammar:
         self._may_think = (think or lazy) and None not in (self._opens, self._closes)
         self._trigger = tokenizer.token_id(CALL) if lazy else None
         self._source, self._say = source, say
-        self._thinking = False
+        self._tokenizer = tokenizer
+        self._thinking, self._thought = False, b""
         self._matcher = self._start()
         self._inside = not lazy  # the matcher takes the next token
         self._begun = False  # the matcher has taken a token
@@ -78,6 +79,10 @@ class Grammar:
         """Advance by the token that was sampled."""
         if self._thinking:
             self._thinking = token != self._closes
+            self._thought += self._tokenizer.piece(token)
+            if not self._thinking and self._trigger is None:  # else a model could think until the reply is cut
+                self._may_think = self._thought.strip() in (b"", b"thought")
+                self._thought += b" "
         elif self._may_think and token == self._opens and not (self._begun and self._inside):
             self._thinking = True
         elif self._inside or token == self._trigger:
@@ -87,6 +92,10 @@ class Grammar:
             self._check(not self._matcher.consume_token(token))
             if self._trigger is not None and self._matcher.is_stopped():
                 self._inside = False
+
+    def begin_thinking(self) -> None:
+        """Take note that the prompt ends inside a thought channel."""
+        self._thinking = True
 
     def fork(self) -> Grammar:
         """Return one that goes on from here by itself."""

@@ -17,9 +17,10 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, reason
 from ..execution import execution
-from ..paths import whole_file
+from ..paths import check_source, check_target, whole_file
+from .quantization import BITS
 from .segments import LayerKV, Segment, SegmentLayout
 from .state import KVState
 
@@ -40,6 +41,7 @@ def save_state(state: KVState, path: str | Path, fingerprint: str) -> None:
         InputError: the file can't be written; what was at `path` is still there.
     """
     path = Path(path)
+    check_target(path, FORMAT, "saved KV state")
     state.check_room(0)
     tokens = state.tokens
     with execution():
@@ -54,9 +56,7 @@ def save_state(state: KVState, path: str | Path, fingerprint: str) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise InputError(
-            f"{path}: the KV state can't be saved ({error.strerror or error}); choose another place"
-        ) from error
+        raise InputError(f"{path}: the KV state can't be saved ({reason(error)}); choose another place") from error
 
 
 def _contents(state: KVState, tokens: list[int], fingerprint: str) -> Iterator[Any]:
@@ -114,44 +114,96 @@ def load_state(path: str | Path, fingerprint: str, empty: Callable[[str, mx.Dtyp
         try:
             loaded = mx.load(str(path), format="safetensors", return_metadata=True)
             arrays, about = cast("tuple[dict[str, mx.array], dict[str, str]]", loaded)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # of MLX's reader of JSON, say
             raise InputError(f"{path}: is not a saved KV state; give a file that --state or save() wrote") from error
         if about.get("format") != FORMAT or about.get("version") != VERSION:
             raise InputError(
                 f"{path}: is a {about.get('format')} of version {about.get('version')}, this program reads version "
                 f"{VERSION} of {FORMAT}; delete it and start anew"
             )
-        if about["model"] != fingerprint:
+        if about.get("model") != fingerprint:
             raise InputError(f"{path}: was saved with another model; load that one, or delete the file and start anew")
-        tokens = cast("list[int]", arrays["tokens"].tolist())
-        layout, counts = SegmentLayout(*json.loads(about["layout"])), json.loads(about["counts"])
-        dtype = next(a.dtype for name, a in arrays.items() if name.endswith(".tail.keys"))
-        state, layers = empty(about["kv"], dtype, layout), {}
-        for i, kv in state.layers.items():
-            names, quantizer = _ARRAYS[kv.quantizer is not None], kv.quantizer
-            if quantizer:  # another device's may differ in its last bits
-                quantizer = replace(quantizer, rotation=arrays[f"layer.{i}.rotation"])
-            starts = sorted(int(n.rsplit(".", 1)[1]) for n in arrays if n.startswith(f"layer.{i}.{names[0]}."))
-            segments = []
-            for start in starts:
-                keys, values = (arrays[f"layer.{i}.{which}.{start}"] for which in names)
-                segments.append(Segment(start, start + keys.shape[2], keys, values))
-            tail = arrays[f"layer.{i}.tail.keys"], arrays[f"layer.{i}.tail.values"]
-            count, skip = counts[str(i)]
-            layers[i] = LayerKV(tuple(segments), *tail, count, len(tokens), quantizer, skip)
-        state.restore(layers, tokens)
-        mx.eval(arrays)
+        try:
+            if sum(a.nbytes for a in arrays.values()) > path.stat().st_size:
+                raise ValueError("its arrays are longer than it is")
+            state = _restored(arrays, about, empty)
+            mx.eval(arrays)
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            StopIteration,
+            ArithmeticError,
+            RuntimeError,
+        ) as error:
+            raise InputError(
+                f"{path}: holds what no saved KV state does ({error}); delete it and start anew"
+            ) from error
     return state
+
+
+def _restored(
+    arrays: dict[str, mx.array], about: dict[str, str], empty: Callable[[str, mx.Dtype, SegmentLayout], KVState]
+) -> KVState:
+    """Return the state of a file's arrays. Raises ValueError and others where they are not what a state has."""
+    layout, counts = SegmentLayout(*json.loads(about["layout"])), json.loads(about["counts"])
+    _must(1 <= layout.tail <= 4096 and 2 <= layout.fan <= 64 and 1 <= layout.tops <= 64, "layout")
+    dtype = next(a.dtype for name, a in arrays.items() if name.endswith(".tail.keys"))
+    _must(dtype in (mx.float32, mx.float16, mx.bfloat16), "dtype")
+    state, layers = empty(about["kv"], dtype, layout), {}
+    _must(arrays["tokens"].ndim == 1, "tokens")
+    tokens = cast("list[int]", arrays["tokens"].tolist())
+    state.config.check_ids(tokens)
+    for i, kv in state.layers.items():
+        names, quantizer, shape = _ARRAYS[kv.quantizer is not None], kv.quantizer, state.config.layers[i]
+        if quantizer:  # another device's may differ in its last bits
+            rotation = arrays[f"layer.{i}.rotation"]
+            _must((rotation.shape, rotation.dtype) == (quantizer.rotation.shape, quantizer.rotation.dtype), "rotation")
+            quantizer = replace(quantizer, rotation=rotation)
+        count, skip = counts[str(i)]
+        _must(type(count) is int and type(skip) is int and 0 <= skip <= count <= layout.tail, "counts")
+        _must((len(tokens) - count) % layout.tail == 0 and (quantizer is not None or not skip), "counts")
+        starts = sorted(int(n.rsplit(".", 1)[1]) for n in arrays if n.startswith(f"layer.{i}.{names[0]}."))
+        ends = [*starts[1:], len(tokens) - count + skip]
+        needed = max(0, len(tokens) - state.config.window + 1) if shape.sliding else 0
+        _must(0 <= min([*starts, ends[-1]]) <= needed, "segments")
+        segments = []
+        for start, end in zip(starts, ends, strict=False):
+            keys, values = (arrays[f"layer.{i}.{which}.{start}"] for which in names)
+            _must(start < end <= start + keys.shape[2] and keys.shape[:3] == values.shape[:3], "segments")
+            for array, wanted in zip((keys, values), _forms(kv, state.kv), strict=True):
+                _must((array.shape[:2], array.shape[3:], array.dtype) == wanted, "segments")
+            segments.append(Segment(start, end, keys, values))
+        tail = arrays[f"layer.{i}.tail.keys"], arrays[f"layer.{i}.tail.values"]
+        _must(all((a.shape, a.dtype) == (kv.tail_keys.shape, dtype) for a in tail), "tails")
+        layers[i] = LayerKV(tuple(segments), *tail, count, len(tokens), quantizer, skip)
+    state.restore(layers, tokens)
+    return state
+
+
+def _forms(kv: LayerKV, kind: str) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], mx.Dtype]]:
+    """Yield the shape before and after the tokens, and the dtype, of a segment's two arrays."""
+    one, heads, _, dim = kv.tail_keys.shape
+    if kv.quantizer is None:
+        yield from [((one, heads), (dim,), kv.tail_keys.dtype)] * 2
+    else:
+        yield (one, heads), (2, dim * BITS[kind] // 32), mx.uint32
+        yield (one, heads), (2,), mx.float16
+
+
+def _must(so: bool, what: str) -> None:
+    if not so:
+        raise ValueError(f"its {what} can't be")
 
 
 def _check(path: Path) -> None:
     """Raise InputError unless the checksum at the file's end is right."""
+    check_source(path, "a KV state that was saved")
     try:
         data = np.memmap(path, np.uint8, mode="r")
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; a KV state is made by saving one") from error
     except (OSError, ValueError) as error:  # an empty file can't be mapped
-        raise InputError(f"{path}: can't be read as a KV state ({error}); give another file") from error
+        raise InputError(f"{path}: can't be read as a KV state ({reason(error)}); give another file") from error
     digest = hashlib.sha256()
     for start in range(0, data.size - _DIGEST, _STEP):
         digest.update(data[start : min(start + _STEP, data.size - _DIGEST)].data)

@@ -320,7 +320,7 @@ class KVState:
         """Forget everything, as if nothing had been read. Looks at none of its arrays: they may have failed."""
         self.check_room(0)
         shapes = {i: (kv.tail_keys.shape, kv.quantizer) for i, kv in self._layers.items()}
-        self.close()
+        KVState.close(self)
         self.closed = False
         with execution():
             for i, (shape, quantizer) in shapes.items():

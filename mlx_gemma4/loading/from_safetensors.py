@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..memory import Holding, on_cpu
 from ..ops.dispatch import Kernels
 from ..ops.stock import Affine, Weight
-from .tensors import Entry, Spec
+from .tensors import Cut, Entry, Spec
 
 _TOP = {
     "embed_tokens": "token_embd",
@@ -81,23 +81,33 @@ class FolderSource:
             key, stem = gguf_name(name), name.removesuffix(".weight")
             if f"{stem}.scales" not in arrays:
                 self._arrays[key] = (array,)
-                self.entries[key] = Entry(tuple(array.shape), str(array.dtype), array.nbytes)
+                readable = array.dtype in (mx.float32, mx.float16, mx.bfloat16)
+                self.entries[key] = Entry(tuple(array.shape), str(array.dtype), array.nbytes, readable=readable)
                 continue
             if f"{stem}.biases" not in arrays:
                 raise InputError(f"{path}: {stem} is quantized without biases; only mlx-lm's affine kind can be read")
             parts = self._arrays[key] = (array, arrays[f"{stem}.scales"], arrays[f"{stem}.biases"])
             own = quantization.get(stem)  # the module's own entry in config.json, or the entry for all modules
-            group = int((own if isinstance(own, Mapping) else quantization).get("group_size", 64))
+            group = (own if isinstance(own, Mapping) else quantization).get("group_size", 64)
+            if group not in (32, 64, 128) or array.ndim < 2 or parts[1].ndim != array.ndim:
+                raise InputError(f"{path}: {stem} is quantized by groups of {group}, which can't be; convert it again")
             k = parts[1].shape[-1] * group
-            kind = f"affine {array.shape[-1] * 32 // k} bits by {group}"
-            self.entries[key] = Entry((*array.shape[:-1], k), kind, sum(a.nbytes for a in parts), quantized=True)
+            bits = array.shape[-1] * 32 / k
+            kind, size = f"affine {bits:g} bits by {group}", sum(a.nbytes for a in parts)
+            readable = array.dtype == mx.uint32 and bits in (2, 3, 4, 5, 6, 8)
+            self.entries[key] = Entry((*array.shape[:-1], k), kind, size, True, readable, group)
 
-    def read(self, names: Sequence[str], spec: Spec, holding: Holding, kernels: Kernels | None) -> Weight:
+    def read(
+        self, names: Sequence[str], spec: Spec, holding: Holding, kernels: Kernels | None, cuts: Sequence[Cut] = ()
+    ) -> Weight:
         parts = [self._arrays.pop(name) for name in names]  # so that what is joined or expanded can go
+        widths = {name: self.entries[name].shape[-1] for name in names if cuts}
+        some = zip(parts, names, cuts or [Cut()] * len(names), strict=True)
+        parts = [tuple(_taken(a, cut, widths.get(name, 0)) for a in arrays) for arrays, name, cut in some]
         arrays = [mx.concatenate(list(a), axis=-2) if len(a) > 1 else a[0] for a in zip(*parts, strict=True)]
         if len(arrays) == 3:
             codes, scales, biases = arrays
-            k = self.entries[names[0]].shape[-1]
+            k = cuts[0].shape(self.entries[names[0]].shape)[-1] if cuts else self.entries[names[0]].shape[-1]
             weight = Affine(codes, scales, biases, k // scales.shape[-1], codes.shape[-1] * 32 // k)
             if holding == "packed" or spec.role == "table":
                 mx.eval(codes, scales, biases)
@@ -114,6 +124,16 @@ class FolderSource:
         return dense
 
 
+def _taken(a: mx.array, cut: Cut, width: int) -> mx.array:
+    """Return a copy of some of an array [.., N, ..] whose rows hold `width` numbers, in codes, or scales of groups."""
+    if cut.rows:
+        a = mx.take(a, mx.concatenate([mx.arange(rows.start, rows.stop) for rows in cut.rows]), axis=-2)
+    if cut.columns is not None:
+        start, stop = (n * a.shape[-1] // width for n in (cut.columns.start, cut.columns.stop))
+        a = mx.take(a, mx.arange(start, stop), axis=-1)
+    return a
+
+
 def _mapped(path: Path) -> dict[str, mx.array]:
     """Every array of a folder's safetensors, by the file's name for it, not read yet."""
     shards = sorted(path.glob("*.safetensors"))
@@ -123,7 +143,7 @@ def _mapped(path: Path) -> dict[str, mx.array]:
     for shard in shards:
         try:
             arrays |= cast("dict[str, mx.array]", mx.load(str(shard)))
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # of MLX's reader of JSON, say
             raise InputError(f"{shard}: can't be read ({error}); download it again") from error
     return arrays
 

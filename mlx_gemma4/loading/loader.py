@@ -10,24 +10,31 @@ from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+import mlx.core as mx
 
 from ..config import Config, config_from_gguf, config_from_json
 from ..errors import InputError
 from ..files.gguf import open_gguf
-from ..memory import DEFAULT_CONTEXT, SOME_ROOM, MemoryPlan, Room, kv_dtype, limit_memory, make_plan, on_cpu
+from ..memory import DEFAULT_CONTEXT, SOME_ROOM, Holding, MemoryPlan, Room, kv_dtype, limit_memory, make_plan, on_cpu
 from ..model.costs import largest_chunk, needs_of, own_attention
 from ..model.model import Model
 from ..model.weights import Layer, Weights
 from ..ops import pack
 from ..ops.dispatch import Kernels
-from ..ops.stock import Weight
+from ..ops.stock import Weight, rows_of
 from ..paths import read_object
+from ..quant.formats import SUPPORTED
+from ..shard import Part, Shard
 from .from_gguf import GGUFSource
 from .from_safetensors import FolderSource
-from .tensors import Source, Spec, tensor_specs
+from .parts import part_of
+from .tensors import Source, Spec, tensor_specs, unused
 
 log = logging.getLogger("mlx_gemma4")
+
+FLOATING = ("F32", "F16", "BF16")  # types of scales
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
@@ -37,14 +44,19 @@ def open_model(path: Path) -> Iterator[tuple[Config, Source, Mapping[str, Any]]]
     """Yield the configuration, the tensors unread, and a GGUF's metadata ({} for a folder). Raises InputError."""
     if path.is_dir():
         file = path / "config.json"
+        if (path / "adapter_config.json").is_file():
+            raise InputError(f"{path}: is a LoRA adapter, which belongs to a model; give the model's folder")
         if not file.is_file():
             raise InputError(f"{path}: this folder has no config.json; give a .gguf file or a model's folder")
         contents = read_object(file)
-        config = config_from_json(contents, str(file))
-        yield config, FolderSource(path, config, contents.get("quantization") or {}), {}
+        config, quantization = config_from_json(contents, str(file)), contents.get("quantization")
+        yield config, FolderSource(path, config, quantization if isinstance(quantization, Mapping) else {}), {}
     else:
         with open_gguf(path) as gguf:
-            yield config_from_gguf(gguf.metadata, str(path)), GGUFSource(gguf), gguf.metadata
+            if not gguf.tensors and "tokenizer.ggml.tokens" in gguf.metadata:
+                raise InputError(f"{path}: holds a vocabulary without a model; give the model's file")
+            config = config_from_gguf(gguf.metadata, str(path))
+            yield config, GGUFSource(gguf, config), gguf.metadata
 
 
 def load_model(
@@ -55,6 +67,7 @@ def load_model(
     progress: Progress | None = None,
     kernels: Kernels | None = None,
     room: Room = SOME_ROOM,
+    shard: Shard | None = None,
 ) -> tuple[Model, MemoryPlan]:
     """Read every tensor that the configuration calls for and build the model.
 
@@ -67,20 +80,40 @@ def load_model(
         progress: called as bytes are read.
         kernels: pack the weights and run the model; None: stock operations do.
         room: for keys and values, that must be there beside the weights.
+        shard: read only this rank's part.
 
     Raises:
         InputError: a tensor is missing, has another shape or a type that can't be read; too little memory.
     """
-    specs = tensor_specs(config)
-    present = _account(source, specs)
-    packed, dense = _sizes(source, present)
+    present, scales = account(config, source, tensor_specs(config))
+    part = None
+    if shard is not None:
+        mine, source, present = part_of(config, source, present, shard)
+        config, part = mine.config, mine.part
+        scales = {name: scales[of] for name, (of, _) in mine.tensors.items() if of in scales}
+    packed, dense = sizes(source, present)
     chunk = largest_chunk(config, kernels)
     largest = max(source.entries[name].n_bytes for name in present)
     needs = needs_of(config, kv_dtype(), chunk, own_attention(kernels), largest if on_cpu() else 4 * pack.PIECE)
     plan = make_plan(packed, dense, holding, source.name, needs, room)
     _tell(plan, chunk, min(room.context or DEFAULT_CONTEXT, config.context))
-    joined = _fusions(source, present, len(config.layers)) if fuse else {}
+    apart = {name: spec for name, spec in present.items() if name not in scales}  # one scale is one tensor's
+    joined = fusions(source, apart, len(config.layers)) if fuse else {}
+    weights = read_weights(source, present, joined, scales, plan.holding, kernels, progress)
+    limit_memory(plan)
+    return Model(config, assemble(config, weights, part), kernels, plan, part), plan
 
+
+def read_weights(
+    source: Source,
+    present: dict[str, Spec],
+    joined: dict[str, list[str]],
+    scales: Mapping[str, str],
+    holding: Holding,
+    kernels: Kernels | None,
+    progress: Progress | None = None,
+) -> dict[str, Weight]:
+    """Read tensors, by name; those to be joined go by their target's. `scales`: names of factors, by whose they are."""
     total, done = sum(source.entries[name].n_bytes for name in present), 0
     weights: dict[str, Weight] = {}
     parts_of = {part: target for target, parts in joined.items() for part in parts}
@@ -89,13 +122,22 @@ def load_model(
         if target in weights:
             continue  # joined to an earlier tensor
         parts = joined.get(target, [name])
-        weights[target] = source.read(parts, spec, plan.holding, kernels)
+        weights[target] = source.read(parts, spec, holding, kernels)
+        if spec.role == "vector" and not bool(mx.isfinite(cast("mx.array", weights[target])).all()):
+            raise InputError(
+                f"{source.name}: tensor {name} has values that are no numbers (NaN or infinite); "
+                "the file is damaged, download it again"
+            )
+        if name in scales:
+            factor = cast("mx.array", source.read([scales[name]], Spec((1,), "vector"), holding, None))
+            weight = cast("mx.array", weights[target])
+            weights[target] = weight.astype(mx.float32) * factor.reshape(-1, *[1] * (weight.ndim - 1))
+            mx.eval(weights[target])
         done += sum(source.entries[part].n_bytes for part in parts)
         if progress:
             progress(done, total)
     pack.done()
-    limit_memory(plan)
-    return Model(config, _assemble(config, weights), kernels, plan), plan
+    return weights
 
 
 def _tell(plan: MemoryPlan, chunk: int, context: int) -> None:
@@ -114,8 +156,11 @@ def _tell(plan: MemoryPlan, chunk: int, context: int) -> None:
         )
 
 
-def _account(source: Source, specs: dict[str, Spec]) -> dict[str, Spec]:
-    """Return the specs of the tensors that the file has; log those that it has beside them."""
+def account(config: Config, source: Source, specs: dict[str, Spec]) -> tuple[dict[str, Spec], dict[str, str]]:
+    """Return the specs of the tensors that the file has, and the names of their scales; log what else it has.
+
+    Raises InputError before any tensor is read: one is missing, can't be read, or changes the result and isn't known.
+    """
     needed = dict(specs)
     for joined in (name for name in specs if name.endswith("ffn_gate_up_exps.weight")):
         # Experts' gate and up: whichever form the file has must be whole.
@@ -124,30 +169,49 @@ def _account(source: Source, specs: dict[str, Spec]) -> dict[str, Spec]:
                 del needed[apart]
             else:
                 needed[apart] = replace(specs[apart], optional=False)
+    present = {name: spec for name, spec in needed.items() if name in source.entries}
+    scales = {name: name.removesuffix("weight") + "scale" for name, spec in present.items() if spec.role != "vector"}
+    scales = {name: scale for name, scale in scales.items() if scale in source.entries and scale not in specs}
+    left, odd = unused(config, [n for n in source.entries if n not in present and n not in scales.values()])
     missing = [name for name, spec in needed.items() if not spec.optional and name not in source.entries]
+    if odd:
+        lacks = f" and lacks {missing[0]}" if missing else ""
+        raise InputError(
+            f"{source.name}: has tensor {odd[0]}{f' and {len(odd) - 1} more' if odd[1:] else ''}{lacks}, which nothing "
+            "here knows how to use; update mlx-gemma4, or take another file of this model"
+        )
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise InputError(
             f"{source.name}: {'tensors' if missing[1:] else 'tensor'} {', '.join(missing[:3])}{more} missing; "
             "the file is incomplete, download it again"
         )
-    present = {name: spec for name, spec in needed.items() if name in source.entries}
     for name, spec in present.items():
         shape = source.entries[name].shape
+        if not source.entries[name].readable:
+            raise InputError(
+                f"{source.name}: tensor {name} is {source.entries[name].type}, which can't be loaded yet; "
+                f"take a file in one of {', '.join(sorted(SUPPORTED))}"
+            )
         if shape != spec.shape and not (spec.shape == (1,) and shape == ()):
             raise InputError(
                 f"{source.name}: tensor {name} is {_by(shape)}, but the configuration calls for {_by(spec.shape)}; "
                 "the file is damaged or was converted wrongly"
             )
-    unused = [name for name in source.entries if name not in present]
-    if unused:
-        log.info("Unused tensors (%d): %s", len(unused), ", ".join(unused))
+    for name, scale in scales.items():
+        entry, shape = source.entries[scale], source.entries[scale].shape
+        if entry.type not in FLOATING or source.entries[name].quantized or name.startswith("token_embd"):
+            raise InputError(f"{source.name}: tensor {scale} scales {name}, whose type has no scale; convert it again")
+        if shape not in ((), (1,), (present[name].shape[0],) if len(present[name].shape) == 3 else ()):
+            raise InputError(f"{source.name}: tensor {scale} is {_by(shape)}, not a single number; convert it again")
+    if left:
+        log.info("Unused tensors (%d): %s", len(left), ", ".join(left))
     if "output.weight" in present:  # the embedding is not the head too
         present["token_embd.weight"] = Spec(present["token_embd.weight"].shape, "table")
-    return present
+    return present, scales
 
 
-def _sizes(source: Source, present: dict[str, Spec]) -> tuple[int, int]:
+def sizes(source: Source, present: dict[str, Spec]) -> tuple[int, int]:
     """Return the bytes of all weights held packed, and held dense."""
     packed = dense = 0
     for name, spec in present.items():
@@ -159,7 +223,7 @@ def _sizes(source: Source, present: dict[str, Spec]) -> tuple[int, int]:
     return packed, dense
 
 
-def _fusions(source: Source, present: dict[str, Spec], layers: int) -> dict[str, list[str]]:
+def fusions(source: Source, present: dict[str, Spec], layers: int) -> dict[str, list[str]]:
     """Return the tensors to join, in the order of their rows: target name -> [gate, up] or [q, k] or [q, k, v].
 
     Rows of different types can't share an array. Those of gate and up are equally long, and those of q, k and v.
@@ -175,12 +239,12 @@ def _fusions(source: Source, present: dict[str, Spec], layers: int) -> dict[str,
             log.info("Fused gate+up on %d %s (%d left unfused)", len(fused), what, len(pairs) - len(fused))
     for i in range(layers):
         q, k, v = (f"blk.{i}.attn_{x}.weight" for x in "qkv")
-        if types.get(k) == types[q]:
+        if q in types and types.get(k) == types[q]:
             joined[f"blk.{i}.attn_qk.weight"] = [q, k, v] if types.get(v) == types[q] else [q, k]
     return joined
 
 
-def _assemble(config: Config, weights: dict[str, Weight]) -> Weights:
+def assemble(config: Config, weights: dict[str, Weight], part: Part | None = None) -> Weights:
     """Put weights into the model's fields, which are named after the GGUF's tensors."""
     top: dict[str, Any] = {}
     per_layer: list[dict[str, Any]] = [{} for _ in config.layers]
@@ -190,7 +254,10 @@ def _assemble(config: Config, weights: dict[str, Weight]) -> Weights:
             per_layer[int(i)][field.removesuffix(".weight").replace(".", "_")] = weight
         else:
             top[name.removesuffix(".weight")] = weight
-    top.setdefault("output", top["token_embd"])
+    if "output" not in top:  # tied; a rank with the whole table has its rows of the head there
+        table: Weight = top["token_embd"]
+        top["output"] = table if part is None or table.shape[0] == len(part.rows) else rows_of(table, part.rows)
+    top.setdefault("token_embd", top["output"])  # a rank that embeds no tokens
     return Weights(layers=tuple(Layer(**fields) for fields in per_layer), **top)
 
 

@@ -3,7 +3,8 @@
 In: a `Config`. Out: the name, shape and role of every tensor.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -11,6 +12,14 @@ from ..config import Config
 from ..memory import Holding
 from ..ops.dispatch import Kernels
 from ..ops.stock import Weight
+
+# What no model may have and not use, by GGUF names and by those of Hugging Face that have none.
+OWN = re.compile(
+    r"(blk\.|output|token_embd|per_layer).*|(model\.|language_model\.)*(layers\.|embed_tokens|lm_head|norm\.).*"
+)
+# But these: llama.cpp ignores the first too, and layers that share keys and values may carry along what they don't use.
+IDLE = re.compile(r".*\.input_scale|.*rotary_emb\.inv_freq")
+SHARED = re.compile(r"blk\.(\d+)\.attn_(k|v|k_norm)\.weight")
 
 Role = Literal["vector", "matrix", "table"]
 
@@ -32,6 +41,30 @@ class Entry:
     type: str  # two tensors may be joined when their types are equal
     n_bytes: int
     quantized: bool = False  # otherwise a matrix is widened to fp32 on a CPU
+    readable: bool = True  # its type is one that can be loaded
+    block: int = 1  # numbers of a row that are quantized together
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The part of a tensor to read: ranges of rows, one after the other, and of columns. Empty, None: all."""
+
+    rows: tuple[range, ...] = ()
+    columns: range | None = None
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the part of a tensor [.., N, K]."""
+        shape = list(whole)
+        if self.rows:
+            shape[-2] = sum(map(len, self.rows))
+        if self.columns is not None:
+            shape[-1] = len(self.columns)
+        return tuple(shape)
+
+    @property
+    def whole(self) -> bool:
+        """True if it is all of the tensor."""
+        return not self.rows and self.columns is None
 
 
 class Source(Protocol):
@@ -40,14 +73,30 @@ class Source(Protocol):
     name: str
     entries: dict[str, Entry]
 
-    def read(self, names: Sequence[str], spec: Spec, holding: Holding, kernels: Kernels | None) -> Weight:
+    def read(
+        self, names: Sequence[str], spec: Spec, holding: Holding, kernels: Kernels | None, cuts: Sequence[Cut] = ()
+    ) -> Weight:
         """Read tensors of equal type, once each, as one weight: their rows joined in this order.
 
         Args:
             names: one tensor, or several whose rows agree in type and length.
             holding: "packed" keeps quantized blocks, "dense" expands them to fp32; tables stay packed either way.
             kernels: pack on the GPU; None: on the CPU.
+            cuts: the part of each to read; empty: all of all.
         """
+
+
+def unused(config: Config, names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return which of the names that no spec has may be left out, and which would change the result."""
+    free: list[str] = []
+    missed: list[str] = []
+    for name in names:
+        shared = SHARED.fullmatch(name)
+        idle = (
+            shared and int(shared[1]) < len(config.layers) and config.layers[int(shared[1])].kv_layer != int(shared[1])
+        )
+        (missed if OWN.fullmatch(name) and not IDLE.fullmatch(name) and not idle else free).append(name)
+    return free, missed
 
 
 def tensor_specs(config: Config) -> dict[str, Spec]:
@@ -86,7 +135,7 @@ def tensor_specs(config: Config) -> dict[str, Spec]:
             add(blk + "ffn_gate_inp.weight", c.experts, c.hidden)
             add(blk + "ffn_gate_inp.scale", c.hidden)
             add(blk + "pre_ffw_norm_2.weight", c.hidden)
-            # Either joined in the file already, or apart; `_account` settles which.
+            # Either joined in the file already, or apart; `account` settles which.
             add(blk + "ffn_gate_up_exps.weight", c.experts, 2 * c.expert_ffn, c.hidden, opt=True)
             add(blk + "ffn_gate_exps.weight", c.experts, c.expert_ffn, c.hidden, opt=True)
             add(blk + "ffn_up_exps.weight", c.experts, c.expert_ffn, c.hidden, opt=True)

@@ -34,10 +34,9 @@ from ..kv.state import KVState
 from ..loading.loader import Progress, load_model, open_model
 from ..memory import SOME_ROOM, Room, available_memory, device_info
 from ..model.batch import MAX_BATCH
-from ..model.costs import PREFILL_CHUNK
+from ..model.costs import PREFILL_CHUNK, kv_per_token, weights_per_token
 from ..model.model import Model
 from ..ops.dispatch import Kernels
-from .inspection import kv_per_token, weights_per_token
 
 DEPTHS = (0, 512, 2048, 8192)
 GREEDY = Sampling(temperature=0)

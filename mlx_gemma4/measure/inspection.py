@@ -14,13 +14,12 @@ import mlx.core as mx
 
 from ..config import Config
 from ..doctor.verdict import usable_kernels
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..files.gguf import TENSOR_TYPES
-from ..kv.quantization import vector_bytes
 from ..loading.loader import open_model
 from ..loading.tensors import Entry, Spec, tensor_specs
 from ..memory import DEFAULT_CONTEXT, Needs, available_memory, kv_dtype
-from ..model.costs import PREFILL_CHUNK, needs_of, own_attention
+from ..model.costs import PREFILL_CHUNK, kv_per_token, needs_of, own_attention, weights_per_token
 from ..quant.formats import SUPPORTED
 
 TENSOR_NAMES = {t.name for t in TENSOR_TYPES.values()}
@@ -114,33 +113,7 @@ def _problems(entries: Mapping[str, Entry], wanted: Mapping[str, Spec]) -> list[
 def _header(path: Path) -> tuple[Config, Mapping[str, Entry], str]:
     """Return the configuration, the tensors by GGUF name, and the model's name ("" for a folder)."""
     with open_model(path) as (config, source, metadata):
-        return config, source.entries, str(metadata.get("general.name", ""))
-
-
-def weights_per_token(config: Config, sizes: Mapping[str, int]) -> int:
-    """Bytes of weights that a decoded token reads: one row of each embedding, the experts in use, all of the rest.
-
-    `sizes`: bytes of each tensor, by its GGUF name; a head that is the embedding may be there or not.
-    """
-    total = 0.0
-    for name, n_bytes in sizes.items():
-        row = n_bytes / config.vocab
-        if name == "token_embd.weight" and "output.weight" not in sizes:
-            total += row + n_bytes  # beside its use as the head
-        elif name in ("token_embd.weight", "per_layer_token_embd.weight"):
-            total += row
-        else:
-            total += n_bytes * (config.experts_used / config.experts if "_exps" in name else 1)
-    return round(total)
-
-
-def kv_per_token(config: Config, kv: str, context: int, dtype: mx.Dtype) -> int:
-    """Bytes of keys and values that a token reads behind `context` others; only global layers are quantized."""
-    total = 0
-    for shape in config.layers:
-        rows, kind = (min(context, config.window), "full") if shape.sliding else (context, kv)
-        total += 2 * shape.kv_heads * vector_bytes(kind, shape.head_dim, dtype) * rows
-    return total
+        return config, source.entries, one_line(str(metadata.get("general.name", "")))
 
 
 def _memory(

@@ -31,7 +31,7 @@ from .step import BatchStep, LazyBatchStep, Tokens, count_of, tokens_as_array
 from .weights import Loaded
 
 MAX_BATCH = 32  # states of a step
-Alone = Callable[[mx.array, KVState], mx.array]  # (ids int [1], state) -> logits [1, vocab]
+Alone = Callable[[mx.array, KVState], mx.array]  # (ids int [1], state) -> logits [1, vocab], the whole
 
 
 def check_batch(tokens: Tokens, states: Sequence[KVState]) -> None:
@@ -125,7 +125,7 @@ class Batcher:
         run, pool, rows = self._run, self.pool, rows_for(len(states))
         tables, pieces = self.places(states, rows)
         key = (run.off, rows, *(table.shape[1] for table in tables.values()), *pieces.items())
-        if self._replayer.replays(rows) and all(draw.in_kernel for draw in draws):
+        if self._model.part is None and self._replayer.replays(rows) and all(draw.in_kernel for draw in draws):
             if self._last is not None:
                 self._wait(False)
 
@@ -150,7 +150,7 @@ class Batcher:
         self._last = cast(mx.array, logits[: len(states)])
         for n, state in enumerate(states):
             state.advance(ids[n : n + 1])
-        return LazyBatchStep(self._last, draws, run)
+        return LazyBatchStep(self._last, draws, run, self._model.part)
 
     def places(self, states: Sequence[KVState], rows: int) -> tuple[dict[bool, np.ndarray], dict[bool, int]]:
         """Return a step's places by kind of layer, int32 [rows, ..], and its pieces. States without pages join."""

@@ -5,6 +5,7 @@ In: a model's shape, tokens. Out: bytes that are alive at once, reckoned: nothin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ import mlx.core as mx
 from ..config import Config, LayerConfig
 from ..execution import BUFFER_ELEMENTS
 from ..gpu.render import cuda_launcher
-from ..kv.quantization import BITS, allowed_kinds
+from ..kv.quantization import BITS, allowed_kinds, vector_bytes
 from ..kv.state import kv_bytes
 from ..memory import Needs, on_cpu, on_metal
 from ..ops import prompt_attention
@@ -129,3 +130,29 @@ def chunk_at(config: Config, position: int, most: int, own: bool) -> int:
     while chunk > 16 and scores(chunk) > SCORE_BYTES:
         chunk //= 2
     return chunk
+
+
+def weights_per_token(config: Config, sizes: Mapping[str, int]) -> int:
+    """Bytes of weights that a decoded token reads: one row of each embedding, the experts in use, all of the rest.
+
+    `sizes`: bytes of each tensor, by its GGUF name; a head that is the embedding may be there or not.
+    """
+    total = 0.0
+    for name, n_bytes in sizes.items():
+        row = n_bytes / config.vocab
+        if name == "token_embd.weight" and "output.weight" not in sizes:
+            total += row + n_bytes  # beside its use as the head
+        elif name in ("token_embd.weight", "per_layer_token_embd.weight"):
+            total += row
+        else:
+            total += n_bytes * (config.experts_used / config.experts if "_exps" in name else 1)
+    return round(total)
+
+
+def kv_per_token(config: Config, kv: str, context: int, dtype: mx.Dtype) -> int:
+    """Bytes of keys and values that a token reads behind `context` others; only global layers are quantized."""
+    total = 0
+    for shape in config.layers:
+        rows, kind = (min(context, config.window), "full") if shape.sliding else (context, kv)
+        total += 2 * shape.kv_heads * vector_bytes(kind, shape.head_dim, dtype) * rows
+    return total

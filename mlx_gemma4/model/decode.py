@@ -8,14 +8,14 @@ takes, runs as its own reference.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, TypedDict, cast
 
 import mlx.core as mx
 
-from ..config import Config
+from ..config import Config, LayerConfig
 from ..kv.segments import LayerKV, sealed
 from ..kv.state import KVState
 from ..ops import matvec, parts, stock
@@ -26,6 +26,7 @@ from ..ops.epilogue import FP32, SHRINK, Epilogue, Folded
 from ..ops.norms import ADD_NORM, NormOptions
 from ..ops.qkv import QKV_POST, ROTATIONS, QKVArrays, QKVOptions
 from ..ops.quantized_attention import QUANTIZED_ATTENTION
+from .forward import both_summed, rows_by_rank, summed
 from .spans import Places, Spans, in_sight, numbers_at, placed, spans_of
 from .weights import Layer, Loaded
 
@@ -33,6 +34,7 @@ MAX_TOKENS = matvec.MAX_TOKENS
 MAX_CHECKED = 8  # of a step that checks drafts: as many as attention takes
 TRACES = 8  # kept of a model's steps: a conversation needs one at a time
 Tails = dict[int, parts.KVPart]  # by layer with keys and values of its own
+Experts = tuple[mx.array, mx.array, mx.array, mx.array]  # `NormOptions.experts`
 # A layer's attention: its number, raw products q, k, v (the latter None as in `QKVArrays`), options -> [T, H D].
 Attend = Callable[[int, mx.array, "mx.array | None", "mx.array | None", QKVOptions], mx.array]
 
@@ -111,37 +113,80 @@ def make_step(model: Loaded, run: Kernels) -> Callable[[mx.array, KVState], tupl
 def forward(
     model: Loaded, run: Kernels, constants: Constants, ids: mx.array, attend: Attend
 ) -> tuple[mx.array, mx.array]:
-    """Return fp32 logits [T, vocab] before any softcap, and what the head reads, [T, hidden]: the step itself.
+    """Return fp32 logits [T, vocab] before any softcap, of a part those of its rows, and the head's input, [T, hidden].
 
-    A function of arrays. Nothing but our kernels touches what it makes, so that their launches are all there is to it
-    (replay.py records them). x, the residual, is fp32 throughout; what a norm gives, h, has the dtype of the KV
-    state: fp16 on a GPU.
+    The step itself, a function of arrays. Nothing but our kernels touches what it makes, so that their launches are all
+    there is to it (replay.py records them). x, the residual, is fp32 throughout; what a norm gives, h, has the dtype of
+    the KV state: fp16 on a GPU.
     """
-    c, w = model.config, model.weights
-    x = run(EMBED, ids, w.token_embd, math.sqrt(c.hidden))  # [T, hidden]
+    c, w, part = model.config, model.weights, model.part
     per_layer: list[mx.array] = []
-    if w.per_layer_token_embd is not None and w.per_layer_model_proj is not None:
-        assert w.per_layer_proj_norm is not None
-        projected = run.product(x, w.per_layer_model_proj)
-        made = run(
-            PLE_INPUTS, ids, projected, w.per_layer_proj_norm, w.per_layer_token_embd, c.hidden**-0.5, eps=c.eps
-        )  # [layers, T, P]
-        per_layer = [made[i : i + 1].reshape(*made.shape[1:]) for i in range(len(w.layers))]  # made[i] would gather
+    if part and part.receives and not c.ple:
+        x = part.receive(ids.size, c.hidden)
+    else:
+        x, per_layer = _inputs(run, model, ids)
+        x = part.receive(ids.size, c.hidden) if part and part.receives else x
+    h = through_layers(model, run, constants, x, attend, per_layer)
+    return run.product(h, w.output, FP32), h
+
+
+def through_layers(
+    model: Loaded, run: Kernels, constants: Constants, x: mx.array, attend: Attend, per_layer: Sequence[mx.array] = ()
+) -> mx.array:
+    """Return the residual x, fp32 [T, hidden], after all layers and the last norm, [T, hidden] in the KV's dtype.
+
+    per_layer: of each layer, its embeddings of the tokens [T, P]; (): there are none.
+    """
+    c, w, part = model.config, model.weights, model.part
     # x + rms(x) 0, which is x, and the first norm of it
     x, h = run(ADD_NORM, x, x, constants.nothing, NormOptions(c.eps, w.layers[0].attn_norm, out=model.kv_dtype))
     eps, out = c.eps, model.kv_dtype
     for i, layer in enumerate(w.layers):
-        a = _attention(run, model, i, h, attend)
+        a = summed(model, "attention", i, _attention(run, model, i, h, attend))
         x, h = run(ADD_NORM, x, a, layer.post_attention_norm, NormOptions(eps, layer.ffn_norm, out=out))
         experts = None if layer.ffn_gate_inp is None else _experts(run, model, layer, x)
         m, norm, shrunk = _mlp(run, layer, h), layer.post_ffw_norm, SHRINK
+        if experts is None:
+            m = summed(model, "mlp", i, m)
+        elif model.part is not None:
+            m, experts = _summed_experts(model, i, m, experts)
         if per_layer:
             assert layer.post_norm is not None
             x, _ = run(ADD_NORM, x, m, norm, NormOptions(eps, shrunk=shrunk))
             m, norm, shrunk = _per_layer(run, layer, x, per_layer[i]), layer.post_norm, 1.0
         following, scale = w.layers[i + 1].attn_norm if i + 1 < len(w.layers) else w.output_norm, constants.scales[i]
         x, h = run(ADD_NORM, x, m, norm, NormOptions(eps, following, scale, experts, shrunk, out))
-    return run.product(h, w.output, FP32), h
+    if part and part.shard.kind == "layers":
+        h = part.of_last(h, part.hand_on(x) if part.sends else None)
+    return h
+
+
+def _inputs(run: Kernels, model: Loaded, ids: mx.array) -> tuple[mx.array, list[mx.array]]:
+    """Return the embeddings of tokens, fp32 [T, hidden], and what they add in each layer, [T, P]; [] for nothing."""
+    c, w, part = model.config, model.weights, model.part
+    own = w.per_layer_token_embd
+    if part is None or part.shard.kind == "layers":
+        x = run(EMBED, ids, w.token_embd, math.sqrt(c.hidden))
+    else:
+        tables = [w.token_embd] if own is None else [w.token_embd, own]
+        x, *rows = rows_by_rank(part, ids, tables, lambda ids, table: run(EMBED, ids, table, 1.0))
+        x = x * math.sqrt(c.hidden)
+        if rows:
+            own, ids = rows[0], mx.arange(ids.size, dtype=mx.int32)
+    if own is None or w.per_layer_model_proj is None:
+        return x, []
+    assert w.per_layer_proj_norm is not None
+    projected = run.product(x, w.per_layer_model_proj)
+    made = run(PLE_INPUTS, ids, projected, w.per_layer_proj_norm, own, c.hidden**-0.5, eps=c.eps)  # [layers, T, P]
+    return x, [made[i : i + 1].reshape(*made.shape[1:]) for i in range(len(w.layers))]  # made[i] would gather
+
+
+def _summed_experts(model: Loaded, i: int, m: mx.array, experts: Experts) -> tuple[mx.array, Experts]:
+    """Return the dense MLP's output and what add_norm takes of experts in layer i, both summed over ranks in one go."""
+    outputs, share, norm1, norm2 = experts
+    mixed = (share[:, None] @ outputs).squeeze(1)  # [T, hidden]
+    m, mixed = both_summed(model, i, m, mixed)
+    return m, (mixed[:, None], mx.ones((mixed.shape[0], 1)), norm1, norm2)
 
 
 def _attention(run: Kernels, model: Loaded, i: int, h: mx.array, attend: Attend) -> mx.array:
@@ -176,16 +221,21 @@ def over_parts(model: Loaded, run: Kernels, inputs: Inputs, places: Places, toke
         q, tail_keys, tail_values = run(QKV_POST, given, options)
         if tail_keys is not None and tail_values is not None:
             tails[i] = tail_keys, tail_values
-        parts = [*inputs["segments"][shape.kv_layer], tails[shape.kv_layer]]
-        window = c.window if shape.sliding else 0
-        spans = places.spans[shape.sliding]
-        if parts[0][0].dtype == mx.uint32:  # quantized: a global layer
-            *quantized, tail = parts
-            rotation = inputs["rotations"][shape.kv_layer]
-            return run(QUANTIZED_ATTENTION, q, quantized, rotation, tail, spans, scale=c.attention_scale)
-        return run.attention(q, parts, spans, scale=c.attention_scale, window=window)
+        return attend_parts(run, c, shape, q, inputs, tails[shape.kv_layer], places)
 
     return attend, tails
+
+
+def attend_parts(
+    run: Kernels, c: Config, shape: LayerConfig, q: mx.array, inputs: Inputs, tail: parts.KVPart, places: Places
+) -> mx.array:
+    """Let queries [T, H, D] of such a layer attend to the segments and the tail that it reads: [T, H D]."""
+    seen = [*inputs["segments"][shape.kv_layer], tail]
+    spans, scale = places.spans[shape.sliding], c.attention_scale
+    if seen[0][0].dtype == mx.uint32:  # quantized: a global layer
+        rotation = inputs["rotations"][shape.kv_layer]
+        return run(QUANTIZED_ATTENTION, q, seen[:-1], rotation, tail, spans, scale=scale)
+    return run.attention(q, seen, spans, scale=scale, window=c.window if shape.sliding else 0)
 
 
 def _mlp(run: Kernels, layer: Layer, h: mx.array) -> mx.array:
@@ -207,7 +257,7 @@ def _per_layer(run: Kernels, layer: Layer, x: mx.array, p: mx.array) -> mx.array
     return run.product(run.product(x, layer.inp_gate, folded=Folded(times=p)), layer.proj)
 
 
-def _experts(run: Kernels, model: Loaded, layer: Layer, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+def _experts(run: Kernels, model: Loaded, layer: Layer, x: mx.array) -> Experts:
     """Return what add_norm takes of experts: chosen ones' outputs times SHRINK, their shares, norms of both branches.
 
     x [T, hidden] is the residual: router and experts have norms of their own, folded into their products.

@@ -9,7 +9,7 @@ heads, G key/value heads, D head size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import mlx.core as mx
@@ -20,6 +20,7 @@ from ..ops import stock
 from ..ops.prompt_attention import prompt_attention_reference
 from ..ops.routing import Routing
 from ..ops.stock import Weight
+from ..shard import Part
 from .weights import Layer, Loaded
 
 
@@ -30,10 +31,9 @@ def run_layers(m: Loaded, ids: mx.array, states: Sequence[KVState], wanted: int)
     values depends on any but the wanted tokens, so from there on only those are computed (and with none wanted, the
     pass ends).
     """
-    x = stock.embed(ids, m.weights.token_embd) * math.sqrt(m.config.hidden)  # [T, hidden]
-    before = x
-    per_layer = per_layer_inputs(m, ids, x)
-    last_kv = m.config.own_kv_layers - 1
+    x, per_layer = inputs(m, ids)
+    before, part = x, m.part
+    last_kv = -1 if part and part.sends else m.config.own_kv_layers - 1  # the next rank reads all tokens
     for i, layer in enumerate(m.weights.layers):
         shape = m.config.layers[i]
         h = stock.rms_norm(x, layer.attn_norm, m.config.eps)
@@ -46,8 +46,9 @@ def run_layers(m: Loaded, ids: mx.array, states: Sequence[KVState], wanted: int)
             q, x = q[-wanted:], x[-wanted:]
             per_layer = None if per_layer is None else per_layer[-wanted:]
         h = attention(m, layer, shape, q, states, ids.size)
+        h = summed(m, "attention", i, h)
         x = x + stock.rms_norm(h, layer.post_attention_norm, m.config.eps)
-        h = mlp(m, layer, x) if layer.ffn_gate_inp is None else mlp_and_experts(m, layer, x)
+        h = summed(m, "mlp", i, mlp(m, layer, x)) if layer.ffn_gate_inp is None else mlp_and_experts(m, i, layer, x)
         x = x + stock.rms_norm(h, layer.post_ffw_norm, m.config.eps)
         if per_layer is not None:
             x = x + per_layer_step(m, layer, x, per_layer[:, i])
@@ -59,16 +60,52 @@ def run_layers(m: Loaded, ids: mx.array, states: Sequence[KVState], wanted: int)
             before = x
     for n, state in enumerate(states):
         state.advance(ids if len(states) == 1 else ids[n : n + 1])
-    return x
+    if part is None or part.shard.kind != "layers":
+        return x
+    sent = part.hand_on(x) if part.sends else None
+    if sent is not None:
+        mx.async_eval(sent)
+        x = x[-wanted:]
+    return part.of_last(x, sent) if wanted else x
 
 
-def per_layer_inputs(m: Loaded, ids: mx.array, x: mx.array) -> mx.array | None:
-    """Return the per-layer embeddings, [T, layers, P], of tokens and their embeddings x."""
+def inputs(m: Loaded, ids: mx.array) -> tuple[mx.array, mx.array | None]:
+    """Return the residual before the first layer here, [T, hidden], and `per_layer_inputs`."""
+    w, c, part = m.weights, m.config, m.part
+    x = own = per_layer = None
+    if part is None or c.ple or not part.receives:
+        tables = [w.token_embd] if w.per_layer_token_embd is None else [w.token_embd, w.per_layer_token_embd]
+        x, *more = rows_by_rank(part, ids, tables, stock.embed)
+        x, own = x * math.sqrt(c.hidden), more[0] if more else None
+        per_layer = None if own is None else per_layer_inputs(m, own, x)
+    if part and part.receives:
+        x = part.receive(ids.size, c.hidden)
+        mx.async_eval(x)  # before any other collective of this pass
+    assert x is not None
+    return x, per_layer
+
+
+def rows_by_rank(
+    part: Part | None, ids: mx.array, tables: Sequence[Weight], look: Callable[[mx.array, Weight], mx.array]
+) -> list[mx.array]:
+    """Return what `look` finds of tokens, int [T], in tables, fp32 [T, K] each; of tables in parts, in one sum."""
+    if part is None or part.shard.kind == "layers":
+        return [look(ids, table) for table in tables]
+    here, there = part.here(ids)
+    return part.sums(*(mx.where(there, look(here, table), 0) for table in tables))
+
+
+def summed(m: Loaded, what: str, i: int, x: mx.array) -> mx.array:
+    """Return a product of layer i, [T, hidden], summed over ranks where each has a part of it."""
+    return x if m.part is None else m.part.sum_of(what, i, x)
+
+
+def per_layer_inputs(m: Loaded, own: mx.array, x: mx.array) -> mx.array:
+    """Return the per-layer embeddings, [T, layers, P], of tokens' rows in their table and their embeddings x."""
     w, c = m.weights, m.config
-    if w.per_layer_token_embd is None or w.per_layer_model_proj is None:
-        return None
-    shape = (ids.size, len(c.layers), c.ple)
-    own = stock.embed(ids, w.per_layer_token_embd).reshape(shape) * math.sqrt(c.ple)
+    assert w.per_layer_model_proj is not None
+    shape = (x.shape[0], len(c.layers), c.ple)
+    own = own.reshape(shape) * math.sqrt(c.ple)
     projected = linear(m, x, w.per_layer_model_proj).reshape(shape) * c.hidden**-0.5
     return (stock.rms_norm(projected, w.per_layer_proj_norm, c.eps) + own) * 2**-0.5
 
@@ -130,10 +167,10 @@ def mlp(m: Loaded, layer: Layer, x: mx.array) -> mx.array:
     return linear(m, geglu(m, gate, up), layer.ffn_down)
 
 
-def mlp_and_experts(m: Loaded, layer: Layer, x: mx.array) -> mx.array:
-    """Return the dense MLP and the chosen experts, each under its own norm, summed: [T, hidden]."""
+def mlp_and_experts(m: Loaded, i: int, layer: Layer, x: mx.array) -> mx.array:
+    """Return the dense MLP and the chosen experts of layer i, each under its own norm, summed: [T, hidden]."""
     eps = m.config.eps
-    dense = stock.rms_norm(mlp(m, layer, x), layer.post_ffw_norm_1, eps)
+    dense = mlp(m, layer, x)
     chosen, share = route(m, layer, x)
     routing = Routing(chosen, m.config.experts)
     h = stock.rms_norm(x, layer.pre_ffw_norm_2, eps)[:, None]  # [T, 1, hidden]
@@ -145,7 +182,16 @@ def mlp_and_experts(m: Loaded, layer: Layer, x: mx.array) -> mx.array:
     assert layer.ffn_down_exps is not None
     out = expert_linear(m, h, layer.ffn_down_exps, routing)  # [T, used, hidden]
     experts = (out * share[..., None]).sum(axis=1)
-    return dense + stock.rms_norm(experts, layer.post_ffw_norm_2, eps)
+    dense, experts = both_summed(m, i, dense, experts)
+    return stock.rms_norm(dense, layer.post_ffw_norm_1, eps) + stock.rms_norm(experts, layer.post_ffw_norm_2, eps)
+
+
+def both_summed(m: Loaded, i: int, dense: mx.array, experts: mx.array) -> tuple[mx.array, mx.array]:
+    """Return the dense MLP's and the experts' outputs of layer i, [T, hidden] each, summed over ranks in one go."""
+    if m.part is not None and all(i in m.part.split[what] for what in ("mlp", "experts")):
+        dense, experts = m.part.sums(dense, experts)
+        return dense, experts
+    return summed(m, "mlp", i, dense), summed(m, "experts", i, experts)
 
 
 def route(m: Loaded, layer: Layer, x: mx.array) -> tuple[mx.array, mx.array]:
@@ -174,13 +220,13 @@ def per_layer_step(m: Loaded, layer: Layer, x: mx.array, p: mx.array) -> mx.arra
 
 
 def head(m: Loaded, x: mx.array) -> mx.array:
-    """Return logits, fp32 [T, vocab], of hidden states [T, hidden]."""
-    return stock.softcap(linear(m, normed(m, x), m.weights.output).astype(mx.float32), m.config.softcap)
+    """Return logits, fp32 [T, vocab], of hidden states [T, hidden]; of a part, those of its rows."""
+    return logits_of(m, stock.rms_norm(x, m.weights.output_norm, m.config.eps))
 
 
-def normed(m: Loaded, x: mx.array) -> mx.array:
-    """Return what the head reads of hidden states [T, hidden]."""
-    return stock.rms_norm(x, m.weights.output_norm, m.config.eps)
+def logits_of(m: Loaded, h: mx.array) -> mx.array:
+    """Return logits, fp32 [T, vocab], of hidden states after the last norm, [T, hidden]."""
+    return stock.softcap(linear(m, h, m.weights.output).astype(mx.float32), m.config.softcap)
 
 
 def linear(m: Loaded, x: mx.array, w: Weight) -> mx.array:

@@ -29,10 +29,11 @@ from ..ops import stock
 from ..ops.dispatch import Kernels
 from ..ops.quantize_kv import QUANTIZE_KV
 from ..ops.sample import LIKELIEST, Draw
+from ..shard import Part
 from .batch import Batcher, check_batch, stock_step
 from .costs import largest_chunk
 from .decode import MAX_CHECKED, can_step, make_step
-from .forward import head, normed, rope_wavelengths, run_layers
+from .forward import head, logits_of, rope_wavelengths, run_layers
 from .numpy_step import make_numpy_step, numpy_steps
 from .replay import Replayer
 from .step import BatchStep, LazyBatchStep, LazyStep, NextToken, Step, Tokens, ids_of, known_tokens, tokens_as_array
@@ -45,10 +46,20 @@ class Model:
     """Weights, and the forward pass from tokens to logits."""
 
     def __init__(
-        self, config: Config, weights: Weights, kernels: Kernels | None = None, plan: MemoryPlan | None = None
+        self,
+        config: Config,
+        weights: Weights,
+        kernels: Kernels | None = None,
+        plan: MemoryPlan | None = None,
+        part: Part | None = None,
     ) -> None:
-        """`kernels` run decode steps; None: stock operations run everything. `plan`: of the memory; None: no limits."""
+        """`kernels` run decode steps; None: stock operations run everything. `plan`: of the memory; None: no limits.
+
+        `part`: these are a rank's configuration and weights. Each rank makes the same calls on its own `Model`, its
+        states and steps in the same order, asking a step for its token or logits included; results are the same on all.
+        """
         self.config = config
+        self.part = part
         self.weights = weights
         self.kernels = kernels
         self.plan = plan
@@ -56,17 +67,14 @@ class Model:
         kinds = {layer.sliding: layer for layer in config.layers}
         waves = {k: rope_wavelengths(config, kinds[k], weights.rope_freqs) for k in (True, False) if k in kinds}
         mx.eval(list(waves.values()))
-        self.loaded = Loaded(config, weights, self.kv_dtype, waves, kernels)
-        self.rotations: dict[int, mx.array] = {}  # of keys and values to be quantized; made for the first such state
+        self.loaded = Loaded(config, weights, self.kv_dtype, waves, kernels, part)
+        self.rotations: dict[int, mx.array] | None = None  # of quantized keys and values; made for the first such state
         together = kernels and can_step(config, 1)
-        self.batcher = (
-            Batcher(self.loaded, kernels, lambda ids, state: self._read(ids, state, 1))
-            if kernels and together
-            else None
-        )
+        self.batcher = Batcher(self.loaded, kernels, self._alone) if kernels and together else None
         self._step = make_step(self.loaded, kernels) if kernels else None
-        self._numpy_step = make_numpy_step(self.loaded) if not kernels and on_cpu() else None
-        replayable = kernels and kernels.player and can_step(config, 1)
+        plain = not kernels and on_cpu() and part is None  # a part's sums are forward.py's
+        self._numpy_step = make_numpy_step(self.loaded) if plain else None
+        replayable = kernels and kernels.player and can_step(config, 1) and part is None
         self.replayer = Replayer(self.loaded, kernels) if kernels and replayable else None
 
     def new_state(
@@ -96,7 +104,7 @@ class Model:
         if kv not in quantization.BITS:
             return {}
         with execution():
-            if not self.rotations:
+            if self.rotations is None:
                 made = {}
                 for i, mean in estimate_key_means(self).items():
                     dim, layer = self.config.layers[i].head_dim, self.weights.layers[i]
@@ -105,7 +113,7 @@ class Model:
                 self.rotations = made
         kernels = self.kernels
         quantize = quantization.quantize if kernels is None else lambda *args: kernels(QUANTIZE_KV, *args)
-        return {i: KVQuantizer(kv, rotation, quantize) for i, rotation in self.rotations.items()}
+        return {i: KVQuantizer(kv, rotation, quantize) for i, rotation in (self.rotations or {}).items()}
 
     def save_state(self, state: KVState, path: str | Path) -> None:
         """Write a state of this model to a file, without its marks. Raises InputError."""
@@ -121,11 +129,12 @@ class Model:
     def fingerprint(self) -> str:
         """Hash of what tells models apart that make different keys and values: shape, norms, some rows of the weights.
 
-        The same however the weights are held. Hex, 64 digits.
+        The same however the weights are held. Hex, 64 digits. Each rank's is another, and so are its states' files.
         """
-        digest = hashlib.sha256(repr(self.config).encode())
+        vocab = self.weights.token_embd.shape[0]
+        digest = hashlib.sha256(repr((self.config, self.part) if self.part else self.config).encode())
         with execution():
-            some = mx.arange(0, self.config.vocab, max(1, self.config.vocab // 16))
+            some = mx.arange(0, vocab, max(1, vocab // 16))
             rows = [stock.embed(some, self.weights.token_embd)]
             for layer in self.weights.layers:
                 rows.append(layer.attn_norm)
@@ -161,9 +170,9 @@ class Model:
             if ids.size == 1 and self.replays:
                 logits = self._start(int(ids), state).logits()[None]
             else:
-                logits = self._read(ids, state, ids.size if all_logits else 1)
+                logits = self._whole(self._read(ids, state, ids.size if all_logits else 1))
             logits = logits if all_logits else logits[-1]
-            if outermost:
+            if outermost or self.part:
                 mx.async_eval(logits, [] if state.borrower else state.arrays)
         return logits
 
@@ -213,15 +222,37 @@ class Model:
             check_batch(tokens, states)
             draws = draws or [LIKELIEST] * len(states)
             if self.batcher:
-                return self.batcher.start(tokens, states, draws)
-            if self._numpy_step and numpy_steps(states):
-                return LazyBatchStep(self._numpy_step(known_tokens(tokens), states)[0], draws)
-            return LazyBatchStep(stock_step(self.loaded, tokens_as_array(tokens), states), draws)
+                step = self.batcher.start(tokens, states, draws)
+            elif self._numpy_step and numpy_steps(states):
+                step = LazyBatchStep(self._numpy_step(known_tokens(tokens), states)[0], draws)
+            else:
+                logits = stock_step(self.loaded, tokens_as_array(tokens), states)
+                step = LazyBatchStep(logits, draws, None, self.part)
+            if self.part and isinstance(step, LazyBatchStep):
+                step.schedule()
+            return step
+
+    def _alone(self, ids: mx.array, state: KVState) -> mx.array:
+        """Return logits [1, vocab] after one token, ids int [1], for a batch that does not take its state."""
+        return self._scheduled(self._whole(self._read(ids, state, 1)), state)
+
+    def _whole(self, logits: mx.array) -> mx.array:
+        """Return logits of the whole vocabulary."""
+        return logits if self.part is None else self.part.gathered(logits)
+
+    def _scheduled(self, logits: mx.array, state: KVState) -> mx.array:
+        """Return logits; a part's are scheduled: collectives run in the order of calls, whatever is asked for later."""
+        if self.part:
+            mx.async_eval(logits, state.arrays)
+        return logits
 
     def _start(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST) -> Step:
         replays = self.replayer and self.replays and draw.in_kernel
         replayed = self.replayer.start(token, state, draw) if self.replayer and replays else None
-        return replayed or LazyStep(self._read(ids_of(token), state, 1)[0], draw, self.kernels)
+        if replayed:
+            return replayed
+        logits = self._scheduled(self._read(ids_of(token), state, 1), state)
+        return LazyStep(logits[0], draw, self.kernels, self.part)
 
     def most_checked(self, state: KVState) -> int:
         """Return how many tokens `check` takes next: up to MAX_CHECKED, and none beyond the state's tail."""
@@ -230,8 +261,8 @@ class Model:
     def check(self, ids: Sequence[int], state: KVState) -> tuple[mx.array, mx.array]:
         """Read a token and drafts of those after it, all in one step; `state.rewind` takes back what is refused.
 
-        On a CPU these are steps of one token, one after the other. On a GPU rows share the weights that are read, and
-        their last bits are others than a single step's (docs/drafting.md).
+        On a GPU rows share the weights that are read, and last bits differ (docs/drafting.md). On a CPU they are steps
+        of one token each, and equal to the bit.
 
         Args:
             ids: of T tokens, up to `most_checked`.
@@ -247,40 +278,42 @@ class Model:
             if self._step and can_step(self.config, 1):
                 logits, hidden = self._step(mx.array([*ids], mx.int32), state)
             else:
-                rows = [self._row(token, state) for token in ids]
-                logits, hidden = (mx.concatenate([*parts]) for parts in zip(*rows, strict=True))
-            hidden = hidden.astype(mx.float32)
+                rows = [self._one(token, state) for token in ids]
+                logits, hidden = (mx.concatenate([*column]) for column in zip(*rows, strict=True))
+            logits, hidden = self._whole(logits), hidden.astype(mx.float32)
             if outermost:
                 mx.async_eval(logits, hidden, state.arrays)
         return logits, hidden
+
+    def _one(self, token: int, state: KVState) -> tuple[mx.array, mx.array]:
+        """Return logits after a token, [1, vocab] (of a part, those of its rows), and the head's input, [1, hidden]."""
+        if self._numpy_step and numpy_steps([state]):
+            return self._numpy_step([token], [state])
+        x = run_layers(self.loaded, mx.array([token]), [state], 1)
+        hidden = stock.rms_norm(x, self.weights.output_norm, self.config.eps)
+        return logits_of(self.loaded, hidden), hidden
 
     def prefill(self, ids: mx.array, state: KVState) -> None:
         """Read tokens, int [T], into the state without their logits: only keys and values are made."""
         with execution() as outermost:
             state.check_room(ids.size)
-            if self._stepped(ids, state) is None:  # a step's logits are never computed here
+            logits = self._stepped(ids, state)
+            if logits is None:
                 run_layers(self.loaded, ids, [state], 0)
-            if outermost:
-                mx.async_eval(state.arrays)
+            if outermost or self.part:  # a step's logits are not computed, but where its residual has to go on
+                mx.async_eval([] if logits is None or not self.part else logits, state.arrays)
 
     def _read(self, ids: mx.array, state: KVState, wanted: int) -> mx.array:
         """Return logits of the last `wanted` tokens, or of all: from a step, or all layers as in a prompt."""
-        if self._numpy_step and ids.size == 1 and numpy_steps([state]):
-            return self._numpy_step([int(ids)], [state])[0]
         logits = self._stepped(ids, state)
         return head(self.loaded, run_layers(self.loaded, ids, [state], wanted)) if logits is None else logits
-
-    def _row(self, token: int, state: KVState) -> tuple[mx.array, mx.array]:
-        """Return logits, [1, vocab], and the hidden row after the last norm, [1, hidden], of `_read` of a token."""
-        if self._numpy_step and numpy_steps([state]):
-            return self._numpy_step([token], [state])
-        x = run_layers(self.loaded, mx.array([token]), [state], 1)
-        return head(self.loaded, x), normed(self.loaded, x)
 
     def _stepped(self, ids: mx.array, state: KVState) -> mx.array | None:
         """Return logits of all tokens, read in one step; None: no step takes them."""
         if self._step and can_step(self.config, ids.size) and state.fits_tail(ids.size):
             return self._step(ids, state)[0]
+        if self._numpy_step and ids.size == 1 and numpy_steps([state]):
+            return self._numpy_step([int(ids)], [state])[0]
         return None
 
 

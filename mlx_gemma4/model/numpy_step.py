@@ -33,7 +33,7 @@ def numpy_steps(states: Sequence[KVState]) -> bool:
 def make_numpy_step(model: Loaded) -> Callable[[Sequence[int], Sequence[KVState]], tuple[mx.array, mx.array]]:
     """Return the function that reads a token into each of B states that `numpy_steps` takes.
 
-    It returns fp32 logits [B, vocab], and hidden rows after the last norm [B, hidden].
+    It returns logits, fp32 [B, vocab], and hidden states after the last norm, fp32 [B, hidden].
     """
     return _NumpyStep(model).run
 
@@ -79,11 +79,11 @@ class _NumpyStep:
                 x = x * self.views[id(layer.layer_output_scale)]
         for token, state in zip(tokens, states, strict=True):
             state.advance(token)
-        h = self.norm(x, w.output_norm)
-        logits = self.product(h, w.output)
+        hidden = self.norm(x, w.output_norm)
+        logits = self.product(hidden, w.output)
         if c.softcap:
             logits = np.tanh(logits / np.float32(c.softcap)) * np.float32(c.softcap)
-        return mx.array(logits), mx.array(h)
+        return mx.array(logits), mx.array(hidden)
 
     def norm(self, x: np.ndarray, weight: mx.array | None) -> np.ndarray:
         """`stock.rms_norm` over the last axis."""

@@ -14,6 +14,7 @@ import mlx.core as mx
 from ..execution import execution
 from ..ops.dispatch import Kernels
 from ..ops.sample import LIKELIEST, Draw, drawn
+from ..shard import Part
 
 
 class Step(Protocol):
@@ -32,24 +33,23 @@ NextToken: TypeAlias = "int | mx.array | Step"  # an array: int []; a step: its 
 class LazyStep:
     """A step as a lazy graph: the device gets it with the first array computed from it."""
 
-    def __init__(self, logits: mx.array, draw: Draw = LIKELIEST, run: Kernels | None = None) -> None:
-        self._logits, self._draw, self._run = logits, draw, run
-        self._token: int | None = None
+    def __init__(
+        self, logits: mx.array, draw: Draw = LIKELIEST, run: Kernels | None = None, part: Part | None = None
+    ) -> None:
+        """`logits`: fp32 [vocab], of a part those of its rows."""
+        self.batch = LazyBatchStep(logits[None], [draw], run, part)
 
     def token(self) -> int:
-        if self._token is None:
-            with execution():
-                token = drawn(self._run, self._logits[None], [self._draw])
-                mx.async_eval(token)
-            self._token = int(token)
-        return self._token
+        return self.batch.tokens()[0]
 
     def logits(self) -> mx.array:
-        return self._logits
+        return self.batch.logits()[0]
 
 
 def ids_of(token: NextToken) -> mx.array:
     """Return a token as an array, int [1]."""
+    if isinstance(token, LazyStep):
+        return token.batch.drawn()
     return token[None] if isinstance(token, mx.array) else mx.array([known(token)])
 
 
@@ -91,8 +91,11 @@ Tokens: TypeAlias = "mx.array | Sequence[int] | BatchStep"  # an array: int [B];
 class LazyBatchStep:
     """A step as a lazy graph: the device gets it with the first array computed from it."""
 
-    def __init__(self, logits: mx.array, draws: Sequence[Draw], run: Kernels | None = None) -> None:
-        self._logits, self._draws, self._run = logits, draws, run
+    def __init__(
+        self, logits: mx.array, draws: Sequence[Draw], run: Kernels | None = None, part: Part | None = None
+    ) -> None:
+        """`logits`: fp32 [rows, vocab], of a part those of its rows."""
+        self._logits, self._draws, self._run, self._part = logits, draws, run, part
         self._drawn: mx.array | None = None
 
     @property
@@ -105,12 +108,22 @@ class LazyBatchStep:
         return cast("list[int]", tokens.tolist())
 
     def logits(self) -> mx.array:
+        if self._part is not None:
+            self._logits, self._part = self._part.gathered(self._logits), None
+            mx.async_eval(self._logits)
         return self._logits
+
+    def schedule(self) -> None:
+        """Have the device begin, with no more of the logits than are here."""
+        mx.async_eval(self._logits)
 
     def drawn(self) -> mx.array:
         """Return the tokens, int32 [rows], under way. To be called under the execution lock."""
         if self._drawn is None:
-            self._drawn = drawn(self._run, self._logits, self._draws)
+            if self._part is not None and all(draw.temperature == 0 for draw in self._draws):
+                self._drawn = self._part.likeliest(self._logits)
+            else:
+                self._drawn = drawn(self._run, self.logits(), self._draws)
             mx.async_eval(self._drawn)
         return self._drawn
 

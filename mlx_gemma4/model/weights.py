@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..config import Config
 from ..ops.dispatch import Kernels
 from ..ops.stock import Weight
+from ..shard import Part
 
 
 @dataclass(frozen=True)
@@ -72,3 +73,4 @@ class Loaded:
     kv_dtype: mx.Dtype  # of keys and values, and of activations between kernels
     wavelengths: Mapping[bool, mx.array]  # of RoPE, fp32 [D / 2]; True: of sliding layers, False: of global ones
     kernels: Kernels | None = None  # None: stock operations run everything
+    part: Part | None = None  # of the model, where several processes run it; None: all of it is here

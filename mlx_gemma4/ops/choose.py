@@ -1,6 +1,7 @@
 """The choice of experts: choose.metal and its reference."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -41,8 +42,9 @@ TOP_K = Op("top_k", top_k, top_k_reference)
 
 @cases
 def top_k_cases(s: Sizes) -> Iterator[Check]:
-    def make() -> Case:
-        return case(TOP_K, 8 * s.experts, normal(1, s.experts) * 3, s.used, scale=norm_weight(s.experts))
+    def make(scaled: bool) -> Case:
+        scale = norm_weight(s.experts) if scaled else None
+        return case(TOP_K, 8 * s.experts, normal(1, s.experts) * 3, s.used, scale=scale)
 
-    if s.used:
-        yield Check(TOP_K.key, f"{s.used} of {s.experts}", make)
+    for scaled in (True, False) if s.used else ():
+        yield Check(TOP_K.key, f"{s.used} of {s.experts}" + ", unscaled" * (not scaled), partial(make, scaled))

@@ -40,6 +40,7 @@ from .tuning import this_gpu
 log = logging.getLogger("mlx_gemma4")
 
 REPLAY = OpKey("replay")  # recorded decode steps, as a whole
+ALL = OpKey("")  # all operations
 STOCK = "stock operations run instead"
 
 
@@ -87,7 +88,7 @@ class Kernels:
             keys: what the kernel consists of. The last is switched off when it raises.
             instead: what the warning says is done from then on.
         """
-        if not self.off or self.off.isdisjoint([*keys, *(OpKey(key.op) for key in keys)]):
+        if not self.off or self.off.isdisjoint([ALL, *keys, *(OpKey(key.op) for key in keys)]):
             try:
                 done: R = kernel()
                 if self.eager:
@@ -186,6 +187,15 @@ class Kernels:
             return stock.fused_geglu(*mx.split(y, 2, axis=-1)) if glu else y
         kernel = partial(grouped, self.launcher, x, w, routing, glu)
         return self.attempt(kernel, reference, HALVE.key, _key(GROUPED, w))
+
+
+def references() -> Kernels:
+    """Return what runs every operation as its reference, for where there are no kernels."""
+
+    def no_launcher(**_: Any) -> Any:
+        raise RuntimeError("no kernel runs here")
+
+    return Kernels(no_launcher, frozenset([ALL]))
 
 
 def _key(op: Op[..., Any], w: Weight) -> OpKey:

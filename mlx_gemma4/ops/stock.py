@@ -6,7 +6,7 @@ one from an MLX safetensors folder. Out: activations in the dtype they came in. 
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, reduce
 from typing import Any
 
@@ -44,6 +44,14 @@ class Affine:
 
 
 Weight = mx.array | Packed | Affine
+
+
+def rows_of(w: Weight, rows: range) -> Weight:
+    """Return some rows of a weight [N, K], in the same memory."""
+    some = slice(rows.start, rows.stop)
+    if isinstance(w, Affine):
+        return replace(w, codes=w.codes[some], scales=w.scales[some], biases=w.biases[some])
+    return w[some]
 
 
 def within(x: mx.array, dtype: mx.Dtype) -> mx.array:

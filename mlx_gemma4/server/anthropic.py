@@ -5,7 +5,6 @@ Requests and answers are described at https://docs.anthropic.com/en/api/messages
 """
 
 import asyncio
-import json
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, Literal
@@ -16,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from ..chat_format.messages import tool_result
-from ..chat_format.replies import Event, Text, Thinking, ToolCall
+from ..chat_format.replies import CallPart, Event, Text, Thinking, ToolCall
 from ..conversation.language_model import LanguageModel
 from ..conversation.reply import Reply, ReplyOptions, prompt_ids
 from . import fields
@@ -24,6 +23,7 @@ from . import options as read
 from .endpoint import Endpoint, Sent, answer
 from .engine import Engine, GenerationRequest, Job
 from .fields import Body, wrong
+from .forms import Form, read_form
 from .wire import json_response
 
 
@@ -32,11 +32,13 @@ class TextBlock(fields.TextPart):
 
 
 class ThinkingBlock(Body):
+    ignored = ("signature", "data", "cache_control")
     type: Literal["thinking", "redacted_thinking"]
     thinking: str | None = None
 
 
 class ToolUseBlock(Body):
+    ignored = ("cache_control", "caller")
     type: Literal["tool_use"]
     id: str
     name: str
@@ -46,7 +48,8 @@ class ToolUseBlock(Body):
 class ToolResultBlock(Body):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | fields.Items[TextBlock] | None = None
+    ignored = ("cache_control",)
+    content: str | Annotated[fields.Items[TextBlock], fields.readable("text")] | None = None
     is_error: bool | None = None
 
 
@@ -54,20 +57,23 @@ UserBlock = Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]
 AssistantBlock = Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discriminator="type")]
 
 
+_ASSISTANT = "text", "thinking", "redacted_thinking", "tool_use"
+
+
 class UserTurn(Body):
     role: Literal["user", "system"]
-    content: str | Annotated[fields.Items[UserBlock], Field(min_length=1)]
+    content: str | Annotated[fields.Items[UserBlock], Field(min_length=1), fields.readable("text", "tool_result")]
 
 
 class AssistantTurn(Body):
     role: Literal["assistant"]
-    content: str | fields.Items[AssistantBlock]
+    content: str | Annotated[fields.Items[AssistantBlock], fields.readable(*_ASSISTANT)]
 
 
 class CustomTool(fields.Function):
-    """A function. Anthropic's server tools, which have other types, are refused."""
+    """A function. Anthropic's server tools, which have other types, are left out."""
 
-    type: Literal["custom"] | None = "custom"
+    type: Literal["custom", "function"] | None = "custom"
     parameters: fields.Object = Field(alias="input_schema")
 
 
@@ -75,12 +81,6 @@ class Choice(Body):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
-
-
-class ThinkingOptions(Body):
-    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
-    # Ignored: the model thinks as long as it likes, within max_tokens.
-    budget_tokens: Annotated[int, Field(ge=0, le=2**31), fields.Whole] | None = None
 
 
 class OutputFormat(Body):
@@ -98,14 +98,15 @@ class CountRequest(Body):
 
     ignored = ("metadata", "service_tier", "cache_control", "user_profile_id", "inference_geo")
     model: str
-    system: str | fields.Items[TextBlock] | None = None
+    system: str | Annotated[fields.Items[TextBlock], fields.readable("text")] | None = None
     messages: Annotated[
         fields.Items[Annotated[UserTurn | AssistantTurn, Field(discriminator="role")]], Field(min_length=1)
     ]
-    thinking: ThinkingOptions | None = None
-    tools: fields.Items[CustomTool] | None = None
+    thinking: fields.ThinkingOptions | None = None
+    tools: Annotated[fields.Tools[CustomTool], fields.usable("custom", "function")] | None = None
     tool_choice: Choice | None = None
     output_config: SkipJsonSchema[OutputConfig | None] = None  # its schema may be one that grammars refuse
+    output_format: SkipJsonSchema[OutputFormat | None] = None  # its older place
 
 
 class MessagesRequest(CountRequest, fields.SamplingRequest):
@@ -129,41 +130,55 @@ _REPLY = {
 
 async def messages(body: MessagesRequest, engine: Engine) -> ASGIApp:
     """Reply to a conversation, whole or as events."""
-    job = engine.submit([read_request(body, engine.lm)], format_field="output_config.format")
+    request = read_request(body, engine.lm, engine.settings.think_budget)
+    job = engine.submit([request], format_field=_form(body).path)
     made = _Message(job, body.model)
-    return answer(job, body.stream, made.events(), lambda: made.message)
+    return answer(job, body.stream, made.events(), lambda: made.message, ping={"type": "ping"})
 
 
 async def count_tokens(body: CountRequest, engine: Engine) -> Response:
     """Count a prompt's tokens."""
-    options = ReplyOptions(tools=_tools(body), think=_think(body))
+    options = ReplyOptions(tools=_tools(body, engine.lm), think=_think(body))
     ids = await asyncio.to_thread(prompt_ids, engine.lm, read_messages(body), options)
     return json_response({"input_tokens": len(ids)})
 
 
 MESSAGES = Endpoint("/v1/messages", "Anthropic's messages", MessagesRequest, _REPLY, messages)
 COUNT = Endpoint(
-    "/v1/messages/count_tokens", "Tokens of a conversation", CountRequest, _COUNT, count_tokens, streams=False
+    "/v1/messages/count_tokens", "Tokens of a conversation", CountRequest, _COUNT, count_tokens, streams=""
 )
 
 
 # From a request to options
 
 
-def read_request(body: MessagesRequest, lm: LanguageModel) -> GenerationRequest:
-    """The prompt and options. Raises ApiError (400), naming the field that is wrong."""
-    config, tools = body.output_config, _tools(body)
+def read_request(body: MessagesRequest, lm: LanguageModel, think_budget: int | None = None) -> GenerationRequest:
+    """The prompt and options. Raises ApiError (400), naming the field that is wrong.
+
+    think_budget: of a request that doesn't say.
+    """
+    tools = _tools(body, lm)
     choice, one_call = _tool_choice(body.tool_choice, [tool["function"]["name"] for tool in tools])
+    budget = body.thinking.budget_tokens if body.thinking else None
     options = ReplyOptions(
         max_tokens=body.max_tokens,
         sampling=read.read_sampling(body, lm),
         stop=body.stop_sequences or (),
         think=_think(body),
+        think_budget=think_budget if budget is None else budget,
         tools=tools,
         tool_choice=choice,
-        schema=config.format.schema_ if config and config.format else None,
+        **_form(body).options,
     )
     return GenerationRequest(read_messages(body), options, one_call)
+
+
+def _form(body: MessagesRequest) -> Form:
+    config = body.output_config
+    path, wanted = "output_format", body.output_format
+    if config and config.format:
+        path, wanted = "output_config.format", config.format
+    return read_form(body, path, fields.Format(type="json_schema", schema=wanted.schema_) if wanted else None)
 
 
 def read_messages(body: CountRequest) -> list[dict[str, Any]]:
@@ -203,8 +218,8 @@ def _think(body: CountRequest) -> bool:
     return body.thinking is not None and body.thinking.type in ("enabled", "adaptive")
 
 
-def _tools(body: CountRequest) -> tuple[dict[str, Any], ...]:
-    return read.read_tools({f"tools[{i}]": tool for i, tool in enumerate(body.tools or ())})
+def _tools(body: CountRequest, lm: LanguageModel) -> tuple[dict[str, Any], ...]:
+    return read.read_tools({f"tools[{i}]": tool for i, tool in enumerate(body.tools or ())}, lm)
 
 
 def _tool_choice(choice: Choice | None, names: list[str]) -> tuple[str, bool]:
@@ -264,20 +279,24 @@ class _Message:
 
     def _push(self, event: Event) -> Iterator[Sent]:
         """What an event of the reply brings."""
-        kind = {Text: "text", Thinking: "thinking", ToolCall: "tool_use"}[type(event)]
-        if not self._open or kind == "tool_use" or kind != self._blocks[-1]["type"]:
+        if isinstance(event, ToolCall):
+            self._blocks[-1]["input"] = event.arguments
+            yield from self._close()
+            return
+        id = event.id.replace("call_", "toolu_", 1) if isinstance(event, CallPart) else None
+        kind = {Text: "text", Thinking: "thinking", CallPart: "tool_use"}[type(event)]
+        if not self._open or kind != self._blocks[-1]["type"] or id != self._blocks[-1].get("id"):
             yield from self._close()
             self._blocks.append({"type": kind})
             self._open = True
-            if isinstance(event, ToolCall):
-                id = event.id.replace("call_", "toolu_", 1)
+            if isinstance(event, CallPart):
                 self._blocks[-1] |= {"id": id, "name": event.name, "input": {}}
             else:
                 self._blocks[-1] |= {kind: ""} | ({"signature": ""} if kind == "thinking" else {})
             yield self._about("content_block_start", content_block=self._blocks[-1])
-        if isinstance(event, ToolCall):
-            self._blocks[-1]["input"] = event.arguments
-            yield self._delta("input_json_delta", partial_json=json.dumps(event.arguments, ensure_ascii=False))
+        if isinstance(event, CallPart):
+            if event.json:
+                yield self._delta("input_json_delta", partial_json=event.json)
         else:
             self._blocks[-1][kind] += event.text
             yield self._delta(f"{kind}_delta", **{kind: event.text})

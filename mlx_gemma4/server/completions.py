@@ -13,12 +13,12 @@ from functools import partial
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.json_schema import SkipJsonSchema
 from starlette.types import ASGIApp
 
 from ..chat_format.messages import tool_result
-from ..chat_format.replies import Thinking, ToolCall
+from ..chat_format.replies import CallPart, Thinking, ToolCall
 from ..conversation.reply import ReplyOptions
 from ..generation.sampling import Token
 from ..tokens.tokenizer import Tokenizer
@@ -27,6 +27,7 @@ from . import options as read
 from .endpoint import Endpoint, Sent, answer, chat_logprobs, reading, usage
 from .engine import Engine, GenerationRequest, Job
 from .fields import Body, wrong
+from .forms import Form, read_form
 
 _UNSUPPORTED = ("audio", "functions", "function_call", "prediction", "web_search_options")
 _DONE = b"data: [DONE]\n\n"
@@ -41,26 +42,39 @@ class CalledFunction(Body):
 
 
 class Call(Body):
+    ignored = ("index",)
     id: str | None = None
     type: Literal["function"] | None = "function"
     function: CalledFunction
 
 
+def _as_function(call: Any) -> Any:
+    """A call of a custom tool as a function's, whose one argument is the text."""
+    custom = call.get("custom") if isinstance(call, dict) and call.get("type") == "custom" else None
+    if not isinstance(custom, dict):
+        return call
+    function = {"name": custom.get("name"), "arguments": {"input": custom.get("input")}}
+    return {"id": call.get("id"), "type": "function", "function": function}
+
+
 class OtherMessage(Body):
+    ignored = ("name", "cache_control", "prefix", "partial")
     role: Literal["system", "developer", "user"]
     content: fields.Content
 
 
 class AssistantMessage(Body):
+    ignored = ("name", "refusal", "annotations", "audio", "reasoning_details")
     role: Literal["assistant"]
     content: fields.Content | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: fields.Items[Call] | None = None
+    tool_calls: fields.Items[Annotated[Call, BeforeValidator(_as_function)]] | None = None
+    function_call: CalledFunction | None = None  # the older form of one call
 
 
 class ToolMessage(Body):
-    role: Literal["tool"]
+    role: Literal["tool", "function"]
     content: fields.Content
     tool_call_id: str | None = None
     name: str | None = None
@@ -97,7 +111,8 @@ class ChatRequest(CompletionOptions, fields.ConversationRequest):
     max_completion_tokens: fields.Length | None = None
     logprobs: bool | None = None
     top_logprobs: SkipJsonSchema[fields.TopLogprobs | None] = None  # needs logprobs=true
-    tools: fields.Items[FunctionTool] | None = None
+    max_output_tokens: fields.Length | None = None  # as responses have it
+    tools: Annotated[fields.Tools[FunctionTool], fields.usable("function")] | None = None
     tool_choice: fields.ToolChoice | fields.Object | None = None
     modalities: SkipJsonSchema[fields.Items[str] | None] = None
 
@@ -134,17 +149,22 @@ async def chat_completions(body: ChatRequest, engine: Engine) -> ASGIApp:
         raise wrong("top_logprobs", "needs logprobs=true")
     if any(kind != "text" for kind in body.modalities or ()):
         raise wrong("modalities", "other than text aren't supported", "unsupported_value")
-    tools = read.read_tools({f"tools[{i}].function": tool.function for i, tool in enumerate(body.tools or ())})
+    tools = read.read_tools(
+        {f"tools[{i}].function": tool.function for i, tool in enumerate(body.tools or ())}, engine.lm
+    )
+    choice, tools = read.read_tool_choice(body.tool_choice, tools)
+    form = read_form(body, "response_format", body.response_format)
     options = ReplyOptions(
-        think=read.read_thinking(body, body.reasoning_effort),
         tools=tools,
-        tool_choice=read.read_tool_choice(body.tool_choice, tools, "function"),
+        tool_choice=choice,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        **_options(body, engine, body.max_completion_tokens),
+        **read.read_thinking(body, engine),
+        **_options(body, engine, form, body.max_completion_tokens or body.max_output_tokens),
     )
     with_usage = _with_usage(body)
     requests = list(_choices(_messages(body), options, body.n or 1, body.parallel_tool_calls is False))
-    job, head = engine.submit(requests), _head(body, engine, "chatcmpl", "chat.completion")
+    job = engine.submit(requests, "messages", form.path)
+    head = _head(body, engine, "chatcmpl", "chat.completion")
     tokenizer = engine.lm.tokenizer if body.logprobs else None
     chunks = _chat_chunks(job, head, tokenizer, with_usage)
     return answer(job, body.stream, chunks, partial(_chat_body, job, head, tokenizer))
@@ -153,17 +173,19 @@ async def chat_completions(body: ChatRequest, engine: Engine) -> ASGIApp:
 async def completions(body: CompletionRequest, engine: Engine) -> ASGIApp:
     """Go on with a text, without a chat template."""
     choices = body.n or 1
-    prompts = _prompts(body.prompt, engine.lm.config.vocab)
+    prompts = fields.prompts(body.prompt, engine.lm.config.vocab)
     if (body.best_of or choices) != choices:
         raise wrong("best_of", "other than n isn't supported", "unsupported_value")
     if body.echo and body.logprobs is not None:
         raise wrong("echo", "with logprobs isn't supported", "unsupported_value")
-    options = ReplyOptions(logprobs=body.logprobs, **_options(body, engine))
+    form = read_form(body, "response_format", body.response_format)
+    options = ReplyOptions(logprobs=body.logprobs, **_options(body, engine, form))
     with_usage = _with_usage(body)
     requests = [one for prompt in prompts for one in _choices(prompt, options, choices)]
     texts = (one if isinstance(one, str) else engine.lm.tokenizer.decode(one) for one in prompts)
     begun = [text if body.echo else "" for text in texts for _ in range(choices)]
-    job, head = engine.submit(requests, "prompt"), _head(body, engine, "cmpl", "text_completion")
+    job = engine.submit(requests, "prompt", form.path)
+    head = _head(body, engine, "cmpl", "text_completion")
     tokenizer = None if body.logprobs is None else engine.lm.tokenizer
     chunks = _text_chunks(job, head, tokenizer, begun, choices, with_usage)
     return answer(job, body.stream, chunks, partial(_text_body, job, head, tokenizer, begun, choices))
@@ -176,13 +198,13 @@ TEXT = Endpoint("/v1/completions", "Go on with a text", CompletionRequest, _TEXT
 # From a request to options
 
 
-def _options(body: CompletionOptions, engine: Engine, max_tokens: int | None = None) -> dict[str, Any]:
+def _options(body: CompletionOptions, engine: Engine, form: Form, max_tokens: int | None = None) -> dict[str, Any]:
     """The options that chat and text completions share. `max_tokens`: what goes before the body's."""
     return {
         "max_tokens": max_tokens or body.max_tokens or engine.settings.max_tokens,
         "sampling": read.read_sampling(body, engine.lm),
         "stop": body.stop or (),
-        **read.read_format(body.response_format),
+        **form.options,
     }
 
 
@@ -198,8 +220,9 @@ def _messages(body: ChatRequest) -> list[dict[str, Any]]:
     for message in body.messages:
         text = read.read_text(message.content)
         if isinstance(message, AssistantMessage):
-            calls = message.tool_calls or []
+            calls = list(message.tool_calls or ())
             names |= {call.id: call.function.name for call in calls}
+            calls += [Call(id=None, function=message.function_call)] if message.function_call else []
             made = [read.tool_call(call.id, call.function.name, call.function.arguments) for call in calls]
             messages.append(read.assistant_message(text, message.reasoning_content or message.reasoning, made))
         elif isinstance(message, ToolMessage):
@@ -227,20 +250,6 @@ def _with_usage(body: CompletionOptions) -> bool:
     return bool(body.stream_options and body.stream_options.include_usage)
 
 
-def _prompts(value: Any, vocab: int) -> list[str | list[int]]:
-    """A text completion's prompts: a text, texts, ids, or lists of ids."""
-    several = isinstance(value, list) and not (value and all(type(item) is int for item in value))
-    prompts = value if several else [value]
-    if not 0 < len(prompts) <= fields.MAX_CHOICES:
-        raise wrong("prompt", f"must be 1 to {fields.MAX_CHOICES} prompts, not {len(prompts)}")
-    for i, prompt in enumerate(prompts):
-        ids = isinstance(prompt, list) and prompt and all(type(item) is int and 0 <= item < vocab for item in prompt)
-        if not ids and not (isinstance(prompt, str) and prompt):
-            name = f"prompt[{i}]" if several else "prompt"
-            raise wrong(name, f"must be a string or a list of token ids from 0 to {vocab - 1}, and not empty")
-    return prompts
-
-
 # What is sent
 
 
@@ -260,7 +269,7 @@ def _chat_body(job: Job, head: dict[str, Any], tokenizer: Tokenizer | None) -> d
 async def _chat_chunks(
     job: Job, head: dict[str, Any], tokenizer: Tokenizer | None, with_usage: bool
 ) -> AsyncIterator[Sent]:
-    calls, choice = 0, -1
+    calls, choice, call = -1, -1, ""
     head = {**head, "object": "chat.completion.chunk"}
 
     def chunk(delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> Sent:
@@ -269,15 +278,22 @@ async def _chat_chunks(
 
     async for update in job.updates():
         if update.choice > choice:
-            choice, calls = update.choice, 0
+            choice, calls, call = update.choice, -1, ""
             yield chunk({"role": "assistant", "content": ""})
         if update.reading:
             yield reading(update.reading)
         logprobs = chat_logprobs(tokenizer, update.answer) if tokenizer and update.answer else None
         for event in update.events:
-            if isinstance(event, ToolCall):
-                yield chunk({"tool_calls": [{"index": calls, **_call(event)}]})
-                calls += 1
+            if isinstance(event, CallPart):
+                part: dict[str, Any] = {"index": calls, "function": {"arguments": event.json}}
+                if event.id != call:
+                    call, calls = event.id, calls + 1
+                    function = {"name": event.name, "arguments": event.json}
+                    part = {"index": calls, "id": call, "type": "function", "function": function}
+                if event.json or "id" in part:
+                    yield chunk({"tool_calls": [part]})
+            elif isinstance(event, ToolCall):
+                pass  # its parts have told it
             elif isinstance(event, Thinking):
                 yield chunk({"reasoning_content": event.text})
             else:
@@ -310,7 +326,8 @@ async def _text_chunks(
     async for update in job.updates():
         if update.reading:
             yield reading(update.reading)
-        text = "".join(event.raw if isinstance(event, ToolCall) else event.text for event in update.events)
+        told = [event for event in update.events if not isinstance(event, CallPart)]
+        text = "".join(event.raw if isinstance(event, ToolCall) else event.text for event in told)
         texts[update.choice] += text
         if update.choice > choice and not update.reading:
             choice, text = update.choice, texts[update.choice]

@@ -15,11 +15,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..generation.sampling import Token
 from ..tokens.tokenizer import Tokenizer
-from .engine import Engine, Job
+from .engine import Job
 from .fields import Body, parse
+from .models import Models
 from .wire import ApiError, error_response, for_clients, json_response, read_json, sse
 
+QUIET = 1.0  # seconds without a byte after which a stream says that it goes on
+SLOW = 4.0  # seconds beside them in which a reply that is being made may still fail with its own status
+LONG = 50_000  # bytes of a body that is checked in a thread, for others are served meanwhile
 Sent = dict[str, Any] | bytes  # of an event stream: an event's data, or bytes as they are
+Form = tuple[str, Callable[[Sent], bytes]]  # of a stream: its media type, and an event's bytes
+EVENTS: Form = ("text/event-stream", sse)
 
 
 @dataclass(frozen=True)
@@ -30,13 +36,34 @@ class Endpoint:
     summary: str
     request: type[Body]
     reply: dict[str, Any]  # a sample of it: see `openapi.schema`
-    answer: Callable[[Any, Engine], Awaitable[ASGIApp]]  # gets a `request`, and raises ApiError or InputError
-    streams: bool = True
+    answer: Callable[[Any, Any], Awaitable[ASGIApp]]  # gets a `request` and what it needs; raises ApiError, InputError
+    streams: str = "text/event-stream"  # "": never
+    of_models: bool = False  # `answer` gets all Models, and none is loaded; else the Engine of the body's `model`
+    method: str = "POST"
 
     async def handle(self, request: Request) -> ASGIApp:
-        """Read a request's body and answer it."""
-        engine: Engine = request.app.state.engine
-        return await self.answer(parse(self.request, await read_json(request, engine.settings.max_body_bytes)), engine)
+        """Read a request's body and answer it. Its model stays loaded until the end."""
+        models: Models = request.app.state.models
+        values = await read_json(request, models.settings.max_body_bytes)
+        long = int(request.headers.get("content-length", LONG)) >= LONG
+        body = await asyncio.to_thread(parse, self.request, values) if long else parse(self.request, values)
+        if self.of_models:
+            return await self.answer(body, models)
+        held = await models.hold(getattr(body, "model", None))
+
+        async def respond(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await app(scope, receive, send)
+            finally:
+                keep = getattr(body, "keep_alive", None)  # seconds where the body's model knows it
+                models.release(held, keep if isinstance(keep, float) else None)
+
+        try:
+            app = await self.answer(body, held.engine)
+        except BaseException:
+            models.release(held)
+            raise
+        return respond
 
 
 def answer(
@@ -45,15 +72,19 @@ def answer(
     events: AsyncIterator[Sent],
     whole: Callable[[], dict[str, Any]],
     failed: Callable[[ApiError], dict[str, Any]] | None = None,
+    ping: Sent = b": still here\n\n",
+    form: Form = EVENTS,
 ) -> ASGIApp:
     """Return the response that sends what a job makes, and cancels the job when its client goes away.
 
     Args:
         stream: send `events` as they are made; else `whole()`, once they are through.
         failed: the event of a later error; None: it is as an error's body.
+        ping: what tells a stream's client, once it has had an event, that more will come: clients give up on silence.
+        form: of a stream: its media type, and an event's bytes.
 
     Nothing is sent before the first event exists, so that an earlier error has its own status. A later one is sent as
-    an event.
+    an event. Where the job waits for others, or takes long to begin, a comment is sent first.
     """
 
     async def respond(scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,22 +96,36 @@ def answer(
         async def begun() -> Response:
             try:
                 if stream:
-                    body, headers = lines(await anext(events)), {"cache-control": "no-store", "x-accel-buffering": "no"}
-                    return StreamingResponse(body, headers=headers, media_type="text/event-stream")
+                    first = asyncio.ensure_future(anext(events))
+                    await asyncio.wait({first}, timeout=QUIET / 4)
+                    if not first.done() and not job.waiting:
+                        await asyncio.wait({first}, timeout=SLOW)
+                    if first.done():
+                        first.result()
+                    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+                    return StreamingResponse(lines(first), headers=headers, media_type=form[0])
                 async for _ in events:
                     pass
                 return json_response(whole())
             except Exception as error:
                 return error_response(error, scope["path"])
 
-        async def lines(first: Sent) -> AsyncIterator[bytes]:
+        async def lines(coming: asyncio.Future[Sent]) -> AsyncIterator[bytes]:
+            silence: Sent = b": waiting\n\n" if form is EVENTS else ping
             try:
-                yield sse(first)
-                async for event in events:
-                    yield sse(event)
+                while True:
+                    if not (await asyncio.wait({coming}, timeout=QUIET))[0]:
+                        yield form[1](silence)
+                        continue
+                    yield form[1](coming.result())
+                    silence, coming = ping, asyncio.ensure_future(anext(events))
+            except StopAsyncIteration:
+                return
             except Exception as error:
                 found, body = for_clients(error, scope["path"])
-                yield sse(failed(found) if failed else body)
+                yield form[1](failed(found) if failed else body)
+            finally:
+                coming.cancel()
 
         watching = asyncio.create_task(watch())
         try:

@@ -6,13 +6,14 @@ within one token, or one chunk of a prompt.
 """
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from ..chat_format.replies import Event
 from ..conversation.language_model import LanguageModel
@@ -23,8 +24,11 @@ from ..generation.sampling import Token
 from ..generation.scheduler import Scheduler
 from .metrics import Metrics
 from .settings import Settings
-from .wire import ApiError
+from .wire import ApiError, request_id
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 Prompt = Sequence[Mapping[str, Any]] | list[int] | str  # messages; ids or text to go on with as they are
 Channel = Literal["answer", "thinking", "call", "control"]
 # What the tokens behind each of these are part of.
@@ -73,6 +77,7 @@ class Job:
         self.replies: list[Reply] = []
         self.answers: list[list[Token]] = [[] for _ in requests]
         self.thought = 0
+        self.waiting = True  # until a thread begins with it
         self.cancelled = False
         self.submitted = time.monotonic()
         # The HTTP request's fields for those of ReplyOptions that have other names there; None: the prompt's.
@@ -123,21 +128,11 @@ class Engine:
     def __init__(self, lm: LanguageModel, settings: Settings) -> None:
         self.lm, self.settings, self.metrics = lm, settings, Metrics()
         self.store = PrefixCache(lm.model, settings.max_kv_bytes, settings.kv)
-        self.scheduler = scheduler = Scheduler(lm.model, settings.parallel, settings.exact, lm.drafts)
-        pool = lm.model.batcher.pool if lm.model.batcher else None
-        for name, about, value in (
-            ("running", "Requests being answered.", lambda: self.load[0]),
-            ("waiting", "Requests in the queue.", lambda: self.load[1]),
-            ("batch_size", "Replies in the latest step; 0 when idle.", lambda: scheduler.rows),
-            ("prompts_waiting", "Replies being made whose prompts are not read yet.", lambda: scheduler.waiting),
-            ("steps_total", "Steps so far; reply_tokens_total by it is the mean batch size.", lambda: scheduler.steps),
-            ("kv_bytes", "Bytes of KV states, kept and in use.", lambda: self.store.nbytes),
-            ("kv_pool_bytes", "Bytes of the pool of states that step together.", lambda: pool.nbytes if pool else 0),
-            ("kv_reserved_bytes", "Bytes that states in use may come to hold.", lambda: self.store.reserved),
-        ):
-            self.metrics.gauge(name, about, value)
+        self.scheduler = Scheduler(lm.model, settings.parallel, settings.exact, lm.drafts)
         self._channels = {lm.tokenizer.token_id(name): channel for name, channel in _CHANNELS.items()}
         self.draining = False
+        self.load_seconds = 0.0  # that the model took to load, until a reply tells of it
+        self._aside = asyncio.Semaphore(1)
         self._waiting: deque[Job] = deque()
         self._running: set[Job] = set()
         self._holding: set[Job] = set()  # running jobs that have a KV state, or try to get one
@@ -157,6 +152,21 @@ class Engine:
         with self._changed:
             return len(self._running), len(self._waiting)
 
+    @property
+    def promised(self) -> int:
+        """Bytes that conversations may still come to take."""
+        return max(0, (self.settings.max_kv_bytes or 0) - self.store.nbytes)
+
+    async def aside(self, work: Callable[[Callable[[], None]], T]) -> T:
+        """Do other work with the model than replies, in a thread, one at a time; it calls what it gets as it goes."""
+
+        def check() -> None:
+            if self.draining:
+                raise ApiError(503, "the server is shutting down", code="shutting_down", wait=10)
+
+        async with self._aside:
+            return await asyncio.to_thread(work, check)
+
     def submit(
         self, requests: Sequence[GenerationRequest], field: str = "messages", format_field: str = "response_format"
     ) -> Job:
@@ -169,6 +179,7 @@ class Engine:
             ApiError: 429 where the queue is full, 503 where the server is shutting down.
         """
         job = Job(self, requests, field, format_field)
+        _log_unused(self.lm, requests[0].options)
         with self._changed:
             if self.draining:
                 raise ApiError(503, "the server is shutting down", code="shutting_down", wait=10)
@@ -221,6 +232,7 @@ class Engine:
                     return
                 job = self._waiting.popleft()
                 self._running.add(job)
+                job.waiting = False
             end: Exception | None = None
             start = time.monotonic()
             try:
@@ -282,7 +294,13 @@ class Engine:
                     self._holding.add(job)
                     ended = self._ended
                 made = stream(
-                    self.lm, prompt, request.options, store=self.store, on_prompt=reading, scheduler=self.scheduler
+                    self.lm,
+                    prompt,
+                    request.options,
+                    store=self.store,
+                    on_prompt=reading,
+                    scheduler=self.scheduler,
+                    call_parts=True,
                 )
                 with closing(made) as chunks:
                     try:
@@ -304,3 +322,29 @@ class Engine:
                 self._holding.discard(job)
                 self._ended += 1
                 self._changed.notify_all()
+
+
+def _pool_bytes(engine: Engine) -> int:
+    batcher = engine.lm.model.batcher
+    return batcher.pool.nbytes if batcher else 0
+
+
+# Numbers of an engine, which `Metrics` shows as sums over all: name, what it is, value.
+GAUGES: tuple[tuple[str, str, Callable[[Engine], float]], ...] = (
+    ("running", "Requests being answered.", lambda engine: engine.load[0]),
+    ("waiting", "Requests in the queue.", lambda engine: engine.load[1]),
+    ("batch_size", "Replies in the latest step; 0 when idle.", lambda engine: engine.scheduler.rows),
+    ("prompts_waiting", "Replies being made whose prompts are not read yet.", lambda engine: engine.scheduler.waiting),
+    ("steps_total", "Steps; reply_tokens_total by it is the mean batch size.", lambda engine: engine.scheduler.steps),
+    ("kv_bytes", "Bytes of KV states, kept and in use.", lambda engine: engine.store.nbytes),
+    ("kv_pool_bytes", "Bytes of the pool of states that step together.", _pool_bytes),
+    ("kv_reserved_bytes", "Bytes that states in use may come to hold.", lambda engine: engine.store.reserved),
+)
+
+
+def _log_unused(lm: LanguageModel, options: ReplyOptions) -> None:
+    """Log what a reply is asked for that this model has not, or that can't be together."""
+    if options.think and lm.tokenizer.token_id("<|channel>") is None:
+        log.warning("%s: ignored that thinking is asked for: this model has none", request_id.get())
+    if options.tools and options.tool_choice == "auto" and (options.schema or options.regex or options.grammar):
+        log.warning("%s: no tool will be called: the reply has a form", request_id.get())

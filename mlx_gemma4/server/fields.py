@@ -1,24 +1,49 @@
 """Request bodies: the pydantic models that endpoints share, and errors that name the field that is wrong.
 
 In: a JSON object. Out: a `Body`, or an ApiError (400) whose `param` is the field's path, as `messages[0].content`.
-Null is the same as absent. Fields that no model declares are kept, and the log names them.
+Null is the same as absent. Fields that no model declares are kept, and the log names them. Parts of a conversation, and
+tools, that can't be used are left out or become a text that says so, and the log names those.
 """
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import ErrorDetails
 
-from .wire import ApiError
+from .wire import ApiError, request_id
 
 log = logging.getLogger(__name__)
 
 # Fields of OpenAI's endpoints without effect here.
 IGNORED = ("user", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 MAX_CHOICES = 16
+MAX_ITEMS = 10_000  # of a list
+MAX_TOOLS = 1000
+_OTHER_NAMES = {"repeat_penalty": "repetition_penalty", "n_predict": "max_tokens", "max_new_tokens": "max_tokens"}
+# Unknown fields that `forms` reads, and what the value of each is: of vLLM (guided_*, structured_outputs), SGLang,
+# llama.cpp, Ollama, tabbyAPI and others.
+FORM_KINDS = {
+    **dict.fromkeys(("guided_json", "json_schema", "json", "output_schema", "response_schema"), "json"),
+    **dict.fromkeys(("guided_regex", "regex", "regex_pattern", "pattern"), "regex"),
+    **dict.fromkeys(("guided_choice", "choice"), "choice"),
+    **dict.fromkeys(("guided_grammar", "grammar", "grammar_string", "ebnf", "gbnf"), "grammar"),
+    **dict.fromkeys(("guided_json_object", "json_object", "json_mode"), "object"),
+    "format": "json",
+}
+FORM_HOLDERS = (
+    "structured_outputs",
+    "nvext",
+    "extra_body",
+    "guided_decoding",
+    "guided_params",
+)  # objects with such fields
+_THOUGHTS = ("thinking", "redacted_thinking", "reasoning", "reasoning_text", "summary_text", "encrypted_content")
 _CODES = {
     "missing": "missing_required_parameter",
     "too_short": "missing_required_parameter",
@@ -43,6 +68,61 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _check_length(length: int) -> int:
+    if length < 1 and length != -1:
+        raise ValueError("must be 1 or more, or -1 for no limit")
+    return length
+
+
+_left_out: ContextVar[Counter[str]] = ContextVar("left_out")  # of the request that is being parsed
+
+
+def leave_out(what: str) -> None:
+    """Note for the log that something of a request isn't used."""
+    _left_out.get()[what[:40]] += 1
+
+
+def _kind(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
+def readable(*known: str) -> BeforeValidator:
+    """Of a list of parts, those of other types become texts, which say so where they hold none; thoughts go."""
+
+    def replaced(part: Any) -> Any:
+        kind = _kind(part)
+        if kind is None or kind in known:
+            return part
+        leave_out(kind)
+        source = part.get("source")  # of Anthropic's documents
+        held = (source.get("data") if _kind(source) == "text" else source.get("content")) if _kind(source) else None
+        held = part.get("content") if kind == "search_result" else held
+        texts = [held] if isinstance(held, str) else [one.get("text") for one in held or () if _kind(one) == "text"]
+        said = "\n".join(text for text in texts if isinstance(text, str))
+        return {"type": "text", "text": said or f"[{kind:.40}: left out, only text can be read here]"}
+
+    def each(parts: Any) -> Any:
+        if not isinstance(parts, list):
+            return parts
+        return [replaced(part) for part in parts if _kind(part) in known or _kind(part) not in _THOUGHTS]
+
+    return BeforeValidator(each)
+
+
+def usable(*known: str) -> BeforeValidator:
+    """Of a list of tools, those of other types are left out: they would run at a provider of the API."""
+
+    def chosen(tools: Any) -> Any:
+        if not isinstance(tools, list):
+            return tools
+        for kind in (kind for tool in tools if (kind := _kind(tool)) is not None and kind not in known):
+            leave_out(f"tool {kind}")
+        return [tool for tool in tools if (kind := _kind(tool)) is None or kind in known]
+
+    return BeforeValidator(chosen)
+
+
 def _check_stops(stops: list[str]) -> list[str]:
     if not all(0 < len(stop) <= 1000 for stop in stops):
         raise ValueError("must have strings of 1 to 1000 characters each")
@@ -51,14 +131,21 @@ def _check_stops(stops: list[str]) -> list[str]:
 
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
-Items = Annotated[list[T], Field(fail_fast=True)]  # the first wrong item is enough: a body may hold millions
+Items = Annotated[list[T], Field(fail_fast=True, max_length=MAX_ITEMS)]  # the first wrong item is enough
+Tools = Annotated[list[T], Field(fail_fast=True, max_length=MAX_TOOLS)]
 Object = dict[str, Any]
 Whole = BeforeValidator(_whole)
-Length = Annotated[int, Field(ge=1, le=2**31), Whole]
+Length = Annotated[
+    int,
+    Field(le=2**31),
+    AfterValidator(_check_length),
+    Whole,
+    WithJsonSchema({"type": "integer", "minimum": -1, "maximum": 2**31, "not": {"const": 0}}),
+]
 Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES), Whole]
 TopLogprobs = Annotated[int, Field(ge=0, le=20), Whole]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Stops = Annotated[
     list[Annotated[str, WithJsonSchema({"type": "string", "minLength": 1, "maxLength": 1000})]],
@@ -73,6 +160,7 @@ Arguments = Object | str | None  # of a call: an object, or JSON in a string
 
 
 class TextPart(Body):
+    ignored = ("annotations", "logprobs", "citations", "cache_control")
     type: Literal["text", "input_text", "output_text"] | None = "text"
     text: str
 
@@ -82,12 +170,14 @@ class RefusalPart(Body):
     refusal: str
 
 
-Content = str | Items[TextPart | RefusalPart]
+PARTS = "text", "input_text", "output_text", "refusal"
+Content = str | Annotated[Items[TextPart | RefusalPart], readable(*PARTS)]
 
 
 class Function(Body):
     """A function that the model may call."""
 
+    ignored = ("cache_control", "defer_loading", "eager_input_streaming", "allowed_callers", "input_examples")
     name: Name
     description: str | None = None
     parameters: Object | None = None
@@ -100,16 +190,40 @@ class SchemaHolder(Body):
 
 
 class Format(SchemaHolder):
-    """The form of the reply. "regex" and "lark" are ours; /v1/chat/completions nests `schema` in `json_schema`."""
+    """The form of the reply: see `forms`. /v1/chat/completions nests `schema` in `json_schema`."""
 
-    type: Literal["text", "json_object", "json_schema", "regex", "lark"]
+    type: Literal["text", "json_object", "json_schema", "regex", "lark", "json", "grammar"]
     json_schema: SchemaHolder | None = None
     regex: str | None = None
+    pattern: str | None = None
     grammar: str | None = None
+    value: SkipJsonSchema[Any] = None
+
+
+Budget = Annotated[int, Field(ge=-1, le=2**31), Whole]  # tokens of thinking; -1: no bound
 
 
 class TemplateVariables(Body):
     enable_thinking: bool | None = None
+    thinking: bool | None = None
+    thinking_budget: Budget | None = None
+
+
+class Reasoning(Body):
+    """OpenAI's in responses, OpenRouter's in chats."""
+
+    ignored = ("summary", "generate_summary", "exclude", "context")
+    effort: Effort | None = None
+    enabled: bool | None = None
+    max_tokens: Budget | None = None
+
+
+class ThinkingOptions(Body):
+    """Anthropic's, which others take too."""
+
+    ignored = ("display", "clear_thinking")
+    type: Literal["enabled", "disabled", "adaptive", "between_tools", "auto"]
+    budget_tokens: Budget | None = None
 
 
 # Whole bodies
@@ -142,6 +256,10 @@ class ConversationRequest(OpenAIRequest):
     """What OpenAI's endpoints for conversations take."""
 
     reasoning_effort: Effort | None = None
+    reasoning: Reasoning | None = None
+    thinking: ThinkingOptions | None = None
+    enable_thinking: bool | None = None
+    thinking_budget: Budget | None = None
     chat_template_kwargs: TemplateVariables | None = None
     parallel_tool_calls: bool | None = None
 
@@ -151,6 +269,11 @@ class ConversationRequest(OpenAIRequest):
 
 def parse(model: type[B], values: dict[str, Any]) -> B:
     """Return the body as the model has it. Raises ApiError (400), naming the field that is wrong."""
+    left: Counter[str] = Counter()
+    _left_out.set(left)
+    for other, name in _OTHER_NAMES.items():
+        if other in values and name in model.model_fields and values.get(name) is None:
+            values = {**values, name: values[other]}
     try:
         body = model.model_validate(values)
     except ValidationError as error:
@@ -158,9 +281,12 @@ def parse(model: type[B], values: dict[str, Any]) -> B:
     for name in model.unsupported:
         if values.get(name):
             raise wrong(name, "isn't supported", "unsupported_value")
-    if unknown := list(_unknown(body)):
-        shown = ", ".join(f"{name!r:.60}" for name in unknown[:10])
-        log.warning("Ignored %d unknown field(s) of a request: %s", len(unknown), shown)
+    known = {*_OTHER_NAMES, *FORM_KINDS, *FORM_HOLDERS}
+    unknown = dict.fromkeys(name for name in _unknown(body) if name not in known)
+    for what, names in (("Ignored %d unknown field(s) of a request", unknown), ("Left out %d kind(s) of parts", left)):
+        if names:
+            shown = ", ".join(f"{name!r:.60}" for name in list(names)[:10])
+            log.warning(f"%s: {what}: %s", request_id.get(), len(names), shown)
     return body
 
 
@@ -169,12 +295,30 @@ def wrong(path: str, message: str, code: str | None = None) -> ApiError:
     return ApiError(400, f"{path} {message}", path, code)
 
 
-def _unknown(body: Body, path: str = "") -> Iterator[str]:
-    """Paths of fields that no model declares, in the body and in the objects right in it."""
-    yield from (path + name for name in body.model_extra or () if name not in body.ignored + body.unsupported)
-    for name, value in body:
-        if isinstance(value, Body):
-            yield from _unknown(value, f"{path}{name}.")
+def prompts(value: Any, vocab: int, most: int = MAX_CHOICES, name: str = "prompt") -> list[str | list[int]]:
+    """The prompts of a field: a text, texts, ids, or lists of ids. Raises ApiError."""
+    several = isinstance(value, list) and not (value and all(type(item) is int for item in value))
+    found = value if several else [value]
+    if not 0 < len(found) <= most:
+        raise wrong(name, f"must be 1 to {most} of them, not {len(found)}")
+    for i, prompt in enumerate(found):
+        ids = isinstance(prompt, list) and prompt and all(type(item) is int and 0 <= item < vocab for item in prompt)
+        if not ids and not (isinstance(prompt, str) and prompt):
+            path = f"{name}[{i}]" if several else name
+            raise wrong(path, f"must be a string or a list of token ids from 0 to {vocab - 1}, and not empty")
+    return found
+
+
+def _unknown(value: Any, path: str = "") -> Iterator[str]:
+    """Paths of fields that no model declares, in the body and in the objects and lists in it."""
+    if isinstance(value, list):
+        for one in value:
+            yield from _unknown(one, path.removesuffix(".") + "[].")
+    elif isinstance(value, Body):
+        yield from (path + name for name in value.model_extra or () if name not in value.ignored + value.unsupported)
+        for name, inner in value:
+            if isinstance(inner, Body | list):
+                yield from _unknown(inner, f"{path}{name}.")
 
 
 def _first_error(error: ValidationError, values: dict[str, Any]) -> ApiError:

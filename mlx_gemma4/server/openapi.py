@@ -14,16 +14,22 @@ from .fields import MAX_CHOICES
 
 Schema = dict[str, Any]
 
-_TYPES = {str: "string", dict: "object", None: "null"}
+_TYPES = {str: "string", dict: "object", float: "number", True: "boolean", None: "null"}
 _ERROR = {"error": {"message": str, "type": str, "param": (str, None), "code": (str, None)}}
+_OLLAMA_ERROR = {"error": str}
 _MESSAGES_ERROR = {"type": "error", "error": {"type": str, "message": str}}
 _MODEL = {"id": str, "object": "model", "created": int, "owned_by": str}
 _MODELS = {"object": "list", "data": [_MODEL]}
+_STUDIO_MODEL = {"id": str, "object": "model", "state": ("loaded", "not-loaded"), "max_context_length": int}
+_STUDIO_MODELS = {"object": "list", "data": [_STUDIO_MODEL]}
+_OLLAMA_MODELS = {"models": [{"name": str, "model": str, "size": int, "digest": str, "details": dict}]}
+VOCAB = 262_144  # tokens, where no model is loaded
 _HEALTH = {"status": ("ok", "draining"), "running": int, "waiting": int}
 _REFUSALS = {
     400: "The request is wrong: `param` names the field, where it is one.",
     401: "No API key, or a wrong one.",
     403: "Not from this machine, or from a page of another site.",
+    404: "No such model.",
     408: "The body took too long.",
     413: "The body is too long.",
     429: "The queue is full: try again after Retry-After seconds.",
@@ -37,18 +43,18 @@ def document(endpoints: Sequence[Endpoint], vocab: int, with_key: bool) -> dict[
         [(endpoint.request, "validation") for endpoint in endpoints], ref_template="#/components/schemas/{model}"
     )
     components: dict[str, Any] = {"schemas": _with_ids(found["$defs"], vocab)}
-    model = _get("The model, if this is its name", _json(_MODEL), 401, 403)
-    model["get"]["responses"]["404"] = {"description": "No such model.", "content": _json(_ERROR)}
-    model["get"]["parameters"] = [
-        {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-    ]
     made: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "mlx-gemma4", "version": __version__},
         "paths": {
             **{endpoint.path: _post(endpoint) for endpoint in endpoints},
-            "/v1/models": _get("The model", _json(_MODELS), 401, 403),
-            "/v1/models/{model}": model,
+            "/v1/models": _get("The models", _json(_MODELS), 401, 403),
+            "/v1/models/{model}": _model(_MODEL),
+            "/api/v0/models": _get("LM Studio: the models", _json(_STUDIO_MODELS), 401, 403),
+            "/api/v0/models/{model}": _model(_STUDIO_MODEL),
+            "/api/tags": _get("Ollama: the models", _json(_OLLAMA_MODELS), 401, 403),
+            "/api/ps": _get("Ollama: the models that are loaded", _json(_OLLAMA_MODELS), 401, 403),
+            "/api/version": _get("Ollama: its version", _json({"version": str}), 401, 403),
             "/metrics": _get("Counters for Prometheus", {"text/plain": {"schema": {"type": "string"}}}, 401, 403),
             "/health": _get("Says that the server answers", _json(_HEALTH), 403),
         },
@@ -74,8 +80,10 @@ def _with_ids(schemas: dict[str, Schema], vocab: int) -> dict[str, Schema]:
         properties = schema.get("properties", {})
         if "logit_bias" in properties:
             properties["logit_bias"] = {"anyOf": [{"$ref": "#/components/schemas/Bias"}, {"type": "null"}]}
-        if "prompt" in properties:
-            properties["prompt"] = {"anyOf": [text, ids, *several]}
+        for name in {"prompt", "input"} & {
+            name for name, field in properties.items() if not {"type", "anyOf"} & {*field}
+        }:
+            properties[name] = {"anyOf": [text, ids, *several]}
     return schemas
 
 
@@ -104,17 +112,25 @@ def _refusals(error: dict[str, Any], *codes: int) -> dict[str, Any]:
 
 
 def _post(endpoint: Endpoint) -> dict[str, Any]:
-    content = _json(endpoint.reply) | ({"text/event-stream": {}} if endpoint.streams else {})
-    anthropic = endpoint.path.startswith("/v1/messages")
-    answers = {"200": {"description": endpoint.summary, "content": content}}
-    answers |= _refusals(_MESSAGES_ERROR if anthropic else _ERROR, *_REFUSALS)
+    content = _json(endpoint.reply) if endpoint.reply else {}
+    content |= {endpoint.streams: {}} if endpoint.streams else {}
+    anthropic, ollama = endpoint.path.startswith("/v1/messages"), endpoint.path.startswith("/api/")
+    answers = {"200": {"description": endpoint.summary} | ({"content": content} if content else {})}
+    answers |= _refusals(_MESSAGES_ERROR if anthropic else _OLLAMA_ERROR if ollama else _ERROR, *_REFUSALS)
     if anthropic:  # 529 is what Anthropic's clients know for 503
         answers["529"] = answers.pop("503")
     schema = {"$ref": f"#/components/schemas/{endpoint.request.__name__}"}
     body = {"required": True, "content": {"application/json": {"schema": schema}}}
-    return {"post": {"summary": endpoint.summary, "requestBody": body, "responses": answers}}
+    return {endpoint.method.lower(): {"summary": endpoint.summary, "requestBody": body, "responses": answers}}
 
 
 def _get(summary: str, content: Schema, *codes: int) -> dict[str, Any]:
     answers = {"200": {"description": summary, "content": content}, **_refusals(_ERROR, *codes)}
     return {"get": {"summary": summary, "responses": answers} | ({} if 401 in codes else {"security": []})}
+
+
+def _model(sample: dict[str, Any]) -> dict[str, Any]:
+    made = _get("A model, by its name", _json(sample), 401, 403, 404)
+    name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    made["get"]["parameters"] = [name]
+    return made

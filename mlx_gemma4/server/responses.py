@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from starlette.types import ASGIApp
 
 from ..chat_format.messages import tool_result
-from ..chat_format.replies import Event, Text, ToolCall
+from ..chat_format.replies import CallPart, Event, Text, ToolCall
 from ..conversation.reply import ReplyOptions
 from ..generation.sampling import Token
 from ..tokens.tokenizer import Tokenizer
@@ -24,16 +24,21 @@ from . import options as read
 from .endpoint import Endpoint, Sent, answer, chat_logprobs, reading, usage
 from .engine import Engine, GenerationRequest, Job
 from .fields import Body
+from .forms import read_form
 from .wire import ApiError
+
+_ITEM = ("id", "status", "phase")  # of any item, without effect here
 
 
 class InputMessage(Body):
+    ignored = _ITEM
     type: Annotated[Literal["message"], WithJsonSchema({"enum": ["message", None]})] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: fields.Content
 
 
 class FunctionCall(Body):
+    ignored = _ITEM
     type: Literal["function_call"]
     name: str
     call_id: str | None = None
@@ -41,25 +46,46 @@ class FunctionCall(Body):
 
 
 class FunctionOutput(Body):
+    ignored = _ITEM
     type: Literal["function_call_output"]
     call_id: str | None = None
     output: fields.Content
 
 
 class ReasoningPart(Body):
+    ignored = ("type",)
     text: str | None = None
 
 
 class ReasoningItem(Body):
+    ignored = (*_ITEM, "summary", "encrypted_content")
     type: Literal["reasoning"]
     content: fields.Items[ReasoningPart] | None = None
 
 
 def _typed(item: Any) -> Any:
-    """An item without a type is a message."""
-    return {**item, "type": "message"} if isinstance(item, dict) and item.get("type") is None else item
+    """An item that can be read: one without a type is a message, a custom tool is a function of one argument.
+
+    Items of other types, which tell of tools that ran at a provider, become a message that says so.
+    """
+    kind = item.get("type") if isinstance(item, dict) else ""
+    if kind is None:
+        return {**item, "type": "message"}
+    if not isinstance(kind, str) or kind in ("", *_KNOWN):
+        return item
+    if kind in ("custom_tool_call", "local_shell_call"):
+        given = {"input": item.get("input")} if kind == "custom_tool_call" else item.get("action")
+        call = {"type": "function_call", "call_id": item.get("call_id"), "arguments": given}
+        return {**call, "name": item.get("name") or "local_shell"}
+    if kind in ("custom_tool_call_output", "local_shell_call_output"):
+        output = item.get("output")
+        text = output if isinstance(output, str | list) else json.dumps(output)
+        return {"type": "function_call_output", "call_id": item.get("call_id"), "output": text}
+    fields.leave_out(kind)
+    return {"type": "message", "role": "assistant", "content": f"[{kind:.40}: left out]"}
 
 
+_KNOWN = ("message", "function_call", "function_call_output", "reasoning")
 Item = Annotated[
     InputMessage | FunctionCall | FunctionOutput | ReasoningItem, Field(discriminator="type"), BeforeValidator(_typed)
 ]
@@ -67,11 +93,6 @@ Item = Annotated[
 
 class FlatTool(fields.Function):
     type: Literal["function"]
-
-
-class Reasoning(Body):
-    ignored = ("summary", "generate_summary")
-    effort: fields.Effort | None = None
 
 
 class TextOptions(Body):
@@ -87,11 +108,12 @@ class ResponsesRequest(fields.ConversationRequest):
     input: str | Annotated[fields.Items[Item], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: fields.Length | None = None
+    max_tokens: fields.Length | None = None  # as chats have it
+    max_completion_tokens: fields.Length | None = None
     top_logprobs: fields.TopLogprobs | None = None
     include: fields.Items[Any] | None = None
-    reasoning: Reasoning | None = None
     text: TextOptions | None = None
-    tools: fields.Items[FlatTool] | None = None
+    tools: Annotated[fields.Tools[FlatTool], fields.usable("function")] | None = None
     tool_choice: fields.ToolChoice | fields.Object | None = None
     metadata: fields.Object | None = None
     truncation: Literal["disabled"] | None = None
@@ -110,19 +132,22 @@ _REPLY = {
 
 async def responses(body: ResponsesRequest, engine: Engine) -> ASGIApp:
     """Respond to a conversation."""
-    tools = read.read_tools({f"tools[{i}]": tool for i, tool in enumerate(body.tools or ())})
+    tools = read.read_tools({f"tools[{i}]": tool for i, tool in enumerate(body.tools or ())}, engine.lm)
+    choice, tools = read.read_tool_choice(body.tool_choice, tools)
+    form = read_form(body, "text.format", body.text.format if body.text else None)
+    max_tokens = body.max_output_tokens or body.max_completion_tokens or body.max_tokens
     options = ReplyOptions(
-        max_tokens=body.max_output_tokens or engine.settings.max_tokens,
+        max_tokens=max_tokens or engine.settings.max_tokens,
         sampling=read.read_sampling(body, engine.lm),
         stop=body.stop or (),
-        think=read.read_thinking(body, body.reasoning.effort if body.reasoning else body.reasoning_effort),
         tools=tools,
-        tool_choice=read.read_tool_choice(body.tool_choice, tools),
+        tool_choice=choice,
         logprobs=(body.top_logprobs or 0) if "message.output_text.logprobs" in (body.include or ()) else None,
-        **read.read_format(body.text.format if body.text else None, "text.format"),
+        **read.read_thinking(body, engine),
+        **form.options,
     )
     request = GenerationRequest(_messages(body), options, body.parallel_tool_calls is False)
-    job = engine.submit([request], "input", "text.format")
+    job = engine.submit([request], "input", form.path)
     tokenizer = None if options.logprobs is None else engine.lm.tokenizer
     made = _Response(job, _head(body, options, engine.settings.model_name), tokenizer)
     return answer(job, body.stream, made.events(), lambda: made.response, made.failed)
@@ -180,17 +205,20 @@ def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
         elif isinstance(item, ReasoningItem):
             _own(messages)["reasoning_content"] = "".join(part.text or "" for part in item.content or ())
         elif item.role == "assistant":
-            _own(messages)["content"] += read.read_text(item.content)
+            _own(messages)["content"].append(read.read_text(item.content))
         else:
             role = "system" if item.role == "developer" else item.role
             messages.append({"role": role, "content": read.read_text(item.content)})
+    for message in messages:
+        if message["role"] == "assistant":
+            message["content"] = "".join(message["content"])
     return messages
 
 
 def _own(messages: list[dict[str, Any]]) -> dict[str, Any]:
     """The last message if it is the model's, else a new one."""
     if not messages or messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": ""})
+        messages.append({"role": "assistant", "content": []})  # texts: joined in the end
     return messages[-1]
 
 
@@ -245,12 +273,16 @@ class _Response:
 
     def _push(self, event: Event, token: Token | None) -> Iterator[Sent]:
         """What an event of the reply brings."""
+        if isinstance(event, CallPart):
+            if not self._items or self._items[-1].get("call_id") != event.id:
+                yield from self._close()
+                yield self._open("fc", type="function_call", call_id=event.id, name=event.name, arguments="")
+            if event.json:
+                self._items[-1]["arguments"] += event.json
+                yield self._about("function_call_arguments.delta", delta=event.json)
+            return
         if isinstance(event, ToolCall):
-            yield from self._close()
-            arguments = json.dumps(event.arguments, ensure_ascii=False)
-            yield self._open("fc", type="function_call", call_id=event.id, name=event.name, arguments="")
-            yield self._about("function_call_arguments.delta", delta=arguments)
-            self._items[-1]["arguments"] = arguments
+            arguments = self._items[-1]["arguments"]
             yield self._about("function_call_arguments.done", name=event.name, arguments=arguments)
             yield self._done()
             return

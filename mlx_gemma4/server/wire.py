@@ -8,18 +8,23 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Receive
 
 from ..errors import InputError
 
 log = logging.getLogger(__name__)
+request_id: ContextVar[str] = ContextVar("request_id", default="-")  # of the request that is being answered
 
 MAX_DEPTH = 100  # of a body's objects and lists
 _BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)  # or a string, which may hold some
 BODY_TIMEOUT = 30.0  # seconds that a client may take to send a body
+_LINGER = 1.0, 1 << 26  # seconds and bytes for the rest of a body that nobody reads
 # `type` of an error by its status; `for_clients` has the types of all other statuses.
 _OPENAI_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _ANTHROPIC_KINDS = _OPENAI_KINDS | {404: "not_found_error", 413: "request_too_large", 529: "overloaded_error"}
@@ -44,19 +49,25 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, InputError):
         return ApiError(400, str(error), error.field)
-    log.error("Unexpected %s while answering a request", type(error).__name__, exc_info=error)
+    log.error("%s: unexpected %s while answering", request_id.get(), type(error).__name__, exc_info=error)
     return ApiError(500, f"unexpected {type(error).__name__}; the server's log has the details")
 
 
 def for_clients(error: BaseException, path: str) -> tuple[ApiError, dict[str, Any]]:
-    """Return an error and its body as the clients of a path know them: Anthropic's, or OpenAI's for all others."""
+    """Return an error and its body as the clients of a path know them: Ollama's, Anthropic's, else OpenAI's."""
     found = as_api_error(error)
+    if path.startswith("/api/") and not path.startswith("/api/v0/"):
+        return found, {"error": found.message}
     other = "invalid_request_error" if found.status < 500 else None
     if path.startswith("/v1/messages"):
         if found.status == 503:  # shutting down: 529 is what these clients know
             found = ApiError(529, found.message, wait=found.wait)
         kind = _ANTHROPIC_KINDS.get(found.status, other or "api_error")
-        return found, {"type": "error", "error": {"type": kind, "message": found.message}}
+        return found, {
+            "type": "error",
+            "error": {"type": kind, "message": found.message},
+            "request_id": request_id.get(),
+        }
     kind = _OPENAI_KINDS.get(found.status, other or "server_error")
     body = {"message": found.message, "type": kind, "param": found.param, "code": found.code}
     return found, {"error": body}
@@ -106,6 +117,21 @@ async def _read_body(request: Request, max_bytes: int) -> bytearray:
     return body
 
 
+async def discard(receive: Receive) -> None:
+    """Read the rest of a body, for a while, so that its sender comes to read the response."""
+
+    async def rest() -> None:
+        size = 0
+        while size < _LINGER[1]:
+            message = await receive()
+            size += len(message.get("body", b""))
+            if not message.get("more_body"):
+                return
+
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(rest(), _LINGER[0])
+
+
 def _parse(body: bytearray) -> Any:
     try:
         text = body.decode("utf-8")
@@ -129,3 +155,8 @@ def sse(data: dict[str, Any] | bytes) -> bytes:
         return data
     head = f"event: {data['type']}\n" if "type" in data else ""
     return head.encode() + b"data: " + to_json(data) + b"\n\n"
+
+
+def ndjson(data: dict[str, Any] | bytes) -> bytes:
+    """One line of JSON, as Ollama streams. Bytes, which would be a comment, have no place there."""
+    return b"" if isinstance(data, bytes) else to_json(data) + b"\n"

@@ -29,7 +29,7 @@ from typing import Any
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
-from ..errors import InputError
+from ..errors import InputError, reason
 from ..paths import read_object
 
 SPACE = "\u2581"  # SentencePiece's form of a space
@@ -39,6 +39,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 # <|turn>, <turn|>, <|"|>: in Gemma 4's vocabulary just the tokens of its chat and tool grammar look so.
 _MARKER = re.compile(r"<\|[^<>\s]+>|<[^<>\s]+\|>")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+# Control tokens by their meaning, whatever type a file gives them; "</s>" and the like are HTML tags in Gemma 3.
+_MEANING = re.compile(r"<(?:pad|eos|bos|unk|mask|start_of_turn|end_of_turn|start_of_image|end_of_image)>")
+LONGEST = 256  # characters of a token; Gemma's have 31 at most, and work grows with the square of this
 # Tokens that end a reply, beside those the file names: ids 1, 106 and 50 in Gemma 4, 1 and 106 in Gemma 3.
 # Found by text, since 50 is an unused token in Gemma 3 and a trimmed vocabulary has other ids.
 _ENDS = ("<eos>", "<turn|>", "<|tool_response>", "<end_of_turn>")
@@ -170,27 +173,31 @@ class Tokenizer:
 def _from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     model = metadata.get("tokenizer.ggml.model")
     if model not in ("gemma4", "llama"):
-        raise InputError(f"tokenizer {model!r} isn't supported: only Gemma's kinds, gemma4 and llama, are")
+        raise InputError(f"tokenizer {str(model)[:40]!r} isn't supported: only Gemma's kinds, gemma4 and llama, are")
     tokens = [text or f"[EMPTY_{i}]" for i, text in enumerate(_array(metadata, "tokens"))]
-    types = [
-        CONTROL if kind == NORMAL and text in _ENDS else kind
-        for kind, text in zip(_array(metadata, "token_type", len(tokens)), tokens, strict=True)
-    ]
+    if long := max(map(len, tokens)) > LONGEST and max(tokens, key=len):
+        raise _refused(f"a token of {len(long)} characters")
+    types = _array(metadata, "token_type", len(tokens))
+    named = {x: metadata.get(f"tokenizer.ggml.{x}_token_id") for x in ("bos", "eos", "eot", "eom")}
+    for i in (x for x in named.values() if type(x) is int and 0 <= x < len(tokens)):
+        if types[i] in (NORMAL, USER_DEFINED) and re.fullmatch(r"<[^<>\s]+>", tokens[i]):
+            types[i] = CONTROL  # it begins or ends what people say: nobody types it
     vocab = _Vocab(tokens, types)
-    if model == "gemma4":
+    # Ollama writes a vocabulary of merges under the name of the kind without; its scores count up from 0.
+    merges = metadata.get("tokenizer.ggml.merges")
+    if model == "gemma4" or metadata.get("tokenizer.ggml.pre") == "gemma4" or (merges is not None and len(merges)):
         encode = _gemma4_encoder(vocab, _array(metadata, "merges"))
     else:
         prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
         encode = _llama_encoder(vocab, _array(metadata, "scores", len(tokens)), prefix)
-    named = {x: metadata.get(f"tokenizer.ggml.{x}_token_id") for x in ("bos", "eos", "eot", "eom")}
     template = metadata.get("tokenizer.chat_template")
     return Tokenizer(
         tokens,
         types,
         encode,
         vocab.control,
-        bos_id=named["bos"] if isinstance(named["bos"], int) else None,
-        stop_ids=[i for i in (named["eos"], named["eot"], named["eom"]) if isinstance(i, int)],
+        bos_id=named["bos"] if type(named["bos"]) is int else None,
+        stop_ids=[i for i in (named["eos"], named["eot"], named["eom"]) if type(i) is int],
         chat_template=template if isinstance(template, str) else None,
     )
 
@@ -231,16 +238,14 @@ def _control_ids(tokens: Sequence[str], types: Sequence[int]) -> list[int]:
     return [
         i
         for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (CONTROL, UNKNOWN) or (text[0] == "<" and kind != BYTE and _MARKER.fullmatch(text))
+        if kind in (CONTROL, UNKNOWN)
+        or (text[0] == "<" and kind != BYTE and (_MARKER.fullmatch(text) or _MEANING.fullmatch(text)))
     ]
 
 
 def _gemma4_encoder(vocab: _Vocab, merges: list[str]) -> Encoder:
     # The first of equal merges counts, as in llama.cpp.
-    kept = dict.fromkeys(merges)
-    for text in vocab.never:
-        for i in range(1, len(text)):
-            kept.pop(f"{text[:i]} {text[i:]}", None)
+    kept = [merge for merge in dict.fromkeys(merges) if merge.replace(" ", "", 1) not in vocab.never]
     # The rest of a line merges apart from newlines, and without further cutting into words.
     lines = pre_tokenizers.Split(tokenizers.Regex(r"\n+"), "isolated")
     encode = _rust_encoder(vocab, [tuple(merge.split(" ", 1)) for merge in kept], prefix=False, pre_tokenizer=lines)
@@ -299,7 +304,13 @@ def _refused(what: str) -> InputError:
 
 
 def _encoder(engine: tokenizers.Tokenizer) -> Encoder:
-    return lambda text: engine.encode(text, add_special_tokens=False).ids
+    def encode(text: str) -> list[int]:
+        if len(text) < 2000:
+            return engine.encode(text, add_special_tokens=False).ids
+        # The same, without offsets, and other threads run meanwhile.
+        return engine.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    return encode
 
 
 def _valid(text: str) -> str:
@@ -321,11 +332,14 @@ def _from_folder(folder: Path) -> Tokenizer:
     if not isinstance(engine.model, models.BPE) or "<0x00>" not in found or SPACE not in found:
         raise InputError(f"{file} isn't a Gemma tokenizer: BPE with U+2581 for spaces and byte tokens")
     added = engine.get_added_tokens_decoder()
-    tokens, types = [""] * (max(found.values()) + 1), [UNUSED] * (max(found.values()) + 1)
+    if (most := max(found.values())) > 2 * len(found) + 10_000 or max(map(len, found)) > LONGEST:
+        raise InputError(f"{file}: has a token of id {most} or over {LONGEST} characters, as no Gemma's has")
+    tokens, types = [""] * (most + 1), [UNUSED] * (most + 1)
     for text, i in found.items():
         tokens[i], types[i] = text, BYTE if _BYTE.fullmatch(text) else NORMAL
     for i, token in added.items():
-        types[i] = CONTROL if token.special or _MARKER.fullmatch(token.content) else USER_DEFINED
+        marks = _MARKER.fullmatch(token.content) or _MEANING.fullmatch(token.content)
+        types[i] = CONTROL if token.special or marks else USER_DEFINED
     # Markers that the file doesn't call special are made special, so that none is found in typed text.
     engine.add_special_tokens([tokenizers.AddedToken(tokens[i], special=True) for i in added if types[i] == CONTROL])
     engine.encode_special_tokens = True
@@ -335,17 +349,21 @@ def _from_folder(folder: Path) -> Tokenizer:
     eos = generation.get("eos_token_id")
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = next((x.get("template") for x in template if x.get("name") == "default"), None)
+        several = (x for x in template if isinstance(x, dict))
+        template = next((x.get("template") for x in several if x.get("name") == "default"), None)
     if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        try:
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder / 'chat_template.jinja'}: can't be read ({reason(error)})") from error
     return Tokenizer(
         tokens,
         types,
         _encoder(engine),
         _control_ids(tokens, types),
         bos_id=engine.token_to_id(bos) if isinstance(bos, str) else None,
-        stop_ids=[i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)],
-        chat_template=template,
+        stop_ids=[i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int],
+        chat_template=template if isinstance(template, str) else None,
     )
 
 

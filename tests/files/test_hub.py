@@ -158,6 +158,19 @@ def test_pull_and_run(hub: Hub, user: User) -> None:
     assert not user.partials()
 
 
+def test_the_assistant_of_a_repository_comes_along(hub: Hub, user: User) -> None:
+    """Once, that of the same name and in Q8_0; a damaged one, or one of another model, is no reason to fail."""
+    own = "MTP/mtp-gemma-4-E2B-it-Q8_0.gguf"
+    hub.repos[REPO] |= {own: b"GGUF: none", "MTP/mtp-gemma-4-E2B-it-BF16.gguf": b"too", "mtp-other.gguf": b"three"}
+    path = user.pull(REPO)
+    assert path.name == "gemma-4-E2B-it-Q4_K_M.gguf"
+    assert (path.parent / own).read_bytes() == b"GGUF: none"
+    assert len(hub.downloads()) == 2
+    done = user.run("generate", "-m", REPO, "-p", "the", "-n", "1")
+    assert done.returncode == 0, done.stderr
+    assert len(hub.downloads()) == 2
+
+
 def test_model_of_a_command_is_downloaded(hub: Hub, user: User) -> None:
     done = user.run("generate", "-m", f"{REPO}:Q4_K_M", "-p", "the", "-n", "1")
     assert done.returncode == 0, done.stderr

@@ -148,6 +148,18 @@ def test_thinking_where_it_may_not_be(tokenizer: Tokenizer) -> None:
         assert not accepts(json_schema(tokenizer, PERSON, think=True), tokenizer, bad), bad
 
 
+def test_thinking_once(tokenizer: Tokenizer) -> None:
+    """A model that could think again would do so until the reply is cut."""
+    thought, good = "<|channel>thought\nHm.<channel|>", '{"name":"A","age":3}'
+    assert not accepts(json_schema(tokenizer, PERSON, think=True), tokenizer, thought + thought + good)
+    begun = json_schema(tokenizer, PERSON, think=True)
+    begun.begin_thinking()  # the prompt has opened the channel
+    assert accepts(begun, tokenizer, "Hm.<channel|>" + good)
+    begun = regex(tokenizer, "a+", think=True)
+    begun.begin_thinking()
+    assert not accepts(begun, tokenizer, "Hm.<channel|>" + thought + "a")
+
+
 # Refusals: in one line, with the place
 
 

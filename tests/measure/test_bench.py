@@ -21,7 +21,7 @@ from mlx_gemma4.cli.main import main
 from mlx_gemma4.conversation.language_model import load
 from mlx_gemma4.files.gguf import open_gguf
 from mlx_gemma4.measure import bench
-from mlx_gemma4.measure.inspection import kv_per_token
+from mlx_gemma4.model.costs import kv_per_token
 
 # Stands in for llama-bench: notes how it was called, then writes what llama-bench writes, or what `FAULT` says.
 FAKE = """#!{python}

@@ -13,9 +13,10 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
+import make_synthetic
 import mlx.core as mx
 import pytest
-from precompile import Idle, add_rotations, lazy_fill, lazy_model
+from precompile import Idle, LazySource, add_rotations, lazy_fill, lazy_model
 
 from mlx_gemma4.doctor import ready, sizes, verdict
 from mlx_gemma4.doctor.published import PUBLISHED
@@ -24,6 +25,7 @@ from mlx_gemma4.gpu.cuda_compiler import shaped_inputs
 from mlx_gemma4.gpu.recording import RecordedLaunch
 from mlx_gemma4.gpu.render import DEVICE_ELEMENTS
 from mlx_gemma4.kv import quantization
+from mlx_gemma4.loading.assistant import Renamed, assistant_from_gguf, read_assistant
 from mlx_gemma4.model import decode, forward
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.model.weights import Layer, Loaded
@@ -165,3 +167,37 @@ def launched_less_checked(kind: str, monkeypatch: pytest.MonkeyPatch, quantized:
         assert not sorted(name for name, *_ in noted - launched_at_load), kv
         attention = {name for name, *_ in noted if name.rsplit("_", 1)[0] in ATTENTION}
         assert len(attention) <= MOST.get(kv, quantized), (kv, sorted(attention))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "spelling"), [("E2B", "gemma4_assistant"), ("31B", "gemma4-assistant")])
+def test_launched_less_checked_of_an_assistant_is_nothing(
+    kind: str, spelling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With centroids and without; over all arrangements of segments, plain and quantized."""
+    noted: Launched = set()
+    checked: Launched = set()
+    model = lazy_model(kind, Kernels(noting(noted), strict=True))
+    add_rotations(model)
+    shape = PUBLISHED[kind]
+    metadata, tensors = make_synthetic.assistant(shape, make_synthetic.ASSISTANTS[kind], spelling)
+
+    class Source(LazySource):
+        def read(self, names: Sequence[str], *how: Any) -> Any:
+            return mx.arange(shape.vocab) if "ordering" in names[0] else super().read(names, *how)
+
+    source = Renamed(Source(kind, tensors))
+    assistant = read_assistant(assistant_from_gguf(metadata, source), source, model)
+    with execution(), monkeypatch.context() as patched:
+        for name in ("eval", "async_eval"):
+            patched.setattr(mx, name, lambda *_: None)
+        for kv in quantization.KINDS:
+            for depth in DEPTHS[2::3]:
+                state = model.new_state(kv=kv)
+                lazy_fill(state, depth)
+                inputs = assistant.inputs(state)
+                assistant.drafted(2, mx.zeros(1, mx.int32), mx.zeros((1, shape.hidden)), inputs)
+    for s in (sizes.sizes_of(model), sizes.assistant_sizes(assistant)):
+        for check in sizes.checks(s, verdict.QUICK_LENGTHS, verdict.QUICK_ROWS):
+            check.make().kernel(noting(checked))
+    assert not sorted(name for name, *_ in noted - checked)

@@ -197,10 +197,8 @@ RESULT = {"type": "tool_result", "tool_use_id": "x"}
         ({"messages": [*ASK, {"role": "assistant", "content": "Once"}]}, "messages"),
         ({"messages": [{"role": "tool", "content": ""}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
         ({"messages": [{"role": "user", "content": [RESULT]}]}, "messages[0].content[0].tool_use_id"),
-        ({"messages": [*ASK, {"role": "assistant", "content": [RESULT]}]}, "messages[1].content[0].type"),
         ({"system": 1}, "system"),
         ({"temperature": 3}, "temperature"),
         ({"top_p": "x"}, "top_p"),
@@ -208,7 +206,6 @@ RESULT = {"type": "tool_result", "tool_use_id": "x"}
         ({"stop_sequences": [""]}, "stop_sequences"),
         ({"stop_sequences": "x"}, "stop_sequences"),
         ({"thinking": {"type": "deep"}}, "thinking.type"),
-        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name"),
         ({"tools": [{"name": 0, "input_schema": {}}]}, "tools[0].name"),
         ({"tools": [{"name": "a"}]}, "tools[0].input_schema"),
@@ -311,7 +308,7 @@ def kind(error: anthropic.APIStatusError) -> str:
 
 
 def test_a_bad_request(client: anthropic.Anthropic) -> None:
-    for name, value in (("temperature", 7.0), ("model", None), ("max_tokens", -1)):
+    for name, value in (("temperature", 7.0), ("model", None), ("max_tokens", -4)):
         with pytest.raises(anthropic.BadRequestError) as caught:
             create(client, extra_body={name: value})
         assert kind(caught.value) == "invalid_request_error" and name in str(caught.value)

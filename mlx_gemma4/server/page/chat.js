@@ -1,117 +1,65 @@
 "use strict";
-const $ = id => document.getElementById(id);
-const [input, log, panel, status, scroller] = ["input", "log", "panel", "status", "scroll"].map($);
-const SAVED = "mlx-gemma4", KEY = "mlx-gemma4-key"; // the key stays with the tab: sessionStorage
-const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed"];
-let chat = { messages: [], settings: {} }; // a message: {role, content, thinking?, note?, error?, stats?}
-let running = null, removed = null, context = 0, model = "default";
+// The current chat: its tree of messages, and what is done with them.
+const input = $("input"), panel = $("panel"), KEY = "mlx-gemma4-key"; // the key stays with the tab: sessionStorage
+const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed"], SETTINGS = ["system", "think", ...NUMBERS];
+const LIVE = 5000; // ms after which a reply in another tab, of which nothing is heard, is no longer being written
+let chat = freshChat(), tree = new Map(), leaf = null; // tree: messages of all branches by id; leaf: the last shown
+let context = 0, model = "default";
+const runs = new Map(); // chat's id to the reply being written here: {message, stop}
+const elsewhere = new Map(); // id of a reply being written in another tab to its timer
 
-function element(tag, attributes = {}, ...kids) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name === "onclick") made.addEventListener("click", value);
-    else made.setAttribute(name, value);
-  }
-  made.append(...kids);
-  return made;
+function freshChat() {
+  return { id: newId(), title: "New chat", stored: false, settings: kept.get("settings") || {}, from: null };
 }
 
-// The element of a block of Markdown's HTML, without anything that no Markdown makes.
-function build(html) {
-  const made = DOMPurify.sanitize(html, { ALLOWED_TAGS: TAGS, ALLOWED_ATTR: ["href", "start", "class"], ALLOWED_URI_REGEXP: WEB, RETURN_DOM_FRAGMENT: true });
-  for (const link of made.querySelectorAll("a")) Object.assign(link, { target: "_blank", rel: "noopener noreferrer" });
-  for (const table of made.querySelectorAll("table")) {
-    const wide = element("div", { class: "wide", tabindex: "0" });
-    table.replaceWith(wide);
-    wide.append(table);
-  }
-  for (const pre of made.querySelectorAll("pre")) {
-    const code = pre.firstElementChild, box = element("div", { class: "code" });
-    pre.replaceWith(box);
-    pre.tabIndex = 0; // long lines scroll, by keyboard too
-    if (code.className) pre.setAttribute("aria-label", code.className.replace("language-", ""));
-    box.append(pre, copyButton(() => code.textContent.replace(/\n$/, "")));
-  }
-  return made.firstElementChild || document.createTextNode("");
+const running = () => runs.get(chat.id);
+const isBusy = message => running()?.message === message || elsewhere.has(message.id);
+
+function pathTo(id) {
+  const found = [];
+  for (let message = tree.get(id); message; message = tree.get(message.parent)) found.unshift(message);
+  return found;
+}
+const path = () => pathTo(leaf);
+const inOrder = (a, b) => a.created - b.created || (a.id < b.id ? -1 : 1);
+const siblings = message => [...tree.values()].filter(m => m.parent === message.parent).sort(inOrder);
+
+// The end of the newest branch from a message on.
+function newest(id) {
+  for (let next; (next = [...tree.values()].filter(m => m.parent === id).sort(inOrder).at(-1));) id = next.id;
+  return id;
 }
 
-function copyButton(text) {
-  const button = element("button", { type: "button", class: "small", onclick: async () => {
-    try { await navigator.clipboard.writeText(text()); button.textContent = "Copied"; }
-    catch { button.textContent = "Can't copy here"; }
-    setTimeout(() => (button.textContent = "Copy"), 1500);
-  } }, "Copy");
-  return button;
+async function save(fields, messages, live) {
+  const { id } = chat;
+  Object.assign(chat, fields, { stored: true });
+  await written(id, { title: chat.title, settings: chat.settings, ...fields }, messages, live);
 }
 
-// Shows a message in its article. Blocks of Markdown that did not change keep their elements, and what is selected in them.
-function show(article, message, last) {
-  const user = message.role === "user", busy = Boolean(running && last && !user);
-  if (!article.parts) {
-    const thinking = element("details", { class: "thinking" }, element("summary"), element("div", { dir: "auto" }));
-    article.parts = [thinking, element("div", { class: "text", dir: "auto" }), element("div", { class: "below" })];
-    article.append(...article.parts.slice(user ? 1 : 0));
-    article.setAttribute("aria-label", user ? "You" : "Reply");
-    article.shown = [];
-  }
-  const [thinking, text, below] = article.parts, [title, thoughts] = thinking.children;
-  article.className = message.role + (busy ? " busy" : "");
-  article.setAttribute("aria-busy", busy);
-  thinking.hidden = !message.thinking;
-  title.textContent = busy && !message.content ? "Thinking …" : "Thinking";
-  if (thoughts.textContent !== (message.thinking || "")) thoughts.textContent = message.thinking;
-  const blocks = user ? [message.content] : markdown(message.content);
-  blocks.forEach((block, i) => {
-    if (article.shown[i] === block) return;
-    const made = user ? document.createTextNode(block) : build(block);
-    if (i < text.childNodes.length) text.childNodes[i].replaceWith(made); else text.append(made);
-  });
-  while (text.childNodes.length > blocks.length) text.lastChild.remove();
-  article.shown = blocks;
-  below.replaceChildren(...(busy ? [] : belowOf(message, last)));
+async function written(id, fields, messages, live) {
+  try { await store.write(id, fields, messages, live); }
+  catch { say("This browser keeps no more: what is new won't outlive this tab."); }
+  showList();
 }
 
-function belowOf(message, last) {
-  const made = [], button = (name, onclick) => element("button", { type: "button", class: "small", onclick }, name);
-  if (message.role === "assistant") {
-    if (message.error) made.push(element("span", { class: "error", role: "alert" }, message.error));
-    if (message.note) made.push(element("span", {}, message.note));
-    if (last) made.push(button("Retry", retry));
-    if (message.content) made.push(copyButton(() => message.content));
-    if (message.stats) made.push(element("span", { class: "stats" }, summary(message.stats, context)));
-  } else if (!running && message === chat.messages.findLast(m => m.role === "user")) made.push(button("Edit", editLast));
-  return made;
+function add(role, content, parent = leaf) {
+  const created = Math.max(Date.now(), ...[...tree.values()].map(m => m.created + 1)); // in order, however fast they come
+  const message = { id: newId(), chat: chat.id, parent, role, content, created };
+  tree.set(message.id, message);
+  leaf = message.id;
+  return message;
 }
 
-function showAll() {
-  $("empty").hidden = chat.messages.length > 0;
-  while (log.children.length > chat.messages.length) log.lastElementChild.remove();
-  chat.messages.forEach((message, i) => {
-    if (i >= log.children.length) log.append(element("article"));
-    if (log.children[i].message !== message) log.children[i].replaceWith(Object.assign(element("article"), { message }));
-    show(log.children[i], message, i === chat.messages.length - 1);
-  });
-  $("send").textContent = running ? "Stop" : "Send";
-}
-
-function save() {
-  try { localStorage.setItem(SAVED, JSON.stringify(chat)); }
-  catch { say("This browser keeps no more: the conversation won't outlive this tab."); }
-}
-
-function say(text, name, onclick) {
-  status.replaceChildren(text, ...(name ? [element("button", { type: "button", class: "small", onclick }, name)] : []));
-}
-
-const atEnd = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 60;
-const toEnd = () => { scroller.scrollTop = scroller.scrollHeight; };
-
-function request() {
+function request(messages, goesOn) {
   const { system, think, ...numbers } = chat.settings;
   // A reply that failed before it said anything is no part of the conversation.
-  const past = chat.messages.filter(m => m.role === "user" || m.content).map(({ role, content }) => ({ role, content }));
-  const messages = system ? [{ role: "system", content: system }, ...past] : past;
-  return { model, messages, stream: true, stream_options: { include_usage: true }, chat_template_kwargs: { enable_thinking: Boolean(think) }, ...numbers };
+  const past = messages.filter(m => m.role === "user" || m.content).map(({ role, content }) => ({ role, content }));
+  const more = goesOn ? { continue_final_message: true, add_generation_prompt: false } : {};
+  const enable_thinking = Boolean(think) && !goesOn; // what is gone on with has been thought about
+  return {
+    model, messages: system ? [{ role: "system", content: system }, ...past] : past,
+    stream: true, stream_options: { include_usage: true }, chat_template_kwargs: { enable_thinking }, ...numbers, ...more,
+  };
 }
 
 function call(path, more) {
@@ -119,166 +67,226 @@ function call(path, more) {
   return fetch(path, { ...more, headers: { "Content-Type": "application/json", ...(key && { Authorization: "Bearer " + key }) } });
 }
 
+// The Error of an answer that is none, in words. Asks for the key where that is what is missing.
 async function failure(response) {
-  let words = "";
-  try { words = (await response.json()).error.message; } catch { /* not JSON: the number must do */ }
-  if (response.status === 401) { $("unlock").hidden = false; $("key").focus(); }
-  const wait = response.status === 429 && response.headers.get("Retry-After");
-  return new Error((words || `The server answered ${response.status}.`) + (wait ? ` Try again in ${wait} s.` : ""));
+  let error;
+  try { error = (await response.json()).error; } catch { /* not JSON: the number must do */ }
+  const wait = [429, 503].includes(response.status) && response.headers.get("Retry-After");
+  const words = inWords(response.status, error, Boolean(sessionStorage.getItem(KEY)), wait);
+  if (response.status === 401) askKey(words);
+  return Object.assign(new Error(words), { full: error?.code === "context_length_exceeded" });
 }
 
-// Asks for the reply to the conversation as it stands.
-async function reply() {
-  const message = { role: "assistant", content: "" }, stop = (running = new AbortController());
-  let first = 0, drawn = 0, savedAt = performance.now();
+function inPlainWords(error) {
+  if (error instanceof TypeError) return "The server can't be reached.";
+  return error instanceof SyntaxError ? "The server sent what can't be read." : error.message;
+}
+
+// Asks for a reply to the branch that ends at the leaf, or for more of a reply that was cut.
+async function reply(message = add("assistant", ""), goesOn = false) {
+  const id = chat.id, stop = new AbortController(), run = { message, stop };
+  const asked = performance.now(), before = (goesOn && message.stats?.tokens) || 0;
+  const sent = pathTo(goesOn ? message.id : message.parent), from = Math.max(0, sent.findIndex(m => m.id === chat.from));
+  let first = 0, drawn = 0, savedAt = 0, finish = "", usage = null;
+  const here = () => chat.id === id;
   const draw = () => { // at most once a frame
     drawn ||= requestAnimationFrame(() => {
       drawn = 0;
-      const follow = atEnd();
-      if (log.lastElementChild?.message === message) show(log.lastElementChild, message, true);
+      if (!here()) return;
+      const follow = atEnd(), article = $("log").lastElementChild;
+      if (article?.message === message) show(article, message, true);
       if (follow) toEnd();
-      if (performance.now() - savedAt > 1000) { savedAt = performance.now(); save(); }
     });
+    if (performance.now() - savedAt < 1000) return;
+    savedAt = performance.now();
+    written(id, { leaf: message.id }, [{ ...message, note: "Stopped." }], message.id); // as it is, should this tab end here
   };
-  chat.messages.push(message);
+  for (const field of ["note", "error", "full", ...(goesOn ? [] : ["thinking", "stats"])]) delete message[field];
+  if (!goesOn) message.content = "";
+  runs.set(id, run);
+  editing = null;
   say("Reading …");
-  showAll(); toEnd();
+  showAll(); toEnd(); showList();
   const parse = sseParser(data => {
     if (data === "[DONE]") return;
-    const event = JSON.parse(data), choice = event.choices?.[0], usage = event.usage;
-    if (event.error) throw new Error(event.error.message);
+    const event = JSON.parse(data), choice = event.choices?.[0];
+    if (event.error) throw new Error(inWords(event.error.code === "shutting_down" ? 503 : 500, event.error));
     if (choice?.delta.content || choice?.delta.reasoning_content) {
-      if (!first) { first = performance.now(); say("Writing …"); }
+      if (!first) { first = performance.now(); if (here()) say("Writing …"); }
       message.content += choice.delta.content || "";
       if (choice.delta.reasoning_content) message.thinking = (message.thinking || "") + choice.delta.reasoning_content;
       draw();
     }
-    if (choice?.finish_reason) message.finish = choice.finish_reason;
-    if (choice?.finish_reason === "length") message.note = "Cut off: no more tokens allowed.";
-    if (usage) message.stats = statsOf(usage, first);
-  }, comment => { if (!first && comment) say(comment[0].toUpperCase() + comment.slice(1) + " …"); });
+    finish = choice?.finish_reason || finish;
+    usage = event.usage || usage;
+  }, comment => { if (!first && comment && here()) sayRead(comment); });
   try {
-    const response = await call("/v1/chat/completions", { method: "POST", body: JSON.stringify(request()), signal: stop.signal });
+    const body = JSON.stringify(request(sent.slice(from), goesOn));
+    const response = await call("/v1/chat/completions", { method: "POST", body, signal: stop.signal });
     if (!response.ok) throw await failure(response);
     const reader = response.body.getReader(), decoder = new TextDecoder();
     for (let piece; !(piece = await reader.read()).done;) parse(decoder.decode(piece.value, { stream: true }));
-    if (!message.finish) throw new Error("The server broke off.");
+    if (!finish) throw new Error("The server broke off.");
   } catch (error) {
     if (stop.signal.aborted) message.note = "Stopped.";
-    else message.error = error instanceof TypeError ? "The server can't be reached." : error.message;
+    else Object.assign(message, { error: inPlainWords(error), ...(error.full && { full: true }) });
   }
-  delete message.finish;
-  if (running === stop) running = null;
-  if (!chat.messages.includes(message)) return; // a new chat was started meanwhile
+  if (usage) message.stats = statsOf(usage, asked, first, before);
+  if (finish === "length") Object.assign(message, context && message.stats?.used >= context ? { full: true } : { note: "Cut off: no more tokens allowed." });
+  runs.delete(id);
+  await written(id, { leaf: message.id }, [message]);
+  if (!here()) return;
   const follow = atEnd();
-  save(); say(""); showAll();
+  say(""); showAll();
   if (follow) toEnd();
-  if (!message.error) input.focus({ preventScroll: true });
+  if (!message.error && !editing && !document.querySelector("dialog[open]") && document.activeElement === document.body) input.focus({ preventScroll: true });
 }
 
-function statsOf(usage, first) {
+function statsOf(usage, asked, first, before) {
   const seconds = (performance.now() - first) / 1000, tokens = usage.completion_tokens;
-  return { tokens, rate: first && tokens > 1 && seconds > 0 ? (tokens - 1) / seconds : 0, used: usage.prompt_tokens + tokens, reused: usage.prompt_tokens_details?.cached_tokens || 0 };
+  return {
+    tokens: before + tokens, rate: first && tokens > 1 && seconds > 0 ? (tokens - 1) / seconds : 0, wait: first ? (first - asked) / 1000 : 0,
+    used: usage.prompt_tokens + tokens, reused: usage.prompt_tokens_details?.cached_tokens || 0,
+  };
 }
 
-function send() {
+async function send() {
   const text = input.value;
-  if (running || !text.trim()) return;
-  input.value = ""; removed = null; grow();
-  chat.messages.push({ role: "user", content: text });
-  save(); reply();
-}
-
-function retry() {
-  if (running || chat.messages.at(-1)?.role !== "assistant") return;
-  chat.messages.pop();
+  if (running() || !text.trim()) return;
+  input.value = ""; fit(input);
+  kept.set(draftName(), null);
+  if (!chat.stored) { chat.title = titleOf(text); place(chat.id, true); }
+  const message = add("user", text);
+  save({ leaf }, [message]);
   reply();
 }
 
-// Takes the last message and its reply back into the box; Esc puts both back.
-function editLast() {
-  const at = chat.messages.findLastIndex(m => m.role === "user");
-  if (running || at < 0) return;
-  removed = chat.messages.splice(at);
-  input.value = removed[0].content;
-  grow(); showAll(); say("Editing: Esc leaves it as it was."); input.focus();
+function regenerate(message = path().at(-1)) {
+  if (running() || message?.role !== "assistant") return;
+  if (!message.content && !message.thinking) { // it said nothing: it is asked for again in its place
+    leaf = message.id;
+    return reply(message);
+  }
+  leaf = message.parent;
+  reply();
 }
 
-function restore() {
-  if (removed) chat.messages.push(...removed);
-  removed = null; input.value = "";
-  save(); grow(); showAll(); say("");
+async function goOn(message) {
+  if (running()) return;
+  if (await continues()) reply(message, true); else say("This server can't go on with a reply.");
 }
 
-function newChat() {
-  const before = removed ? [...chat.messages, ...removed] : chat.messages;
-  running?.abort();
-  running = removed = null;
-  chat.messages = [];
-  save(); showAll(); input.value = ""; grow(); input.focus();
-  if (before.length) say("A new chat.", "Bring the last one back", () => { running?.abort(); chat.messages = before; save(); showAll(); toEnd(); say(""); });
+// True if the server can go on with a message: it says so in its own description.
+let goesOn = null;
+async function continues() {
+  try { goesOn ??= (await (await call("/openapi.json")).text()).includes("continue_final_message"); }
+  catch { goesOn = null; }
+  return goesOn;
 }
 
-function grow() { input.style.height = "auto"; input.style.height = input.scrollHeight + 2 + "px"; }
-
-function togglePanel(open = panel.hidden) {
-  panel.hidden = !open;
-  $("settings").setAttribute("aria-expanded", String(open));
-  (open ? panel.elements.system : input).focus();
+// Shows the branch that a message is on.
+function goTo(id) {
+  if (running()) return;
+  leaf = newest(id);
+  save({ leaf });
+  showAll();
+  document.querySelector(`#log article.${tree.get(id).role}:last-of-type`)?.scrollIntoView({ block: "nearest" });
 }
 
-async function about() {
-  try {
-    const response = await call("/v1/models");
-    if (!response.ok) throw await failure(response);
-    const [first] = (await response.json()).data;
-    model = first.id; context = first.context_length || 0;
-    $("model").textContent = document.title = model;
-    $("unlock").hidden = true;
-    showAll();
-  } catch (error) { say(error instanceof TypeError ? "The server can't be reached." : error.message); }
+function edit(message) {
+  if (running()) return;
+  editing = { id: message.id, text: message.content };
+  showAll();
+  say(message.role === "user" ? "Enter sends it again, Esc leaves it as it was." : "Ctrl+Enter saves, Esc leaves it as it was.");
 }
 
-$("composer").addEventListener("submit", event => { event.preventDefault(); if (running) running.abort(); else send(); });
-$("unlock").addEventListener("submit", async event => {
-  event.preventDefault();
-  sessionStorage.setItem(KEY, $("key").value.trim());
-  $("key").value = ""; say("");
-  await about();
-  if ($("unlock").hidden && chat.messages.at(-1)?.error) retry();
-});
-$("new").addEventListener("click", newChat);
-$("settings").addEventListener("click", () => togglePanel());
-panel.addEventListener("submit", event => event.preventDefault());
-panel.addEventListener("input", () => {
-  const { system, think } = panel.elements, settings = { system: system.value, think: think.checked };
-  for (const name of NUMBERS) if (Number.isFinite(panel.elements[name].valueAsNumber)) settings[name] = panel.elements[name].valueAsNumber;
-  chat.settings = settings; save();
-});
-input.addEventListener("input", grow);
-input.addEventListener("keydown", event => {
-  if (event.isComposing) return;
-  if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); send(); }
-  if (event.key === "ArrowUp" && !input.value && chat.messages.length) { event.preventDefault(); editLast(); }
-});
-document.addEventListener("keydown", event => {
-  if (event.key === "Escape") { if (running) running.abort(); else if (removed) restore(); else if (!panel.hidden) togglePanel(false); }
-  if (event.ctrlKey && event.shiftKey && event.code === "KeyO") { event.preventDefault(); newChat(); }
-  if (event.altKey && !event.ctrlKey && event.code === "KeyR") { event.preventDefault(); retry(); }
-});
-addEventListener("pagehide", () => {
-  if (removed) { chat.messages.push(...removed); removed = null; }
-  if (running) Object.assign(chat.messages.at(-1), { note: "Stopped." });
-  save();
-});
-
-try {
-  const found = JSON.parse(localStorage.getItem(SAVED));
-  const sound = m => ["user", "assistant"].includes(m?.role) && typeof m.content === "string";
-  if (found?.messages.every(sound)) chat = { messages: found.messages, settings: { ...found.settings } };
-} catch { /* not ours, or nothing there: a new chat */ }
-for (const [name, value] of Object.entries(chat.settings)) {
-  const field = panel.elements[name];
-  if (field) field[field.type === "checkbox" ? "checked" : "value"] = value;
+function stopEditing() {
+  editing = null;
+  say(""); showAll(); input.focus();
 }
-showAll(); toEnd(); about();
+
+// The edited message stands beside the old one, which stays as another branch.
+function saveEdit(message) {
+  const { text } = editing;
+  if (!text.trim()) return;
+  editing = null; say("");
+  if (text === message.content && message.role === "assistant") return stopEditing();
+  const { id } = chat, made = add(message.role, text, message.parent);
+  if (chat.from === message.id) chat.from = made.id;
+  save({ leaf, from: chat.from }, [made]);
+  if (made.role === "user") reply();
+  else if (chat.id === id) { showAll(); input.focus(); }
+}
+
+// The last turns of a branch, as long as half of what was sent last, from a message of the user's on.
+function lastTurns(message) {
+  const all = pathTo(message.id), sent = all.slice(Math.max(0, all.findIndex(m => m.id === chat.from)));
+  const length = list => list.reduce((sum, m) => sum + m.content.length, 0);
+  const starts = sent.filter((m, i) => m.role === "user" && i > 0);
+  const start = starts.find(m => length(sent.slice(sent.indexOf(m))) <= length(sent) / 2) || starts.at(-1);
+  return start ? sent.slice(sent.indexOf(start)) : [];
+}
+
+const tooLong = () => say("One message alone is too long for the model: edit it.");
+
+function dropOldest(message) {
+  const rest = lastTurns(message);
+  if (running()) return;
+  if (!rest.length) return tooLong();
+  chat.from = rest[0].id;
+  save({ from: chat.from });
+  if (message.content) goOn(message); else reply(message);
+}
+
+function sendAll() {
+  chat.from = null;
+  save({ from: null });
+  showAll();
+}
+
+function moveOn(message) {
+  const rest = lastTurns(message), { title, settings } = chat;
+  if (running()) return;
+  if (!rest.length) return tooLong();
+  newChat();
+  Object.assign(chat, { title: `${title} (2)`.replace(/\((\d+)\) \(2\)$/, (_, n) => `(${Number(n) + 1})`), settings });
+  const copies = rest.filter(m => m.role === "user" || m.content).map(m => {
+    const copy = add(m.role, m.content);
+    return m.thinking ? Object.assign(copy, { thinking: m.thinking }) : copy;
+  });
+  place(chat.id, true);
+  showSettings();
+  save({ leaf }, copies);
+  if (copies.at(-1).role === "assistant") goOn(copies.at(-1)); else reply();
+}
+
+// Another tab has written. What is being written here stays as it is here.
+async function heard(event) {
+  showList();
+  if (event.live) {
+    clearTimeout(elsewhere.get(event.live));
+    elsewhere.set(event.live, setTimeout(() => { elsewhere.delete(event.live); showAll(); }, LIVE));
+  } else if (event.chat === chat.id) {
+    for (const id of elsewhere.keys()) if (tree.has(id)) { clearTimeout(elsewhere.get(id)); elsewhere.delete(id); }
+  }
+  if (event.chat !== chat.id) return;
+  if (event.gone) {
+    running()?.stop.abort();
+    newChat();
+    return say("That chat was deleted in another tab.");
+  }
+  const found = await store.read(event.chat).catch(() => null);
+  if (!found || event.chat !== chat.id) return;
+  const follow = atEnd(), grown = !running() && newest(leaf) === leaf;
+  take(found);
+  if (grown && leaf) leaf = newest(leaf);
+  showAll();
+  if (follow) toEnd();
+}
+
+function take({ chat: record, messages }) {
+  chat = { ...record, stored: true };
+  const own = running()?.message; // it is newer than what is stored
+  if (own) tree.set(own.id, own);
+  for (const message of messages) if (message.id !== own?.id) tree.set(message.id, message);
+}

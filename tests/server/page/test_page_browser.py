@@ -1,118 +1,18 @@
-"""The page in a real browser, before the real server with the built-in model: pytest -m browser.
-
-Needs a Chromium or Chrome on this machine (Debian: apt install chromium; macOS: Chrome as it is), or the path of one in
-MLX_GEMMA4_CHROMIUM. With MLX_GEMMA4_SCREENSHOTS=docs/images the pictures of docs/server.md are taken again.
-"""
+"""The page in a real browser, before the real server with the built-in model: pytest -m browser. See browsing.py."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from browsing import answer, chats, done, events, ready, replies, send, settle_sampling, tab, windows
+from playwright.sync_api import Browser, Page, expect
 from serving import Serving, serving, settled
 
 from mlx_gemma4.conversation.language_model import LanguageModel
 from mlx_gemma4.server.settings import Settings
 
 pytestmark = pytest.mark.browser
-
-PLACES = [
-    "chromium",
-    "chromium-browser",
-    "google-chrome",
-    "google-chrome-stable",
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-    "/Applications/Chromium.app/Contents/MacOS/Chromium",
-]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    named = os.environ.get("MLX_GEMMA4_CHROMIUM")
-    found = next(filter(None, map(shutil.which, [named] if named else PLACES)), None)
-    assert found, "no Chromium here: install one, or name it in MLX_GEMMA4_CHROMIUM"
-    with sync_playwright() as playwright:
-        # Root, as in CI's container, can't have Chromium's sandbox.
-        running = playwright.chromium.launch(executable_path=found, chromium_sandbox=os.getuid() != 0)
-        yield running
-        running.close()
-
-
-@pytest.fixture(scope="module")
-def server(lm: LanguageModel) -> Iterator[Serving]:
-    with serving(lm, Settings(model_name="gemma4-demo")) as running:
-        yield running
-
-
-@pytest.fixture
-def page(browser: Browser, server: Serving) -> Iterator[Page]:
-    """The page in a window of its own; what it logs as an error, a blocked script say, fails the test."""
-    yield from opened(browser, server.url)
-
-
-def opened(browser: Browser, url: str, **context: Any) -> Iterator[Page]:
-    window = browser.new_context(**({"viewport": {"width": 900, "height": 640}} | context))
-    page = window.new_page()
-    errors: list[str] = []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    page.on("request", lambda request: request.url.startswith(url) or errors.append(request.url))
-    page.goto(url)
-    expect(page.locator("#model")).to_have_text("gemma4-demo")
-    page.evaluate("input.focus()")
-    yield page
-    window.close()
-    assert [error for error in errors if "status of 4" not in error] == []
-
-
-def settle_sampling(page: Page, **numbers: float) -> None:
-    page.click("#settings")
-    for name, value in numbers.items():
-        page.fill(f"#panel [name={name}]", str(value))
-    page.keyboard.press("Escape")
-
-
-def send(page: Page, text: str) -> None:
-    page.fill("#input", text)
-    page.press("#input", "Enter")
-
-
-def done(page: Page) -> None:
-    expect(page.locator("#send")).to_have_text("Send", timeout=60_000)
-
-
-def shot(page: Page, name: str) -> None:
-    """A picture for the docs, where they are asked for."""
-    if folder := os.environ.get("MLX_GEMMA4_SCREENSHOTS"):
-        Path(folder).mkdir(exist_ok=True)
-        page.screenshot(path=Path(folder) / f"{name}.png")
-
-
-def events(*deltas: dict[str, str], finish: str = "stop") -> str:
-    """What the server would stream."""
-    choices = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
-    choices.append({"index": 0, "delta": {}, "finish_reason": finish})
-    lines = [json.dumps({"choices": [choice]}) for choice in choices]
-    return "".join(f"data: {line}\n\n" for line in [*lines, "[DONE]"])
-
-
-def answer(page: Page, *deltas: dict[str, str], **more: Any) -> None:
-    """Let the next replies be these, whatever is asked."""
-
-    def fulfil(route: Route) -> None:
-        route.fulfill(**({"status": 200, "content_type": "text/event-stream", "body": events(*deltas)} | more))
-
-    page.route("**/v1/chat/completions", fulfil)
-
-
-def replies(page: Page) -> Any:
-    return page.locator("article.assistant")
 
 
 def test_send_and_go_on(page: Page) -> None:
@@ -126,7 +26,6 @@ def test_send_and_go_on(page: Page) -> None:
     done(page)
     expect(replies(page)).to_have_count(2)
     expect(replies(page).last.locator(".stats")).to_contain_text("not read again")
-    shot(page, "page")
 
 
 def test_stop_keeps_what_came_and_frees_the_server(page: Page, server: Serving) -> None:
@@ -145,7 +44,8 @@ def test_retry_asks_again(page: Page) -> None:
     send(page, "Tell me a story.")
     done(page)
     first = replies(page).locator(".text").inner_text()
-    replies(page).get_by_role("button", name="Retry").click()
+    replies(page).get_by_role("button", name="Regenerate").click()
+    expect(replies(page).get_by_text("2/2")).to_be_visible()
     done(page)
     expect(replies(page)).to_have_count(1)
     assert replies(page).locator(".text").inner_text() != first
@@ -170,10 +70,11 @@ def test_reload_keeps_the_conversation(page: Page) -> None:
 
 @pytest.mark.parametrize("kept", ["{", "null", "[]", '{"messages": [null]}', '{"messages": [{"role": "user"}]}'])
 def test_what_cannot_be_a_conversation_is_left(page: Page, kept: str) -> None:
-    page.evaluate("kept => { save = () => {}; localStorage.setItem(SAVED, kept) }", kept)
+    page.evaluate("kept => localStorage.setItem('mlx-gemma4', kept)", kept)
     page.reload()
-    expect(page.locator("#model")).to_have_text("gemma4-demo")
+    ready(page)
     expect(page.locator("#empty")).to_be_visible()
+    expect(chats(page)).to_have_count(0)
 
 
 def test_reload_in_the_middle_of_a_reply(page: Page, server: Serving) -> None:
@@ -215,12 +116,16 @@ def test_edit_last(page: Page) -> None:
     for text in ("One", "Two"):
         send(page, text)
         done(page)
+        expect(page.locator("article.user .text").last).to_have_text(text)
     page.press("#input", "ArrowUp")
-    assert page.input_value("#input") == "Two" and page.locator("article").count() == 2
+    editor = page.get_by_label("Edit the message")
+    expect(editor).to_have_value("Two")
     page.keyboard.press("Escape")
     expect(page.locator("article")).to_have_count(4)
-    page.get_by_role("button", name="Edit").click()
-    send(page, "Three")
+    expect(page.locator("article.user .text")).to_have_text(["One", "Two"])
+    page.get_by_role("button", name="Edit").nth(2).click()
+    editor.fill("Three")
+    editor.press("Enter")
     done(page)
     expect(page.locator("article.user .text")).to_have_text(["One", "Three"])
 
@@ -231,11 +136,12 @@ def test_new_chat_can_be_undone(page: Page) -> None:
     done(page)
     page.keyboard.press("Control+Shift+O")
     expect(page.locator("article")).to_have_count(0)
-    page.get_by_role("button", name="Bring").click()
+    chats(page).get_by_text("One").click()
     expect(page.locator("article")).to_have_count(2)
 
 
 def test_a_new_chat_between_a_reply_and_the_frame_that_draws_it(page: Page) -> None:
+    expect(page.locator("#none")).to_be_visible()
     page.evaluate("() => { window.held = []; window.requestAnimationFrame = draw => held.push(draw); }")
     answer(page, {"content": "Yes."})
     send(page, "One")
@@ -251,14 +157,20 @@ def test_what_a_model_writes_never_becomes_markup(page: Page) -> None:
     answer(page, {"content": f"{evil}\n\n```html\n{evil}\n```\n\n| {evil} |\n|---|\n| {evil} |"})
     send(page, evil)
     done(page)
-    assert page.locator("#log img, #log script, #log a").count() == 0
-    assert page.title() == "gemma4-demo" and evil in page.locator("article.user .text").inner_text()
+    expect(chats(page)).to_contain_text("<img src=x")
+    assert page.locator("#log img, #log script, #log a, #side img, #side script, #side a").count() == 0
+    assert (
+        page.title().startswith("<img src=x")
+        and page.title().endswith("gemma4-demo")
+        and evil in page.locator("article.user .text").inner_text()
+    )
 
 
 def test_the_sanitizer_drops_what_no_markdown_makes(browser: Browser, server: Serving) -> None:
     """`build` gets HTML that the Markdown parser would never give. The policy blocks it too, and logs it."""
     page = browser.new_page()
     page.goto(server.url)
+    ready(page)
     found = page.evaluate(
         """() => {
           const made = build(`<p id="a" onclick="document.title = 1">b<script>document.title = 1</script>
@@ -268,7 +180,7 @@ def test_the_sanitizer_drops_what_no_markdown_makes(browser: Browser, server: Se
           return [...made.querySelectorAll("*"), made].map(x => [x.tagName, ...x.getAttributeNames()].join(" "));
         }"""
     )
-    assert sorted(found) == ["A href target rel", "A target rel", "P"]
+    assert sorted(found) == ["A href target rel", "A target rel", "P dir"]
     expect(page).to_have_title("gemma4-demo")
     page.close()
 
@@ -290,14 +202,13 @@ for cup in cups:
 """
 
 
-@pytest.mark.parametrize(("scheme", "width"), [("light", 900), ("dark", 360)])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 900), ("dark", 360), ("dark", 1400), ("light", 3840)])
 def test_both_themes_and_widths(browser: Browser, server: Serving, scheme: Any, width: int) -> None:
-    for page in opened(browser, server.url, viewport={"width": width, "height": 640}, color_scheme=scheme):
+    with windows(browser, viewport={"width": width, "height": 640}, color_scheme=scheme) as window:
+        page = tab(window, server.url)
         answer(page, {"reasoning_content": "Two cups."}, {"content": TEA})
         send(page, "How do I make tea?")
         done(page)
-        if scheme == "dark":
-            shot(page, "page-dark-360")
         wide = "|" + "leaf|" * 40 + "\n" + "|-" * 40 + "|\n\n```\n" + "water, " * 40 + "\n```\n" + "y" * 300
         answer(page, {"content": wide})
         send(page, "z" * 300)
@@ -310,16 +221,16 @@ def test_both_themes_and_widths(browser: Browser, server: Serving, scheme: Any, 
 def test_errors_are_said_and_can_be_retried(page: Page) -> None:
     answer(page, status=429, headers={"retry-after": "7"}, json={"error": {"message": "Too many."}}, body=None)
     send(page, "Hello")
-    expect(page.get_by_role("alert")).to_have_text("Too many. Try again in 7 s.")
+    expect(page.locator("#log [role=alert]")).to_have_text("Too many. Try again in 7 s.")
     page.unroute_all()
     page.route("**/v1/chat/completions", lambda route: route.fulfill(status=200, body=events({"content": "a"})[:60]))
     page.keyboard.press("Alt+r")
-    expect(page.get_by_role("alert")).to_contain_text("broke off")
+    expect(page.locator("#log [role=alert]")).to_contain_text("broke off")
     page.unroute_all()
     settle_sampling(page, max_tokens=3)
     page.keyboard.press("Alt+r")
     done(page)
-    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(page.locator("#log [role=alert]")).to_have_count(0)
     expect(page.locator("article")).to_have_count(2)
 
 

@@ -1,0 +1,41 @@
+"""`mlx-gemma4 perplexity`: how well a model predicts a text."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from ..errors import InputError
+from .options import complete_file, json_option, load_with_progress, model_option, output_options, progress
+
+
+@click.command()
+@click.argument("file", metavar="FILE", shell_complete=complete_file)
+@model_option
+@click.option("--context", type=click.IntRange(4), default=512, help="Tokens of a window.")
+@json_option
+@output_options
+def perplexity(file: str, model: str | None, context: int, as_json: bool) -> None:
+    """Measure how well a model predicts a text: exp of the mean negative log-probability of its tokens.
+
+    As llama.cpp's llama-perplexity: the text is cut into windows of --context tokens that begin with BOS, and the
+    second half of each is predicted.
+    """
+    from ..measure.perplexity import perplexity as measure
+
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8"
+        raise InputError(f"{file}: can't be read as text ({reason}); name a text file") from None
+    lm, _ = load_with_progress(model, "full", context, draft_max=0)
+    with progress("Window", 1, "") as update:
+        found = measure(lm, text, context, update)
+    if as_json:
+        click.echo(json.dumps(asdict(found)))
+    else:
+        click.echo(
+            f"perplexity {found.perplexity:.4f} +/- {found.error:.4f} "
+            f"({found.windows:,} windows of {found.context:,} tokens, {found.predicted:,} of them predicted)"
+        )

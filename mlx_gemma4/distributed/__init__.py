@@ -1,0 +1,1 @@
+"""Several Macs: one model on several ranks over MLX's distributed engine. docs/several-macs.md"""

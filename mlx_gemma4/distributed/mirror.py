@@ -1,0 +1,345 @@
+"""A model on several ranks: each call of rank 0's `Model` and of its KV states is made on all ranks, in one order.
+
+In: calls. Out: on rank 0 their results; on the others the same keys and values of their shards. Mirrored are the calls
+that change a state or pass the weights, nothing above them: sessions, batches and the server know nothing of it. Tokens
+go over MLX's link inside the graph, so that a step may start before rank 0's host knows its token.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import InputError
+from ..execution import execution, host_stream
+from ..kv.quantization import allowed_kinds, check_kind
+from ..kv.segments import SegmentLayout
+from ..kv.state import KVState, Mark
+from ..model.batch import check_batch
+from ..model.forward import run_layers
+from ..model.model import Model
+from ..model.step import BatchStep, LazyBatchStep, LazyStep, NextToken, Step, Tokens, ids_of, tokens_as_array
+from ..ops.dispatch import REPLAY
+from ..ops.sample import LIKELIEST, Draw
+from .link import Follower, Leader, Message
+
+T = TypeVar("T")
+
+CHECKED = 256  # tokens of a state after which ranks compare what they have made of it
+SUMS = 16  # numbers that they compare
+AGREE = 0.02  # of their norm, by which they may differ
+
+Checked = Callable[[int, mx.array], None]  # (position, the sums, fp32 [SUMS], under way)
+
+
+def call(model: Model, op: str, shared: mx.array, states: Sequence[KVState], on_checked: Checked, **given: Any) -> Any:
+    """Make one call that passes the weights, on any rank: the same collectives are scheduled in the same order.
+
+    Args:
+        shared: the tokens, int32 [T], as rank 0 gave them.
+        given: "all_logits" of `Model.forward`; on rank 0 "draw" or "draws" of steps.
+    """
+    made: Any = None
+    before = [state.length for state in states]
+    if op == "forward":
+        made = model.forward(shared, states[0], **given)
+    elif op == "prefill":
+        model.prefill(shared, states[0])
+    elif op == "step":
+        made = model.step(shared[0], states[0], **given)
+    else:
+        made = model.batch(shared, states, **given)
+    for state, was in zip(states, before, strict=True):
+        if state.length // CHECKED > was // CHECKED:
+            # What all layers make of one more token depends on all that the state holds.
+            hidden = run_layers(model.loaded, shared[-1:], [KVState.fork(state)], 1).astype(mx.float32)
+            sums = mx.pad(hidden.reshape(-1), (0, -hidden.size % SUMS)).reshape(SUMS, -1).sum(axis=1)
+            mx.async_eval(sums)
+            on_checked(state.length, sums)
+    return made
+
+
+def _shared(ids: mx.array, group: mx.distributed.Group) -> mx.array:
+    """Return rank 0's ids on all ranks, under way; the others give zeros."""
+    mx.async_eval(ids)  # before: so that what follows is the same graph on all ranks
+    shared = mx.distributed.all_sum(ids, group=group, stream=host_stream())
+    mx.async_eval(shared)
+    return shared
+
+
+class LedModel(Model):
+    """Rank 0's model: followers hear of each call before it is made here. Steps are not replayed."""
+
+    def __init__(self, model: Model, leader: Leader) -> None:
+        self.__dict__.update(vars(model))
+        self.inner, self.leader, self.keys = model, leader, count()
+        self.sums: dict[int, tuple[int, mx.array]] = {}  # of the latest checks, by number
+        self.checks = count()
+        leader.on_checked = self._compare
+        if model.kernels:
+            model.kernels.off |= {REPLAY}
+
+    def new_state(
+        self,
+        max_tokens: int | None = None,
+        kv: str = "full",
+        *,
+        layout: SegmentLayout | None = None,
+        dtype: mx.Dtype | None = None,
+    ) -> KVState:
+        check_kind(kv, {layer.head_dim for layer in self.config.layers if not layer.sliding})
+        with execution():
+            shape = None if layout is None else [layout.tail, layout.fan, layout.tops]
+            key = next(self.keys)
+            self.leader.tell(
+                "new", key, kv=kv, layout=shape, dtype=None if dtype is None else str(dtype).split(".")[-1]
+            )
+            return LedState(self.inner.new_state(max_tokens, kv, layout=layout, dtype=dtype), self, key)
+
+    def save_state(self, state: KVState, path: str | Path) -> None:
+        """Write a state as `Model.save_state`: this rank's part to `path`, the others' beside it on their machines."""
+        self.leader.tell("save", key_of(state), path=str(Path(path).absolute()))
+        self.inner.save_state(state, path)
+        self.leader.answers()
+
+    def load_state(self, path: str | Path) -> KVState:
+        with execution():
+            if "tq4" in allowed_kinds({layer.head_dim for layer in self.config.layers if not layer.sliding}):
+                self.leader.tell("quantizers")  # made together, and not while a file is read
+                self.inner.quantizers("tq4")
+        key = next(self.keys)
+        self.leader.tell("load", key, path=str(Path(path).absolute()))
+        wrong: InputError | None = None
+        try:
+            state = LedState(self.inner.load_state(path), self, key)
+        except InputError as error:
+            wrong = error
+        held = self.leader.answers()
+        if wrong:
+            self.leader.dropped.append(key)
+            raise wrong
+        if set(held) != {state.length}:
+            raise InputError(f"{path}: the parts of it on other ranks are of another conversation; save it again")
+        return state
+
+    def forward(self, ids: mx.array, state: KVState, *, all_logits: bool = False) -> mx.array:
+        with execution():
+            state.check_room(ids.size)
+            logits: mx.array = self._call("forward", ids, [state], all_logits=all_logits)
+            return logits
+
+    def prefill(self, ids: mx.array, state: KVState) -> None:
+        with execution():
+            state.check_room(ids.size)
+            self._call("prefill", ids, [state])
+
+    def step(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST) -> Step:
+        with execution():
+            state.check_room(1)
+            key = next(self.keys)
+            step: LazyStep = self._call("step", ids_of(token), [state], mine={"draw": draw}, key=key)
+            step.batch = LedStep(step.batch, self.leader, key, [draw])
+            return step
+
+    def batch(self, tokens: Tokens, states: Sequence[KVState], draws: Sequence[Draw] | None = None) -> BatchStep:
+        with execution():
+            check_batch(tokens, states)
+            key = next(self.keys)
+            step = self._call("batch", tokens_as_array(tokens), states, mine={"draws": draws}, key=key)
+            return LedStep(step, self.leader, key, draws or [])
+
+    def _call(
+        self,
+        op: str,
+        ids: mx.array,
+        states: Sequence[KVState],
+        mine: dict[str, Any] | None = None,
+        key: int | None = None,
+        **given: Any,
+    ) -> Any:
+        """Make a call on all ranks. `mine`: what only rank 0 needs; `key`: of the step that it makes."""
+        self.leader.tell(op, *map(key_of, states), n=ids.size, key=key, given=given)
+        shared = _shared(ids.astype(mx.int32), self.leader.group)
+        return call(self.inner, op, shared, states, self._checked, **(mine or {}), **given)
+
+    def _checked(self, position: int, sums: mx.array) -> None:
+        n = next(self.checks)
+        self.sums[n] = position, sums
+        self.sums.pop(n - 64, None)
+
+    def _compare(self, rank: int, theirs: Message) -> None:
+        """Compare a follower's sums with this rank's, which were scheduled before."""
+        while theirs["n"] not in self.sums:
+            time.sleep(0.01)  # this rank is a moment behind
+        position, sums = self.sums[theirs["n"]]
+        mine, other = np.array(sums), np.array(theirs["sums"])
+        if not np.linalg.norm(mine - other) <= AGREE * np.linalg.norm(mine):  # NaN too
+            self.leader.fail(
+                f"{self.leader.name(rank)} has drifted from rank 0 by token {position}; run mlx-gemma4 doctor on both"
+            )
+
+
+class LedStep(LazyBatchStep):
+    """A step on rank 0: the others gather what it is asked for."""
+
+    def __init__(self, step: LazyBatchStep, leader: Leader, key: int, draws: Sequence[Draw]) -> None:
+        self.__dict__.update(vars(step))
+        self.leader, self.key, self.greedy = leader, key, all(draw.temperature == 0 for draw in draws)
+        self.asked: set[str] = set()
+        weakref.finalize(self, leader.dropped.append, key).atexit = False
+
+    def logits(self) -> mx.array:
+        self._ask("logits")
+        return super().logits()
+
+    def drawn(self) -> mx.array:
+        if self.greedy:
+            self._ask("drawn")
+        return super().drawn()
+
+    def _ask(self, what: str) -> None:
+        if what not in self.asked:
+            self.asked.add(what)
+            self.leader.tell(what, self.key)
+
+
+class LedState(KVState):
+    """A state on rank 0, which the followers have under its key."""
+
+    def __init__(self, state: KVState, model: LedModel, key: int) -> None:
+        self.__dict__.update(vars(state))
+        self.model = model
+        self._named(key)
+
+    def _named(self, key: int) -> None:
+        self.key = key
+        weakref.finalize(self, self.model.leader.dropped.append, key).atexit = False
+
+    def _tell(self, op: str, *others: int, **given: Any) -> None:
+        self.model.leader.tell(op, self.key, *others, **given)
+
+    def fork(self) -> KVState:
+        other = super().fork()
+        assert isinstance(other, LedState)
+        other._named(next(self.model.keys))
+        self._tell("fork", other.key)
+        return other
+
+    def mark(self, position: int | None = None) -> Mark:
+        mark = super().mark(position)
+        self._tell("mark", at=mark.position)
+        return mark
+
+    def unmark(self, mark: Mark) -> None:
+        super().unmark(mark)
+        self._tell("unmark", at=mark.position)
+
+    def adopt(self, other: KVState) -> None:
+        super().adopt(other)
+        self._tell("adopt", key_of(other))
+
+    def rewind(self, to: Mark | int) -> None:
+        super().rewind(to)
+        self._tell("rewind", at=self.length)
+
+    def start_over(self) -> None:
+        super().start_over()
+        self._tell("start_over")
+
+    def close(self) -> None:
+        super().close()
+        self._tell("close")
+
+
+def key_of(state: KVState) -> int:
+    assert isinstance(state, LedState), "a state that another model made"
+    return state.key
+
+
+def follow(model: Model, follower: Follower) -> None:
+    """Make rank 0's calls on this rank's shard until it is done."""
+    if model.kernels:
+        model.kernels.off |= {REPLAY}
+    states: dict[int, KVState] = {}
+    steps: dict[int, Step | BatchStep] = {}
+    checks = count()
+
+    def on_checked(_: int, sums: mx.array) -> None:
+        follower.checked(n=next(checks), sums=np.array(sums).tolist())
+
+    for message in follower.calls():
+        op, keys = message["op"], message["states"]
+        if op == "drop":
+            for key in keys:
+                states.pop(key, None)
+                steps.pop(key, None)
+        elif op in ("forward", "prefill", "step", "batch"):
+            with execution():
+                shared = _shared(mx.zeros(message["n"], mx.int32), follower.group)
+                made = call(model, op, shared, [states[key] for key in keys], on_checked, **message["given"])
+            if message["key"] is not None:
+                steps[message["key"]] = made
+            if op == "prefill":  # as rank 0 does
+                mx.eval(states[keys[0]].arrays)
+                mx.clear_cache()
+        elif op in ("logits", "drawn"):
+            step = steps[keys[0]]
+            step = step.batch if isinstance(step, LazyStep) else step
+            with execution():
+                getattr(step, op)()
+        else:
+            _follow(model, follower, states, message)
+
+
+def _follow(model: Model, follower: Follower, states: dict[int, KVState], message: Message) -> None:
+    """Make a call that passes no weights, but for those that make quantizers."""
+    op, keys = message["op"], message["states"]
+    if op == "new":
+        layout = message["layout"] and SegmentLayout(*message["layout"])
+        dtype = message["dtype"] and getattr(mx, message["dtype"])
+        states[keys[0]] = model.new_state(None, message["kv"], layout=layout, dtype=dtype)
+    elif op == "quantizers":
+        model.quantizers("tq4")
+    elif op in ("save", "load"):
+        path = Path(f"{message['path']}.rank{follower.place.rank}")
+        try:
+            if op == "save":
+                path.parent.mkdir(parents=True, exist_ok=True)
+                model.save_state(states[keys[0]], path)
+            else:
+                states[keys[0]] = model.load_state(path)
+            follower.answer(states[keys[0]].length)
+        except (InputError, OSError) as error:
+            follower.refuse(error)
+    else:
+        _change(states, op, keys, message.get("at"))
+
+
+def _change(states: dict[int, KVState], op: str, keys: list[int], at: int | None) -> None:
+    """Make a call of a state's own. It has succeeded on rank 0."""
+    state = states[keys[0]]
+    if op == "fork":
+        states[keys[1]] = state.fork()
+    elif op == "adopt":
+        state.adopt(states[keys[1]])
+    elif op == "mark":
+        state.mark(at)
+    elif op == "unmark":
+        for mark in (mark for mark in state.marks if mark.position == at):
+            state.unmark(mark)
+    elif op == "rewind":
+        assert at is not None
+        state.rewind(at)
+    elif op == "start_over":
+        state.start_over()
+    elif op == "close":
+        state.close()
+    else:
+        raise ValueError(f"rank 0 asks for {op}, which this version doesn't know")

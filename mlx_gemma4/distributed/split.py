@@ -1,0 +1,137 @@
+"""How a model is split over ranks: what a token costs either way, by a model of step time, on a link that is measured.
+
+In: bytes, counts of launches and sums, the link and the memory's speed. Out: seconds a token, and the better split.
+docs/several-macs.md has the model's terms, and what it makes of published machines (benchmarks/several_macs.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import NamedTuple, cast
+
+import mlx.core as mx
+
+from ..config import Config
+from ..execution import execution, host_stream
+from ..memory import on_cpu
+from ..model.costs import kv_per_token, weights_per_token
+
+LAUNCHES, MORE_LAUNCHES = 8, 4  # of a layer's decode step; more with experts or per-layer embeddings
+REPLICATED = ("norm", "scale", "ffn_gate_inp", "inp_gate", ".proj.", "per_layer_model_proj")  # in names of tensors
+
+
+class Token(NamedTuple):
+    """What one decoded token takes of one machine that has the whole model."""
+
+    weights: int  # bytes read
+    replicated: int  # of them, bytes that each rank of a tensor split reads
+    kv: int  # bytes of keys and values read
+    kv_heads: int  # in the layers that keep most of those: no more ranks share them
+    launches: int
+    layers: int
+    hidden: int
+    vocab: int
+
+    @property
+    def sums(self) -> int:
+        """Collectives of a tensor split: two a layer, the embedding's, the head's."""
+        return 2 * self.layers + 2
+
+
+class Machine(NamedTuple):
+    """What a rank runs on."""
+
+    bandwidth: float  # of its memory, bytes/s, as decode steps reach it
+    launch: float  # seconds
+
+
+class Link(NamedTuple):
+    """What joins the ranks."""
+
+    latency: float  # seconds of a sum of a few bytes over all ranks, seen from the call
+    bandwidth: float  # bytes/s in each direction
+
+    def sum_time(self, n_bytes: int, ranks: int) -> float:
+        """Seconds of a sum over all ranks, as a ring makes it: each byte is sent 2 (n - 1) / n times."""
+        return self.latency + 2 * (ranks - 1) / ranks * n_bytes / self.bandwidth
+
+    def __str__(self) -> str:
+        return f"{self.latency * 1e3:.3g} ms a sum, {self.bandwidth / 1e9:.3g} GB/s"
+
+
+def token_of(config: Config, sizes: Mapping[str, int], kv: str = "full", context: int = 512) -> Token:
+    """Return what a token behind `context` others takes; sizes: bytes of each tensor, by its GGUF name."""
+    layers = len(config.layers)
+    wide = [layer.kv_heads for layer in config.layers if not layer.sliding]
+    return Token(
+        weights_per_token(config, sizes),
+        sum(n for name, n in sizes.items() if any(part in name for part in REPLICATED)),
+        kv_per_token(config, kv, context, mx.float16),
+        min(wide or [layer.kv_heads for layer in config.layers]),
+        layers * (LAUNCHES + MORE_LAUNCHES * (bool(config.experts) + bool(config.ple))),
+        layers,
+        config.hidden,
+        config.vocab,
+    )
+
+
+def alone_time(token: Token, machine: Machine) -> float:
+    """Seconds of a token on one machine."""
+    return (token.weights + token.kv) / machine.bandwidth + token.launches * machine.launch
+
+
+def tensor_time(token: Token, machine: Machine, ranks: int, link: Link) -> float:
+    """Seconds of a token where each layer is in parts: bytes are shared, sums are added."""
+    read = (token.weights - token.replicated) / ranks + token.replicated + token.kv / min(ranks, token.kv_heads)
+    sums = token.sums * link.sum_time(4 * token.hidden, ranks) + 4 * token.vocab / link.bandwidth * (ranks - 1) / ranks
+    return read / machine.bandwidth + token.launches * machine.launch + sums
+
+
+def layers_time(token: Token, machine: Machine, ranks: int, link: Link) -> float:
+    """Seconds of a token where each rank has some of the layers: one after the other, with a message between."""
+    return alone_time(token, machine) + ranks * link.sum_time(4 * token.hidden, ranks)
+
+
+def choose(token: Token, machine: Machine, ranks: int, link: Link) -> tuple[str, str]:
+    """Return the faster split, and a line that says what is expected of either."""
+    times = {"tensor": tensor_time(token, machine, ranks, link), "layers": layers_time(token, machine, ranks, link)}
+    best = min(times, key=lambda kind: times[kind])
+    expected = ", ".join(f"{kind} {seconds * 1e3:.1f}" for kind, seconds in times.items())
+    return best, (
+        f"{ranks} ranks, {link}, {machine.bandwidth / 1e9:.0f} GB/s of memory: --split {best}. Expected, in ms a "
+        f"token: {expected}, one machine alone {alone_time(token, machine) * 1e3:.1f}"
+    )
+
+
+def measure_link(group: mx.distributed.Group) -> Link:
+    """Measure sums over all ranks, which all measure together: the same everywhere."""
+
+    def seconds(n_bytes: int, rounds: int) -> float:
+        x = mx.zeros(n_bytes // 4)
+        return _median_time(lambda: mx.distributed.all_sum(x, group=group, stream=host_stream()), rounds)
+
+    small, large, n = 256, 4 << 20, group.size()
+    with execution():
+        both = mx.array([seconds(small, 30), seconds(large, 5)]) / n
+        both = mx.distributed.all_sum(both, group=group, stream=host_stream())
+        latency, whole = cast("list[float]", both.tolist())
+    return Link(latency, 2 * (n - 1) / n * large / max(whole - latency, 1e-9))
+
+
+def measure_machine() -> Machine:
+    """Measure this machine's memory: a sum over 64 MB. A launch is taken for 5 us on a GPU, 20 on a CPU."""
+    with execution():
+        x = mx.ones(16 << 20)
+        seconds = _median_time(lambda: x.sum(), 5)
+    return Machine(x.nbytes / seconds, 20e-6 if on_cpu() else 5e-6)
+
+
+def _median_time(make: Callable[[], mx.array], rounds: int) -> float:
+    times = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        mx.eval(make())
+        times.append(time.perf_counter() - start)
+    return median(times[1:])  # the first one warms up

@@ -1,0 +1,202 @@
+"""An assistant: a small decoder that drafts tokens for a target model, whose keys and values it attends to.
+
+In: the tokens so far, the target's KV state, its hidden state at the last token. Out: the tokens that the assistant
+expects next. It has no keys and values of its own and reads no prompt. Knows no files (loading/assistant.py) and
+nothing of what becomes of its drafts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import cast
+
+import mlx.core as mx
+
+from ..config import Config
+from ..execution import execution
+from ..kv.state import KVState
+from ..ops.choose import TOP_K
+from ..ops.dispatch import ALL, references
+from ..ops.embed import EMBED
+from ..ops.epilogue import FP32, Folded
+from ..ops.qkv import QKV_POST, ROTATIONS, QKVArrays, QKVOptions
+from ..ops.sample import SAMPLE, Draw, draws_of
+from ..ops.stock import Weight
+from .decode import TRACES, Attend, Constants, Inputs, attend_parts, can_step, inputs_of, through_layers
+from .forward import rope_wavelengths
+from .model import Model
+from .spans import numbers_at, placed
+from .weights import Loaded, Weights
+
+
+@dataclass(frozen=True)
+class AssistantConfig:
+    """The shape of an assistant. Widths in elements."""
+
+    decoder: Config  # its `kv_layer`s are layers of the target once it is `matched`
+    target_hidden: int
+    centroids: int = 0  # of the head; 0: it scores the whole vocabulary
+    centroids_used: int = 0  # whose tokens it scores
+
+
+@dataclass(frozen=True)
+class AssistantWeights:
+    """The weights of an assistant. h: its hidden size, H: the target's."""
+
+    decoder: Weights  # its `output` is the head: [vocab, h], or [centroids, vocab / centroids, h] with centroids
+    pre_projection: Weight  # [h, 2 H]
+    post_projection: Weight  # [H, h]
+    centroids: Weight | None = None  # [centroids, h]
+    ordering: mx.array | None = None  # int32 [vocab], the tokens of the first centroid, then of the second ..
+
+
+def mismatch(config: AssistantConfig, target: Config) -> str | None:
+    """Return what keeps an assistant from drafting for a model, as in "it is ..."; None: nothing."""
+    if target.architecture != "gemma4":
+        return f"for Gemma 4, and the model is {target.architecture}"
+    if config.target_hidden != target.hidden:
+        return f"for a model of hidden size {config.target_hidden}, and the model's is {target.hidden}"
+    if config.decoder.vocab != target.vocab:
+        return f"for a vocabulary of {config.decoder.vocab} tokens, and the model's has {target.vocab}"
+    read = kv_layers(target)
+    for layer in config.decoder.layers:
+        kind = "sliding" if layer.sliding else "global"
+        if layer.sliding not in read:
+            return f"for a model with {kind} layers, and this one has none with keys of its own"
+        theirs = target.layers[read[layer.sliding]]
+        if layer.head_dim != theirs.head_dim:
+            return f"for {kind} heads of {layer.head_dim}, and the model's are of {theirs.head_dim}"
+        if layer.heads % theirs.kv_heads:
+            return f"of {layer.heads} heads, which the model's {theirs.kv_heads} KV heads of {kind} layers don't divide"
+    return None
+
+
+def kv_layers(target: Config) -> dict[bool, int]:
+    """Return the layers whose keys and values assistants read, by kind: the last of each with some of its own."""
+    return {layer.sliding: i for i, layer in enumerate(target.layers) if layer.kv_layer == i}
+
+
+def matched(config: AssistantConfig, target: Config) -> Config:
+    """Return an assistant's layers as they read a target's keys and values, where nothing is a `mismatch`."""
+    read, own = kv_layers(target), config.decoder
+    layers = (
+        replace(s, kv_layer=read[s.sliding], kv_heads=target.layers[read[s.sliding]].kv_heads) for s in own.layers
+    )
+    return replace(own, layers=tuple(layers), window=target.window)
+
+
+class Assistant:
+    """Drafts tokens for a target; a `generation.drafting.Drafter`."""
+
+    needs_hidden = True
+
+    def __init__(self, config: AssistantConfig, weights: AssistantWeights, target: Model) -> None:
+        self.config, self.weights, self.target = config, weights, target
+        own = matched(config, target.config)
+        kinds = {layer.sliding: layer for layer in own.layers}
+        waves = {k: rope_wavelengths(own, layer, weights.decoder.rope_freqs) for k, layer in kinds.items()}
+        mx.eval(list(waves.values()))
+        self.loaded = Loaded(own, weights.decoder, target.kv_dtype, waves, target.kernels)
+        in_kernels = can_step(own, 1) and can_step(target.config, 1)
+        self.run = target.kernels if target.kernels and in_kernels else references()
+        self._constants = Constants.of(self.loaded)
+        self._traced = lru_cache(TRACES)(lambda _, count: mx.compile(partial(self.drafted, count)))
+
+    def draft(
+        self,
+        tokens: Sequence[int],
+        state: KVState,
+        hidden: mx.array | None,
+        count: int,
+        draws: Sequence[Draw] = (),
+    ) -> list[int]:
+        """Return the `count` tokens that it expects after `tokens`.
+
+        Args:
+            tokens: all so far, of which the last is not in `state` yet.
+            state: the target's, of all tokens but the last. It stays as it is.
+            hidden: fp32 [H], the target's after its last norm, which the head made the last token from.
+            draws: how to draw each token from the assistant's logits; empty: the likeliest.
+        """
+        if hidden is None or not count or not state.length:
+            return []
+        run, draws = self.run, draws[:count]
+        with execution():
+            inputs, drawn = self.inputs(state), [draws_of(draws)] if draws else []
+            shapes = (tuple(k.shape for k, _ in segments) for segments in inputs["segments"].values())
+            lazy = not draws or (all(draw.in_kernel for draw in draws) and run.off.isdisjoint((SAMPLE.key, ALL)))
+            traced = run.traced and not run.eager and lazy
+            made = self._traced((run.off, len(draws), *shapes), count) if traced else partial(self.drafted, count)
+            drafted = made(mx.array([tokens[-1]], mx.int32), hidden[None], inputs, *drawn)
+            mx.eval(drafted)
+        return cast("list[int]", drafted.tolist())
+
+    def inputs(self, state: KVState) -> Inputs:
+        """Return what drafts read of a state: that of a query at the position of the token that comes next."""
+        layers, read = state.layers, sorted({layer.kv_layer for layer in self.loaded.config.layers})
+        return inputs_of(self.target.loaded, {i: layers[i] for i in read}, 0)[0]
+
+    def drafted(
+        self, count: int, ids: mx.array, hidden: mx.array, inputs: Inputs, draws: mx.array | None = None
+    ) -> mx.array:
+        """Return the next `count` tokens, int32 [count]: a function of arrays, each step fed with the one before.
+
+        All steps turn their queries to the position of the first one's token, and see the same keys: so assistants
+        are trained.
+
+        Args:
+            ids: int32 [1], the last token.
+            hidden: fp32 [1, H].
+            draws: int32 [count or fewer, ..], of `draws_of`.
+        """
+        attend, found = self.attention(inputs), []
+        for i in range(count):
+            h = self.step(ids, hidden, attend)
+            logits, tokens = self.scores(h)
+            if draws is not None and i < draws.shape[0]:
+                ids = self.run(SAMPLE, spread(logits, tokens, self.target.config.vocab), draws[i : i + 1])
+            else:
+                best = mx.argmax(logits, axis=-1).astype(mx.int32)
+                ids = best if tokens is None else tokens[best]
+            hidden = self.run.product(h, self.weights.post_projection, FP32)
+            found.append(ids)
+        return mx.concatenate(found)
+
+    def step(self, ids: mx.array, hidden: mx.array, attend: Attend) -> mx.array:
+        """Return the assistant's hidden state after its last norm, [1, h], of a token [1] and a hidden state [1, H]."""
+        run, target = self.run, self.target
+        embedded = run(EMBED, ids, target.weights.token_embd, math.sqrt(target.config.hidden))
+        x = run.product(mx.concatenate([embedded, hidden], axis=1), self.weights.pre_projection, FP32)
+        return through_layers(self.loaded, run, self._constants, x, attend)
+
+    def scores(self, h: mx.array) -> tuple[mx.array, mx.array | None]:
+        """Return the logits of a hidden state [1, h], fp32 [1, n], and the n tokens that they are of; None: of all."""
+        run, w = self.run, self.weights
+        if w.centroids is None or w.ordering is None:
+            return run.product(h, w.decoder.output, FP32), None
+        near, _ = run(TOP_K, run.product(h, w.centroids, FP32), self.config.centroids_used)  # [1, used]
+        logits = run.product(h, w.decoder.output, FP32, Folded(ids=near[0]))  # [used, tokens of a centroid]
+        return logits.reshape(1, -1), w.ordering.reshape(self.config.centroids, -1)[near[0]].reshape(-1)
+
+    def attention(self, inputs: Inputs) -> Attend:
+        """Return the attention of a draft's layers to what `inputs` gives."""
+        run, c = self.run, self.loaded.config
+        places = placed(numbers_at(inputs["position"], *inputs["spans"]), inputs["lengths"])
+        rope = {k: run(ROTATIONS, places.position, waves, tokens=1) for k, waves in self.loaded.wavelengths.items()}
+
+        def attend(i: int, q: mx.array, k: mx.array | None, v: mx.array | None, options: QKVOptions) -> mx.array:
+            shape, norm = c.layers[i], self.weights.decoder.layers[i].attn_q_norm
+            q, _, _ = run(QKV_POST, QKVArrays(q, None, None, norm, None, rope[shape.sliding]), options)
+            return attend_parts(run, c, shape, q, inputs, inputs["tails"][shape.kv_layer], places)
+
+        return attend
+
+
+def spread(logits: mx.array, tokens: mx.array | None, vocab: int) -> mx.array:
+    """Return the logits [1, vocab] of all tokens, where only some have been scored: others get the lowest less 1."""
+    if tokens is None:
+        return logits
+    return mx.put_along_axis(mx.broadcast_to(logits.min() - 1, (1, vocab)), tokens[None], logits, axis=1)

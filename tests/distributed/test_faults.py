@@ -1,0 +1,101 @@
+"""Ranks that die, stall, drift or aren't the same: rank 0 says so in one line and ends, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ranked import LAUNCHED, TESTS, end_of, ranks
+from recorded import HERE
+
+pytestmark = pytest.mark.slow
+LONG = [*LAUNCHED, "generate", "-p", "Tell me a tale.", "-n", "1900", "--temperature", "1", "--split", "tensor"]
+FOLLOW = [sys.executable, str(TESTS / "ranked.py")]
+SOON = 10.0  # seconds in which a fault is told, once it is certain
+
+
+def last_line(err: str) -> str:
+    """The one line about a fault; what came before it tells of loading."""
+    lines = [line for line in err.splitlines() if line.startswith("mlx-gemma4: ")]
+    assert len(lines) == 1, err
+    assert lines[0] == err.splitlines()[-1]
+    return lines[0]
+
+
+def answering(first: subprocess.Popen[str]) -> None:
+    """Wait until a reply is under way."""
+    assert first.stdout is not None
+    assert first.stdout.read(1)
+
+
+def gone(process: subprocess.Popen[str], seconds: float = SOON) -> bool:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def test_a_killed_rank_ends_the_reply(tmp_path: Path) -> None:
+    with ranks(tmp_path, LONG, LONG) as (first, second):
+        answering(first)
+        os.kill(second.pid, signal.SIGKILL)
+        start = time.monotonic()
+        code, _, err = end_of(first)
+        assert time.monotonic() - start < SOON
+        assert code == 1
+        assert last_line(err).startswith("mlx-gemma4: rank 1 (")
+        assert "died" in last_line(err)
+
+
+def test_followers_end_with_rank_0(tmp_path: Path) -> None:
+    with ranks(tmp_path, LONG, LONG) as (first, second):
+        answering(first)
+        os.kill(first.pid, signal.SIGKILL)
+        assert gone(second)
+
+
+def test_a_stopped_rank_ends_the_reply_and_is_gone(tmp_path: Path) -> None:
+    stall = 6.0
+    with ranks(tmp_path, LONG, LONG, MLX_GEMMA4_STALL=str(stall)) as (first, second):
+        answering(first)
+        os.kill(second.pid, signal.SIGSTOP)
+        start = time.monotonic()
+        code, _, err = end_of(first)
+        assert stall - 2 < time.monotonic() - start < stall + SOON
+        assert code == 1
+        assert "has been silent for 6 s" in last_line(err)
+        assert gone(second)
+
+
+def test_another_model(tmp_path: Path) -> None:
+    mine = [*LAUNCHED, "generate", "-p", "A", "-n", "2", "-m"]
+    here, there = tmp_path / "here.gguf", tmp_path / "there.gguf"
+    here.write_bytes((HERE / "31b-q4_0.gguf").read_bytes())
+    with ranks(tmp_path, [*mine, str(here)], [*FOLLOW, "other", str(here), str(there)]) as (first, second):
+        there.write_bytes((HERE / "31b-q8_0.gguf").read_bytes())
+        code, out, err = end_of(first)
+        assert (code, out) == (2, "")
+        assert "is another file than rank 0's" in last_line(err)
+        assert gone(second)
+
+
+def test_another_version(tmp_path: Path) -> None:
+    with ranks(tmp_path, LONG, [*FOLLOW, "version"]) as (first, second):
+        code, out, err = end_of(first)
+        assert (code, out) == (2, "")
+        assert "has mlx-gemma4 0.0.1, rank 0 has" in last_line(err)
+        assert gone(second)
+
+
+def test_drift_is_caught(tmp_path: Path) -> None:
+    with ranks(tmp_path, LONG, [*FOLLOW, "drift"]) as (first, second):
+        code, _, err = end_of(first)
+        assert code == 1
+        assert "has drifted from rank 0 by token 2" in last_line(err)
+        assert gone(second)

@@ -1,0 +1,149 @@
+"""A model in parts, in two and in four processes over MLX's ring on the loopback: the numbers of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recorded import KINDS
+
+from mlx_gemma4.doctor.published import PUBLISHED
+
+pytestmark = [pytest.mark.slow, pytest.mark.sim]
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 900  # seconds: far more than an idle machine needs
+CHECKS = ("fixtures", "quantized", "folders", "memory", "demo", "long", "kernels")
+
+
+def run(size: int, folder: Path, *checks: str) -> Any:
+    """What rank 0 of so many processes of part_checks.py found."""
+    with ExitStack() as held:
+        ports = [held.enter_context(socket.socket()) for _ in range(size)]
+        for port in ports:
+            port.bind(("127.0.0.1", 0))
+        hosts = [[f"127.0.0.1:{port.getsockname()[1]}"] for port in ports]
+    (folder / "hosts.json").write_text(json.dumps(hosts))
+    script, out = ROOT / "tests" / "part_checks.py", folder / "found.json"
+    places = [ROOT, ROOT / "tests", ROOT / "tests" / "fixtures", ROOT / "examples"]
+    env = os.environ | {"MLX_HOSTFILE": str(folder / "hosts.json"), "PYTHONPATH": os.pathsep.join(map(str, places))}
+    command = [sys.executable, str(script), str(out), *checks]
+    ranks = [
+        subprocess.Popen(command, env=env | {"MLX_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(size)
+    ]
+    try:
+        said = [rank.communicate(timeout=LIMIT)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(said)
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run(2, tmp_path_factory.mktemp("two"), *CHECKS)
+
+
+def assert_same(found: Any, rows: int, splits: tuple[str, ...] = ("tensor", "layers")) -> None:
+    """Logits within 1e-4 of one process and KL within 1e-8, for so many rows at least."""
+    assert tuple(found) == splits
+    for split in splits:
+        assert found[split]["rows"] >= rows
+        assert found[split]["worst"] <= 1e-4
+        assert abs(found[split]["kl"]) <= 1e-8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_kinds_give_the_logits_of_one_process(two: Any, kind: str) -> None:
+    """A prompt past the window, steps, a fork, a rewind, a batch."""
+    assert_same(two["fixtures"][kind], 45)
+
+
+def test_quantized_files_do(two: Any) -> None:
+    assert len(two["quantized"]) == 15
+    for name, found in two["quantized"].items():
+        assert_same(found, 40, ("tensor",) if name.startswith("e2b") else ("tensor", "layers"))
+
+
+def test_folders_of_safetensors_do(two: Any) -> None:
+    for found in two["folders"].values():
+        assert_same(found, 40)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_heads_and_types_of_published_models_do(two: Any, name: str) -> None:
+    assert_same(two["memory"][f"{name} logits"], 40)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_rank_holds_its_share_and_what_all_hold(two: Any, name: str) -> None:
+    """Counted from arrays, weights and state: half of what is cut, all of what is not, and at most 5% more."""
+    alone = two["memory"][name]
+    total = sum(alone["weights"].values())
+    ranks = two["memory"][f"{name} tensor"]
+    same = sum(n for tensor, n in alone["weights"].items() if all(rank["weights"][tensor] == n for rank in ranks))
+    assert same < 0.15 * total
+    for rank in ranks:
+        assert sum(rank["weights"].values()) <= ((total - same) / 2 + same) * 1.05
+    # Of one KV head both ranks hold it all; of more, each holds half.
+    shape = PUBLISHED[name]
+    whole = 1.0 if shape.kv_heads[0] == 1 else 0.5 if shape.kv_heads[1] > 1 else 0.8
+    assert all(rank["state"] <= alone["state"] * whole for rank in ranks)
+    ranks = two["memory"][f"{name} layers"]
+    table = alone["weights"]["token_embd"] + alone["weights"].get("per_layer_token_embd", 0)
+    assert sum(sum(rank["weights"].values()) for rank in ranks) <= (total + 2 * table) * 1.01
+    assert sum(rank["state"] for rank in ranks) == alone["state"]
+
+
+@pytest.mark.parametrize("temperature", ["0", "1.0"])
+@pytest.mark.parametrize("split", ["tensor", "layers"])
+def test_the_built_in_model_replies_the_same(two: Any, split: str, temperature: str) -> None:
+    """500 tokens, greedy and drawn; greedy ones take a pair of numbers of each rank and not all logits."""
+    found, alone = two["demo"][f"{split} {temperature}"], two["demo"][f"None {temperature}"]
+    assert len(alone["tokens"]) == 500
+    assert found["tokens"] == alone["tokens"]
+    assert found["held"] == alone["held"]
+
+
+def test_states_in_4_bits_do(two: Any) -> None:
+    assert_same(two["demo"]["tq4"], 400)
+
+
+def test_prompts_past_4096_tokens_do(two: Any) -> None:
+    assert_same(two["long"], 4)
+
+
+@pytest.mark.parametrize("name", ["26B-A4B", "E2B"])
+def test_steps_in_kernels_do(two: Any, name: str) -> None:
+    """As exact as kernels are against stock operations without parts (test_decode.py)."""
+    for found in two["kernels"][f"{name} logits"].values():
+        assert found["worst"] <= 1e-3
+        assert abs(found["kl"]) <= 1e-8
+
+
+@pytest.mark.parametrize("name", ["26B-A4B", "E2B"])
+def test_launches_and_collectives_of_a_step(two: Any, name: str) -> None:
+    """In parts a layer takes two sums, and the kernels that it takes alone; by layers a step goes from rank to rank."""
+    for rank in two["kernels"][f"{name} tensor"]:
+        assert rank["made"] == {"all_sum": 2 * rank["layers"] + 1}  # and one for the embedding
+        assert rank["drawn"] == rank["made"] | {"all_gather": 1}
+        assert sum(rank["launches"].values()) <= (14 if name == "26B-A4B" else 12) * rank["layers"] + 8
+    first, last = two["kernels"][f"{name} layers"]
+    assert first["made"] == {"send": 1, "all_sum": 1}
+    assert last["made"] == {"recv": 1, "all_sum": 1}
+    assert last["drawn"] == last["made"] | {"all_gather": 1}
+
+
+def test_four_ranks_give_the_logits_of_one_process(tmp_path: Path) -> None:
+    found = run(4, tmp_path, "few")
+    for kind in ("e2b", "31b"):
+        assert_same(found["few"][kind], 20)

@@ -1,0 +1,234 @@
+"""Run by test_ranks.py in each of several processes: a rank makes the same calls as the others, and rank 0 also alone.
+
+MLX_RANK=0 MLX_HOSTFILE=hosts.json python part_checks.py RESULTS.json CHECK.. (rank 0 writes what it found)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import make_synthetic
+import mlx.core as mx
+import numpy as np
+from kernel_cases import metal
+from kernel_models import Counting
+from recorded import KINDS, kl, path, prompts
+
+from mlx_gemma4 import Sampling, load
+from mlx_gemma4.doctor.published import PUBLISHED
+from mlx_gemma4.generation.loop import generate_tokens
+from mlx_gemma4.loading.loader import load_model, open_model
+from mlx_gemma4.memory import Holding
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.ops.dispatch import Kernels
+from mlx_gemma4.ops.op import OpKey
+from mlx_gemma4.shard import Kind, Shard
+
+Found = dict[str, Any]
+SPLITS: tuple[Kind, ...] = ("tensor", "layers")
+DEMO_PROMPT = "Once upon a time there was a king who had"
+UNPACKED = frozenset([OpKey("expand")])  # tiles of a prompt round to fp16
+
+mx.set_default_device(mx.cpu)
+group = mx.distributed.init(strict=True, backend="ring")
+RANK, SIZE = group.rank(), group.size()
+collectives: Counter[str] = Counter()
+
+
+def counted(name: str) -> Callable[..., mx.array]:
+    real = getattr(mx.distributed, name)
+
+    def call(*args: Any, **kwargs: Any) -> mx.array:
+        collectives[name] += 1
+        return real(*args, **kwargs)
+
+    return call
+
+
+for each in ("all_sum", "all_gather", "send", "recv"):
+    setattr(mx.distributed, each, counted(each))
+
+
+def model_of(file: Path | None, split: Kind | None, weights: Holding | Literal["auto"] = "auto") -> Model:
+    shard = Shard(RANK, SIZE, split, group) if split else None
+    if file is None:
+        return load(shard=shard).model
+    with open_model(file) as (config, source, _):  # synthetic ones have no tokenizer
+        return load_model(config, source, weights, shard=shard)[0]
+
+
+def compared(
+    file: Path | None, calls: Callable[[Model], list[mx.array]], splits: tuple[Kind, ...] = SPLITS, **options: Any
+) -> Found:
+    """The distance of logits on all ranks together from those of one process."""
+    want = [np.array(a) for a in calls(model_of(file, None, **options))] if RANK == 0 else []
+    found: Found = {}
+    for split in splits:
+        got = [np.array(a) for a in calls(model_of(file, split, **options))]
+        if RANK == 0:
+            pairs = [(w.reshape(-1, w.shape[-1]), g.reshape(-1, g.shape[-1])) for w, g in zip(want, got, strict=True)]
+            found[split] = {
+                "worst": max(float(np.abs(w - g).max()) for w, g in pairs),
+                "kl": max(kl(w, g) for w, g in pairs),
+                "rows": sum(len(w) for w, _ in pairs),
+            }
+    return found
+
+
+def conversation(model: Model, ids: list[int], kv: str = "full") -> list[mx.array]:
+    """A prompt past all windows, steps, a fork, a rewind, drafts, and a batch of both states."""
+    state = model.new_state(kv=kv)
+    model.prefill(mx.array(ids[:10]), state)
+    logits = [model.forward(mx.array(ids[10:]), state, all_logits=True)]
+    logits += [model.step(t, state).logits() for t in (5, 6, 7)]
+    other = state.fork()
+    logits += [model.forward(mx.array([9, 8, 7]), other), model.step(11, state).logits()]
+    other.rewind(len(ids) + 2)
+    logits += [model.batch_step([12, 13], [state, other]), model.step(3, other).logits()]
+    model.prefill(mx.array([4]), other)
+    return [*logits, model.forward(mx.array([1, 2]), other, all_logits=True)]
+
+
+def fixtures() -> Found:
+    return {k: compared(path(k, "f32", Path()), lambda m, k=k: conversation(m, prompts(k)[2])) for k in KINDS}
+
+
+def few() -> Found:
+    """For many ranks: with fewer KV heads than ranks, and too few layers before those that share keys for a fifth."""
+    return {k: compared(path(k, "f32", Path()), lambda m, k=k: conversation(m, prompts(k)[1])) for k in ("e2b", "31b")}
+
+
+def quantized() -> Found:
+    """Blocks: some layers of these are whole on each rank. E2B's layers share keys and values from the first on."""
+    files = {f"{kind}-{tag}": SPLITS[: 1 + (kind != "e2b")] for kind in KINDS for tag in ("q4_0", "ud")}
+    files |= dict.fromkeys(("31b-q8_0", "12b-untied-q4_k_m", "26b-a4b-split-mix"), SPLITS)
+    here = path("12b", "f32", Path()).parent
+    return {
+        name: compared(here / f"{name}.gguf", lambda m: conversation(m, [*range(60, 100)]), splits)
+        for name, splits in files.items()
+    }
+
+
+def folders() -> Found:
+    here = path("12b", "f32", Path()).parent / "folders"
+    files = ("26b-a4b-bf16", "26b-a4b-mlx4", "gemma3-mlx4")
+    return {name: compared(here / name, lambda m: conversation(m, [*range(60, 100)])) for name in files}
+
+
+def synthetic(folder: Path, name: str) -> Path:
+    """A model with the heads, experts and types of a published one, and few layers, numbers and tokens."""
+    if RANK == 0:
+        shape = replace(PUBLISHED[name], layers=4, hidden=256, vocab=1001, every=2, window=32)
+        shape = replace(shape, shared=1 if shape.shared else 0, experts=min(shape.experts, 8), experts_used=2)
+        PUBLISHED[name] = replace(shape, ffn=min(shape.ffn, 768), heads=min(shape.heads, 16))
+        make_synthetic.write(name, folder / f"{name}.gguf")
+    mx.eval(mx.distributed.all_sum(mx.ones(1), group=group))  # until it is written
+    return folder / f"{name}.gguf"
+
+
+def weight_bytes(model: Model) -> dict[str, int]:
+    """Bytes of arrays by name; a slice of another counts nothing."""
+    held = {f.name: getattr(model.weights, f.name) for f in fields(model.weights) if f.name != "layers"}
+    first = model.part.layers.start if model.part else 0
+    for i, layer in enumerate(model.weights.layers, first):
+        held |= {f"{i}.{f.name}": getattr(layer, f.name) for f in fields(layer)}
+    if held["output"].nbytes < held["token_embd"].nbytes or held["output"] is held["token_embd"]:
+        del held["output"]
+    return {name: w.nbytes for name, w in held.items() if w is not None}
+
+
+def memory(folder: Path) -> Found:
+    """Bytes of weights and of a state on each rank, and alone, by array name, held packed; and logits, held dense."""
+    found: Found = {}
+    for name in PUBLISHED:
+        file = synthetic(folder, name)
+        for split in (None, *SPLITS):
+            model = model_of(file, split, "packed")
+            mine = {"weights": weight_bytes(model), "state": model.new_state().nbytes}
+            found |= {f"{name} {split}": others(mine)} if split else {name: mine}
+        found[f"{name} logits"] = compared(file, lambda m: conversation(m, [*range(60, 100)]))
+    return found
+
+
+def others(mine: Found) -> list[Found]:
+    """What each rank gives, in their order."""
+    raw = np.frombuffer(json.dumps(mine).encode().ljust(1 << 16), np.uint8)
+    rows = mx.distributed.all_gather(mx.array(raw)[None], group=group)
+    return [json.loads(np.array(row).tobytes()) for row in rows]
+
+
+def demo() -> Found:
+    """500 tokens, greedy and drawn, of the built-in model; and a long prompt to a state in 4 bits."""
+    ids = load().encode_prompt(DEMO_PROMPT, raw=True)
+    found: Found = {}
+    for sampling in (Sampling(temperature=0), Sampling(top_k=40, top_p=0.95, seed=7)):
+        for split in (None, *SPLITS):
+            model, state = model_of(None, split), None
+            state = model.new_state()
+            before = collectives.copy()
+            tokens = [t.id for t in generate_tokens(model, state, ids, sampling, 500)]
+            made = {name: n - before[name] for name, n in collectives.items()}
+            found[f"{split} {sampling.temperature}"] = {"tokens": tokens, "held": state.tokens, "made": made}
+    found["tq4"] = compared(None, lambda m: conversation(m, ids * 40, "tq4"))
+    return found
+
+
+def long() -> Found:
+    """A prompt past 4,096 tokens, in chunks, and steps behind it."""
+
+    def calls(model: Model) -> list[mx.array]:
+        state, ids = model.new_state(), np.random.default_rng(0).integers(10, 300, 4500)
+        for start in range(0, 4096, 1024):
+            model.prefill(mx.array(ids[start : start + 1024]), state)
+        logits = [model.forward(mx.array(ids[4096:]), state)]
+        return [*logits, *(model.step(int(t), state).logits() for t in ids[:3])]
+
+    return compared(path("gemma3", "q8_0", Path()), calls)
+
+
+def kernels(folder: Path) -> Found:
+    """Steps in kernels on the simulator, beside stock operations alone; launches and collectives of one step."""
+    found: Found = {}
+    for name in ("26B-A4B", "E2B"):
+        file = synthetic(folder, name)
+
+        def fused(m: Model, launcher: Any = metal) -> Model:
+            return Model(m.config, m.weights, Kernels(launcher, UNPACKED), part=m.part) if m.part else m
+
+        def calls(model: Model, fused: Callable[[Model], Model] = fused) -> list[mx.array]:
+            model = fused(model)
+            state = model.new_state()
+            return [model.step(t, state).logits() for t in (60, 70, 80)]
+
+        found[f"{name} logits"] = compared(file, calls, weights="packed")
+        for split in SPLITS:
+            launcher = Counting()
+            model = fused(model_of(file, split, weights="packed"), launcher)
+            state, before = model.new_state(), collectives.copy()
+            step = model.step(60, state)
+            made = {n: c - before[n] for n, c in collectives.items()}
+            step.token()
+            drawn = {n: c - before[n] for n, c in collectives.items()}
+            counts = {"launches": dict(launcher.launches), "made": made, "drawn": drawn}
+            found[f"{name} {split}"] = others({**counts, "layers": len(model.config.layers)})
+    return found
+
+
+def main(out: str, *checks: str) -> None:
+    folder = Path(out).parent
+    found: Found = {}
+    for check in checks:
+        given = (folder,) if check in ("memory", "kernels") else ()
+        found[check] = globals()[check](*given)
+    if RANK == 0:
+        Path(out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
