@@ -124,7 +124,8 @@ def load(
         split: on several ranks, a part of each layer for each, or so many layers; "auto" measures what is faster.
         draft: the assistant that drafts for it: a file, a folder or `REPO[:QUANT]`; "auto": one that lies beside the
             model and fits, if there is any; None: none.
-        draft_max: drafts of tokens that a step checks, at most; 0: none are made. How many pay is measured.
+        draft_max: drafts of tokens that a step checks, at most; 0: none are made, nor on several ranks. How many pay is
+            measured.
 
     Raises:
         InputError: a file can't be used, the assistant is another model's, or there is too little memory.
@@ -141,7 +142,16 @@ def load(
         given = {"weights": weights, "fuse": fuse, "room": asdict(room)}
         name = "" if path == demo_path() else team.portable(path)
         shard = team.gather(place, path, name, split, given)
-        lm = load(path, weights=weights, fuse=fuse, progress=progress, preparing=preparing, room=room, shard=shard)
+        lm = load(
+            path,
+            weights=weights,
+            fuse=fuse,
+            progress=progress,
+            preparing=preparing,
+            room=room,
+            shard=shard,
+            draft_max=0,
+        )
         return replace(lm, model=team.lead(lm.model))
     with open_model(path) as (config, source, metadata):
         tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(metadata, str(path))
@@ -164,7 +174,7 @@ def follow(place: Place, joined: Callable[[], None] = lambda: None) -> NoReturn:
     """
 
     def load_shard(path: Path, shard: Shard, given: dict[str, Any]) -> Model:
-        return load(path, **given | {"room": Room(**given["room"])}, shard=shard).model
+        return load(path, **given | {"room": Room(**given["room"])}, shard=shard, draft_max=0).model
 
     team.follow_rank_0(
         place, lambda name: resolve(Path(name).expanduser()) if name else demo_path(), load_shard, joined
