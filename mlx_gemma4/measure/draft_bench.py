@@ -43,10 +43,10 @@ def measure_drafts(
     plain = median(reply_rate(model, base, reply)[0] for _ in range(repetitions))
     cells = []
     for drafts in range(1, MOST + 1):
-        _steps(model, base.fork(), drafter, drafts, 1.0, WARM * drafts)
+        run_steps(model, base.fork(), drafter, drafts, 1.0, WARM * drafts)
         rates, seconds = [], []
         for share in accepted:
-            runs = [_steps(model, base.fork(), drafter, drafts, share, reply) for _ in range(repetitions)]
+            runs = [run_steps(model, base.fork(), drafter, drafts, share, reply) for _ in range(repetitions)]
             rates.append(round(median(tokens / took for tokens, _, took in runs), 3))
             seconds += [took / steps for _, steps, took in runs]
         steps = mean(seconds) * plain
@@ -75,7 +75,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         yield "".join(f"{text:>12}" for text in shown)
 
 
-def _steps(
+def run_steps(
     model: Model, state: KVState, drafter: Drafter | None, drafts: int, share: float, reply: int
 ) -> tuple[int, int, float]:
     """Make at least `reply` tokens; return how many, in how many steps, and in how many seconds."""

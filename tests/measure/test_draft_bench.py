@@ -27,7 +27,7 @@ def test_tokens_of_a_step_follow_from_the_share_that_is_imposed() -> None:
         state = model.new_state()
         bench.fill(state, 8)
         knows = Knowing([5] * 200, 1.0)
-        tokens, steps, seconds = draft_bench._steps(model, state, knows, drafts, share, 60)
+        tokens, steps, seconds = draft_bench.run_steps(model, state, knows, drafts, share, 60)
         assert least <= tokens / steps <= most and tokens >= 60 and seconds > 0
 
 
