@@ -21,6 +21,7 @@ from mlx_gemma4.model.model import Model
 GREEDY = Sampling(temperature=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["12b", "26b-a4b"])
 def test_rows_are_near_those_of_single_steps(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp16, as on a GPU: by far less than what counts as a near tie. Keys and values too, of tq4 as well."""
@@ -39,6 +40,7 @@ def test_rows_are_near_those_of_single_steps(kind: str, tmp_path: Path, monkeypa
         assert one.tokens == several.tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("near", [None, 1e9])
 def test_a_greedy_reply_is_as_without_drafts(
     near: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
