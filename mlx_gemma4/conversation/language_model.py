@@ -20,7 +20,7 @@ from ..doctor.ready import make_ready
 from ..doctor.verdict import device_name, usable_kernels
 from ..errors import InputError
 from ..files.hub import resolve
-from ..generation.drafting import LONGEST, MOST, NGRAM, Drafts
+from ..generation.drafting import LONGEST, MOST, NGRAM, ROW, Drafts
 from ..generation.sampling import Sampling
 from ..loading.assistant import assistant_beside, load_assistant
 from ..loading.loader import Progress, load_model, open_model
@@ -159,8 +159,10 @@ def load(
         model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room, shard)
     assistant = _assistant(draft, path, model) if draft_max else None
     make_ready(model, preparing, assistant)
-    drafts = Drafts(draft_max, assistant, least_alike=LONGEST if model.replays else NGRAM) if draft_max else None
-    if drafts is not None:
+    drafts = None
+    if draft_max:
+        least_alike, row = LONGEST if model.replays else NGRAM, ROW if model.kernels else 1.0
+        drafts = Drafts(draft_max, assistant, least_alike=least_alike, row=row)
         with suppress(RuntimeError):  # this user has no home folder
             drafts.keep(cache_folder() / "drafts.json", f"{device_name()}, {path.name}")
     return LanguageModel(path, model.config, model, tokenizer, _sampling_defaults(path, metadata), plan, drafts)

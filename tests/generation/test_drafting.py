@@ -210,7 +210,7 @@ def test_what_was_learned_is_kept_by_model_and_machine(tmp_path: Any) -> None:
     file = tmp_path / "new" / "drafts.json"
     drafts = Drafts()
     drafts.keep(file, "a")
-    for _ in range(64):
+    for _ in range(32):
         drafts.took(3, 0.5)
         drafts.found("alike 4", 2, 2)
     again, other = Drafts(), Drafts()
