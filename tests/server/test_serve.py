@@ -43,7 +43,9 @@ def test_ctrl_c_lets_replies_end(lm: LanguageModel) -> None:
     with command("--grace", "60") as (process, url), httpx.Client(base_url=url, timeout=60) as http:
         with started(http, endless(lm, 150)) as lines:
             process.send_signal(signal.SIGINT)
-            assert until(lambda: not reachable(url))
+            assert until(lambda: httpx.get(f"{url}/health").status_code == 503)  # still there, and says so
+            assert httpx.get(f"{url}/health").json()["status"] == "draining"
+            assert httpx.post(f"{url}/v1/chat/completions", json=endless(lm)).status_code == 503
             assert list(lines)[-2] == "data: [DONE]"
         assert process.wait(20) == 0
 
