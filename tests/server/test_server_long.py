@@ -14,5 +14,5 @@ def test_health_is_answered_beside_many_clients() -> None:
 
 
 def test_requests_leave_nothing_behind() -> None:
-    first, *_, last = server_load.leak(None, 120, warm=60)
+    first, *_, last = server_load.leak(None, 64, warm=32)
     assert last["rss"] < 1.2 * first["rss"] and last["kv"] <= server_load.KV and last["files"] <= first["files"] + 2
