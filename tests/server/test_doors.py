@@ -47,6 +47,7 @@ def logprobs_of(lm: LanguageModel, ids: list[int]) -> np.ndarray:
 # Scores and embeddings
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_a_forward_pass(lm: LanguageModel) -> None:
     ids = lm.tokenizer.encode(TEXT)
     right = logprobs_of(lm, ids)
@@ -70,6 +71,7 @@ def test_perplexity_is_of_the_second_halves(lm: LanguageModel) -> None:
     assert (found.windows, found.predicted) == (len(ids) // 64, len(losses)) and len(losses) > 60
 
 
+@pytest.mark.slow
 def test_an_embedding_is_the_mean_of_the_last_hidden_states(lm: LanguageModel, client: OpenAI) -> None:
     made = client.embeddings.create(model="demo", input=[TEXT, "A cat."], encoding_format="float")
     vectors = [np.array(one.embedding) for one in made.data]
@@ -84,6 +86,7 @@ def test_an_embedding_is_the_mean_of_the_last_hidden_states(lm: LanguageModel, c
     assert made.usage.prompt_tokens == len(ids) + len(lm.tokenizer.encode(TEXT))
 
 
+@pytest.mark.slow
 def test_base64_and_token_ids(lm: LanguageModel, server: Serving, client: OpenAI) -> None:
     plain = client.embeddings.create(model="demo", input="A cat.")  # the client asks for base64
     body = {"input": lm.tokenizer.encode("A cat."), "encoding_format": "base64"}
@@ -174,6 +177,7 @@ def test_thinking_that_is_begun_goes_on(lm: LanguageModel, client: OpenAI) -> No
 # Responses that go on
 
 
+@pytest.mark.slow
 def test_responses_go_on_from_earlier_ones(client: OpenAI, lm: LanguageModel) -> None:
     given: dict[str, Any] = {"model": "demo", "max_output_tokens": 8, "temperature": 0}
     first = client.responses.create(**given, input="Hello!", instructions="Be kind.")
@@ -221,6 +225,7 @@ def test_what_is_kept_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept.delete("nothing") is False
 
 
+@pytest.mark.slow
 def test_truncation(client: OpenAI, lm: LanguageModel) -> None:
     words = "word " * 400
     talk: list[Any] = [{"role": role, "content": words} for _ in range(4) for role in ("user", "assistant")]

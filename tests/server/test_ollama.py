@@ -72,6 +72,7 @@ def test_chat_in_lines(server: Serving, lm: LanguageModel) -> None:
     assert whole["done_reason"] == "length" and "context" not in whole
 
 
+@pytest.mark.slow
 def test_options(server: Serving) -> None:
     def text(**options: Any) -> str:
         made = post(server, "generate", prompt="Tell me a story.", stream=False, options={**FEW, **options}).json()
@@ -127,6 +128,7 @@ def test_loading_and_letting_go(server: Serving) -> None:
     assert post(server, "generate", prompt="Hi", keep_alive="-1", options=FEW).status_code == 200
 
 
+@pytest.mark.slow
 def test_forms_and_thinking(server: Serving) -> None:
     schema = {"type": "object", "properties": {"old": {"type": "boolean"}}, "required": ["old"]}
     schema["additionalProperties"] = False
@@ -155,6 +157,7 @@ def test_an_answer_that_is_begun_goes_on(server: Serving) -> None:
     assert (begun["content"] + rest["message"]["content"]).startswith(whole["message"]["content"])
 
 
+@pytest.mark.slow
 def test_old_turns_are_left_out_where_the_context_is_short(server: Serving, lm: LanguageModel) -> None:
     turns = [{"role": role, "content": "word " * 300} for _ in range(5) for role in ("user", "assistant")]
     talk = [{"role": "system", "content": "Be brief."}, *turns, *ASK]
@@ -164,6 +167,7 @@ def test_old_turns_are_left_out_where_the_context_is_short(server: Serving, lm: 
     assert refused.status_code == 400 and "context" in refused.json()["error"]
 
 
+@pytest.mark.slow
 def test_embeddings(server: Serving, lm: LanguageModel) -> None:
     texts = ["The king was very old.", "An old king ruled the land.", "She put bread in her pocket."]
     made = post(server, "embed", input=texts).json()
@@ -215,6 +219,7 @@ def test_ollama_python(server: Serving) -> None:
     assert refused.value.status_code == 404
 
 
+@pytest.mark.slow
 def test_litellm(server: Serving, caller: Serving) -> None:
     litellm = pytest.importorskip("litellm")
     given = {"model": "ollama_chat/demo", "api_base": server.url, "messages": ASK, "max_tokens": 12, "seed": 3}
@@ -248,6 +253,7 @@ console.log(JSON.stringify(made))
 """
 
 
+@pytest.mark.slow
 def test_ollama_js(server: Serving, tmp_path: Path) -> None:
     folder = os.environ.get("OLLAMA_JS")
     if not folder or not shutil.which("node"):
