@@ -55,6 +55,8 @@ $("settings").addEventListener("click", () => togglePanel());
 $("sides").addEventListener("click", () => { showSide(side.hidden); if (!side.hidden && !wide.matches) $("search").focus(); });
 $("shade").addEventListener("click", () => showSide(false));
 $("think").addEventListener("click", () => { panel.elements.think.checked = !panel.elements.think.checked; takeSettings(); input.focus(); });
+$("down").addEventListener("click", () => { toEnd(); input.focus(); });
+scroller.addEventListener("scroll", () => { $("down").hidden = atEnd(); }, { passive: true });
 $("models-open").addEventListener("click", openModels);
 $("models-close").addEventListener("click", () => $("models").close());
 $("pull").addEventListener("submit", event => { event.preventDefault(); if (pulling) pulling.abort(); else pull($("pull-name").value.trim()); });
