@@ -97,7 +97,7 @@ class OutputConfig(Body):
 class CountRequest(Body):
     """The body of /v1/messages/count_tokens. Any `model` will do."""
 
-    ignored = ("metadata", "service_tier", "cache_control", "user_profile_id", "inference_geo")
+    ignored = ("metadata", "service_tier", "cache_control", "user_profile_id", "inference_geo", "context_management")
     model: str
     system: str | Annotated[fields.Items[TextBlock], fields.readable("text")] | None = None
     messages: Annotated[
@@ -214,7 +214,7 @@ def read_messages(body: CountRequest) -> list[dict[str, Any]]:
                 content = "Error: " * bool(block.is_error) + read.read_text(block.content)
                 messages.append(tool_result(id, called[id], content))
         if text:
-            messages.append({"role": message.role, "content": "\n".join(text)})
+            messages.append({"role": message.role, "content": "\n".join(filter(None, text))})
     if messages[-1]["role"] == "system":
         raise wrong("messages", "must hold at least one message of the user")
     if messages[-1].get("tool_calls"):

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 
 from ..chat_format.messages import tool_result
 from ..chat_format.replies import CallPart, Thinking, ToolCall
+from ..conversation.language_model import LanguageModel
 from ..conversation.reply import ReplyOptions
 from ..generation.sampling import Token
 from ..generation.scoring import score
@@ -155,9 +156,7 @@ def read_chat(body: ChatRequest, engine: Engine) -> tuple[list[dict[str, Any]], 
         raise wrong("top_logprobs", "needs logprobs=true")
     if any(kind != "text" for kind in body.modalities or ()):
         raise wrong("modalities", "other than text aren't supported", "unsupported_value")
-    tools = read.read_tools(
-        {f"tools[{i}].function": tool.function for i, tool in enumerate(body.tools or ())}, engine.lm
-    )
+    tools = read_functions(body.tools, engine.lm)
     choice, tools = read.read_tool_choice(body.tool_choice, tools)
     form = read_form(body, "response_format", body.response_format)
     options = ReplyOptions(
@@ -250,6 +249,13 @@ def _options(body: CompletionOptions, engine: Engine, form: Form, max_tokens: in
         "stop": body.stop or (),
         **form.options,
     }
+
+
+def read_functions(tools: Sequence[FunctionTool | None] | None, lm: LanguageModel) -> tuple[dict[str, Any], ...]:
+    """The functions among the field `tools`, as chat templates want them. Raises ApiError."""
+    return read.read_tools(
+        {f"tools[{i}].function": tool.function if tool else None for i, tool in enumerate(tools or ())}, lm
+    )
 
 
 def _head(body: fields.OpenAIRequest, engine: Engine, prefix: str, kind: str) -> dict[str, Any]:

@@ -69,15 +69,12 @@ class ReasoningItem(Body):
 
 
 def _typed(item: Any) -> Any:
-    """An item that can be read: one without a type is a message, a custom tool is a function of one argument.
+    """An item without a type is a message."""
+    return {**item, "type": "message"} if isinstance(item, dict) and item.get("type") is None else item
 
-    Items of other types, which tell of tools that ran at a provider, become a message that says so.
-    """
-    kind = item.get("type") if isinstance(item, dict) else ""
-    if kind is None:
-        return {**item, "type": "message"}
-    if not isinstance(kind, str) or kind in ("", *_KNOWN):
-        return item
+
+def _other(kind: str, item: dict[str, Any]) -> dict[str, Any]:
+    """A custom tool's item as a function's, whose one argument is the text; others tell of what ran at a provider."""
     if kind in ("custom_tool_call", "local_shell_call"):
         given = {"input": item.get("input")} if kind == "custom_tool_call" else item.get("action")
         call = {"type": "function_call", "call_id": item.get("call_id"), "arguments": given}
@@ -108,9 +105,9 @@ class TextOptions(Body):
 class ResponsesRequest(fields.ConversationRequest):
     """The body of /v1/responses."""
 
-    ignored = (*fields.IGNORED, "max_tool_calls", "stream_options")
-    unsupported = ("conversation", "background", "prompt", "context_management")
-    input: str | Annotated[fields.Items[Item], Field(min_length=1)]
+    ignored = (*fields.IGNORED, "max_tool_calls", "stream_options", "client_metadata")
+    unsupported = ("conversation", "background", "prompt")
+    input: str | Annotated[fields.Items[Item], Field(min_length=1), fields.Others(_KNOWN, _other)]
     instructions: str | None = None
     max_output_tokens: fields.Length | None = None
     max_tokens: fields.Length | None = None  # as chats have it
