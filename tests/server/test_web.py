@@ -284,8 +284,9 @@ def test_a_chat_in_markdown_is_read_back(js: MiniRacer, texts: list[str], title:
 
 
 def test_markdown_of_others_and_llama_servers_export_are_read(js: MiniRacer) -> None:
-    (chat,) = call(js, "readChats", "a.md", "## User\n\nHi\n\n## Assistant:\n\nHello\n", [])
-    assert [m["content"] for m in chat["messages"]] == ["Hi", "Hello"]
+    text = "## User\n\nHi\n\n## Assistant:\n\nHello\n\n## constructor\n"
+    (chat,) = call(js, "readChats", "a.md", text, [])
+    assert [m["content"] for m in chat["messages"]] == ["Hi", "Hello\n\n## constructor"]
     root = {"id": "r", "parent": None, "role": "system", "type": "root", "content": ""}
     one = {"id": "a", "parent": "r", "role": "user", "content": "Hi", "timestamp": 5}
     two = {"id": "b", "parent": "a", "role": "assistant", "content": "Hello", "reasoningContent": "Hm"}

@@ -132,14 +132,18 @@ async function reply(message = add("assistant", ""), goesOn = false) {
     else Object.assign(message, { error: inPlainWords(error), ...(error.full && { full: true }) });
   }
   if (usage) message.stats = statsOf(usage, asked, first, before);
-  if (finish === "length") Object.assign(message, context && message.stats?.used >= context ? { full: true } : { note: "Cut off: no more tokens allowed." });
+  if (finish === "length") {
+    if (context && message.stats?.used >= context) message.full = true;
+    else message.note = "Cut off: no more tokens allowed.";
+  }
   runs.delete(id);
   if (!run.gone) await written(id, { leaf: message.id }, [message]);
   if (!here()) return;
   const follow = atEnd();
   say(""); showAll();
   if (follow) toEnd();
-  if (!message.error && !editing && !document.querySelector("dialog[open]") && document.activeElement === document.body) input.focus({ preventScroll: true });
+  const idle = !editing && !document.querySelector("dialog[open]") && document.activeElement === document.body;
+  if (idle && !message.error) input.focus({ preventScroll: true });
 }
 
 function statsOf(usage, asked, first, before) {

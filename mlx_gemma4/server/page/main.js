@@ -55,10 +55,15 @@ $("settings").addEventListener("click", () => togglePanel());
 $("sides").addEventListener("click", () => { showSide(side.hidden); if (!side.hidden && !wide.matches) $("search").focus(); });
 $("shade").addEventListener("click", () => showSide(false));
 $("think").addEventListener("click", () => { panel.elements.think.checked = !panel.elements.think.checked; takeSettings(); input.focus(); });
+$("down").addEventListener("click", () => { toEnd(); input.focus(); });
+scroller.addEventListener("scroll", () => { $("down").hidden = atEnd(); }, { passive: true });
 $("models-open").addEventListener("click", openModels);
 $("models-close").addEventListener("click", () => $("models").close());
 $("pull").addEventListener("submit", event => { event.preventDefault(); if (pulling) pulling.abort(); else pull($("pull-name").value.trim()); });
-$("known").addEventListener("click", event => { if (event.target.dataset.name) { $("pull-name").value = event.target.dataset.name; $("pull-go").focus(); } });
+$("known").addEventListener("click", event => {
+  const { name } = event.target.dataset;
+  if (name) { $("pull-name").value = name; $("pull-go").focus(); }
+});
 $("search").addEventListener("input", searchNow);
 $("export").addEventListener("click", exportAll);
 $("import").addEventListener("click", () => $("file").click());
@@ -73,7 +78,9 @@ for (const item of $("menu").children) {
   });
 }
 $("menu").addEventListener("keydown", onMenuKey);
-$("menu").addEventListener("toggle", event => { if (event.newState === "closed" && document.activeElement === document.body) menuFor?.button.focus(); });
+$("menu").addEventListener("toggle", event => {
+  if (event.newState === "closed" && document.activeElement === document.body) menuFor?.button.focus();
+});
 panel.addEventListener("submit", event => event.preventDefault());
 panel.addEventListener("input", takeSettings);
 input.addEventListener("input", () => { fit(input); kept.set(draftName(), input.value); });

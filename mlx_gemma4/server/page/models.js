@@ -43,7 +43,9 @@ async function listModels() {
 
 function modelItem({ name, size, details }, loaded) {
   const current = name === model, facts = [details.parameter_size, details.quantization_level, bytes(size), loaded && "loaded"].filter(Boolean);
-  const use = element("button", { type: "button", class: "small", "aria-pressed": String(current), "aria-label": `Use ${name}`, onclick: () => choose(name) }, current ? "In use" : "Use");
+  const use = textButton(current ? "In use" : "Use", () => choose(name));
+  use.setAttribute("aria-pressed", String(current));
+  use.setAttribute("aria-label", `Use ${name}`);
   const drop = iconButton("trash", `Delete ${name}`, () => confirmDelete(name, drop));
   return element("li", { class: current ? "current" : "" },
     element("div", {}, element("strong", { dir: "auto" }, name), element("span", { class: "soft" }, facts.join(" · "))), use, drop);

@@ -75,7 +75,8 @@ function itemOf(record) {
   const current = record.id === chat.id, item = element("li", { "data-id": record.id, class: current ? "current" : "" });
   if (renaming === record.id) item.append(nameEditor(record));
   else {
-    const opens = element("button", { type: "button", class: "name", dir: "auto", title: record.title, "aria-current": current && "page", onclick: () => openChat(record.id) }, record.title);
+    const how = { type: "button", class: "name", dir: "auto", title: record.title, "aria-current": current && "page" };
+    const opens = element("button", { ...how, onclick: () => openChat(record.id) }, record.title);
     const more = iconButton("more", `More for ${record.title}`, () => openMenu(record, more), { "aria-haspopup": "menu", class: "icon more" });
     if (runs.has(record.id)) opens.prepend(element("span", { class: "dot", role: "img", "aria-label": "A reply is being written:" }));
     item.append(opens, more);

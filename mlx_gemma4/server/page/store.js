@@ -46,8 +46,8 @@ const store = (() => {
     await within("readwrite", async (chats, all) => {
       for (const message of messages) all.put({ ...message, chat: id });
       const known = await done(chats.get(id));
-      const updated = messages.length ? { updated: Date.now() } : {};
-      chats.put({ title: "New chat", created: Date.now(), updated: Date.now(), settings: {}, from: null, leaf: null, ...known, ...fields, ...updated, id });
+      const now = Date.now(), empty = { title: "New chat", created: now, updated: now, settings: {}, from: null, leaf: null };
+      chats.put({ ...empty, ...known, ...fields, ...(messages.length && { updated: now }), id });
     });
     channel.postMessage({ chat: id, live });
   }

@@ -36,7 +36,8 @@ parser.inline.ruler.before("escape", "math", (state, silent) => {
   if (!close || (open === "$" && (/\s/.test(src[pos + 1] || " ") || /[\p{L}\p{N}$]/u.test(src[pos - 1] || "")))) return false;
   const start = pos + open.length, near = src.slice(start, Math.min(posMax, start + LONGEST_FORMULA));
   let end = near.indexOf(close);
-  while (end >= 0 && close[0] === "$" && near[end - 1] === "\\" && /(^|[^\\])(\\\\)*\\$/.test(near.slice(Math.max(0, end - 20), end))) end = near.indexOf(close, end + 1); // \$
+  const escaped = at => at > 0 && near[at - 1] === "\\" && /(^|[^\\])(\\\\)*\\$/.test(near.slice(Math.max(0, at - 20), at)); // \$
+  while (close[0] === "$" && escaped(end)) end = near.indexOf(close, end + 1);
   const text = near.slice(0, end);
   if (end < 0 || !text.trim()) return false;
   const after = src[start + end + 1] || "";
@@ -148,13 +149,16 @@ function toMarkdown(title, messages) {
   return [`# ${title.replace(/\s+/g, " ")}\n`, ...parts].join("\n");
 }
 
+const ROLES = new Map([
+  ...["you", "user", "human"].map(name => [name, "user"]), ...["reply", "assistant", "model"].map(name => [name, "assistant"]),
+]);
 function fromMarkdown(text) {
   const lines = text.replace(/^\ufeff/, "").split(/\r?\n/), messages = [];
   const plain = !lines.some(line => HEAD.test(line)); // not ours: common heads must do
   const title = /^# (.*)$/.exec(lines[0])?.[1];
   for (const line of lines) {
     const role = plain
-      ? { you: "user", user: "user", human: "user", reply: "assistant", assistant: "assistant", model: "assistant" }[/^#{1,3} (\w+):?\s*$/.exec(line)?.[1].toLowerCase()]
+      ? ROLES.get(/^#{1,3} (\w+):?\s*$/.exec(line)?.[1].toLowerCase())
       : HEAD.exec(line)?.[1];
     if (role) messages.push({ role, lines: [] });
     else messages.at(-1)?.lines.push(plain || !QUOTED.test(line) ? line : line.slice(1));
@@ -188,7 +192,10 @@ function readChats(name, text, settingNames) {
     if (!known.size) throw new Error("a chat in it has no messages");
     cutCircles(known);
     const messages = [...known.values()], settings = {};
-    for (const name of settingNames) if (typeof chat.settings?.[name] === ({ system: "string", think: "boolean" }[name] || "number")) settings[name] = chat.settings[name];
+    for (const name of settingNames) {
+      const type = { system: "string", think: "boolean" }[name] || "number", value = chat.settings?.[name];
+      if (typeof value === type) settings[name] = value;
+    }
     return {
       title: typeof chat.title === "string" && chat.title.trim() ? chat.title.slice(0, 200) : titleOf(messages[0].content),
       created: Number.isFinite(chat.created) ? chat.created : undefined, settings, messages,

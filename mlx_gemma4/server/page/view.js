@@ -23,7 +23,9 @@ function icon(name) {
   return svg;
 }
 
-const iconButton = (drawn, name, onclick, more = {}) => element("button", { type: "button", class: "icon", "aria-label": name, title: name, onclick, ...more }, icon(drawn));
+function iconButton(drawn, name, onclick, more = {}) {
+  return element("button", { type: "button", class: "icon", "aria-label": name, title: name, onclick, ...more }, icon(drawn));
+}
 const textButton = (name, onclick) => element("button", { type: "button", class: "small", onclick }, name);
 
 function copyButton(text, name = "Copy") {
@@ -41,7 +43,8 @@ function copyButton(text, name = "Copy") {
 
 // The element of a block of Markdown's HTML, without anything that no Markdown makes.
 function build(html) {
-  const made = DOMPurify.sanitize(html, { ALLOWED_TAGS: TAGS, ALLOWED_ATTR: ["href", "start", "class"], ALLOWED_URI_REGEXP: WEB, RETURN_DOM_FRAGMENT: true });
+  const allowed = { ALLOWED_TAGS: TAGS, ALLOWED_ATTR: ["href", "start", "class"], ALLOWED_URI_REGEXP: WEB };
+  const made = DOMPurify.sanitize(html, { ...allowed, RETURN_DOM_FRAGMENT: true });
   for (const block of made.querySelectorAll(BLOCKS)) block.dir = "auto";
   for (const link of made.querySelectorAll("a")) Object.assign(link, { target: "_blank", rel: "noopener noreferrer" });
   for (const task of made.querySelectorAll("span.task")) {
@@ -64,7 +67,8 @@ function codeBox(pre) {
   const box = element("div", { class: "code", dir: "ltr" }, head);
   pre.replaceWith(box);
   // Long lines scroll, by keyboard too.
-  for (const [name, value] of Object.entries({ tabindex: "0", role: "group", "aria-label": language ? `Code, ${language}` : "Code" })) pre.setAttribute(name, value);
+  const roles = { tabindex: "0", role: "group", "aria-label": language ? `Code, ${language}` : "Code" };
+  for (const [name, value] of Object.entries(roles)) pre.setAttribute(name, value);
   if (hljs.getLanguage(language) && text.length < LONGEST_COLOURED) {
     const coloured = hljs.highlight(text, { language, ignoreIllegals: true }).value;
     code.replaceChildren(DOMPurify.sanitize(coloured, { ALLOWED_TAGS: ["span"], ALLOWED_ATTR: ["class"], RETURN_DOM_FRAGMENT: true }));
@@ -158,21 +162,24 @@ function fullBox(message) {
 
 function editorOf(message) {
   const user = message.role === "user";
-  const area = element("textarea", { rows: "1", dir: "auto", "aria-label": "Edit the message", oninput: () => { editing.text = area.value; fit(area); } });
+  const taken = () => { editing.text = area.value; fit(area); };
+  const area = element("textarea", { rows: "1", dir: "auto", "aria-label": "Edit the message", oninput: taken });
   area.value = editing.text;
   area.addEventListener("keydown", event => {
     if (event.isComposing) return;
     if (event.key === "Enter" && !event.shiftKey && (user || event.ctrlKey || event.metaKey)) { event.preventDefault(); saveEdit(message); }
   });
+  const done = element("button", { class: "small main" }, user ? "Send again" : "Save as a version");
   const form = element("form", { class: "editor", onsubmit: event => { event.preventDefault(); saveEdit(message); } }, area,
-    element("div", { class: "row" }, textButton("Cancel", stopEditing), element("button", { class: "small main" }, user ? "Send again" : "Save as a version")));
+    element("div", { class: "row" }, textButton("Cancel", stopEditing), done));
   requestAnimationFrame(() => { fit(area); area.focus(); });
   return form;
 }
 
 // The line above which nothing is sent any more.
 function divider() {
-  return element("div", { class: "divider", role: "note" }, element("span", {}, "What stands above is not sent to the model any more."), textButton("Send it again", sendAll));
+  const words = element("span", {}, "What stands above is not sent to the model any more.");
+  return element("div", { class: "divider", role: "note" }, words, textButton("Send it again", sendAll));
 }
 
 function fit(area) { area.style.height = "auto"; area.style.height = area.scrollHeight + 2 + "px"; }
@@ -185,7 +192,8 @@ function say(text, name, onclick) {
 function sayRead(comment) {
   const [, done, all] = /^read (\d+) of (\d+)/.exec(comment) || [];
   if (!all) return say(comment[0].toUpperCase() + comment.slice(1) + " …");
-  $("status").replaceChildren(`Reading: ${many(Number(done))} of ${many(Number(all))} tokens `, element("progress", { max: all, value: done, "aria-label": "Reading" }));
+  const bar = element("progress", { max: all, value: done, "aria-label": "Reading" });
+  $("status").replaceChildren(`Reading: ${many(Number(done))} of ${many(Number(all))} tokens `, bar);
 }
 
 const scroller = $("scroll");

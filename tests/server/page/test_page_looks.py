@@ -105,6 +105,15 @@ def test_tables_tasks_and_directions(page: Page) -> None:
     assert text.locator("blockquote p").evaluate_all(directions) == ["rtl"]
 
 
+def test_the_end_is_followed_and_can_be_gone_to(page: Page) -> None:
+    shown(page, "a\n\n" * 60)
+    expect(page.get_by_role("button", name="To the end")).to_be_hidden()  # it was followed
+    page.locator("#scroll").evaluate("at => { at.scrollTop = 0; }")
+    page.get_by_role("button", name="To the end").click()
+    expect(page.get_by_role("button", name="To the end")).to_be_hidden()
+    assert page.locator("#scroll").evaluate("at => at.scrollHeight - at.scrollTop - at.clientHeight") < 60
+
+
 def faults(page: Page) -> list[str]:
     found = Axe().run(page).response["violations"]
     return [f"{each['id']}: {[node['html'][:150] for node in each['nodes'][:3]]}" for each in found]
