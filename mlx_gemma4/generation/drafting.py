@@ -211,7 +211,7 @@ class Drafts:
             return
         values = {}
         with suppress(OSError, ValueError):
-            values = json.loads(self._file.read_text())
+            values = json.loads(self._file.read_text()) if self._file.is_file() else {}
         values = values if isinstance(values, dict) else {}
         values.pop(self._key, None)
         values = dict(list(values.items())[1 - MODELS_KEPT :])
