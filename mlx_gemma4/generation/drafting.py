@@ -209,7 +209,7 @@ class Drafts:
         self._unwritten = 0
         if self._file is None:
             return
-        values = {}
+        values: Any = {}
         with suppress(OSError, ValueError):
             values = json.loads(self._file.read_text()) if self._file.is_file() else {}
         values = values if isinstance(values, dict) else {}
