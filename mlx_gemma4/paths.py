@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -70,9 +71,10 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     path = path.resolve()  # a link stays one
     if path.exists() and not path.is_file():
         raise OSError(None, "is no regular file")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # never through a link that lies there
             yield file
         os.replace(temporary, path)
     finally:

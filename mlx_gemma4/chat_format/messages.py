@@ -76,7 +76,7 @@ def _with_object(call: Any) -> Any:
         return call
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             arguments = json.loads(arguments)
         if not isinstance(arguments, dict):
             arguments = {"arguments": arguments}
@@ -137,7 +137,7 @@ def _plain(content: Any) -> Any:
     if isinstance(content, list | tuple):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
     if isinstance(content, str):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             value = json.loads(content)
             return value if isinstance(value, dict | list) else content
     return content

@@ -19,12 +19,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, reason
 
 HEAD = struct.Struct("<Qd")  # of a frame: its length, and the seconds of CPU that it may take
-MEMORY = 800 << 20  # bytes of address space of the process; a tenth of it is Python's own
+MEMORY = 512 << 20  # bytes of address space of the process; a tenth of it is Python's own
 LONGEST = 1 << 26  # bytes of a prompt
-SECONDS = 2.0  # of CPU that a rendering may take, and so many more for each million bytes of messages
+SECONDS = 1.0  # of CPU that a rendering may take, and so many more for each million bytes of messages
 PATIENCE = 120.0  # seconds on the clock, on a machine that is busy
 LOOK = 100  # milliseconds between two looks at its memory, which no limit bounds on a Mac
 _SAYS = {
@@ -64,7 +64,9 @@ class _Renderer:
                     command, stdin=pipe, stdout=pipe, stderr=null, start_new_session=True, bufsize=0
                 )
             except OSError as error:
-                raise InputError(f"{sys.executable}: can't be started to render chat templates ({error})") from error
+                raise InputError(
+                    f"{sys.executable}: can't be started to render chat templates ({reason(error)})"
+                ) from error
         return self._process
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 def _size(value: str) -> int:
     """Bytes from 4GB, 500M, 1000000."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", value, re.IGNORECASE | re.ASCII)
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMG]?)B?", value, re.IGNORECASE | re.ASCII)
     if not found:
         raise click.BadParameter(f"{value!r} is no size; write it as 4GB or 500MB")
     return int(float(found[1]) * _UNITS[found[2].upper()])
@@ -77,7 +77,7 @@ def _duration(value: str) -> float:
     metavar="SIZE",
     help="Memory for conversations, kept and in use, as 4GB.  [default: half of what is free]",
 )
-@click.option("--grace", type=click.IntRange(0), default=30, help="Seconds that Ctrl-C waits.")
+@click.option("--grace", type=click.IntRange(0, 86400), default=30, help="Seconds that Ctrl-C waits.")
 @kv_option
 @ranks_options
 @sampling_options

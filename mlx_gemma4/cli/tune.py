@@ -2,7 +2,7 @@
 
 import click
 
-from ..errors import InputError
+from ..errors import InputError, reason
 from .options import echo, find_model, model_option, output_options, progress, say
 
 
@@ -35,5 +35,7 @@ def tune(model: str | None) -> None:
     try:
         verdict.remember_tuning(found)
     except (OSError, RuntimeError) as error:
-        raise InputError(f"what was found can't be kept ({error}); make that folder writable and tune again") from None
+        raise InputError(
+            f"what was found can't be kept ({reason(error)}); make that folder writable and tune again"
+        ) from None
     echo("Kept for this GPU: models loaded from now on use it.")

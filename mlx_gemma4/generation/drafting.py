@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
@@ -212,9 +212,9 @@ class Drafts:
         self._unwritten = 0
         if self._file is None:
             return
-        values = {}
+        values: Any = {}
         with suppress(OSError, ValueError):
-            values = json.loads(self._file.read_text())
+            values = json.loads(self._file.read_text()) if self._file.is_file() else {}
         values = values if isinstance(values, dict) else {}
         values.pop(self._key, None)
         values = dict(list(values.items())[1 - MODELS_KEPT :])

@@ -16,7 +16,7 @@ from ..model.forward import head, run_layers
 from ..model.model import Model
 from ..ops import stock
 from .prompt import chunk_ahead, fitting_chunk
-from .sampling import Token
+from .sampling import Token, check_finite
 
 ROWS = 64  # of logits that are made at a time: 64 MB of the largest vocabulary
 
@@ -67,6 +67,7 @@ def _read(
     model: Model, ids: list[int], state: KVState, check: Callable[[], None] | None
 ) -> Iterator[tuple[int, mx.array]]:
     """Read tokens in chunks; yield each chunk's position and hidden states before the last norm, [T, hidden]."""
+    model.config.check_ids(ids)
     chunk = fitting_chunk(model, state, len(ids))
     while (first := state.length) < len(ids):
         if check:
@@ -76,4 +77,5 @@ def _read(
             hidden = run_layers(model.loaded, some, [state], some.size)
             mx.eval(hidden, state.arrays)
             mx.clear_cache()
+            check_finite(mx.sum(hidden.astype(mx.float32)))
         yield first, hidden

@@ -17,7 +17,7 @@ from ..doctor.verdict import usable_kernels
 from ..errors import InputError, one_line
 from ..files.gguf import TENSOR_TYPES
 from ..loading.loader import open_model
-from ..loading.tensors import Entry, Spec, tensor_specs
+from ..loading.tensors import Entry, Spec, tensor_specs, unused
 from ..memory import DEFAULT_CONTEXT, Needs, available_memory, kv_dtype
 from ..model.costs import PREFILL_CHUNK, kv_per_token, needs_of, own_attention, weights_per_token
 from ..quant.formats import SUPPORTED
@@ -95,7 +95,7 @@ def inspect(path: Path, context: int | None = None) -> Report:
         config,
         sorted(rows, key=lambda r: -r.n_bytes),
         [name for name in entries if name not in wanted],
-        _problems(entries, wanted),
+        _problems(config, entries, wanted),
         context,
         available,
         per_token,
@@ -103,9 +103,12 @@ def inspect(path: Path, context: int | None = None) -> Report:
     )
 
 
-def _problems(entries: Mapping[str, Entry], wanted: Mapping[str, Spec]) -> list[str]:
+def _problems(config: Config, entries: Mapping[str, Entry], wanted: Mapping[str, Spec]) -> list[str]:
     missing = [name for name, spec in wanted.items() if not spec.optional and name not in entries]
     found = [f"tensors missing: {', '.join(missing[:3])}{f' and {len(missing) - 3} more' if missing[3:] else ''}"]
+    odd = unused(config, [name for name in entries if name not in wanted and not name.endswith(".scale")])[1]
+    if odd:
+        return [f"tensor {odd[0]}{f' and {len(odd) - 1} more' if odd[1:] else ''}, which nothing here knows how to use"]
     known = {e.type for e in entries.values()} & TENSOR_NAMES
     return found * bool(missing) + [f"type {name} can't be loaded yet" for name in sorted(known - SUPPORTED)]
 

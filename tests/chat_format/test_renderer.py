@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mlx_gemma4.chat_format import renderer
+from mlx_gemma4.chat_format.messages import for_template
 from mlx_gemma4.chat_format.template import render_chat
 from mlx_gemma4.errors import InputError
 
@@ -127,3 +128,13 @@ def test_values_of_all_kinds_arrive() -> None:
     shown = render_chat("{{ messages[0].c.s }}{{ messages[0].c }}", [{"c": content}])
     assert shown.startswith("\ud800é\U0002a6d6{'t': (1, 2), 'n': None, 3: 1208925819614629174706176, 'x': 1e+300,")
     assert "(module)" in shown
+
+
+@pytest.mark.parametrize("role", ["tool", "assistant"])
+def test_brackets_without_end_are_text(role: str) -> None:
+    """What looks like JSON too deep to parse is no call's arguments or result but text."""
+    deep = "[" * 100_000
+    call = {"type": "function", "function": {"name": "f", "arguments": deep}}
+    messages = [{"role": role, "content": deep, **({"tool_calls": [call]} if role == "assistant" else {})}]
+    known, _ = for_template(messages, (), None)
+    assert deep in render_chat("{{ messages[0].content }}", known)
