@@ -155,7 +155,7 @@ def memory(folder: Path) -> Found:
             model = model_of(file, split, "packed")
             mine = {"weights": weight_bytes(model), "state": model.new_state().nbytes}
             found |= {f"{name} {split}": others(mine)} if split else {name: mine}
-        found[f"{name} logits"] = compared(file, lambda m: conversation(m, [*range(60, 100)]))
+        found[f"{name} logits"] = compared(file, lambda m: conversation(m, [*range(60, 100)]), SPLITS[:1])
     return found
 
 

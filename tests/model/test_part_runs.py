@@ -20,7 +20,7 @@ from mlx_gemma4.doctor.published import PUBLISHED
 pytestmark = [pytest.mark.slow, pytest.mark.sim]
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 900  # seconds: far more than an idle machine needs
+LIMIT = 1800  # seconds: far more than an idle machine needs
 CHECKS = ("fixtures", "quantized", "folders", "memory", "demo", "long", "traced", "kernels")
 
 
@@ -35,6 +35,7 @@ def run(size: int, folder: Path, *checks: str) -> Any:
     script, out = ROOT / "tests" / "part_checks.py", folder / "found.json"
     places = [ROOT, ROOT / "tests", ROOT / "tests" / "fixtures", ROOT / "examples"]
     env = os.environ | {"MLX_HOSTFILE": str(folder / "hosts.json"), "PYTHONPATH": os.pathsep.join(map(str, places))}
+    env |= {"OPENBLAS_NUM_THREADS": "1"}  # its threads, of all ranks, would spin for the same cores
     command = [sys.executable, str(script), str(out), *checks]
     ranks = [
         subprocess.Popen(command, env=env | {"MLX_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
@@ -82,7 +83,7 @@ def test_folders_of_safetensors_do(two: Any) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_heads_and_types_of_published_models_do(two: Any, name: str) -> None:
-    assert_same(two["memory"][f"{name} logits"], 40)
+    assert_same(two["memory"][f"{name} logits"], 40, ("tensor",))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
