@@ -34,6 +34,7 @@ from mlx_gemma4.shard import Kind, Shard
 Found = dict[str, Any]
 SPLITS: tuple[Kind, ...] = ("tensor", "layers")
 DEMO_PROMPT = "Once upon a time there was a king who had"
+SMALL = ("embed", "ple_inputs", "rotations", "qkv_post", "attention", "add_norm", "top_k", "matvec", "dense", "expand")
 UNPACKED = frozenset([OpKey("expand")])  # tiles of a prompt round to fp16
 
 mx.set_default_device(mx.cpu)
@@ -192,6 +193,22 @@ def long() -> Found:
     return compared(path("gemma3", "q8_0", Path()), calls)
 
 
+def traced() -> Found:
+    """Steps of two states in turns, traced once, collectives included: all operations as references."""
+    found: Found = {}
+    for kind, splits in (("12b", SPLITS), ("26b-a4b", SPLITS), ("e2b", SPLITS[:1])):
+
+        def calls(model: Model) -> list[mx.array]:
+            if model.part:
+                kernels = Kernels(metal, frozenset([*map(OpKey, SMALL)]), traced=True)
+                model = Model(model.config, model.weights, kernels, part=model.part)
+            states = [model.new_state(), model.new_state()]
+            return [model.step(i % 50 + 60, states[i % 2]).logits() for i in range(20)]
+
+        found[kind] = compared(path(kind, "q8_0", Path()), calls, splits, weights="packed")
+    return found
+
+
 def fused(m: Model, launcher: Any = metal) -> Model:
     return Model(m.config, m.weights, Kernels(launcher, UNPACKED), part=m.part)
 
@@ -205,7 +222,8 @@ def kernels(folder: Path) -> Found:
         def calls(model: Model) -> list[mx.array]:
             model = fused(model) if model.part else model
             state = model.new_state()
-            return [model.step(t, state).logits() for t in (60, 70, 80)]
+            logits = [model.step(t, state).logits() for t in (60, 70, 80)]
+            return [*logits, model.batch_step([90, 95], [state, state.fork()])]
 
         found[f"{name} logits"] = compared(file, calls, weights="packed")
         for split in (None, *SPLITS):

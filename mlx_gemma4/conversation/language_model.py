@@ -20,7 +20,7 @@ from ..doctor.ready import make_ready
 from ..doctor.verdict import device_name, usable_kernels
 from ..errors import InputError
 from ..files.hub import resolve
-from ..generation.drafting import LONGEST, MOST, NGRAM, Drafts
+from ..generation.drafting import LONGEST, MOST, NGRAM, ROW, Drafts
 from ..generation.sampling import Sampling
 from ..loading.assistant import assistant_beside, load_assistant
 from ..loading.loader import Progress, load_model, open_model
@@ -124,7 +124,8 @@ def load(
         split: on several ranks, a part of each layer for each, or so many layers; "auto" measures what is faster.
         draft: the assistant that drafts for it: a file, a folder or `REPO[:QUANT]`; "auto": one that lies beside the
             model and fits, if there is any; None: none.
-        draft_max: drafts of tokens that a step checks, at most; 0: none are made. How many pay is measured.
+        draft_max: drafts of tokens that a step checks, at most; 0: none are made, nor on several ranks. How many pay is
+            measured.
 
     Raises:
         InputError: a file can't be used, the assistant is another model's, or there is too little memory.
@@ -152,8 +153,10 @@ def load(
         model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room, shard)
     assistant = _assistant(draft, path, model) if draft_max else None
     make_ready(model, preparing, assistant)
-    drafts = Drafts(draft_max, assistant, least_alike=LONGEST if model.replays else NGRAM) if draft_max else None
-    if drafts is not None:
+    drafts = None
+    if draft_max:
+        least_alike, row = LONGEST if model.replays else NGRAM, ROW if model.kernels else 1.0
+        drafts = Drafts(draft_max, assistant, least_alike=least_alike, row=row)
         with suppress(RuntimeError):  # this user has no home folder
             drafts.keep(cache_folder() / "drafts.json", f"{device_name()}, {path.name}")
     return LanguageModel(path, model.config, model, tokenizer, _sampling_defaults(path, metadata), plan, drafts)
@@ -167,7 +170,7 @@ def follow(place: Place, joined: Callable[[], None] = lambda: None) -> NoReturn:
     """
 
     def load_shard(path: Path, shard: Shard, given: dict[str, Any]) -> Model:
-        return load(path, **given | {"room": Room(**given["room"])}, shard=shard).model
+        return load(path, **given | {"room": Room(**given["room"])}, shard=shard, draft_max=0).model
 
     team.follow_rank_0(
         place, lambda name: resolve(Path(name).expanduser()) if name else demo_path(), load_shard, joined

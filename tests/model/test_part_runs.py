@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.sim]
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 900  # seconds: far more than an idle machine needs
-CHECKS = ("fixtures", "quantized", "folders", "memory", "demo", "long", "kernels")
+CHECKS = ("fixtures", "quantized", "folders", "memory", "demo", "long", "traced", "kernels")
 
 
 def run(size: int, folder: Path, *checks: str) -> Any:
@@ -121,6 +121,11 @@ def test_states_in_4_bits_do(two: Any) -> None:
 
 def test_prompts_past_4096_tokens_do(two: Any) -> None:
     assert_same(two["long"], 4)
+
+
+def test_traced_steps_do(two: Any) -> None:
+    for kind, found in two["traced"].items():
+        assert_same(found, 20, ("tensor",) if kind == "e2b" else ("tensor", "layers"))
 
 
 @pytest.mark.parametrize("name", ["26B-A4B", "E2B"])
