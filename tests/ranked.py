@@ -35,7 +35,13 @@ def ranks(folder: Path, *commands: list[str], **env: str) -> Iterator[list[subpr
     port = free_port(read_hosts(",".join(["127.0.0.1"] * len(commands))))
     (folder / "ring.json").write_text(json.dumps([[f"127.0.0.1:{port + rank}"] for rank in range(len(commands))]))
     path = f"{TESTS.parent}:{TESTS}:{TESTS / 'fixtures'}:{os.environ.get('PYTHONPATH', '')}"
-    env = {**os.environ, "MLX_HOSTFILE": str(folder / "ring.json"), "PYTHONPATH": path, **env}
+    env = {
+        **os.environ,
+        "MLX_HOSTFILE": str(folder / "ring.json"),
+        "PYTHONPATH": path,
+        "OPENBLAS_NUM_THREADS": "1",
+        **env,
+    }
     started = [
         subprocess.Popen(
             command,
