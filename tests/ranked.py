@@ -35,7 +35,13 @@ def ranks(folder: Path, *commands: list[str], **env: str) -> Iterator[list[subpr
     port = free_port(read_hosts(",".join(["127.0.0.1"] * len(commands))))
     (folder / "ring.json").write_text(json.dumps([[f"127.0.0.1:{port + rank}"] for rank in range(len(commands))]))
     path = f"{TESTS.parent}:{TESTS}:{TESTS / 'fixtures'}:{os.environ.get('PYTHONPATH', '')}"
-    env = {**os.environ, "MLX_HOSTFILE": str(folder / "ring.json"), "PYTHONPATH": path, **env}
+    env = {
+        **os.environ,
+        "MLX_HOSTFILE": str(folder / "ring.json"),
+        "PYTHONPATH": path,
+        "OPENBLAS_NUM_THREADS": "1",
+        **env,
+    }
     started = [
         subprocess.Popen(
             command,
@@ -69,13 +75,13 @@ def tour(lm: LanguageModel, folder: Path) -> dict[str, Any]:
 
     Greedy, or of a seed: with the same model the answer is the same.
     """
-    greedy = mlx_gemma4.ReplyOptions(12, mlx_gemma4.Sampling(temperature=0))
+    greedy = mlx_gemma4.ReplyOptions(8, mlx_gemma4.Sampling(temperature=0))
     seen: dict[str, Any] = {}
     reply = mlx_gemma4.chat(lm, "Tell me a tale of a fox.", replace(greedy, logprobs=2))
     seen["reply"] = [token.id for token in reply.tokens]
     seen["likely"] = [token.logprob for token in reply.tokens]
     seen["drafted"] = mlx_gemma4.generate(lm, "Say it twice: the fox and the goose, the fox and the goose.", greedy)
-    seen["sampled"] = mlx_gemma4.generate(lm, "Tell me of the sea.", max_tokens=12, seed=7, temperature=0.9, top_k=20)
+    seen["sampled"] = mlx_gemma4.generate(lm, "Tell me of the sea.", max_tokens=8, seed=7, temperature=0.9, top_k=20)
     seen["schema"] = mlx_gemma4.generate(lm, "Is the sky blue?", schema={"enum": ["yes", "no"]}, temperature=0)
     seen["batch"] = [r.text for _, r in sorted(mlx_gemma4.batch(lm, ["A fox.", "The sea.", "A goose."], greedy))]
     session = mlx_gemma4.Session(lm, options=greedy, kv="tq4" if tq4(lm) else "full")
@@ -109,7 +115,7 @@ def served(lm: LanguageModel) -> list[str]:
     texts: dict[int, str] = {}
 
     def ask(n: int, prompt: str) -> None:
-        body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 12, "temperature": 0}
+        body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 8, "temperature": 0}
         answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).json()
         texts[n] = answer["choices"][0]["message"]["content"]
 

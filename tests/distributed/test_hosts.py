@@ -11,12 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click.testing
 import pytest
 from ranked import LAUNCHED
 from recorded import HERE
 
+from mlx_gemma4.cli.main import main
 from mlx_gemma4.distributed.hosts import free_port, read_hosts
 from mlx_gemma4.distributed.place import Place, placed
+from mlx_gemma4.distributed.team import digest
 from mlx_gemma4.errors import InputError
 
 LAUNCH = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring", "--python", sys.executable]
@@ -140,14 +143,29 @@ def test_check_sends_the_model_and_tries_the_link(tmp_path: Path, elsewhere: dic
         ),
     ],
 )
-@pytest.mark.slow
-def test_check_says_what_is_wrong(script: str, wrong: str, tmp_path: Path, elsewhere: dict[str, str]) -> None:
+def test_check_says_what_is_wrong(
+    script: str, wrong: str, tmp_path: Path, elsewhere: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "bin" / "ssh").write_text(script)
-    done = run([*LAUNCHED, "hosts", "check", "127.0.0.1,127.0.0.2"], **elsewhere)
-    assert done.returncode == 2
-    assert done.stdout.startswith(f"127.0.0.2: {wrong}" if wrong.startswith(("ssh", "mlx")) else "127.0.0.2: ")
-    assert wrong in done.stdout
-    assert len(done.stderr.splitlines()) == 1
+    monkeypatch.setenv("PATH", elsewhere["PATH"])
+    done = click.testing.CliRunner().invoke(main, ["hosts", "check", "127.0.0.1,127.0.0.2"])
+    assert done.exit_code == 2
+    lines = done.output.splitlines()
+    assert lines[0].startswith("127.0.0.2: ")
+    assert wrong in lines[0]
+    assert lines[1].startswith("127.0.0.1: ok: ")
+    assert "mlx-gemma4: 127.0.0.2: not ready" in lines[2]
+
+
+def test_digests_tell_files_apart(tmp_path: Path) -> None:
+    """A digest tells files apart by size, beginning, or any piece of 64 KB."""
+    model = tmp_path / "a.gguf"
+    model.write_bytes((HERE / "31b-q4_0.gguf").read_bytes())
+    before = digest(model)
+    with model.open("r+b") as file:
+        file.seek(-9, 2)
+        file.write(b"x")
+    assert digest(model) != before == digest(HERE / "31b-q4_0.gguf")
 
 
 def test_hosts_from_names_and_files(tmp_path: Path) -> None:
