@@ -179,7 +179,7 @@ def test_no_assistant_at_all(tmp_path: Path) -> None:
         load_assistant(FOLDER / "12b" / "target", target)
     with pytest.raises(InputError, match="no assistant"):
         load_assistant(tmp_path, target)
-    with pytest.raises(InputError, match="is an assistant, which drafts for a model .--draft., and no model itself"):
+    with pytest.raises(InputError, match=r"is an assistant, which drafts for a model .--draft., and no model itself"):
         load(demo_path().with_name("mtp-gemma4-demo.gguf"))
     gemma3 = load(fixture("gemma3", "q8_0", tmp_path), draft=None)
     with open_assistant(FOLDER / "12b" / "assistant") as (config, _):
