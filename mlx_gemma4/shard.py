@@ -63,10 +63,6 @@ class Part:
         stops = [0, *accumulate(a.shape[-1] for a in arrays)]
         return [total[..., start:stop] for start, stop in pairwise(stops)]
 
-    def sum_of(self, what: str, layer: int, x: mx.array) -> mx.array:
-        """Return a product [T, hidden] of a layer here, summed if it is in parts."""
-        return self.sums(x)[0] if layer in self.split[what] else x
-
     def here(self, ids: mx.array) -> tuple[mx.array, mx.array]:
         """Return rows for ids int [T] in a table that ranks share, int [T], and if they are there, bool [T, 1]."""
         there = (ids >= self.rows.start) & (ids < self.rows.stop)

@@ -6,6 +6,7 @@ MLX_RANK=0 MLX_HOSTFILE=hosts.json python part_checks.py RESULTS.json CHECK.. (r
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -33,11 +34,13 @@ from mlx_gemma4.shard import Kind, Shard
 Found = dict[str, Any]
 SPLITS: tuple[Kind, ...] = ("tensor", "layers")
 DEMO_PROMPT = "Once upon a time there was a king who had"
+SMALL = ("embed", "ple_inputs", "rotations", "qkv_post", "attention", "add_norm", "top_k", "matvec", "dense", "expand")
 UNPACKED = frozenset([OpKey("expand")])  # tiles of a prompt round to fp16
 
 mx.set_default_device(mx.cpu)
 group = mx.distributed.init(strict=True, backend="ring")
 RANK, SIZE = group.rank(), group.size()
+del os.environ["MLX_RANK"]  # so that `load` without a shard loads the whole model, as one process does
 collectives: Counter[str] = Counter()
 
 
@@ -92,7 +95,7 @@ def conversation(model: Model, ids: list[int], kv: str = "full") -> list[mx.arra
     other.rewind(len(ids) + 2)
     logits += [model.batch_step([12, 13], [state, other]), model.step(3, other).logits()]
     model.prefill(mx.array([4]), other)
-    return [*logits, model.forward(mx.array([1, 2]), other, all_logits=True)]
+    return [*logits, model.forward(mx.array([1, 2]), other, all_logits=True), model.check([6, 5, 4], state)[0]]
 
 
 def fixtures() -> Found:
@@ -106,8 +109,8 @@ def few() -> Found:
 
 def quantized() -> Found:
     """Blocks: some layers of these are whole on each rank. E2B's layers share keys and values from the first on."""
-    files = {f"{kind}-{tag}": SPLITS[: 1 + (kind != "e2b")] for kind in KINDS for tag in ("q4_0", "ud")}
-    files |= dict.fromkeys(("31b-q8_0", "12b-untied-q4_k_m", "26b-a4b-split-mix"), SPLITS)
+    names = [*(f"{kind}-ud" for kind in KINDS), "12b-q4_0", "31b-q8_0", "12b-untied-q4_k_m", "26b-a4b-split-mix"]
+    files = {name: SPLITS[: 1 + (name != "e2b-ud")] for name in names}
     here = path("12b", "f32", Path()).parent
     return {
         name: compared(here / f"{name}.gguf", lambda m: conversation(m, [*range(60, 100)]), splits)
@@ -164,17 +167,15 @@ def others(mine: Found) -> list[Found]:
 
 
 def demo() -> Found:
-    """500 tokens, greedy and drawn, of the built-in model; and a long prompt to a state in 4 bits."""
+    """500 tokens, greedy, of the built-in model, and 60 drawn; and a long prompt to a state in 4 bits."""
     ids = load().encode_prompt(DEMO_PROMPT, raw=True)
     found: Found = {}
-    for sampling in (Sampling(temperature=0), Sampling(top_k=40, top_p=0.95, seed=7)):
+    for n, sampling in ((500, Sampling(temperature=0)), (60, Sampling(top_k=40, top_p=0.95, seed=7))):
         for split in (None, *SPLITS):
-            model, state = model_of(None, split), None
+            model = model_of(None, split)
             state = model.new_state()
-            before = collectives.copy()
-            tokens = [t.id for t in generate_tokens(model, state, ids, sampling, 500)]
-            made = {name: n - before[name] for name, n in collectives.items()}
-            found[f"{split} {sampling.temperature}"] = {"tokens": tokens, "held": state.tokens, "made": made}
+            tokens = [t.id for t in generate_tokens(model, state, ids, sampling, n)]
+            found[f"{split} {sampling.temperature}"] = {"tokens": tokens, "held": state.tokens}
     found["tq4"] = compared(None, lambda m: conversation(m, ids * 40, "tq4"))
     return found
 
@@ -192,30 +193,47 @@ def long() -> Found:
     return compared(path("gemma3", "q8_0", Path()), calls)
 
 
+def traced() -> Found:
+    """Steps of two states in turns, traced once, collectives included: all operations as references."""
+    found: Found = {}
+    for kind, splits in (("12b", SPLITS), ("26b-a4b", SPLITS), ("e2b", SPLITS[:1])):
+
+        def calls(model: Model) -> list[mx.array]:
+            if model.part:
+                kernels = Kernels(metal, frozenset([*map(OpKey, SMALL)]), traced=True)
+                model = Model(model.config, model.weights, kernels, part=model.part)
+            states = [model.new_state(), model.new_state()]
+            return [model.step(i % 50 + 60, states[i % 2]).logits() for i in range(20)]
+
+        found[kind] = compared(path(kind, "q8_0", Path()), calls, splits, weights="packed")
+    return found
+
+
+def fused(m: Model, launcher: Any = metal) -> Model:
+    return Model(m.config, m.weights, Kernels(launcher, UNPACKED), part=m.part)
+
+
 def kernels(folder: Path) -> Found:
     """Steps in kernels on the simulator, beside stock operations alone; launches and collectives of one step."""
     found: Found = {}
     for name in ("26B-A4B", "E2B"):
         file = synthetic(folder, name)
 
-        def fused(m: Model, launcher: Any = metal) -> Model:
-            return Model(m.config, m.weights, Kernels(launcher, UNPACKED), part=m.part) if m.part else m
-
-        def calls(model: Model, fused: Callable[[Model], Model] = fused) -> list[mx.array]:
-            model = fused(model)
+        def calls(model: Model) -> list[mx.array]:
+            model = fused(model) if model.part else model
             state = model.new_state()
-            return [model.step(t, state).logits() for t in (60, 70, 80)]
+            logits = [model.step(t, state).logits() for t in (60, 70, 80)]
+            return [*logits, model.batch_step([90, 95], [state, state.fork()])]
 
         found[f"{name} logits"] = compared(file, calls, weights="packed")
-        for split in SPLITS:
+        for split in (None, *SPLITS):
             launcher = Counting()
-            model = fused(model_of(file, split, weights="packed"), launcher)
+            model = fused(model_of(file, split, "packed"), launcher)
             state, before = model.new_state(), collectives.copy()
             step = model.step(60, state)
-            made = {n: c - before[n] for n, c in collectives.items()}
+            made = dict(collectives - before)
             step.token()
-            drawn = {n: c - before[n] for n, c in collectives.items()}
-            counts = {"launches": dict(launcher.launches), "made": made, "drawn": drawn}
+            counts = {"launches": launcher.launches, "made": made, "drawn": dict(collectives - before)}
             found[f"{name} {split}"] = others({**counts, "layers": len(model.config.layers)})
     return found
 

@@ -56,7 +56,7 @@ class GGUFSource:
             weight = mx.array(parts[0].reshape(-1).view(INTEGERS[first.type]).astype(np.int32))
         elif first.type in formats.FORMATS and (holding == "packed" or spec.role == "table"):
             # A tensor may be half the file: a single one's pages are released as they are read.
-            on_read = partial(self._file.release, first.name) if len(infos) == 1 and cuts[0].whole else None
+            on_read = partial(self._file.release, first.name) if len(infos) == 1 and cuts[0] == Cut() else None
             weight = pack.pack_on_gpu(parts, first.type, shape, kernels, on_read)
         else:
             raw = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-2)

@@ -21,7 +21,6 @@ from .tensors import Cut, Entry, Source, Spec
 log = logging.getLogger("mlx_gemma4")
 
 Heads = tuple[range, range]  # of a rank in a layer: query heads, KV heads
-Cuts = dict[str, Cut]  # by the name in the file
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,11 @@ class PartSource:
 
     def __init__(self, source: Source, tensors: Mapping[str, tuple[str, Cut]]) -> None:
         self.name = source.name
-        self.entries = {name: _entry(source.entries[of], cut) for name, (of, cut) in tensors.items()}
+        self.entries: dict[str, Entry] = {}
+        for name, (of, cut) in tensors.items():
+            entry, shape = source.entries[of], cut.shape(source.entries[of].shape)
+            n_bytes = entry.n_bytes * prod(shape) // prod(entry.shape)
+            self.entries[name] = replace(entry, shape=shape, n_bytes=n_bytes)
         self._source, self._tensors = source, tensors
 
     def read(
@@ -47,11 +50,6 @@ class PartSource:
     ) -> Weight:
         of, cuts = zip(*(self._tensors.get(name, (name, Cut())) for name in names), strict=True)  # a scale is whole
         return self._source.read(of, spec, holding, kernels, cuts)
-
-
-def _entry(entry: Entry, cut: Cut) -> Entry:
-    shape = cut.shape(entry.shape)
-    return replace(entry, shape=shape, n_bytes=entry.n_bytes * prod(shape) // max(1, prod(entry.shape)))
 
 
 def part_of(
@@ -62,9 +60,8 @@ def part_of(
     specs = {name: replace(present[of], shape=cut.shape(present[of].shape)) for name, (of, cut) in plan.tensors.items()}
     some = PartSource(source, plan.tensors)
     mine, all_ = (sum(s.entries[name].n_bytes for name in names) for s, names in ((some, specs), (source, present)))
-    layers = plan.part.layers
-    what = f"layers {layers.start + 1} to {layers.stop}" if shard.kind == "layers" else "a part of each layer"
-    log.info("Rank %d of %d: %s, %.2f of %.2f GB", shard.rank, shard.size, what, mine / 1e9, all_ / 1e9)
+    numbers = shard.rank, shard.size, plan.part.layers.start, plan.part.layers[-1], mine / 1e9, all_ / 1e9
+    log.info("Rank %d of %d: of layers %d to %d, %.2f of %.2f GB", *numbers)
     if plan.whole:
         log.warning("Too few heads or blocks for %d ranks, so whole on each: %s", shard.size, plan.whole)
     return plan, some, specs
@@ -83,7 +80,7 @@ def plan_part(config: Config, entries: Mapping[str, Entry], present: Mapping[str
 def by_tensors(config: Config, entries: Mapping[str, Entry], present: Mapping[str, Spec], shard: Shard) -> PartPlan:
     c, size, rank = config, shard.size, shard.rank
     rows = shares(c.vocab, size)[rank]
-    cuts: Cuts = {name: Cut((rows,)) for name in ("token_embd", "per_layer_token_embd", "output")}
+    cuts = {name: Cut((rows,)) for name in ("token_embd", "per_layer_token_embd", "output")}
     blocks = {name: entry.block for name, entry in entries.items()}
     heads = [_heads_of(c, i, blocks, size) for i in range(len(c.layers))]
     layers, split = [], {"attention": set[int](), "mlp": set[int](), "experts": set[int]()}
@@ -91,31 +88,25 @@ def by_tensors(config: Config, entries: Mapping[str, Entry], present: Mapping[st
         blk, dim, chosen = f"blk.{i}.", layer.head_dim, heads[layer.kv_layer]
         if chosen is not None:
             q, kv = chosen[rank]
-            cuts |= {f"{blk}attn_q": _by_rows(q, dim), f"{blk}attn_output": Cut((), _times(q, dim))}
-            cuts |= {f"{blk}attn_{x}": _by_rows(kv, dim) for x in "kv"}
+            cuts |= {f"{blk}attn_q": Cut((_times(q, dim),)), f"{blk}attn_output": Cut((), _times(q, dim))}
+            cuts |= {f"{blk}attn_{x}": Cut((_times(kv, dim),)) for x in "kv"}
             layer = replace(layer, heads=len(q), kv_heads=len(kv))
             split["attention"].add(i)
-        if (mlp := widths(layer.ffn, blocks[f"{blk}ffn_down.weight"], size, i)) is not None:
-            cuts |= {f"{blk}ffn_{x}": Cut((mlp[rank],)) for x in ("gate", "up")}
-            cuts[f"{blk}ffn_down"] = Cut((), mlp[rank])
-            layer = replace(layer, ffn=len(mlp[rank]))
-            split["mlp"].add(i)
-        experts = widths(c.expert_ffn, blocks[f"{blk}ffn_down_exps.weight"], size, i) if c.experts else None
-        if experts is not None:
-            f = experts[rank]
-            cuts |= {f"{blk}ffn_{x}_exps": Cut((f,)) for x in ("gate", "up")}
-            cuts[f"{blk}ffn_gate_up_exps"] = Cut((f, range(f.start + c.expert_ffn, f.stop + c.expert_ffn)))
-            cuts[f"{blk}ffn_down_exps"] = Cut((), f)
-            split["experts"].add(i)
+        for what, name, n in (("mlp", "", layer.ffn), ("experts", "_exps", c.expert_ffn)):
+            if n and (share := widths(n, blocks[f"{blk}ffn_down{name}.weight"], size, i)) is not None:
+                f = share[rank]
+                cuts |= {f"{blk}ffn_{x}{name}": Cut((f,)) for x in ("gate", "up")}
+                cuts[f"{blk}ffn_gate_up{name}"] = Cut((f, range(f.start + n, f.stop + n)))
+                cuts[f"{blk}ffn_down{name}"] = Cut((), f)
+                layer = replace(layer, ffn=len(f)) if what == "mlp" else layer
+                split[what].add(i)
         layers.append(layer)
     kept = {what: len(layers) - len(some) for what, some in split.items() if what != "experts" or c.experts}
     whole = ", ".join(f"{what} of {n} layers" for what, n in kept.items() if n)
     tensors = {name: (name, cuts.get(name.removesuffix(".weight"), Cut())) for name in present}
     part = Part(shard, c.vocab, rows, range(len(layers)), {what: frozenset(some) for what, some in split.items()})
-    widest = (
-        c.expert_ffn if len(split["experts"]) < len(layers) else -(-c.expert_ffn // size)
-    )  # memory is planned by it
-    return PartPlan(replace(c, layers=tuple(layers), expert_ffn=widest), part, tensors, whole)
+    wide = -(-c.expert_ffn // (1 if kept.get("experts") else size))  # about: memory is planned by it
+    return PartPlan(replace(c, layers=tuple(layers), expert_ffn=wide), part, tensors, whole)
 
 
 def _heads_of(c: Config, i: int, blocks: Mapping[str, int], size: int) -> list[Heads] | None:
@@ -163,10 +154,6 @@ def widths(n: int, block: int, size: int, turn: int = 0) -> list[range] | None:
 
 def _times(share: range, n: int) -> range:
     return range(share.start * n, share.stop * n)
-
-
-def _by_rows(share: range, n: int) -> Cut:
-    return Cut((_times(share, n),))
 
 
 # ---- so many layers for each rank

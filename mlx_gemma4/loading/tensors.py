@@ -61,11 +61,6 @@ class Cut:
             shape[-1] = len(self.columns)
         return tuple(shape)
 
-    @property
-    def whole(self) -> bool:
-        """True if it is all of the tensor."""
-        return not self.rows and self.columns is None
-
 
 class Source(Protocol):
     """A file or folder with tensors, which go by their GGUF names. `name` is the path, for errors."""

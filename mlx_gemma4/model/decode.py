@@ -120,12 +120,9 @@ def forward(
     the KV state: fp16 on a GPU.
     """
     c, w, part = model.config, model.weights, model.part
-    per_layer: list[mx.array] = []
-    if part and part.receives and not c.ple:
-        x = part.receive(ids.size, c.hidden)
-    else:
-        x, per_layer = _inputs(run, model, ids)
-        x = part.receive(ids.size, c.hidden) if part and part.receives else x
+    handed = part.receive(ids.size, c.hidden) if part and part.receives else None
+    x, per_layer = _inputs(run, model, ids) if handed is None or c.ple else (handed, [])
+    x = x if handed is None else handed
     h = through_layers(model, run, constants, x, attend, per_layer)
     return run.product(h, w.output, FP32), h
 

@@ -71,18 +71,12 @@ def run_layers(m: Loaded, ids: mx.array, states: Sequence[KVState], wanted: int)
 
 def inputs(m: Loaded, ids: mx.array) -> tuple[mx.array, mx.array | None]:
     """Return the residual before the first layer here, [T, hidden], and `per_layer_inputs`."""
-    w, c, part = m.weights, m.config, m.part
-    x = own = per_layer = None
-    if part is None or c.ple or not part.receives:
-        tables = [w.token_embd] if w.per_layer_token_embd is None else [w.token_embd, w.per_layer_token_embd]
-        x, *more = rows_by_rank(part, ids, tables, stock.embed)
-        x, own = x * math.sqrt(c.hidden), more[0] if more else None
-        per_layer = None if own is None else per_layer_inputs(m, own, x)
-    if part and part.receives:
-        x = part.receive(ids.size, c.hidden)
-        mx.async_eval(x)  # before any other collective of this pass
-    assert x is not None
-    return x, per_layer
+    w, part = m.weights, m.part
+    tables = [table for table in (w.token_embd, w.per_layer_token_embd) if table is not None]
+    x, *own = rows_by_rank(part, ids, tables, stock.embed)  # lazy: not looked up where nothing comes of it
+    x = x * math.sqrt(m.config.hidden)
+    per_layer = per_layer_inputs(m, own[0], x) if own else None
+    return part.receive(ids.size, m.config.hidden) if part and part.receives else x, per_layer
 
 
 def rows_by_rank(
@@ -97,7 +91,7 @@ def rows_by_rank(
 
 def summed(m: Loaded, what: str, i: int, x: mx.array) -> mx.array:
     """Return a product of layer i, [T, hidden], summed over ranks where each has a part of it."""
-    return x if m.part is None else m.part.sum_of(what, i, x)
+    return m.part.sums(x)[0] if m.part is not None and i in m.part.split[what] else x
 
 
 def per_layer_inputs(m: Loaded, own: mx.array, x: mx.array) -> mx.array:
@@ -186,12 +180,11 @@ def mlp_and_experts(m: Loaded, i: int, layer: Layer, x: mx.array) -> mx.array:
     return stock.rms_norm(dense, layer.post_ffw_norm_1, eps) + stock.rms_norm(experts, layer.post_ffw_norm_2, eps)
 
 
-def both_summed(m: Loaded, i: int, dense: mx.array, experts: mx.array) -> tuple[mx.array, mx.array]:
+def both_summed(m: Loaded, i: int, dense: mx.array, experts: mx.array) -> list[mx.array]:
     """Return the dense MLP's and the experts' outputs of layer i, [T, hidden] each, summed over ranks in one go."""
     if m.part is not None and all(i in m.part.split[what] for what in ("mlp", "experts")):
-        dense, experts = m.part.sums(dense, experts)
-        return dense, experts
-    return summed(m, "mlp", i, dense), summed(m, "experts", i, experts)
+        return m.part.sums(dense, experts)
+    return [summed(m, "mlp", i, dense), summed(m, "experts", i, experts)]
 
 
 def route(m: Loaded, layer: Layer, x: mx.array) -> tuple[mx.array, mx.array]:

@@ -70,7 +70,11 @@ class Model:
         self.loaded = Loaded(config, weights, self.kv_dtype, waves, kernels, part)
         self.rotations: dict[int, mx.array] | None = None  # of quantized keys and values; made for the first such state
         together = kernels and can_step(config, 1)
-        self.batcher = Batcher(self.loaded, kernels, self._alone) if kernels and together else None
+        self.batcher = (
+            Batcher(self.loaded, kernels, lambda ids, state: self._whole(self._read(ids, state, 1)))
+            if kernels and together
+            else None
+        )
         self._step = make_step(self.loaded, kernels) if kernels else None
         plain = not kernels and on_cpu() and part is None  # a part's sums are forward.py's
         self._numpy_step = make_numpy_step(self.loaded) if plain else None
@@ -232,27 +236,14 @@ class Model:
                 step.schedule()
             return step
 
-    def _alone(self, ids: mx.array, state: KVState) -> mx.array:
-        """Return logits [1, vocab] after one token, ids int [1], for a batch that does not take its state."""
-        return self._scheduled(self._whole(self._read(ids, state, 1)), state)
-
     def _whole(self, logits: mx.array) -> mx.array:
         """Return logits of the whole vocabulary."""
         return logits if self.part is None else self.part.gathered(logits)
 
-    def _scheduled(self, logits: mx.array, state: KVState) -> mx.array:
-        """Return logits; a part's are scheduled: collectives run in the order of calls, whatever is asked for later."""
-        if self.part:
-            mx.async_eval(logits, state.arrays)
-        return logits
-
     def _start(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST) -> Step:
         replays = self.replayer and self.replays and draw.in_kernel
         replayed = self.replayer.start(token, state, draw) if self.replayer and replays else None
-        if replayed:
-            return replayed
-        logits = self._scheduled(self._read(ids_of(token), state, 1), state)
-        return LazyStep(logits[0], draw, self.kernels, self.part)
+        return replayed or LazyStep(self._read(ids_of(token), state, 1)[0], draw, self.kernels, self.part)
 
     def most_checked(self, state: KVState) -> int:
         """Return how many tokens `check` takes next: up to MAX_CHECKED, and none beyond the state's tail."""
@@ -281,7 +272,7 @@ class Model:
                 rows = [self._one(token, state) for token in ids]
                 logits, hidden = (mx.concatenate([*column]) for column in zip(*rows, strict=True))
             logits, hidden = self._whole(logits), hidden.astype(mx.float32)
-            if outermost:
+            if outermost or self.part:
                 mx.async_eval(logits, hidden, state.arrays)
         return logits, hidden
 
@@ -290,6 +281,8 @@ class Model:
         if self._numpy_step and numpy_steps([state]):
             return self._numpy_step([token], [state])
         x = run_layers(self.loaded, mx.array([token]), [state], 1)
+        if self.part:
+            mx.async_eval(x, state.arrays)
         hidden = stock.rms_norm(x, self.weights.output_norm, self.config.eps)
         return logits_of(self.loaded, hidden), hidden
 
@@ -306,7 +299,11 @@ class Model:
     def _read(self, ids: mx.array, state: KVState, wanted: int) -> mx.array:
         """Return logits of the last `wanted` tokens, or of all: from a step, or all layers as in a prompt."""
         logits = self._stepped(ids, state)
-        return head(self.loaded, run_layers(self.loaded, ids, [state], wanted)) if logits is None else logits
+        if logits is None:
+            logits = head(self.loaded, run_layers(self.loaded, ids, [state], wanted))
+        if self.part:  # collectives run in the order of calls, whatever is asked for later
+            mx.async_eval(logits, state.arrays)
+        return logits
 
     def _stepped(self, ids: mx.array, state: KVState) -> mx.array | None:
         """Return logits of all tokens, read in one step; None: no step takes them."""

@@ -50,8 +50,11 @@ def rows_of(w: Weight, rows: range) -> Weight:
     """Return some rows of a weight [N, K], in the same memory."""
     some = slice(rows.start, rows.stop)
     if isinstance(w, Affine):
-        return replace(w, codes=w.codes[some], scales=w.scales[some], biases=w.biases[some])
-    return w[some]
+        made: Weight = replace(w, codes=w.codes[some], scales=w.scales[some], biases=w.biases[some])
+    else:
+        made = w[some]
+    mx.eval([made] if isinstance(made, mx.array) else [a for a in vars(made).values() if isinstance(a, mx.array)])
+    return made
 
 
 def within(x: mx.array, dtype: mx.Dtype) -> mx.array:

@@ -23,7 +23,7 @@ def published(name: str) -> tuple[Config, dict[str, Entry], dict[str, Spec]]:
     entries, specs = {}, {}
     for tensor, (shape, type) in made.items():
         _, size, n_bytes = make_synthetic.TYPES[type]
-        entries[tensor] = Entry(shape, type, prod(shape) // size * n_bytes, size > 1, size)
+        entries[tensor] = Entry(shape, type, prod(shape) // size * n_bytes, size > 1, block=size)
         specs[tensor] = Spec(shape, "matrix" if len(shape) > 1 else "vector")
     return make_synthetic.config_of(PUBLISHED[name]), entries, specs
 
@@ -48,7 +48,7 @@ def test_each_layer_in_parts_is_there_once_and_evenly(name: str, size: int) -> N
     for tensor, entry in entries.items():
         cuts = [plan.tensors[tensor][1] for plan in made]
         held = sum(prod(cut.shape(entry.shape)) for cut in cuts)
-        whole = all(cut.whole for cut in cuts)
+        whole = all(cut == Cut() for cut in cuts)
         assert whole == any(part in tensor for part in SMALL), tensor
         assert held == prod(entry.shape) * (size if whole else 1) or tensor in repeated, tensor
         if cuts[0].columns:
@@ -58,7 +58,7 @@ def test_each_layer_in_parts_is_there_once_and_evenly(name: str, size: int) -> N
         assert sum(m.heads for m in mine) == layer.heads
         assert all(m.heads % m.kv_heads == 0 for m in mine)
     total = sum(entry.n_bytes for entry in entries.values())
-    same = sum(e.n_bytes for t, e in entries.items() if t in repeated or made[0].tensors[t][1].whole)
+    same = sum(e.n_bytes for t, e in entries.items() if t in repeated or made[0].tensors[t][1] == Cut())
     for plan in made:
         mine_bytes = sum(n_bytes(entries[of], cut) for of, cut in plan.tensors.values())
         uneven = 1.05 if size != 3 else 1.2  # heads and blocks are no multiples of 3

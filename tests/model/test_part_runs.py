@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.sim]
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 900  # seconds: far more than an idle machine needs
-CHECKS = ("fixtures", "quantized", "folders", "memory", "demo", "long", "kernels")
+CHECKS = ("fixtures", "quantized", "folders", "memory", "demo", "long", "traced", "kernels")
 
 
 def run(size: int, folder: Path, *checks: str) -> Any:
@@ -69,7 +70,7 @@ def test_all_kinds_give_the_logits_of_one_process(two: Any, kind: str) -> None:
 
 
 def test_quantized_files_do(two: Any) -> None:
-    assert len(two["quantized"]) == 15
+    assert len(two["quantized"]) == 10
     for name, found in two["quantized"].items():
         assert_same(found, 40, ("tensor",) if name.startswith("e2b") else ("tensor", "layers"))
 
@@ -107,9 +108,9 @@ def test_a_rank_holds_its_share_and_what_all_hold(two: Any, name: str) -> None:
 @pytest.mark.parametrize("temperature", ["0", "1.0"])
 @pytest.mark.parametrize("split", ["tensor", "layers"])
 def test_the_built_in_model_replies_the_same(two: Any, split: str, temperature: str) -> None:
-    """500 tokens, greedy and drawn; greedy ones take a pair of numbers of each rank and not all logits."""
+    """500 tokens, greedy, of pairs of numbers that ranks gather, and 60 drawn by one seed from all logits."""
     found, alone = two["demo"][f"{split} {temperature}"], two["demo"][f"None {temperature}"]
-    assert len(alone["tokens"]) == 500
+    assert len(alone["tokens"]) == (500 if temperature == "0" else 60)
     assert found["tokens"] == alone["tokens"]
     assert found["held"] == alone["held"]
 
@@ -120,6 +121,11 @@ def test_states_in_4_bits_do(two: Any) -> None:
 
 def test_prompts_past_4096_tokens_do(two: Any) -> None:
     assert_same(two["long"], 4)
+
+
+def test_traced_steps_do(two: Any) -> None:
+    for kind, found in two["traced"].items():
+        assert_same(found, 20, ("tensor",) if kind == "e2b" else ("tensor", "layers"))
 
 
 @pytest.mark.parametrize("name", ["26B-A4B", "E2B"])
@@ -133,10 +139,13 @@ def test_steps_in_kernels_do(two: Any, name: str) -> None:
 @pytest.mark.parametrize("name", ["26B-A4B", "E2B"])
 def test_launches_and_collectives_of_a_step(two: Any, name: str) -> None:
     """In parts a layer takes two sums, and the kernels that it takes alone; by layers a step goes from rank to rank."""
+    alone = two["kernels"][f"{name} None"][0]
+    assert alone["drawn"] == {}
     for rank in two["kernels"][f"{name} tensor"]:
         assert rank["made"] == {"all_sum": 2 * rank["layers"] + 1}  # and one for the embedding
         assert rank["drawn"] == rank["made"] | {"all_gather": 1}
-        assert sum(rank["launches"].values()) <= (14 if name == "26B-A4B" else 12) * rank["layers"] + 8
+        more = {"embed": 1} if name == "E2B" else {}  # rows of per-layer embeddings, to be summed
+        assert Counter(rank["launches"]) == Counter(alone["launches"]) + Counter(more)
     first, last = two["kernels"][f"{name} layers"]
     assert first["made"] == {"send": 1, "all_sum": 1}
     assert last["made"] == {"recv": 1, "all_sum": 1}
