@@ -19,6 +19,7 @@ from recorded import path as fixture
 
 from mlx_gemma4 import InputError, load
 from mlx_gemma4.conversation.language_model import demo_path
+from mlx_gemma4.files.folder import find_models
 from mlx_gemma4.files.hub import best_drafters, choices, choose
 from mlx_gemma4.loading.assistant import SPELLINGS, assistant_beside, load_assistant, open_assistant
 from mlx_gemma4.loading.from_safetensors import gguf_name
@@ -206,6 +207,11 @@ def test_the_one_beside_the_model(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         drafts = load(model, draft=draft).drafts
         assert drafts is not None and (drafts.drafter is not None) == there
     assert load(model, draft_max=0).drafts is None
+    (tmp_path / "models").mkdir()
+    link = tmp_path / "models" / "tales.gguf"
+    link.symlink_to(model)
+    assert assistant_beside(link, config) == fits
+    assert list(find_models(tmp_path)) == ["tales-it-Q4_K_M", "models/tales"]
 
 
 def test_too_little_memory_for_the_one_beside(
