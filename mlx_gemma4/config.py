@@ -19,6 +19,9 @@ OTHERS = {
     "mmproj": "a projector for images or sound (mmproj), which belongs to a model",
     "clip": "a projector for images or sound (mmproj), which belongs to a model",
     "controlvector": "a control vector, which belongs to a model",
+    **dict.fromkeys(
+        ("gemma4-assistant", "gemma4_assistant", "gemma4_mtp"), "an assistant, which drafts for a model (--draft)"
+    ),
 }
 MAX_LAYERS = 1024  # far above any real model; a file that claims more is damaged
 # Keys under the architecture's name that are read here, or say what is so in any case.

@@ -31,7 +31,7 @@ def find_models(folder: Path, inside: str = "", depth: int = DEPTH) -> dict[str,
             split = SPLIT.fullmatch(choice.files[0])
             found[inside + (split[1] if split else choice.files[0][:-5])] = here / choice.files[0]
     for name in names if depth else ():
-        if (here / name).is_dir():
+        if name.upper() != "MTP" and (here / name).is_dir():  # assistants, which draft for models
             found |= find_models(folder, f"{inside}{name}/", depth - 1)
     return found
 

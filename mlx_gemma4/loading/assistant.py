@@ -221,11 +221,13 @@ def clustered(head: Weight, ordering: mx.array, clusters: int) -> Weight:
 def assistant_beside(path: Path, target: Config) -> Path | None:
     """Return the assistant that lies beside a model's file, or in a folder MTP beside it, and fits the model.
 
-    Of several, the one whose name begins most like the model's comes first, and of these Q8_0.
+    A link's target is looked beside too (`folder.link_model`). Of several, the one whose name begins most like the
+    model's comes first, and of these Q8_0.
     """
     if path.is_dir():
         return None
-    folders = [path.parent, path.parent / "MTP", path.parent.parent / "MTP"]
+    places = [path, path.parent / path.readlink()] if path.is_symlink() else [path]
+    folders = [folder for p in places for folder in (p.parent, p.parent / "MTP", p.parent.parent / "MTP")]
     files = [str(file) for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.gguf"))]
     for file in best_drafters(files, path.name):
         try:

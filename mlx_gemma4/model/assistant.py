@@ -131,7 +131,7 @@ class Assistant:
             traced = run.traced and not run.eager and lazy
             made = self._traced((run.off, len(draws), *shapes), count) if traced else partial(self.drafted, count)
             drafted = made(mx.array([tokens[-1]], mx.int32), hidden[None], inputs, *drawn)
-            mx.eval(drafted)
+            mx.async_eval(drafted)
         return cast("list[int]", drafted.tolist())
 
     def inputs(self, state: KVState) -> Inputs:

@@ -19,6 +19,7 @@ from recorded import path as fixture
 
 from mlx_gemma4 import InputError, load
 from mlx_gemma4.conversation.language_model import demo_path
+from mlx_gemma4.files.folder import find_models
 from mlx_gemma4.files.hub import best_drafters, choices, choose
 from mlx_gemma4.loading.assistant import SPELLINGS, assistant_beside, load_assistant, open_assistant
 from mlx_gemma4.loading.from_safetensors import gguf_name
@@ -179,6 +180,8 @@ def test_no_assistant_at_all(tmp_path: Path) -> None:
         load_assistant(FOLDER / "12b" / "target", target)
     with pytest.raises(InputError, match="no assistant"):
         load_assistant(tmp_path, target)
+    with pytest.raises(InputError, match=r"is an assistant, which drafts for a model .--draft., and no model itself"):
+        load(demo_path().with_name("mtp-gemma4-demo.gguf"))
     gemma3 = load(fixture("gemma3", "q8_0", tmp_path), draft=None)
     with open_assistant(FOLDER / "12b" / "assistant") as (config, _):
         assert mismatch(config, gemma3.config) == "for Gemma 4, and the model is gemma3"
@@ -204,6 +207,11 @@ def test_the_one_beside_the_model(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         drafts = load(model, draft=draft).drafts
         assert drafts is not None and (drafts.drafter is not None) == there
     assert load(model, draft_max=0).drafts is None
+    (tmp_path / "models").mkdir()
+    link = tmp_path / "models" / "tales.gguf"
+    link.symlink_to(model)
+    assert assistant_beside(link, config) == fits
+    assert list(find_models(tmp_path)) == ["tales-it-Q4_K_M", "models/tales"]
 
 
 def test_too_little_memory_for_the_one_beside(
