@@ -222,10 +222,10 @@ def write_value(out: BinaryIO, value: Any) -> None:
 
 def write(model: str, path: Path, tokenizer: Path | None = None, spelling: str | None = None) -> None:
     """Write a file of the shape of a model in PUBLISHED or of DEMO, or with a spelling, of its assistant."""
-    shape = DEMO if model == "DEMO" else PUBLISHED[model]
-    keys, chosen = metadata(shape, model.lower()), tensors(shape)
+    like = DEMO if model == "DEMO" else PUBLISHED[model]
+    keys, chosen = metadata(like, model.lower()), tensors(like)
     if spelling:
-        keys, chosen = assistant(shape, ASSISTANTS[model], spelling)
+        keys, chosen = assistant(like, ASSISTANTS[model], spelling)
     if tokenizer:
         with open_gguf(tokenizer) as other:
             keys |= {key: value for key, value in other.metadata.items() if key.startswith("tokenizer.")}

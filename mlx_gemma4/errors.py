@@ -22,7 +22,7 @@ def one_line(text: str) -> str:
 def reason(error: BaseException) -> str:
     """Return in words why a file can't be read or written."""
     if isinstance(error, OSError):
-        return (error.strerror or str(error)).lower()
+        return error.strerror or str(error)
     if isinstance(error, json.JSONDecodeError):
         return f"no JSON at line {error.lineno}, column {error.colno}: {error.msg}"
     if isinstance(error, UnicodeError):

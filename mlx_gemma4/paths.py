@@ -43,7 +43,7 @@ def check_target(path: Path, mark: str = "", what: str = "file of ours") -> None
                 problem = "is no regular file"
             elif mark:
                 with path.open("rb") as file:
-                    problem = "" if mark.encode() in file.read(400) else f"is there and is no {what}"
+                    problem = "" if mark.encode() in file.read(400) else f"something is there and is no {what}"
         elif not path.resolve().parent.is_dir():
             problem = f"there is no folder {path.parent}"
         if not problem and not os.access(path.resolve().parent, os.W_OK):
@@ -51,7 +51,7 @@ def check_target(path: Path, mark: str = "", what: str = "file of ours") -> None
     except (OSError, ValueError, RuntimeError) as error:
         problem = f"can't be written: {reason(error)}"
     if problem:
-        raise InputError(f"{path}: {problem}; choose another name or place")
+        raise InputError(f"{path}: can't be saved: {problem}; choose another name or place")
 
 
 def check_source(path: Path, what: str) -> None:

@@ -86,8 +86,7 @@ class PlainState:
             k, v = (mx.concatenate([old, new], axis=2) for old, new in zip(self.rows[layer], (k, v), strict=True))
         self.rows[layer] = (k, v)
 
-    def view(self, layer: int, queries: int, ahead: int = 0) -> list[KVView]:
-        assert ahead == 0  # which drafts have, and they are not read here
+    def view(self, layer: int, queries: int) -> list[KVView]:
         window = self.config.window if self.config.layers[layer].sliding else None
         stop = self.length + self.read
         fits = self.length % self.layout.tail + self.read <= self.layout.tail  # in the tail: nothing is sealed

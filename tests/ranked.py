@@ -55,7 +55,7 @@ def ranks(folder: Path, *commands: list[str], **env: str) -> Iterator[list[subpr
             process.communicate()
 
 
-def end_of(process: subprocess.Popen[str], seconds: float = 90.0) -> tuple[int, str, str]:
+def end_of(process: subprocess.Popen[str], seconds: float = 300.0) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a process that ends by itself, without the lines that MLX's ring prints."""
     out, err = process.communicate(timeout=seconds)
     return process.returncode, out, "\n".join(line for line in err.splitlines() if not line.startswith("[ring]"))
@@ -74,6 +74,7 @@ def tour(lm: LanguageModel, folder: Path) -> dict[str, Any]:
     reply = mlx_gemma4.chat(lm, "Tell me a tale of a fox.", replace(greedy, logprobs=2))
     seen["reply"] = [token.id for token in reply.tokens]
     seen["likely"] = [token.logprob for token in reply.tokens]
+    seen["drafted"] = mlx_gemma4.generate(lm, "Say it twice: the fox and the goose, the fox and the goose.", greedy)
     seen["sampled"] = mlx_gemma4.generate(lm, "Tell me of the sea.", max_tokens=12, seed=7, temperature=0.9, top_k=20)
     seen["schema"] = mlx_gemma4.generate(lm, "Is the sky blue?", schema={"enum": ["yes", "no"]}, temperature=0)
     seen["batch"] = [r.text for _, r in sorted(mlx_gemma4.batch(lm, ["A fox.", "The sea.", "A goose."], greedy))]

@@ -8,7 +8,6 @@ activations to 8 bits, which moves this model's logits by 0.2 rms), once of the 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 from recorded import HERE
 
 from mlx_gemma4 import LanguageModel, load
+from mlx_gemma4.measure.perplexity import perplexity as measure
 
 pytestmark = pytest.mark.real
 
@@ -92,22 +92,10 @@ def test_greedy_tokens_of_the_quantized_file(lm: LanguageModel) -> None:
 
 @pytest.fixture(scope="module")
 def perplexity(lm: LanguageModel) -> float:
-    """As llama-perplexity measures it: contexts of 512 tokens whose first is replaced by BOS, the rest of the
-    last one dropped; the tokens from the 258th on are predicted, each from all before it."""
-    ids = lm.tokenizer.encode((HERE / RECORD["text"]["file"]).read_text())
-    first = CONTEXT // 2
-    chunks = len(ids) // CONTEXT
-    assert chunks == RECORD["llama-perplexity"]["quantized"]["chunks"]
-    loss = 0.0
-    for i in range(chunks):
-        chunk = [ids[0], *ids[i * CONTEXT + 1 : (i + 1) * CONTEXT]]  # ids[0] is BOS
-        state = lm.model.new_state()
-        lm.model.prefill(mx.array(chunk[:first], mx.int32), state)
-        predicted = lm.model.forward(mx.array(chunk[first:-1], mx.int32), state, all_logits=True)
-        targets = mx.array(chunk[first + 1 :], mx.int32)[:, None]
-        chosen = mx.take_along_axis(predicted, targets, axis=-1)[:, 0]
-        loss += float((mx.logsumexp(predicted, axis=-1) - chosen).sum())
-    return math.exp(loss / (chunks * (CONTEXT - 1 - first)))
+    """As `mlx-gemma4 perplexity` measures it, which is as llama-perplexity does."""
+    found = measure(lm, (HERE / RECORD["text"]["file"]).read_text(), CONTEXT)
+    assert found.windows == RECORD["llama-perplexity"]["quantized"]["chunks"]
+    return found.perplexity
 
 
 @pytest.mark.parametrize("which", ["quantized", "expanded"])

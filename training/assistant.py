@@ -6,7 +6,7 @@
 In: the GGUF of the built-in model, and nothing else: the text is rule-made tales and the model's own replies. The
 assistant learns the model's distribution of the next STEPS tokens, each step fed with its own hidden state of the one
 before, from the model's keys and values as they are when the first of these tokens is drafted. Forward pass as in
-mlx_gemma4/model/assistant.py. Out: its weights, and as a GGUF of architecture `gemma4-assistant` (Q5_0).
+mlx_gemma4/model/assistant.py. Out: its weights, and as a GGUF of architecture `gemma4-assistant` (Q5_0, head Q4_1).
 """
 
 from __future__ import annotations
@@ -308,12 +308,13 @@ def export(args: argparse.Namespace) -> None:
     writer.add_uint32("gemma4-assistant.nextn_predict_layers", len(PATTERN))
     add_tokenizer(writer, vocabulary_of(args.model))
     writer.add_tensor("rope_freqs.weight", rope_freqs(s).numpy())
-    q5, size = gguf.GGMLQuantizationType.Q5_0, 0
+    size = 0
     for name, tensor in weights.items():
         array = np.ascontiguousarray(tensor.float().numpy())
         name = name.replace("/", ".") + ".weight"
         if array.ndim == 2:
-            writer.add_tensor(name, gguf.quants.quantize(array, q5), raw_dtype=q5)
+            kind = gguf.GGMLQuantizationType.Q4_1 if name.startswith("token_embd") else gguf.GGMLQuantizationType.Q5_0
+            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, array)
         size += array.size

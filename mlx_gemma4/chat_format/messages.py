@@ -116,13 +116,20 @@ def _with_names(messages: list[Message]) -> list[Message]:
 
 def _name(result: Message, calls: Sequence[Any], place: int) -> str:
     """Return the name of a result's function: its own `name`, or that of the call with its id, or at its position."""
-    ids = [call.get("id") if isinstance(call, Mapping) else None for call in calls]
     wanted = result.get("tool_call_id")
-    at = ids.index(wanted) if wanted is not None and wanted in ids else place
+    at = place
+    if wanted is not None and not (
+        at < len(calls) and _id(calls[at]) == wanted
+    ):  # results mostly have their calls' order
+        at = next((i for i, call in enumerate(calls) if _id(call) == wanted), place)
     call = calls[at] if at < len(calls) and isinstance(calls[at], Mapping) else {}
     function = call.get("function")
     found = result.get("name") or (function.get("name") if isinstance(function, Mapping) else None)
     return str(found or "unknown")
+
+
+def _id(call: Any) -> Any:
+    return call.get("id") if isinstance(call, Mapping) else None
 
 
 def _plain(content: Any) -> Any:

@@ -89,6 +89,8 @@ class _Renderer:
             except BaseException:  # Ctrl-C: half an answer is on its way
                 self.close()
                 raise
+            if letter == "M":  # it ends
+                self.close()
         if letter == "T":
             return text
         raise InputError(_SAYS[letter] + (text if letter in "RF" else ""))
@@ -112,7 +114,7 @@ class _Renderer:
         there.register(process.stdout, select.POLLIN)
         while len(data) < size:
             if not there.poll(LOOK):
-                if _memory(process.pid) > MEMORY or time.monotonic() > end:
+                if memory_of(process.pid) > MEMORY or time.monotonic() > end:
                     process.kill()
                 continue
             piece = process.stdout.read(min(size - len(data), 1 << 20))
@@ -122,7 +124,7 @@ class _Renderer:
         return data
 
 
-def _memory(pid: int) -> int:
+def memory_of(pid: int) -> int:
     """Return the bytes of memory that a process holds; 0 where that can't be told."""
     with suppress(OSError, ValueError, subprocess.SubprocessError):
         command = ["ps", "-o", "rss=", "-p", str(pid)]
@@ -131,13 +133,21 @@ def _memory(pid: int) -> int:
 
 
 _renderer = _Renderer()
-atexit.register(_renderer.close)
+
+
+def close() -> None:
+    """End the process; the next rendering starts another."""
+    with _renderer.lock:
+        _renderer.close()
 
 
 def start() -> None:
     """Start the process, so that the first rendering finds it ready. Raises InputError."""
     with _renderer.lock:
         _renderer.start()
+
+
+atexit.register(_renderer.close)
 
 
 def render(source: str, variables: Mapping[str, Any], there: Mapping[int, str]) -> str:

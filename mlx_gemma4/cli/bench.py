@@ -27,6 +27,17 @@ def _numbers(least: int) -> Callable[[str], tuple[int, ...]]:
     return numbers
 
 
+def _shares(value: str) -> tuple[float, ...]:
+    """Return numbers from 0 to 1 that have commas between them."""
+    try:
+        shares = tuple(float(word) for word in value.split(",") if word.strip())
+    except ValueError:
+        shares = (-1.0,)
+    if not shares or not all(0 <= share <= 1 for share in shares):
+        raise click.BadParameter(f"{value!r} is no list of numbers from 0 to 1, as in 0,0.5,0.9")
+    return shares
+
+
 @click.command()
 @model_option
 @click.option("--prompt-sizes", type=_numbers(1), metavar="N,N,..", default="512", help='Prompts to read; "": none.')
@@ -40,6 +51,9 @@ def _numbers(least: int) -> Callable[[str], tuple[int, ...]]:
 @click.option("--repetitions", type=click.IntRange(1), default=5, help="The median counts.")
 @kv_option
 @click.option("--parallel", type=_numbers(1), metavar="N,N,..", default="", help="So many replies at once, behind 512.")
+@click.option(
+    "--draft-accept", type=_shares, metavar="X,X,..", help="Drafts, so many of them right: 0,0.3,0.5,0.7,0.9."
+)
 @click.option("--vs", metavar="LLAMA-BENCH", help="Run llama.cpp's llama-bench on the same file in turns with ours.")
 @click.option("--vs-batched", metavar="LLAMA-BATCHED-BENCH", help="Run that of llama.cpp beside --parallel.")
 @click.option("--json", "json_file", metavar="FILE", help="Write all figures there.")
@@ -53,6 +67,7 @@ def bench(
     repetitions: int,
     kv: str,
     parallel: tuple[int, ...],
+    draft_accept: tuple[float, ...] | None,
     vs: str | None,
     vs_batched: str | None,
     json_file: str | None,
@@ -62,11 +77,13 @@ def bench(
 
     Prompts are read as `generate` reads them. Decoding is measured behind random keys and values, put there without
     running the model: its speed depends on their number alone. Times are warm and medians; greedy sampling is in
-    them. With --parallel, tokens of all replies together. With --vs or --vs-batched, half of our repetitions come
-    before the other program and half after it; both hold the model in memory.
+    them. With --parallel, tokens of all replies together. With --draft-accept, the assistant beside the model drafts,
+    if there is one. With --vs or --vs-batched, half of our repetitions come before the other program and half after it;
+    both hold the model in memory.
     """
+    from ..loading.assistant import assistant_beside, load_assistant
     from ..measure import bench as b
-    from ..measure import llama_bench
+    from ..measure import draft_bench, llama_bench
     from ..memory import Room
 
     files = {flag: Path(name) for flag, name in (("--json", json_file), ("--report", report)) if name}
@@ -93,10 +110,12 @@ def bench(
     plan.check(context)
     echo(f"{path.name} loaded in {subject.load_time:.1f} s")
     copy, cells, llama = b.copy_bandwidth(), b.cells_of(plan), None
+    drafts: dict[str, Any] = {}
 
     def keep() -> dict[str, Any]:
         """Write the figures so far: they remain if this is interrupted."""
-        figures = b.result(subject, plan, cells, copy, llama, _command(path, plan, vs, vs_batched))
+        figures = b.result(subject, plan, cells, copy, llama, _command(path, plan, vs, vs_batched, draft_accept))
+        figures |= {"drafts": drafts} if drafts else {}
         for flag, file in files.items():
             write_object(file, figures | ({"machine": b.machine()} if flag == "--report" else {}))
         return figures
@@ -116,16 +135,23 @@ def bench(
         keep()
     for cell in b.measure(subject.model, plan, cells, repetitions - first) if repetitions > first else ():
         echo(f"{cell.title}, again: {cell.rate:.1f} tokens/s")
-    for line in b.table(keep()):
+    if draft_accept:
+        found = assistant_beside(path, subject.model.config)
+        assistant = load_assistant(found, subject.model) if found else None
+        drafts |= draft_bench.measure_drafts(subject.model, assistant, draft_accept, reply, repetitions, kv)
+    for line in chain(b.table(keep()), draft_bench.lines(drafts) if drafts else ()):
         say(line)
 
 
-def _command(path: Path, plan: Any, vs: str | None, vs_batched: str | None) -> str:
+def _command(
+    path: Path, plan: Any, vs: str | None, vs_batched: str | None, draft_accept: tuple[float, ...] | None
+) -> str:
     """Return the command line, paths without their folders: those may tell whose machine this is."""
     words = ["mlx-gemma4", "bench", "--model", path.name]
     words += ["--prompt-sizes", ",".join(map(str, plan.prompts)), "--depths", ",".join(map(str, plan.depths))]
     words += ["--reply", str(plan.reply), "--repetitions", str(plan.repetitions), "--kv", plan.kv]
     words += ["--parallel", ",".join(map(str, plan.parallel))] if plan.parallel else []
+    words += ["--draft-accept", ",".join(map(str, draft_accept))] if draft_accept else []
     words += ["--vs", Path(vs).name] if vs else []
     words += ["--vs-batched", Path(vs_batched).name] if vs_batched else []
     return shlex.join(words)

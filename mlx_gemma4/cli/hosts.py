@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError
-from .options import find_model, model_option, output_options, progress
+from .options import find_model, model_option, output_options, progress, say
 
 if TYPE_CHECKING:
     from ..distributed.hosts import Hosts
@@ -43,11 +43,11 @@ def check(hosts: str, model: str | None) -> None:
     path = None if model is None else find_model(model)
     mine = examined("" if path is None else str(path))
     wrong = [name for rank, name in enumerate(given.names) if rank and not _check(name, given, mine, path)]
-    click.echo(f"{given.names[0]}: {_described(mine)}")
+    say(f"{given.names[0]}: {_described(mine)}")
     if wrong:
         raise InputError(f"{', '.join(wrong)}: not ready, for the reasons above")
     link = _try_link(given)
-    click.echo(f"link of {len(given.names)} over {given.backend}: {link}")
+    say(f"link of {len(given.names)} over {given.backend}: {link}")
 
 
 def _check(name: str, given: Hosts, mine: dict[str, Any], path: Path | None) -> bool:
@@ -68,9 +68,9 @@ def _check(name: str, given: Hosts, mine: dict[str, Any], path: Path | None) -> 
         if given.backend not in theirs["backends"]:
             raise InputError(f"MLX has no {given.backend} there (rdma_ctl enable in Recovery, macOS 26.2); take ring")
     except InputError as error:
-        click.echo(f"{name}: {error}")
+        say(f"{name}: {error}")
         return False
-    click.echo(f"{name}: {_described(theirs)}")
+    say(f"{name}: {_described(theirs)}")
     return True
 
 
@@ -165,7 +165,7 @@ def examined(model: str) -> dict[str, Any]:
 @click.argument("model", default="")
 def probe(model: str) -> None:
     """Print what `hosts check` asks of each machine."""
-    click.echo(json.dumps(examined(model)))
+    say(json.dumps(examined(model)))
 
 
 @click.command(hidden=True)

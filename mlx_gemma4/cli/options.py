@@ -192,7 +192,7 @@ def load_with_progress(
             f"mlx-gemma4 {command} --model gemma-4-E2B-it-Q4_K_M.gguf" + ' --prompt "..."' * (command == "generate")
         )
     path = find_model(model)
-    if ranks.get("hosts"):
+    if ranks.get("hosts") and "MLX_RANK" not in os.environ:
         from ..distributed import hosts
 
         hosts.start(hosts.read_hosts(ranks["hosts"]))

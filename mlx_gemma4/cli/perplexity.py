@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from ..errors import InputError
-from .options import complete_file, json_option, load_with_progress, model_option, output_options, progress
+from ..errors import InputError, reason
+from .options import complete_file, json_option, load_with_progress, model_option, output_options, progress, say
 
 
 @click.command()
@@ -27,15 +27,14 @@ def perplexity(file: str, model: str | None, context: int, as_json: bool) -> Non
     try:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8"
-        raise InputError(f"{file}: can't be read as text ({reason}); name a text file") from None
+        raise InputError(f"{file}: can't be read as text ({reason(error)}); name a text file") from None
     lm, _ = load_with_progress(model, "full", context, draft_max=0)
     with progress("Window", 1, "") as update:
         found = measure(lm, text, context, update)
     if as_json:
-        click.echo(json.dumps(asdict(found)))
+        say(json.dumps(asdict(found)))
     else:
-        click.echo(
+        say(
             f"perplexity {found.perplexity:.4f} +/- {found.error:.4f} "
             f"({found.windows:,} windows of {found.context:,} tokens, {found.predicted:,} of them predicted)"
         )

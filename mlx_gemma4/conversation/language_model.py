@@ -20,7 +20,7 @@ from ..doctor.ready import make_ready
 from ..doctor.verdict import device_name, usable_kernels
 from ..errors import InputError
 from ..files.hub import resolve
-from ..generation.drafting import LONGEST, MOST, NGRAM, Drafts
+from ..generation.drafting import LONGEST, MOST, NGRAM, ROW, Drafts
 from ..generation.sampling import Sampling
 from ..loading.assistant import assistant_beside, load_assistant
 from ..loading.loader import Progress, load_model, open_model
@@ -124,7 +124,8 @@ def load(
         split: on several ranks, a part of each layer for each, or so many layers; "auto" measures what is faster.
         draft: the assistant that drafts for it: a file, a folder or `REPO[:QUANT]`; "auto": one that lies beside the
             model and fits, if there is any; None: none.
-        draft_max: drafts of tokens that a step checks, at most; 0: none are made. How many pay is measured.
+        draft_max: drafts of tokens that a step checks, at most; 0: none are made, nor on several ranks. How many pay is
+            measured.
 
     Raises:
         InputError: a file can't be used, the assistant is another model's, or there is too little memory.
@@ -138,10 +139,13 @@ def load(
         follow(place)
     path = demo_path() if path is None else resolve(path)
     if place:
-        given = {"weights": weights, "fuse": fuse, "room": asdict(room)}
+        if draft not in (None, "auto"):
+            raise InputError(f"--draft {draft}: an assistant sees keys and values of one machine alone; leave it out")
+        given: dict[str, Any] = {"weights": weights, "fuse": fuse, "draft": None}
         name = "" if path == demo_path() else team.portable(path)
-        shard = team.gather(place, path, name, split, given)
-        lm = load(path, weights=weights, fuse=fuse, progress=progress, preparing=preparing, room=room, shard=shard)
+        shard = team.gather(place, path, name, split, given | {"room": asdict(room), "draft_max": 0})
+        given |= {"room": room, "draft_max": draft_max}
+        lm = load(path, progress=progress, preparing=preparing, shard=shard, **given)
         return replace(lm, model=team.lead(lm.model))
     with open_model(path) as (config, source, metadata):
         tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(metadata, str(path))
@@ -149,8 +153,10 @@ def load(
         model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room, shard)
     assistant = _assistant(draft, path, model) if draft_max else None
     make_ready(model, preparing, assistant)
-    drafts = Drafts(draft_max, assistant, least_alike=LONGEST if model.replays else NGRAM) if draft_max else None
-    if drafts is not None:
+    drafts = None
+    if draft_max:
+        least_alike, row = LONGEST if model.replays else NGRAM, ROW if model.kernels else 1.0
+        drafts = Drafts(draft_max, assistant, least_alike=least_alike, row=row)
         with suppress(RuntimeError):  # this user has no home folder
             drafts.keep(cache_folder() / "drafts.json", f"{device_name()}, {path.name}")
     return LanguageModel(path, model.config, model, tokenizer, _sampling_defaults(path, metadata), plan, drafts)
@@ -164,7 +170,7 @@ def follow(place: Place, joined: Callable[[], None] = lambda: None) -> NoReturn:
     """
 
     def load_shard(path: Path, shard: Shard, given: dict[str, Any]) -> Model:
-        return load(path, **given | {"room": Room(**given["room"])}, shard=shard).model
+        return load(path, **given | {"room": Room(**given["room"])}, shard=shard, draft_max=0).model
 
     team.follow_rank_0(
         place, lambda name: resolve(Path(name).expanduser()) if name else demo_path(), load_shard, joined

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import numpy as np
@@ -30,8 +30,6 @@ from ..ops.dispatch import REPLAY
 from ..ops.sample import LIKELIEST, Draw
 from .link import Follower, Leader, Message
 
-T = TypeVar("T")
-
 CHECKED = 256  # tokens of a state after which ranks compare what they have made of it
 SUMS = 16  # numbers that they compare
 AGREE = 0.02  # of their norm, by which they may differ
@@ -44,7 +42,7 @@ def call(model: Model, op: str, shared: mx.array, states: Sequence[KVState], on_
 
     Args:
         shared: the tokens, int32 [T], as rank 0 gave them.
-        given: "all_logits" of `Model.forward`; on rank 0 "draw" or "draws" of steps.
+        given: "all_logits" of `Model.forward`, "tokens" that `Model.check` reads; on rank 0 "draw" or "draws" of steps.
     """
     made: Any = None
     before = [state.length for state in states]
@@ -52,6 +50,9 @@ def call(model: Model, op: str, shared: mx.array, states: Sequence[KVState], on_
         made = model.forward(shared, states[0], **given)
     elif op == "prefill":
         model.prefill(shared, states[0])
+    elif op == "check":
+        made = model.check(given["tokens"], states[0])
+        mx.async_eval(made, states[0].arrays)
     elif op == "step":
         made = model.step(shared[0], states[0], **given)
     else:
@@ -85,6 +86,10 @@ class LedModel(Model):
         leader.on_checked = self._compare
         if model.kernels:
             model.kernels.off |= {REPLAY}
+
+    @property
+    def loaded(self) -> NoReturn:  # type: ignore[override]
+        raise InputError("embeddings and perplexity are made on one machine; leave out --hosts, or mlx.launch")
 
     def new_state(
         self,
@@ -139,6 +144,12 @@ class LedModel(Model):
         with execution():
             state.check_room(ids.size)
             self._call("prefill", ids, [state])
+
+    def check(self, ids: Sequence[int], state: KVState) -> tuple[mx.array, mx.array]:
+        with execution():
+            state.check_room(len(ids))
+            made: tuple[mx.array, mx.array] = self._call("check", mx.array([*ids]), [state], tokens=[*ids])
+            return made
 
     def step(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST) -> Step:
         with execution():
@@ -263,11 +274,11 @@ def key_of(state: KVState) -> int:
     return state.key
 
 
-def follow(model: Model, follower: Follower) -> None:
-    """Make rank 0's calls on this rank's shard until it is done."""
+def follow(model: Model, follower: Follower, states: dict[int, KVState] | None = None) -> None:
+    """Make rank 0's calls on this rank's shard until it is done. `states`: by key, those that rank 0 has."""
     if model.kernels:
         model.kernels.off |= {REPLAY}
-    states: dict[int, KVState] = {}
+    states = {} if states is None else states
     steps: dict[int, Step | BatchStep] = {}
     checks = count()
 
@@ -280,7 +291,7 @@ def follow(model: Model, follower: Follower) -> None:
             for key in keys:
                 states.pop(key, None)
                 steps.pop(key, None)
-        elif op in ("forward", "prefill", "step", "batch"):
+        elif op in ("forward", "prefill", "check", "step", "batch"):
             with execution():
                 shared = _shared(mx.zeros(message["n"], mx.int32), follower.group)
                 made = call(model, op, shared, [states[key] for key in keys], on_checked, **message["given"])

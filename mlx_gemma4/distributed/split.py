@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from statistics import median
 from typing import NamedTuple, cast
 
 import mlx.core as mx
@@ -27,6 +26,7 @@ class Token(NamedTuple):
 
     weights: int  # bytes read
     replicated: int  # of them, bytes that each rank of a tensor split reads
+    head: int  # of them, the head's, which every split shares
     kv: int  # bytes of keys and values read
     kv_heads: int  # in the layers that keep most of those: no more ranks share them
     launches: int
@@ -36,8 +36,8 @@ class Token(NamedTuple):
 
     @property
     def sums(self) -> int:
-        """Collectives of a tensor split: two a layer, the embedding's, the head's."""
-        return 2 * self.layers + 2
+        """Sums of a tensor split: two a layer, and the embedding's."""
+        return 2 * self.layers + 1
 
 
 class Machine(NamedTuple):
@@ -68,6 +68,7 @@ def token_of(config: Config, sizes: Mapping[str, int], kv: str = "full", context
     return Token(
         weights_per_token(config, sizes),
         sum(n for name, n in sizes.items() if any(part in name for part in REPLICATED)),
+        sizes.get("output.weight", sizes.get("token_embd.weight", 0)),
         kv_per_token(config, kv, context, mx.float16),
         min(wide or [layer.kv_heads for layer in config.layers]),
         layers * (LAUNCHES + MORE_LAUNCHES * (bool(config.experts) + bool(config.ple))),
@@ -85,13 +86,24 @@ def alone_time(token: Token, machine: Machine) -> float:
 def tensor_time(token: Token, machine: Machine, ranks: int, link: Link) -> float:
     """Seconds of a token where each layer is in parts: bytes are shared, sums are added."""
     read = (token.weights - token.replicated) / ranks + token.replicated + token.kv / min(ranks, token.kv_heads)
-    sums = token.sums * link.sum_time(4 * token.hidden, ranks) + 4 * token.vocab / link.bandwidth * (ranks - 1) / ranks
+    sums = token.sums * link.sum_time(4 * token.hidden, ranks) + gathering(token, ranks, link)
     return read / machine.bandwidth + token.launches * machine.launch + sums
 
 
+def gathering(token: Token, ranks: int, link: Link) -> float:
+    """Seconds in which all ranks get all logits, of which each has its rows."""
+    return link.latency + 4 * token.vocab * (ranks - 1) / ranks / link.bandwidth
+
+
 def layers_time(token: Token, machine: Machine, ranks: int, link: Link) -> float:
-    """Seconds of a token where each rank has some of the layers: one after the other, with a message between."""
-    return alone_time(token, machine) + ranks * link.sum_time(4 * token.hidden, ranks)
+    """Seconds of a token where each rank has some of the layers: one after the other, with a message between.
+
+    A message takes the 2 (n - 1)th part of a sum's latency, as in a ring. The last residual goes to all by a sum.
+    """
+    shared = token.head * (ranks - 1) / ranks / machine.bandwidth
+    residual = 4 * token.hidden
+    links = link.latency / 2 + (ranks - 1) * residual / link.bandwidth + link.sum_time(residual, ranks)
+    return alone_time(token, machine) - shared + links + gathering(token, ranks, link)
 
 
 def choose(token: Token, machine: Machine, ranks: int, link: Link) -> tuple[str, str]:
@@ -110,11 +122,11 @@ def measure_link(group: mx.distributed.Group) -> Link:
 
     def seconds(n_bytes: int, rounds: int) -> float:
         x = mx.zeros(n_bytes // 4)
-        return _median_time(lambda: mx.distributed.all_sum(x, group=group, stream=host_stream()), rounds)
+        return _best_time(lambda: mx.distributed.all_sum(x, group=group, stream=host_stream()), rounds)
 
     small, large, n = 256, 4 << 20, group.size()
     with execution():
-        both = mx.array([seconds(small, 30), seconds(large, 5)]) / n
+        both = mx.array([seconds(small, 50), seconds(large, 10)]) / n
         both = mx.distributed.all_sum(both, group=group, stream=host_stream())
         latency, whole = cast("list[float]", both.tolist())
     return Link(latency, 2 * (n - 1) / n * large / max(whole - latency, 1e-9))
@@ -124,14 +136,14 @@ def measure_machine() -> Machine:
     """Measure this machine's memory: a sum over 64 MB. A launch is taken for 5 us on a GPU, 20 on a CPU."""
     with execution():
         x = mx.ones(16 << 20)
-        seconds = _median_time(lambda: x.sum(), 5)
+        seconds = _best_time(lambda: x.sum(), 5)
     return Machine(x.nbytes / seconds, 20e-6 if on_cpu() else 5e-6)
 
 
-def _median_time(make: Callable[[], mx.array], rounds: int) -> float:
+def _best_time(make: Callable[[], mx.array], rounds: int) -> float:
     times = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
         mx.eval(make())
         times.append(time.perf_counter() - start)
-    return median(times[1:])  # the first one warms up
+    return min(times[1:])  # the first one warms up; what else runs here is not the link's

@@ -9,8 +9,10 @@ from __future__ import annotations
 import atexit
 import hashlib
 import logging
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
@@ -114,6 +116,8 @@ def follow_rank_0(
         joined: called when rank 0 has been found.
     """
     logging.getLogger().setLevel(logging.ERROR)  # rank 0 says it
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what Ctrl-C means is rank 0's to say
     follower = Follower(place)
     joined()
     try:

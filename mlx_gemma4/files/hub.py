@@ -287,7 +287,10 @@ def _fetch_file(repo: str, file: str, commit: str, count: Callable[[int], None])
             _fetch_blob(url, _headers(), blob, about.size, count)
         here.parent.mkdir(parents=True, exist_ok=True)
         here.unlink(missing_ok=True)  # a link to a blob that is gone
-        here.symlink_to(os.path.relpath(blob, here.parent))
+        try:
+            here.symlink_to(os.path.relpath(blob, here.parent))
+        except OSError:  # a disk without links
+            blob.replace(here)
     count(os.stat(here).st_size)
     return here
 
@@ -304,7 +307,8 @@ def _fetch_blob(url: str, headers: dict[str, str], blob: Path, size: int, count:
             fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{url}: another program is downloading this; wait for it") from None
-        done = out.seek(0, os.SEEK_END)
+        if (done := out.seek(0, os.SEEK_END)) > size:
+            done = out.truncate(0)
         free = shutil.disk_usage(blob.parent).free
         if free < size - done:
             raise InputError(

@@ -272,17 +272,20 @@ class Decoding:
             return token
         try:
             in_step = self.in_step
-            step = self.read(sample, last=last)
-            if step is not None and in_step:
+            # A stop token is read as where nobody drafts: there its step starts before it is known.
+            step = self.read(sample, last=last if self.constraint else self.produced == self.max_tokens)
+            if last or step is None:
+                return token
+            if in_step:
                 self.chosen = step
-            elif step is not None and self.constraint is None:
+            elif self.constraint is None:
                 self.chosen = self.sample(step)
             else:
                 self.step = step
         except FAILURES as error:
             again = self.again(error)
             self.step = None if last else again
-        self.since = 0.0 if last else time.perf_counter()
+        self.since = time.perf_counter()
         return token
 
     def start_check(self, drafting: Drafting) -> bool:

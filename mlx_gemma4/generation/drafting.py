@@ -31,14 +31,14 @@ PLACES = 4  # places that are compared, the latest ones
 SURE = 8  # tokens alike from which on a place is asked before a model
 
 MOST = MAX_CHECKED - 1  # drafts that a step checks
-HOPE = 0.7  # share of drafts accepted, before any was checked
+HOPE = {"alike 16": 0.9, "alike 8": 0.8, "model": 0.7}  # share of drafts accepted, before any was checked; else 0.5
 ROW = 0.1  # of a step of one row: what each more row takes, before it was measured
-NEAR = 0.05  # of logits: rows of a step on a GPU whose best are as close are decided by a step of their own
+NEAR = 0.1  # of logits: rows of a step on a GPU whose best are as close are decided by a step of their own
 LEARN_COST, LEARN_ACCEPTED = 0.3, 0.1  # weights of a new measurement
 JUMP = 0.25  # most by which one measurement of seconds moves what is known of them
 GAIN = 1.02  # in tokens a second that drafts must promise
 PROBE, RARELY = 32, 512  # chances that pass, at first and at most, before a draft that would not pay is tried again
-KEEP_EVERY = 64  # steps with drafts, after which what was learned is written
+KEEP_EVERY = 32  # steps with drafts, after which what was learned is written
 MODELS_KEPT = 32
 
 
@@ -126,6 +126,7 @@ class Drafts:
         *,
         depth: int | None = None,
         least_alike: int = NGRAM,
+        row: float = ROW,
     ) -> None:
         """
         Args:
@@ -134,8 +135,10 @@ class Drafts:
             depth: always so many, whatever is measured.
             least_alike: tokens alike from which on repetition drafts. More than NGRAM where a step that checks is
                 followed by a dear one: on NVIDIA steps are recorded anew.
+            row: what each more row is taken to cost, of a step, until it is measured.
         """
-        self.most, self.drafter, self.fixed, self.least_alike = min(most, MOST), drafter, depth, least_alike
+        self.most, self.drafter, self.fixed = min(most, MOST), drafter, depth
+        self.least_alike, self.row = least_alike, row
         self.seconds: dict[int, float] = {}  # by rows of a step
         self.accepted: dict[str, list[float]] = {}  # by kind of draft: of its n-th, how often, if those before were
         self._passed: dict[str, tuple[int, int]] = {}  # by kind: chances that passed, and how many have to
@@ -160,7 +163,7 @@ class Drafts:
         """Return the tokens expected of a step with so many drafts, over its seconds."""
         known, tokens, all_right = self.accepted.get(kind, []), 1.0, 1.0
         for n in range(drafts):
-            all_right *= known[n] if n < len(known) else known[-1] if known else HOPE
+            all_right *= known[n] if n < len(known) else known[-1] if known else HOPE.get(kind, 0.5)
             tokens += all_right
         return tokens / self.cost(drafts + 1)
 
@@ -170,7 +173,7 @@ class Drafts:
         known = sorted({1: one, **self.seconds}.items())
         below, above = [k for k in known if k[0] <= rows][-1], [k for k in known if k[0] >= rows][:1]
         if not above:
-            return below[1] + ROW * one * (rows - below[0])
+            return below[1] + self.row * one * (rows - below[0])
         (r, s), (to, then) = below, above[0]
         return s if to == r else s + (then - s) * (rows - r) / (to - r)
 
@@ -185,7 +188,7 @@ class Drafts:
         known = self.accepted.setdefault(kind, [])
         for n in range(min(right + 1, checked)):
             if n == len(known):
-                known.append(known[-1] if known else HOPE)
+                known.append(known[-1] if known else HOPE.get(kind, 0.5))
             known[n] += LEARN_ACCEPTED * ((n < right) - known[n])
         if right:
             self._passed.pop(kind, None)
@@ -265,9 +268,10 @@ class Drafting:
         """Return whose drafts are to be had: the model's, or those of repetition by how much is alike; "": none."""
         alike = self.lookup.search(tokens)
         alike = alike if alike >= self.drafts.least_alike else 0
-        if self.drafts.drafter is not None and alike < SURE:
-            return "model"
-        return f"alike {1 << alike.bit_length() - 1}" if alike else ""
+        kind = f"alike {1 << alike.bit_length() - 1}" if alike else ""
+        if self.drafts.drafter is None or alike >= SURE or (kind and not self.drafts.depth("model")):
+            return kind
+        return "model"
 
 
 class Check(NamedTuple):

@@ -42,8 +42,9 @@ SPELLINGS = {
     "gemma4_mtp": "backbone_embedding_length",
 }
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")  # of config.json
-# What no model's configuration has; a count of layers, which GGUFs repeat here.
+# What no model's configuration has, or what says of the target's keys; nextn_predict_layers is block_count again.
 OWN_KEYS = {*SPELLINGS.values(), "nextn_predict_layers", "centroid_top_k", "use_ordered_embeddings"}
+OWN_KEYS |= {"attention.k_eq_v", "attention_k_eq_v"}
 # The tensors that no model has, by what their names have in common.
 OWN_NAMES = {
     re.compile(r"(?<!\w)(?:mtp_)?pre_proj(?:ection)?\.weight"): "pre_projection.weight",

@@ -81,7 +81,8 @@ class FolderSource:
             key, stem = gguf_name(name), name.removesuffix(".weight")
             if f"{stem}.scales" not in arrays:
                 self._arrays[key] = (array,)
-                readable = array.dtype in (mx.float32, mx.float16, mx.bfloat16)
+                integers = array.ndim == 1 and array.dtype in (mx.int32, mx.int64)
+                readable = integers or array.dtype in (mx.float32, mx.float16, mx.bfloat16)
                 self.entries[key] = Entry(tuple(array.shape), str(array.dtype), array.nbytes, readable=readable)
                 continue
             if f"{stem}.biases" not in arrays:

@@ -189,7 +189,7 @@ def measure(model: Model, plan: BenchPlan, cells: list[Cell], repetitions: int) 
             if model.kernels:  # a CPU computes stock operations while they are being scheduled
                 cell.launches, cell.host_time = launches(model, base), host_time(model, base)
             for _ in range(repetitions):
-                rate, cell.peak_memory = _reply_rate(model, base, plan.reply)
+                rate, cell.peak_memory = reply_rate(model, base, plan.reply)
                 cell.samples.append(rate)
         mx.clear_cache()
         yield cell
@@ -265,10 +265,10 @@ def _warm_up(model: Model, base: KVState, n: int) -> None:
     ahead = (base.length // tail + 1) * tail - WARM_UP // 2
     if n < tail and base.length < ahead < model.config.context - WARM_UP - 2:
         fill(state, ahead)
-    _reply_rate(model, state, n if n >= tail else WARM_UP)
+    reply_rate(model, state, n if n >= tail else WARM_UP)
 
 
-def _reply_rate(model: Model, base: KVState, n: int) -> tuple[float, int]:
+def reply_rate(model: Model, base: KVState, n: int) -> tuple[float, int]:
     """Decode n steps behind `base`, as `generate` does. Return tokens per second and peak memory in bytes.
 
     A new `Model` of the same weights has no traces of steps yet: a growing conversation needs new ones as well.

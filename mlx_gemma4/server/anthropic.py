@@ -7,6 +7,7 @@ Requests and answers are described at https://docs.anthropic.com/en/api/messages
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -96,7 +97,7 @@ class OutputConfig(Body):
 class CountRequest(Body):
     """The body of /v1/messages/count_tokens. Any `model` will do."""
 
-    ignored = ("metadata", "service_tier", "cache_control", "user_profile_id", "inference_geo")
+    ignored = ("metadata", "service_tier", "cache_control", "user_profile_id", "inference_geo", "context_management")
     model: str
     system: str | Annotated[fields.Items[TextBlock], fields.readable("text")] | None = None
     messages: Annotated[
@@ -138,8 +139,9 @@ async def messages(body: MessagesRequest, engine: Engine) -> ASGIApp:
 
 async def count_tokens(body: CountRequest, engine: Engine) -> Response:
     """Count a prompt's tokens."""
-    options = ReplyOptions(tools=_tools(body, engine.lm), think=_think(body))
-    ids = await asyncio.to_thread(prompt_ids, engine.lm, read_messages(body), options)
+    said = read_messages(body)
+    options = ReplyOptions(tools=_tools(body, engine.lm), think=_think(body), go_on=_begun(said))
+    ids = await asyncio.to_thread(prompt_ids, engine.lm, said, options)
     return json_response({"input_tokens": len(ids)})
 
 
@@ -170,7 +172,13 @@ def read_request(body: MessagesRequest, lm: LanguageModel, think_budget: int | N
         tool_choice=choice,
         **_form(body).options,
     )
-    return GenerationRequest(read_messages(body), options, one_call)
+    messages = read_messages(body)
+    return GenerationRequest(messages, replace(options, go_on=_begun(messages)), one_call)
+
+
+def _begun(messages: list[dict[str, Any]]) -> bool:
+    """True if the last message is the assistant's: the reply goes on with it."""
+    return bool(messages[-1]["role"] == "assistant")
 
 
 def _form(body: MessagesRequest) -> Form:
@@ -206,11 +214,11 @@ def read_messages(body: CountRequest) -> list[dict[str, Any]]:
                 content = "Error: " * bool(block.is_error) + read.read_text(block.content)
                 messages.append(tool_result(id, called[id], content))
         if text:
-            messages.append({"role": message.role, "content": "\n".join(text)})
+            messages.append({"role": message.role, "content": "\n".join(filter(None, text))})
     if messages[-1]["role"] == "system":
         raise wrong("messages", "must hold at least one message of the user")
-    if messages[-1]["role"] == "assistant":
-        raise wrong("messages", "must end with the user's: a reply that is begun can't be continued here")
+    if messages[-1].get("tool_calls"):
+        raise wrong("messages", "must end with the user's: calls wait for their results")
     return messages
 
 

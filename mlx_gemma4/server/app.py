@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..conversation.language_model import LanguageModel
-from . import anthropic, completions, embeddings, lists, ollama, ollama_models, openapi, responses
+from . import anthropic, completions, embeddings, lists, llama_cpp, ollama, ollama_models, openapi, responses
 from .endpoint import Endpoint
 from .models import Models
 from .page import page
@@ -37,6 +37,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     anthropic.MESSAGES,
     anthropic.COUNT,
     embeddings.EMBEDDINGS,
+    *llama_cpp.ENDPOINTS,
     *ollama.ENDPOINTS,
     *ollama_models.ENDPOINTS,
 )
@@ -59,6 +60,8 @@ def create_app(lm: LanguageModel | Models, settings: Settings | None = None) -> 
         Route("/metrics", _metrics),
         Route("/openapi.json", _openapi),
         *lists.ROUTES,
+        *llama_cpp.ROUTES,
+        responses.STORED,
         *(Route(endpoint.path, endpoint.handle, methods=[endpoint.method]) for endpoint in ENDPOINTS),
     ]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})

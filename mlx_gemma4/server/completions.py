@@ -8,19 +8,22 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic.json_schema import SkipJsonSchema
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from ..chat_format.messages import tool_result
 from ..chat_format.replies import CallPart, Thinking, ToolCall
+from ..conversation.language_model import LanguageModel
 from ..conversation.reply import ReplyOptions
 from ..generation.sampling import Token
+from ..generation.scoring import score
 from ..tokens.tokenizer import Tokenizer
 from . import fields
 from . import options as read
@@ -28,6 +31,7 @@ from .endpoint import Endpoint, Sent, answer, chat_logprobs, reading, usage
 from .engine import Engine, GenerationRequest, Job
 from .fields import Body, wrong
 from .forms import Form, read_form
+from .wire import json_response, sse
 
 _UNSUPPORTED = ("audio", "functions", "function_call", "prediction", "web_search_options")
 _DONE = b"data: [DONE]\n\n"
@@ -115,12 +119,15 @@ class ChatRequest(CompletionOptions, fields.ConversationRequest):
     tools: Annotated[fields.Tools[FunctionTool], fields.usable("function")] | None = None
     tool_choice: fields.ToolChoice | fields.Object | None = None
     modalities: SkipJsonSchema[fields.Items[str] | None] = None
+    continue_final_message: SkipJsonSchema[bool | None] = None  # needs a last message of the assistant's
+    add_generation_prompt: SkipJsonSchema[bool | None] = None
 
 
 class CompletionRequest(CompletionOptions):
     """The body of /v1/completions."""
 
     unsupported = (*_UNSUPPORTED, "suffix")
+    max_tokens: fields.LengthOrNone | None = None  # 0: the echo alone
     prompt: Any  # its schema depends on the vocabulary: see openapi
     logprobs: fields.TopLogprobs | None = None
     best_of: SkipJsonSchema[fields.Choices | None] = None
@@ -143,26 +150,34 @@ _TEXT_REPLY = {**_HEAD, "object": "text_completion", "choices": [{**_CHOICE, "te
 # Endpoints
 
 
-async def chat_completions(body: ChatRequest, engine: Engine) -> ASGIApp:
-    """Reply to a conversation."""
+def read_chat(body: ChatRequest, engine: Engine) -> tuple[list[dict[str, Any]], ReplyOptions, Form]:
+    """The conversation, and how to reply to it. Raises ApiError."""
     if body.top_logprobs and not body.logprobs:
         raise wrong("top_logprobs", "needs logprobs=true")
     if any(kind != "text" for kind in body.modalities or ()):
         raise wrong("modalities", "other than text aren't supported", "unsupported_value")
-    tools = read.read_tools(
-        {f"tools[{i}].function": tool.function for i, tool in enumerate(body.tools or ())}, engine.lm
-    )
+    tools = read_functions(body.tools, engine.lm)
     choice, tools = read.read_tool_choice(body.tool_choice, tools)
     form = read_form(body, "response_format", body.response_format)
     options = ReplyOptions(
         tools=tools,
         tool_choice=choice,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        go_on=bool(body.continue_final_message),
         **read.read_thinking(body, engine),
         **_options(body, engine, form, body.max_completion_tokens or body.max_output_tokens),
     )
+    messages = _messages(body)
+    if options.go_on and (body.add_generation_prompt or messages[-1]["role"] != "assistant"):
+        raise wrong("continue_final_message", "needs a last message of the assistant's, and no add_generation_prompt")
+    return messages, options, form
+
+
+async def chat_completions(body: ChatRequest, engine: Engine) -> ASGIApp:
+    """Reply to a conversation."""
+    messages, options, form = read_chat(body, engine)
     with_usage = _with_usage(body)
-    requests = list(_choices(_messages(body), options, body.n or 1, body.parallel_tool_calls is False))
+    requests = list(_choices(messages, options, body.n or 1, body.parallel_tool_calls is False))
     job = engine.submit(requests, "messages", form.path)
     head = _head(body, engine, "chatcmpl", "chat.completion")
     tokenizer = engine.lm.tokenizer if body.logprobs else None
@@ -176,19 +191,47 @@ async def completions(body: CompletionRequest, engine: Engine) -> ASGIApp:
     prompts = fields.prompts(body.prompt, engine.lm.config.vocab)
     if (body.best_of or choices) != choices:
         raise wrong("best_of", "other than n isn't supported", "unsupported_value")
-    if body.echo and body.logprobs is not None:
-        raise wrong("echo", "with logprobs isn't supported", "unsupported_value")
+    if body.max_tokens == 0 and not body.echo:
+        raise wrong("max_tokens", "must be 1 or more, or -1 for no limit; 0 goes with echo alone")
     form = read_form(body, "response_format", body.response_format)
     options = ReplyOptions(logprobs=body.logprobs, **_options(body, engine, form))
     with_usage = _with_usage(body)
     requests = [one for prompt in prompts for one in _choices(prompt, options, choices)]
     texts = (one if isinstance(one, str) else engine.lm.tokenizer.decode(one) for one in prompts)
-    begun = [text if body.echo else "" for text in texts for _ in range(choices)]
-    job = engine.submit(requests, "prompt", form.path)
-    head = _head(body, engine, "cmpl", "text_completion")
     tokenizer = None if body.logprobs is None else engine.lm.tokenizer
+    scored = await _scored(engine, prompts, body.logprobs) if body.echo and body.logprobs is not None else None
+    begun = [
+        _Begun(text if body.echo else "", scored[i] if scored else [])
+        for i, text in enumerate(texts)
+        for _ in range(choices)
+    ]
+    head = _head(body, engine, "cmpl", "text_completion")
+    if body.max_tokens == 0:
+        return _only_echo(engine.lm.tokenizer, head, begun, tokenizer is not None, bool(body.stream))
+    job = engine.submit(requests, "prompt", form.path)
     chunks = _text_chunks(job, head, tokenizer, begun, choices, with_usage)
     return answer(job, body.stream, chunks, partial(_text_body, job, head, tokenizer, begun, choices))
+
+
+async def _scored(engine: Engine, prompts: Sequence[str | list[int]], top: int) -> list[list[Token]]:
+    """The prompts' tokens with their log-probabilities; that of a first token, unless BOS is before it, is None."""
+    made = await engine.read(prompts, lambda ids, state, check: list(score(engine.lm.model, ids, state, top, 1, check)))
+    firsts = ([] if isinstance(prompt, str) else [Token(prompt[0])] for prompt in prompts)
+    return [[*first, *tokens] for first, (_, tokens) in zip(firsts, made, strict=True)]
+
+
+def _only_echo(
+    tokenizer: Tokenizer, head: dict[str, Any], begun: list["_Begun"], logprobs: bool, stream: bool
+) -> ASGIApp:
+    """The response of a request for its prompts alone."""
+    counts = [len(one.tokens) or len(tokenizer.encode(one.text)) for one in begun]
+    choices = [
+        _text_choice(i, one.text, "length", _text_logprobs(tokenizer if logprobs else None, one.tokens))
+        for i, one in enumerate(begun)
+    ]
+    figures = {"prompt_tokens": sum(counts), "completion_tokens": 0, "total_tokens": sum(counts)}
+    whole = {**head, "choices": choices, "usage": figures}
+    return Response(sse(whole) + _DONE, media_type="text/event-stream") if stream else json_response(whole)
 
 
 CHAT = Endpoint("/v1/chat/completions", "Reply to a conversation", ChatRequest, _CHAT_REPLY, chat_completions)
@@ -206,6 +249,13 @@ def _options(body: CompletionOptions, engine: Engine, form: Form, max_tokens: in
         "stop": body.stop or (),
         **form.options,
     }
+
+
+def read_functions(tools: Sequence[FunctionTool | None] | None, lm: LanguageModel) -> tuple[dict[str, Any], ...]:
+    """The functions among the field `tools`, as chat templates want them. Raises ApiError."""
+    return read.read_tools(
+        {f"tools[{i}].function": tool.function if tool else None for i, tool in enumerate(tools or ())}, lm
+    )
 
 
 def _head(body: fields.OpenAIRequest, engine: Engine, prefix: str, kind: str) -> dict[str, Any]:
@@ -308,31 +358,40 @@ async def _chat_chunks(
     yield _DONE
 
 
+@dataclass
+class _Begun:
+    """A choice's text and tokens with what is echoed: all of it, or nothing."""
+
+    text: str
+    tokens: list[Token]
+
+
 def _text_body(
-    job: Job, head: dict[str, Any], tokenizer: Tokenizer | None, texts: list[str], choices: int
+    job: Job, head: dict[str, Any], tokenizer: Tokenizer | None, begun: list[_Begun], choices: int
 ) -> dict[str, Any]:
     replies = [
-        _text_choice(i, texts[i], reply.finish_reason, _text_logprobs(tokenizer, job.answers[i]))
+        _text_choice(i, begun[i].text, reply.finish_reason, _text_logprobs(tokenizer, begun[i].tokens + job.answers[i]))
         for i, reply in enumerate(job.replies)
     ]
     return {**head, "choices": replies, "usage": usage(job, choices)}
 
 
 async def _text_chunks(
-    job: Job, head: dict[str, Any], tokenizer: Tokenizer | None, texts: list[str], choices: int, with_usage: bool
+    job: Job, head: dict[str, Any], tokenizer: Tokenizer | None, begun: list[_Begun], choices: int, with_usage: bool
 ) -> AsyncIterator[Sent]:
-    """The chunks of a stream. `texts`, of each choice, begin with what is echoed and grow; thinking is part of them."""
+    """The chunks of a stream. The texts of `begun` grow; thinking is part of them."""
     choice = -1
     async for update in job.updates():
         if update.reading:
             yield reading(update.reading)
         told = [event for event in update.events if not isinstance(event, CallPart)]
         text = "".join(event.raw if isinstance(event, ToolCall) else event.text for event in told)
-        texts[update.choice] += text
+        one, tokens = begun[update.choice], update.answer
+        one.text += text
         if update.choice > choice and not update.reading:
-            choice, text = update.choice, texts[update.choice]
+            choice, text, tokens = update.choice, one.text, one.tokens + tokens
         finish = update.reply.finish_reason if update.reply else None
-        logprobs = _text_logprobs(tokenizer, update.answer) if update.answer else None
+        logprobs = _text_logprobs(tokenizer, tokens) if tokens else None
         if text or finish or logprobs:
             yield {**head, "choices": [_text_choice(update.choice, text, finish, logprobs)]}
     if with_usage:
@@ -356,9 +415,13 @@ def _text_logprobs(tokenizer: Tokenizer | None, tokens: Sequence[Token]) -> dict
         return None
     content = chat_logprobs(tokenizer, tokens)["content"]
     texts = [entry["token"] for entry in content]
+    known = [(entry, token.logprob is not None) for entry, token in zip(content, tokens, strict=True)]
     return {
         "tokens": texts,
-        "token_logprobs": [entry["logprob"] for entry in content],
-        "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in content],
+        "token_logprobs": [entry["logprob"] if behind else None for entry, behind in known],
+        "top_logprobs": [
+            {top["token"]: top["logprob"] for top in entry["top_logprobs"]} if behind else None
+            for entry, behind in known
+        ],
         "text_offset": list(accumulate((len(text) for text in texts[:-1]), initial=0)) if texts else [],
     }

@@ -5,14 +5,13 @@ to embed: see docs/server.md.
 """
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
-from ..errors import TooLong
 from ..generation.scoring import embed
 from . import fields
 from .endpoint import Endpoint
@@ -58,22 +57,8 @@ async def embedded(
     engine: Engine, prompts: Sequence[str | list[int]], truncate: bool = False
 ) -> tuple[list[np.ndarray], int]:
     """Return the prompts' vectors, and how many tokens they have together. Raises TooLong, unless `truncate`."""
-
-    def work(check: Callable[[], None]) -> tuple[list[np.ndarray], int]:
-        lm, context = engine.lm, engine.lm.config.context
-        made, tokens = [], 0
-        for prompt in prompts:
-            check()
-            ids = lm.encode_prompt(prompt, raw=True) if isinstance(prompt, str) else prompt
-            if len(ids) > context and not truncate:
-                raise TooLong(f"an input has {len(ids)} tokens, but the model's context holds {context}; shorten it")
-            ids = ids[:context]
-            with engine.store.room(len(ids)) as state:
-                made.append(embed(lm.model, ids, state, check))
-            tokens += len(ids)
-        return made, tokens
-
-    return await engine.aside(work)
+    made = await engine.read(prompts, lambda ids, state, check: embed(engine.lm.model, ids, state, check), truncate)
+    return [vector for _, vector in made], sum(len(ids) for ids, _ in made)
 
 
 _REPLY = {

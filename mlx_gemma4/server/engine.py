@@ -22,13 +22,16 @@ from ..errors import InputError, NoRoom, TooLong
 from ..generation.prefix import PrefixCache
 from ..generation.sampling import Token
 from ..generation.scheduler import Scheduler
+from ..kv.state import KVState
 from .metrics import Metrics
 from .settings import Settings
+from .stored import Stored
 from .wire import ApiError, request_id
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Reading = Callable[[list[int], KVState, Callable[[], None]], T]
 Prompt = Sequence[Mapping[str, Any]] | list[int] | str  # messages; ids or text to go on with as they are
 Channel = Literal["answer", "thinking", "call", "control"]
 # What the tokens behind each of these are part of.
@@ -132,6 +135,7 @@ class Engine:
         self._channels = {lm.tokenizer.token_id(name): channel for name, channel in _CHANNELS.items()}
         self.draining = False
         self.load_seconds = 0.0  # that the model took to load, until a reply tells of it
+        self.stored = Stored()
         self._aside = asyncio.Semaphore(1)
         self._waiting: deque[Job] = deque()
         self._running: set[Job] = set()
@@ -157,15 +161,39 @@ class Engine:
         """Bytes that conversations may still come to take."""
         return max(0, (self.settings.max_kv_bytes or 0) - self.store.nbytes)
 
-    async def aside(self, work: Callable[[Callable[[], None]], T]) -> T:
-        """Do other work with the model than replies, in a thread, one at a time; it calls what it gets as it goes."""
+    async def read(
+        self, prompts: Sequence[str | list[int]], what: Reading[T], truncate: bool = False
+    ) -> list[tuple[list[int], T]]:
+        """Read texts for something else than a reply, in a thread, one at a time.
+
+        Args:
+            what: gets a prompt's ids, an empty state for them, and what to call as it goes on.
+            truncate: cut what is longer than the context.
+
+        Returns:
+            ids and result of each.
+
+        Raises:
+            TooLong, NoRoom: one is too long, or there is no room for it.
+        """
 
         def check() -> None:
             if self.draining:
                 raise ApiError(503, "the server is shutting down", code="shutting_down", wait=10)
 
+        def work() -> list[tuple[list[int], T]]:
+            made, context = [], self.lm.config.context
+            for prompt in prompts:
+                check()
+                ids = self.lm.encode_prompt(prompt, raw=True) if isinstance(prompt, str) else prompt
+                if len(ids) > context and not truncate:
+                    raise TooLong(f"a text has {len(ids)} tokens, but the model's context holds {context}; shorten it")
+                with self.store.room(len(ids[:context])) as state:
+                    made.append((ids[:context], what(ids[:context], state, check)))
+            return made
+
         async with self._aside:
-            return await asyncio.to_thread(work, check)
+            return await asyncio.to_thread(work)
 
     def submit(
         self, requests: Sequence[GenerationRequest], field: str = "messages", format_field: str = "response_format"

@@ -8,13 +8,25 @@ tools, that can't be used are left out or become a text that says so, and the lo
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic.json_schema import SkipJsonSchema
-from pydantic_core import ErrorDetails
+from pydantic_core import CoreSchema, ErrorDetails
+from pydantic_core.core_schema import no_info_before_validator_function
 
 from .wire import ApiError, request_id
 
@@ -87,40 +99,54 @@ def _kind(value: Any) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def readable(*known: str) -> BeforeValidator:
-    """Of a list of parts, those of other types become texts, which say so where they hold none; thoughts go."""
+@dataclass(frozen=True)
+class Others:
+    """For lists: what becomes of objects whose type is none of `known`. Each keeps its place, for errors."""
 
-    def replaced(part: Any) -> Any:
-        kind = _kind(part)
-        if kind is None or kind in known:
-            return part
-        leave_out(kind)
-        source = part.get("source")  # of Anthropic's documents
-        held = (source.get("data") if _kind(source) == "text" else source.get("content")) if _kind(source) else None
-        held = part.get("content") if kind == "search_result" else held
-        texts = [held] if isinstance(held, str) else [one.get("text") for one in held or () if _kind(one) == "text"]
-        said = "\n".join(text for text in texts if isinstance(text, str))
-        return {"type": "text", "text": said or f"[{kind:.40}: left out, only text can be read here]"}
+    known: tuple[str, ...]
+    become: Callable[[str, dict[str, Any]], Any]
 
-    def each(parts: Any) -> Any:
-        if not isinstance(parts, list):
-            return parts
-        return [replaced(part) for part in parts if _kind(part) in known or _kind(part) not in _THOUGHTS]
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_before_validator_function(self._replaced, handler(source))
 
-    return BeforeValidator(each)
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        made = handler(schema)
+        kind = {"type": "string", "not": {"enum": list(self.known)}}
+        other = {"type": "object", "properties": {"type": kind}, "required": ["type"]}
+        return {**made, "items": {"anyOf": [made["items"], other]}}
+
+    def _replaced(self, values: Any) -> Any:
+        if not isinstance(values, list):
+            return values
+        return [one if (kind := _kind(one)) is None or kind in self.known else self.become(kind, one) for one in values]
 
 
-def usable(*known: str) -> BeforeValidator:
-    """Of a list of tools, those of other types are left out: they would run at a provider of the API."""
+def _as_text(kind: str, part: dict[str, Any]) -> dict[str, str]:
+    """A part as a text, which says so where it holds none. Thoughts are left out."""
+    if kind in _THOUGHTS:
+        return {"type": "text", "text": ""}
+    leave_out(kind)
+    source = part.get("source")  # of Anthropic's documents
+    holder = part if kind == "search_result" else source if isinstance(source, dict) else {}
+    held = holder.get("data" if holder.get("type") == "text" else "content")
+    texts = [one.get("text") for one in held if _kind(one) == "text"] if isinstance(held, list) else [held]
+    said = "\n".join(text for text in texts if isinstance(text, str))
+    return {"type": "text", "text": said or f"[{kind:.40}: left out, only text can be read here]"}
 
-    def chosen(tools: Any) -> Any:
-        if not isinstance(tools, list):
-            return tools
-        for kind in (kind for tool in tools if (kind := _kind(tool)) is not None and kind not in known):
-            leave_out(f"tool {kind}")
-        return [tool for tool in tools if (kind := _kind(tool)) is None or kind in known]
 
-    return BeforeValidator(chosen)
+def _without_tool(kind: str, tool: dict[str, Any]) -> None:
+    """Leave out a tool that would run at a provider of the API."""
+    leave_out(f"tool {kind}")
+
+
+def readable(*known: str) -> Others:
+    """Parts that aren't known become texts."""
+    return Others(known, _as_text)
+
+
+def usable(*known: str) -> Others:
+    """Tools that aren't known become None."""
+    return Others(known, _without_tool)
 
 
 def _check_stops(stops: list[str]) -> list[str]:
@@ -132,16 +158,12 @@ def _check_stops(stops: list[str]) -> list[str]:
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
 Items = Annotated[list[T], Field(fail_fast=True, max_length=MAX_ITEMS)]  # the first wrong item is enough
-Tools = Annotated[list[T], Field(fail_fast=True, max_length=MAX_TOOLS)]
+Tools = Annotated[list[T | None], Field(fail_fast=True, max_length=MAX_TOOLS)]
 Object = dict[str, Any]
 Whole = BeforeValidator(_whole)
-Length = Annotated[
-    int,
-    Field(le=2**31),
-    AfterValidator(_check_length),
-    Whole,
-    WithJsonSchema({"type": "integer", "minimum": -1, "maximum": 2**31, "not": {"const": 0}}),
-]
+_LENGTHS = WithJsonSchema({"type": "integer", "minimum": -1, "maximum": 2**31, "not": {"const": 0}})
+Length = Annotated[int, Field(le=2**31), AfterValidator(_check_length), Whole, _LENGTHS]
+LengthOrNone = Annotated[int, Field(ge=-1, le=2**31), Whole, _LENGTHS]  # where an endpoint knows what 0 is for
 Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES), Whole]
 TopLogprobs = Annotated[int, Field(ge=0, le=20), Whole]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]

@@ -25,6 +25,8 @@ async def _models(request: Request) -> Response:
 
 
 async def _model(request: Request) -> Response:
+    if not request.path_params["model"]:  # the list's path, with a slash
+        return await _models(request)
     for_anthropic = "anthropic-version" in request.headers
     try:
         card = await _of(request).card(request.path_params["model"])
@@ -41,6 +43,8 @@ async def _lm_studio(request: Request) -> Response:
 
 async def _lm_studio_model(request: Request) -> Response:
     models = _of(request)
+    if not request.path_params["model"]:
+        return await _lm_studio(request)
     card = await models.card(request.path_params["model"])
     return json_response(card.lm_studio(card.name in models.loaded))
 
@@ -91,7 +95,6 @@ def _of(request: Request) -> Models:
 
 ROUTES = [
     Route("/v1/models", _models),
-    Route("/v1/models/", _models),
     Route("/v1/models/{model:path}", _model),
     Route("/api/v0/models", _lm_studio),
     Route("/api/v0/models/{model:path}", _lm_studio_model),

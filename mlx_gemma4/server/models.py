@@ -23,6 +23,7 @@ from .cards import Card, card_of, cards
 from .engine import GAUGES, Engine
 from .metrics import Metrics
 from .settings import Settings
+from .stored import Stored
 from .wire import ApiError
 
 log = logging.getLogger("mlx_gemma4")
@@ -58,7 +59,7 @@ class Models:
             keep: seconds that a model without requests stays loaded, unless a request says otherwise.
         """
         self.settings, self.folder, self.keep, self._start = settings, folder, keep, start
-        self.metrics = Metrics()
+        self.metrics, self.stored = Metrics(), Stored()
         self.loaded: dict[str, Held] = {}  # the one used last comes last
         self.draining = False
         self._single: Path | None = None
@@ -170,7 +171,7 @@ class Models:
             return str(name)
         names = list(await self.paths())
         if not name and (self.loaded or names):
-            return next(reversed(self.loaded), names[0])
+            return next(reversed(self.loaded), None) or names[0]
         found = look_up(name or "", names)
         if found is None:
             raise self._not_found(name or "", names)
@@ -198,7 +199,7 @@ class Models:
         return held
 
     def _shared(self, engine: Engine) -> Engine:
-        engine.metrics = self.metrics
+        engine.metrics, engine.stored = self.metrics, self.stored
         return engine
 
     async def _let_go(self, held: Held) -> None:

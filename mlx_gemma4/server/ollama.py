@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import AfterValidator, Field
+from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
@@ -21,7 +22,7 @@ from ..conversation.reply import Reply, ReplyOptions, prompt_ids
 from . import fields
 from . import options as read
 from .cards import timestamp
-from .completions import CalledFunction, FunctionTool
+from .completions import CalledFunction, FunctionTool, read_functions
 from .embeddings import MAX_INPUTS, embedded
 from .endpoint import Endpoint, Sent, answer
 from .engine import Engine, GenerationRequest, Job
@@ -41,6 +42,8 @@ class Options(fields.SamplingRequest):
     num_ctx: fields.Length | None = None
     repeat_penalty: float | None = Field(None, ge=0, le=100)
     stop: fields.Stop | fields.Stops | None = None
+    logit_bias: SkipJsonSchema[fields.Object | None] = None
+    stream: SkipJsonSchema[bool | None] = None
 
 
 class Kept(Named):
@@ -75,14 +78,14 @@ class Message(Body):
     tool_call_id: str | None = None
 
 
-class ChatRequest(ReplyRequest):
+class OllamaChat(ReplyRequest):
     """The body of /api/chat."""
 
     messages: fields.Items[Message] | None = None
     tools: Annotated[fields.Tools[FunctionTool], fields.usable("function")] | None = None
 
 
-class GenerateRequest(ReplyRequest):
+class OllamaGenerate(ReplyRequest):
     """The body of /api/generate."""
 
     unsupported = ("suffix", "template", "images")
@@ -92,7 +95,7 @@ class GenerateRequest(ReplyRequest):
     context: fields.Items[int] | None = None
 
 
-class EmbedRequest(Kept):
+class OllamaEmbed(Kept):
     """The body of /api/embed."""
 
     input: str | Annotated[fields.Items[str], Field(max_length=MAX_INPUTS)]
@@ -100,28 +103,25 @@ class EmbedRequest(Kept):
     dimensions: Annotated[int, Field(ge=0)] | None = None
 
 
-class OldEmbedRequest(Kept):
+class OllamaOldEmbed(Kept):
     """The body of /api/embeddings."""
 
     prompt: str | None = None
 
 
-async def chat(body: ChatRequest, engine: Engine) -> ASGIApp:
+async def chat(body: OllamaChat, engine: Engine) -> ASGIApp:
     """Reply to a conversation; the assistant's last message is gone on with."""
     if not body.messages:
         return _without_prompt(body, {"message": {"role": "assistant", "content": ""}})
     messages = [_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
-    tools = read.read_tools(
-        {f"tools[{i}].function": tool.function for i, tool in enumerate(body.tools or ())}, engine.lm
-    )
     begun = messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
-    options = _options(body, engine, tools=tools, go_on=begun)
+    options = _options(body, engine, tools=read_functions(body.tools, engine.lm), go_on=begun)
     if body.truncate is not False:
         return _answer(body, engine, await read.fitted(engine, messages, options), options)
     return _answer(body, engine, await asyncio.to_thread(prompt_ids, engine.lm, messages, options), options)
 
 
-async def generate(body: GenerateRequest, engine: Engine) -> ASGIApp:
+async def generate(body: OllamaGenerate, engine: Engine) -> ASGIApp:
     """Reply to a prompt."""
     if not body.prompt:
         return _without_prompt(body, {"response": ""})
@@ -139,7 +139,7 @@ async def generate(body: GenerateRequest, engine: Engine) -> ASGIApp:
     return _answer(body, engine, await asyncio.to_thread(prompt_ids, lm, messages, options), options)
 
 
-async def embed(body: EmbedRequest, engine: Engine) -> Response:
+async def embed(body: OllamaEmbed, engine: Engine) -> Response:
     """Embed texts."""
     start, load = time.monotonic(), _load_time(engine)
     texts = [body.input] if isinstance(body.input, str) else body.input
@@ -151,7 +151,7 @@ async def embed(body: EmbedRequest, engine: Engine) -> Response:
     return json_response(made | {"prompt_eval_count": tokens})
 
 
-async def old_embed(body: OldEmbedRequest, engine: Engine) -> Response:
+async def old_embed(body: OllamaOldEmbed, engine: Engine) -> Response:
     """Embed one text."""
     vectors, _ = await embedded(engine, [body.prompt] if body.prompt else [], truncate=True)
     return json_response({"embedding": vectors[0].tolist() if vectors else []})
@@ -236,7 +236,7 @@ def _piece(body: ReplyRequest, events: list[Event], calls: int = 0) -> dict[str,
     text = "".join(event.text for event in events if isinstance(event, Text))
     thinking = "".join(event.text for event in events if isinstance(event, Thinking))
     thought = {"thinking": thinking} if thinking else {}
-    if isinstance(body, GenerateRequest):
+    if isinstance(body, OllamaGenerate):
         return {"response": text, **thought}
     called = [
         {"id": call.id, "function": {"index": calls + i, "name": call.name, "arguments": call.arguments}}
@@ -253,7 +253,7 @@ def _ending(job: Job, body: ReplyRequest, reply: Reply, load: float) -> dict[str
     return {
         "done": True,
         "done_reason": "length" if reply.finish_reason == "length" else "stop",
-        **(context if isinstance(body, GenerateRequest) and not body.raw else {}),
+        **(context if isinstance(body, OllamaGenerate) and not body.raw else {}),
         "total_duration": _ns(time.monotonic() - job.submitted + load),
         "load_duration": _ns(load),
         "prompt_eval_count": figures.prompt_tokens + figures.reused_tokens,
@@ -284,10 +284,10 @@ _HEAD = {"model": str, "created_at": str, "done": True}
 _CHAT = {**_HEAD, "message": {"role": "assistant", "content": str}}
 _EMBED = {"model": str, "embeddings": [[float]], "total_duration": int}
 ENDPOINTS = (
-    Endpoint("/api/chat", "Ollama: reply to a conversation", ChatRequest, _CHAT, chat, JSON_LINES),
+    Endpoint("/api/chat", "Ollama: reply to a conversation", OllamaChat, _CHAT, chat, JSON_LINES),
     Endpoint(
-        "/api/generate", "Ollama: reply to a prompt", GenerateRequest, {**_HEAD, "response": str}, generate, JSON_LINES
+        "/api/generate", "Ollama: reply to a prompt", OllamaGenerate, {**_HEAD, "response": str}, generate, JSON_LINES
     ),
-    Endpoint("/api/embed", "Ollama: embed texts", EmbedRequest, _EMBED, embed, ""),
-    Endpoint("/api/embeddings", "Ollama: embed a text", OldEmbedRequest, {"embedding": [float]}, old_embed, ""),
+    Endpoint("/api/embed", "Ollama: embed texts", OllamaEmbed, _EMBED, embed, ""),
+    Endpoint("/api/embeddings", "Ollama: embed a text", OllamaOldEmbed, {"embedding": [float]}, old_embed, ""),
 )

@@ -49,12 +49,17 @@ def document(endpoints: Sequence[Endpoint], vocab: int, with_key: bool) -> dict[
         "paths": {
             **{endpoint.path: _post(endpoint) for endpoint in endpoints},
             "/v1/models": _get("The models", _json(_MODELS), 401, 403),
-            "/v1/models/{model}": _model(_MODEL),
+            "/v1/models/{model}": _named("model", "A model, by its name", get=_MODEL),
             "/api/v0/models": _get("LM Studio: the models", _json(_STUDIO_MODELS), 401, 403),
-            "/api/v0/models/{model}": _model(_STUDIO_MODEL),
+            "/api/v0/models/{model}": _named("model", "LM Studio: a model", get=_STUDIO_MODEL),
             "/api/tags": _get("Ollama: the models", _json(_OLLAMA_MODELS), 401, 403),
             "/api/ps": _get("Ollama: the models that are loaded", _json(_OLLAMA_MODELS), 401, 403),
             "/api/version": _get("Ollama: its version", _json({"version": str}), 401, 403),
+            "/v1/responses/{id}": _named(
+                "id", "A response that is kept", get={"object": "response"}, delete={"deleted": True}
+            ),
+            "/props": _get("llama.cpp: the model", _json({"default_generation_settings": dict}), 401, 403, 404),
+            "/tokenizer_info": _get("vLLM: the tokenizer", _json({"eos_token": str}), 401, 403, 404),
             "/metrics": _get("Counters for Prometheus", {"text/plain": {"schema": {"type": "string"}}}, 401, 403),
             "/health": _get("Says that the server answers", _json(_HEALTH), 403),
         },
@@ -80,9 +85,9 @@ def _with_ids(schemas: dict[str, Schema], vocab: int) -> dict[str, Schema]:
         properties = schema.get("properties", {})
         if "logit_bias" in properties:
             properties["logit_bias"] = {"anyOf": [{"$ref": "#/components/schemas/Bias"}, {"type": "null"}]}
-        for name in {"prompt", "input"} & {
-            name for name, field in properties.items() if not {"type", "anyOf"} & {*field}
-        }:
+        if "tokens" in properties:
+            properties["tokens"] = ids
+        for name in (one for one in ("prompt", "input") if properties.get(one, {"type": ""}).keys() == {"title"}):
             properties[name] = {"anyOf": [text, ids, *several]}
     return schemas
 
@@ -129,8 +134,9 @@ def _get(summary: str, content: Schema, *codes: int) -> dict[str, Any]:
     return {"get": {"summary": summary, "responses": answers} | ({} if 401 in codes else {"security": []})}
 
 
-def _model(sample: dict[str, Any]) -> dict[str, Any]:
-    made = _get("A model, by its name", _json(sample), 401, 403, 404)
-    name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-    made["get"]["parameters"] = [name]
-    return made
+def _named(name: str, summary: str, **samples: dict[str, Any]) -> dict[str, Any]:
+    """Methods, by their samples, of a path that ends in a name."""
+    made: dict[str, Any] = {
+        "parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}]
+    }
+    return made | {method: _get(summary, _json(sample), 401, 403, 404)["get"] for method, sample in samples.items()}

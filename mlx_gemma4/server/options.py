@@ -69,9 +69,10 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def read_tools(tools: Mapping[str, fields.Function], lm: LanguageModel) -> tuple[dict[str, Any], ...]:
-    """Functions that the model may call, as chat templates want them. `tools`: by their paths in the request."""
+def read_tools(given: Mapping[str, fields.Function | None], lm: LanguageModel) -> tuple[dict[str, Any], ...]:
+    """Functions that the model may call, as chat templates want them. `given`: by their paths in the request."""
     made: dict[str, dict[str, Any]] = {}
+    tools = {path: tool for path, tool in given.items() if tool}
     if tools and (lm.tokenizer.token_id("<|tool_call>") is None or "tools" not in (lm.tokenizer.chat_template or "")):
         raise wrong("tools", "can't be used: this model can't call any", "unsupported_value")
     for path, tool in tools.items():
@@ -155,7 +156,8 @@ def read_text(content: str | Sequence[fields.TextPart | fields.RefusalPart] | No
     """A message's text, from a string or a list of text parts."""
     if content is None or isinstance(content, str):
         return content or ""
-    return "\n".join(part.refusal if isinstance(part, fields.RefusalPart) else part.text for part in content)
+    texts = (part.refusal if isinstance(part, fields.RefusalPart) else part.text for part in content)
+    return "\n".join(filter(None, texts))  # what was left out is empty
 
 
 def assistant_message(text: str, thinking: str | None = None, calls: list[dict[str, Any]] | None = None) -> Any:

@@ -1,22 +1,26 @@
-"""OpenAI's responses, without memory: each request holds its whole conversation.
+"""OpenAI's responses. The latest ones are kept in memory, to go on from by `previous_response_id` (stored.py).
 
-In: requests as OpenAI's API reference has them. Out: a response's items, whole or as events. A request that refers
-to an earlier one (`previous_response_id`, `conversation`) is refused, for nothing is kept.
+In: requests as OpenAI's API reference has them. Out: a response's items, whole or as events.
 """
 
+import copy
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from ..chat_format.messages import tool_result
 from ..chat_format.replies import CallPart, Event, Text, ToolCall
-from ..conversation.reply import ReplyOptions
+from ..conversation.reply import Reply, ReplyOptions
 from ..generation.sampling import Token
 from ..tokens.tokenizer import Tokenizer
 from . import fields
@@ -25,7 +29,8 @@ from .endpoint import Endpoint, Sent, answer, chat_logprobs, reading, usage
 from .engine import Engine, GenerationRequest, Job
 from .fields import Body
 from .forms import read_form
-from .wire import ApiError
+from .models import Models
+from .wire import ApiError, json_response
 
 _ITEM = ("id", "status", "phase")  # of any item, without effect here
 
@@ -64,15 +69,12 @@ class ReasoningItem(Body):
 
 
 def _typed(item: Any) -> Any:
-    """An item that can be read: one without a type is a message, a custom tool is a function of one argument.
+    """An item without a type is a message."""
+    return {**item, "type": "message"} if isinstance(item, dict) and item.get("type") is None else item
 
-    Items of other types, which tell of tools that ran at a provider, become a message that says so.
-    """
-    kind = item.get("type") if isinstance(item, dict) else ""
-    if kind is None:
-        return {**item, "type": "message"}
-    if not isinstance(kind, str) or kind in ("", *_KNOWN):
-        return item
+
+def _other(kind: str, item: dict[str, Any]) -> dict[str, Any]:
+    """A custom tool's item as a function's, whose one argument is the text; others tell of what ran at a provider."""
     if kind in ("custom_tool_call", "local_shell_call"):
         given = {"input": item.get("input")} if kind == "custom_tool_call" else item.get("action")
         call = {"type": "function_call", "call_id": item.get("call_id"), "arguments": given}
@@ -103,9 +105,9 @@ class TextOptions(Body):
 class ResponsesRequest(fields.ConversationRequest):
     """The body of /v1/responses."""
 
-    ignored = (*fields.IGNORED, "max_tool_calls", "stream_options")
-    unsupported = ("previous_response_id", "conversation", "background", "prompt", "context_management")
-    input: str | Annotated[fields.Items[Item], Field(min_length=1)]
+    ignored = (*fields.IGNORED, "max_tool_calls", "stream_options", "client_metadata")
+    unsupported = ("conversation", "background", "prompt")
+    input: str | Annotated[fields.Items[Item], Field(min_length=1), fields.Others(_KNOWN, _other)]
     instructions: str | None = None
     max_output_tokens: fields.Length | None = None
     max_tokens: fields.Length | None = None  # as chats have it
@@ -116,7 +118,9 @@ class ResponsesRequest(fields.ConversationRequest):
     tools: Annotated[fields.Tools[FlatTool], fields.usable("function")] | None = None
     tool_choice: fields.ToolChoice | fields.Object | None = None
     metadata: fields.Object | None = None
-    truncation: Literal["disabled"] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    previous_response_id: SkipJsonSchema[str | None] = None  # of a response that there is
+    store: bool | None = None
 
 
 _REPLY = {
@@ -146,13 +150,35 @@ async def responses(body: ResponsesRequest, engine: Engine) -> ASGIApp:
         **read.read_thinking(body, engine),
         **form.options,
     )
-    request = GenerationRequest(_messages(body), options, body.parallel_tool_calls is False)
+    said = _messages(body, _earlier(body, engine))
+    messages = [{"role": "system", "content": body.instructions}, *said] if body.instructions else said
+    prompt = await read.fitted(engine, messages, options) if body.truncation == "auto" else messages
+    request = GenerationRequest(prompt, options, body.parallel_tool_calls is False)
     job = engine.submit([request], "input", form.path)
     tokenizer = None if options.logprobs is None else engine.lm.tokenizer
-    made = _Response(job, _head(body, options, engine.settings.model_name), tokenizer)
+
+    def keep(response: dict[str, Any], reply: Reply) -> None:
+        if body.store is not False:
+            engine.stored.put(response, [*said, reply.message])
+
+    made = _Response(job, _head(body, options, engine.settings.model_name), tokenizer, keep)
     return answer(job, body.stream, made.events(), lambda: made.response, made.failed)
 
 
+async def _stored(request: Request) -> Response:
+    """GET and DELETE of a response that is kept."""
+    models: Models = request.app.state.models
+    id = request.path_params["id"]
+    found = models.stored.get(id)
+    if found is None:
+        raise ApiError(404, f"response {id!r:.80} not found: the latest are kept, while the server runs", "id")
+    if request.method == "DELETE":
+        models.stored.delete(id)
+        return json_response({"id": id, "object": "response", "deleted": True})
+    return json_response(found.response)
+
+
+STORED = Route("/v1/responses/{id}", _stored, methods=["GET", "DELETE"])
 RESPONSES = Endpoint("/v1/responses", "Respond to a conversation", ResponsesRequest, _REPLY, responses)
 
 
@@ -174,27 +200,36 @@ def _head(body: ResponsesRequest, options: ReplyOptions, name: str) -> dict[str,
         "model": name if body.model is None else body.model,
         "output": [],
         "parallel_tool_calls": body.parallel_tool_calls is not False,
-        "previous_response_id": None,
+        "previous_response_id": body.previous_response_id,
         "reasoning": given.get("reasoning") or {"effort": None, "summary": None},
-        "store": False,
+        "store": body.store is not False,
         "temperature": sampling.temperature,
         "text": given.get("text") or {"format": {"type": "text"}},
         "tool_choice": body.tool_choice or "auto",
         "tools": given.get("tools") or [],
         "top_p": sampling.top_p,
-        "truncation": "disabled",
+        "truncation": body.truncation or "disabled",
         "usage": None,
     }
 
 
-def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
-    """Instructions and input as a conversation in the form of chat completions."""
-    messages: list[dict[str, Any]] = []
-    if body.instructions:
-        messages.append({"role": "system", "content": body.instructions})
+def _earlier(body: ResponsesRequest, engine: Engine) -> list[dict[str, Any]]:
+    """A copy of the conversation that the request goes on from."""
+    if not body.previous_response_id:
+        return []
+    found = engine.stored.get(body.previous_response_id)
+    if found is None:
+        message = f"previous_response_id {body.previous_response_id!r:.80} not found: send the conversation as input"
+        raise ApiError(400, message, "previous_response_id", "previous_response_not_found")
+    return copy.deepcopy(found.messages)
+
+
+def _messages(body: ResponsesRequest, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Input after earlier messages, as a conversation in the form of chat completions."""
     if isinstance(body.input, str):
         return [*messages, {"role": "user", "content": body.input}]
-    names: dict[str | None, str] = {}  # of called functions, by the call's id
+    # Names of called functions, by the call's id.
+    names = {call["id"]: call["function"]["name"] for message in messages for call in message.get("tool_calls", ())}
     for item in body.input:
         if isinstance(item, FunctionCall):
             names[item.call_id] = item.name
@@ -225,9 +260,15 @@ def _own(messages: list[dict[str, Any]]) -> dict[str, Any]:
 class _Response:
     """A response that grows, and the events that tell how. Each is to be sent before the next one is asked for."""
 
-    def __init__(self, job: Job, response: dict[str, Any], tokenizer: Tokenizer | None) -> None:
-        """response: as it begins; tokenizer: for log-probabilities, or None."""
-        self.job, self.response = job, response
+    def __init__(
+        self,
+        job: Job,
+        response: dict[str, Any],
+        tokenizer: Tokenizer | None,
+        keep: Callable[[dict[str, Any], Reply], None],
+    ) -> None:
+        """response: as it begins; tokenizer: for log-probabilities, or None; keep: gets the whole response."""
+        self.job, self.response, self._keep = job, response, keep
         self._tokenizer = tokenizer
         self._items: list[dict[str, Any]] = response["output"]
         self._part: dict[str, Any] | None = None  # of the item that is growing
@@ -248,6 +289,7 @@ class _Response:
         for sent in self._close():
             yield sent
         self._finish()
+        self._keep(self.response, self.job.replies[0])
         yield self._event(self.response["status"], response=self.response)
 
     def failed(self, error: ApiError) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Settings:
         if self.api_key is None and not is_loopback(self.host):
             raise InputError(f"--host {self.host}: others can reach this address; give an --api-key, or use 127.0.0.1")
         for origin in self.allow_origin:
-            if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\sA-Z]+", origin):
                 raise InputError(f"--allow-origin {origin}: write it as https://example.com, in lower case, no path")
         for name in self.allow_host:
             if not host_name(name):

@@ -169,6 +169,15 @@ def test_too_little_memory(tmp_path: Path) -> None:
     assert "needs 0.4 GB of memory and 0.0 GB are free" in done.stderr
 
 
+def test_a_draft_that_does_not_match() -> None:
+    """One line that says what does not; and without drafts nobody looks at the file."""
+    other = str(Path(__file__).parents[1] / "fixtures" / "assistants" / "e2b" / "assistant")
+    done = run("generate", "-p", "x", "-n", "1", "--draft", other)
+    assert done.returncode == 2
+    assert "this assistant is for a model of hidden size 40, and the model's is 256" in done.stderr.splitlines()[-1]
+    assert run("generate", "-p", "x", "-n", "1", "--draft", other, "--no-draft").returncode == 0
+
+
 def test_debug_shows_the_traceback() -> None:
     done = run("generate", "-m", "nowhere.gguf", "-p", "x", "--debug")
     assert done.returncode != 0

@@ -27,7 +27,7 @@ LOCAL = "127.0.0.1,localhost"
 
 def run(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=150, env={**os.environ, **env}
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, env={**os.environ, **env}
     )
 
 
@@ -68,7 +68,7 @@ def test_chat_in_a_pipe() -> None:
     command = [*LAUNCHED, "chat", "-n", "8", "--temperature", "0"]
     said = "Tell me of a fox.\nAnd then?\n"
     one, two = (
-        subprocess.run([*command, *more], input=said, capture_output=True, text=True, timeout=150)
+        subprocess.run([*command, *more], input=said, capture_output=True, text=True, timeout=300)
         for more in ([], ["--hosts", LOCAL, *SPLIT])
     )
     assert one.stdout == two.stdout != ""

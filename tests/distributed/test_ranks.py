@@ -36,7 +36,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "what", ["reply", "sampled", "schema", "batch", "said", "again", "fork", "held", "loaded", "served"]
+    "what", ["reply", "sampled", "drafted", "schema", "batch", "said", "again", "fork", "held", "loaded", "served"]
 )
 def test_two_ranks_do_as_one(what: str, alone: dict[str, Any], together: dict[str, Any]) -> None:
     assert together[what] == alone[what]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -79,3 +81,109 @@ def test_a_save_that_fails_leaves_the_old_file(
         model.save_state(state, path)
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == ["state"]
+
+
+def edited(path: Path, change: Any) -> None:
+    """Rewrite a saved state's header, with a checksum that is right."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    body = len(text).to_bytes(8, "little") + text + data[8 + size : -32]
+    path.write_bytes(body + hashlib.sha256(body).digest())
+
+
+def about(**values: Any) -> Any:
+    return lambda header: header["__metadata__"].update(values)
+
+
+def entry(name: str, **values: Any) -> Any:
+    return lambda header: header[name].update(values)
+
+
+CHANGES = [
+    about(layout="[]"),
+    about(layout="[64, 8]"),
+    about(layout="[0, 8, 4]"),
+    about(layout='["a", 8, 4]'),
+    about(layout="[64, 0, 4]"),
+    about(layout="[1000000000, 8, 4]"),
+    about(layout="null"),
+    about(layout="{"),
+    about(counts="{}"),
+    about(counts="[]"),
+    about(counts=json.dumps({key: [999, 0] for key in "01234"})),
+    about(counts=json.dumps({key: [-22, 0] for key in "01234"})),
+    about(counts=json.dumps({key: [21, 0] for key in "01234"})),
+    about(counts=json.dumps({key: [22, 5] for key in "01234"})),
+    about(counts=json.dumps({key: ["22", 0] for key in "01234"})),
+    about(kv="q8"),
+    about(kv="none"),
+    lambda header: header["__metadata__"].pop("model"),
+    lambda header: header["__metadata__"].pop("layout"),
+    lambda header: header["__metadata__"].pop("kv"),
+    lambda header: header.pop("tokens"),
+    lambda header: header.pop("layer.0.tail.keys"),
+    lambda header: header.pop("layer.1.keys.0"),
+    lambda header: header.update({"layer.1.keys.x": header.pop("layer.1.keys.0")}),
+    lambda header: header.update({"layer.1.keys.77": header.pop("layer.1.keys.0")}),
+    entry("tokens", dtype="F32"),
+    entry("tokens", shape=[10, 15]),
+    entry("tokens", shape=[1 << 40]),
+    entry("layer.0.tail.keys", shape=[2, 64, 1, 12]),
+    entry("layer.0.tail.keys", dtype="U32"),
+    entry("layer.0.keys.0", shape=[1]),
+    entry("layer.0.keys.0", dtype="Q9"),
+    entry("layer.0.keys.0", data_offsets=[1 << 60, 1 << 61]),
+    entry("layer.0.keys.0", data_offsets=[-8, 3]),
+    lambda header: header.clear(),
+]
+
+
+def test_an_edited_header_with_a_right_checksum_is_refused(saved: tuple[SmallModel, KVState, Path]) -> None:
+    model, _, path = saved
+    good = path.read_bytes()
+    for change in CHANGES:
+        path.write_bytes(good)
+        edited(path, change)
+        assert path.read_bytes() != good
+        with pytest.raises(InputError) as error:
+            model.load_state(path)
+        assert str(path) in str(error.value)
+
+
+def test_ids_that_the_model_lacks_are_refused(saved: tuple[SmallModel, KVState, Path]) -> None:
+    model, _, path = saved
+    data = bytearray(path.read_bytes()[:-32])
+    at = 8 + int.from_bytes(data[:8], "little")
+    data[at : at + 4] = (2**31 - 1).to_bytes(4, "little")
+    path.write_bytes(bytes(data) + hashlib.sha256(data).digest())
+    with pytest.raises(InputError, match="no token"):
+        model.load_state(path)
+
+
+def test_a_rewritten_header_as_it_was_loads(saved: tuple[SmallModel, KVState, Path]) -> None:
+    model, state, path = saved
+    edited(path, lambda header: None)
+    assert model.load_state(path).tokens == state.tokens
+
+
+def test_only_files_of_ours_are_replaced(saved: tuple[SmallModel, KVState, Path]) -> None:
+    model, state, path = saved
+    model.save_state(state, path)
+    link = path.with_name("link")
+    link.symlink_to(path)
+    model.save_state(state, link)
+    assert link.is_symlink()
+    other, pipe = path.with_name("notes"), path.with_name("pipe")
+    other.write_text("mine")
+    os.mkfifo(pipe)
+    for place in (other, pipe, path.parent, path.parent / "no" / "x"):
+        with pytest.raises(InputError, match="can't be saved"):
+            model.save_state(state, place)
+        with pytest.raises(InputError):
+            model.load_state(place)
+    assert other.read_text() == "mine"
+    assert pipe.is_fifo()

@@ -63,7 +63,7 @@ def as_gguf(
     values = {"block_count": text["num_hidden_layers"], "embedding_length": text["hidden_size"], backbone: 40}
     values |= {"feed_forward_length": text["intermediate_size"], "attention.head_count": text["num_attention_heads"]}
     values |= {"attention.key_length": 32, "attention.key_length_swa": 16, "attention.sliding_window": 9}
-    values |= {"nextn_predict_layers": text["num_hidden_layers"], "centroid_top_k": 3} | keys
+    values |= {"nextn_predict_layers": text["num_hidden_layers"], "centroid_top_k": 3, "attention.k_eq_v": 1} | keys
     out = gguf.GGUFWriter(path, spelling)
     for key, value in values.items():
         if value is not None:

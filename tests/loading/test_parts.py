@@ -23,7 +23,7 @@ def published(name: str) -> tuple[Config, dict[str, Entry], dict[str, Spec]]:
     entries, specs = {}, {}
     for tensor, (shape, type) in made.items():
         _, size, n_bytes = make_synthetic.TYPES[type]
-        entries[tensor] = Entry(shape, type, prod(shape) // size * n_bytes, size > 1, size)
+        entries[tensor] = Entry(shape, type, prod(shape) // size * n_bytes, size > 1, block=size)
         specs[tensor] = Spec(shape, "matrix" if len(shape) > 1 else "vector")
     return make_synthetic.config_of(PUBLISHED[name]), entries, specs
 

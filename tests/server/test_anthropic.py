@@ -183,6 +183,7 @@ def test_a_conversation_as_templates_have_it() -> None:
 
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
 RESULT = {"type": "tool_result", "tool_use_id": "x"}
+USE = {"type": "tool_use", "id": "x", "name": "clock", "input": {}}
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ RESULT = {"type": "tool_result", "tool_use_id": "x"}
         ({"messages": None}, "messages"),
         ({"messages": []}, "messages"),
         ({"messages": "Hello"}, "messages"),
-        ({"messages": [*ASK, {"role": "assistant", "content": "Once"}]}, "messages"),
+        ({"messages": [*ASK, {"role": "assistant", "content": [USE]}]}, "messages"),
         ({"messages": [{"role": "tool", "content": ""}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),

@@ -85,6 +85,7 @@ def test_a_long_prompt_shows_how_far_it_is_read(server: Serving) -> None:
     lines = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).text.splitlines()
     read = [tuple(map(int, re.findall(r"\d+", line))) for line in lines if line.startswith(": read ")]
     assert len(read) == 2 and 1000 < read[0][0] < read[0][1] == read[1][0] == read[1][1]
+    lines = [line for line in lines if line and line != ": waiting"]  # which a busy machine may say first
     assert lines[0].startswith("data: {"), "headers and a first event come before the prompt is read"
 
 

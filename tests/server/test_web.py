@@ -289,10 +289,13 @@ def test_markdown_of_others_and_llama_servers_export_are_read(js: MiniRacer) -> 
     root = {"id": "r", "parent": None, "role": "system", "type": "root", "content": ""}
     one = {"id": "a", "parent": "r", "role": "user", "content": "Hi", "timestamp": 5}
     two = {"id": "b", "parent": "a", "role": "assistant", "content": "Hello", "reasoningContent": "Hm"}
-    text = json.dumps([{"conv": {"name": "N", "currNode": "b"}, "messages": [root, one, two]}])
-    (chat,) = call(js, "readChats", "a.json", text, [])
-    assert chat["title"] == "N" and chat["leaf"] == "b" and chat["messages"][1]["thinking"] == "Hm"
-    assert [m["parent"] for m in chat["messages"]] == [None, "a"]
+    conv = {"name": "N", "currNode": "b"}
+    lines = [{"harness": "llama.app", "type": "session", **conv}]
+    lines += [{"type": "message", "message": each} for each in (root, one, two)]
+    for text in (json.dumps([{"conv": conv, "messages": [root, one, two]}]), "\n".join(map(json.dumps, lines))):
+        (chat,) = call(js, "readChats", "a.json", text, [])
+        assert chat["title"] == "N" and chat["leaf"] == "b" and chat["messages"][1]["thinking"] == "Hm"
+        assert [m["parent"] for m in chat["messages"]] == [None, "a"]
 
 
 JSON = st.recursive(
@@ -333,7 +336,7 @@ def test_any_file_is_refused_in_words_or_gives_trees(js: MiniRacer, chats: Any) 
 
 def test_the_page_asks_for_nothing_from_elsewhere() -> None:
     text = page()[1].decode()
-    *others, _, _, _, _, _, _ = scripts = SCRIPT.findall(text)
+    *others, _, _, _, _, _, _, _ = scripts = SCRIPT.findall(text)
     names = ["markdownit", "DOMPurify", "Highlight.js", "katex"]
     assert len(others) == 4 and all(name in each[:600] for name, each in zip(names, others, strict=True))
     katex_css, *styles = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
@@ -346,7 +349,7 @@ def test_the_page_asks_for_nothing_from_elsewhere() -> None:
 
 def test_the_policy_allows_the_pages_own_scripts_only() -> None:
     policy = page()[2]["Content-Security-Policy"]
-    assert policy.count("'sha256-") == 13 and "unsafe" not in policy and policy.startswith("default-src 'none'")
+    assert policy.count("'sha256-") == 14 and "unsafe" not in policy and policy.startswith("default-src 'none'")
 
 
 def test_the_page_is_packed_and_sent_once() -> None:

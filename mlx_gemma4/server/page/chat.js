@@ -5,7 +5,7 @@ const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed"]
 const LIVE = 5000; // ms after which a reply in another tab, of which nothing is heard, is no longer being written
 let chat = freshChat(), tree = new Map(), leaf = null; // tree: messages of all branches by id; leaf: the last shown
 let context = 0, model = "default";
-const runs = new Map(); // chat's id to the reply being written here: {message, stop}
+const runs = new Map(); // chat's id to the reply being written here: {message, stop, gone}
 const elsewhere = new Map(); // id of a reply being written in another tab to its timer
 
 function freshChat() {
@@ -44,7 +44,7 @@ async function written(id, fields, messages, live) {
 
 function add(role, content, parent = leaf) {
   const created = Math.max(Date.now(), ...[...tree.values()].map(m => m.created + 1)); // in order, however fast they come
-  const message = { id: newId(), chat: chat.id, parent, role, content, created };
+  const message = { id: newId(), chat: chat.id, parent, role, content, created, ...(role === "assistant" && { model }) };
   tree.set(message.id, message);
   leaf = message.id;
   return message;
@@ -84,7 +84,7 @@ function inPlainWords(error) {
 
 // Asks for a reply to the branch that ends at the leaf, or for more of a reply that was cut.
 async function reply(message = add("assistant", ""), goesOn = false) {
-  const id = chat.id, stop = new AbortController(), run = { message, stop };
+  const id = chat.id, stop = new AbortController(), run = { message, stop, gone: false };
   const asked = performance.now(), before = (goesOn && message.stats?.tokens) || 0;
   const sent = pathTo(goesOn ? message.id : message.parent), from = Math.max(0, sent.findIndex(m => m.id === chat.from));
   let first = 0, drawn = 0, savedAt = 0, finish = "", usage = null;
@@ -97,7 +97,7 @@ async function reply(message = add("assistant", ""), goesOn = false) {
       if (article?.message === message) show(article, message, true);
       if (follow) toEnd();
     });
-    if (performance.now() - savedAt < 1000) return;
+    if (run.gone || performance.now() - savedAt < 1000) return;
     savedAt = performance.now();
     written(id, { leaf: message.id }, [{ ...message, note: "Stopped." }], message.id); // as it is, should this tab end here
   };
@@ -134,7 +134,7 @@ async function reply(message = add("assistant", ""), goesOn = false) {
   if (usage) message.stats = statsOf(usage, asked, first, before);
   if (finish === "length") Object.assign(message, context && message.stats?.used >= context ? { full: true } : { note: "Cut off: no more tokens allowed." });
   runs.delete(id);
-  await written(id, { leaf: message.id }, [message]);
+  if (!run.gone) await written(id, { leaf: message.id }, [message]);
   if (!here()) return;
   const follow = atEnd();
   say(""); showAll();
@@ -171,18 +171,7 @@ function regenerate(message = path().at(-1)) {
   reply();
 }
 
-async function goOn(message) {
-  if (running()) return;
-  if (await continues()) reply(message, true); else say("This server can't go on with a reply.");
-}
-
-// True if the server can go on with a message: it says so in its own description.
-let goesOn = null;
-async function continues() {
-  try { goesOn ??= (await (await call("/openapi.json")).text()).includes("continue_final_message"); }
-  catch { goesOn = null; }
-  return goesOn;
-}
+function goOn(message) { if (!running()) reply(message, true); }
 
 // Shows the branch that a message is on.
 function goTo(id) {
@@ -190,7 +179,7 @@ function goTo(id) {
   leaf = newest(id);
   save({ leaf });
   showAll();
-  document.querySelector(`#log article.${tree.get(id).role}:last-of-type`)?.scrollIntoView({ block: "nearest" });
+  [...$("log").children].find(article => article.message?.id === id)?.scrollIntoView({ block: "nearest" });
 }
 
 function edit(message) {
@@ -260,9 +249,16 @@ function moveOn(message) {
   if (copies.at(-1).role === "assistant") goOn(copies.at(-1)); else reply();
 }
 
+// Ends the reply to a chat that is being deleted, which it must not bring back.
+function abandon(id) {
+  const run = runs.get(id);
+  if (run) { run.gone = true; run.stop.abort(); }
+}
+
 // Another tab has written. What is being written here stays as it is here.
 async function heard(event) {
   showList();
+  if (event.gone) abandon(event.chat);
   if (event.live) {
     clearTimeout(elsewhere.get(event.live));
     elsewhere.set(event.live, setTimeout(() => { elsewhere.delete(event.live); showAll(); }, LIVE));
@@ -271,7 +267,6 @@ async function heard(event) {
   }
   if (event.chat !== chat.id) return;
   if (event.gone) {
-    running()?.stop.abort();
     newChat();
     return say("That chat was deleted in another tab.");
   }
@@ -288,5 +283,12 @@ function take({ chat: record, messages }) {
   chat = { ...record, stored: true };
   const own = running()?.message; // it is newer than what is stored
   if (own) tree.set(own.id, own);
-  for (const message of messages) if (message.id !== own?.id) tree.set(message.id, message);
+  for (const message of messages) {
+    const known = tree.get(message.id); // an object stays the same: articles and buttons have it
+    if (!known) tree.set(message.id, message);
+    else if (known !== own) {
+      for (const field of Object.keys(known)) if (!(field in message)) delete known[field];
+      Object.assign(known, message);
+    }
+  }
 }

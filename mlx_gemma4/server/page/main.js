@@ -22,20 +22,6 @@ async function unlock(event) {
   if (last?.error && !last.content) regenerate(last);
 }
 
-// Asks the server what it serves. True if it told.
-async function about() {
-  try {
-    const response = await call("/v1/models");
-    if (!response.ok) throw await failure(response);
-    const cards = (await response.json()).data, card = cards.find(({ id }) => id === kept.get("model")) || cards[0];
-    model = card.id; context = card.context_length || 0;
-    $("model").textContent = model;
-    $("context").textContent = context ? `${many(context)} tokens` : "";
-    say(""); showAll();
-    return true;
-  } catch (error) { say(inPlainWords(error)); }
-}
-
 function onKey(event) {
   if (event.isComposing) return;
   const dialog = document.querySelector("dialog[open]");
@@ -69,6 +55,10 @@ $("settings").addEventListener("click", () => togglePanel());
 $("sides").addEventListener("click", () => { showSide(side.hidden); if (!side.hidden && !wide.matches) $("search").focus(); });
 $("shade").addEventListener("click", () => showSide(false));
 $("think").addEventListener("click", () => { panel.elements.think.checked = !panel.elements.think.checked; takeSettings(); input.focus(); });
+$("models-open").addEventListener("click", openModels);
+$("models-close").addEventListener("click", () => $("models").close());
+$("pull").addEventListener("submit", event => { event.preventDefault(); if (pulling) pulling.abort(); else pull($("pull-name").value.trim()); });
+$("known").addEventListener("click", event => { if (event.target.dataset.name) { $("pull-name").value = event.target.dataset.name; $("pull-go").focus(); } });
 $("search").addEventListener("input", searchNow);
 $("export").addEventListener("click", exportAll);
 $("import").addEventListener("click", () => $("file").click());

@@ -3,7 +3,7 @@
 const side = $("side"), wide = matchMedia("(min-width: 52rem)");
 const draftName = () => "draft:" + (chat.stored ? chat.id : "new");
 let found = null, renaming = null, menuFor = null; // ids that the search found; id that gets a name; record of the open menu
-let listed = []; // all chats' records, newest first
+let listed = [], drawnList = ""; // all chats' records, newest first; what of them is shown
 
 // The address names the chat, so that a reload and the way back lead to it.
 function place(id, instead = false) {
@@ -53,20 +53,22 @@ async function showList() {
   try { listed = await store.list(); }
   catch { listed = []; }
   const shown = listed.filter(({ id }) => !found || found.has(id)), groups = new Map();
+  const drawn = JSON.stringify([chat.id, renaming, shown.map(({ id, title, updated }) => [id, title, ageOf(updated), runs.has(id)])]);
+  $("none").hidden = shown.length > 0;
+  $("none").textContent = found ? "Nothing found." : "No chats yet.";
+  if (drawn === drawnList || $("chats").querySelector("input")) return; // as it is, or a name is being typed
+  drawnList = drawn;
   for (const record of shown) {
     const age = ageOf(record.updated);
     if (!groups.has(age)) groups.set(age, []);
     groups.get(age).push(record);
   }
-  if ($("chats").querySelector("input")) return; // a name is being typed
   const focused = document.activeElement.closest?.("#chats li")?.dataset.id, which = document.activeElement.className;
   $("chats").replaceChildren(...[...groups].flatMap(([age, records]) => {
     const id = "age-" + age.replace(/\W+/g, "-");
     return [element("h2", { id }, age), element("ul", { "aria-labelledby": id }, ...records.map(itemOf))];
   }));
   if (focused) $("chats").querySelector(`li[data-id="${focused}"] button.${which.split(" ")[0]}`)?.focus();
-  $("none").hidden = shown.length > 0;
-  $("none").textContent = found ? "Nothing found." : "No chats yet.";
 }
 
 function itemOf(record) {
@@ -127,7 +129,7 @@ const MENU = {
   delete: async ({ id, title }) => {
     const record = await store.read(id);
     if (!record) return;
-    runs.get(id)?.stop.abort();
+    abandon(id);
     await store.remove(id);
     if (id === chat.id) newChat();
     showList();

@@ -130,7 +130,7 @@ function titleOf(text) {
 
 // Chats as files. JSON has all branches; Markdown has what is shown, and is read back as it was written.
 const FORMAT = "mlx-gemma4-chats";
-const KEPT = { content: "string", thinking: "string", note: "string", error: "string", stats: "object", created: "number" };
+const KEPT = { content: "string", thinking: "string", note: "string", error: "string", model: "string", stats: "object", created: "number" };
 
 function toJson(chats) {
   const plain = ({ chat, messages }) => ({
@@ -174,7 +174,7 @@ function fromMarkdown(text) {
 function readChats(name, text, settingNames) {
   if (/\.(md|markdown|txt)$/i.test(name)) return [fromMarkdown(text)];
   let file;
-  try { file = JSON.parse(text); } catch { throw new Error("it is neither JSON nor Markdown (.md)"); }
+  try { file = parsed(text); } catch { throw new Error("it is neither JSON nor Markdown (.md)"); }
   const chats = file?.format === FORMAT ? file.chats : fromLlama(file);
   if (!Array.isArray(chats) || !chats.length) throw new Error("it holds no chats");
   return chats.map(chat => {
@@ -188,7 +188,7 @@ function readChats(name, text, settingNames) {
     if (!known.size) throw new Error("a chat in it has no messages");
     cutCircles(known);
     const messages = [...known.values()], settings = {};
-    for (const name of settingNames) if (["string", "number", "boolean"].includes(typeof chat.settings?.[name])) settings[name] = chat.settings[name];
+    for (const name of settingNames) if (typeof chat.settings?.[name] === ({ system: "string", think: "boolean" }[name] || "number")) settings[name] = chat.settings[name];
     return {
       title: typeof chat.title === "string" && chat.title.trim() ? chat.title.slice(0, 200) : titleOf(messages[0].content),
       created: Number.isFinite(chat.created) ? chat.created : undefined, settings, messages,
@@ -211,7 +211,18 @@ function cutCircles(known) {
   }
 }
 
-// The export of llama-server's page: [{conv: {name, currNode}, messages: [{id, parent, role, content}]}].
+// JSON, or the records of llama-server's page, one a line: a session, then its messages.
+function parsed(text) {
+  try { return JSON.parse(text); } catch { /* not one value */ }
+  const found = [];
+  for (const record of text.split("\n").filter(line => line.trim()).map(line => JSON.parse(line))) {
+    if (record?.type === "session") found.push({ conv: record, messages: [] });
+    else if (record?.type === "message") found.at(-1)?.messages.push(record.message);
+  }
+  return found;
+}
+
+// The exports of llama-server's page: [{conv: {name, currNode}, messages: [{id, parent, role, content}]}].
 function fromLlama(file) {
   const list = Array.isArray(file) ? file : file?.conv ? [file] : [];
   return list.filter(each => Array.isArray(each?.messages)).map(({ conv, messages }) => ({

@@ -115,7 +115,10 @@ function show(article, message, last) {
   article.shown = blocks;
   text.hidden = edited;
   below.hidden = edited;
-  below.replaceChildren(...(busy ? [] : belowOf(message, last)));
+  const { content, ...rest } = message, family = siblings(message).map(m => m.id);
+  const under = JSON.stringify([busy, last, Boolean(running()), Boolean(content), rest, family, model, context]);
+  if (article.under !== under) below.replaceChildren(...(busy ? [] : belowOf(message, last)));
+  article.under = under;
   if (edited && !article.editor) article.append((article.editor = editorOf(message)));
   if (!edited && article.editor) { article.editor.remove(); article.editor = null; }
 }
@@ -125,6 +128,7 @@ function belowOf(message, last) {
   const made = [], said = [], row = element("div", { class: "row" }), family = siblings(message), at = family.indexOf(message);
   const user = message.role === "user";
   if (message.error) said.push(element("span", { class: "error", role: "alert" }, message.error));
+  if (message.error && !message.content && !message.full) said.push(textButton("Try again", () => regenerate(message)));
   if (message.note) said.push(element("span", {}, message.note));
   if (message.full) said.push(fullBox(message));
   if (said.length) made.push(element("div", { class: "row said" }, ...said));
@@ -138,6 +142,7 @@ function belowOf(message, last) {
   if (!user) {
     row.append(iconButton("again", "Regenerate", () => regenerate(message), { disabled: Boolean(running()) }));
     if (last && message.content && (message.note || message.error) && !message.full) row.append(textButton("Continue", () => goOn(message)));
+    if (message.model && message.model !== model) row.append(element("span", { class: "stats" }, message.model));
     if (message.stats) row.append(element("span", { class: "stats" }, summary(message.stats, context)));
   }
   made.push(row);

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from browsing import answer, chats, done, ready, replies, say, send, settle_sampling, tab, texts
 from playwright.sync_api import BrowserContext, Download, Page, expect
-from serving import Serving
+from serving import Serving, settled
 
 pytestmark = pytest.mark.browser
 
@@ -110,6 +110,20 @@ def test_a_chat_deleted_in_one_tab_is_left_in_the_other(window: BrowserContext, 
     second.get_by_role("button", name="Undo").click()
     expect(chats(first)).to_have_text(["One"])
     assert texts(second) == ["One", "Yes."]
+
+
+def test_a_chat_deleted_while_its_reply_is_written_stays_deleted(window: BrowserContext, server: Serving) -> None:
+    first, second = tab(window, server.url), tab(window, server.url)
+    for page, other in ((first, first), (first, second)):  # in the tab that writes, and in another one
+        send(page, "Tell me a long story about the sea.")
+        expect(replies(page).locator(".text")).not_to_be_empty()
+        menu(other, "Tell me a long story about the sea.", "Delete")
+        expect(first.locator("article")).to_have_count(0)
+        assert settled(server.engine)
+        for each in (first, second):
+            each.reload()
+            ready(each)
+            expect(each.locator("#none")).to_have_text("No chats yet.")
 
 
 def test_chats_are_listed_and_found_by_name_and_text(page: Page) -> None:
@@ -267,19 +281,20 @@ def test_imports_are_never_markup(page: Page) -> None:
     expect(page.locator("[name=system]")).to_have_value(EVIL)
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "why"),
-    [
-        ("a.json", "{", "neither JSON nor Markdown"),
-        ("a.json", '{"format": "mlx-gemma4-chats", "chats": []}', "holds no chats"),
-        ("a.json", '{"format": "mlx-gemma4-chats", "chats": [null]}', "no messages"),
-        ("a.json", "[1, null]", "holds no chats"),
-        ("a.md", "only words", "no chat is in it"),
-    ],
-)
-def test_files_that_are_no_chats_are_refused(page: Page, name: str, text: str, why: str) -> None:
-    bring(page, {"name": name, "mimeType": "text/plain", "buffer": text.encode()})
-    expect(page.locator("#status")).to_contain_text(why)
+NO_CHATS = [
+    ("a.json", "{", "neither JSON nor Markdown"),
+    ("b.json", '{"format": "mlx-gemma4-chats", "chats": []}', "holds no chats"),
+    ("c.json", '{"format": "mlx-gemma4-chats", "chats": [null]}', "no messages"),
+    ("d.json", "[1, null]", "holds no chats"),
+    ("e.md", "only words", "no chat is in it"),
+]
+
+
+def test_files_that_are_no_chats_are_refused(page: Page) -> None:
+    for name, text, why in NO_CHATS:
+        bring(page, {"name": name, "mimeType": "text/plain", "buffer": text.encode()})
+        expect(page.locator("#status")).to_contain_text(f"{name} can't be imported")
+        expect(page.locator("#status")).to_contain_text(why)
     expect(chats(page)).to_have_count(0)
 
 

@@ -56,21 +56,21 @@ def test_formulas_are_drawn(page: Page) -> None:
     assert "KaTeX_Math" in fonts
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "`$$\\int x\\,dx$$`",
-        "```\n$$\\int x\\,dx$$\n```",
-        "$\\nonesuch{x\\,dx}$",
-        "$$\\int x\\,dx",
-        "costs $5 to $10\\,",
-    ],
+NO_FORMULAS = (
+    r"`$$\int x\,dx$$`",
+    "```\n$$\\int x\\,dx$$\n```",
+    r"$\nonesuch{x\,dx}$",
+    r"$$\int x\,dx",
+    "costs $5 to $10\\,",
 )
-def test_what_is_no_formula_keeps_its_signs(page: Page, text: str) -> None:
-    made = shown(page, text)
-    expect(made.locator(".katex")).to_have_count(0)
-    said = made.inner_text()
-    assert said.count("$") == text.count("$") and ("\\int" in said) == ("\\int" in text)
+
+
+def test_what_is_no_formula_keeps_its_signs(page: Page) -> None:
+    for i, text in enumerate(NO_FORMULAS):
+        made = shown(page, text, f"Number {i}")
+        expect(made.locator(".katex")).to_have_count(0)
+        said = made.inner_text()
+        assert said.count("$") == text.count("$") and ("\\int" in said) == ("\\int" in text)
 
 
 def test_a_formula_can_do_nothing_else(page: Page) -> None:
@@ -112,7 +112,7 @@ def faults(page: Page) -> list[str]:
 
 @pytest.mark.parametrize(
     ("scheme", "width", "height"),
-    [("light", 1280, 800), ("dark", 1280, 800), ("light", 360, 740), ("dark", 3840, 2160)],
+    [("light", 1280, 800), ("dark", 1280, 800), ("light", 360, 740)],
 )
 def test_axe_finds_nothing(browser: Browser, server: Serving, scheme: Any, width: int, height: int) -> None:
     size, still = {"width": width, "height": height}, "reduce"
@@ -143,4 +143,9 @@ def test_axe_finds_nothing(browser: Browser, server: Serving, scheme: Any, width
         if width < 800:
             page.click("#sides")
         page.get_by_role("button", name="More for How do I make tea").click()
+        assert faults(page) == []
+        page.keyboard.press("Escape")
+        page.keyboard.press("Escape")
+        page.click("#models-open")
+        expect(page.get_by_role("button", name="Use gemma4-demo")).to_be_visible()
         assert faults(page) == []

@@ -69,7 +69,6 @@ def test_a_cut_reply_goes_on(page: Page) -> None:
     answer(page, {"content": "Once upon"}, finish="length")
     say(page, "A tale")
     expect(replies(page).locator(".below")).to_contain_text("Cut off: no more tokens allowed.")
-    page.route("**/openapi.json", lambda route: route.fulfill(body="continue_final_message"))
     asked = answer(page, {"content": " a time."}, usage={"prompt_tokens": 9, "completion_tokens": 3})
     page.get_by_role("button", name="Continue").click()
     at_reply(page, "Once upon a time.")
@@ -165,27 +164,28 @@ GONE_WRONG = "Something went wrong in the server; its log says what."
 REFUSED = "The server refuses requests from this address. Open the page under the address that the server printed."
 
 
-@pytest.mark.parametrize(
-    ("status", "error", "words"),
-    [
-        (500, {"message": "unexpected TypeError; the server's log has the details"}, GONE_WRONG),
-        (
-            413,
-            {"message": "the body is over 9 bytes"},
-            "That is more than the server takes at once. Start a new chat, or ",
-        ),
-        (403, {"message": "pages of 'x' may not use this server"}, REFUSED),
-        (503, {"message": "the server is shutting down", "code": "shutting_down"}, "The server is shutting down."),
-        (400, {"message": "temperature must be at most 2"}, "Temperature must be at most 2."),
-        (502, None, GONE_WRONG),
-        (404, None, "The server answered 404."),
-    ],
-)
-def test_errors_are_told_in_words(page: Page, status: int, error: Any, words: str) -> None:
-    body = {"json": {"error": error}, "body": None} if error else {"body": "<html>"}
-    answer(page, status=status, **body, content_type=None)
+ERRORS: list[tuple[int, Any, str]] = [
+    (500, {"message": "unexpected TypeError; the server's log has the details"}, GONE_WRONG),
+    (413, {"message": "the body is over 9 bytes"}, "That is more than the server takes at once. Start a new chat, or "),
+    (403, {"message": "pages of 'x' may not use this server"}, REFUSED),
+    (503, {"message": "the server is shutting down", "code": "shutting_down"}, "The server is shutting down."),
+    (400, {"message": "temperature must be at most 2"}, "Temperature must be at most 2."),
+    (502, None, GONE_WRONG),
+    (404, None, "The server answered 404."),
+]
+
+
+def test_errors_are_told_in_words(page: Page) -> None:
+    answer(page, {"content": ""}, finish="")
     say(page, "One")
-    expect(page.locator("#log [role=alert]")).to_contain_text(words)
+    expect(page.locator("#log [role=alert]")).to_have_text("The server broke off.")
+    for status, error, words in ERRORS:
+        body = {"json": {"error": error}, "body": None} if error else {"body": "<html>"}
+        answer(page, status=status, **body, content_type=None)
+        page.get_by_role("button", name="Try again").click()
+        expect(page.locator("#log [role=alert]")).to_contain_text(words)
+        done(page)
+    expect(replies(page)).to_have_count(1)
 
 
 def test_a_server_that_is_gone(page: Page) -> None:
