@@ -93,7 +93,7 @@ def test_a_rank_holds_its_share_and_what_all_hold(two: Any, name: str) -> None:
     total = sum(alone["weights"].values())
     ranks = two["memory"][f"{name} tensor"]
     same = sum(n for tensor, n in alone["weights"].items() if all(rank["weights"][tensor] == n for rank in ranks))
-    assert same < 0.15 * total
+    assert same < 0.2 * total  # projections of per-layer embeddings, beside small layers
     for rank in ranks:
         assert sum(rank["weights"].values()) <= ((total - same) / 2 + same) * 1.05
     # Of one KV head both ranks hold it all; of more, each holds half.
@@ -131,10 +131,10 @@ def test_traced_steps_do(two: Any) -> None:
 
 @pytest.mark.parametrize("name", ["26B-A4B", "E2B"])
 def test_steps_in_kernels_do(two: Any, name: str) -> None:
-    """As exact as kernels are against stock operations without parts (test_decode.py)."""
+    """As exact as kernels are against stock operations without parts: a batch's rows go as halves (test_decode.py)."""
     for found in two["kernels"][f"{name} logits"].values():
-        assert found["worst"] <= 1e-3
-        assert abs(found["kl"]) <= 1e-8
+        assert found["worst"] <= 1e-2
+        assert abs(found["kl"]) <= 2e-6
 
 
 @pytest.mark.parametrize("name", ["26B-A4B", "E2B"])
@@ -142,11 +142,12 @@ def test_launches_and_collectives_of_a_step(two: Any, name: str) -> None:
     """In parts a layer takes two sums, and the kernels that it takes alone; by layers a step goes from rank to rank."""
     alone = two["kernels"][f"{name} None"][0]
     assert alone["drawn"] == {}
+    launches = {name: n for name, n in alone["launches"].items() if not name.startswith("sample_")}
     for rank in two["kernels"][f"{name} tensor"]:
         assert rank["made"] == {"all_sum": 2 * rank["layers"] + 1}  # and one for the embedding
         assert rank["drawn"] == rank["made"] | {"all_gather": 1}
         more = {"embed": 1} if name == "E2B" else {}  # rows of per-layer embeddings, to be summed
-        assert Counter(rank["launches"]) == Counter(alone["launches"]) + Counter(more)
+        assert Counter(rank["launches"]) == Counter(launches) + Counter(more)
     first, last = two["kernels"][f"{name} layers"]
     assert first["made"] == {"send": 1, "all_sum": 1}
     assert last["made"] == {"recv": 1, "all_sum": 1}
