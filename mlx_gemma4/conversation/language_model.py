@@ -124,8 +124,8 @@ def load(
         split: on several ranks, a part of each layer for each, or so many layers; "auto" measures what is faster.
         draft: the assistant that drafts for it: a file, a folder or `REPO[:QUANT]`; "auto": one that lies beside the
             model and fits, if there is any; None: none.
-        draft_max: drafts of tokens that a step checks, at most; 0: none are made, nor on several ranks. How many pay is
-            measured.
+        draft_max: drafts of tokens that a step checks, at most; 0: none are made. How many pay is measured. On several
+            ranks they come from the text alone, not from an assistant.
 
     Raises:
         InputError: a file can't be used, the assistant is another model's, or there is too little memory.
@@ -143,7 +143,7 @@ def load(
             raise InputError(f"--draft {draft}: an assistant sees keys and values of one machine alone; leave it out")
         given: dict[str, Any] = {"weights": weights, "fuse": fuse, "draft": None}
         name = "" if path == demo_path() else team.portable(path)
-        shard = team.gather(place, path, name, split, given | {"room": asdict(room), "draft_max": 0})
+        shard = team.gather(place, path, name, split, given | {"room": asdict(room)})
         given |= {"room": room, "draft_max": draft_max}
         lm = load(path, progress=progress, preparing=preparing, shard=shard, **given)
         return replace(lm, model=team.lead(lm.model))
