@@ -23,7 +23,7 @@ USER = {"role": "user", "content": "Tell me a story about a fox."}
 ASK: dict[str, Any] = {"messages": [USER], "max_tokens": 60, "seed": 1}
 CHAT, TEXT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
 WANT = {"type": "object", "properties": {"a": {"const": "Z"}}, "required": ["a"], "additionalProperties": False}
-RECORDED = Path(__file__).parent / "recorded"
+SHAPED = Path(__file__).parent / "requests"  # written by hand after the clients that they are named for
 CALLED: dict[str, Any] = {"name": "run", "parameters": {"type": "object", "properties": {"cmd": {"type": "string"}}}}
 
 
@@ -415,7 +415,7 @@ def test_every_answer_has_an_id(http: httpx.Client) -> None:
     assert http.get("/health", headers={"X-Request-Id": "a b"}).headers["x-request-id"].startswith("req_")
 
 
-@pytest.mark.parametrize("file", sorted(RECORDED.glob("*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(SHAPED.glob("*.json")), ids=lambda file: file.stem)
 def test_a_program_can_work(http: httpx.Client, caplog: pytest.LogCaptureFixture, file: Path) -> None:
     """Requests in the shape of Codex's and Claude Code's, with their histories; nothing in them is unknown here."""
     for request in json.loads(file.read_text()):
