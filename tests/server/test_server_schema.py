@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import pytest
@@ -22,7 +23,17 @@ from mlx_gemma4.server.settings import Settings
 pytestmark = pytest.mark.slow
 
 DOCUMENT = document(ENDPOINTS, vocab=4096, with_key=False)
-schema = schemathesis.openapi.from_dict(DOCUMENT)
+
+
+def without_long_lists(part: Any) -> Any:
+    """Return a document without bounds on lists that only bodies over 8 MB, refused as such, would come to."""
+    if isinstance(part, dict):
+        kept = {k: v for k, v in part.items() if k != "maxItems" or not isinstance(v, int) or v <= 100}
+        return {k: without_long_lists(v) for k, v in kept.items()}
+    return [without_long_lists(v) for v in part] if isinstance(part, list) else part
+
+
+schema = schemathesis.openapi.from_dict(without_long_lists(DOCUMENT))
 # What can be wrong in ways that a JSON Schema can't tell: schemas, grammars, JSON in a string, 0.0 as a token's id,
 # prompts over the context; of Anthropic's messages the last one's role, and the ids of calls.
 UNKNOWABLE = ("response_format", "text.format", "tools", "arguments", "prompt", "context")
