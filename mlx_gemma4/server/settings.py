@@ -56,7 +56,7 @@ def seconds(value: float | str) -> float:
     """Return the seconds of "10m", "1h30m" or a number of them; negative is endless. Raises ValueError."""
     if isinstance(value, str) and not re.fullmatch(r"-?[\d.]+", value, re.ASCII):
         parts = re.findall(r"([\d.]+)(ms|h|m|s)", value, re.ASCII)
-        if "".join(map("".join, parts)) != value.removeprefix("-"):
+        if not parts or "".join(map("".join, parts)) != value.removeprefix("-"):
             raise ValueError("be a length of time such as 10m, 1h30m or 0, or -1 for ever")
         units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
         value = sum(float(n) * units[unit] for n, unit in parts) * (-1 if value[0] == "-" else 1)

@@ -185,10 +185,14 @@ def test_debug_shows_the_traceback() -> None:
 
 
 def test_every_command_helps_and_debugs() -> None:
-    for name, command in main.commands.items():
+    groups = [(name, one) for name, one in main.commands.items() if isinstance(one, click.Group)]
+    inner = [([name, sub], one) for name, group in groups for sub, one in group.commands.items()]
+    assert [words for words, _ in inner] == [["hosts", "check"]]
+    for words, command in [*(([name], one) for name, one in main.commands.items()), *inner]:
         flags = {flag for option in command.params for flag in option.opts}
-        assert name == "completion" or {"--verbose", "--debug"} <= flags
-        shown = click.testing.CliRunner().invoke(main, [name, "--help"]).stdout
+        if not (command.hidden or isinstance(command, click.Group) or words == ["completion"]):
+            assert {"--verbose", "--debug"} <= flags, words
+        shown = click.testing.CliRunner().invoke(main, [*words, "--help"]).stdout
         assert "Usage" in shown
         assert (command.help or "").split()[0] in shown
 
@@ -318,7 +322,7 @@ def test_wrong_flag_of_replies(flags: list[str], says: str, tmp_path: Path) -> N
 def test_loading_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """On a terminal, after a second: bytes, then kernels; the line is gone at the end."""
 
-    def load(path: Any, *, progress: Any, preparing: Any, room: Any) -> str:
+    def load(path: Any, *, progress: Any, preparing: Any, **_: Any) -> str:
         progress(10**9, 4 * 10**9)
         preparing(3, 80)
         return "model"
@@ -328,7 +332,7 @@ def test_loading_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(options.time, "monotonic", lambda: next(seconds))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    lm, _ = options.load_with_progress(str(MODEL), "full")
+    lm, _ = options.load_with_progress(str(MODEL), "full", draft_max=0)
     assert lm == "model"
     shown = capsys.readouterr().err
     assert "\rLoading 1.0 of 4.0 GB\x1b[K\rPreparing kernels: 3 of 80\x1b[K" in shown
