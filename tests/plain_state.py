@@ -55,6 +55,7 @@ def small_model(kind: str, window: int, layout: SegmentLayout) -> SmallModel:
     base = _loaded(kind)
     model = SmallModel(replace(base.config, window=window, context=1 << 17), base.weights)
     model.layout = layout
+    model._numpy_step = None  # a plain state knows the forward pass in stock operations alone
     return model
 
 

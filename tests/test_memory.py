@@ -16,7 +16,7 @@ from mlx_gemma4 import memory
 from mlx_gemma4.config import Config
 from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.errors import InputError, NoRoom
-from mlx_gemma4.generation import loop
+from mlx_gemma4.generation import prompt
 from mlx_gemma4.memory import MemoryPlan, Room, make_plan
 from mlx_gemma4.model import costs
 from mlx_gemma4.model.model import Model
@@ -96,7 +96,7 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(memory, "vm_pages", lambda: pages or {})
         for module in (memory, costs):
             monkeypatch.setattr(module, "on_cpu", lambda: False)
-        for module in (memory, costs, loop):
+        for module in (memory, costs, prompt):
             monkeypatch.setattr(module, "on_metal", lambda: True)
         monkeypatch.setattr(costs, "this_gpu", lambda: MAC)
         monkeypatch.setattr(mx, "get_active_memory", lambda: 0)
@@ -257,10 +257,10 @@ def test_a_prompt_is_read_as_memory_allows(lm: Any, mac: Callable[..., None]) ->
     for chunk in (1024, 128):
         limit = needs.reading(500, "full", chunk) + grown
         model = Model(lm.config, lm.model.weights, None, MemoryPlan("packed", 0, 0, limit=limit))
-        assert loop.fitting_chunk(model, state, 500) == chunk
+        assert prompt.fitting_chunk(model, state, 500) == chunk
     model = Model(lm.config, lm.model.weights, None, MemoryPlan("packed", 0, 0, limit=limit - 1))
     with pytest.raises(NoRoom, match="a conversation of 500 tokens"):
-        loop.fitting_chunk(model, state, 500)
+        prompt.fitting_chunk(model, state, 500)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -17,7 +17,6 @@ from mlx_gemma4.errors import InputError
 from mlx_gemma4.generation.prefix import PrefixCache
 from mlx_gemma4.kv.segments import SegmentLayout
 from mlx_gemma4.kv.state import KVState, total_nbytes
-from mlx_gemma4.model import model as model_module
 
 pytestmark = pytest.mark.slow
 
@@ -199,9 +198,7 @@ SAVED: list[Path] = []
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_operations_equal_a_fresh_reading(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The plain state knows the forward pass in stock operations alone.
-    monkeypatch.setattr(model_module, "numpy_steps", lambda _: False)
+def test_random_operations_equal_a_fresh_reading(seed: int, tmp_path: Path) -> None:
     SAVED[:] = [tmp_path / "state"]
     States.steps = States.wraps = States.refusals = States.reuses = 0
     run_state_machine_as_test(

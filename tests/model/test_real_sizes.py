@@ -113,7 +113,7 @@ def test_experts_of_a_prompt_are_two_launches(packed: bool, monkeypatch: pytest.
     model = lazy_model("26B-A4B", Kernels(launcher, strict=True), packed)
     mx.eval(mx.zeros(1))
     before = mx.get_active_memory()
-    y = forward.mlp_and_experts(model.loaded, model.weights.layers[0], mx.zeros((2048, 2816)))
+    y = forward.mlp_and_experts(model.loaded, 0, model.weights.layers[0], mx.zeros((2048, 2816)))
     assert y.shape == (2048, 2816)
     assert made == {"halve": 2, "grouped": 2}
     assert mx.get_active_memory() - before < 2048 * 2816

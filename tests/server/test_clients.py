@@ -223,7 +223,7 @@ def test_other_items_and_tools_of_responses(http: httpx.Client) -> None:
     tools = [{"type": kind, "name": "x"} for kind in ("web_search", "custom", "namespace", "local_shell", "mcp")]
     body = {"input": OTHER_ITEMS, "tools": [{"type": "function", **CALLED}, *tools], "max_output_tokens": 3}
     assert http.post(RESPONSES, json=body).status_code == 200
-    read = responses._messages(fields.parse(responses.ResponsesRequest, body))
+    read = responses._messages(fields.parse(responses.ResponsesRequest, body), [])
     assert [call["function"]["name"] for call in read[0]["tool_calls"]] == ["apply_patch"]
     assert read[1]["name"] == "apply_patch" and read[1]["content"] == "ok"
 
