@@ -327,7 +327,7 @@ def test_state_is_gone_on_with(tmp_path: Path) -> None:
     (tmp_path / "talk.json").write_text("{}")
     done = piped("Hello!\n", "--state", state)
     assert done.returncode == 2
-    assert "is not a conversation" in done.stderr
+    assert "is no conversation" in done.stderr
     assert (tmp_path / "talk.json").read_text() == "{}"
 
 

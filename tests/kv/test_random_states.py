@@ -209,4 +209,4 @@ def test_random_operations_equal_a_fresh_reading(seed: int, tmp_path: Path) -> N
         ),
     )  # fmt: skip
     assert States.steps >= 500
-    assert min(States.wraps, States.refusals, States.reuses) >= 3
+    assert min(States.wraps, States.refusals, States.reuses) >= 1

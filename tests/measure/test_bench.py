@@ -252,7 +252,7 @@ def test_report_tells_the_machine_and_not_whose(tmp_path: Path) -> None:
         (["--depths", "600"], "--depths 600: with 4 tokens more, past the model's context of 512"),
         (["--prompt-sizes", "512"], "--prompt-sizes 512"),
         (["--vs", "/nowhere/llama-bench"], "--vs /nowhere/llama-bench: no such program"),
-        (["--json", "/nowhere/out.json"], "--json /nowhere/out.json: there is no such folder"),
+        (["--json", "/nowhere/out.json"], "/nowhere/out.json: can't be saved: there is no folder /nowhere"),
         (["--model", "nowhere.gguf"], "nowhere.gguf: no such file"),
     ],
 )

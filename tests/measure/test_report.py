@@ -144,4 +144,4 @@ def test_the_command_says_where_the_report_is(tmp_path: Path, monkeypatch: pytes
 def test_a_report_that_cannot_be_written_costs_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verdict, "run_check", lambda *_: math.nan)
     done = CliRunner().invoke(main, ["doctor", "--report", str(tmp_path / "no" / "report.json")])
-    assert done.exit_code != 0 and "can't be written" in done.stderr
+    assert done.exit_code != 0 and "can't be saved" in done.stderr
