@@ -98,6 +98,7 @@ class CountRequest(Body):
     """The body of /v1/messages/count_tokens. Any `model` will do."""
 
     ignored = ("metadata", "service_tier", "cache_control", "user_profile_id", "inference_geo", "context_management")
+    unsupported = ("thread",)  # a conversation that the server keeps
     model: str
     system: str | Annotated[fields.Items[TextBlock], fields.readable("text")] | None = None
     messages: Annotated[

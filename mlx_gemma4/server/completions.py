@@ -33,7 +33,7 @@ from .fields import Body, wrong
 from .forms import Form, read_form
 from .wire import json_response, sse
 
-_UNSUPPORTED = ("audio", "functions", "function_call", "prediction", "web_search_options")
+_UNSUPPORTED = ("audio", "functions", "function_call", "web_search_options")
 _DONE = b"data: [DONE]\n\n"
 
 
