@@ -171,7 +171,7 @@ def read_request(body: MessagesRequest, lm: LanguageModel, think_budget: int | N
         think_budget=think_budget if budget is None else budget,
         tools=tools,
         tool_choice=choice,
-        **_form(body).options,
+        **_form(body).beside(choice).options,
     )
     messages = read_messages(body)
     return GenerationRequest(messages, replace(options, go_on=_begun(messages)), one_call)
