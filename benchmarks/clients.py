@@ -9,7 +9,6 @@ In: the clients that are installed (or those named), and a server of the built-i
 says where one is. Out: a table of what came. The built-in model calls no tool by itself, so a call is required, and the
 tool's result is sent back where the client says how. Checked: a stream has several pieces and is, put together, the
 text of a whole reply (both greedy); calls and forms keep to their schemas. Exit status 1 where something did not.
-The tests of tests/server run `openai`, `anthropic` and `ollama` themselves.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,7 +62,7 @@ class Came:
     version: str
     reply: str = ""
     again: list[str] = field(default_factory=list)  # the reply by other ways
-    stream: list[str] = field(default_factory=list)
+    stream: list[str | None] = field(default_factory=list)
     tools: list[tuple[str, Any]] | None = field(default_factory=list)  # name and arguments; None: it can't require one
     after: str | None = None  # the reply to the tool's result
     forms: list[Any] = field(default_factory=list)
@@ -71,21 +70,18 @@ class Came:
     def row(self) -> list[str]:
         """Say what came of each; "-" is a failure."""
         for name, arguments in self.tools or []:
-            {"weather": Weather, "story": Story}[name].model_validate(arguments)
+            (Weather if name == "weather" else Story).model_validate(arguments)
         for form in self.forms:
             Story.model_validate(form)
-        same = {"".join(self.stream), *self.again} == {self.reply}
+        stream = [text for text in self.stream if text]
+        same = {"".join(stream), *self.again} == {self.reply}
         called = "yes" if self.after is None else "yes, and its result"
         return [
             "yes" if self.reply.strip() else "-",
-            f"{len(self.stream)} pieces" if len(self.stream) > 2 and same else "-",
+            f"{len(stream)} pieces" if len(stream) > 2 and same else "-",
             "offered" if self.tools is None else called if self.tools and self.after != "" else "-",
             "yes" if self.forms else "-",
         ]
-
-
-def pieces(texts: Iterable[str | None]) -> list[str]:
-    return [text for text in texts if text]
 
 
 def litellm(url: str, came: Came) -> None:
@@ -97,7 +93,7 @@ def litellm(url: str, came: Came) -> None:
     for provider in ("anthropic", "ollama_chat"):
         other = {**local, "model": f"{provider}/{MODEL}", "api_base": url}
         came.again.append(completion(**other, **FEW).choices[0].message.content)
-    came.stream = pieces(chunk.choices[0].delta.content for chunk in completion(**local, **FEW, stream=True))
+    came.stream = [chunk.choices[0].delta.content for chunk in completion(**local, **FEW, stream=True)]
     made = completion(**local, tools=TOOLS, tool_choice=CALL, **MORE)
     (call,) = made.choices[0].message.tool_calls
     came.tools = [(call.function.name, json.loads(call.function.arguments))]
@@ -114,16 +110,15 @@ def langchain_openai(url: str, came: Came) -> None:
 
 
 def langchain_anthropic(url: str, came: Came) -> None:
-    langchain(
-        partial(import_module("langchain_anthropic").ChatAnthropic, model=MODEL, base_url=url, api_key="none"), came
-    )
+    chat = import_module("langchain_anthropic").ChatAnthropic
+    langchain(partial(chat, model=MODEL, base_url=url, api_key="none"), came)
 
 
 def langchain(chat: Callable[..., Any], came: Came) -> None:
     """What all chat models of LangChain's do."""
     messages, few, more = import_module("langchain_core.messages"), chat(**FEW), chat(**MORE)
     came.reply = few.invoke(PROMPT).text
-    came.stream = pieces(chunk.text for chunk in few.stream(PROMPT))
+    came.stream = [chunk.text for chunk in few.stream(PROMPT)]
     said = more.bind_tools(TOOLS, tool_choice="weather").invoke(PROMPT)
     came.tools = [(call["name"], call["args"]) for call in said.tool_calls]
     result = messages.ToolMessage("Rain.", tool_call_id=said.tool_calls[0]["id"])
@@ -135,13 +130,14 @@ def instructor(url: str, came: Came) -> None:
     module = import_module("instructor")
     client = import_module("openai").OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     given = {"model": MODEL, "messages": ASK, "max_retries": 0}
-    by_tool = module.from_openai(client, mode=module.Mode.TOOLS)
-    by_schema = module.from_openai(client, mode=module.Mode.JSON_SCHEMA)
+    kinds = module.Mode.TOOLS, module.Mode.RESPONSES_TOOLS, module.Mode.JSON_SCHEMA
+    by_tool, by_responses, by_schema = (module.from_openai(client, mode=kind) for kind in kinds)
     plain = by_tool.create(response_model=None, **given, **FEW)
     came.reply = plain.choices[0].message.content
     chunks = by_tool.create(response_model=None, stream=True, **given, **FEW)
-    came.stream = pieces(chunk.choices[0].delta.content for chunk in chunks if chunk.choices)
+    came.stream = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices]
     came.tools = [("weather", by_tool.create(response_model=Weather, **given, **MORE))]
+    came.tools += [("weather", by_responses.create(response_model=Weather, **given, **MORE))]
     came.forms = [by_schema.create(response_model=Story, **given, **MORE)]
     came.forms += list(by_tool.create_partial(response_model=Story, **given, **MORE))[-1:]
 
@@ -154,7 +150,7 @@ def pydantic_ai_slim(url: str, came: Came) -> None:
     came.reply = plain.run_sync(PROMPT).output
     responses = models.OpenAIResponsesModel(MODEL, provider=provider)
     came.again = [module.Agent(responses, model_settings=FEW).run_sync(PROMPT).output]
-    came.stream = pieces(plain.run_stream_sync(PROMPT).stream_text(delta=True, debounce_by=None))
+    came.stream = list(plain.run_stream_sync(PROMPT).stream_text(delta=True, debounce_by=None))
     output = module.ToolOutput(Story, name="story")
     came.tools = [("story", module.Agent(model, output_type=output, model_settings=MORE).run_sync(PROMPT).output)]
     native = module.NativeOutput(Story)
@@ -168,7 +164,7 @@ def llama_index(url: str, came: Came) -> None:
     ask = [message(role="user", content=PROMPT)]
     came.reply = few.chat(ask).message.content
     came.again = [few.complete(PROMPT).text]
-    came.stream = pieces(part.delta for part in few.stream_chat(ask))
+    came.stream = [part.delta for part in few.stream_chat(ask)]
     functions = import_module("llama_index.core.tools").FunctionTool
     tool = functions.from_defaults(lambda city: "Rain.", name="weather", fn_schema=Weather)
     said = more.chat_with_tools([tool], chat_history=ask, tool_required=True)
@@ -183,14 +179,14 @@ def llama_index(url: str, came: Came) -> None:
 def llm(url: str, came: Came) -> None:
     """`llm` with its extra-openai-models.yaml. It can't require a call: a tool is offered, and the reply is text."""
     with tempfile.TemporaryDirectory() as folder:
-        extra = {"model_id": "gemma", "model_name": MODEL, "api_base": f"{url}/v1"}
+        extra: dict[str, Any] = {"model_id": "gemma", "model_name": MODEL, "api_base": f"{url}/v1"}
         extra |= {"supports_tools": True, "supports_schema": True}
         Path(folder, "extra-openai-models.yaml").write_text(json.dumps([extra]))  # JSON is YAML
         os.environ["LLM_USER_PATH"] = folder
         module = import_module("llm")
         model = module.get_model("gemma")
         came.reply = model.prompt(PROMPT, stream=False, **FEW).text()
-        came.stream = pieces(model.prompt(PROMPT, **FEW))
+        came.stream = list(model.prompt(PROMPT, **FEW))
         command = [sys.executable, "-m", "llm", "-m", "gemma", "-n", "-o", "max_tokens", "24", "-o", "temperature", "0"]
         came.again = [subprocess.check_output([*command, PROMPT], text=True).removesuffix("\n")]
         weather = module.Tool(name="weather", input_schema=PARAMETERS, implementation=lambda city: "Rain.")
