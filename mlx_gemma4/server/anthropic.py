@@ -98,6 +98,7 @@ class CountRequest(Body):
     """The body of /v1/messages/count_tokens. Any `model` will do."""
 
     ignored = ("metadata", "service_tier", "cache_control", "user_profile_id", "inference_geo", "context_management")
+    unsupported = ("thread",)  # a conversation that the server keeps
     model: str
     system: str | Annotated[fields.Items[TextBlock], fields.readable("text")] | None = None
     messages: Annotated[
@@ -170,7 +171,7 @@ def read_request(body: MessagesRequest, lm: LanguageModel, think_budget: int | N
         think_budget=think_budget if budget is None else budget,
         tools=tools,
         tool_choice=choice,
-        **_form(body).options,
+        **_form(body).beside(choice).options,
     )
     messages = read_messages(body)
     return GenerationRequest(messages, replace(options, go_on=_begun(messages)), one_call)

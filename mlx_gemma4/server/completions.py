@@ -33,7 +33,7 @@ from .fields import Body, wrong
 from .forms import Form, read_form
 from .wire import json_response, sse
 
-_UNSUPPORTED = ("audio", "functions", "function_call", "prediction", "web_search_options")
+_UNSUPPORTED = ("audio", "functions", "function_call", "web_search_options")
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -158,7 +158,7 @@ def read_chat(body: ChatRequest, engine: Engine) -> tuple[list[dict[str, Any]], 
         raise wrong("modalities", "other than text aren't supported", "unsupported_value")
     tools = read_functions(body.tools, engine.lm)
     choice, tools = read.read_tool_choice(body.tool_choice, tools)
-    form = read_form(body, "response_format", body.response_format)
+    form = read_form(body, "response_format", body.response_format).beside(choice)
     options = ReplyOptions(
         tools=tools,
         tool_choice=choice,

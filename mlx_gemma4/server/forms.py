@@ -17,6 +17,10 @@ class Form(NamedTuple):
     path: str
     options: dict[str, Any]  # at most one, of ReplyOptions
 
+    def beside(self, choice: str) -> "Form":
+        """What is left of it beside a choice of tools: it is the text's, and a reply that must call has none."""
+        return self if choice in ("auto", "none") else Form(self.path, {})
+
 
 _ALONE = ("json", "choice", "pattern", "json_object")  # names that say little outside of them
 _SOUNDS = re.compile(

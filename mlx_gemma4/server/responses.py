@@ -138,7 +138,7 @@ async def responses(body: ResponsesRequest, engine: Engine) -> ASGIApp:
     """Respond to a conversation."""
     tools = read.read_tools({f"tools[{i}]": tool for i, tool in enumerate(body.tools or ())}, engine.lm)
     choice, tools = read.read_tool_choice(body.tool_choice, tools)
-    form = read_form(body, "text.format", body.text.format if body.text else None)
+    form = read_form(body, "text.format", body.text.format if body.text else None).beside(choice)
     max_tokens = body.max_output_tokens or body.max_completion_tokens or body.max_tokens
     options = ReplyOptions(
         max_tokens=max_tokens or engine.settings.max_tokens,

@@ -63,11 +63,10 @@ def for_clients(error: BaseException, path: str) -> tuple[ApiError, dict[str, An
         if found.status == 503:  # shutting down: 529 is what these clients know
             found = ApiError(529, found.message, wait=found.wait)
         kind = _ANTHROPIC_KINDS.get(found.status, other or "api_error")
-        return found, {
-            "type": "error",
-            "error": {"type": kind, "message": found.message},
-            "request_id": request_id.get(),
-        }
+        told: dict[str, Any] = {"type": kind, "message": found.message}
+        if found.param == "thread":  # their tool runners then send the whole conversation each time
+            told["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+        return found, {"type": "error", "error": told, "request_id": request_id.get()}
     kind = _OPENAI_KINDS.get(found.status, other or "server_error")
     body = {"message": found.message, "type": kind, "param": found.param, "code": found.code}
     return found, {"error": body}

@@ -6,7 +6,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import httpx
@@ -153,6 +153,31 @@ def test_any_tool(client: anthropic.Anthropic) -> None:
     choice = {"type": "any", "disable_parallel_tool_use": True}
     message = create(client, tools=[WEATHER, CLOCK], tool_choice=choice, max_tokens=80)
     assert message.stop_reason == "tool_use" and [block.type for block in message.content] == ["tool_use"]
+
+
+def test_a_runner_of_tools_sends_the_whole_conversation(
+    client: anthropic.Anthropic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Newer clients ask for a thread, which is refused in the way after which they do without."""
+    read: list[list[dict[str, Any]]] = []
+    monkeypatch.setattr(
+        "mlx_gemma4.server.anthropic.read_messages", lambda body: read.append(read_messages(body)) or read[-1]
+    )
+
+    @anthropic.beta_tool
+    def fetch(unit: Literal["C", "F"]) -> str:
+        """Fetch."""
+        return f"Rain, {unit}"
+
+    choice: Any = {"type": "tool", "name": "fetch", "disable_parallel_tool_use": True}
+    given: dict[str, Any] = {"model": "any", "max_tokens": 40, "messages": ASK, "max_iterations": 2}
+    client.beta.messages.tool_runner(**given, tools=[fetch], tool_choice=choice).until_done()
+    assert [[message["role"] for message in messages] for messages in read] == [["user"], ["user", "assistant", "tool"]]
+    assert read[-1][-1]["content"].startswith("Rain")
+    with pytest.raises(anthropic.BadRequestError, match="thread isn't supported") as refused:
+        create(client, extra_body={"thread": {"type": "continue", "previous_message_id": "msg_1"}})
+    details = json.loads(refused.value.response.text)["error"]["details"]
+    assert details == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
 
 
 # What is asked for

@@ -424,3 +424,36 @@ def test_a_program_can_work(http: httpx.Client, caplog: pytest.LogCaptureFixture
             lines = streamed(http, request["path"], body)
         assert any(line.startswith("data: ") for line in lines) and not any('"error":{' in line for line in lines)
     assert not [record for record in caplog.records if "Ignored" in record.getMessage()]
+
+
+@pytest.mark.parametrize("path", [CHAT, RESPONSES, MESSAGES])
+def test_a_form_beside_a_call_that_is_required_is_for_text_which_there_is_none_of(
+    http: httpx.Client, path: str
+) -> None:
+    """Instructor's responses and agents with an output schema ask for both."""
+    schema, few = {"name": "story", "schema": WANT}, {"type": "object", "properties": {"cmd": {"enum": ["ls"]}}}
+    run = {"name": "run", "parameters": {**few, "required": ["cmd"]}}
+    more: dict[str, Any] = {
+        CHAT: {
+            "tools": [{"type": "function", "function": run}],
+            "tool_choice": "required",
+            "response_format": {"type": "json_schema", "json_schema": schema},
+        },
+        RESPONSES: {
+            "tools": [{"type": "function", **run}],
+            "tool_choice": {"type": "function", "name": "run"},
+            "text": {"format": {"type": "json_schema", **schema}},
+        },
+        MESSAGES: {
+            "tools": [{"name": "run", "input_schema": run["parameters"]}],
+            "tool_choice": {"type": "any"},
+            "output_config": {"format": {"type": "json_schema", "schema": WANT}},
+        },
+    }[path]
+    more |= {} if path == MESSAGES else {"parallel_tool_calls": False}
+    reply = http.post(path, json=body_of(path, **more))
+    assert reply.status_code == 200 and re.search(r'"cmd\\?": ?\\?"ls', reply.text)
+    free = http.post(
+        path, json=body_of(path, **{**more, "tool_choice": {"type": "none"} if path == MESSAGES else "none"})
+    )
+    assert WANT["properties"]["a"]["const"] in text_of(path, free.json())  # without a call, the form holds

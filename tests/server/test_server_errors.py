@@ -140,11 +140,6 @@ def test_other_endpoints_name_fields_too(http: httpx.Client, path: str, body: di
     error(http.post(path, json=body), 400, param)
 
 
-def test_fields_that_cannot_be_together(http: httpx.Client) -> None:
-    both = {**ASK, "tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}}
-    error(http.post(CHAT, json=both), 400, "tool_choice")
-
-
 def test_the_clients_exceptions(server: Serving) -> None:
     client = OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
     with pytest.raises(openai.BadRequestError) as caught:
