@@ -89,6 +89,12 @@ class ReplyOptions:
         return [str((tool.get("function") or tool).get("name")) for tool in self.tools]
 
     @property
+    def calls_kept(self) -> bool:
+        """True if calls that the model makes by itself must keep to their schemas: a tool has `"strict": true`."""
+        functions = (tool.get("function", tool) for tool in self.tools)
+        return self.tool_choice == "auto" and any(function.get("strict") is True for function in functions)
+
+    @property
     def calls_forced(self) -> bool:
         """True if the reply must be a tool call."""
         return self.tool_choice not in ("auto", "none")
@@ -418,7 +424,8 @@ def _cut(stops: StopStrings, events: list[Event], *, last: bool = False) -> list
 
 def _constraint(lm: LanguageModel, options: ReplyOptions, thinking: bool) -> Constraint | None:
     """Return the form that the options ask of the reply, if any. `thinking`: the prompt ends inside a thought."""
-    if not options.calls_forced and options.schema is None and options.regex is None and options.grammar is None:
+    about_calls = options.calls_forced or options.calls_kept
+    if not about_calls and options.schema is None and options.regex is None and options.grammar is None:
         return None
     from ..grammar import grammar  # llguidance takes 0.3 s to import
 

@@ -80,7 +80,7 @@ def read_tools(given: Mapping[str, fields.Function | None], lm: LanguageModel) -
             raise wrong(f"{path}.name", f"{tool.name!r} is the name of another tool too")
         parameters = {"type": "object", "properties": {}} if tool.parameters is None else tool.parameters
         function = {"name": tool.name, "description": tool.description or "", "parameters": parameters}
-        made[tool.name] = {"type": "function", "function": function}
+        made[tool.name] = {"type": "function", "function": function | ({"strict": True} if tool.strict else {})}
     return tuple(made.values())
 
 

@@ -16,6 +16,7 @@ import pytest
 from serving import Serving, endless, serving, settled, started
 
 from mlx_gemma4.conversation.language_model import LanguageModel
+from mlx_gemma4.grammar import grammar
 from mlx_gemma4.server import completions, fields, forms, responses
 from mlx_gemma4.server.settings import Settings
 
@@ -457,3 +458,23 @@ def test_a_form_beside_a_call_that_is_required_is_for_text_which_there_is_none_o
         path, json=body_of(path, **{**more, "tool_choice": {"type": "none"} if path == MESSAGES else "none"})
     )
     assert WANT["properties"]["a"]["const"] in text_of(path, free.json())  # without a call, the form holds
+
+
+@pytest.mark.parametrize("path", [CHAT, RESPONSES, MESSAGES, "/api/chat"])
+@pytest.mark.parametrize("strict", [True, False, None])
+def test_calls_of_strict_tools_keep_to_their_schemas(
+    http: httpx.Client, path: str, strict: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that the model makes by itself, too; of other tools only those that are asked for."""
+    choices: list[str] = []
+    made = grammar.tool_calls
+    monkeypatch.setattr(grammar, "tool_calls", lambda *a, **k: choices.append(a[2]) or made(*a, **k))
+    given = {key: value for key, value in {**CALLED, "strict": strict}.items() if value is not None}
+    tool = {
+        RESPONSES: {"type": "function", **given},
+        MESSAGES: {"input_schema": given["parameters"], **{k: v for k, v in given.items() if k != "parameters"}},
+    }.get(path, {"type": "function", "function": given})
+    body = {"messages": [USER], "stream": False, "options": {"num_predict": 8}, "model": "demo"}
+    body = body if path == "/api/chat" else body_of(path)
+    assert http.post(path, json={**body, "tools": [tool]}).status_code == 200
+    assert choices == (["auto"] if strict else [])
