@@ -129,6 +129,7 @@ def draft_options(command: Command) -> Command:
         "--draft",
         metavar="FILE",
         default="auto",
+        show_default=False,
         expose_value=False,
         callback=lambda context, _, value: context.meta.update({DRAFT: value}),
         shell_complete=complete_file,
