@@ -34,7 +34,7 @@ from .batch import Batcher, check_batch, stock_step
 from .costs import largest_chunk
 from .decode import MAX_CHECKED, can_step, make_step
 from .forward import head, logits_of, rope_wavelengths, run_layers
-from .numpy_step import make_numpy_step, numpy_steps
+from .numpy_step import NumpyStep, numpy_steps
 from .replay import Replayer
 from .step import BatchStep, LazyBatchStep, LazyStep, NextToken, Step, Tokens, ids_of, known_tokens, tokens_as_array
 from .weights import Loaded, Weights
@@ -77,7 +77,7 @@ class Model:
         )
         self._step = make_step(self.loaded, kernels) if kernels else None
         plain = not kernels and on_cpu() and part is None  # a part's sums are forward.py's
-        self._numpy_step = make_numpy_step(self.loaded) if plain else None
+        self._numpy_step = NumpyStep(self.loaded) if plain else None
         replayable = kernels and kernels.player and can_step(config, 1) and part is None
         self.replayer = Replayer(self.loaded, kernels) if kernels and replayable else None
 
@@ -227,8 +227,8 @@ class Model:
             draws = draws or [LIKELIEST] * len(states)
             if self.batcher:
                 step = self.batcher.start(tokens, states, draws)
-            elif self._numpy_step and numpy_steps(states):
-                step = LazyBatchStep(self._numpy_step(known_tokens(tokens), states)[0], draws)
+            elif numpy := self._numpy(states):
+                step = LazyBatchStep(numpy.run(known_tokens(tokens), states)[0], draws)
             else:
                 logits = stock_step(self.loaded, tokens_as_array(tokens), states)
                 step = LazyBatchStep(logits, draws, None, self.part)
@@ -278,8 +278,8 @@ class Model:
 
     def _one(self, token: int, state: KVState) -> tuple[mx.array, mx.array]:
         """Return logits after a token, [1, vocab] (of a part, those of its rows), and the head's input, [1, hidden]."""
-        if self._numpy_step and numpy_steps([state]):
-            return self._numpy_step([token], [state])
+        if numpy := self._numpy([state]):
+            return numpy.run([token], [state])
         x = run_layers(self.loaded, mx.array([token]), [state], 1)
         if self.part:
             mx.async_eval(x, state.arrays)
@@ -290,8 +290,10 @@ class Model:
         """Read tokens, int [T], into the state without their logits: only keys and values are made."""
         with execution() as outermost:
             state.check_room(ids.size)
-            logits = self._stepped(ids, state)
-            if logits is None:
+            logits = None
+            if ids.size == 1 and (numpy := self._numpy([state])):
+                numpy.read([int(ids)], [state], wanted=False)
+            elif (logits := self._stepped(ids, state)) is None:
                 run_layers(self.loaded, ids, [state], 0)
             if outermost or self.part:  # a step's logits are not computed, but where its residual has to go on
                 mx.async_eval([] if logits is None or not self.part else logits, state.arrays)
@@ -309,9 +311,13 @@ class Model:
         """Return logits of all tokens, read in one step; None: no step takes them."""
         if self._step and can_step(self.config, ids.size) and state.fits_tail(ids.size):
             return self._step(ids, state)[0]
-        if self._numpy_step and ids.size == 1 and numpy_steps([state]):
-            return self._numpy_step([int(ids)], [state])[0]
+        if ids.size == 1 and (numpy := self._numpy([state])):
+            return numpy.run([int(ids)], [state])[0]
         return None
+
+    def _numpy(self, states: Sequence[KVState]) -> NumpyStep | None:
+        """Return what steps these states in numpy; None: another way does."""
+        return self._numpy_step if self._numpy_step and numpy_steps(states) else None
 
 
 def estimate_key_means(model: Model) -> dict[int, mx.array]:

@@ -9,7 +9,7 @@ so weights, keys and values are read where they lie. Weights that stayed packed,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -30,16 +30,8 @@ def numpy_steps(states: Sequence[KVState]) -> bool:
     return all(state.kv == "full" and state.dtype == mx.float32 for state in states)
 
 
-def make_numpy_step(model: Loaded) -> Callable[[Sequence[int], Sequence[KVState]], tuple[mx.array, mx.array]]:
-    """Return the function that reads a token into each of B states that `numpy_steps` takes.
-
-    It returns logits, fp32 [B, vocab], and hidden states after the last norm, fp32 [B, hidden].
-    """
-    return _NumpyStep(model).run
-
-
-class _NumpyStep:
-    """A model's fp32 weights as numpy sees them."""
+class NumpyStep:
+    """A model's fp32 weights as numpy sees them, and the step."""
 
     def __init__(self, model: Loaded) -> None:
         self.model, self.config = model, model.config
@@ -51,8 +43,24 @@ class _NumpyStep:
         self.frequencies = {kind: 1 / np.asarray(waves) for kind, waves in model.wavelengths.items()}
 
     def run(self, tokens: Sequence[int], states: Sequence[KVState]) -> tuple[mx.array, mx.array]:
+        """Read a token into each of B states that `numpy_steps` takes.
+
+        Returns:
+            Logits, fp32 [B, vocab], and hidden states after the last norm, fp32 [B, hidden].
+        """
+        hidden = self.norm(self.read(tokens, states), self.model.weights.output_norm)
+        logits, cap = self.product(hidden, self.model.weights.output), np.float32(self.config.softcap)
+        if cap:
+            logits = np.tanh(logits / cap) * cap
+        return mx.array(logits), mx.array(hidden)
+
+    def read(self, tokens: Sequence[int], states: Sequence[KVState], wanted: bool = True) -> np.ndarray:
+        """Read the tokens; return their hidden states before the last norm, [B, hidden].
+
+        Not `wanted`: only keys and values are, and the layers after the last that makes some are left out.
+        """
         c, w, layers = self.config, self.model.weights, [state.layers for state in states]
-        x = self.rows(w.token_embd, tokens) * np.float32(math.sqrt(c.hidden))  # [B, hidden]
+        x: np.ndarray = self.rows(w.token_embd, tokens) * np.float32(math.sqrt(c.hidden))  # [B, hidden]
         per_layer = self.per_layer_inputs(tokens, x)
         positions = [state.length for state in states]
         turns = {kind: _turn(positions, waves) for kind, waves in self.frequencies.items()}
@@ -66,6 +74,8 @@ class _NumpyStep:
                     window = c.window if shape.sliding else None
                     layers[n][i] = _appended(layers[n][i], k[n], v[n], state.layout, window)
                     state.stage(i, layers[n][i])
+            if i == c.own_kv_layers - 1 and not wanted:
+                break
             q = _rotate(self.norm(q, layer.attn_q_norm), turns[shape.sliding])
             h = np.stack([self.attention(q[n], kv[shape.kv_layer], shape) for n, kv in enumerate(layers)])
             x = x + self.norm(self.product(h, layer.attn_output), layer.post_attention_norm)
@@ -79,11 +89,7 @@ class _NumpyStep:
                 x = x * self.views[id(layer.layer_output_scale)]
         for token, state in zip(tokens, states, strict=True):
             state.advance(token)
-        hidden = self.norm(x, w.output_norm)
-        logits = self.product(hidden, w.output)
-        if c.softcap:
-            logits = np.tanh(logits / np.float32(c.softcap)) * np.float32(c.softcap)
-        return mx.array(logits), mx.array(hidden)
+        return x
 
     def norm(self, x: np.ndarray, weight: mx.array | None) -> np.ndarray:
         """`stock.rms_norm` over the last axis."""
