@@ -48,6 +48,11 @@ def host_stream() -> Any:
     return _stream(mx.DeviceType.cpu)
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def _turn() -> Iterator[None]:
     """Wait for the thread before in the queue, and hold a lock that the next one waits for.

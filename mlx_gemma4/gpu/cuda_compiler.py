@@ -26,6 +26,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..execution import cores
 from ..memory import device_info
 from ..paths import cache_folder, whole_file
 
@@ -139,7 +140,7 @@ def compile_all(texts: Mapping[str, str], done: Callable[[], None], threads: int
         done: called after each, in this thread.
         threads: that compile; None: one for each core that this process may use.
     """
-    pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(threads or cores())
     try:
         for _ in as_completed([pool.submit(_kept, text, name) for text, name in texts.items()]):
             done()

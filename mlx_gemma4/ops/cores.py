@@ -6,11 +6,12 @@ sleep. The command line keeps OpenBLAS to one thread; a program that imports num
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
+
+from ..execution import cores
 
 SHARED = 1 << 22  # multiplications from which on cores share a product
 PARTS = 4  # for each core: one that is busy with something else takes fewer
@@ -28,12 +29,6 @@ def product(x: np.ndarray, w: np.ndarray) -> np.ndarray:
 
     list(_pool().map(part, range(0, len(w), step)))
     return out
-
-
-@cache
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache

@@ -8,7 +8,6 @@ Blocks are transposed first, so that a row holds the same byte of very many bloc
 operation on such rows, at the speed of numpy's SIMD loops and outside the interpreter's lock.
 """
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from functools import cache
 
 import numpy as np
 import numpy.typing as npt
+
+from ..execution import cores
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -179,8 +180,7 @@ def rearrange(
 
 @cache
 def _threads() -> ThreadPoolExecutor:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ThreadPoolExecutor(min(cores, 8), thread_name_prefix="pack")
+    return ThreadPoolExecutor(min(cores(), 8), thread_name_prefix="pack")
 
 
 def in_threads(work: Callable[[int], None], starts: range) -> None:
