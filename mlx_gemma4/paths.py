@@ -91,6 +91,25 @@ def write_object(path: Path, value: dict[str, Any]) -> None:
         raise InputError(f"{path}: can't be written: {reason(error)}") from None
 
 
+def keep(file: Path, key: str, value: dict[str, Any], most: int) -> None:
+    """Write what was learned under a key into a file, behind the latest `most` - 1 other keys. Raises OSError."""
+    values = kept(file)
+    values.pop(key, None)
+    values = {**dict(list(values.items())[1 - most :]), key: value}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(file) as out:
+        out.write(json.dumps(values, indent=1).encode())
+
+
+def kept(file: Path) -> dict[str, Any]:
+    """Return what `keep` wrote, by key; {} where nothing can be read."""
+    try:
+        values = json.loads(file.read_text()) if file.is_file() else {}
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: nested too deeply
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """Return the object in a model's JSON file. Raises InputError."""
     check_source(path, "the folder of a whole model")

@@ -8,7 +8,6 @@ text of the kernels. A kernel that failed runs as its reference from then on. `l
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -34,7 +33,7 @@ from ..ops.cases import Check
 from ..ops.dispatch import REPLAY, Kernels
 from ..ops.op import OpKey
 from ..ops.tuning import Tiling, Tuning, row_of_this_gpu
-from ..paths import cache_folder, whole_file
+from ..paths import cache_folder, keep, kept
 from ..quant.formats import FORMATS
 
 log = logging.getLogger("mlx_gemma4")
@@ -103,7 +102,7 @@ def kernel_text() -> str:
 
 def recall() -> Verdict:
     """Return this machine's verdict; an empty one if there is none or it cannot be read."""
-    known: Any = _remembered(verdict_file).get(machine())
+    known = _remembered(verdict_file)
     try:
         return Verdict({str(key) for key in known["checked"]}, {str(k): str(v) for k, v in known["failed"].items()})
     except (TypeError, KeyError, AttributeError):
@@ -113,7 +112,7 @@ def recall() -> Verdict:
 def remember(verdict: Verdict) -> None:
     """Write a verdict for this machine. If the file cannot be written, the checks run again the next time."""
     try:
-        _remember(verdict_file, {"checked": sorted(verdict.checked), "failed": verdict.failed})
+        keep(verdict_file(), machine(), {"checked": sorted(verdict.checked), "failed": verdict.failed}, REMEMBERED)
     except OSError as error:
         log.info("The verdict on this machine's kernels can't be kept: %s", error)
 
@@ -125,7 +124,7 @@ def tuning_file() -> Path:
 def recall_tuning() -> Tuning | None:
     """Return this GPU's numbers as `remember_tuning` wrote them; None if it did not, or it cannot be read."""
     try:
-        known: Any = _remembered(tuning_file).get(machine())
+        known = _remembered(tuning_file)
         numbers: dict[str, Any] = {name: int(known[name]) for name in TUNED}
         named = [(*key.split(), Tiling(*numbers)) for key, numbers in known["tilings"].items()]
         tilings = {(f, int(n), int(k)): t for f, n, k, t in named if f in FORMATS and t.is_sound()}
@@ -138,25 +137,15 @@ def recall_tuning() -> Tuning | None:
 def remember_tuning(found: Tuning) -> None:
     """Write this GPU's numbers. Raises OSError, or RuntimeError: this user has no home folder."""
     tilings = {" ".join(map(str, key)): [t.lanes, t.rows, t.split, t.simdgroups] for key, t in found.tilings.items()}
-    _remember(tuning_file, {**{name: getattr(found, name) for name in TUNED}, "tilings": tilings})
+    keep(tuning_file(), machine(), {**{name: getattr(found, name) for name in TUNED}, "tilings": tilings}, REMEMBERED)
 
 
-def _remember(at: Callable[[], Path], value: dict[str, Any]) -> None:
-    """Write a value for this machine into a file, behind those of others."""
-    values, file = _remembered(at), at()
-    values.pop(machine(), None)
-    kept = {**dict(list(values.items())[1 - REMEMBERED :]), machine(): value}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as out:
-        out.write(json.dumps(kept, indent=1).encode())
-
-
-def _remembered(at: Callable[[], Path]) -> dict[str, Any]:
+def _remembered(at: Callable[[], Path]) -> Any:
+    """Return what is kept in a file for this machine; None: nothing."""
     try:
-        values = json.loads(at().read_text()) if at().is_file() else {}
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home; or nested too deeply
-        return {}
-    return values if isinstance(values, dict) else {}
+        return kept(at()).get(machine())
+    except RuntimeError:  # there is no home
+        return None
 
 
 # ---------------------------------------------------------------- checking

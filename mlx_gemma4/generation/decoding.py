@@ -175,12 +175,7 @@ class Decoding:
 
         The caller has the token while the device runs the step; then, under a constraint, the mask is made.
         """
-        sample = self.next_token()
-        try:
-            token = self.receive(sample)
-        except FAILURES as error:
-            sample = self.sample(self.again(error))
-            token = self.receive(sample)
+        sample, token = self.received()
         last = self.is_last(token)
         try:
             self.step = self.read(sample, last=last)
@@ -243,6 +238,15 @@ class Decoding:
         self.count(token)
         return token
 
+    def received(self) -> tuple[Sample, Token]:
+        """Receive the next token; return it, and what was chosen: anew where its evaluation has failed."""
+        sample = self.next_token()
+        try:
+            return sample, self.receive(sample)
+        except FAILURES as error:
+            sample = self.sample(self.again(error))
+            return sample, self.receive(sample)
+
     def count(self, token: Token) -> None:
         """Count a token that the host has received."""
         self.ids.append(token.id)
@@ -256,12 +260,7 @@ class Decoding:
 
     def _drafted(self, drafting: Drafting) -> Token:
         """Receive the next token, and start the step that reads it with drafts of those after it, if any are made."""
-        sample = self.next_token()
-        try:
-            token = self.receive(sample)
-        except FAILURES as error:
-            sample = self.sample(self.again(error))
-            token = self.receive(sample)
+        sample, token = self.received()
         self.chosen = self.step = None
         self.known, last = False, self.is_last(token)
         try:

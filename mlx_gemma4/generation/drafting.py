@@ -1,26 +1,25 @@
 """Drafts: guesses at the next tokens of a reply, which the model then checks in one step (`Model.check`).
 
 In: the tokens of a sequence. Out: tokens that may follow, as many as pay. `Lookup` guesses that what came before comes
-again; another `Drafter` may be a model. Knows nothing of text, and nothing of how a token is chosen: loop.py takes the
+again; a `Drafter` is a model. Knows nothing of text, and nothing of how a token is chosen: loop.py takes the
 tokens that it would have chosen, drafted or not, so drafts change how fast a reply comes and not what it says.
 docs/drafting.md says what is measured, what that promises, and where it ends.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
 from ..kv.state import KVState
 from ..model.decode import MAX_CHECKED
 from ..ops.sample import Draw
-from ..paths import whole_file
+from ..paths import keep, kept
 from .sampling import Sample, Sampler
 
 log = logging.getLogger("mlx_gemma4")
@@ -43,7 +42,7 @@ MODELS_KEPT = 32
 
 
 class Drafter(Protocol):
-    """Guesses the next tokens of one sequence at a time."""
+    """A model that guesses the next tokens of one sequence at a time."""
 
     @property
     def needs_hidden(self) -> bool:
@@ -70,9 +69,7 @@ class Drafter(Protocol):
 
 
 class Lookup:
-    """Finds where the latest tokens of a sequence came before. A `Drafter` of one sequence, which only grows."""
-
-    needs_hidden = False
+    """Finds where the latest tokens of a sequence came before. Serves one sequence, which only grows."""
 
     def __init__(self) -> None:
         self._latest: dict[tuple[int, ...], int] = {}  # NGRAM tokens -> where they last ended
@@ -98,15 +95,8 @@ class Lookup:
             place = self._before[place]
         return self.alike
 
-    def draft(
-        self,
-        tokens: Sequence[int],
-        state: KVState | None = None,
-        hidden: mx.array | None = None,
-        count: int = MOST,
-        draws: Sequence[Draw] = (),
-    ) -> list[int]:
-        """Return what followed the place that is most alike; what repeats without end, repeated."""
+    def draft(self, tokens: Sequence[int], count: int) -> list[int]:
+        """Return what followed the place that is most alike, `count` tokens; what repeats without end, repeated."""
         if not self.search(tokens):
             return []
         period = len(tokens) - self.place
@@ -200,7 +190,7 @@ class Drafts:
         """Begin with what is known there of this model and machine, and keep it up to date."""
         self._file, self._key = file, key
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            known = json.loads(file.read_text())[key]
+            known = kept(file)[key]
             seconds = {int(rows): float(s) for rows, s in known["seconds"].items()}
             accepted = {str(kind): [float(x) for x in shares] for kind, shares in known["accepted"].items()}
             shares = [x for kind in accepted.values() for x in kind]
@@ -212,17 +202,8 @@ class Drafts:
         self._unwritten = 0
         if self._file is None:
             return
-        values: Any = {}
-        with suppress(OSError, ValueError):
-            values = json.loads(self._file.read_text()) if self._file.is_file() else {}
-        values = values if isinstance(values, dict) else {}
-        values.pop(self._key, None)
-        values = dict(list(values.items())[1 - MODELS_KEPT :])
-        values[self._key] = {"seconds": self.seconds, "accepted": self.accepted}
         with suppress(OSError):
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(self._file) as out:
-                out.write(json.dumps(values, indent=1).encode())
+            keep(self._file, self._key, {"seconds": self.seconds, "accepted": self.accepted}, MODELS_KEPT)
 
 
 class Proposal(NamedTuple):
@@ -262,7 +243,7 @@ class Drafting:
             if hidden is None and drafter.needs_hidden:
                 return Proposal([], kind)
             return Proposal(drafter.draft(tokens, state, hidden, count, sampler.following(count)), kind)
-        return Proposal(self.lookup.draft(tokens, count=count), kind)
+        return Proposal(self.lookup.draft(tokens, count), kind)
 
     def _kind(self, tokens: Sequence[int]) -> str:
         """Return whose drafts are to be had: the model's, or those of repetition by how much is alike; "": none."""

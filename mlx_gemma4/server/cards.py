@@ -42,6 +42,10 @@ class Card:
         return hashlib.sha256(f"{self.path} {self.n_bytes} {self.changed}".encode()).hexdigest()
 
     @property
+    def form(self) -> str:
+        return "gguf" if self.path.suffix == ".gguf" else "safetensors"
+
+    @property
     def parameter_size(self) -> str:
         n = self.parameters
         return f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.2f}M"
@@ -55,14 +59,13 @@ class Card:
         return {"type": "model", "id": self.name, "display_name": self.name, "created_at": created}
 
     def lm_studio(self, loaded: bool) -> dict[str, Any]:
-        kind = "gguf" if self.path.suffix == ".gguf" else "safetensors"
         return {
             "id": self.name,
             "object": "model",
             "type": "llm",
             "publisher": self.name.rpartition("/")[0].split("/")[0],
             "arch": self.config.architecture,
-            "compatibility_type": kind,
+            "compatibility_type": self.form,
             "quantization": self.quant,
             "state": "loaded" if loaded else "not-loaded",
             "max_context_length": self.config.context,

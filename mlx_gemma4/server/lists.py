@@ -80,7 +80,7 @@ def details(card: Card) -> dict[str, Any]:
     family = card.config.architecture
     return {
         "parent_model": "",
-        "format": "gguf" if card.path.suffix == ".gguf" else "safetensors",
+        "format": card.form,
         "family": family,
         "families": [family],
         "parameter_size": card.parameter_size,
