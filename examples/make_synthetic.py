@@ -48,19 +48,8 @@ def metadata(model: Shape, name: str) -> dict[str, Any]:
         "embedding_length": model.hidden,
         "feed_forward_length": np.array(model.ffns, np.int32),
         "attention.head_count": model.heads,
-        "attention.head_count_kv": np.array([model.kv_heads[not s] for s in sliding], np.int32),
-        "attention.layer_norm_rms_epsilon": 1e-6,
-        "attention.key_length": model.head_dims[1],
-        "attention.value_length": model.head_dims[1],
-        "attention.key_length_swa": model.head_dims[0],
-        "attention.value_length_swa": model.head_dims[0],
-        "attention.sliding_window": model.window,
-        "attention.sliding_window_pattern": np.array(sliding),
+        **attention_keys(model, sliding),
         "attention.shared_kv_layers": model.shared,
-        "rope.freq_base": 1e6,
-        "rope.freq_base_swa": 1e4,
-        "rope.dimension_count": model.head_dims[1],
-        "rope.dimension_count_swa": model.head_dims[0],
         "embedding_length_per_layer_input": model.ple,
         "final_logit_softcapping": 30.0,
         "vocab_size": model.vocab,
@@ -73,6 +62,24 @@ def metadata(model: Shape, name: str) -> dict[str, Any]:
         "general.file_type": 15,
     }
     return general | {f"gemma4.{key}": value for key, value in keys.items()}
+
+
+def attention_keys(model: Shape, sliding: list[bool]) -> dict[str, Any]:
+    """Return the keys about attention that a model's file and its assistant's have in common."""
+    return {
+        "attention.head_count_kv": np.array([model.kv_heads[not s] for s in sliding], np.int32),
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "attention.key_length": model.head_dims[1],
+        "attention.value_length": model.head_dims[1],
+        "attention.key_length_swa": model.head_dims[0],
+        "attention.value_length_swa": model.head_dims[0],
+        "attention.sliding_window": model.window,
+        "attention.sliding_window_pattern": np.array(sliding),
+        "rope.freq_base": 1e6,
+        "rope.freq_base_swa": 1e4,
+        "rope.dimension_count": model.head_dims[1],
+        "rope.dimension_count_swa": model.head_dims[0],
+    }
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ SPELLINGS = {
 def assistant(model: Shape, own: AssistantShape, spelling: str) -> tuple[dict[str, Any], Tensors]:
     """Return the metadata of an assistant for a model, and name -> (shape, type) of its tensors."""
     backbone, pre, post = SPELLINGS[spelling]
-    sliding, ordered = np.array([True, True, True, False]), own.centroids > 0 and spelling == "gemma4_assistant"
+    sliding, ordered = [True, True, True, False], own.centroids > 0 and spelling == "gemma4_assistant"
     keys = {
         "block_count": len(sliding),
         "context_length": model.context,
@@ -113,19 +120,8 @@ def assistant(model: Shape, own: AssistantShape, spelling: str) -> tuple[dict[st
         backbone: model.hidden,
         "feed_forward_length": own.ffn,
         "attention.head_count": own.heads,
-        "attention.head_count_kv": np.array([model.kv_heads[not s] for s in sliding], np.int32),
-        "attention.layer_norm_rms_epsilon": 1e-6,
-        "attention.key_length": model.head_dims[1],
-        "attention.value_length": model.head_dims[1],
-        "attention.key_length_swa": model.head_dims[0],
-        "attention.value_length_swa": model.head_dims[0],
-        "attention.sliding_window": model.window,
-        "attention.sliding_window_pattern": sliding,
+        **attention_keys(model, sliding),
         "attention.shared_kv_layers": len(sliding),
-        "rope.freq_base": 1e6,
-        "rope.freq_base_swa": 1e4,
-        "rope.dimension_count": model.head_dims[1],
-        "rope.dimension_count_swa": model.head_dims[0],
         "nextn_predict_layers": len(sliding),
     }
     if ordered:

@@ -14,8 +14,8 @@ from typing import Any
 import gguf
 import pytest
 from click.testing import CliRunner
-from odd_files import odd
 from recorded import HERE
+from rewrite import odd
 
 from mlx_gemma4 import Sampling, generate, load
 from mlx_gemma4.cli.main import main

@@ -12,9 +12,8 @@ import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
-from odd_files import F32, odd, plus
 from recorded import HERE
-from rewrite import Entry
+from rewrite import F32, Entry, odd, plus
 
 from mlx_gemma4 import InputError, Sampling, generate, load
 from mlx_gemma4.conversation.language_model import LanguageModel
