@@ -1,12 +1,16 @@
-"""The server in a thread of this process, on a port of its own: for tests that talk to it over HTTP."""
+"""The server in a thread of this process, or in a process of its own, for tests that talk to it over HTTP."""
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
@@ -48,6 +52,19 @@ def serving(lm: LanguageModel | Models, settings: Settings | None = None) -> Ite
         thread.join(30)
         listener.close()
         assert not thread.is_alive(), "the server did not stop"
+
+
+@contextmanager
+def serving_folder(folder: Path, hub: str, cache: Path) -> Iterator[str]:
+    """`serve --models` in a process of its own, with another hub and cache; its address."""
+    environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(cache), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "mlx_gemma4", "serve", "--models", str(folder), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stderr
+            yield next(word for line in process.stderr for word in line.split() if word.startswith("http://"))
+        finally:
+            process.kill()
 
 
 def settled(engine: Engine, seconds: float = 20.0) -> bool:

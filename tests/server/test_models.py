@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +16,7 @@ import hub_server
 import mlx.core as mx
 import pytest
 from openai import NotFoundError, OpenAI
-from serving import Serving, endless, serving, started, until
+from serving import Serving, endless, serving, serving_folder, started, until
 
 from mlx_gemma4 import LanguageModel, load
 from mlx_gemma4.conversation.language_model import demo_path
@@ -201,25 +198,20 @@ def test_pull_chat_and_delete(tmp_path: Path) -> None:
     """The whole way, with `serve --models` as a process and a hub on this machine."""
     content, repo, folder = demo_path().read_bytes(), "owner/tales-GGUF", tmp_path / "models"
     folder.mkdir()
-    with hub_server.serving(hub_server.Hub({repo: {"tales-Q4_K_M.gguf": content}})) as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, "-m", "mlx_gemma4", "serve", "--models", str(folder), "--port", "0"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-            try:
-                assert process.stderr
-                url = next(word for line in process.stderr for word in line.split() if word.startswith("http://"))
-                pulled = httpx.post(f"{url}/api/pull", json={"model": f"hf.co/{repo}:Q4_K_M"}, timeout=60)
-                lines = [json.loads(line) for line in pulled.text.splitlines()]
-                assert lines[0] == {"status": "pulling manifest"} and lines[-1] == {"status": "success"}
-                assert any(line.get("completed") == line.get("total") == len(content) for line in lines)
-                assert chat(url, f"{repo}:Q4_K_M").status_code == 200
-                assert loaded(url) == [f"{repo}/tales-Q4_K_M"]
-                failed = httpx.post(f"{url}/api/pull", json={"name": "owner/nothing", "stream": False}, timeout=60)
-                assert failed.status_code == 400 and "owner/nothing" in failed.json()["error"]
-                gone = httpx.request("DELETE", f"{url}/api/delete", json={"name": f"{repo}:Q4_K_M"}, timeout=60)
-                assert gone.status_code == 200
-                assert not list(folder.iterdir())
-                left = [p for p in (tmp_path / "hf").rglob("*") if p.is_file() and p.stat().st_size > 1_000_000]
-                assert not left, "nothing of it stays on disk"
-            finally:
-                process.kill()
+    with (
+        hub_server.serving(hub_server.Hub({repo: {"tales-Q4_K_M.gguf": content}})) as hub,
+        serving_folder(folder, hub.url, tmp_path / "hf") as url,
+    ):
+        pulled = httpx.post(f"{url}/api/pull", json={"model": f"hf.co/{repo}:Q4_K_M"}, timeout=60)
+        lines = [json.loads(line) for line in pulled.text.splitlines()]
+        assert lines[0] == {"status": "pulling manifest"} and lines[-1] == {"status": "success"}
+        assert any(line.get("completed") == line.get("total") == len(content) for line in lines)
+        assert chat(url, f"{repo}:Q4_K_M").status_code == 200
+        assert loaded(url) == [f"{repo}/tales-Q4_K_M"]
+        failed = httpx.post(f"{url}/api/pull", json={"name": "owner/nothing", "stream": False}, timeout=60)
+        assert failed.status_code == 400 and "owner/nothing" in failed.json()["error"]
+        gone = httpx.request("DELETE", f"{url}/api/delete", json={"name": f"{repo}:Q4_K_M"}, timeout=60)
+        assert gone.status_code == 200
+        assert not list(folder.iterdir())
+        left = [p for p in (tmp_path / "hf").rglob("*") if p.is_file() and p.stat().st_size > 1_000_000]
+        assert not left, "nothing of it stays on disk"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import hub_server
 import pytest
 from browsing import done, replies, send, settle_sampling, windows
 from playwright.sync_api import Browser, Page, expect
-from serving import Serving, serving
+from serving import Serving, serving, serving_folder
 
 from mlx_gemma4 import load
 from mlx_gemma4.conversation.language_model import demo_path
@@ -119,34 +116,30 @@ def test_find_load_chat_and_delete_without_leaving_the_page(browser: Browser, fo
     """`serve --models` as a process, with an empty folder, and a hub on this machine."""
     repo = "owner/tales-GGUF"
     files = {repo: {"tales-Q4_K_M.gguf": demo_path().read_bytes()}}
-    with hub_server.serving(hub_server.Hub(files)) as hub, windows(browser) as window:
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, "-m", "mlx_gemma4", "serve", "--models", str(folder), "--port", "0"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-            try:
-                assert process.stderr
-                url = next(word for line in process.stderr for word in line.split() if word.startswith("http://"))
-                page = window.new_page()
-                page.goto(url)
-                expect(page.locator("#model")).to_have_text("No model")
-                page.get_by_role("button", name="Download one").click()
-                page.fill("#pull-name", f"{repo}:Q4_K_M")
-                page.click("#pull-go")
-                expect(page.locator("#models-said")).to_have_text(f"{repo}:Q4_K_M is here.", timeout=60_000)
-                page.get_by_role("button", name="Use owner/tales-GGUF/tales-Q4_K_M").click()
-                expect(page.locator("#models-said")).to_contain_text("is ready.", timeout=60_000)
-                page.click("#models-close")
-                settle_sampling(page, max_tokens=30)
-                send(page, "Tell me a story about a king.")
-                done(page)
-                expect(replies(page).locator(".stats").last).to_contain_text("30 tokens")
-                page.get_by_role("button", name="Continue").click()
-                expect(replies(page).locator(".stats").last).to_contain_text("60 tokens")
-                page.click("#models-open")
-                page.get_by_role("button", name="Delete owner").click()
-                page.get_by_role("button", name="Delete for good").click()
-                expect(page.locator("#models-said")).to_contain_text("is deleted.")
-                expect(page.locator("#model")).to_have_text("No model")
-                assert not list(folder.iterdir())
-            finally:
-                process.kill()
+    with (
+        hub_server.serving(hub_server.Hub(files)) as hub,
+        windows(browser) as window,
+        serving_folder(folder, hub.url, tmp_path / "hf") as url,
+    ):
+        page = window.new_page()
+        page.goto(url)
+        expect(page.locator("#model")).to_have_text("No model")
+        page.get_by_role("button", name="Download one").click()
+        page.fill("#pull-name", f"{repo}:Q4_K_M")
+        page.click("#pull-go")
+        expect(page.locator("#models-said")).to_have_text(f"{repo}:Q4_K_M is here.", timeout=60_000)
+        page.get_by_role("button", name="Use owner/tales-GGUF/tales-Q4_K_M").click()
+        expect(page.locator("#models-said")).to_contain_text("is ready.", timeout=60_000)
+        page.click("#models-close")
+        settle_sampling(page, max_tokens=30)
+        send(page, "Tell me a story about a king.")
+        done(page)
+        expect(replies(page).locator(".stats").last).to_contain_text("30 tokens")
+        page.get_by_role("button", name="Continue").click()
+        expect(replies(page).locator(".stats").last).to_contain_text("60 tokens")
+        page.click("#models-open")
+        page.get_by_role("button", name="Delete owner").click()
+        page.get_by_role("button", name="Delete for good").click()
+        expect(page.locator("#models-said")).to_contain_text("is deleted.")
+        expect(page.locator("#model")).to_have_text("No model")
+        assert not list(folder.iterdir())
