@@ -28,6 +28,7 @@ LAYERS = (
     "ops",
     "model",
     "loading",
+    "media",
     "generation",
     "doctor",
     "demo",
