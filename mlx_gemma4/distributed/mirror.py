@@ -256,6 +256,10 @@ class LedState(KVState):
         super().adopt(other)
         self._tell("adopt", key_of(other))
 
+    def take_over(self, other: KVState, position: int) -> None:
+        super().take_over(other, position)
+        self._tell("take_over", key_of(other), at=position)
+
     def rewind(self, to: Mark | int) -> None:
         super().rewind(to)
         self._tell("rewind", at=self.length)
@@ -340,6 +344,9 @@ def _change(states: dict[int, KVState], op: str, keys: list[int], at: int | None
         states[keys[1]] = state.fork()
     elif op == "adopt":
         state.adopt(states[keys[1]])
+    elif op == "take_over":
+        assert at is not None
+        state.take_over(states[keys[1]], at)
     elif op == "mark":
         state.mark(at)
     elif op == "unmark":

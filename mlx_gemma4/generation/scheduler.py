@@ -2,7 +2,8 @@
 
 In: what `generate_tokens` takes, from any threads. Out: each one's tokens, in its thread. Each round, one chunk of the
 prompts that wait is read, in turns, then all replies under way step together; so replies join and leave between two
-tokens, and nobody waits for more than a chunk. A reply alone takes the steps of loop.py. Knows nothing of text.
+tokens, and nobody waits for more than a chunk. What several prompts begin with is read once. A reply alone takes the
+steps of loop.py. Knows nothing of text.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ from ..ops.sample import LIKELIEST
 from .decoding import FAILURES, Constraint, Decoding, Statistics
 from .drafting import Drafts
 from .loop import begin
+from .prefix import common_length
 from .prompt import chunk_ahead
 from .sampling import Sample, Sampling, Token, choose
 
 log = logging.getLogger("mlx_gemma4")
 
 AHEAD = 16  # tokens that a reply may be ahead of who takes them, at most; a state's tail can be taken back
+SHARED = 64  # tokens of a prompt that are worth waiting for while another reply reads them
 WAIT = 0.1  # seconds that replies under way wait for a chunk of a prompt, about
 
 
@@ -48,6 +51,7 @@ class _Job:
         self.items: SimpleQueue[Token | int | Exception | None] = SimpleQueue()  # int: tokens of the prompt not read
         self.paused = False  # steps no more until some of them are taken
         self.left = False  # by who waited
+        self.after: tuple[_Job, int] | None = None  # whose state it takes over, once that holds so many tokens
         self.done = threading.Event()  # the scheduler will not touch it again
 
     def behind(self) -> bool:
@@ -215,7 +219,40 @@ class Scheduler:
         for job in [job for job in (*self._waiting, *self._reading, *self._answering) if job.left]:
             self._end(job)
         while self._waiting and len(self._reading) + len(self._answering) < self.parallel:
-            self._reading.append(self._waiting.popleft())
+            job = self._waiting.popleft()
+            if not self.exact:
+                self._guarded([job], self._share, job)
+            if not job.done.is_set():
+                self._reading.append(job)
+
+    def _share(self, job: _Job) -> None:
+        """Find who holds, or is about to read, the most of what a reply's prompt begins with."""
+        state, wanted = job.reply.state, np.array(job.reply.ids[:-1], np.int32)
+        least = state.length + SHARED
+        for other in (*self._answering, *self._reading):
+            theirs, common = other.reply.state, common_length(wanted, np.array(other.reply.ids, np.int32))
+            alike = (theirs.kv, theirs.dtype, theirs.layout) == (state.kv, state.dtype, state.layout)
+            if not alike or common < least:
+                continue
+            ahead = common > theirs.length and other in self._reading
+            reach = common if ahead else theirs.reach(common)
+            if reach >= least:
+                job.after, least = (other, reach), reach + 1
+        if job.after and job.after[1] > job.after[0].reply.state.length:
+            job.after[0].reply.marks.append(job.after[1])
+        self._follow(job)
+
+    def _follow(self, job: _Job) -> None:
+        """Let a reply go on from the state that it waits for, if that is so far; or by itself, if that has gone."""
+        if job.after is None or (job.after[0].reply.state.length < job.after[1] and not job.after[0].done.is_set()):
+            return
+        (other, position), job.after = job.after, None
+        reply, before = job.reply, job.reply.state.length
+        with suppress(InputError):  # it can't go back there: each reads for itself
+            if not other.done.is_set():
+                reply.state.take_over(other.reply.state, position)
+        reply.statistics.reused_tokens += reply.state.length - before
+        reply.statistics.prompt_tokens -= reply.state.length - before
 
     def _end(self, job: _Job, error: Exception | None = None) -> None:
         for jobs in (self._waiting, self._reading, self._answering):
@@ -238,6 +275,11 @@ class Scheduler:
         left, start = None, time.perf_counter()
         for n in range(len(self._reading)):
             job, most = self._reading[0], self._most(self._reading[0].reply)
+            self._guarded([job], self._follow, job)
+            if job.after:
+                self._reading.rotate(-1)
+            if job.after or job.done.is_set():
+                continue
             ahead = chunk_ahead(self.model, job.reply.state, job.reply.ids, most)
             left = most if left is None else left
             if ahead > left or (n and self._answering and time.perf_counter() - start > WAIT / 2):
@@ -263,6 +305,8 @@ class Scheduler:
         if not job.reply.unread:
             self._reading.remove(job)
             self._answering.append(job)
+        for other in [other for other in self._reading if other.after and other.after[0] is job]:
+            self._guarded([other], self._follow, other)
 
     def _turn(self, job: _Job) -> None:
         """Make a reply's next token by steps of its own."""

@@ -271,6 +271,20 @@ class KVState:
             end = other.mark()
             self._marks = {**other._marks, end.position: end, **self._marks}
 
+    def take_over(self, other: KVState, position: int) -> None:
+        """Hold what another state of the same kind does up to a position that it can go back to, in place of all that
+        this one held. Copies no keys or values.
+
+        Raises:
+            InputError: the other can't go back there. This state stays as it was.
+        """
+        self.check_room(position - self._length)
+        fork = KVState.fork(other)
+        KVState.rewind(fork, position)
+        self.settle()
+        self._layers, self._marks, self._staged, self._reading = fork._layers, fork._marks, {}, {}
+        self._tokens, self._unread, self._length = fork._tokens, fork._unread, fork._length
+
     def reach(self, limit: int) -> int:
         """Return the last position, at most `limit`, that `rewind` can go to."""
         limit = min(limit, self._length)

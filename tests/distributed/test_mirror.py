@@ -128,7 +128,7 @@ def test_random_calls(pair: Pair, seed: int) -> None:
     rng, model = random.Random(seed), pair.model
     states = [model.new_state(), model.new_state()]
     for _ in range(40):
-        state, what = rng.choice(states), rng.randrange(10)
+        state, what = rng.choice(states), rng.randrange(11)
         ids = [rng.randrange(5, 200) for _ in range(rng.randint(1, 70))]
         if what == 0:
             model.prefill(mx.array(ids), state)
@@ -154,6 +154,9 @@ def test_random_calls(pair: Pair, seed: int) -> None:
         elif what == 9 and len(states) > 2:
             states.remove(state)
             rng.choice((state.close, state.start_over))()
+        elif what == 10:
+            other = rng.choice(states)
+            state.take_over(other, other.reach(max(0, other.length - rng.randint(0, 9))))
     pair.end()
     for state in states:
         assert isinstance(state, LedState)

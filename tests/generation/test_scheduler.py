@@ -16,7 +16,7 @@ from constraints import Alternating
 from plain_state import SmallModel, small_model
 
 from mlx_gemma4.errors import InputError
-from mlx_gemma4.generation.decoding import Statistics
+from mlx_gemma4.generation.decoding import Decoding, Statistics
 from mlx_gemma4.generation.loop import generate_tokens
 from mlx_gemma4.generation.sampling import Sampling
 from mlx_gemma4.generation.scheduler import AHEAD, Scheduler
@@ -137,6 +137,56 @@ def test_they_join_and_leave_at_any_token(model: SmallModel, scheduler: Schedule
 
     assert together([stays, *(lambda i=i: leaves(i) for i in range(1, 9))]) == [None] * 9
     assert got == want
+
+
+def counted(model: SmallModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each chunk of a prompt that is read from now on."""
+    sizes: list[int] = []
+    real = Decoding.read_chunk
+
+    def noted(self: Decoding, most: int) -> None:
+        before = self.state.length
+        real(self, most)
+        sizes.append(self.state.length - before)
+
+    monkeypatch.setattr(Decoding, "read_chunk", noted)
+    return sizes
+
+
+@pytest.mark.parametrize("kv", ["full", "q8", "tq4"])
+def test_what_prompts_begin_with_is_read_once(model: SmallModel, kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the first that comes, also where others come while it is read or answered, and of what they go on with."""
+    common = some_tokens(1300, 7)
+    prompts = [common[: 1300 - 150 * (i % 3)] + some_tokens(9 + i, i)[1:] for i in range(6)]
+    want = [[t.id for t in generate_tokens(model, model.new_state(kv=kv), ids, GREEDY, 30)] for ids in prompts]
+    sizes = counted(model, monkeypatch)
+    figures = [Statistics() for _ in prompts]
+    with Scheduler(model, 8) as scheduler:
+        beside = scheduler.generate_tokens(model.new_state(kv=kv), prompts[0], GREEDY, 30, statistics=figures[0])
+        got = [[next(beside).id]]
+
+        def ask(i: int) -> list[int]:
+            state = model.new_state(kv=kv)
+            made = [t.id for t in scheduler.generate_tokens(state, prompts[i], GREEDY, 30, statistics=figures[i])]
+            assert state.tokens[: len(prompts[i])] == prompts[i]
+            return made
+
+        got += together([lambda i=i: ask(i) for i in range(1, 6)])
+        got[0] += [t.id for t in beside]
+    assert got == want
+    assert sum(sizes) == sum(f.prompt_tokens for f in figures)
+    assert all(f.prompt_tokens + f.reused_tokens == len(ids) for f, ids in zip(figures, prompts, strict=True))
+    assert sum(sizes) < len(common) + 100
+
+
+def test_nobody_waits_for_one_that_has_left(model: SmallModel) -> None:
+    common = some_tokens(1500, 8)
+    with Scheduler(model, 8) as scheduler:
+        gone = scheduler.generate_tokens(model.new_state(), [*common, 200], GREEDY, 5, on_prompt=lambda *n: 1 / 0)
+        others = [lambda: [t.id for t in scheduler.generate_tokens(model.new_state(), [*common, 201], GREEDY, 5)]] * 3
+        left, *got = together([lambda: next(gone), *others])
+    assert isinstance(left, ZeroDivisionError)
+    assert got == [[t.id for t in generate_tokens(model, model.new_state(), [*common, 201], GREEDY, 5)]] * 3
 
 
 def test_who_takes_no_tokens_holds_nobody_up(model: SmallModel, scheduler: Scheduler) -> None:
