@@ -59,6 +59,12 @@ kv_option = click.option(  # kv: str
     default="full",
     help="Keys and values of global layers: as they are, or in 8 or 4 bits.",
 )
+image_tokens_option = click.option(  # image_tokens: int | None
+    "--image-tokens",
+    type=click.Choice(["70", "140", "280", "560", "1120"]),  # media.picture.BUDGETS, which takes numpy
+    callback=lambda _, __, value: value and int(value),
+    help="Tokens that a picture may take: more show finer detail.  [default: 280]",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 RANKS = "mlx_gemma4.ranks"  # where a context keeps them
 

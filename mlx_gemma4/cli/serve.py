@@ -19,6 +19,7 @@ from .options import (
     SamplingOf,
     draft_options,
     echo,
+    image_tokens_option,
     kv_option,
     load_with_progress,
     model_option,
@@ -64,6 +65,10 @@ def _duration(value: str) -> float:
     help="Let pages or extensions there use it, as app://obsidian.md; * for all. May be repeated.",
 )
 @click.option("--allow-host", multiple=True, metavar="NAME", help="Another name of this machine. May be repeated.")
+@click.option("--allow-remote-images", is_flag=True, help="Let requests name pictures on the web, which are read then.")
+@click.option(
+    "--skip-media", is_flag=True, help="Leave out pictures and sounds that the model can't take; refuse none."
+)
 @click.option("--parallel", type=click.IntRange(1, 32), help="Replies made at a time.  [default: as memory allows]")
 @click.option("--exact", is_flag=True, help="Let them take turns, each to the bit as it is alone; slower.")
 @click.option("--queue", type=click.IntRange(0, 10_000), default=32, help="Requests that may wait for that.")
@@ -78,6 +83,7 @@ def _duration(value: str) -> float:
     help="Memory for conversations, kept and in use, as 4GB.  [default: half of what is free]",
 )
 @click.option("--grace", type=click.IntRange(0, 86400), default=30, help="Seconds that Ctrl-C waits.")
+@image_tokens_option
 @kv_option
 @ranks_options
 @sampling_options
@@ -92,6 +98,9 @@ def serve(
     api_key: str | None,
     allow_origin: tuple[str, ...],
     allow_host: tuple[str, ...],
+    allow_remote_images: bool,
+    skip_media: bool,
+    image_tokens: int | None,
     parallel: int | None,
     exact: bool,
     queue: int,
@@ -124,6 +133,9 @@ def serve(
         api_key=api_key or None,
         allow_origin=allow_origin,
         allow_host=allow_host,
+        allow_remote_images=allow_remote_images,
+        skip_media=skip_media,
+        image_tokens=image_tokens,
         connections=_connections(queue),
         exact=exact,
         queue=queue,

@@ -35,6 +35,7 @@ class Card:
     quant: str  # "Q4_K_M", or the type of most of its bytes
     template: str
     metadata: Mapping[str, Any]  # numbers and strings of a GGUF
+    media: tuple[str, ...] = ()  # what it takes beside text: "image", "audio", "video"
 
     @property
     def digest(self) -> str:
@@ -52,7 +53,8 @@ class Card:
 
     def openai(self) -> dict[str, Any]:
         head = {"id": self.name, "object": "model", "created": int(self.changed), "owned_by": "mlx-gemma4"}
-        return {**head, "context_length": self.config.context}
+        takes = {"input_modalities": ["text", *self.media], "output_modalities": ["text"]}  # as OpenRouter has it
+        return {**head, "context_length": self.config.context, "architecture": takes}
 
     def anthropic(self) -> dict[str, Any]:
         created = timestamp(self.changed)
@@ -62,7 +64,7 @@ class Card:
         return {
             "id": self.name,
             "object": "model",
-            "type": "llm",
+            "type": "vlm" if "image" in self.media else "llm",
             "publisher": self.name.rpartition("/")[0].split("/")[0],
             "arch": self.config.architecture,
             "compatibility_type": self.form,
