@@ -24,13 +24,15 @@ from ..config import Config, Reader
 from ..errors import InputError
 from ..execution import execution
 from ..files.gguf import open_gguf
+from ..files.hub import best_projectors, files_beside
 from ..loading.from_gguf import GGUFSource
 from ..loading.loader import check_present
 from ..loading.tensors import Entry, Source, Spec
 from ..memory import on_cpu
 from ..model.soft import Encoded
-from . import patches, picture
+from . import patches, picture, video, vision
 from .content import Content, content_of
+from .folder import read_folder
 from .layers import Weights
 
 log = logging.getLogger("mlx_gemma4")
@@ -55,6 +57,7 @@ class Tower:
 IMAGE, AUDIO = "mm.input_projection.weight", "mm.a.input_projection.weight"
 TOWERS = {
     "gemma4uv": Tower("image", IMAGE, patches.specs, picture.inputs, patches.rows),
+    "gemma4v": Tower("image", IMAGE, vision.specs, picture.inputs, vision.rows),
 }
 
 
@@ -130,7 +133,11 @@ class Media:
 
     def _encoded(self, kind: str, content: Content, part: Mapping[str, Any], key: bytes) -> Pieces:
         open_tower = self._towers["audio" if kind == "audio" else "image"]
-        inputs = open_tower.tower.inputs(content, part)
+        stamps: list[str] = []
+        if kind == "video":
+            stamps, inputs = map(list, zip(*video.frames(content), strict=True))
+        else:
+            inputs = open_tower.tower.inputs(content, part)
         assert self._weights is not None
         found: list[Encoded] = []
         for i, each in enumerate(inputs):
@@ -138,17 +145,34 @@ class Media:
                 made = open_tower.tower.rows(open_tower.read, self._weights, each)
                 mx.eval(made)
             found.append(Encoded(cast("Any", kind), hashlib.sha256(key + i.to_bytes(4, "little")).digest(), made))
-        begin, end = ("<|audio>", "<audio|>") if kind == "audio" else ("<|image>", "<image|>")
-        return [begin, *found, end]
+        if kind == "audio":
+            return ["<|audio>", *found, "<audio|>"]
+        pieces: Pieces = []
+        for i, each in enumerate(found):
+            pieces += [f"{' ' * (i > 0)}{stamps[i]} "] if stamps else []
+            pieces += ["<|image>", each, "<image|>"]
+        return pieces
 
 
 def _size(pieces: Pieces) -> int:
     return sum(0 if isinstance(piece, str) else piece.rows.nbytes for piece in pieces)
 
 
+def is_projector(path: Path) -> bool:
+    """Return True if a file is an mmproj GGUF. Raises InputError if it can't be read."""
+    if path.is_dir():
+        return False
+    with open_gguf(path) as gguf:
+        return gguf.metadata.get("general.architecture") == "clip"
+
+
 @contextmanager
 def open_towers(path: Path) -> Iterator[tuple[list[OpenTower], Source]]:
-    """Yield a file's towers and its tensors, unread. Raises InputError."""
+    """Yield a file's or folder's towers and its tensors, unread. Raises InputError."""
+    if path.is_dir():
+        forms, tensors = read_folder(path)
+        yield [OpenTower(form.type, Reader(metadata, "", str(path))) for form, metadata in forms], tensors
+        return
     with open_gguf(path) as gguf:
         metadata = gguf.metadata
         architecture = metadata.get("general.architecture")
@@ -218,4 +242,10 @@ def read_towers(path: Path, config: Config) -> Weights:
 
 def media_beside(path: Path, config: Config) -> Path | None:
     """Return the projector that lies beside a model's file and fits it, or the model's folder if that has towers."""
+    for file in [str(path)] if path.is_dir() else best_projectors(files_beside(path), path.name):
+        try:
+            open_media(Path(file), config)
+            return Path(file)
+        except (InputError, OSError) as error:
+            log.info("%s", error)
     return None
