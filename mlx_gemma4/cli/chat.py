@@ -11,6 +11,7 @@ from .options import (
     conversation_options,
     draft_options,
     image_tokens_option,
+    mmproj_options,
     output_options,
     sampling_options,
 )
@@ -24,6 +25,7 @@ from .options import (
 @image_tokens_option
 @sampling_options
 @draft_options
+@mmproj_options
 @output_options
 def chat(**options: Any) -> None:
     """Talk with a model. /help lists the commands at the prompt.
