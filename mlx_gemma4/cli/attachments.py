@@ -19,7 +19,6 @@ from ..errors import InputError, reason
 from ..media.kind import HEAD, Kind, kind_of
 
 KEPT = 64_000_000  # bytes of a file that a part holds; it need not be there any more, then
-PLACES = ("image", "audio", "video")  # kinds, as commands and marks in prompts name them
 _MOST = {"image": 280, "audio": 800, "video": 2600}  # tokens, unless more are asked for
 _ROWS = 8  # of a thumbnail
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError, reason
+from ..media.kind import KINDS
 from ..paths import check_target
-from .attachments import PLACES, attachment, most_tokens
+from .attachments import attachment, most_tokens
 from .options import (
     EXIT_INTERRUPTED,
     SamplingOf,
@@ -46,7 +47,7 @@ class _InOrder(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         _, _, order = self.make_parser(ctx).parse_args(list(args))
-        ctx.meta[_ORDER] = [option.name for option in order if option.name in PLACES]
+        ctx.meta[_ORDER] = [option.name for option in order if option.name in KINDS]
         return super().parse_args(ctx, args)
 
 

@@ -22,7 +22,8 @@ from ..conversation.reply import ReplyOptions
 from ..conversation.session import Session
 from ..errors import InputError
 from ..kv.state import total_nbytes
-from .attachments import PLACES, attachment, dropped, preview, text_of
+from ..media.kind import KINDS
+from .attachments import attachment, dropped, preview, text_of
 from .options import SamplingOf
 
 
@@ -107,11 +108,13 @@ class Repl:
 
     def _say(self, text: str, again: bool) -> None:
         """Send a message with what is attached, or again in place of the last one, which keeps what it had."""
-        parts, turn = self.attached, self.session.send
+        parts = [*(_parts(self.session.last_said) if again else ()), *self.attached]
+        content = content_of(text, parts)
         if again:
-            parts, turn = [*_parts(self.session.last_said), *parts], self.session.edit
-        message = {"role": "user", "content": content_of(text, parts)}
-        self._answer(lambda on_prompt: turn(message, self.options, on_prompt=on_prompt))
+            self._answer(lambda on_prompt: self.session.edit(content, self.options, on_prompt=on_prompt))
+        else:
+            message = {"role": "user", "content": content}
+            self._answer(lambda on_prompt: self.session.send(message, self.options, on_prompt=on_prompt))
         self.attached = []
 
     def _attach(self, kind: str, name: str) -> None:
@@ -132,7 +135,7 @@ class Repl:
 
     def arguments(self, command: str) -> Iterable[str] | None:
         """Return the words that may follow a command; None: the name of a file."""
-        if command in ("/save", "/load", "/model", *(f"/{kind}" for kind in PLACES)):
+        if command in ("/save", "/load", "/model", *(f"/{kind}" for kind in KINDS)):
             return None
         return {"/think": ["on", "off"], "/fork": list(self.branches)}.get(command, [])
 
@@ -370,7 +373,7 @@ def _path(command: str, argument: str) -> Path:
 
 def _parts(content: Any) -> list[dict[str, Any]]:
     """The pictures and sounds of a message."""
-    return [part for part in content if part.get("type") in PLACES] if isinstance(content, list) else []
+    return [part for part in content if part.get("type") in KINDS] if isinstance(content, list) else []
 
 
 def _turns(session: Session) -> str:

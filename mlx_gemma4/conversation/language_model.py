@@ -32,7 +32,7 @@ from ..model.model import Model
 from ..paths import cache_folder, read_object
 from ..shard import Shard
 from ..tokens.tokenizer import Tokenizer
-from .parts import Media, PromptIds, with_soft_tokens
+from .parts import PromptIds, with_soft_tokens
 
 log = logging.getLogger("mlx_gemma4")
 

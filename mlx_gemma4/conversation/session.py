@@ -122,14 +122,24 @@ class Session:
             raise InputError("there is nothing to reply to yet")
         return self._reply(messages, options, on_prompt)
 
+    @property
+    def last_said(self) -> Any:
+        """Content of the user's last message, or None."""
+        at = self._last_user()
+        return None if at is None else self.messages[at].get("content")
+
     def edit(
-        self, text: str, options: ReplyOptions | None = None, *, on_prompt: OnPrompt | None = None
+        self,
+        content: str | Sequence[Mapping[str, Any]],
+        options: ReplyOptions | None = None,
+        *,
+        on_prompt: OnPrompt | None = None,
     ) -> Generator[Event, None, None]:
-        """Replace the user's last message by `text`, and reply to it. Raises InputError."""
+        """Replace the user's last message by text, or parts, and reply to it. Raises InputError."""
         at = self._last_user()
         if at is None:
             raise InputError("there is nothing to edit yet")
-        return self._reply([*self.messages[:at], {"role": "user", "content": text}], options, on_prompt)
+        return self._reply([*self.messages[:at], {"role": "user", "content": content}], options, on_prompt)
 
     def asend(
         self,

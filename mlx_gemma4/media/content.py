@@ -69,7 +69,7 @@ def content_of(part: Mapping[str, Any]) -> Content:
         check_source(path, f"a file with {'an' if kind[0] in 'ai' else 'a'} {kind}")
         size, content = path.stat().st_size, Content(str(path), path)
     elif isinstance(value, bytes | bytearray | memoryview):
-        size, content = len(value), Content(f"{kind} of {len(value):,} bytes", bytes(value))
+        size, content = len(value), Content(part.get("name") or f"{kind} of {len(value):,} bytes", bytes(value))
     elif kind == "image" and hasattr(value, "tobytes") and hasattr(value, "convert"):
         return Content("image", value)
     else:

@@ -3,9 +3,11 @@
 In: the beginning of a file. Out: "image", "audio", "video" or None. Knows no decoder.
 """
 
-from typing import Literal
+from collections.abc import Collection
+from typing import Literal, Protocol
 
 Kind = Literal["image", "audio", "video"]
+KINDS: tuple[Kind, ...] = ("image", "audio", "video")
 HEAD = 16  # bytes that decide
 
 _STARTS: tuple[tuple[bytes, Kind], ...] = (
@@ -35,3 +37,15 @@ def kind_of(head: bytes) -> Kind | None:
     if head[4:8] == b"ftyp":
         return "audio" if head[8:11] == b"M4A" else "image" if head[8:12] in _PICTURES else "video"
     return next((kind for start, kind in _STARTS if head.startswith(start)), None)
+
+
+class _Takes(Protocol):
+    """A projector (projector.py's `Media`)."""
+
+    @property
+    def kinds(self) -> Collection[str]: ...
+
+
+def kinds_of(media: _Takes | None) -> tuple[Kind, ...]:
+    """Return what a model takes beside text, in the order of KINDS."""
+    return tuple(kind for kind in KINDS if media and kind in media.kinds)

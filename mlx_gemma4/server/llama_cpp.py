@@ -14,12 +14,12 @@ from starlette.routing import Route
 
 from .. import __version__
 from ..conversation.reply import prompt_ids
+from ..media.kind import kinds_of
 from . import fields
 from .completions import ChatRequest, read_chat
 from .endpoint import Endpoint
 from .engine import Engine
 from .fields import Body, wrong
-from .media import modalities
 from .models import Models
 from .wire import json_response
 
@@ -82,7 +82,7 @@ async def _props(request: Request) -> Response:
     try:
         lm, settings, sampling = held.engine.lm, held.engine.settings, held.engine.lm.sampling
         names = ("temperature", "top_k", "top_p", "min_p")
-        template, takes = lm.tokenizer.chat_template or "", modalities(lm)
+        template, takes = lm.tokenizer.chat_template or "", kinds_of(lm.media)
         tokenizer = {
             "bos_token": lm.tokenizer.decode([lm.tokenizer.bos_id], skip_special=False),
             "eos_token": lm.tokenizer.decode(sorted(lm.tokenizer.stop_ids)[:1], skip_special=False),

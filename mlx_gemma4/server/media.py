@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from ..conversation.language_model import LanguageModel, demo_path
-from ..media.kind import HEAD, Kind, kind_of
+from ..media.kind import HEAD, Kind, kind_of, kinds_of
 from . import fields
 from .engine import Engine
 from .fields import wrong
@@ -62,11 +62,6 @@ class Given(NamedTuple):
     source: Source
 
 
-def modalities(lm: LanguageModel) -> list[Kind]:
-    """What a model takes beside text, in this order."""
-    return [kind for kind in WORDS if lm.media and kind in lm.media.kinds]
-
-
 def content_of(content: Any, path: str) -> Any:
     """A message's content: its text, or where there is more, a list of its texts and `Given` parts, in their order.
 
@@ -106,7 +101,7 @@ class _Reader:
     """Reads one request's parts."""
 
     def __init__(self, lm: LanguageModel, settings: Settings) -> None:
-        self.lm, self.settings, self.kinds = lm, settings, modalities(lm)
+        self.lm, self.settings, self.kinds = lm, settings, kinds_of(lm.media)
         self.left: Counter[str] = Counter()
         self.remote = 0
 
@@ -228,7 +223,7 @@ def _refusal(lm: LanguageModel, kind: Kind) -> str:
     """Why a model can't take one, in words that follow its path."""
     what = WORDS[kind]
     if lm.media is not None:
-        return f"can't be read: this model takes {' and '.join(WORDS[x] for x in modalities(lm))}, no {what}"
+        return f"can't be read: this model takes {' and '.join(WORDS[x] for x in kinds_of(lm.media))}, no {what}"
     if lm.path == demo_path():
         return "can't be read: the built-in model has no eyes and no ears; serve a Gemma 4 with its mmproj file"
     skip = "with --skip-media it is left out"

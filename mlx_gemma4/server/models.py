@@ -20,9 +20,9 @@ import mlx.core as mx
 from ..conversation.language_model import LanguageModel
 from ..errors import InputError
 from ..files.folder import delete_model, find_models, look_up
+from ..media.kind import kinds_of
 from .cards import Card, card_of, cards
 from .engine import GAUGES, Engine
-from .media import modalities
 from .metrics import Metrics
 from .settings import Settings
 from .stored import Stored
@@ -137,7 +137,7 @@ class Models:
     def _seen(self, card: Card) -> Card:
         """A card with what the model was loaded with, if it is: `--mmproj` may name any file."""
         held = self.loaded.get(card.name)
-        return replace(card, media=tuple(modalities(held.engine.lm))) if held else card
+        return replace(card, media=kinds_of(held.engine.lm.media)) if held else card
 
     def _not_found(self, name: str, names: list[str]) -> ApiError:
         have = ", ".join(names[:20]) or "none"
