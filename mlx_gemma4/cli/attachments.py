@@ -48,17 +48,19 @@ def text_of(content: Any) -> str:
     return "\n".join(part.get("text") or f"[{part['type']}: {part.get('name')}]" for part in content or ())
 
 
-def dropped(line: str) -> tuple[list[tuple[Kind, str]], str]:
-    """Return the files whose paths are all of a line or in quotes in it, and the line without them.
+def dropped(line: str, within: bool = True) -> tuple[list[tuple[Kind, str]], str]:
+    """Return the files whose paths are all of a line or, `within` it, in quotes; and the line without them.
 
     So terminals paste what is dropped on them: in quotes, or with spaces behind backslashes.
     """
-    found = [kind] if (kind := _kind_at(line)) else []
-    for quoted in () if found else re.findall(r"'[^'\n]+'|\"[^\"\n]+\"", line):
+    if whole := _kind_at(line):
+        return [whole], ""
+    found = []
+    for quoted in re.findall(r"'[^'\n]+'|\"[^\"\n]+\"", line) if within else ():
         if kind := _kind_at(quoted):
             found.append(kind)
             line = line.replace(quoted, "", 1)
-    return found, "" if found and _kind_at(line) else line.strip()
+    return found, line.strip()
 
 
 def _kind_at(text: str) -> tuple[Kind, str] | None:

@@ -92,12 +92,12 @@ class Repl:
         Paths of pictures and sounds, alone or in quotes, attach these: terminals paste them for what is dropped.
         """
         draft, self.draft = self.draft, ""
-        files, text = dropped(line.strip())
+        command = re.fullmatch(r"/(\w*)(?:\s+(.*))?", line.strip(), re.DOTALL)
+        files, text = dropped(line.strip(), within=not command)
         for kind, name in files:
             self._attach(kind, name)
         if files and not text:
             return
-        command = re.fullmatch(r"/(\w*)(?:\s+(.*))?", text, re.DOTALL)
         if command:
             self._run(f"/{command[1]}", (command[2] or "").strip())
         elif not text:
