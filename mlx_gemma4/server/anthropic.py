@@ -32,6 +32,11 @@ class TextBlock(fields.TextPart):
     type: Literal["text"]
 
 
+class ImageBlock(fields.MediaPart):
+    type: Literal["image"]
+    source: fields.Object
+
+
 class ThinkingBlock(Body):
     ignored = ("signature", "data", "cache_control")
     type: Literal["thinking", "redacted_thinking"]
@@ -50,17 +55,15 @@ class ToolResultBlock(Body):
     type: Literal["tool_result"]
     tool_use_id: str
     ignored = ("cache_control",)
-    content: (
-        str | Annotated[fields.Items[TextBlock | fields.MediaPart], fields.readable("text", *fields.MEDIA)] | None
-    ) = None
+    content: str | Annotated[fields.Items[TextBlock | ImageBlock], fields.readable("text", "image")] | None = None
     is_error: bool | None = None
 
 
-UserBlock = Annotated[TextBlock | ToolResultBlock | fields.MediaPart, Field(discriminator="type")]
+UserBlock = Annotated[TextBlock | ImageBlock | ToolResultBlock, Field(discriminator="type")]
 AssistantBlock = Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discriminator="type")]
 
 
-_USER = "text", "tool_result", *fields.MEDIA
+_USER = "text", "image", "tool_result"
 _ASSISTANT = "text", "thinking", "redacted_thinking", "tool_use"
 
 
