@@ -25,13 +25,14 @@ from ..generation.drafting import LONGEST, MOST, NGRAM, ROW, Drafts
 from ..generation.sampling import Sampling
 from ..loading.assistant import assistant_beside, load_assistant
 from ..loading.loader import Progress, load_model, open_model
+from ..media.projector import Media, media_beside, open_media
 from ..memory import SOME_ROOM, MemoryPlan, Room
 from ..model.assistant import Assistant
 from ..model.model import Model
 from ..paths import cache_folder, read_object
 from ..shard import Shard
 from ..tokens.tokenizer import Tokenizer
-from .parts import Media, PromptIds, with_soft_tokens
+from .parts import PromptIds, with_soft_tokens
 
 log = logging.getLogger("mlx_gemma4")
 
@@ -129,6 +130,7 @@ def load(
     split: team.Split = "auto",
     draft: str | Path | None = "auto",
     draft_max: int = MOST,
+    mmproj: str | Path | None = "auto",
 ) -> LanguageModel:
     """Load a GGUF file (or any part of a split one), or a folder of safetensors with its `config.json`.
 
@@ -149,9 +151,11 @@ def load(
             model and fits, if there is any; None: none.
         draft_max: drafts of tokens that a step checks, at most; 0: none are made. How many pay is measured. On several
             ranks they come from the text alone, not from an assistant.
+        mmproj: the projector that makes it see or hear, a file or a folder, read now; "auto": one that lies beside the
+            model and fits, or the model's own folder, read when the first picture or sound comes; None: none.
 
     Raises:
-        InputError: a file can't be used, the assistant is another model's, or there is too little memory.
+        InputError: a file can't be used, assistant or projector is another model's, or there is too little memory.
 
     >>> lm = load()  # or load("gemma-4-E2B-it-Q4_K_M.gguf"), or load("ggml-org/gemma-4-E2B-it-GGUF:Q4_K_M")
     >>> lm.config.context
@@ -164,6 +168,8 @@ def load(
     if place:
         if draft not in (None, "auto"):
             raise InputError(f"--draft {draft}: an assistant sees keys and values of one machine alone; leave it out")
+        if mmproj not in (None, "auto"):
+            raise InputError(f"--mmproj {mmproj}: pictures and sounds are read on one machine alone; leave it out")
         given: dict[str, Any] = {"weights": weights, "fuse": fuse, "draft": None}
         name = "" if path == demo_path() else team.portable(path)
         shard = team.gather(place, path, name, split, given | {"room": asdict(room)})
@@ -173,6 +179,7 @@ def load(
     with open_model(path) as (config, source, metadata):
         tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(metadata, str(path))
         renderer.start()  # while the weights are read
+        media = _media(mmproj, path, config) if shard is None else None
         model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room, shard)
     assistant = _assistant(draft, path, model) if draft_max else None
     make_ready(model, preparing, assistant)
@@ -182,7 +189,7 @@ def load(
         drafts = Drafts(draft_max, assistant, least_alike=least_alike, row=row)
         with suppress(RuntimeError):  # this user has no home folder
             drafts.keep(cache_folder() / "drafts.json", f"{device_name()}, {path.name}")
-    return LanguageModel(path, model.config, model, tokenizer, _sampling_defaults(path, metadata), plan, drafts)
+    return LanguageModel(path, model.config, model, tokenizer, _sampling_defaults(path, metadata), plan, drafts, media)
 
 
 def follow(place: Place, joined: Callable[[], None] = lambda: None) -> NoReturn:
@@ -212,6 +219,16 @@ def _assistant(draft: str | Path | None, path: Path, model: Model) -> Assistant 
     except InputError as error:
         log.warning("No drafts: %s", error)
         return None
+
+
+def _media(mmproj: str | Path | None, path: Path, config: Config) -> Media | None:
+    """Return the projector that `load` asks for. One that was not named is read when it is needed."""
+    if mmproj is None or str(mmproj) == "auto":
+        found = media_beside(path, config) if mmproj else None
+        return open_media(found, config) if found else None
+    media = open_media(Path(mmproj).expanduser(), config)
+    media.load()
+    return media
 
 
 def _sampling_defaults(path: Path, metadata: Mapping[str, Any]) -> Sampling:

@@ -74,7 +74,7 @@ class FolderSource:
         self.entries: dict[str, Entry] = {}
         self._gemma3 = config.architecture == "gemma3"
         self._arrays: dict[str, tuple[mx.array, ...]] = {}  # the array alone, or codes, scales and biases
-        arrays = _mapped(path)
+        arrays = mapped(path)
         for name, array in arrays.items():
             if name.endswith((".scales", ".biases")):
                 continue
@@ -135,7 +135,7 @@ def _taken(a: mx.array, cut: Cut, width: int) -> mx.array:
     return a
 
 
-def _mapped(path: Path) -> dict[str, mx.array]:
+def mapped(path: Path) -> dict[str, mx.array]:
     """Every array of a folder's safetensors, by the file's name for it, not read yet."""
     shards = sorted(path.glob("*.safetensors"))
     if not shards:
