@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +31,7 @@ from ..loading.loader import check_present
 from ..loading.tensors import Entry, Source, Spec
 from ..memory import on_cpu
 from ..model.soft import Encoded
-from . import patches, picture, video, vision
+from . import frames, hearing, patches, picture, video, vision
 from .content import Content, content_of
 from .folder import read_folder
 from .layers import Weights
@@ -54,10 +55,13 @@ class Tower:
     rows: Callable[[Reader, Weights, np.ndarray], mx.array]  # of a piece, fp32 [n, hidden]; called under `execution`
 
 
+SOUND = re.compile(r"(mm\.)?a\.")  # how names of tensors begin that hear
 IMAGE, AUDIO = "mm.input_projection.weight", "mm.a.input_projection.weight"
 TOWERS = {
     "gemma4uv": Tower("image", IMAGE, patches.specs, picture.inputs, patches.rows),
     "gemma4v": Tower("image", IMAGE, vision.specs, picture.inputs, vision.rows),
+    "gemma4ua": Tower("audio", AUDIO, frames.specs, frames.inputs, frames.rows),
+    "gemma4a": Tower("audio", AUDIO, hearing.specs, hearing.inputs, hearing.rows),
 }
 
 
@@ -99,7 +103,8 @@ class Media:
         kind = part["type"]
         if kind not in self.kinds:
             takes = " and ".join(sorted(self.kinds))
-            raise InputError(f"{self.path}: this projector takes {takes}, no {kind}; leave it out")
+            hint = "; of Gemma 4 E2B, E4B and 12B hear" if kind == "audio" else ""
+            raise InputError(f"{self.path}: this projector takes {takes}, no {kind}{hint}; leave it out")
         content = content_of(part)
         self.load()
         asked = f" {kind} {picture.budget(part) if kind == 'image' else ''} ".encode()
@@ -224,7 +229,10 @@ def open_media(path: Path, config: Config) -> Media:
             type that can't be read, or is none that its towers have.
     """
     with open_towers(path) as (towers, source):
-        check_tensors(path, towers, source, config.hidden)
+        wanted = check_tensors(path, towers, source, config.hidden)
+        low = sorted({source.entries[n].type for n in wanted if SOUND.match(n) and source.entries[n].quantized})
+        if low:
+            log.warning("%s: what hears is quantized (%s) and mishears; take the file in BF16", path, ", ".join(low))
         return Media(path, config, towers)
 
 
