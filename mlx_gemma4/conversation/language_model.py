@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from ..chat_format import renderer
-from ..chat_format.template import encode_chat
+from ..chat_format.messages import for_template
+from ..chat_format.template import Message, encode_chat
 from ..config import Config
 from ..distributed import team
 from ..distributed.place import Place, placed
@@ -31,6 +32,7 @@ from ..model.model import Model
 from ..paths import cache_folder, read_object
 from ..shard import Shard
 from ..tokens.tokenizer import Tokenizer
+from .parts import PromptIds, with_soft_tokens
 
 log = logging.getLogger("mlx_gemma4")
 
@@ -55,7 +57,7 @@ class LanguageModel:
 
     def encode_prompt(
         self,
-        prompt: str,
+        prompt: str | Sequence[Mapping[str, Any]],
         *,
         raw: bool = False,
         after: Sequence[int] = (),
@@ -65,6 +67,7 @@ class LanguageModel:
         """Return the token ids of a prompt, as a user's turn in the file's chat template.
 
         Args:
+            prompt: text, or parts of content as messages have them.
             raw: encode the text as it is instead, without the template.
             after: token ids of the conversation so far, up to its last reply: the prompt is its next turn.
             system: content of the system message.
@@ -74,21 +77,40 @@ class LanguageModel:
             InputError: the template can't continue a conversation, or `system` comes too late.
         """
         if raw:
+            if not isinstance(prompt, str):
+                raise InputError("--raw sends a text as it is, and no pictures or sounds; leave it out")
             return self.tokenizer.encode(prompt, add_bos=not after)
-        turn = {"role": "user", "content": prompt}
+        turn: Message = {"role": "user", "content": prompt}
         if not after:
-            told = [{"role": "system", "content": system}] if system else []
-            return encode_chat(self.tokenizer, [*told, turn], enable_thinking=think)
+            told: list[Message] = [{"role": "system", "content": system}] if system else []
+            return self.encode_messages([*told, turn], enable_thinking=think)
         if system:
             raise InputError("--system: the saved conversation has begun already; leave it out, or start a new one")
         # What the template writes between one reply and the next is found with made-up turns before it.
-        past = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        past: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         before = encode_chat(self.tokenizer, past, add_generation_prompt=False, enable_thinking=think)
-        both = encode_chat(self.tokenizer, [*past, turn], enable_thinking=think)
+        both = self.encode_messages([*past, turn], enable_thinking=think)
         end = max((i for i, token in enumerate(before) if token in self.tokenizer.stop_ids), default=None)
         if end is None or both[: end + 1] != before[: end + 1]:
             raise InputError(f"{self.path}: its chat template doesn't let a saved conversation go on; use --raw")
-        return both[end + (after[-1] in self.tokenizer.stop_ids) :]
+        del both[: end + (after[-1] in self.tokenizer.stop_ids)]
+        return both
+
+    def encode_messages(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), **variables: Any
+    ) -> PromptIds:
+        """Return the token ids of messages in OpenAI's form, pictures and sounds included.
+
+        Args:
+            variables: names for the chat template, as `encode_chat` takes them.
+
+        Raises:
+            InputError: the template refuses the messages, or a part of them can't be read.
+        """
+        takes = self.media.kinds if self.media else ()
+        known, declared = for_template(messages, tools, self.tokenizer.chat_template, takes)
+        ids = encode_chat(self.tokenizer, known, tools=declared or None, **variables)
+        return with_soft_tokens(ids, known, self.tokenizer, self.media, self.model.soft)
 
 
 def demo_path() -> Path:
@@ -146,6 +168,8 @@ def load(
     if place:
         if draft not in (None, "auto"):
             raise InputError(f"--draft {draft}: an assistant sees keys and values of one machine alone; leave it out")
+        if mmproj not in (None, "auto"):
+            raise InputError(f"--mmproj {mmproj}: pictures and sounds are read on one machine alone; leave it out")
         given: dict[str, Any] = {"weights": weights, "fuse": fuse, "draft": None}
         name = "" if path == demo_path() else team.portable(path)
         shard = team.gather(place, path, name, split, given | {"room": asdict(room)})
