@@ -15,6 +15,7 @@ from scripted import REAL
 from mlx_gemma4 import LanguageModel
 from mlx_gemma4.conversation.language_model import demo_path
 from mlx_gemma4.files.gguf import open_gguf
+from mlx_gemma4.media.projector import Media
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.model.soft import Encoded, Kind
 from mlx_gemma4.tokens.tokenizer import Tokenizer
@@ -29,11 +30,11 @@ def encoded(content: bytes, rows: int, hidden: int, kind: Kind = "image", scale:
     return Encoded(kind, digest, mx.array(scale * rng.standard_normal((rows, hidden)).astype(np.float32)))
 
 
-class FakeMedia:
+class FakeMedia(Media):
     """Any content is a picture of 12 rows, or of as many as the part asks for, a sound of 9, a video of two frames."""
 
     def __init__(self, hidden: int, kinds: Sequence[str] = ("image", "audio", "video")) -> None:
-        self.hidden, self.kinds, self.encodings = hidden, frozenset(kinds), 0
+        self.path, self.hidden, self.kinds, self.encodings = Path("mmproj.gguf"), hidden, frozenset(kinds), 0
         self.kept: dict[bytes, Encoded] = {}
 
     def encode(self, part: Mapping[str, Any]) -> list[Encoded | str]:

@@ -168,6 +168,8 @@ def load(
     if place:
         if draft not in (None, "auto"):
             raise InputError(f"--draft {draft}: an assistant sees keys and values of one machine alone; leave it out")
+        if mmproj not in (None, "auto"):
+            raise InputError(f"--mmproj {mmproj}: pictures and sounds are read on one machine alone; leave it out")
         given: dict[str, Any] = {"weights": weights, "fuse": fuse, "draft": None}
         name = "" if path == demo_path() else team.portable(path)
         shard = team.gather(place, path, name, split, given | {"room": asdict(room)})

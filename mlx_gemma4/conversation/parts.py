@@ -7,28 +7,18 @@ template writes for it. Knows no files: a `Media` reads them (media/projector.py
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..chat_format.messages import MEDIA, media_parts
 from ..chat_format.template import Message
 from ..errors import InputError
+from ..media.projector import Media
 from ..model.soft import Encoded, Kind, SoftTokens, soft_ids
 from ..tokens.tokenizer import Tokenizer
 
 _MARK = re.compile(r"\{(image|audio|video)\}")
-
-
-class Media(Protocol):
-    """What a model sees and hears with: media/projector.py has it."""
-
-    @property
-    def kinds(self) -> Collection[str]:
-        """Types of parts that it takes."""
-
-    def encode(self, part: Mapping[str, Any]) -> Sequence[Encoded | str]:
-        """Return what stands in place of a part: control tokens and other text, and what towers made of it."""
 
 
 class PromptIds(list[int]):

@@ -15,10 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import InputError
-from ..loading.from_safetensors import mapped
-from ..loading.tensors import Cut, Entry, Spec
-from ..memory import Holding, on_cpu
-from ..ops.dispatch import Kernels
+from ..loading.from_safetensors import FolderSource
 from ..paths import read_object
 from .picture import SIDE
 
@@ -91,36 +88,7 @@ FORMS = {
 TOWER = {"vision_config": r"vision_tower|vision_embedder|embed_vision", "audio_config": r"audio_tower|embed_audio"}
 
 
-class TowerSource:
-    """The tensors of the towers that a folder has."""
-
-    def __init__(self, path: Path, forms: Sequence[Form]) -> None:
-        self.name = str(path)
-        self.entries: dict[str, Entry] = {}
-        self._arrays: dict[str, mx.array] = {}
-        arrays = mapped(path)
-        for name, array in arrays.items():
-            core, stem = re.sub(r"^model\.", "", name), name.removesuffix(".weight")
-            form = next((form for form in forms if re.match(rf"({TOWER[form.part]})\.", core)), None)
-            if form is None or name.endswith((".scales", ".biases")):
-                continue
-            if f"{stem}.scales" in arrays:
-                raise InputError(f"{path}: its tower is quantized ({stem}); take a folder whose tower is not")
-            ours = next((re.sub(a, b, core) for a, b in form.names if re.fullmatch(a, core)), name)
-            if layout := form.layouts.get(ours):
-                array = layout(array)
-            self._arrays[ours] = array
-            readable = array.dtype in (mx.float32, mx.float16, mx.bfloat16)
-            self.entries[ours] = Entry(tuple(array.shape), str(array.dtype), array.nbytes, readable=readable)
-
-    def read(
-        self, names: Sequence[str], spec: Spec, holding: Holding, kernels: Kernels | None, cuts: Sequence[Cut] = ()
-    ) -> mx.array:
-        array = self._arrays.pop(names[0]).reshape(spec.shape)
-        return array.astype(mx.float32) if spec.role == "vector" or on_cpu() else array
-
-
-def read_folder(path: Path) -> tuple[list[tuple[Form, dict[str, Any]]], TowerSource]:
+def read_folder(path: Path) -> tuple[list[tuple[Form, dict[str, Any]]], FolderSource]:
     """Return the towers of a folder, with their metadata, and their tensors. Raises InputError."""
     file = path / "config.json"
     config = read_object(file) if file.is_file() else {}
@@ -137,7 +105,18 @@ def read_folder(path: Path) -> tuple[list[tuple[Form, dict[str, Any]]], TowerSou
         if (act := own.get("hidden_activation") or "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
             raise InputError(f"{file}: {part}.hidden_activation is {str(act)[:40]!r}, which is not supported")
         found.append((form, {key: own[theirs] for key, theirs in form.keys.items() if own.get(theirs) is not None}))
-    source = TowerSource(path, [form for form, _ in found])
-    if not found or not source.entries:
+    forms = [form for form, _ in found]
+
+    def named(name: str) -> str | None:
+        core = re.sub(r"^model\.", "", name)
+        form = next((form for form in forms if re.match(rf"({TOWER[form.part]})\.", core)), None)
+        if form is None:
+            return None
+        return next((re.sub(a, b, core) for a, b in form.names if re.fullmatch(a, core)), name)
+
+    quantization = config.get("quantization")
+    layouts = {name: layout for form in forms for name, layout in form.layouts.items()}
+    source = FolderSource(path, None, quantization if isinstance(quantization, Mapping) else {}, named, layouts)
+    if not source.entries:
         raise InputError(f"{path}: this folder has no towers for images or sound; give --mmproj a file that has")
     return found, source

@@ -165,7 +165,7 @@ def _size(pieces: Pieces) -> int:
 
 def is_projector(path: Path) -> bool:
     """Return True if a file is an mmproj GGUF. Raises InputError if it can't be read."""
-    if path.is_dir():
+    if not path.is_file():
         return False
     with open_gguf(path) as gguf:
         return gguf.metadata.get("general.architecture") == "clip"
@@ -202,17 +202,17 @@ def open_towers(path: Path) -> Iterator[tuple[list[OpenTower], Source]]:
         yield towers, GGUFSource(gguf)
 
 
-def specs_of(path: Path, towers: list[OpenTower], source: Source, config: Config) -> dict[str, Spec]:
-    """Return the specs of all tensors of a file, each accounted for. Raises InputError."""
+def check_tensors(path: Path, towers: list[OpenTower], source: Source, hidden: int) -> dict[str, Spec]:
+    """Return the specs of all tensors of a file for a text model of this hidden size. Raises InputError."""
     wanted: dict[str, Spec] = {}
     for each in towers:
         made = source.entries.get(each.tower.projection)
-        if made and made.shape[0] != config.hidden:
+        if made and made.shape[0] != hidden:
             raise InputError(
                 f"{path}: this projector is for a model of hidden size {made.shape[0]}, and the model's is "
-                f"{config.hidden}; give --mmproj the model's own, or --no-mmproj"
+                f"{hidden}; give --mmproj the model's own, or --no-mmproj"
             )
-        wanted |= each.tower.specs(each.read, config.hidden, source.entries)
+        wanted |= each.tower.specs(each.read, hidden, source.entries)
     if odd := [name for name in source.entries if name not in wanted]:
         raise InputError(
             f"{path}: has tensor {odd[0]}{f' and {len(odd) - 1} more' if odd[1:] else ''}, which nothing here knows "
@@ -229,7 +229,7 @@ def open_media(path: Path, config: Config) -> Media:
             type that can't be read, or is none that its towers have.
     """
     with open_towers(path) as (towers, source):
-        wanted = specs_of(path, towers, source, config)
+        wanted = check_tensors(path, towers, source, config.hidden)
         low = sorted({source.entries[n].type for n in wanted if SOUND.match(n) and source.entries[n].quantized})
         if low:
             log.warning("%s: what hears is quantized (%s) and mishears; take the file in BF16", path, ", ".join(low))
@@ -240,7 +240,7 @@ def read_towers(path: Path, config: Config) -> Weights:
     """Read all weights of a file: matrices in their own float type, or fp32 on a CPU, and others fp32."""
     with open_towers(path) as (towers, source):
         found: dict[str, mx.array] = {}
-        for name, spec in specs_of(path, towers, source, config).items():
+        for name, spec in check_tensors(path, towers, source, config.hidden).items():
             quantized = source.entries[name].quantized
             read = cast("mx.array", source.read([name], spec, "dense" if quantized else "packed", None))
             found[name] = read.astype(mx.bfloat16) if quantized and not on_cpu() else read
