@@ -40,14 +40,15 @@ async function attach(files) {
   input.focus();
 }
 
-function viewOf({ kind, name, url }) {
-  if (kind === "image") return element("img", { src: url, alt: name, title: name });
+// `beside`: its name stands beside it.
+function viewOf({ kind, name, url }, beside = false) {
+  if (kind === "image") return element("img", { src: url, alt: beside === true ? "" : name });
   return element(kind, { src: url, controls: true, "aria-label": name, title: name, preload: "metadata" });
 }
 
 function showAttached() {
   $("attached").hidden = !attached.length;
-  $("attached").replaceChildren(...attached.map(media => element("li", {}, viewOf(media),
+  $("attached").replaceChildren(...attached.map(media => element("li", {}, viewOf(media, true),
     element("span", { class: "name", dir: "auto" }, media.name),
     iconButton("close", `Remove ${media.name}`, () => {
       attached = attached.filter(other => other !== media);
