@@ -27,7 +27,10 @@ Message = Mapping[str, Any]
 _PLAIN_3 = """\
 {% macro text(content) -%}
 {% if content is string %}{{ content | trim }}{% else %}
-{%- for part in content or [] %}{{ part['text'] | trim }}{% endfor %}
+{%- for part in content or [] %}
+{%- if part['type'] in ['image', 'audio', 'video'] %}{{ '<|' ~ part['type'] ~ '|>' }}
+{%- else %}{{ part['text'] | trim }}{% endif %}
+{%- endfor %}
 {%- endif %}
 {%- endmacro %}
 {{ bos_token }}

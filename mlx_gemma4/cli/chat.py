@@ -6,7 +6,15 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from .options import EXIT_INTERRUPTED, conversation_options, draft_options, output_options, sampling_options
+from .options import (
+    EXIT_INTERRUPTED,
+    conversation_options,
+    draft_options,
+    image_tokens_option,
+    mmproj_options,
+    output_options,
+    sampling_options,
+)
 
 
 @click.command()
@@ -14,8 +22,10 @@ from .options import EXIT_INTERRUPTED, conversation_options, draft_options, outp
 @click.option(
     "-n", "--max-tokens", type=click.IntRange(1), help="Length of a reply.  [default: what the context holds]"
 )
+@image_tokens_option
 @sampling_options
 @draft_options
+@mmproj_options
 @output_options
 def chat(**options: Any) -> None:
     """Talk with a model. /help lists the commands at the prompt.

@@ -13,6 +13,8 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
+import click
+
 from ..conversation.language_model import LanguageModel
 from ..conversation.reply import ReplyOptions
 from ..conversation.session import Session
@@ -34,6 +36,7 @@ def chat_loop(
     sampling: SamplingOf,
     state_file: str | None,
     kv: str,
+    image_tokens: int | None,
     draft_max: int,
 ) -> bool:
     """Hold a conversation until there are no more messages; return True if a line failed."""
@@ -44,7 +47,8 @@ def chat_loop(
     lm, _ = load_with_progress(model, kv, draft_max=draft_max)
     options = ReplyOptions(max_tokens, sampling(lm), think=think, think_budget=think_budget)
     rich = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-    repl = Repl(_repl_env(rich, sampling, kv, draft_max), {"main": _open(lm, state_file, system, options, kv)}, options)
+    env = _repl_env(rich, sampling, kv, draft_max, image_tokens)
+    repl = Repl(env, {"main": _open(lm, state_file, system, options, kv)}, options)
     with _saved_at_the_end(repl, state_file), _terminal(repl) if rich else nullcontext(partial(_line, repl)) as read:
         return _converse(repl, read)
 
@@ -91,7 +95,7 @@ def _saved_at_the_end(repl: Repl, path: str | None) -> Iterator[None]:
             repl.session.save(path)
 
 
-def _repl_env(rich: bool, sampling: SamplingOf, kv: str, draft_max: int) -> ReplEnv:
+def _repl_env(rich: bool, sampling: SamplingOf, kv: str, draft_max: int, image_tokens: int | None) -> ReplEnv:
     console = console_for_replies()
     screen: Callable[[bool], View] = partial(ReplyScreen, console)
     return ReplEnv(
@@ -103,6 +107,8 @@ def _repl_env(rich: bool, sampling: SamplingOf, kv: str, draft_max: int) -> Repl
         sampling=sampling,
         kv=kv,
         drafts=rich,
+        draw=partial(click.echo, nl=False) if rich else None,
+        image_tokens=image_tokens,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,20 +13,27 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError, reason
+from ..media.kind import KINDS
 from ..paths import check_target
+from .attachments import attachment, most_tokens
 from .options import (
     EXIT_INTERRUPTED,
     SamplingOf,
+    complete_file,
     conversation_options,
     draft_options,
     echo,
+    image_tokens_option,
     load_with_progress,
+    mmproj_options,
     output_options,
     progress,
     sampling_options,
     say,
 )
 from .prompts import answer_file
+
+_ORDER = f"{__package__}.order"  # in a command's context: kinds of what was given, in order
 
 if TYPE_CHECKING:
     from ..conversation.language_model import LanguageModel
@@ -34,16 +42,35 @@ if TYPE_CHECKING:
     from ..kv.state import KVState
 
 
-@click.command()
+class _InOrder(click.Command):
+    """A command that knows the order in which its --image, --audio and --video came, whichever of them."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _, _, order = self.make_parser(ctx).parse_args(list(args))
+        ctx.meta[_ORDER] = [option.name for option in order if option.name in KINDS]
+        return super().parse_args(ctx, args)
+
+
+def _file_option(kind: str, what: str) -> Callable[[Any], Any]:
+    help = f"{what} to speak of, where the prompt has {{{kind}}}, or before it. May be repeated."
+    return click.option(f"--{kind}", multiple=True, metavar="FILE", shell_complete=complete_file, help=help)
+
+
+@click.command(cls=_InOrder)
 @conversation_options
 @click.option("-p", "--prompt", metavar="TEXT", help="What to answer; - reads standard input.")
 @click.option("--prompts", "prompts_file", metavar="FILE", help="Answer many: lines of JSON with prompt or messages.")
 @click.option("-o", "--output", metavar="FILE", help="With --prompts: write here, going on where that ends.")
+@_file_option("image", "A picture")
+@_file_option("audio", "A sound")
+@_file_option("video", "A video")
+@image_tokens_option
 @click.option("-n", "--max-tokens", type=click.IntRange(1), default=256, help="Length of the reply.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the reply before this text. May be repeated.")
 @click.option("--json-schema", "schema_file", metavar="FILE", help="Make the reply JSON that obeys this JSON schema.")
 @sampling_options
 @draft_options
+@mmproj_options
 @click.option("--raw", is_flag=True, help="Send the text as it is, without the chat template.")
 @click.option("--logprobs", type=click.IntRange(0, 100), metavar="N", help="With --json: how likely each token was.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with reply and statistics.")
@@ -58,6 +85,10 @@ def generate(
     prompt: str | None,
     prompts_file: str | None,
     output: str | None,
+    image: tuple[str, ...],
+    audio: tuple[str, ...],
+    video: tuple[str, ...],
+    image_tokens: int | None,
     max_tokens: int,
     stop: tuple[str, ...],
     schema_file: str | None,
@@ -73,6 +104,7 @@ def generate(
     the file is {"prompt": "..."} or {"messages": [...]}, with "id", "max_tokens", "seed" and others as you like; each
     line of the output is a reply, in the same order.
     """
+    from ..conversation.parts import content_of
     from ..conversation.reply import ReplyOptions, stream
     from ..kv.file import FORMAT as STATE_MARK
 
@@ -85,6 +117,17 @@ def generate(
     schema = None if schema_file is None else _read_schema(schema_file)
     if (prompt is None) == (prompts_file is None):
         raise InputError("give either --prompt TEXT or --prompts FILE")
+    left = {"image": list(image), "audio": list(audio), "video": list(video)}
+    order = click.get_current_context().meta[_ORDER]
+    parts = [attachment(kind, left[kind].pop(0), f"--{kind}", image_tokens) for kind in order]
+    if parts and raw:
+        raise InputError("--raw sends a text as it is, and no pictures or sounds: leave it out")
+    if parts and prompts_file is not None:
+        raise InputError(f"--{order[0]} goes with --prompt; with --prompts, parts of messages name files")
+    if parts and model is None:
+        raise InputError(
+            f"--{order[0]}: the built-in model has no eyes and no ears; give --model FILE, and its mmproj file"
+        )
     if prompts_file is not None:
         if state_file or logprobs is not None:
             raise InputError("--state and --logprobs go with a single --prompt")
@@ -112,13 +155,13 @@ def generate(
         prompt = sys.stdin.read()
     if not prompt:
         raise InputError("--prompt is empty; give it some text")
-    most = len(prompt.encode()) // 3 + max_tokens  # a token has over 3 bytes
+    most = len(prompt.encode()) // 3 + max_tokens + sum(map(most_tokens, parts))  # a token has over 3 bytes
     lm, load_time = load_with_progress(model, kv, most, draft_max=draft_max)
     options = ReplyOptions(
         max_tokens, sampling(lm), stop, think, schema=schema, logprobs=logprobs, think_budget=think_budget
     )
     state = _open_state(lm, state_file, kv)
-    ids = lm.encode_prompt(prompt, raw=raw, after=state.tokens, system=system, think=think)
+    ids = lm.encode_prompt(content_of(prompt, parts), raw=raw, after=state.tokens, system=system, think=think)
     logging.info("Loaded in %.2f s; prompt of %d tokens; %s", load_time, len(ids), options.sampling)
     text, thinking, interrupted = "", False, False
     chunks, reply = None, None

@@ -12,15 +12,18 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..chat_format.replies import Event, Text, Thinking, ToolCall
 from ..conversation.background import OnPrompt
-from ..conversation.language_model import LanguageModel
+from ..conversation.language_model import LanguageModel, demo_path
+from ..conversation.parts import content_of
 from ..conversation.reply import ReplyOptions
 from ..conversation.session import Session
 from ..errors import InputError
 from ..kv.state import total_nbytes
+from ..media.kind import KINDS
+from .attachments import attachment, dropped, preview, text_of
 from .options import SamplingOf
 
 
@@ -47,6 +50,8 @@ class ReplEnv:
     sampling: SamplingOf
     kv: str  # kind of keys and values of new states
     drafts: bool  # a prompt can begin with a text
+    draw: Callable[[str], None] | None = None  # writes a thumbnail's codes; None: they can't be shown
+    image_tokens: int | None = None  # of a picture, at most
 
 
 class Leave(Exception):
@@ -63,6 +68,7 @@ class Repl:
     branch: str = "main"
     unfolded: bool = False  # thoughts stay on the screen
     draft: str = ""  # text that the next prompt begins with; what is sent then replaces the last message
+    attached: list[dict[str, Any]] = field(default_factory=list)  # what goes with the next message
     _retries: int = field(default=0, repr=False)
 
     @property
@@ -77,26 +83,59 @@ class Repl:
         """Return a line with the context and memory in use."""
         tokens, context = self.session.state.length, self.session.lm.config.context
         held = total_nbytes(session.state for session in self.branches.values())
-        return f"{tokens:,} / {context:,} tokens, {_megabytes(held)}" + ", thinking" * bool(self.options.think)
+        more = f", {len(self.attached)} attached" * bool(self.attached) + ", thinking" * bool(self.options.think)
+        return f"{tokens:,} / {context:,} tokens, {_megabytes(held)}" + more
 
     def take(self, line: str) -> None:
-        """Handle a line: a message, or a "/command"; "//" begins a message with a slash. Raises InputError."""
+        """Handle a line: a message, or a "/command"; "//" begins a message with a slash. Raises InputError.
+
+        Paths of pictures and sounds, alone or in quotes, attach these: terminals paste them for what is dropped.
+        """
         draft, self.draft = self.draft, ""
-        text = line.strip()
-        command = re.fullmatch(r"/(\w*)(?:\s+(.*))?", text, re.DOTALL)
+        command = re.fullmatch(r"/(\w*)(?:\s+(.*))?", line.strip(), re.DOTALL)
+        files, text = dropped(line.strip(), within=not command)
+        for kind, name in files:
+            self._attach(kind, name)
+        if files and not text:
+            return
         if command:
             self._run(f"/{command[1]}", (command[2] or "").strip())
         elif not text:
             if draft:
                 self.env.echo("Left as it was.")
         else:
-            text = text[1:] if text.startswith("//") else text
-            turn = self.session.edit if draft else self.session.send
-            self._answer(lambda on_prompt: turn(text, self.options, on_prompt=on_prompt))
+            self._say(text[1:] if text.startswith("//") else text, again=bool(draft))
+
+    def _say(self, text: str, again: bool) -> None:
+        """Send a message with what is attached, or again in place of the last one, which keeps what it had."""
+        parts = [*(_parts(self.session.last_said) if again else ()), *self.attached]
+        content = content_of(text, parts)
+        if again:
+            self._answer(lambda on_prompt: self.session.edit(content, self.options, on_prompt=on_prompt))
+        else:
+            message = {"role": "user", "content": content}
+            self._answer(lambda on_prompt: self.session.send(message, self.options, on_prompt=on_prompt))
+        self.attached = []
+
+    def _attach(self, kind: str, name: str) -> None:
+        """Let a file go with the next message. It is encoded at once: what is wrong with it shows here."""
+        lm = self.session.lm
+        part = attachment(kind, name, f"/{kind}", self.env.image_tokens)
+        if lm.media is None:
+            eyes = (
+                "the built-in model has no eyes and no ears" if lm.path == demo_path() else "no mmproj file is loaded"
+            )
+            raise InputError(f"/{kind} {name}: {eyes}; start with --model FILE --mmproj FILE")
+        tokens = sum(len(piece.ids) for piece in lm.media.encode(part) if not isinstance(piece, str))
+        size, codes = preview(part)
+        if self.env.draw and codes:
+            self.env.draw(codes)
+        self.env.echo(f"[{kind}] {part['name']}{size}, {_counted(tokens, 'token')}")
+        self.attached.append(part)
 
     def arguments(self, command: str) -> Iterable[str] | None:
         """Return the words that may follow a command; None: the name of a file."""
-        if command in ("/save", "/load", "/model"):
+        if command in ("/save", "/load", "/model", *(f"/{kind}" for kind in KINDS)):
             return None
         return {"/think": ["on", "off"], "/fork": list(self.branches)}.get(command, [])
 
@@ -192,15 +231,15 @@ class Repl:
         self._answer(lambda on_prompt: self.session.retry(options, on_prompt=on_prompt))
 
     def _edit(self, argument: str) -> None:
-        said = [m for m in self.session.messages if m.get("role") == "user" and isinstance(m.get("content"), str)]
-        if not said:
+        said = self.session.last_said
+        if said is None:
             raise InputError("there is nothing to edit yet")
         if argument:
-            self._answer(lambda on_prompt: self.session.edit(argument, self.options, on_prompt=on_prompt))
+            self._say(argument, again=True)
         elif not self.env.drafts:
             raise InputError("/edit: give the new text after it")
         else:
-            text = said[-1]["content"]
+            text = text_of(said)
             self.draft = f"/{text}" if text.startswith("/") else text
 
     def _save(self, argument: str) -> None:
@@ -275,7 +314,7 @@ class Repl:
         self.env.echo("Thoughts stay unfolded; /think folds them again.")
 
     def _clear(self, argument: str) -> None:
-        old = self.session
+        old, self.attached = self.session, []
         system = [m for m in old.messages[:1] if m.get("role") == "system"]
         self.branches[self.branch] = Session(old.lm, messages=system, options=self.options, kv=self.env.kv)
         old.close()
@@ -297,7 +336,14 @@ class Command(NamedTuple):
     run: Callable[[Repl, str], None]  # with the text after its name
 
 
+def _attaches(kind: str) -> Callable[[Repl, str], None]:
+    return lambda repl, argument: repl._attach(kind, str(_path(f"/{kind}", argument)))
+
+
 COMMANDS = {
+    "/image": Command("FILE", "attaches a picture to your next message", _attaches("image")),
+    "/audio": Command("FILE", "attaches a sound", _attaches("audio")),
+    "/video": Command("FILE", "attaches a video", _attaches("video")),
     "/system": Command("[TEXT]", "shows or sets the system prompt; none removes it", Repl._system),
     "/undo": Command("", "takes back your last message and its reply", Repl._undo),
     "/retry": Command("", "makes another reply to your last message", Repl._retry),
@@ -323,6 +369,11 @@ def _path(command: str, argument: str) -> Path:
     if not name:
         raise InputError(f"{command}: which file?")
     return Path(name).expanduser()
+
+
+def _parts(content: Any) -> list[dict[str, Any]]:
+    """The pictures and sounds of a message."""
+    return [part for part in content if part.get("type") in KINDS] if isinstance(content, list) else []
 
 
 def _turns(session: Session) -> str:

@@ -16,11 +16,14 @@ import click
 
 from ..errors import InputError
 from .options import (
+    MMPROJ,
     SamplingOf,
     draft_options,
     echo,
+    image_tokens_option,
     kv_option,
     load_with_progress,
+    mmproj_options,
     model_option,
     output_options,
     ranks_options,
@@ -64,6 +67,10 @@ def _duration(value: str) -> float:
     help="Let pages or extensions there use it, as app://obsidian.md; * for all. May be repeated.",
 )
 @click.option("--allow-host", multiple=True, metavar="NAME", help="Another name of this machine. May be repeated.")
+@click.option("--allow-remote-images", is_flag=True, help="Let requests name pictures on the web, which are read then.")
+@click.option(
+    "--skip-media", is_flag=True, help="Leave out pictures and sounds that the model can't take; refuse none."
+)
 @click.option("--parallel", type=click.IntRange(1, 32), help="Replies made at a time.  [default: as memory allows]")
 @click.option("--exact", is_flag=True, help="Let them take turns, each to the bit as it is alone; slower.")
 @click.option("--queue", type=click.IntRange(0, 10_000), default=32, help="Requests that may wait for that.")
@@ -78,10 +85,12 @@ def _duration(value: str) -> float:
     help="Memory for conversations, kept and in use, as 4GB.  [default: half of what is free]",
 )
 @click.option("--grace", type=click.IntRange(0, 86400), default=30, help="Seconds that Ctrl-C waits.")
+@image_tokens_option
 @kv_option
 @ranks_options
 @sampling_options
 @draft_options
+@mmproj_options
 @output_options
 def serve(
     model: str | None,
@@ -92,6 +101,9 @@ def serve(
     api_key: str | None,
     allow_origin: tuple[str, ...],
     allow_host: tuple[str, ...],
+    allow_remote_images: bool,
+    skip_media: bool,
+    image_tokens: int | None,
     parallel: int | None,
     exact: bool,
     queue: int,
@@ -124,6 +136,9 @@ def serve(
         api_key=api_key or None,
         allow_origin=allow_origin,
         allow_host=allow_host,
+        allow_remote_images=allow_remote_images,
+        skip_media=skip_media,
+        image_tokens=image_tokens,
         connections=_connections(queue),
         exact=exact,
         queue=queue,
@@ -135,6 +150,9 @@ def serve(
         raise InputError("--model and --models: give one of them")
     if models is not None and not Path(models).is_dir():
         raise InputError(f"--models {models}: no such folder; make it, or name one with .gguf files in it")
+    mmproj = click.get_current_context().meta.get(MMPROJ, "auto")
+    if models is not None and mmproj not in (None, "auto"):
+        raise InputError("--mmproj goes with --model; of a folder each model takes the one beside it")
     listening = _listen(host, port)  # before the model is loaded, so that an error shows at once
 
     def sized(lm: LanguageModel, name: str, promised: int = 0) -> Settings:
@@ -147,7 +165,8 @@ def serve(
 
     def start(name: str, path: Path, promised: int) -> Engine:
         """Load a model of the folder."""
-        lm = load(path, room=Room(2 * max_tokens, kv, (max_kv_bytes or 0) + promised), draft_max=draft_max)
+        room = Room(2 * max_tokens, kv, (max_kv_bytes or 0) + promised)
+        lm = load(path, room=room, draft_max=draft_max, mmproj=mmproj)
         lm = replace(lm, sampling=sampling(lm))
         return Engine(lm, sized(lm, name, promised))
 

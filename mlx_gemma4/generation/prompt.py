@@ -5,8 +5,11 @@ In: a model, a KV state, token ids. Out: a state that has read more of them. Kno
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
+from ..config import SEEN
 from ..errors import NoRoom
 from ..execution import execution
 from ..kv.state import KVState
@@ -30,24 +33,25 @@ def prefill_chunk(model: Model, position: int = 0, most: int | None = None) -> i
     return chunk_at(model.config, position // most * most, most, own_attention(model.kernels)) if on_metal() else most
 
 
-def fitting_chunk(model: Model, state: KVState, tokens: int) -> int:
-    """Return how many tokens of a prompt of `tokens` may be read at a time on a Mac, as this model's plan has memory.
+def fitting_chunk(model: Model, state: KVState, prompt: Sequence[int]) -> int:
+    """Return how many tokens of a prompt may be read at a time on a Mac, as this model's plan has memory.
+
+    A picture in it may be longer, and is read at once.
 
     Raises:
         NoRoom: there is none for such a prompt.
     """
     if model.plan is None or not on_metal():
         return model.chunk
-    end = state.length + tokens
+    end, picture = state.length + len(prompt), model.config.longest_picture(prompt)
     needs = needs_of(model.config, state.dtype, model.chunk, own_attention(model.kernels))
     free = model.plan.limit - mx.get_active_memory() - max(0, needs.kv(end, state.kv) - state.nbytes)
     for chunk in needs.chunks():
-        if needs.reading(end, state.kv, chunk) <= free:
+        if (reading := needs.reading(end, state.kv, max(chunk, picture))) <= free:
             return chunk
     raise NoRoom(
         f"a conversation of {end:,} tokens takes {needs.kv(end, state.kv) / 1e9:.1f} GB of KV and more to read it, and "
-        f"memory is {(needs.reading(end, state.kv, chunk) - free) / 1e9:.1f} GB short; shorten it, take --kv tq4 or a "
-        "smaller quantization"
+        f"memory is {(reading - free) / 1e9:.1f} GB short; shorten it, take --kv tq4 or a smaller quantization"
     )
 
 
@@ -63,10 +67,17 @@ def chunk_ahead(model: Model, state: KVState, ids: list[int], most: int) -> int:
     """Return how many of `ids`, of which the state holds a beginning, are read next.
 
     Chunks, of `most` tokens at most, end at multiples of `prefill_chunk`, whatever the state held before: a prompt
-    whose beginning was there already is cut as one that is read whole.
+    whose beginning was there already is cut as one that is read whole. Where that is within a picture whose tokens see
+    each other, a chunk ends before it, or holds all of it.
     """
     chunk = prefill_chunk(model, state.length, most)
-    return min(chunk - state.length % chunk, len(ids) - state.length)
+    stop = min(state.length + chunk - state.length % chunk, len(ids))
+    start = model.config.uncut(ids, stop)
+    if start > state.length:
+        return start - state.length
+    while start < stop < len(ids) and ids[stop] < SEEN:
+        stop += 1
+    return stop - state.length
 
 
 def read_chunk(model: Model, state: KVState, ids: list[int], marks: list[int], most: int) -> LazyStep | None:
@@ -75,12 +86,13 @@ def read_chunk(model: Model, state: KVState, ids: list[int], marks: list[int], m
     stop = before + chunk_ahead(model, state, ids, most)
     chunk, step = mx.array(ids[before:stop]), None
     with execution():
+        soft = model.soft.rows(ids[before:stop])
         if stop < len(ids):
-            model.prefill(chunk, state)
+            model.prefill(chunk, state, soft=soft)
             mx.eval(state.arrays)
             mx.clear_cache()
         else:
-            logits = model.forward(chunk, state)
+            logits = model.forward(chunk, state, soft=soft)
             mx.eval(logits)
             check_finite(mx.sum(logits))
             step = LazyStep(logits)

@@ -282,7 +282,7 @@ class Scheduler:
                 continue
             ahead = chunk_ahead(self.model, job.reply.state, job.reply.ids, most)
             left = most if left is None else left
-            if ahead > left or (n and self._answering and time.perf_counter() - start > WAIT / 2):
+            if n and (ahead > left or (self._answering and time.perf_counter() - start > WAIT / 2)):
                 return
             left -= ahead
             self._reading.rotate(-1)

@@ -177,12 +177,33 @@ def account(config: Config, source: Source, specs: dict[str, Spec]) -> tuple[dic
             f"{source.name}: has tensor {odd[0]}{f' and {len(odd) - 1} more' if odd[1:] else ''}{lacks}, which nothing "
             "here knows how to use; update mlx-gemma4, or take another file of this model"
         )
+    present = check_present(source, needed)
+    for name, scale in scales.items():
+        entry, shape = source.entries[scale], source.entries[scale].shape
+        if entry.type not in FLOATING or source.entries[name].quantized or name.startswith("token_embd"):
+            raise InputError(f"{source.name}: tensor {scale} scales {name}, whose type has no scale; convert it again")
+        if shape not in ((), (1,), (present[name].shape[0],) if len(present[name].shape) == 3 else ()):
+            raise InputError(f"{source.name}: tensor {scale} is {_by(shape)}, not a single number; convert it again")
+    if left:
+        log.info("Unused tensors (%d): %s", len(left), ", ".join(left))
+    if "output.weight" in present:  # the embedding is not the head too
+        present["token_embd.weight"] = Spec(present["token_embd.weight"].shape, "table")
+    return present, scales
+
+
+def check_present(source: Source, specs: Mapping[str, Spec]) -> dict[str, Spec]:
+    """Return the specs of those tensors that are there.
+
+    Raises InputError before any is read: one that is not optional is missing, can't be read or has another shape.
+    """
+    missing = [name for name, spec in specs.items() if not spec.optional and name not in source.entries]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise InputError(
             f"{source.name}: {'tensors' if missing[1:] else 'tensor'} {', '.join(missing[:3])}{more} missing; "
             "the file is incomplete, download it again"
         )
+    present = {name: spec for name, spec in specs.items() if name in source.entries}
     for name, spec in present.items():
         shape = source.entries[name].shape
         if not source.entries[name].readable:
@@ -195,17 +216,7 @@ def account(config: Config, source: Source, specs: dict[str, Spec]) -> tuple[dic
                 f"{source.name}: tensor {name} is {_by(shape)}, but the configuration calls for {_by(spec.shape)}; "
                 "the file is damaged or was converted wrongly"
             )
-    for name, scale in scales.items():
-        entry, shape = source.entries[scale], source.entries[scale].shape
-        if entry.type not in FLOATING or source.entries[name].quantized or name.startswith("token_embd"):
-            raise InputError(f"{source.name}: tensor {scale} scales {name}, whose type has no scale; convert it again")
-        if shape not in ((), (1,), (present[name].shape[0],) if len(present[name].shape) == 3 else ()):
-            raise InputError(f"{source.name}: tensor {scale} is {_by(shape)}, not a single number; convert it again")
-    if left:
-        log.info("Unused tensors (%d): %s", len(left), ", ".join(left))
-    if "output.weight" in present:  # the embedding is not the head too
-        present["token_embd.weight"] = Spec(present["token_embd.weight"].shape, "table")
-    return present, scales
+    return present
 
 
 def sizes(source: Source, present: dict[str, Spec]) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from ..chat_format.messages import tool_result
 from ..chat_format.replies import CallPart, Event, Text, Thinking, ToolCall
 from ..conversation.language_model import LanguageModel
 from ..conversation.reply import Reply, ReplyOptions, prompt_ids
-from . import fields
+from . import fields, media
 from . import options as read
 from .endpoint import Endpoint, Sent, answer
 from .engine import Engine, GenerationRequest, Job
@@ -30,6 +30,11 @@ from .wire import json_response
 
 class TextBlock(fields.TextPart):
     type: Literal["text"]
+
+
+class ImageBlock(fields.MediaPart):
+    type: Literal["image"]
+    source: fields.Object
 
 
 class ThinkingBlock(Body):
@@ -50,20 +55,21 @@ class ToolResultBlock(Body):
     type: Literal["tool_result"]
     tool_use_id: str
     ignored = ("cache_control",)
-    content: str | Annotated[fields.Items[TextBlock], fields.readable("text")] | None = None
+    content: str | Annotated[fields.Items[TextBlock | ImageBlock], fields.readable("text", "image")] | None = None
     is_error: bool | None = None
 
 
-UserBlock = Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]
+UserBlock = Annotated[TextBlock | ImageBlock | ToolResultBlock, Field(discriminator="type")]
 AssistantBlock = Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discriminator="type")]
 
 
+_USER = "text", "image", "tool_result"
 _ASSISTANT = "text", "thinking", "redacted_thinking", "tool_use"
 
 
 class UserTurn(Body):
     role: Literal["user", "system"]
-    content: str | Annotated[fields.Items[UserBlock], Field(min_length=1), fields.readable("text", "tool_result")]
+    content: str | Annotated[fields.Items[UserBlock], Field(min_length=1), fields.readable(*_USER)]
 
 
 class AssistantTurn(Body):
@@ -133,6 +139,7 @@ _REPLY = {
 async def messages(body: MessagesRequest, engine: Engine) -> ASGIApp:
     """Reply to a conversation, whole or as events."""
     request = read_request(body, engine.lm, engine.settings.think_budget)
+    request = replace(request, prompt=await media.received(request.prompt, engine))
     job = engine.submit([request], format_field=_form(body).path)
     made = _Message(job, body.model)
     return answer(job, body.stream, made.events(), lambda: made.message, ping={"type": "ping"})
@@ -140,7 +147,7 @@ async def messages(body: MessagesRequest, engine: Engine) -> ASGIApp:
 
 async def count_tokens(body: CountRequest, engine: Engine) -> Response:
     """Count a prompt's tokens."""
-    said = read_messages(body)
+    said = await media.received(read_messages(body), engine)
     options = ReplyOptions(tools=_tools(body, engine.lm), think=_think(body), go_on=_begun(said))
     ids = await asyncio.to_thread(prompt_ids, engine.lm, said, options)
     return json_response({"input_tokens": len(ids)})
@@ -198,24 +205,28 @@ def read_messages(body: CountRequest) -> list[dict[str, Any]]:
     called: dict[str, str] = {}  # names of called functions, by the call's id
     for i, message in enumerate(body.messages):
         blocks = [TextBlock(type="text", text=message.content)] if isinstance(message.content, str) else message.content
-        text = [block.text for block in blocks if isinstance(block, TextBlock)]
         if isinstance(message, AssistantTurn):
+            text = "".join(block.text for block in blocks if isinstance(block, TextBlock))
             uses = [block for block in blocks if isinstance(block, ToolUseBlock)]
             called |= {use.id: use.name for use in uses}
             thinking = "".join(block.thinking or "" for block in blocks if isinstance(block, ThinkingBlock))
             calls = [read.tool_call(use.id, use.name, use.input) for use in uses]
-            messages.append(read.assistant_message("".join(text), thinking, calls))
+            messages.append(read.assistant_message(text, thinking, calls))
             continue
         for j, block in enumerate(blocks):
+            path = f"messages[{i}].content[{j}]"
             if isinstance(block, ToolResultBlock):
                 id = block.tool_use_id
                 if id not in called:
-                    raise wrong(f"messages[{i}].content[{j}].tool_use_id", f"{id!r:.60} is the id of no call before it")
-                # Gemma has no mark for an error: it is said in words.
-                content = "Error: " * bool(block.is_error) + read.read_text(block.content)
-                messages.append(tool_result(id, called[id], content))
-        if text:
-            messages.append({"role": message.role, "content": "\n".join(filter(None, text))})
+                    raise wrong(f"{path}.tool_use_id", f"{id!r:.60} is the id of no call before it")
+                content = media.content_of(block.content, f"{path}.content")
+                if block.is_error:  # Gemma has no mark for it: it is said in words
+                    words = {"type": "text", "text": "Error:"}
+                    content = f"Error: {content}" if isinstance(content, str) else [words, *content]
+                messages.append(tool_result(id, called[id], "") | {"content": content})
+        said = [None if isinstance(block, ToolResultBlock) else block for block in blocks]
+        if any(said):
+            messages.append({"role": message.role, "content": media.content_of(said, f"messages[{i}].content")})
     if messages[-1]["role"] == "system":
         raise wrong("messages", "must hold at least one message of the user")
     if messages[-1].get("tool_calls"):

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -18,6 +19,8 @@ from ..config import Config
 from ..errors import InputError
 from ..files.hub import QUANT
 from ..loading.loader import open_model
+from ..media.kind import Kind, kinds_of
+from ..media.projector import media_beside, open_media
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ class Card:
     quant: str  # "Q4_K_M", or the type of most of its bytes
     template: str
     metadata: Mapping[str, Any]  # numbers and strings of a GGUF
+    media: tuple[Kind, ...] = ()  # what it takes beside text: "image", "audio", "video"
 
     @property
     def digest(self) -> str:
@@ -52,7 +56,8 @@ class Card:
 
     def openai(self) -> dict[str, Any]:
         head = {"id": self.name, "object": "model", "created": int(self.changed), "owned_by": "mlx-gemma4"}
-        return {**head, "context_length": self.config.context}
+        takes = {"input_modalities": ["text", *self.media], "output_modalities": ["text"]}  # as OpenRouter has it
+        return {**head, "context_length": self.config.context, "architecture": takes}
 
     def anthropic(self) -> dict[str, Any]:
         created = timestamp(self.changed)
@@ -62,7 +67,7 @@ class Card:
         return {
             "id": self.name,
             "object": "model",
-            "type": "llm",
+            "type": "vlm" if "image" in self.media else "llm",
             "publisher": self.name.rpartition("/")[0].split("/")[0],
             "arch": self.config.architecture,
             "compatibility_type": self.form,
@@ -109,10 +114,19 @@ def _read(name: str, path: Path, changed: float) -> Card | None:
                 next(reversed(QUANT.findall(path.name.upper())), None) or max(sizes, key=lambda type: sizes[type]),
                 template if isinstance(template, str) else "",
                 {key: x for key, x in metadata.items() if isinstance(x, bool | int | float | str)},
+                _media_beside(path, config),
             )
     except InputError as error:
         log.warning("Left out of the list of models: %s", error)
         return None
+
+
+def _media_beside(path: Path, config: Config) -> tuple[Kind, ...]:
+    """What a model takes beside text, as the mmproj file beside it says."""
+    with suppress(InputError):
+        if found := media_beside(path, config):
+            return kinds_of(open_media(found, config))
+    return ()
 
 
 def _template_file(path: Path) -> str:

@@ -25,7 +25,7 @@ from ..conversation.reply import ReplyOptions
 from ..generation.sampling import Token
 from ..generation.scoring import score
 from ..tokens.tokenizer import Tokenizer
-from . import fields
+from . import fields, media
 from . import options as read
 from .endpoint import Endpoint, Sent, answer, chat_logprobs, reading, usage
 from .engine import Engine, GenerationRequest, Job
@@ -150,7 +150,7 @@ _TEXT_REPLY = {**_HEAD, "object": "text_completion", "choices": [{**_CHOICE, "te
 # Endpoints
 
 
-def read_chat(body: ChatRequest, engine: Engine) -> tuple[list[dict[str, Any]], ReplyOptions, Form]:
+async def read_chat(body: ChatRequest, engine: Engine) -> tuple[list[dict[str, Any]], ReplyOptions, Form]:
     """The conversation, and how to reply to it. Raises ApiError."""
     if body.top_logprobs and not body.logprobs:
         raise wrong("top_logprobs", "needs logprobs=true")
@@ -167,7 +167,7 @@ def read_chat(body: ChatRequest, engine: Engine) -> tuple[list[dict[str, Any]], 
         **read.read_thinking(body, engine),
         **_options(body, engine, form, body.max_completion_tokens or body.max_output_tokens),
     )
-    messages = _messages(body)
+    messages = await media.received(_messages(body), engine)
     if options.go_on and (body.add_generation_prompt or messages[-1]["role"] != "assistant"):
         raise wrong("continue_final_message", "needs a last message of the assistant's, and no add_generation_prompt")
     return messages, options, form
@@ -175,7 +175,7 @@ def read_chat(body: ChatRequest, engine: Engine) -> tuple[list[dict[str, Any]], 
 
 async def chat_completions(body: ChatRequest, engine: Engine) -> ASGIApp:
     """Reply to a conversation."""
-    messages, options, form = read_chat(body, engine)
+    messages, options, form = await read_chat(body, engine)
     with_usage = _with_usage(body)
     requests = list(_choices(messages, options, body.n or 1, body.parallel_tool_calls is False))
     job = engine.submit(requests, "messages", form.path)
@@ -267,8 +267,8 @@ def _head(body: fields.OpenAIRequest, engine: Engine, prefix: str, kind: str) ->
 def _messages(body: ChatRequest) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     names: dict[str | None, str] = {}  # of called functions, by the call's id
-    for message in body.messages:
-        text = read.read_text(message.content)
+    for i, message in enumerate(body.messages):
+        text = media.content_of(message.content, f"messages[{i}].content")
         if isinstance(message, AssistantMessage):
             calls = list(message.tool_calls or ())
             names |= {call.id: call.function.name for call in calls}
@@ -277,7 +277,7 @@ def _messages(body: ChatRequest) -> list[dict[str, Any]]:
             messages.append(read.assistant_message(text, message.reasoning_content or message.reasoning, made))
         elif isinstance(message, ToolMessage):
             id = message.tool_call_id
-            messages.append(tool_result(id or "", message.name or names.get(id, "unknown"), text))
+            messages.append(tool_result(id or "", message.name or names.get(id, "unknown"), "") | {"content": text})
         else:
             role = "system" if message.role == "developer" else message.role
             messages.append({"role": role, "content": text})

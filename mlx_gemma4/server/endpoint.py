@@ -6,6 +6,7 @@ In: HTTP requests. Out: the response of an `Endpoint`'s function, which gets the
 import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,25 +45,34 @@ class Endpoint:
     async def handle(self, request: Request) -> ASGIApp:
         """Read a request's body and answer it. Its model stays loaded until the end."""
         models: Models = request.app.state.models
-        values = await read_json(request, models.settings.max_body_bytes)
+        with ExitStack() as held:
+            return await self._handle(request, models, held)
+
+    async def _handle(self, request: Request, models: Models, stack: ExitStack) -> ASGIApp:
+        """`stack`: what is held while the request is answered."""
+        values = await read_json(
+            request, models.settings.max_body_bytes, lambda: stack.enter_context(models.large_body())
+        )
         long = int(request.headers.get("content-length", LONG)) >= LONG
         body = await asyncio.to_thread(parse, self.request, values) if long else parse(self.request, values)
         if self.of_models:
             return await self.answer(body, models)
+        keep = getattr(body, "keep_alive", None)  # seconds where the body's model knows it
         held = await models.hold(getattr(body, "model", None))
 
         async def respond(scope: Scope, receive: Receive, send: Send) -> None:
-            try:
-                await app(scope, receive, send)
-            finally:
-                keep = getattr(body, "keep_alive", None)  # seconds where the body's model knows it
-                models.release(held, keep if isinstance(keep, float) else None)
+            with large:
+                try:
+                    await app(scope, receive, send)
+                finally:
+                    models.release(held, keep if isinstance(keep, float) else None)
 
         try:
             app = await self.answer(body, held.engine)
         except BaseException:
             models.release(held)
             raise
+        large = stack.pop_all()
         return respond
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -192,8 +192,36 @@ class RefusalPart(Body):
     refusal: str
 
 
-PARTS = "text", "input_text", "output_text", "refusal"
-Content = str | Annotated[Items[TextPart | RefusalPart], readable(*PARTS)]
+class MediaPart(Body):
+    """A picture, sound, video or file in the form of any API: `media` reads it, for what is taken is the model's."""
+
+    ignored = ("cache_control", "file_id", "title", "context", "citations", "prompt_cache_breakpoint")
+    type: Literal[
+        "image_url", "input_image", "image", "input_audio", "audio_url", "audio", "video_url", "video",
+        "file", "input_file",
+    ]  # fmt: skip
+    image_url: Object | str | None = None
+    input_audio: Object | None = None
+    audio_url: Object | str | None = None
+    video_url: Object | str | None = None
+    source: Object | None = None  # of Anthropic's
+    file: Object | None = None
+    file_data: str | None = None
+    filename: str | None = None
+    detail: str | None = None
+    tokens: Annotated[int, Whole] | None = None  # of a picture
+
+
+MEDIA: tuple[str, ...] = get_args(MediaPart.model_fields["type"].annotation)
+PARTS = "text", "input_text", "output_text", "refusal", *MEDIA
+Content = str | Annotated[Items[TextPart | RefusalPart | MediaPart], readable(*PARTS)]
+
+
+def text_of(part: TextPart | RefusalPart | MediaPart) -> str:
+    """A part's text. What was left out is empty."""
+    if isinstance(part, MediaPart):
+        return f"({part.type})"
+    return part.refusal if isinstance(part, RefusalPart) else part.text
 
 
 class Function(Body):

@@ -73,7 +73,14 @@ async def _version(request: Request) -> Response:
 def tag(card: Card) -> dict[str, Any]:
     """A model in Ollama's lists."""
     head = {"name": card.name, "model": card.name, "size": card.n_bytes, "digest": card.digest}
-    return head | {"details": details(card)}
+    return head | {"details": details(card), "capabilities": capabilities(card)}
+
+
+def capabilities(card: Card) -> list[str]:
+    """What a model can do, in Ollama's words, as its chat template and its mmproj show."""
+    able = {"vision": "image" in card.media, "audio": "audio" in card.media}
+    able |= {"tools": "tools" in card.template, "thinking": "enable_thinking" in card.template}
+    return ["completion", *(name for name, can in able.items() if can)]
 
 
 def details(card: Card) -> dict[str, Any]:

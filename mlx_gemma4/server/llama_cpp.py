@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from .. import __version__
 from ..conversation.reply import prompt_ids
+from ..media.kind import kinds_of
 from . import fields
 from .completions import ChatRequest, read_chat
 from .endpoint import Endpoint
@@ -69,7 +70,7 @@ async def detokenize(body: DetokenizeRequest, engine: Engine) -> Response:
 
 async def apply_template(body: ChatRequest, engine: Engine) -> Response:
     """Give the prompt that the model reads for a conversation, as text."""
-    messages, options, _ = read_chat(body, engine)
+    messages, options, _ = await read_chat(body, engine)
     ids = await asyncio.to_thread(prompt_ids, engine.lm, messages, options)
     return json_response({"prompt": engine.lm.tokenizer.decode(ids, skip_special=False)})
 
@@ -81,7 +82,7 @@ async def _props(request: Request) -> Response:
     try:
         lm, settings, sampling = held.engine.lm, held.engine.settings, held.engine.lm.sampling
         names = ("temperature", "top_k", "top_p", "min_p")
-        template = lm.tokenizer.chat_template or ""
+        template, takes = lm.tokenizer.chat_template or "", kinds_of(lm.media)
         tokenizer = {
             "bos_token": lm.tokenizer.decode([lm.tokenizer.bos_id], skip_special=False),
             "eos_token": lm.tokenizer.decode(sorted(lm.tokenizer.stop_ids)[:1], skip_special=False),
@@ -104,7 +105,7 @@ async def _props(request: Request) -> Response:
                 "model_alias": held.name,
                 "model_path": lm.path.name,
                 "chat_template_caps": {"supports_tools": bool(re.search(r"\btools\b", template))},
-                "modalities": {"vision": False, "audio": False},
+                "modalities": {"vision": "image" in takes, "audio": "audio" in takes, "video": "video" in takes},
                 "build_info": f"mlx-gemma4 {__version__}",
             }
         )

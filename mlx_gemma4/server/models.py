@@ -10,8 +10,9 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ import mlx.core as mx
 from ..conversation.language_model import LanguageModel
 from ..errors import InputError
 from ..files.folder import delete_model, find_models, look_up
+from ..media.kind import kinds_of
 from .cards import Card, card_of, cards
 from .engine import GAUGES, Engine
 from .metrics import Metrics
@@ -27,6 +29,7 @@ from .stored import Stored
 from .wire import ApiError
 
 log = logging.getLogger("mlx_gemma4")
+MOST_LARGE = 8  # requests at a time whose bodies are over wire.LARGE
 
 Start = Callable[[str, Path, int], Engine]  # name, path, bytes that others may still take: loads a model
 
@@ -62,6 +65,7 @@ class Models:
         self.metrics, self.stored = Metrics(), Stored()
         self.loaded: dict[str, Held] = {}  # the one used last comes last
         self.draining = False
+        self.large = 0  # requests with large bodies that are being answered
         self._single: Path | None = None
         self._loading = asyncio.Lock()  # of who loads a model or lets one go
         self._tasks: set[asyncio.Task[None]] = set()
@@ -97,6 +101,18 @@ class Models:
         ended = [engine.close(timeout) for engine in self.engines]
         return all(ended)
 
+    @contextmanager
+    def large_body(self) -> Iterator[None]:
+        """A large body is held while this is open. Raises ApiError (429) where there are too many."""
+        if self.large >= MOST_LARGE:
+            message = f"{self.large} large requests are being answered; try later"
+            raise ApiError(429, message, code="rate_limit_exceeded", wait=5)
+        self.large += 1
+        try:
+            yield
+        finally:
+            self.large -= 1
+
     # Names
 
     async def paths(self) -> dict[str, Path]:
@@ -107,7 +123,7 @@ class Models:
 
     async def cards(self) -> list[Card]:
         """All models that can be read, without loading any."""
-        return await asyncio.to_thread(cards, await self.paths())
+        return [self._seen(card) for card in await asyncio.to_thread(cards, await self.paths())]
 
     async def card(self, name: str) -> Card:
         """Return a model's card. Raises ApiError (404)."""
@@ -116,7 +132,12 @@ class Models:
         card = await asyncio.to_thread(card_of, found, paths[found]) if found else None
         if card is None:
             raise self._not_found(name, list(paths))
-        return card
+        return self._seen(card)
+
+    def _seen(self, card: Card) -> Card:
+        """A card with what the model was loaded with, if it is: `--mmproj` may name any file."""
+        held = self.loaded.get(card.name)
+        return replace(card, media=kinds_of(held.engine.lm.media)) if held else card
 
     def _not_found(self, name: str, names: list[str]) -> ApiError:
         have = ", ".join(names[:20]) or "none"

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 
 from ..chat_format.replies import Event, Text, Thinking, ToolCall
 from ..conversation.reply import Reply, ReplyOptions, prompt_ids
-from . import fields
+from . import fields, media
 from . import options as read
 from .cards import timestamp
 from .completions import CalledFunction, FunctionTool, read_functions
@@ -72,7 +72,7 @@ class Message(Body):
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     thinking: str | None = None
-    images: fields.Items[Any] | None = None
+    images: fields.Items[str] | None = None
     tool_calls: fields.Items[Call] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
@@ -88,11 +88,12 @@ class OllamaChat(ReplyRequest):
 class OllamaGenerate(ReplyRequest):
     """The body of /api/generate."""
 
-    unsupported = ("suffix", "template", "images")
+    unsupported = ("suffix", "template")
     prompt: str | None = None
     system: str | None = None
     raw: bool | None = None
     context: fields.Items[int] | None = None
+    images: fields.Items[str] | None = None
 
 
 class OllamaEmbed(Kept):
@@ -113,7 +114,8 @@ async def chat(body: OllamaChat, engine: Engine) -> ASGIApp:
     """Reply to a conversation; the assistant's last message is gone on with."""
     if not body.messages:
         return _without_prompt(body, {"message": {"role": "assistant", "content": ""}})
-    messages = [_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
+    said = [_message(message, f"messages[{i}].") for i, message in enumerate(body.messages)]
+    messages = await media.received(said, engine)
     begun = messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
     options = _options(body, engine, tools=read_functions(body.tools, engine.lm), go_on=begun)
     if body.truncate is not False:
@@ -123,19 +125,22 @@ async def chat(body: OllamaChat, engine: Engine) -> ASGIApp:
 
 async def generate(body: OllamaGenerate, engine: Engine) -> ASGIApp:
     """Reply to a prompt."""
-    if not body.prompt:
+    if not body.prompt and not body.images:
         return _without_prompt(body, {"response": ""})
     options, lm, vocab = _options(body, engine), engine.lm, engine.lm.config.vocab
     if not all(0 <= id < vocab for id in body.context or ()):
         raise wrong("context", f"must be token ids from 0 to {vocab - 1}")
-    if body.raw or body.context:
+    if body.images and (body.raw or body.context):
+        raise wrong("images", "can't go with raw or context: use /api/chat", "unsupported_value")
+    if body.prompt and (body.raw or body.context):
         after = body.context or ()
         ids = await asyncio.to_thread(
             lm.encode_prompt, body.prompt, raw=bool(body.raw), after=after, think=options.think
         )
         return _answer(body, engine, [*after, *ids], options)
-    messages = [{"role": "system", "content": body.system}] if body.system else []
-    messages.append({"role": "user", "content": body.prompt})
+    told = [{"role": "system", "content": body.system}] if body.system else []
+    asked = Message(role="user", content=body.prompt, images=body.images)
+    messages = await media.received([*told, _message(asked, "")], engine)
     return _answer(body, engine, await asyncio.to_thread(prompt_ids, lm, messages, options), options)
 
 
@@ -161,9 +166,10 @@ async def old_embed(body: OllamaOldEmbed, engine: Engine) -> Response:
 
 
 def _message(message: Message, path: str) -> dict[str, Any]:
+    text: Any = message.content or ""
     if message.images:
-        raise wrong(f"{path}.images", "can't be read: this model is served with text only", "unsupported_value")
-    text = message.content or ""
+        seen = [media.of_base64(data, f"{path}images[{i}]") for i, data in enumerate(message.images)]
+        text = [*seen, {"type": "text", "text": text}]
     if message.role == "assistant":
         calls = [
             read.tool_call(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()
@@ -249,7 +255,8 @@ def _ending(job: Job, body: ReplyRequest, reply: Reply, load: float) -> dict[str
     figures = reply.statistics
     prompt = job.requests[0].prompt
     assert isinstance(prompt, list)
-    context = {"context": [*prompt, *(token.id for token in reply.tokens)]}
+    ids = [*prompt, *(token.id for token in reply.tokens)]
+    context = {"context": ids} if min(ids) >= 0 else {}  # pictures are not told in ids
     return {
         "done": True,
         "done_reason": "length" if reply.finish_reason == "length" else "stop",

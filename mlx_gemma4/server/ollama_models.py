@@ -19,10 +19,10 @@ from starlette.types import ASGIApp
 
 from ..files import hub
 from ..files.folder import link_model, repository
-from .cards import Card, timestamp
+from .cards import timestamp
 from .endpoint import Endpoint
 from .fields import Body
-from .lists import details
+from .lists import capabilities, details
 from .models import Models
 from .wire import ApiError, for_clients, json_response, ndjson
 
@@ -79,12 +79,6 @@ async def show(body: ShowRequest, models: Models) -> Response:
             "modified_at": timestamp(card.changed),
         }
     )
-
-
-def capabilities(card: Card) -> list[str]:
-    """What a model can do, in Ollama's words, as its chat template shows."""
-    able = {"tools": "tools" in card.template, "thinking": "enable_thinking" in card.template}
-    return ["completion", *(name for name, can in able.items() if can)]
 
 
 async def delete(body: Named, models: Models) -> Response:

@@ -85,7 +85,7 @@ def _with_ids(schemas: dict[str, Schema], vocab: int) -> dict[str, Schema]:
         properties = schema.get("properties", {})
         if "logit_bias" in properties:
             properties["logit_bias"] = {"anyOf": [{"$ref": "#/components/schemas/Bias"}, {"type": "null"}]}
-        if "tokens" in properties:
+        if properties.get("tokens", {}).get("type") == "array":
             properties["tokens"] = {key: value for key, value in ids.items() if key != "minItems"}
         for name in (one for one in ("prompt", "input") if properties.get(one, {"type": ""}).keys() == {"title"}):
             properties[name] = {"anyOf": [text, ids, *several]}

@@ -152,12 +152,11 @@ async def fitted(engine: Engine, messages: list[dict[str, Any]], options: ReplyO
     return await asyncio.to_thread(find)
 
 
-def read_text(content: str | Sequence[fields.TextPart | fields.RefusalPart] | None) -> str:
-    """A message's text, from a string or a list of text parts."""
+def read_text(content: str | Sequence[fields.TextPart | fields.RefusalPart | fields.MediaPart] | None) -> str:
+    """A message's text, from a string or a list of parts."""
     if content is None or isinstance(content, str):
         return content or ""
-    texts = (part.refusal if isinstance(part, fields.RefusalPart) else part.text for part in content)
-    return "\n".join(filter(None, texts))  # what was left out is empty
+    return "\n".join(filter(None, map(fields.text_of, content)))
 
 
 def assistant_message(text: str, thinking: str | None = None, calls: list[dict[str, Any]] | None = None) -> Any:

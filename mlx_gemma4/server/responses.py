@@ -23,7 +23,7 @@ from ..chat_format.replies import CallPart, Event, Text, ToolCall
 from ..conversation.reply import Reply, ReplyOptions
 from ..generation.sampling import Token
 from ..tokens.tokenizer import Tokenizer
-from . import fields
+from . import fields, media
 from . import options as read
 from .endpoint import Endpoint, Sent, answer, chat_logprobs, reading, usage
 from .engine import Engine, GenerationRequest, Job
@@ -150,7 +150,7 @@ async def responses(body: ResponsesRequest, engine: Engine) -> ASGIApp:
         **read.read_thinking(body, engine),
         **form.options,
     )
-    said = _messages(body, _earlier(body, engine))
+    said = await media.received(_messages(body, _earlier(body, engine)), engine)
     messages = [{"role": "system", "content": body.instructions}, *said] if body.instructions else said
     prompt = await read.fitted(engine, messages, options) if body.truncation == "auto" else messages
     request = GenerationRequest(prompt, options, body.parallel_tool_calls is False)
@@ -230,20 +230,21 @@ def _messages(body: ResponsesRequest, messages: list[dict[str, Any]]) -> list[di
         return [*messages, {"role": "user", "content": body.input}]
     # Names of called functions, by the call's id.
     names = {call["id"]: call["function"]["name"] for message in messages for call in message.get("tool_calls", ())}
-    for item in body.input:
+    for i, item in enumerate(body.input):
         if isinstance(item, FunctionCall):
             names[item.call_id] = item.name
             _own(messages).setdefault("tool_calls", []).append(read.tool_call(item.call_id, item.name, item.arguments))
         elif isinstance(item, FunctionOutput):
             id = item.call_id
-            messages.append(tool_result(id or "", names.get(id, "unknown"), read.read_text(item.output)))
+            output = media.content_of(item.output, f"input[{i}].output")
+            messages.append(tool_result(id or "", names.get(id, "unknown"), "") | {"content": output})
         elif isinstance(item, ReasoningItem):
             _own(messages)["reasoning_content"] = "".join(part.text or "" for part in item.content or ())
         elif item.role == "assistant":
             _own(messages)["content"].append(read.read_text(item.content))
         else:
             role = "system" if item.role == "developer" else item.role
-            messages.append({"role": role, "content": read.read_text(item.content)})
+            messages.append({"role": role, "content": media.content_of(item.content, f"input[{i}].content")})
     for message in messages:
         if message["role"] == "assistant":
             message["content"] = "".join(message["content"])

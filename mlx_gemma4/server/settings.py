@@ -23,7 +23,10 @@ class Settings:
     queue: int = 32  # requests that may wait beside them
     max_kv_bytes: int | None = None  # of all KV states; None: no limit
     kv: str = "full"  # how KV states hold keys and values
-    max_body_bytes: int = 8_000_000
+    max_body_bytes: int = 80_000_000
+    allow_remote_images: bool = False  # requests may name pictures on the web
+    skip_media: bool = False  # what the model can't take is left out, never refused
+    image_tokens: int | None = None  # of a picture whose request doesn't say; None: as its reference has it
     max_tokens: int | None = None  # of a reply whose request doesn't say; None: what the context holds
     think_budget: int | None = None  # tokens of thinking, likewise; None: no bound
 

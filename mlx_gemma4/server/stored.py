@@ -3,13 +3,12 @@
 In: responses with their conversations. Out: the same, by id. All of it belongs to the event loop.
 """
 
+import json
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
-from .wire import to_json
-
 MOST = 1000  # responses
-MOST_BYTES = 64_000_000  # of all, as JSON
+MOST_BYTES = 64_000_000  # of all, as JSON, with their pictures and sounds
 
 
 class _Kept(NamedTuple):
@@ -26,7 +25,9 @@ class Stored:
         self._bytes = 0
 
     def put(self, response: dict[str, Any], messages: list[dict[str, Any]]) -> None:
-        n_bytes = len(to_json([response, messages]))
+        media: list[int] = []  # sizes of pictures and sounds, which JSON can't hold
+        text = json.dumps([response, messages], ensure_ascii=False, default=lambda data: media.append(len(data)))
+        n_bytes = len(text.encode("utf-8", "replace")) + sum(media)
         self._kept[response["id"]] = _Kept(response, messages, n_bytes)
         self._bytes += n_bytes
         while len(self._kept) > MOST or self._bytes > MOST_BYTES:

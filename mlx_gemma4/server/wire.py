@@ -7,7 +7,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
@@ -23,6 +23,7 @@ request_id: ContextVar[str] = ContextVar("request_id", default="-")  # of the re
 
 MAX_DEPTH = 100  # of a body's objects and lists
 _BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)  # or a string, which may hold some
+LARGE = 8_000_000  # bytes of a body beyond which few are held at a time
 BODY_TIMEOUT = 30.0  # seconds that a client may take to send a body
 _LINGER = 1.0, 1 << 26  # seconds and bytes for the rest of a body that nobody reads
 # `type` of an error by its status; `for_clients` has the types of all other statuses.
@@ -88,14 +89,14 @@ def to_json(content: Any) -> bytes:
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
-async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
-    """Return the request's JSON object.
+async def read_json(request: Request, max_bytes: int, large: Callable[[], object]) -> dict[str, Any]:
+    """Return the request's JSON object. `large` is called once it is over LARGE bytes; what that raises ends it.
 
     Raises:
         ApiError: 413 over `max_bytes`, 408 where it takes too long to arrive, 400 where it isn't a JSON object.
     """
     try:
-        body = await asyncio.wait_for(_read_body(request, max_bytes), BODY_TIMEOUT)
+        body = await asyncio.wait_for(_read_body(request, max_bytes, large), BODY_TIMEOUT)
     except asyncio.TimeoutError:
         raise ApiError(408, f"the body took over {BODY_TIMEOUT:.0f} s to arrive") from None
     except ClientDisconnect:
@@ -107,9 +108,11 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     return value
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytearray:
+async def _read_body(request: Request, max_bytes: int, large: Callable[[], object]) -> bytearray:
     body = bytearray()
     async for part in request.stream():
+        if len(body) <= LARGE < len(body) + len(part):
+            large()
         body += part
         if len(body) > max_bytes:
             raise ApiError(413, f"the body is over {max_bytes} bytes, the most that this server takes")

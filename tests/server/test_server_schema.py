@@ -34,13 +34,13 @@ def without_long_lists(part: Any) -> Any:
 
 
 schema = schemathesis.openapi.from_dict(without_long_lists(DOCUMENT))
-# What can be wrong in ways that a JSON Schema can't tell: schemas, grammars, JSON in a string, 0.0 as a token's id or a
-# count, prompts over the context, messages of which nothing is left, lengths of time; of Anthropic's messages the last
-# one's role, and the ids of calls.
+# What can be wrong in ways that a JSON Schema can't tell: pictures where there are no eyes, schemas, grammars, JSON in
+# strings, 0.0 as a token's id or a count, prompts over the context, messages of which nothing is left, lengths of time;
+# of Anthropic's messages the last one's role, and the ids of calls.
 UNKNOWABLE = ("response_format", "text.format", "tools", "arguments", "prompt", "context")
 UNKNOWABLE += ("calls wait for their results", "max_tokens", "at least one message of the user", "the id of no call")
 UNKNOWABLE += ("the one model that it was started with", "input[", "tokens", "text only")
-UNKNOWABLE += ("no messages to reply to", "keep_alive", "dimensions")
+UNKNOWABLE += ("no messages to reply to", "keep_alive", "dimensions", "no eyes", "can't go with raw or context")
 # What makes a reply take long, with the most that is allowed; the test asks for one.
 LENGTHS = {"max_tokens": 2**31, "max_completion_tokens": 2**31, "max_output_tokens": 2**31, "n": 16}
 

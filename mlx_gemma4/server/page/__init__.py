@@ -50,6 +50,7 @@ def _made() -> tuple[bytes, dict[str, str]]:
         "default-src 'none'",
         "connect-src 'self'",
         "img-src data:",
+        "media-src data:",
         "font-src data:",
         f"script-src {' '.join(scripts)}",
         f"style-src {' '.join(styles)}",

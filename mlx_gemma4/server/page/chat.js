@@ -42,9 +42,9 @@ async function written(id, fields, messages, live) {
   showList();
 }
 
-function add(role, content, parent = leaf) {
+function add(role, content, parent = leaf, more = {}) {
   const created = Math.max(Date.now(), ...[...tree.values()].map(m => m.created + 1)); // in order, however fast they come
-  const message = { id: newId(), chat: chat.id, parent, role, content, created, ...(role === "assistant" && { model }) };
+  const message = { id: newId(), chat: chat.id, parent, role, content, created, ...(role === "assistant" && { model }), ...more };
   tree.set(message.id, message);
   leaf = message.id;
   return message;
@@ -53,7 +53,7 @@ function add(role, content, parent = leaf) {
 function request(messages, goesOn) {
   const { system, think, ...numbers } = chat.settings;
   // A reply that failed before it said anything is no part of the conversation.
-  const past = messages.filter(m => m.role === "user" || m.content).map(({ role, content }) => ({ role, content }));
+  const past = messages.filter(m => m.role === "user" || m.content).map(m => ({ role: m.role, content: contentOf(m) }));
   const more = goesOn ? { continue_final_message: true, add_generation_prompt: false } : {};
   const enable_thinking = Boolean(think) && !goesOn; // what is gone on with has been thought about
   return {
@@ -156,11 +156,11 @@ function statsOf(usage, asked, first, before) {
 
 async function send() {
   const text = input.value;
-  if (running() || !text.trim()) return;
+  if (running() || !(text.trim() || attached.length)) return;
   input.value = ""; fit(input);
   kept.set(draftName(), null);
-  if (!chat.stored) { chat.title = titleOf(text); place(chat.id, true); }
-  const message = add("user", text);
+  if (!chat.stored) { chat.title = titleOf(text.trim() ? text : attached[0].name); place(chat.id, true); }
+  const message = add("user", text, leaf, takeAttached());
   save({ leaf }, [message]);
   reply();
 }
@@ -201,10 +201,10 @@ function stopEditing() {
 // The edited message stands beside the old one, which stays as another branch.
 function saveEdit(message) {
   const { text } = editing;
-  if (!text.trim()) return;
+  if (!text.trim() && !message.media) return;
   editing = null; say("");
   if (text === message.content && message.role === "assistant") return stopEditing();
-  const { id } = chat, made = add(message.role, text, message.parent);
+  const { id } = chat, made = add(message.role, text, message.parent, message.media && { media: message.media });
   if (chat.from === message.id) chat.from = made.id;
   save({ leaf, from: chat.from }, [made]);
   if (made.role === "user") reply();
@@ -214,7 +214,7 @@ function saveEdit(message) {
 // The last turns of a branch, as long as half of what was sent last, from a message of the user's on.
 function lastTurns(message) {
   const all = pathTo(message.id), sent = all.slice(Math.max(0, all.findIndex(m => m.id === chat.from)));
-  const length = list => list.reduce((sum, m) => sum + m.content.length, 0);
+  const length = list => list.reduce((sum, m) => sum + m.content.length + 1000 * (m.media?.length || 0), 0); // a picture takes about so much
   const starts = sent.filter((m, i) => m.role === "user" && i > 0);
   const start = starts.find(m => length(sent.slice(sent.indexOf(m))) <= length(sent) / 2) || starts.at(-1);
   return start ? sent.slice(sent.indexOf(start)) : [];
@@ -244,7 +244,7 @@ function moveOn(message) {
   newChat();
   Object.assign(chat, { title: `${title} (2)`.replace(/\((\d+)\) \(2\)$/, (_, n) => `(${Number(n) + 1})`), settings });
   const copies = rest.filter(m => m.role === "user" || m.content).map(m => {
-    const copy = add(m.role, m.content);
+    const copy = add(m.role, m.content, leaf, m.media && { media: m.media });
     return m.thinking ? Object.assign(copy, { thinking: m.thinking }) : copy;
   });
   place(chat.id, true);

@@ -15,6 +15,7 @@ async function about() {
     const { data: cards } = await (await asked("/v1/models")).json();
     const card = cards.find(({ id }) => id === kept.get("model")) || cards[0];
     model = card?.id || "default"; context = card?.context_length || 0;
+    showTakes(card?.architecture?.input_modalities);
     $("model").textContent = card ? model : "No model";
     $("context").textContent = context ? `${many(context)} tokens` : "";
     showAll();

@@ -1,7 +1,7 @@
 "use strict";
 // Chats in IndexedDB, record by record: tabs that write at the same time write records of their own, and tell each other.
 // chats: {id, title, created, updated, leaf, from, settings}. leaf: the last message that is shown; from: the first that is sent.
-// messages: {id, chat, parent, role, content, created, thinking?, note?, error?, full?, stats?}: a tree by `parent`.
+// messages: {id, chat, parent, role, content, created, media?, thinking?, note?, error?, full?, stats?}: a tree by `parent`.
 const store = (() => {
   const channel = new BroadcastChannel("mlx-gemma4"), OLD = "mlx-gemma4", UNSAVED = "mlx-gemma4-unsaved:";
   let opened = null;

@@ -145,7 +145,8 @@ function toJson(chats) {
 const HEAD = /^## .* <!-- (user|assistant) -->$/, QUOTED = /^\\+## .* <!-- (user|assistant) -->$/;
 function toMarkdown(title, messages) {
   const quoted = text => text.split("\n").map(line => HEAD.test(line) || QUOTED.test(line) ? "\\" + line : line).join("\n");
-  const parts = messages.map(m => `## ${m.role === "user" ? "You" : "Reply"} <!-- ${m.role} -->\n\n${quoted(m.content)}\n`);
+  const said = m => [...(m.media || []).map(({ kind, name }) => `(${kind}: ${name})`), m.content].join("\n");
+  const parts = messages.map(m => `## ${m.role === "user" ? "You" : "Reply"} <!-- ${m.role} -->\n\n${quoted(said(m))}\n`);
   return [`# ${title.replace(/\s+/g, " ")}\n`, ...parts].join("\n");
 }
 
@@ -187,7 +188,8 @@ function readChats(name, text, settingNames) {
       if (!["user", "assistant"].includes(m?.role) || typeof m.content !== "string" || typeof m.id !== "string" || known.has(m.id)) continue;
       const made = { id: m.id, parent: m.parent, role: m.role };
       for (const [field, type] of Object.entries(KEPT)) if (m[field] && typeof m[field] === type) made[field] = m[field];
-      known.set(m.id, { content: "", ...made });
+      const media = Array.isArray(m.media) ? m.media.filter(sound) : [];
+      known.set(m.id, { content: "", ...made, ...(media.length && { media }) });
     }
     if (!known.size) throw new Error("a chat in it has no messages");
     cutCircles(known);
@@ -203,6 +205,10 @@ function readChats(name, text, settingNames) {
     };
   });
 }
+
+// Media as a message keeps them, of any file.
+const DATA = /^data:(image|audio|video)\/[\w.+-]+;base64,[A-Za-z0-9+/]+=*$/;
+const sound = m => typeof m?.url === "string" && typeof m.name === "string" && DATA.exec(m.url)?.[1] === m.kind && !m.url.includes("svg");
 
 // Makes trees of messages by id, whatever their parents are.
 function cutCircles(known) {

@@ -99,6 +99,7 @@ function show(article, message, last) {
     const thinking = element("details", { class: "thinking" }, element("summary"), element("div", { dir: "auto" }));
     article.parts = [thinking, element("div", { class: "text", dir: user ? "auto" : false }), element("div", { class: "below" })];
     article.append(...article.parts.slice(user ? 1 : 0));
+    if (message.media) article.prepend(element("div", { class: "media" }, ...message.media.map(viewOf)));
     article.setAttribute("aria-label", user ? "You" : "Reply");
     article.shown = [];
   }
@@ -117,9 +118,9 @@ function show(article, message, last) {
   });
   while (text.childNodes.length > blocks.length) text.lastChild.remove();
   article.shown = blocks;
-  text.hidden = edited;
+  text.hidden = edited || (user && !message.content);
   below.hidden = edited;
-  const { content, ...rest } = message, family = siblings(message).map(m => m.id);
+  const { content, media, ...rest } = message, family = siblings(message).map(m => m.id);
   const under = JSON.stringify([busy, last, Boolean(running()), Boolean(content), rest, family, model, context]);
   if (article.under !== under) below.replaceChildren(...(busy ? [] : belowOf(message, last)));
   article.under = under;
@@ -142,7 +143,7 @@ function belowOf(message, last) {
       step("Earlier version", "left", -1), element("span", {}, `${at + 1}/${family.length}`), step("Later version", "right", 1)));
   }
   if (message.content) row.append(copyButton(() => message.content));
-  if (message.content) row.append(iconButton("pencil", "Edit", () => edit(message), { disabled: Boolean(running()) }));
+  if (message.content || message.media) row.append(iconButton("pencil", "Edit", () => edit(message), { disabled: Boolean(running()) }));
   if (!user) {
     row.append(iconButton("again", "Regenerate", () => regenerate(message), { disabled: Boolean(running()) }));
     if (last && message.content && (message.note || message.error) && !message.full) row.append(textButton("Continue", () => goOn(message)));

@@ -1,0 +1,113 @@
+"""Sounds: a file or bytes in any common form, as 16 kHz mono, in pieces of at most 30 seconds.
+
+In: WAV, MP3, FLAC, Ogg (Vorbis, Opus), M4A, AAC, AIFF, WebM or MP4, of any rate and number of channels. Out: fp32
+samples. FFmpeg's decoders read it (PyAV), one packet at a time: what is not sound is passed over, and no more than an
+hour is ever held. Knows no towers.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from ..errors import InputError
+from .content import Content
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+
+RATE = 16_000  # samples a second
+PIECE = 30 * RATE  # samples that a tower takes at once: 750 tokens
+MOST = 3600  # seconds; 90,000 tokens
+RATES = range(1000, 400_000)  # of a file; a resampler's filter grows with the rate
+# FFmpeg's demuxers that may read a file. Others open files and addresses that the content names (HLS, concat).
+FORMS = "aac,aiff,flac,matroska,mov,mp3,ogg,w64,wav"
+TAKEN = "give a WAV, MP3, FLAC, Ogg, M4A or WebM file"
+
+
+def pieces(content: Content) -> list[np.ndarray]:
+    """Return a sound's pieces, fp32 [n] each, all of PIECE samples but the last.
+
+    A tower hears no more than 30 seconds at once. transformers drops what lies beyond; here the rest follows in pieces
+    that are encoded apart from each other, as llama.cpp does, and all of them stand between one pair of control tokens.
+
+    Raises:
+        InputError: no sound, or one that can't be decoded, is cut short, holds NaN or is longer than an hour.
+    """
+    samples = decode(content)
+    return [samples[i : i + PIECE] for i in range(0, len(samples), PIECE)]
+
+
+def decode(content: Content) -> np.ndarray:
+    """Return a sound's samples, fp32 [n] at 16 kHz, the mean of its channels. Raises InputError as `pieces` does.
+
+    A packet that can't be decoded is passed over, as players do, as long as the sound has the length that its file
+    says. Of Ogg and WebM files that are cut short nobody can tell: they are heard to their end.
+    """
+    import av  # takes a third of a second
+
+    with content.open() as file:
+        _check_riff(file, content.name)
+        try:
+            with av.open(file, options={"format_whitelist": FORMS}, metadata_errors="replace") as container:
+                found = list(_chunks(container, content.name))
+        except (av.FFmpegError, ValueError, OverflowError) as error:
+            why = error.strerror if isinstance(error, av.FFmpegError) else str(error)
+            raise InputError(f"{content.name}: can't be read as sound ({why}); {TAKEN}") from None
+    if not found:
+        raise InputError(f"{content.name}: holds no samples; {TAKEN}")
+    return np.concatenate(found)
+
+
+def _check_riff(file: BinaryIO, name: str) -> None:
+    """Refuse a WAV file that is shorter than it says; FFmpeg takes it as it is."""
+    head, size = file.read(8), file.seek(0, io.SEEK_END)
+    file.seek(0)
+    declared = int.from_bytes(head[4:8], "little") + 8
+    if head[:4] == b"RIFF" and size < declared < 0x7FFF0000:  # programs that write to a pipe say more than any file has
+        raise InputError(f"{name}: has {size} of {declared} bytes: it is cut short; copy it again")
+
+
+def _chunks(container: InputContainer, name: str) -> Iterator[np.ndarray]:
+    """Yield fp32 [n] pieces of the first sound stream of an open file, resampled, and check them against its header."""
+    import av
+
+    if not container.streams.audio:
+        raise InputError(f"{name}: has no sound in it; {TAKEN}")
+    stream = container.streams.audio[0]
+    if stream.codec_context is None:
+        raise InputError(f"{name}: is encoded in a way that can't be read; {TAKEN}")
+    if stream.rate not in RATES:
+        raise InputError(f"{name}: has {stream.rate} samples a second; convert it to 16000")
+    declared = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+    too_long = InputError(f"{name}: is longer than an hour; cut it into shorter sounds")
+    if declared > MOST:
+        raise too_long
+    resampler = av.AudioResampler(format="fltp", rate=RATE)
+    total = 0
+    for packet in container.demux(stream):
+        for frame in [*_frames(packet), *([] if packet.size else [None])]:  # the last packet is empty
+            for resampled in resampler.resample(frame):
+                chunk: np.ndarray[Any, Any] = resampled.to_ndarray().mean(0, dtype=np.float32)  # [channels, n]
+                if not np.isfinite(chunk).all():
+                    raise InputError(f"{name}: has samples that are no numbers (NaN or infinite); export it again")
+                total += len(chunk)
+                if total > MOST * RATE:
+                    raise too_long
+                yield chunk
+    if total / RATE < 0.95 * declared - 0.5:
+        raise InputError(
+            f"{name}: ends after {total / RATE:.1f} of {declared:.1f} seconds: it is damaged; copy it again"
+        )
+
+
+def _frames(packet: Any) -> list[Any]:
+    import av
+
+    try:
+        return list(packet.decode())
+    except av.InvalidDataError:
+        return []
