@@ -1,11 +1,12 @@
 // A chunk of a packed row as it lies in memory, and its scales: for kernels that read weights a chunk at a time.
 //
 // Rendered before: CHUNK (weights of a chunk: 32 or a multiple, or part of a group), VEC (words of a load), a packed
-// format: BITS, GROUP, GROUP_SCALE_BITS, SCALE_BLOCK, BLOCK_NUMBERS (1 or 2 fp16 numbers of a block), ROW_SCALE (they are
-// an fp32 factor of the row), OFFSET, HAS_MIN, HAS_LUT, GROUP_SCALE_*. Without BITS, empty.
+// format: BITS, GROUP, GROUP_SCALE_BITS, SCALE_BLOCK, BLOCK_NUMBERS (1 or 2 fp16 numbers of a block), ROW_SCALE (these
+// are an fp32 factor of the row), OFFSET, HAS_MIN, HAS_LUT, GROUP_SCALE_*. Without BITS, empty.
 //
-// Formats with RULE have codes that stand for several weights, CHUNK 32, and one of VALUES_*; those with a GRID read the
-// values of EACH neighbouring weights as an entry of it: 8 in 16 bits, 2 bits each for one of three values, or 4 bytes.
+// Formats with RULE have codes that stand for several weights, CHUNK 32, and one of VALUES_*. Those with a GRID read the
+// values of GRID_EACH neighbouring weights as an entry of it: 8 in 16 bits, 2 bits each for one of three values; or 4
+// in as many bytes.
 
 #ifdef BITS
 #define WORDS (CHUNK * BITS / 32)                      // of codes, a lane, a row and a step
@@ -118,7 +119,7 @@ METAL_FUNC uint grid_place(const thread uint* w, uint field, int n) {
 // A small whole number as a float: its bits go into the mantissa of 2^23, since a conversion is slow.
 METAL_FUNC float small_number(uint n) { return as_type<float>(0x4B000000u | n) - 8388608.0f; }
 
-// Eight weights of a chunk, from 8 i on, but for their scale. entry: the grid's 8 / EACH for them.
+// Eight weights of a chunk, from 8 i on, but for their scale. entry: the grid's 8 / GRID_EACH for them.
 METAL_FUNC void eight_values(const thread uint* w, uint field, int i, const thread uint* entry, thread float* v) {
 #if VALUES_Q1_0
   UNROLL
@@ -156,7 +157,7 @@ METAL_FUNC void eight_values(const thread uint* w, uint field, int i, const thre
 #endif
   UNROLL
   for (int j = 0; j < 8; j++) {
-#if EACH == 8
+#if GRID_EACH == 8
     const float place = small_number((entry[0] >> (2 * j)) & 3u);
     const float value = (0.5f * place + 16.5f) * place + 8.0f;  // 8, 25, 43
 #else
@@ -171,9 +172,9 @@ METAL_FUNC void eight_values(const thread uint* w, uint field, int i, const thre
 #if GRID
 #define EIGHT_VALUES(grid, w, field, i, v)                                                           \
   {                                                                                                  \
-    uint entry[8 / EACH];                                                                            \
-    UNROLL for (int e = 0; e < 8 / EACH; e++)                                                        \
-        entry[e] = uint(grid[grid_place(w, field, (i) * (8 / EACH) + e)]);                           \
+    uint entry[8 / GRID_EACH];                                                                            \
+    UNROLL for (int e = 0; e < 8 / GRID_EACH; e++)                                                        \
+        entry[e] = uint(grid[grid_place(w, field, (i) * (8 / GRID_EACH) + e)]);                           \
     eight_values(w, field, i, entry, v);                                                             \
   }
 #else

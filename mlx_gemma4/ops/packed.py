@@ -64,7 +64,7 @@ def _rule_defines(rule: Rule | None) -> dict[str, str | int | float]:
     """Constants of a format whose codes stand for several weights: packed.metal's `eight_values`."""
     if rule is None:
         return {"RULE": 0}
-    grid = {"EACH": rule.each, "GRID": rule.grid, "GRID_TYPE": "ushort" if rule.each == 8 else "uint"}
+    grid = {"GRID_EACH": rule.each, "GRID": rule.grid, "GRID_TYPE": "ushort" if rule.each == 8 else "uint"}
     scale = {"SCALE_AT": rule.scale_at, "SCALE_MASK": (1 << rule.scale_bits) - 1, "SCALE_FACTOR": rule.factor}
     return {"RULE": 1, f"VALUES_{rule.name.upper()}": 1, **grid, **scale}
 

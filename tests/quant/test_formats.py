@@ -19,6 +19,7 @@ from mlx_gemma4.quant.formats import FORMATS, Packed, affine_parts, dense, dequa
 from mlx_gemma4.quant.repack import Plane
 
 TYPES = list(FORMATS)
+RECORDED = np.load(Path(__file__).parents[1] / "fixtures" / "ggml-types.npz")
 AFFINE = [name for name, f in FORMATS.items() if f.is_affine]
 
 
@@ -99,6 +100,15 @@ def test_round_trip_is_exact_to_the_bit(name: str) -> None:
         rows = 4 * prod(shape[:-1]) * w.format.per_row
         assert w.nbytes == raw.nbytes + rows, "the file's bits per weight, nothing added but a row's factor"
         np.testing.assert_array_equal(bits(dequantize(w)), bits(reference(raw, name, shape)))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_values_are_those_of_ggmls_own_code(name: str) -> None:
+    """tests/fixtures/ggml-types.json tells who made them. Signs of zeros are not compared: ggml.h does not fix them."""
+    blocks, want = (RECORDED[f"{name}/{what}"] for what in ("blocks", "values"))
+    got = np.array(dequantize(pack_on_cpu(blocks, name, want.shape)))
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(numbers_of(name, blocks), want)
 
 
 @pytest.mark.parametrize("name", TYPES)
