@@ -27,9 +27,9 @@
 //   sum of w x  =  a 2^BITS (sum of v x - sum of x) + b sum of x,
 // and the sums of x serve all rows. With PAIRS, one shift serves two codes; the lower has
 // v = 1 + code / 2^(2 BITS), so even and odd k are summed apart. Look-up types read their 16 values from
-// threadgroup memory, and formats with a grid its entries. INTEGER: on CUDA, one token's x of 16 bits becomes whole numbers of 16 bits, with one power of
-// two for each 32 (fp16 down to a sixteenth of the largest exactly); the table's values come as bytes, four by one
-// permutation of 8, and are multiplied as such.
+// threadgroup memory, and formats with a grid its entries. INTEGER: on CUDA, one token's x of 16 bits becomes whole
+// numbers of 16 bits, with one power of two for each 32 (fp16 down to a sixteenth of the largest exactly); the table's
+// values come as bytes, four by one permutation of 8, and are multiplied as such.
 // uses: packed.metal
 
 #define HALVES (PAIRS ? 2 : 1)                         // sums kept apart

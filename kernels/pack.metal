@@ -8,8 +8,8 @@
 // the names of other readers in quant/repack.py (how).
 //
 // kernel pack: threads, one for each word of codes; the first of a block's also make an fp16 number each, and all of
-// them the bytes of its group scales. Threadgroup of 256, grid (256 ceil(blocks WORDS / 256), 1, 1). Memory: every block once (a word's
-// bytes come one by one, but its neighbours' are in the same cache lines), every plane once.
+// them the bytes of its group scales. Threadgroup of 256, grid (256 ceil(blocks WORDS / 256), 1, 1). Memory: every block
+// once (a word's bytes come one by one, but its neighbours' are in the same cache lines), every plane once.
 
 #define WORDS (SIZE * BITS / 32)  // of a block's codes
 

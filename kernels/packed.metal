@@ -4,9 +4,9 @@
 // format: BITS, GROUP, GROUP_SCALE_BITS, SCALE_BLOCK, BLOCK_NUMBERS (1 or 2 fp16 numbers of a block), ROW_SCALE (these
 // are an fp32 factor of the row), OFFSET, HAS_MIN, HAS_LUT, GROUP_SCALE_*. Without BITS, empty.
 //
-// Formats with RULE have codes that stand for several weights, CHUNK 32, and one of VALUES_*. Those with a GRID read the
-// values of GRID_EACH neighbouring weights as an entry of it: 8 in 16 bits, 2 bits each for one of three values; or 4
-// in as many bytes.
+// Formats with RULE have codes that stand for several weights, CHUNK 32, and one of VALUES_*. Those with a GRID read
+// GRID_EACH neighbouring weights as an entry of it: 8 in 16 bits, 2 bits each for one of three values; or 4 in as many
+// bytes.
 
 #ifdef BITS
 #define WORDS (CHUNK * BITS / 32)                      // of codes, a lane, a row and a step

@@ -23,7 +23,7 @@ from mlx_gemma4.ops.routing import route, route_reference
 from mlx_gemma4.quant.formats import FORMATS
 
 LAUNCHERS = pytest.mark.parametrize("launcher", [metal, as_cuda], ids=["metal", "cuda"])
-EXACT = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "MXFP4")
+EXACT = {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "MXFP4", "NVFP4", "Q2_0", "TQ2_0"} | {n for n, f in FORMATS.items() if f.rule}
 TILINGS = [  # by turns, so that every kind of tiling meets several formats; the rows of x that go with each
     (RowsTiling(1, 2), 3),
     (RowsTiling(2, 1), 13),
