@@ -54,7 +54,8 @@ def zeros(type: str, shape: tuple[int, ...]) -> Any:
         return mx.zeros(shape, {"F32": mx.float32, "BF16": mx.bfloat16}[type])
     f, (*rows, k) = formats.FORMATS[type], shape
     group_scales = mx.zeros((*rows, k // f.group * f.group_scale_bits // 8), mx.uint8) if f.group_scale_bits else None
-    top = mx.zeros((*rows, k // f.scale_block, 1 + f.has_min), mx.float16) if f.scale_block else None
+    blocks = 1 if f.per_row else k // f.scale_block if f.scale_block else 0
+    top = mx.zeros((*rows, blocks, f.block_numbers), mx.float16) if blocks else None
     return formats.Packed(f, shape, mx.zeros((*rows, k * f.bits // 32), mx.uint32), group_scales, top)
 
 

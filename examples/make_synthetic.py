@@ -1,9 +1,10 @@
 """Write a GGUF of a published Gemma 4's shape with random weights, to time things without a download.
 
-    python examples/make_synthetic.py 31b /tmp/31b.gguf [--tokenizer OTHER.gguf]
+    python examples/make_synthetic.py 31b /tmp/31b.gguf [--type IQ2_XXS] [--tokenizer OTHER.gguf]
     python examples/make_synthetic.py 31b /tmp/mtp-31b.gguf --assistant [--spelling gemma4_assistant]
 
-The tensor types are those of llama.cpp's Q4_K_M mix; an assistant, which drafts for a model of the shape, is in Q8_0.
+The tensor types are those of llama.cpp's Q4_K_M mix, or with --type, one for all that it can hold; an assistant, which
+drafts for a model of the shape, is in Q8_0.
 Random weights are repeated, so that 18 GB take seconds. `demo` is the shape of the built-in model.
 """
 
@@ -22,6 +23,7 @@ from mlx_gemma4.config import Config, config_from_gguf
 from mlx_gemma4.doctor.published import PUBLISHED, Shape
 from mlx_gemma4.files.gguf import TENSOR_TYPES, open_gguf
 from mlx_gemma4.loading.tensors import tensor_specs
+from mlx_gemma4.quant.formats import FORMATS, FP4, UE4M3, dense
 
 TYPES = {t.name: (number, t.block_size, t.block_bytes) for number, t in TENSOR_TYPES.items()}
 Tensors = dict[str, tuple[tuple[int, ...], str]]
@@ -151,8 +153,9 @@ def config_of(model: Shape) -> Config:
     return config_from_gguf(metadata(model, "model"), "published")
 
 
-def tensors(model: Shape) -> Tensors:
-    """Return name -> (shape, type), in the order of a forward pass."""
+def tensors(model: Shape, wanted: str | None = None) -> Tensors:
+    """Return name -> (shape, type), in the order of a forward pass. wanted: a type for all quantized tensors that are
+    as wide as its blocks."""
     config, chosen = config_of(model), cast(Tensors, {})
     n = len(config.layers)
     for name, spec in tensor_specs(config).items():
@@ -168,6 +171,8 @@ def tensors(model: Shape) -> Tensors:
             six = "token_embd" in name or (more_bits and ("ffn_down" in name or "attn_v" in name))
             by_256 = spec.shape[-1] % 256 == 0
             type = ("Q6_K" if six else "Q4_K") if by_256 else ("Q8_0" if six else "Q5_0")
+            if wanted and spec.shape[-1] % TYPES[wanted][1] == 0:
+                type = wanted
         chosen[name] = (spec.shape, type)
     return chosen
 
@@ -187,10 +192,36 @@ def stretch(name: str, shape: tuple[int, ...], type: str, rng: np.random.Generat
         values = rng.normal(0, shape[-1] ** -0.5, shape).astype("<f4").view("<u4") >> 16
         return values.astype("<u2").reshape(-1).view(np.uint8)
     blocks = rng.integers(0, 256, (min(prod(shape) // size, 30011), block_bytes), np.uint8)
+    if type not in SCALES:
+        scale_blocks(type, blocks, rng.uniform(0.5, 1.5, len(blocks)) * shape[-1] ** -0.5)
+        return blocks.reshape(-1)
     for at, unit in SCALES[type]:
         scale = rng.uniform(0.5, 1.5, (len(blocks), 1)) * unit * shape[-1] ** -0.5
         blocks[:, at : at + 2] = scale.astype("<f2").view(np.uint8)
     return blocks.reshape(-1)
+
+
+def scale_blocks(type: str, blocks: np.ndarray, deviations: np.ndarray) -> None:
+    """Give random blocks of a type without mins scales such that their weights have about these standard deviations."""
+    if type == "MXFP4":
+        blocks[:, 0] = 128 + np.round(np.log2(deviations / np.std(FP4)))
+    elif type == "NVFP4":
+        blocks[:, :4] = np.searchsorted(UE4M3[:127], deviations / np.std(FP4))[:, None]
+    else:
+        put(type, blocks, np.ones(len(blocks)))
+        numbers = np.array(dense(blocks[:500], type, (len(blocks[:500]), TYPES[type][1])))
+        put(type, blocks, deviations / numbers.std())
+
+
+def put(type: str, blocks: np.ndarray, scales: np.ndarray) -> None:
+    """Write the fp16 scale of each block."""
+    half = scales.astype("<f2").view("<u2")
+    for at in FORMATS[type].layout.block_scales:
+        if isinstance(at, tuple):  # four bits in the upper half of each byte
+            for i, byte in enumerate(at):
+                blocks[:, byte] = (blocks[:, byte] & 15) | (half >> (4 * i) & 15).astype(np.uint8) << 4
+        else:
+            blocks[:, at : at + 2] = half[:, None].view(np.uint8)
 
 
 def write_value(out: BinaryIO, value: Any) -> None:
@@ -216,10 +247,12 @@ def write_value(out: BinaryIO, value: Any) -> None:
         out.write(struct.pack("<II", 4, value))
 
 
-def write(model: str, path: Path, tokenizer: Path | None = None, spelling: str | None = None) -> None:
+def write(
+    model: str, path: Path, tokenizer: Path | None = None, spelling: str | None = None, type: str | None = None
+) -> None:
     """Write a file of the shape of a model in PUBLISHED or of DEMO, or with a spelling, of its assistant."""
     like = DEMO if model == "DEMO" else PUBLISHED[model]
-    keys, chosen = metadata(like, model.lower()), tensors(like)
+    keys, chosen = metadata(like, model.lower()), tensors(like, type)
     if spelling:
         keys, chosen = assistant(like, ASSISTANTS[model], spelling)
     if tokenizer:
@@ -257,6 +290,9 @@ if __name__ == "__main__":
     parser.add_argument("--tokenizer", type=Path, help="a GGUF to copy the tokenizer from")
     parser.add_argument("--assistant", action="store_true", help="write the shape's assistant")
     parser.add_argument("--spelling", choices=SPELLINGS, default="gemma4-assistant", help="of an assistant")
+    simple = [name for name, form in FORMATS.items() if name in SCALES or not form.has_min]
+    parser.add_argument("--type", choices=simple, help="of all tensors as wide as its blocks")
     options = parser.parse_args()
-    write(options.shape, options.path, options.tokenizer, options.spelling if options.assistant else None)
+    spelling = options.spelling if options.assistant else None
+    write(options.shape, options.path, options.tokenizer, spelling, options.type)
     print(f"{options.path}: {options.path.stat().st_size / 1e9:.2f} GB")

@@ -1,73 +1,88 @@
 // Rows out of a table, packed or dense.
 //
 // Rendered before: T (dtype of proj), U (of out), K (row length), PACKED; a packed format as for matvec.metal (BITS,
-// GROUP, GROUP_SCALE_BITS, SCALE_BLOCK, OFFSET, HAS_MIN, HAS_LUT, LUT, GROUP_SCALE_*), EPS.
+// GROUP, GROUP_SCALE_BITS, SCALE_BLOCK, OFFSET, HAS_MIN, HAS_LUT, LUT, GROUP_SCALE_*) with CHUNK 32; EPS.
+// uses: packed.metal
 
 #if PACKED
+// What a weight is read from: a row's planes, those that there are, and the format's grid.
+struct Row {
+  const device uint* codes;
+  const device uchar* group_scales;
+  const device half* block_scales;
+#if RULE && GRID
+  const device GRID_TYPE* grid;
+#endif
+};
+
 // Weight k of a row.
-METAL_FUNC float weight(
-    const device uint* codes, const device uchar* group_scales, const device half* block_scales, int k) {
+METAL_FUNC float weight(const thread Row& from, int k) {
+  const int chunk = k / 32;
+#if GROUP_SCALE_BITS
+  const uint field = load_group_scales(from.group_scales, chunk);
+#else
+  const uint field = 0;
+#endif
+#if SCALE_BLOCK
+  const uint top = load_block_scales(from.block_scales, chunk * 32 / SCALE_BLOCK);
+#else
+  const uint top = 0;
+#endif
+  float a, b;
+  scales(field, top, k % 32 / GROUP, a, b);
+#if RULE
+  uint words[WORDS];
+  load_codes(from.codes + chunk * WORDS, words);
+  float values[8];
+  EIGHT_VALUES(from.grid, words, field, k % 32 / 8, values)
+  return a * values[k % 8];
+#else
   const int bit = k * BITS, word = bit / 32, shift = bit % 32;
-  uint code = codes[word] >> shift;
-  if (shift + BITS > 32) code |= codes[word + 1] << (32 - shift);
+  uint code = from.codes[word] >> shift;
+  if (shift + BITS > 32) code |= from.codes[word + 1] << (32 - shift);
   code &= (1u << BITS) - 1;
 #if HAS_LUT
   const float values[16] = LUT;
-  const float value = values[code];
+  return a * values[code] + b;
 #else
-  const float value = float(int(code) - OFFSET);
-#endif
-
-  uint field = 0;
-#if GROUP_SCALE_BITS
-  const int at = k / GROUP * GROUP_SCALE_BITS;
-  field = uint(group_scales[at / 8]);
-  if (at % 8 + GROUP_SCALE_BITS > 8) field |= uint(group_scales[at / 8 + 1]) << 8;
-  field = (field >> (at % 8)) & ((1u << GROUP_SCALE_BITS) - 1);
-#endif
-#if GROUP_SCALE_E8M0
-  return as_type<float>(field < 2 ? 0x00200000u << field : (field - 1) << 23) * value;
-#else
-  const float d = float(block_scales[k / SCALE_BLOCK * (1 + HAS_MIN)]);
-#if GROUP_SCALE_SCALE_MIN
-  const uint half_mask = (1u << (GROUP_SCALE_BITS / 2)) - 1;
-  const float m = float(block_scales[k / SCALE_BLOCK * 2 + 1]) * float(field >> (GROUP_SCALE_BITS / 2));
-  return d * float(field & half_mask) * value - m;
-#elif GROUP_SCALE_SCALE_32
-  return d * float(int(field) - 32) * value;
-#elif GROUP_SCALE_INT8
-  return d * float(int(field << 24) >> 24) * value;
-#elif HAS_MIN
-  return d * value + float(block_scales[k / SCALE_BLOCK * 2 + 1]);
-#else
-  return d * value;
+  return a * float(int(code) - OFFSET) + b;
 #endif
 #endif
 }
-#define GROUP_SCALE_ROW (K / GROUP * GROUP_SCALE_BITS / 8)
 #if GROUP_SCALE_BITS
-#define GROUP_SCALE_AT(row) group_scales + ulong(row) * GROUP_SCALE_ROW
+#define GROUP_SCALES_OF(row) group_scales + ulong(row) * (K / GROUP * GROUP_SCALE_BITS / 8)
 #else
-#define GROUP_SCALE_AT(row) nullptr
+#define GROUP_SCALES_OF(row) nullptr
 #endif
 #if SCALE_BLOCK
-#define BLOCK_SCALE_AT(row) block_scales + ulong(row) * (K / SCALE_BLOCK * (1 + HAS_MIN))
+#define BLOCK_SCALES_OF(row) block_scales + ulong(row) * (K / SCALE_BLOCK * BLOCK_NUMBERS)
 #else
-#define BLOCK_SCALE_AT(row) nullptr
+#define BLOCK_SCALES_OF(row) nullptr
 #endif
-#define WEIGHT(row, k) weight(codes + ulong(row) * (K * BITS / 32), GROUP_SCALE_AT(row), BLOCK_SCALE_AT(row), k)
+#if RULE && GRID
+#define GRID_OF , grid
 #else
-#define WEIGHT(row, k) float(codes[ulong(row) * K + ulong(k)])
+#define GRID_OF
+#endif
+#define ROW(name, row) \
+  const Row name = {codes + ulong(row) * (K * BITS / 32), GROUP_SCALES_OF(row), BLOCK_SCALES_OF(row) GRID_OF};
+#define WEIGHT(row, k) weight(row, k)
+#else
+#define ROW(name, row) const ulong name = ulong(row) * K;
+#define WEIGHT(row, k) float(codes[row + ulong(k)])
 #endif
 
-// kernel: embed(ids, codes, group_scales?, block_scales?) -> (out)
+// kernel: embed(ids, codes, group_scales?, block_scales?, grid?) -> (out)
 // out[t, k] = table[ids[t], k] FACTOR. ids int32 [tokens], table [V, K], out [tokens, K] in U.
 // Threads: one an element, threadgroup of 256, grid (256 ceil(K / 256), tokens, 1). Reads a row once.
 const int k = int(threadgroup_position_in_grid.x) * 256 + int(thread_index_in_threadgroup);
 const int t = int(threadgroup_position_in_grid.y);
-if (k < K) out[t * K + k] = U(WEIGHT(ids[t], k) * FACTOR);
+if (k < K) {
+  ROW(row, ids[t])
+  out[t * K + k] = U(WEIGHT(row, k) * FACTOR);
+}
 
-// kernel: ple_inputs(ids, proj, norm, codes, group_scales?, block_scales?) -> (out)
+// kernel: ple_inputs(ids, proj, norm, codes, group_scales?, block_scales?, grid?) -> (out)
 // The per-layer embeddings: what each layer adds for the token itself.
 //   out[l, t] = (rms(proj[t, l] PROJ_FACTOR) norm + table[ids[t], l] FACTOR) / sqrt(2)
 // table [V, layers P], K = layers P; proj [tokens, layers P] in T; norm fp32 [P]; out [layers, tokens, P] in U.
@@ -84,12 +99,13 @@ if (l < K / P) {
     v[i] = p < P ? float(proj[t * K + l * P + p]) * PROJ_FACTOR : 0.0f;
     squares += v[i] * v[i];
   }
+  ROW(row, ids[t])
   const float factor = rsqrt(sum_lanes(squares, 32) / float(P) + EPS);
   UNROLL
   for (int i = 0; i < EACH; i++) {
     const int p = i * 32 + lane;
     if (p < P)
       out[(l * tokens + t) * P + p] =
-          U((v[i] * factor * norm[p] + WEIGHT(ids[t], l * P + p) * FACTOR) * 0.7071067811865476f);
+          U((v[i] * factor * norm[p] + WEIGHT(row, l * P + p) * FACTOR) * 0.7071067811865476f);
   }
 }

@@ -94,7 +94,7 @@ METAL_FUNC void load_pairs(const device half* x, const device half* x2, int h, i
 }
 #endif
 
-// kernel: few_rows(x, scale?, codes, group_scales?, block_scales?, order?, tiles?, times?) -> (y)
+// kernel: few_rows(x, scale?, codes, group_scales?, block_scales?, grid?, order?, tiles?, times?) -> (y)
 #if EXPERTS
 INPUTS_READY();  // tiles
 #endif
@@ -128,7 +128,11 @@ UNROLL
 for (int r = 0; r < 2 * BLOCKS; r++)
   row[r] = before + uint(min(first_out + r % (2 * OUTS) * 8 + lane_g, outs - 1) + (r >= 2 * OUTS ? outs : 0));
 
-#if HAS_LUT
+#if RULE && GRID
+threadgroup GRID_TYPE table[GRID];
+for (int i = part * 32 + lane; i < GRID; i += 32 * SPLIT) table[i] = grid[i];
+threadgroup_barrier(mem_flags::mem_threadgroup);
+#elif HAS_LUT
 threadgroup uint table[256];
 threadgroup half values[16];
 if (part == 0 && lane < 16) {
@@ -156,7 +160,7 @@ Chunk now[2 * BLOCKS];
 #if SCALE_BLOCK
 #define LOAD_BLOCK_SCALES(into, c) \
   into[r].block_scales[0] =        \
-      load_block_scales(block_scales + row[r] * uint(K / SCALE_BLOCK * (1 + HAS_MIN)), (c) * 32 / SCALE_BLOCK);
+      load_block_scales(block_scales + row[r] * uint(K / SCALE_BLOCK * BLOCK_NUMBERS), (c) * 32 / SCALE_BLOCK);
 #else
 #define LOAD_BLOCK_SCALES(into, c) into[r].block_scales[0] = 0;
 #endif

@@ -14,7 +14,8 @@
 // of a product may be in any order: of a row, lane t takes the 8 neighbouring numbers from 8 t on, 16 bytes at once.
 //
 // Memory. Packed weights are read once for each tile of their expert, mostly from the cache; x once for each 128 rows
-// of W; y is written once. Threadgroup memory: two steps of halves, 24 KB with 64 TOKENS.
+// of W; y is written once. Threadgroup memory: two steps of halves, 24 KB with 64 TOKENS,
+// and a format's grid, 4 KB at most.
 //
 // Rendered before: T (half), U (of y), USED, GLU, TOKENS (a multiple of 32), a format with CHUNK 32, or PLAIN and
 // W_TYPE.
@@ -65,7 +66,7 @@ METAL_FUNC float raised_code(const thread uint* w, int i) {
 }
 #endif
 
-// kernel: grouped(x, scale, order, tiles, codes, group_scales?, block_scales?) -> (y)
+// kernel: grouped(x, scale, order, tiles, codes, group_scales?, block_scales?, grid?) -> (y)
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int thread_index = int(thread_index_in_threadgroup);
 const int lane_g = LANE_G, lane_t = LANE_T;
@@ -76,7 +77,11 @@ const int first_out = int(threadgroup_position_in_grid.x) * (GLU ? 64 : 128);
 
 threadgroup uint4 weights[2][16 * 32];        // first factors of a step: blocks of 8 rows of W, [block][PLACE]
 threadgroup uint4 rows[2][TOKENS / 8 * 32];   // second ones: blocks of 8 rows of x
-#if HAS_LUT
+#if RULE && GRID
+threadgroup GRID_TYPE table[GRID];
+for (int i = thread_index; i < GRID; i += 128) table[i] = grid[i];
+threadgroup_barrier(mem_flags::mem_threadgroup);
+#elif HAS_LUT
 threadgroup float lut[16];
 if (thread_index < 16) {
   const float values[16] = LUT;
@@ -109,7 +114,7 @@ if (first < last) {
 #define BRING_GROUP_SCALES(step) chunk.group_scales = 0;
 #endif
 #if SCALE_BLOCK
-  const device half* row_block_scales = block_scales + row * ulong(K / SCALE_BLOCK * (1 + HAS_MIN));
+  const device half* row_block_scales = block_scales + row * ulong(K / SCALE_BLOCK * BLOCK_NUMBERS);
 #define BRING_BLOCK_SCALES(step) chunk.block_scales[0] = load_block_scales(row_block_scales, (step) * 32 / SCALE_BLOCK);
 #else
 #define BRING_BLOCK_SCALES(step) chunk.block_scales[0] = 0;
@@ -145,9 +150,14 @@ if (first < last) {
 #else
       float a, b, v[8];
       scales(chunk.group_scales, chunk.block_scales[0], j * 8 / GROUP, a, b);
+#if RULE
+      EIGHT_VALUES(table, chunk.codes, chunk.group_scales, j, v)
+#endif
       UNROLL
       for (int i = 0; i < 8; i++) {
-#if HAS_LUT
+#if RULE
+        v[i] *= a;
+#elif HAS_LUT
         v[i] = a * lut[(chunk.codes[j] >> (4 * i)) & 15u];
 #else
         v[i] = a * (raised_code(chunk.codes, j * 8 + i) - float(0x800000 + OFFSET)) + b;

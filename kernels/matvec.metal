@@ -27,16 +27,17 @@
 //   sum of w x  =  a 2^BITS (sum of v x - sum of x) + b sum of x,
 // and the sums of x serve all rows. With PAIRS, one shift serves two codes; the lower has
 // v = 1 + code / 2^(2 BITS), so even and odd k are summed apart. Look-up types read their 16 values from
-// threadgroup memory. INTEGER: on CUDA, one token's x of 16 bits becomes whole numbers of 16 bits, with one power of
-// two for each 32 (fp16 down to a sixteenth of the largest exactly); the table's values come as bytes, four by one
-// permutation of 8, and are multiplied as such.
+// threadgroup memory, and formats with a grid its entries. INTEGER: on CUDA, one token's x of 16 bits becomes whole
+// numbers of 16 bits, with one power of two for each 32 (fp16 down to a sixteenth of the largest exactly); the table's
+// values come as bytes, four by one permutation of 8, and are multiplied as such.
 // uses: packed.metal
 
 #define HALVES (PAIRS ? 2 : 1)                         // sums kept apart
 #define STEP float(1 << BITS)
 #ifdef CUDA
-#define INTEGER (HAS_LUT && TOKENS == 1 && !T_FLOAT && !NORM)
+#define INTEGER (HAS_LUT && GROUP == 32 && TOKENS == 1 && !T_FLOAT && !NORM)
 #endif
+#define VALUED (HAS_LUT || RULE)                       // codes are not numbers to multiply with
 
 // Code i of a chunk as a float from 1 to 2: its bits under the exponent of 1. `one` is the bits of 1.0f.
 // With PAIRS, codes 2j and 2j + 1 are shifted as one, so that an even code stands BITS lower in the mantissa.
@@ -83,7 +84,7 @@ METAL_FUNC int table_dot(uint word, const thread uint* table, const thread uint*
 }
 #endif
 
-// kernel: matvec(x, norm?, codes, group_scales?, block_scales?, ids?, times?) -> (y)
+// kernel: matvec(x, norm?, codes, group_scales?, block_scales?, grid?, ids?, times?) -> (y)
 #if EXPERTS
 INPUTS_READY();  // ids
 #endif
@@ -112,6 +113,10 @@ const uint one = max(uint(N), 0x3F800000u);
 #if INTEGER
 const uint table[4] = {LUT_0 ^ one ^ 0x3F800000u, LUT_1 ^ one ^ 0x3F800000u, LUT_2 ^ one ^ 0x3F800000u,
                        LUT_3 ^ one ^ 0x3F800000u};  // no literals either
+#elif RULE && GRID
+threadgroup GRID_TYPE table[GRID];
+for (int i = sg * 32 + lane; i < GRID; i += SG * 32) table[i] = grid[i];
+threadgroup_barrier(mem_flags::mem_threadgroup);
 #elif HAS_LUT
 threadgroup float lut[16];
 if (sg == 0 && lane < 16) {
@@ -153,7 +158,7 @@ Chunk now[ROWS], next[ROWS];
 #if SCALE_BLOCK
 #define LOAD_BLOCK_SCALES(into, c)                                        \
   UNROLL for (int i = 0; i < BLOCK_SCALES; i++) into[r].block_scales[i] = \
-      load_block_scales(block_scales + row[r] * uint(K / SCALE_BLOCK * (1 + HAS_MIN)), (c) * CHUNK / SCALE_BLOCK + i);
+      load_block_scales(block_scales + row[r] * uint(K / SCALE_BLOCK * BLOCK_NUMBERS), (c) * CHUNK / SCALE_BLOCK + i);
 #else
 #define LOAD_BLOCK_SCALES(into, c) into[r].block_scales[0] = 0;
 #endif
@@ -276,14 +281,20 @@ for (int step = 0; step < steps; step++) {
             squares[t] += v[t][j] * v[t][j];
             v[t][j] *= scale[j];
 #endif
-            if (!HAS_LUT) sums[t][j % HALVES] += v[t][j];
+            if (!VALUED) sums[t][j % HALVES] += v[t][j];
           }
         }
         UNROLL
         for (int r = 0; r < ROWS; r++) {
+#if RULE
+          float eight[8];
+          EIGHT_VALUES(table, now[r].codes, now[r].group_scales, at / 8, eight)
+#endif
           UNROLL
           for (int j = 0; j < 8; j++) {
-#if HAS_LUT
+#if RULE
+            const float w = eight[j];
+#elif HAS_LUT
             const float w = lut[(now[r].codes[(at + j) / 8] >> ((at + j) % 8 * 4)) & 15u];
 #else
             const float w = unit_code(now[r].codes, at + j, one);
@@ -299,7 +310,7 @@ for (int step = 0; step < steps; step++) {
         scales(now[r].group_scales, now[r].block_scales[g * BLOCK_SCALES / SPANS], g, a, b);
         UNROLL
         for (int t = 0; t < TOKENS; t++) {
-#if HAS_LUT
+#if VALUED
           acc[t][r] += a * dots[t][r][0];
 #else
           const float sum = sums[t][0] + (PAIRS ? sums[t][HALVES - 1] : 0.0f);

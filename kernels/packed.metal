@@ -1,7 +1,12 @@
 // A chunk of a packed row as it lies in memory, and its scales: for kernels that read weights a chunk at a time.
 //
 // Rendered before: CHUNK (weights of a chunk: 32 or a multiple, or part of a group), VEC (words of a load), a packed
-// format: BITS, GROUP, GROUP_SCALE_BITS, SCALE_BLOCK, OFFSET, HAS_MIN, HAS_LUT, GROUP_SCALE_*. Without BITS, empty.
+// format: BITS, GROUP, GROUP_SCALE_BITS, SCALE_BLOCK, BLOCK_NUMBERS (1 or 2 fp16 numbers of a block), ROW_SCALE (these
+// are an fp32 factor of the row), OFFSET, HAS_MIN, HAS_LUT, GROUP_SCALE_*. Without BITS, empty.
+//
+// Formats with RULE have codes that stand for several weights, CHUNK 32, and one of VALUES_*. Those with a GRID read
+// GRID_EACH neighbouring weights as an entry of it: 8 in 16 bits, 2 bits each for one of three values; or 4 in as many
+// bytes.
 
 #ifdef BITS
 #define WORDS (CHUNK * BITS / 32)                      // of codes, a lane, a row and a step
@@ -51,6 +56,10 @@ METAL_FUNC uint load_group_scales(const device uchar* p, int c) {
   return ((const device uint*)p)[c];
 #elif FIELD == 24
   return uint(p[3 * c]) | uint(p[3 * c + 1]) << 8 | uint(p[3 * c + 2]) << 16;
+#elif FIELD == 20 || FIELD == 22
+  const int o = c * FIELD / 8, shift = c * FIELD % 8;
+  const uint three = uint(p[o]) | uint(p[o + 1]) << 8 | uint(p[o + 2]) << 16;
+  return (shift + FIELD > 24 ? three | uint(p[o + 3]) << 24 : three) >> shift;
 #else
   // 6 or 12 bits: two bytes that hold them and end inside the row.
   const int o = FIELD == 12 ? c * 12 / 8 : c / 4 * 3 + (c / 2) % 2;
@@ -60,14 +69,117 @@ METAL_FUNC uint load_group_scales(const device uchar* p, int c) {
 #endif
 
 #if SCALE_BLOCK
-// fp16 scale, or scale and min, of block_scales block i of a row.
+// fp16 scale, or scale and min, of block_scales block i of a row; or the row's factor.
 METAL_FUNC uint load_block_scales(const device half* p, int i) {
-#if HAS_MIN
+#if BLOCK_NUMBERS == 2
   return ((const device uint*)p)[i];
 #else
   return ((const device ushort*)p)[i];
 #endif
 }
+#endif
+
+#if GROUP_SCALE_UE4M3
+// 4 bits of exponent (bias 7) and 3 of mantissa, halved as the table is doubled.
+METAL_FUNC float ue4m3(uint x) {
+  const uint e = (x >> 3) & 15u, m = x & 7u;
+  if (x == 0x7Fu) return 0.0f;
+  return e == 0 ? float(m) * 0.0009765625f : as_type<float>((e + 119u) << 23 | m << 20);
+}
+#endif
+
+#if RULE
+// 2 s + 1 for the scale s of group g of a chunk.
+METAL_FUNC float odd_scale(uint group_scales, int g) {
+  return float(2 * ((group_scales >> (GROUP_SCALE_BITS * g + SCALE_AT)) & SCALE_MASK) + 1);
+}
+
+#if GRID
+// The place in the grid of entry n of a chunk, whose codes are w.
+METAL_FUNC uint grid_place(const thread uint* w, uint field, int n) {
+#if VALUES_IQ2_XS
+  return (w[n / 2] >> (n % 2 * 16)) & 511u;
+#else
+  const uint low = (w[n / 4] >> (n % 4 * 8)) & 255u;
+#if VALUES_IQ2_S
+  return low | ((field >> (n / 2 * 8 + n % 2 * 2)) & 3u) << 8;
+#elif VALUES_IQ3_S
+  return low | ((field >> n) & 1u) << 8;
+#elif VALUES_IQ1_S
+  return low | ((field >> (3 * n)) & 7u) << 8;
+#elif VALUES_IQ1_M
+  return low | ((field >> (n / 2 * 11 + n % 2 * 4)) & 7u) << 8;
+#else  // IQ2_XXS, IQ3_XXS
+  return low;
+#endif
+#endif
+}
+#endif
+
+// A small whole number as a float: its bits go into the mantissa of 2^23, since a conversion is slow.
+METAL_FUNC float small_number(uint n) { return as_type<float>(0x4B000000u | n) - 8388608.0f; }
+
+// Eight weights of a chunk, from 8 i on, but for their scale. entry: the grid's 8 / GRID_EACH for them.
+METAL_FUNC void eight_values(const thread uint* w, uint field, int i, const thread uint* entry, thread float* v) {
+#if VALUES_Q1_0
+  UNROLL
+  for (int j = 0; j < 8; j++) v[j] = as_type<float>(0xBF800000u ^ (w[0] >> (8 * i + j) & 1u) << 31);
+#elif VALUES_TQ1_0
+  // Trit n of a byte is at the top of byte * 3^n mod 256. Bytes 0 to 3, 4 and 5, and the upper half of 6 have 5 each.
+  UNROLL
+  for (int j = 0; j < 8; j++) {
+    const int k = 8 * i + j, byte = k / 5, n = k % 5;
+    const uint bits = byte < 4 ? w[0] >> (byte * 8) : byte < 6 ? field >> ((byte - 4) * 8) : field >> 16 << 4;
+    const uint power = n == 0 ? 1 : n == 1 ? 3 : n == 2 ? 9 : n == 3 ? 27 : 81;
+    v[j] = small_number((bits * power & 255u) * 3 >> 8) - 1.0f;
+  }
+#elif VALUES_IQ1_S || VALUES_IQ1_M
+  // -1, 0 or 1, and an eighth more, or less.
+#if VALUES_IQ1_S
+  const uint less = field >> 15;
+#else
+  const uint less = field >> (i / 2 * 11 + i % 2 * 4 + 3);
+#endif
+  const float from = less & 1u ? -1.125f : -0.875f;
+  UNROLL
+  for (int j = 0; j < 8; j++) v[j] = small_number((entry[0] >> (2 * j)) & 3u) + from;
+#else
+#if VALUES_IQ2_S || VALUES_IQ3_S
+  const uint signs = (w[WORDS - 1] >> (8 * i)) & 255u;
+#else
+  // Seven signs; the eighth makes the number of minus signs even. 0x6996 has the parity of each 4 bits.
+#if VALUES_IQ2_XS
+  const uint seven = (w[i / 2] >> (i % 2 * 16 + 9)) & 127u;
+#else
+  const uint seven = (field >> (7 * i)) & 127u;
+#endif
+  const uint signs = seven | ((0x6996u >> ((seven ^ seven >> 4) & 15u)) & 1u) << 7;
+#endif
+  UNROLL
+  for (int j = 0; j < 8; j++) {
+#if GRID_EACH == 8
+    const float place = small_number((entry[0] >> (2 * j)) & 3u);
+    const float value = (0.5f * place + 16.5f) * place + 8.0f;  // 8, 25, 43
+#else
+    const float value = small_number((entry[j / 4] >> (j % 4 * 8)) & 255u);
+#endif
+    v[j] = as_type<float>(as_type<uint>(value) ^ (signs >> j & 1u) << 31);
+  }
+#endif
+}
+
+// eight_values by way of a grid in any memory.
+#if GRID
+#define EIGHT_VALUES(grid, w, field, i, v)                                                           \
+  {                                                                                                  \
+    uint entry[8 / GRID_EACH];                                                                            \
+    UNROLL for (int e = 0; e < 8 / GRID_EACH; e++)                                                        \
+        entry[e] = uint(grid[grid_place(w, field, (i) * (8 / GRID_EACH) + e)]);                           \
+    eight_values(w, field, i, entry, v);                                                             \
+  }
+#else
+#define EIGHT_VALUES(grid, w, field, i, v) eight_values(w, field, i, w, v);
+#endif
 #endif
 
 // Weight = a code + b for group g of a chunk (a look-up type: a value(code)), but for the offset.
@@ -76,6 +188,10 @@ METAL_FUNC void scales(uint group_scales, uint block_scales, int g, thread float
 #if GROUP_SCALE_E8M0  // a power of two, halved as the table is doubled
   const uint e = (group_scales >> (8 * g)) & 0xFFu;
   a = as_type<float>(e < 2 ? 0x00200000u << e : (e - 1) << 23);
+#elif GROUP_SCALE_UE4M3
+  a = as_type<float>(block_scales) * ue4m3((group_scales >> (8 * g)) & 0xFFu);
+#elif GROUP_SCALE_ODD
+  a = low_half(block_scales) * SCALE_FACTOR * odd_scale(group_scales, g);
 #elif GROUP_SCALE_SCALE_MIN
   const uint field = group_scales >> (GROUP_SCALE_BITS * g), mask = (1u << (GROUP_SCALE_BITS / 2)) - 1;
   a = low_half(block_scales) * float(field & mask);

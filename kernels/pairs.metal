@@ -8,19 +8,20 @@
 //
 // Rendered before: a format with CHUNK 32, as for packed.metal, which stands before this. Needs matrix.metal.
 
-#define AFTER (SCALE_BLOCK == 256)            // d comes after the product
+#define AFTER (SCALE_BLOCK == 256 || ROW_SCALE)  // d, or a row's factor, comes after the product
 #define GROUPS (GROUP == 16 ? 2 : 1)          // scales of a chunk
 #define RUN (16 / BITS)                       // codes in 16 bits
-#define FAR (BITS == 3 || BITS == 5 || BITS == 6)
+#define VALUED (HAS_LUT || RULE)              // codes are not numbers to multiply with
+#define FAR (!RULE && (BITS == 3 || BITS == 5 || BITS == 6))
 // Pairs are codes APART of each other: 16 bits of a word; where these hold no whole codes, halves of a chunk; and of a
-// table's codes neighbours, which it is read for at once.
-#define APART (HAS_LUT ? 1 : FAR ? 16 : RUN)
+// table's or a grid's codes neighbours, which it is read for at once.
+#define APART (VALUED ? 1 : FAR ? 16 : RUN)
 // Where code * scale is a whole number: without an offset, a code's bits may lie at either end of the mantissa.
 #if GROUP_SCALE_SCALE_MIN
 #define WHOLE 1
 #define IN_PLACE (2 * BITS <= 10)
 #else
-#define WHOLE (SCALE_BLOCK == 256 && !HAS_LUT)
+#define WHOLE (SCALE_BLOCK == 256 && !VALUED)
 #define IN_PLACE 0
 #endif
 
@@ -81,12 +82,14 @@ struct Scale {
   uint by_high[GROUPS], add_high[GROUPS];  // the same at place BITS
   uint mins[GROUPS];
   float d, m;        // for after the product
+  uint field;
 };
 
 METAL_FUNC void scale_of(const thread Chunk& chunk, thread Scale& s) {
   const uint field = chunk.group_scales, top = chunk.block_scales[0];
-  s.d = low_half(top);
+  s.d = ROW_SCALE ? as_type<float>(top) : low_half(top);
   s.m = HAS_MIN ? high_half(top) : 0.0f;
+  s.field = field;
   UNROLL
   for (int i = 0; i < GROUPS; i++) s.mins[i] = 0;
 #if GROUP_SCALE_SCALE_MIN
@@ -107,10 +110,25 @@ METAL_FUNC void scale_of(const thread Chunk& chunk, thread Scale& s) {
   const uint two = add_halves((((field & 0xFFu) | (field & 0xFF00u) << 8) ^ 0x00800080u) | 0x64006400u, 0xE480E480u);
 #elif GROUP_SCALE_SCALE_32
   const uint two = add_halves((field & 63u) | (field << 10 & 63u << 16) | 0x64006400u, 0xE420E420u);
+#elif GROUP_SCALE_UE4M3 || GROUP_SCALE_ODD
+  UNROLL
+  for (int i = 0; i < GROUPS; i++) {
+#if GROUP_SCALE_UE4M3
+    s.by[i] = both(half(ue4m3((field >> (8 * i)) & 0xFFu)));
+#else
+    s.by[i] = both(half(odd_scale(field, i)));
+#endif
+  }
+#if GROUP_SCALE_ODD
+  s.d *= SCALE_FACTOR;
+#endif
 #elif GROUP_SCALE_E8M0
   float a, b;
   scales(field, top, 0, a, b);
   s.by[0] = both(half(a));
+#elif AFTER
+  s.by[0] = both(half(1.0f));
+  s.add[0] = both(half(-float((1 << BITS) + OFFSET)));
 #else
   s.by[0] = both_firsts(top);
   if (HAS_MIN) s.mins[0] = both_seconds(top);
@@ -125,7 +143,10 @@ METAL_FUNC void scale_of(const thread Chunk& chunk, thread Scale& s) {
 #endif
 }
 
-#if HAS_LUT
+#if RULE && GRID
+#define TABLE_PARAMETER , const threadgroup GRID_TYPE* table
+#define TABLE , table
+#elif HAS_LUT
 #define TABLE_PARAMETER , const threadgroup uint* table  // two codes -> their values
 #define TABLE , table
 #else
@@ -137,7 +158,11 @@ METAL_FUNC void scale_of(const thread Chunk& chunk, thread Scale& s) {
 METAL_FUNC uint weight_pair(
     const thread uint* m, const thread Scale& s, int q, uint ones TABLE_PARAMETER) {
   const int group = GROUPS == 2 ? q / 8 : 0;
-#if HAS_LUT
+#if RULE
+  float v[8];
+  EIGHT_VALUES(table, m, s.field, q / 4, v)
+  return mul_halves(pair(half(v[q % 4 * 2]), half(v[q % 4 * 2 + 1])), s.by[group]);
+#elif HAS_LUT
   return mul_halves(table[m[q / 4] >> (q % 4 * 8) & 0xFFu], s.by[group]);
 #elif WHOLE
   const bool high = IN_PLACE && place_of(q) != 0;

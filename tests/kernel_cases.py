@@ -13,8 +13,7 @@ from typing import Any
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
+from blocks import numbers_of, put_scales, random_blocks
 from metal_sim import kernel as simulator
 
 from mlx_gemma4.quant.formats import FORMATS, Packed, pack_on_cpu
@@ -156,15 +155,13 @@ def exact(x: Any) -> np.ndarray:
 
 def weight(name: str, *shape: int) -> tuple[Packed, np.ndarray]:
     """A random weight of a type, packed, and its values."""
-    size, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
     rng = np.random.default_rng(sum(shape))
-    *rows, k = shape
-    blocks = rng.integers(0, 256, (int(np.prod(rows)), k // size, n_bytes), dtype=np.uint8)
-    for at in FORMATS[name].block_scales_at:
-        scale = rng.uniform(0.001, 0.02, blocks.shape[:2]).astype("<f2")
-        blocks[..., at : at + 2] = scale[..., None].view(np.uint8)
+    count = int(np.prod(shape)) // FORMATS[name].layout.size
+    blocks = random_blocks(name, rng, count)
+    put_scales(name, blocks, lambda: rng.uniform(0.001, 0.02, count).astype(np.float16))
     if name == "MXFP4":
-        blocks[..., 0] = rng.integers(118, 130, blocks.shape[:2])
-    raw = blocks.reshape(blocks.shape[0], -1)
-    values = dequantize(raw, GGMLQuantizationType[name]).reshape(shape)
-    return pack_on_cpu(raw, name, shape), values.astype(np.float64)
+        blocks[:, 0] = rng.integers(118, 130, count)
+    if name == "NVFP4":
+        blocks[:, :4] = rng.integers(30, 60, (count, 4))
+    raw = blocks.reshape(int(np.prod(shape[:-1])), -1)
+    return pack_on_cpu(raw, name, shape), numbers_of(name, raw).reshape(shape).astype(np.float64)

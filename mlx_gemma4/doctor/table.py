@@ -31,12 +31,23 @@ WITHOUT_KERNEL = (
 )
 
 
+# Of each type of a Q4_K_M file the one that unsloth's UD-IQ2 files mostly have instead; heads are of more bits.
+TWO_BITS = {
+    "31B": {"Q4_K": "IQ2_XXS", "Q6_K": "IQ3_XXS"},
+    "26B-A4B": {"Q4_K": "IQ2_S", "Q6_K": "IQ3_S", "Q5_0": "IQ4_NL"},
+}
+
 # ---------------------------------------------------------------- sizes
 
 
 def real_sizes() -> dict[str, Sizes]:
-    """The published models, in the types of a Q4_K_M file; every format and F16 at one shape, and several tokens."""
+    """The published models, in the types of a Q4_K_M file and the largest in those of files of 2 bits; every format and
+    F16 at one shape, and several tokens.
+    """
     models = {name: sizes_of_shape(shape) for name, shape in PUBLISHED.items()}
+    for name, types in TWO_BITS.items():
+        few = tuple(replace(p, type=types.get(p.type, p.type)) for p in models[name].products[1:])
+        models[f"{name} UD"] = replace(models[name], products=few, heads=())
     formats = [Product(name, (5376, 8192), narrow=name in FORMATS) for name in (*FORMATS, "F16")]
     formats.append(Product("Q4_K", (5376, 8192), tokens=matvec.MAX_TOKENS, narrow=True))
     return models | {"any": Sizes(0, 0, (), tuple(formats), "")}
@@ -155,4 +166,4 @@ def _row(model: str, r: Result) -> str:
 
 
 def _line(op: str, model: str, shape: str, error: str, took: str, rate: str, verdict: str) -> str:
-    return f"{op:<14} {model:<8} {shape:<44} {error:>8} {took:>11} {rate:>6}  {verdict}".rstrip()
+    return f"{op:<14} {model:<10} {shape:<44} {error:>8} {took:>11} {rate:>6}  {verdict}".rstrip()

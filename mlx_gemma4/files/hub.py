@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]  # bytes so far, bytes in all
 PREFERRED = ("Q4_K_M", "Q4_0", "UD-Q4_K_XL", "Q8_0")
 NAME = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<quant>[\w./-]+))?")
 QUANT = re.compile(
-    r"(?<![A-Z0-9])((?:UD-)?(?:I?Q\d(?:_(?:\d|K|NL|XXS|XS|S|M|L|XL|XXL))*|TQ\d_\d|BF16|F16|F32|MXFP4(?:_MOE)?))(?![A-Z0-9])"
+    r"(?<![A-Z0-9])((?:UD-)?(?:I?Q\d(?:_(?:\d|K|NL|XXS|XS|S|M|L|XL|XXL))*|TQ\d_\d|BF16|F16|F32|MXFP4(?:_MOE)?|NVFP4))(?![A-Z0-9])"
 )
 # An assistant, which drafts for a model of the same repository: `mtp-*`, or `*-assistant-*`.
 DRAFTER = re.compile(r"(?:.*/)?(?:mtp-[^/]*|[^/]*-assistant(?:-[^/]*)?)\.gguf", re.IGNORECASE)

@@ -25,7 +25,7 @@ from ..ops import pack
 from ..ops.dispatch import Kernels
 from ..ops.stock import Weight, rows_of
 from ..paths import read_object
-from ..quant.formats import SUPPORTED
+from ..quant.formats import FORMATS, SUPPORTED, Packed, row_factors
 from ..shard import Part, Shard
 from .from_gguf import GGUFSource
 from .from_safetensors import FolderSource
@@ -97,7 +97,8 @@ def load_model(
     needs = needs_of(config, kv_dtype(), chunk, own_attention(kernels), largest if on_cpu() else 4 * pack.PIECE)
     plan = make_plan(packed, dense, holding, source.name, needs, room)
     _tell(plan, chunk, min(room.context or DEFAULT_CONTEXT, config.context))
-    apart = {name: spec for name, spec in present.items() if name not in scales}  # one scale is one tensor's
+    # A scale is one tensor's; rows that have factors of their own may be joined all the same.
+    apart = {name: spec for name, spec in present.items() if name not in scales or _has_factors(source, name)}
     joined = fusions(source, apart, len(config.layers)) if fuse else {}
     weights = read_weights(source, present, joined, scales, plan.holding, kernels, progress)
     limit_memory(plan)
@@ -125,16 +126,38 @@ def read_weights(
         weights[target] = source.read(parts, spec, holding, kernels)
         if spec.role == "vector" and bool(mx.isnan(cast("mx.array", weights[target])).any()):
             raise InputError(f"{source.name}: tensor {name} has values that are no numbers (NaN); download it again")
-        if name in scales:
-            factor = cast("mx.array", source.read([scales[name]], Spec((1,), "vector"), holding, None))
-            weight = cast("mx.array", weights[target])
-            weights[target] = weight.astype(mx.float32) * factor.reshape(-1, *[1] * (weight.ndim - 1))
-            mx.eval(weights[target])
+        if any(part in scales for part in parts):
+            factors = _factors_of_rows(source, parts, present, scales)
+            weight = weights[target]
+            if isinstance(weight, Packed):
+                factors = row_factors(factors)
+                weights[target] = replace(weight, block_scales=factors)
+            else:
+                weights[target] = factors = cast("mx.array", weight).astype(mx.float32) * factors[..., None]
+            mx.eval(factors)
         done += sum(source.entries[part].n_bytes for part in parts)
         if progress:
             progress(done, total)
     pack.done()
     return weights
+
+
+def _has_factors(source: Source, name: str) -> bool:
+    """Return True if a tensor's type has a factor for each row, and room for a scale therefore."""
+    return source.entries[name].quantized and FORMATS[source.entries[name].type].per_row
+
+
+def _factors_of_rows(source: Source, parts: list[str], present: dict[str, Spec], scales: Mapping[str, str]) -> mx.array:
+    """Return the factor of each row of tensors that are joined, fp32 [.., N]: their scales, one number or one for each
+    expert, or 1."""
+    made = []
+    for part in parts:
+        factor = mx.ones(1)
+        if part in scales:
+            factor = cast("mx.array", source.read([scales[part]], Spec((1,), "vector"), "packed", None))
+        shape = present[part].shape[:-1]
+        made.append(mx.broadcast_to(factor.reshape(-1, *[1] * (len(shape) - 1)), shape))
+    return mx.concatenate(made, axis=-1)
 
 
 def _tell(plan: MemoryPlan, chunk: int, context: int) -> None:
@@ -180,7 +203,8 @@ def account(config: Config, source: Source, specs: dict[str, Spec]) -> tuple[dic
     present = check_present(source, needed)
     for name, scale in scales.items():
         entry, shape = source.entries[scale], source.entries[scale].shape
-        if entry.type not in FLOATING or source.entries[name].quantized or name.startswith("token_embd"):
+        held = not source.entries[name].quantized or _has_factors(source, name)
+        if entry.type not in FLOATING or not held or name.startswith("token_embd"):
             raise InputError(f"{source.name}: tensor {scale} scales {name}, whose type has no scale; convert it again")
         if shape not in ((), (1,), (present[name].shape[0],) if len(present[name].shape) == 3 else ()):
             raise InputError(f"{source.name}: tensor {scale} is {_by(shape)}, not a single number; convert it again")

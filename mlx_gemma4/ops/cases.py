@@ -165,17 +165,20 @@ def weight(type: str, shape: tuple[int, ...]) -> mx.array | Packed:
         group_scales = random_bytes(prod(shape) // fmt.group * fmt.group_scale_bits // 8).reshape(*rows, -1)
         if fmt.group_scale_kind == "e8m0":
             group_scales = 116 + group_scales % 8
-    if not fmt.scale_block:
+    if not fmt.scale_block and not fmt.per_row:
         return Packed(fmt, shape, codes, group_scales, None)
-    scales = mx.random.uniform(1, 2, (*rows, k // fmt.scale_block, 1 + fmt.has_min))
+    scales = mx.random.uniform(1, 2, tuple(rows) if fmt.per_row else (*rows, k // fmt.scale_block, 1 + fmt.has_min))
+
+    def held(scales: mx.array) -> mx.array:
+        return formats.row_factors(scales) if fmt.per_row else scales.astype(mx.float16)
 
     def first_row(a: mx.array) -> mx.array:
         return a.reshape(-1, *a.shape[len(rows) :])[:1]
 
     row_groups = None if group_scales is None else first_row(group_scales)
-    row = Packed(fmt, (1, k), first_row(codes), row_groups, first_row(scales).astype(mx.float16))
+    row = Packed(fmt, (1, k), first_row(codes), row_groups, held(first_row(scales)))
     size = mx.sqrt((formats.dequantize(row) ** 2).sum())
-    return Packed(fmt, shape, codes, group_scales, (scales / size).astype(mx.float16))
+    return Packed(fmt, shape, codes, group_scales, held(scales / size))
 
 
 @cache

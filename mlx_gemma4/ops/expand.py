@@ -18,7 +18,7 @@ def expand(launcher: Launcher, w: Packed, dtype: mx.Dtype = mx.float16) -> Any:
     """The numbers of a packed weight, of its shape, in any float type; computed in fp32."""
     kernel = _kernel(w.format.name, w.shape[-1], dtype)
     # The planes' leading axes are rows, one after the other. `block_scales` has blocks and numbers in a row.
-    kept = {"codes": 1, "group_scales": 1, "block_scales": 2}
+    kept = {"codes": 1, "group_scales": 1, "block_scales": 2, "grid": 1}
     flat = {name: a.reshape(-1, *a.shape[-kept[name] :]) for name, a in planes(w).items() if a is not None}
     return prepare(launcher, kernel, (-(-prod(w.shape) // 2048), 1, 1), 256, (w.shape, dtype)).by_name(flat)[0]
 

@@ -19,7 +19,7 @@ from .cases import Case, Check, Product, Sizes, cases, product_inputs
 from .epilogue import ALONE, PLAIN, Epilogue, Folded, product_reference
 from .halve import halve
 from .op import Op, OpKey
-from .packed import absent_planes, format_defines
+from .packed import absent_planes, format_defines, planes
 from .routing import ROWS, most_tiles, route, route_reference
 from .tuning import Tuning, launch_cache, this_gpu
 
@@ -37,7 +37,7 @@ class RowsTiling:
 
     def room(self, rows: int, fmt: Format) -> int:
         """Bytes of threadgroup memory, for sums, or on CUDA for x before, and for a table."""
-        return 1088 * (fmt.lut is not None) + self.split * rows * max(256, 64 * self.blocks)
+        return 1088 * (fmt.lut is not None) + fmt.table_bytes + self.split * rows * max(256, 64 * self.blocks)
 
 
 def rows_tiling(
@@ -93,9 +93,7 @@ def few_rows(
     launch = _prepared(
         launcher, form, w.shape, x.shape[0], used, each, scale is not None, times_type, out, epilogue, config
     )
-    return launch.by_name({**arrays, "codes": w.codes, "group_scales": w.group_scales, "block_scales": w.block_scales})[
-        0
-    ]
+    return launch.by_name({**arrays, **planes(w)})[0]
 
 
 @launch_cache
@@ -118,7 +116,7 @@ def _prepared(
     config = config or rows_tiling(fmt, n, k, rows, used, glu)
     defines: dict[str, Any] = format_defines(fmt, 32, k)
     defines |= {field.upper(): value for field, value in asdict(config).items()}
-    defines |= {"CHUNK": 32, "TOKENS": rows, "FACTOR": float(epilogue.factor), "TAIL": k % 128 > 0}
+    defines |= {"TOKENS": rows, "FACTOR": float(epilogue.factor), "TAIL": k % 128 > 0}
     defines |= {"GLU": glu, "TIMES": times is not None, "SCALED": scaled, "EXPERTS": used > 0}
     defines |= {"USED": 1 if each else max(used, 1), **result_defines(out)}
     there = {"scale": scaled, "order": used, "tiles": used, "times": times is not None}

@@ -50,7 +50,7 @@ def grouped(launcher: Launcher, x: mx.array, w: Weight, routing: Routing, glu: b
 def _kernel(name: str, k: int, w_dtype: mx.Dtype, out: mx.Dtype, shared: int, glu: bool) -> Kernel:
     """The kernel for a format; "": none, but a dtype."""
     defines: dict[str, Any] = {"TOKENS": TOKENS, "USED": shared, "GLU": glu, **result_defines(out), "PLAIN": not name}
-    defines |= {"CHUNK": 32, **format_defines(FORMATS[name], 32, k)} if name else {"W_TYPE": w_dtype}
+    defines |= format_defines(FORMATS[name], 32, k) if name else {"W_TYPE": w_dtype}
     absent = absent_planes(FORMATS[name]) if name else PLANES[1:]
     return render("grouped", "grouped.metal", mx.float16, defines, absent)
 

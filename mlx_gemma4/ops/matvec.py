@@ -17,7 +17,7 @@ from ..quant.formats import FORMATS, Format, Packed
 from .cases import Case, Check, Product, Sizes, cases, product_inputs
 from .epilogue import ALONE, PLAIN, Epilogue, Folded, product_reference
 from .op import Op, OpKey
-from .packed import absent_planes, format_defines
+from .packed import absent_planes, format_defines, planes
 from .tuning import Tiling, TilingKey, Tuning, launch_cache, this_gpu
 
 MAX_TOKENS = 4  # of a mat-vec
@@ -97,8 +97,7 @@ def matvec(
     norm, times, ids, _ = folded
     slots, there = 0 if ids is None else ids.size, (norm is not None, times is not None)
     launch = _prepared(launcher, w.format.name, w.shape[-2:], x.dtype, x.shape[0], slots, there, epilogue, config)
-    arrays = {"x": x, "norm": norm, "codes": w.codes, "group_scales": w.group_scales, "block_scales": w.block_scales}
-    return launch.by_name({**arrays, "ids": ids, "times": times})[0]
+    return launch.by_name({"x": x, "norm": norm, **planes(w), "ids": ids, "times": times})[0]
 
 
 @launch_cache
@@ -117,15 +116,15 @@ def _prepared(
     tokens, experts, out = 1 if slots else rows, slots or 1, epilogue.out or dtype
     held = 1 if tokens == 1 else MAX_TOKENS  # by a threadgroup: few texts serve any number of tokens
     config = config or tiling(fmt, n * experts, k, held)
-    while k % config.chunk:
+    while k % config.chunk or (fmt.rule and config.chunk > 32):
         config = replace(config, chunk=config.chunk // 2)
     defines: dict[str, Any] = format_defines(fmt, config.chunk, k)
     defines |= {field.upper(): value for field, value in asdict(config).items()}
     defines["SG"] = defines.pop("SIMDGROUPS")
     # Pairs cost accuracy (2^-24 * 2^(2 bits) of a term): too much for wide codes, and for fp32's own precision.
-    defines["PAIRS"] = fmt.bits <= 4 and fmt.lut is None and dtype != mx.float32
-    # Two steps of x in threadgroup memory, of which Metal has 32 KB.
-    room = 2 * 4 * held * config.lanes * config.split * config.chunk
+    defines["PAIRS"] = fmt.bits <= 4 and fmt.is_affine and dtype != mx.float32
+    # Two steps of x in threadgroup memory, of which Metal has 32 KB, and a grid.
+    room = 2 * 4 * held * config.lanes * config.split * config.chunk + fmt.table_bytes
     defines["STAGE"] = (norm or dtype == mx.float32) and room <= 30 << 10
     defines |= {"TOKENS": held, "EPS": epilogue.eps, "FACTOR": float(epilogue.factor), **result_defines(out)}
     defines |= {"GLU": glu, "TIMES": times, "NORM": norm, "EXPERTS": slots > 0, "EXPERT_X": slots > 0 and rows > 1}

@@ -21,11 +21,11 @@ from ..gpu.render import Kernel, Launcher, prepare, render
 from ..memory import on_cpu
 from ..quant import formats
 from ..quant.formats import FORMATS, Packed, Shape
-from ..quant.repack import Bytes, in_threads
+from ..quant.repack import BlockLayout, Bytes, Words, in_threads
 from .cases import Case, Check, Sizes, cases, random_bytes
 from .dispatch import Kernels
 from .op import OpKey
-from .packed import absent_planes
+from .packed import PLANES
 
 PIECE = 1 << 25  # bytes of blocks that go over at once
 COPY = 1 << 21  # bytes that a thread of the host copies at once
@@ -74,25 +74,45 @@ def done() -> None:
 def pack_kernel(type: str) -> Kernel:
     """pack.metal for a type."""
     layout = FORMATS[type].layout
-    bits, parts = 0, []
-    for plane in layout.codes:
-        parts.append(f"take(block, c, {plane.at}, {plane.bits}, {plane.run}) << {bits}")
-        bits += plane.bits
-    code = f"({' | '.join(parts)})"
+    form, scales = FORMATS[type], layout.block_scales
     defines: dict[str, Any] = {
         "SIZE": layout.size,
         "N_BYTES": layout.n_bytes,
-        "BITS": bits,
-        "CODE(block, c)": f"({code} ^ 128)" if bits == 8 else code,  # signed in the file
-        "BLOCK_SCALES": len(layout.block_scales),
+        "BITS": layout.bits,
+        **_code_defines(layout),
+        "BLOCK_SCALES": len(scales),
         "GROUP_SCALE_BYTES": layout.group_scale_bytes,
     }
-    defines |= {f"BLOCK_SCALE_{i}": (*layout.block_scales, 0)[i] for i in range(2) if layout.block_scales}
+    for i, at in enumerate(scales):
+        defines |= (
+            {f"BLOCK_SCALE_{i}": at} if isinstance(at, int) else {"BLOCK_SCALE_NIBBLES": 1, "BLOCK_SCALE_0": at[0]}
+        )
+    if len(scales) == 1:
+        defines["BLOCK_SCALE_1"] = 0
     if layout.group_scales:
-        kind, at = layout.group_scales
-        defines |= {f"GROUP_SCALE_{kind.__name__.upper()}": 1, "GROUP_SCALE_AT": at}
-    assert max(layout.group_scale_bytes, len(layout.block_scales)) <= layout.size * bits // 32, "a thread for each"
-    return render("pack", "pack.metal", mx.float32, defines, absent_planes(FORMATS[type]))
+        kind, first, _ = layout.group_scales
+        number = form.group_scale_bits // (2 if form.group_scale_kind == "scale-min" else 1)
+        defines |= {f"GROUP_SCALE_{kind.__name__.upper()}": 1, "GROUP_SCALE_AT": first}
+        defines["NUMBER_BITS"] = 8 if number == 32 else number
+    assert len(scales) <= layout.size * layout.bits // 32, "a thread for each"
+    made = _planes(type)
+    return render("pack", "pack.metal", mx.float32, defines, [plane for plane in PLANES if plane not in made])
+
+
+def _code_defines(layout: BlockLayout) -> dict[str, str | int]:
+    """How pack.metal finds codes."""
+    if callable(layout.codes):
+        return {f"CODE_{layout.codes.__name__.upper().removesuffix('_CODES')}": 1}
+    bits, parts, words = 0, [], ""
+    for i, place in enumerate(layout.codes):
+        if isinstance(place, Words):
+            at = f"{place.at} + (c) * {place.step}"
+            words += at if i == len(layout.codes) - 1 else f"(w) == {i} ? {at} : "
+        else:
+            parts.append(f"take(block, c, {place.at}, {place.bits}, {place.run}) << {bits}")
+            bits += place.bits
+    code = f"({' | '.join(parts)})"
+    return {"WORD_AT(c, w)": f"({words})"} if words else {"CODE(block, c)": f"({code} ^ 128)" if bits == 8 else code}
 
 
 def pack_blocks(launcher: Launcher, raw: mx.array, type: str) -> Planes:
@@ -107,7 +127,7 @@ def pack_blocks(launcher: Launcher, raw: mx.array, type: str) -> Planes:
 def _planes(type: str) -> dict[str, tuple[int, mx.Dtype]]:
     """The planes of a type: elements that a block makes, and their dtype."""
     layout = FORMATS[type].layout
-    made = {"codes": (layout.size * layout.bits // 32, mx.uint32)}
+    made: dict[str, tuple[int, mx.Dtype]] = {"codes": (layout.size * layout.bits // 32, mx.uint32)}
     made["group_scales"] = layout.group_scale_bytes, mx.uint8
     made["block_scales"] = len(layout.block_scales), mx.float16
     return {name: plane for name, plane in made.items() if plane[0]}
@@ -173,7 +193,8 @@ def _by_kernel(
     del made, whole
     # On NVIDIA, MLX's cache has the blocks' memory, which is the host's too; a later result must not lie in it.
     mx.clear_cache()
-    return Packed(form, shape, shaped["codes"], shaped.get("group_scales"), shaped.get("block_scales"))
+    block_scales = formats.row_factors(mx.ones(rows)) if form.per_row else shaped.get("block_scales")
+    return Packed(form, shape, shaped["codes"], shaped.get("group_scales"), block_scales)
 
 
 def _place(made: Planes, whole: Planes, start: int, type: str) -> None:

@@ -100,7 +100,7 @@ def linear(x: mx.array, w: Weight) -> mx.array:
         return _dense_matmul(x, w)
     if isinstance(w, Affine):
         return _affine_matmul(x, w).astype(x.dtype)
-    if w.format.lut is None or w.format.name == "MXFP4":
+    if w.format.is_affine or w.format.name == "MXFP4":
         return _packed_matmul(x, w, None)
     return _in_pieces(lambda xi, wi: _packed_matmul(xi, wi, None), x, w)
 
@@ -313,7 +313,7 @@ def _packed_matmul(x: mx.array, w: Packed, chosen: mx.array | None) -> mx.array:
     if w.format.name == "MXFP4":
         assert w.group_scales is not None
         out = _quantized_matmul(x, w.codes, w.group_scales, None, chosen, bits=bits, mode="mxfp4")
-    elif w.format.lut is not None:
+    elif not w.format.is_affine:
         dense = dequantize(w)
         out = x @ dense.T if chosen is None else mx.gather_mm(x, dense.swapaxes(-1, -2), rhs_indices=chosen)
     elif w.format.group == 32:

@@ -23,7 +23,24 @@ import numpy as np
 from ..errors import InputError
 from ..files.gguf import TENSOR_TYPES, TensorInfo
 from ..memory import on_cpu
-from .repack import BlockLayout, GroupScalesReader, Plane, iq4_xs, plain, q3_k, q4_k, rearrange
+from .codebooks import Rule, numbers, values
+from .repack import (
+    BlockLayout,
+    Plane,
+    Reader,
+    Words,
+    iq1_m,
+    iq2_s,
+    iq2_xxs,
+    iq3_s,
+    iq4_xs,
+    plain,
+    q3_k,
+    q4_k,
+    rearrange,
+    tq1_0,
+    tq1_0_codes,
+)
 
 Shape = tuple[int, ...]
 BLOCKS = {t.name: t for t in TENSOR_TYPES.values()}
@@ -39,7 +56,9 @@ class Format:
         "scale-32"   (d * (scale - 32)) * (q - offset)
         "int8"       (d * scale) * (q - offset)
         "e8m0"       2**(scale - 128) * lut[q]
-    and lut[q] replaces q - offset for formats that have a lut.
+        "ue4m3"      row * (scale as UE4M3, halved) * lut[q]; row is a factor of the whole row, in fp32
+        "odd"        d * rule.factor * (2 * scale + 1) * value
+    and lut[q] replaces q - offset for formats that have a lut, the rule's value for those that have a rule.
     """
 
     name: str
@@ -50,10 +69,31 @@ class Format:
     has_min: bool
     scale_block: int  # weights per fp16 d (and m), 0 if there is none
     lut: tuple[int, ...] | None
-    group_scale_kind: Literal["", "scale-min", "scale-32", "int8", "e8m0"]
-    codes_at: tuple[Plane, ...]  # from the lowest bits of a code up
-    block_scales_at: tuple[int, ...]  # the bytes of a block where d and m begin
-    group_scales_at: tuple[GroupScalesReader, int] | None  # their reader, and the byte where they begin
+    group_scale_kind: Literal["", "scale-min", "scale-32", "int8", "e8m0", "ue4m3", "odd"]
+    codes_at: tuple[Plane | Words, ...] | Reader  # as `BlockLayout` has them, and these two:
+    block_scales_at: tuple[int | tuple[int, ...], ...]
+    group_scales_at: tuple[Reader, int, int] | None
+    rule: Rule | None = None  # of codes that stand for several weights: codebooks.py
+
+    @property
+    def is_affine(self) -> bool:
+        """True if weights are a scale times the code, and a bias."""
+        return self.lut is None and self.rule is None
+
+    @property
+    def table_bytes(self) -> int:
+        """Size of the grid that kernels read."""
+        return self.rule.grid_bytes if self.rule else 0
+
+    @property
+    def per_row(self) -> bool:
+        """True if `block_scales` has a row's factor instead: fp32, as the bits of two fp16 numbers."""
+        return self.group_scale_kind == "ue4m3"
+
+    @property
+    def block_numbers(self) -> int:
+        """fp16 numbers in `block_scales` for each scale_block weights, or for a row."""
+        return 1 + (self.has_min or self.per_row)
 
     @property
     def layout(self) -> BlockLayout:
@@ -61,33 +101,57 @@ class Format:
         block = BLOCKS[self.name]
         group_scale_bytes = block.block_size // self.group * self.group_scale_bits // 8
         places = self.codes_at, self.block_scales_at, self.group_scales_at
-        return BlockLayout(block.block_size, block.block_bytes, *places, group_scale_bytes)
+        return BlockLayout(block.block_size, block.block_bytes, self.bits, *places, group_scale_bytes)
 
 
 # The 16 values of ggml's non-linear 4-bit types, and those of FP4 (E2M1), doubled to make them integers.
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
-# Byte positions are those of the block structs in ggml-common.h; P(at, bits, run) is explained at `Plane`.
-P = Plane
+IQ1M_D = (49, 51, 53, 55)
+
+# Byte positions are those of the block structs in ggml-common.h. P(at, bits, run) is explained at `Plane`, W(at, step)
+# at `Words`, what a rule's numbers are at `Rule`.
+P, W = Plane, Words
 # fmt: off
 FORMATS: dict[str, Format] = {f.name: f for f in (
-    # bits, group, group_scale_bits, offset, has_min, scale_block,
-    #                                         lut,  group_scale_kind     codes_at                       block_scales_at
-    # group_scales_at
-    Format("Q4_0",   4, 32, 0, 8,   False, 32,  None, "",          (P(2, 4, 16),),               (0,),     None),
-    Format("Q4_1",   4, 32, 0, 0,   True,  32,  None, "",          (P(4, 4, 16),),               (0, 2),   None),
-    Format("Q5_0",   5, 32, 0, 16,  False, 32,  None, "",          (P(6, 4, 16), P(2, 1, 1)),    (0,),     None),
-    Format("Q5_1",   5, 32, 0, 0,   True,  32,  None, "",          (P(8, 4, 16), P(4, 1, 1)),    (0, 2),   None),
-    Format("Q8_0",   8, 32, 0, 128, False, 32,  None, "",          (P(2, 8, 32),),               (0,),     None),
-    Format("Q2_K",   2, 16, 8, 0,   True,  256, None, "scale-min", (P(16, 2, 32),),              (80, 82), (plain, 0)),
-    Format("Q3_K",   3, 16, 6, 4,   False, 256, None, "scale-32",  (P(32, 2, 32), P(0, 1, 32)),  (108,),   (q3_k, 96)),
-    Format("Q4_K",   4, 32, 12, 0,  True,  256, None, "scale-min", (P(16, 4, 32),),              (0, 2),   (q4_k, 4)),
-    Format("Q5_K",   5, 32, 12, 0,  True,  256, None, "scale-min", (P(48, 4, 32), P(16, 1, 32)), (0, 2),   (q4_k, 4)),
-    Format("Q6_K",   6, 16, 8, 32,  False, 256, None, "int8",      (P(0, 4, 64), P(128, 2, 32)), (208,),  (plain, 192)),
-    Format("IQ4_NL", 4, 32, 0, 0,   False, 32,  IQ4,  "",          (P(2, 4, 16),),               (0,),     None),
-    Format("IQ4_XS", 4, 32, 6, 0,   False, 256, IQ4,  "scale-32",  (P(8, 4, 16),),               (0,),     (iq4_xs, 2)),
-    Format("MXFP4",  4, 32, 8, 0,   False, 0,   FP4,  "e8m0",      (P(1, 4, 16),),               (),       (plain, 0)),
+    # bits, group, group_scale_bits, offset, has_min, scale_block, lut, group_scale_kind, codes_at, block_scales_at,
+    # group_scales_at, rule
+    Format("Q4_0",    4, 32, 0,  8,   False, 32,  None, "",          (P(2, 4, 16),), (0,), None),
+    Format("Q4_1",    4, 32, 0,  0,   True,  32,  None, "",          (P(4, 4, 16),), (0, 2), None),
+    Format("Q5_0",    5, 32, 0,  16,  False, 32,  None, "",          (P(6, 4, 16), P(2, 1, 1)), (0,), None),
+    Format("Q5_1",    5, 32, 0,  0,   True,  32,  None, "",          (P(8, 4, 16), P(4, 1, 1)), (0, 2), None),
+    Format("Q8_0",    8, 32, 0,  128, False, 32,  None, "",          (P(2, 8, 32),), (0,), None),
+    Format("Q2_K",    2, 16, 8,  0,   True,  256, None, "scale-min", (P(16, 2, 32),), (80, 82), (plain, 0, 16)),
+    Format("Q3_K",    3, 16, 6,  4,   False, 256, None, "scale-32",  (P(32, 2, 32), P(0, 1, 32)), (108,),
+           (q3_k, 96, 108)),
+    Format("Q4_K",    4, 32, 12, 0,   True,  256, None, "scale-min", (P(16, 4, 32),), (0, 2), (q4_k, 4, 16)),
+    Format("Q5_K",    5, 32, 12, 0,   True,  256, None, "scale-min", (P(48, 4, 32), P(16, 1, 32)), (0, 2),
+           (q4_k, 4, 16)),
+    Format("Q6_K",    6, 16, 8,  32,  False, 256, None, "int8",      (P(0, 4, 64), P(128, 2, 32)), (208,),
+           (plain, 192, 208)),
+    Format("IQ4_NL",  4, 32, 0,  0,   False, 32,  IQ4,  "",          (P(2, 4, 16),), (0,), None),
+    Format("IQ4_XS",  4, 32, 6,  0,   False, 256, IQ4,  "scale-32",  (P(8, 4, 16),), (0,), (iq4_xs, 2, 8)),
+    Format("MXFP4",   4, 32, 8,  0,   False, 0,   FP4,  "e8m0",      (P(1, 4, 16),), (), (plain, 0, 1)),
+    Format("NVFP4",   4, 16, 8,  0,   False, 0,   FP4,  "ue4m3",     (P(4, 4, 8),), (), (plain, 0, 4)),
+    Format("Q2_0",    2, 32, 0,  1,   False, 64,  None, "",          (P(2, 2, 1),), (0,), None),
+    Format("TQ2_0",   2, 32, 0,  1,   False, 256, None, "",          (P(0, 2, 32),), (64,), None),
+    Format("IQ3_XXS", 2, 32, 32, 0,   False, 256, None, "odd",       (W(2, 8), W(6, 8)), (0,), (plain, 66, 98),
+           Rule("iq3_xxs", 256, 4, 28, 4, 0.25)),
+    Format("IQ3_S",   3, 32, 12, 0,   False, 256, None, "odd",       (W(2, 8), W(6, 8), W(74, 4)), (0,),
+           (iq3_s, 66, 110), Rule("iq3_s", 512, 4, 8, 4)),
+    Format("IQ2_XXS", 1, 32, 32, 0,   False, 256, None, "odd",       (W(2, 8),), (0,), (iq2_xxs, 2, 66),
+           Rule("iq2_xxs", 256, 8, 28, 4, 0.125)),
+    Format("IQ2_XS",  2, 16, 4,  0,   False, 256, None, "odd",       (W(2, 8), W(6, 8)), (0,), (plain, 66, 74),
+           Rule("iq2_xs", 512, 8, 0, 4, 0.125)),
+    Format("IQ2_S",   2, 16, 8,  0,   False, 256, None, "odd",       (W(2, 4), W(34, 4)), (0,), (iq2_s, 66, 82),
+           Rule("iq2_s", 1024, 8, 4, 4, 0.125)),
+    Format("IQ1_S",   1, 32, 16, 0,   False, 256, None, "odd",       (W(2, 4),), (0,), (plain, 34, 50),
+           Rule("iq1_s", 2048, 8, 12, 3)),
+    Format("IQ1_M",   1, 16, 11, 0,   False, 256, None, "odd",       (W(0, 4),), (IQ1M_D,), (iq1_m, 32, 56),
+           Rule("iq1_m", 2048, 8, 8, 3)),
+    Format("TQ1_0",   1, 32, 20, 0,   False, 256, None, "",          tq1_0_codes, (52,), (tq1_0, 0, 52), Rule("tq1_0")),
+    Format("Q1_0",    1, 32, 0,  0,   False, 128, None, "",          (P(2, 1, 1),), (0,), None, Rule("q1_0")),
 )}
 # fmt: on
 
@@ -110,7 +174,7 @@ class Packed:
 
     codes: uint32 [.., N, K * bits / 32], a little-endian stream of unsigned codes, as mx.quantized_matmul reads them.
     group_scales: uint8 [.., N, K / group * group_scale_bits / 8], a little-endian stream of group scales, or None.
-    block_scales: float16 [.., N, K / scale_block, 1 or 2], d and m, or None.
+    block_scales: float16 [.., N, K / scale_block, 1 or 2], d and m; of formats with `per_row` [.., N, 1, 2]; or None.
     """
 
     format: Format
@@ -157,8 +221,13 @@ def pack_on_cpu(
         return None if target is None else target.bytes.reshape(n_blocks, -1)
 
     rearrange(layout, flat, codes.bytes.reshape(n_blocks, -1), blocks(group_scales), blocks(block_scales), on_read)
-    scales = (target.array() if target else None for target in (group_scales, block_scales))
-    return Packed(form, shape, codes.array(), *scales)
+    made = [target.array() if target else None for target in (group_scales, block_scales)]
+    return Packed(form, shape, codes.array(), made[0], row_factors(mx.ones(rows)) if form.per_row else made[1])
+
+
+def row_factors(factors: mx.array) -> mx.array:
+    """Factors of rows, fp32 [..], as `block_scales` of a format with `per_row`: [.., 1, 2]."""
+    return factors.astype(mx.float32)[..., None].view(mx.float16)[..., None, :]
 
 
 class _Target:
@@ -221,13 +290,26 @@ def dequantize(w: Packed, dtype: mx.Dtype = mx.float32, rows: mx.array | None = 
     if rows is not None:
         w = w[rows]
     form = w.format
-    q = unpack_codes(w)
-    q = q - form.offset if form.lut is None else mx.array(form.lut, mx.float32)[q.astype(mx.uint32)]
+    if form.rule:
+        fields = None if w.group_scales is None else numbers(w.group_scales, form.group_scale_bits)
+        q = values(form.rule, w.codes, fields)
+    else:
+        q = unpack_codes(w)
+        q = q - form.offset if form.lut is None else mx.array(form.lut, mx.float32)[q.astype(mx.uint32)]
     scales, biases = scales_and_biases(w)
     out = scales[..., None] * q.reshape(*scales.shape, form.group)
     if biases is not None:
         out = out + biases[..., None]
     return out.reshape(w.shape).astype(dtype)
+
+
+def _ue4m3(x: int) -> float:
+    """A scale byte of NVFP4, halved as the table is doubled: 4 bits of exponent (bias 7), 3 of mantissa."""
+    e, m = x >> 3 & 15, x & 7
+    return 0.0 if x == 0x7F else 0.5 * (m * 2.0**-9 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7))
+
+
+UE4M3 = tuple(map(_ue4m3, range(256)))
 
 
 def unpack_codes(w: Packed) -> mx.array:
@@ -240,7 +322,9 @@ def unpack_codes(w: Packed) -> mx.array:
 
 
 def scales_and_biases(w: Packed) -> tuple[mx.array, mx.array | None]:
-    """Return fp32 [.., N, K / group]: w = scales * (code - offset, or lut[code]) + biases; None means no biases."""
+    """Return fp32 [.., N, K / group]: w = scales * (code - offset, or lut[code]) + biases; None means no biases.
+
+    Of formats with a rule: scales * value."""
     form = w.format
     groups = (*w.shape[:-1], w.shape[-1] // form.group)
     if form.group_scale_kind == "e8m0":
@@ -249,20 +333,27 @@ def scales_and_biases(w: Packed) -> tuple[mx.array, mx.array | None]:
         bits = mx.where(e < 2, mx.array(0x00200000, mx.uint32) << e, (e - 1) << 23)
         return bits.view(mx.float32), None
     assert w.block_scales is not None
+    if form.per_row:
+        assert w.group_scales is not None
+        halved = mx.array(UE4M3)[w.group_scales.astype(mx.uint32)]
+        return mx.contiguous(w.block_scales).view(mx.float32)[..., 0] * halved, None
     d = w.block_scales[..., 0].astype(mx.float32)
     m = w.block_scales[..., 1].astype(mx.float32) if form.has_min else None
     if not form.group_scale_kind:
-        return d, m
+        return mx.repeat(d, form.scale_block // form.group, axis=-1), m
     assert w.group_scales is not None
     per_block = (*d.shape, form.scale_block // form.group)
     if form.group_scale_kind == "int8":
         scale = w.group_scales.view(mx.int8)
     elif form.group_scale_kind == "scale-32":
-        scale = _six_bit_numbers(w.group_scales).astype(mx.float32) - 32
+        scale = numbers(w.group_scales, 6).astype(mx.float32) - 32
+    elif form.rule:
+        s = numbers(w.group_scales, form.group_scale_bits) >> form.rule.scale_at & ((1 << form.rule.scale_bits) - 1)
+        d, scale = d * form.rule.factor, 2 * s + 1
     elif form.group_scale_bits == 8:
         scale, low = w.group_scales & 15, w.group_scales >> 4
     else:
-        pairs = _six_bit_numbers(w.group_scales).reshape(*groups, 2)
+        pairs = numbers(w.group_scales, 6).reshape(*groups, 2)
         scale, low = pairs[..., 0], pairs[..., 1]
     scales = (d[..., None] * scale.reshape(per_block).astype(mx.float32)).reshape(groups)
     if m is None:
@@ -270,16 +361,9 @@ def scales_and_biases(w: Packed) -> tuple[mx.array, mx.array | None]:
     return scales, -(m[..., None] * low.reshape(per_block).astype(mx.float32)).reshape(groups)
 
 
-def _six_bit_numbers(stream: mx.array) -> mx.array:
-    """Return the numbers of a little-endian 6-bit stream: uint8 [.., 3 n] to uint32 [.., 4 n]."""
-    b = stream.reshape(*stream.shape[:-1], -1, 3).astype(mx.uint32)
-    word = b[..., 0] | b[..., 1] << 8 | b[..., 2] << 16
-    return ((word[..., None] >> mx.array([0, 6, 12, 18], mx.uint32)) & 63).reshape(*stream.shape[:-1], -1)
-
-
 def affine_parts(w: Packed) -> tuple[mx.array, mx.array]:
-    """Return (scales, biases), fp32 [.., N, K / group]: w = scales * code + biases. Not for formats with a lut."""
-    if w.format.lut is not None:
-        raise ValueError(f"{w.format.name} is a table of values, not affine")
+    """Return (scales, biases), fp32 [.., N, K / group]: w = scales * code + biases. Only of affine formats."""
+    if not w.format.is_affine:
+        raise ValueError(f"{w.format.name} is not affine")
     scales, biases = scales_and_biases(w)
     return scales, -w.format.offset * scales if biases is None else biases

@@ -408,6 +408,10 @@ def test_real_sizes_are_those_of_the_models() -> None:
         ("26B-A4B", "matvec Q4_K: 128x1408x2816 8 used norm glu"),
         ("26B-A4B", "matvec Q5_0: 2816x2112"),
         ("12B", "attention 8 rows: 16/1 heads of 512, 8192 tokens"),
+        ("31B UD", "matvec IQ2_XXS: 43008x5376 glu"),
+        ("31B UD", "few_rows IQ3_XXS: 5376x21504 T=8"),
+        ("26B-A4B UD", "grouped IQ2_S: 1408x2816, 104 rows glu"),
+        ("26B-A4B UD", "matvec IQ4_NL: 128x2816x704 8 used"),
         ("E2B", "ple_inputs: Q5_K 35x256, T=1"),
         ("E2B", "attention 2 rows: 8/1 heads of 256, window 512"),
     ):

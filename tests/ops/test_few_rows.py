@@ -23,7 +23,7 @@ from mlx_gemma4.ops.routing import route, route_reference
 from mlx_gemma4.quant.formats import FORMATS
 
 LAUNCHERS = pytest.mark.parametrize("launcher", [metal, as_cuda], ids=["metal", "cuda"])
-EXACT = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "MXFP4")
+EXACT = {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "MXFP4", "NVFP4", "Q2_0", "TQ2_0"} | {n for n, f in FORMATS.items() if f.rule}
 TILINGS = [  # by turns, so that every kind of tiling meets several formats; the rows of x that go with each
     (RowsTiling(1, 2), 3),
     (RowsTiling(2, 1), 13),
@@ -53,7 +53,7 @@ def rms(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def test_formats(name: str, launcher: Any) -> None:
     """Rows that fill no block, lengths that fill no step."""
     turn = list(FORMATS).index(name) * 2 + (launcher is metal)
-    w, values = weight(name, 37, 768 if FORMATS[name].scale_block == 256 else 352)
+    w, values = weight(name, 37, 352 // size * size if (size := FORMATS[name].layout.size) < 256 else 768)
     for config, rows in (TILINGS[turn % 6], TILINGS[(turn + 3) % 6]):
         x = random(1, rows, w.shape[-1], dtype=mx.float16)
         got = few_rows(launcher, x, w, FP32, config=config)

@@ -36,7 +36,7 @@ def test_expand_gives_the_numbers_bit_for_bit(name: str) -> None:
         assert np.array_equal(exact(expand.expand(metal, w, mx.float32)), values)
 
 
-@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.scale_block != 256])
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.layout.size == 32])
 @pytest.mark.parametrize("k", [32, 96, 704])
 def test_expand_rows_of_any_32s(name: str, k: int) -> None:
     w, values = weight(name, 9, k)
@@ -113,7 +113,7 @@ def through_experts(x: mx.array, values: np.ndarray, chosen: np.ndarray) -> np.n
 @pytest.mark.parametrize("name", FORMATS)
 def test_experts(name: str, each: bool) -> None:
     """Expert 3 of 6 is chosen by nobody, expert 5 by all; rows of W fill no threadgroup."""
-    k = 512 if FORMATS[name].scale_block == 256 else 160
+    k = max(FORMATS[name].layout.size, 32) * (2 if FORMATS[name].layout.size > 32 else 5)
     w, values = weight(name, 6, 40, k)
     others = np.random.default_rng(0).choice([0, 1, 2, 4], 23)
     chosen = np.stack([others, np.full(23, 5)], axis=1)

@@ -18,7 +18,6 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 import pytest
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from kernel_cases import exact, random, weight
 
 from mlx_gemma4.gpu import cuda_compiler, render
@@ -74,7 +73,8 @@ def rms(x: np.ndarray, weight: np.ndarray | float = 1.0, eps: float = 1e-6) -> n
 def test_matvec(name: str, dtype: mx.Dtype, launcher: render.Launcher) -> None:
     """Rows that fill no threadgroup, lengths that fill no step: 704 is the expert width of 26B-A4B."""
     config = CONFIGS[(list(FORMATS).index(name) + DTYPES.index(dtype)) % len(CONFIGS)]
-    lengths = (256, 1280) if GGML_QUANT_SIZES[GGMLQuantizationType[name]][0] == 256 else (64, 704)
+    size = FORMATS[name].layout.size
+    lengths = (256, 1280) if size == 256 else (size, 640 if size == 128 else 704) if size > 32 else (64, 704)
     for n, k in zip((9, 45), lengths, strict=True):
         w, values = weight(name, n, k)
         x = random(1, 1, k, dtype=dtype)

@@ -12,9 +12,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from blocks import put_scales, random_blocks
 from kernel_cases import DTYPES, check, eager, metal, normal, racing
 
-from mlx_gemma4.files.gguf import TENSOR_TYPES
 from mlx_gemma4.ops import attention, choose, dense, embed, norms, qkv
 from mlx_gemma4.ops.epilogue import Epilogue, Folded, product_reference
 from mlx_gemma4.ops.parts import pieces_of, span_rows
@@ -354,13 +354,11 @@ def table(name: str, rows: int, k: int) -> mx.array | formats.Packed:
     """A random table [rows, k]; packed ones from random blocks whose fp16 scales are small."""
     if name in formats.FLOATS:
         return normal(rows, k, dtype=formats.FLOATS[name])
-    fmt = formats.FORMATS[name]
-    kind = next(t for t in TENSOR_TYPES.values() if t.name == name)
-    raw = np.random.default_rng(len(name)).integers(0, 256, (rows * k // kind.block_size, kind.block_bytes), np.uint8)
-    for at in fmt.layout.block_scales:
-        raw[:, at : at + 2].view(np.float16)[:] = np.random.default_rng(at).uniform(-0.02, 0.02, (len(raw), 1))
+    rng = np.random.default_rng(len(name))
+    raw = random_blocks(name, rng, rows * k // formats.FORMATS[name].layout.size)
+    put_scales(name, raw, lambda: rng.uniform(-0.02, 0.02, len(raw)).astype(np.float16))
     if name == "MXFP4":
-        raw[:, 0] = np.random.default_rng(1).integers(118, 128, len(raw))
+        raw[:, 0] = rng.integers(118, 128, len(raw))
     return formats.pack_on_cpu(raw.reshape(rows, -1), name, (rows, k))
 
 
