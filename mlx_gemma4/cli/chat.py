@@ -6,13 +6,21 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from .options import EXIT_INTERRUPTED, conversation_options, draft_options, output_options, sampling_options
+from .options import (
+    EXIT_INTERRUPTED,
+    Lenient,
+    conversation_options,
+    draft_options,
+    output_options,
+    reply_length,
+    sampling_options,
+)
 
 
-@click.command()
+@click.command(cls=Lenient)
 @conversation_options
 @click.option(
-    "-n", "--max-tokens", type=click.IntRange(1), help="Length of a reply.  [default: what the context holds]"
+    "-n", "--max-tokens", type=reply_length, metavar="N", help="Tokens of a reply, at most.  [default: -1, no limit]"
 )
 @sampling_options
 @draft_options
