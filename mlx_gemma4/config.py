@@ -6,7 +6,7 @@ Out: a `Config`, one `LayerConfig` a layer. No model size is hard-coded: the met
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -73,6 +73,11 @@ class Config:
     experts_used: int
     expert_ffn: int
     layers: tuple[LayerConfig, ...]
+    own_context: int = field(default=0, repr=False)  # the file's, where `context` is what a user keeps to; 0: the same
+
+    def keep_to(self, context: int | None) -> "Config":
+        """Return the same model with a context of so many tokens at most."""
+        return self if context is None else replace(self, context=min(context, self.context), own_context=self.context)
 
     @property
     def own_kv_layers(self) -> int:

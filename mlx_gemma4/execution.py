@@ -49,8 +49,10 @@ def host_stream() -> Any:
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use; --threads sets MLX_GEMMA4_THREADS."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = os.environ.get("MLX_GEMMA4_THREADS", "")
+    return min(int(wanted), there) if wanted.isdecimal() and int(wanted) else there
 
 
 @contextmanager

@@ -13,12 +13,16 @@ found. No operation turns a stand-in back.
 """
 
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from ..errors import InputError
 from ..tokens.tokenizer import Tokenizer
 from .renderer import render
+
+log = logging.getLogger("mlx_gemma4")
 
 Message = Mapping[str, Any]
 
@@ -119,15 +123,24 @@ def encode_chat(
     template = tokenizer.chat_template
     bos = tokenizer.decode([tokenizer.bos_id], skip_special=False)
     names = {"bos_token": bos, "eos_token": "<eos>", "add_generation_prompt": add_generation_prompt}
-    if template is None and tokenizer.token_id("<|turn>") is None:
-        template = _PLAIN_3
+    if template is None:
+        _tell_of_no_template()
+        template = _PLAIN_3 if tokenizer.token_id("<|turn>") is None else _PLAIN
     given = _given(messages, tools, variables)
-    there, back = _stand_ins(tokenizer, given, template or _PLAIN)
+    there, back = _stand_ins(tokenizer, given, template)
     text = _render(template, names, enable_thinking, given, there)
     ids: list[int] = []
     for part in tokenizer.split_special(text):
         ids += [part] if isinstance(part, int) else tokenizer.encode(part.translate(back), add_bos=False)
     return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+
+
+@cache
+def _tell_of_no_template() -> None:
+    log.warning(
+        "This model's file has no chat template, as a base model's: it is asked in Gemma's turns; to have it continue "
+        "a text as it stands, use --raw (from Python, lm.encode_prompt(text, raw=True))"
+    )
 
 
 def _copied(value: Any, there: Mapping[int, str]) -> Any:

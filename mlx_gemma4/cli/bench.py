@@ -12,7 +12,7 @@ import click
 
 from ..errors import InputError
 from ..paths import check_target, write_object
-from .options import echo, find_model, kv_option, model_option, output_options, progress, say
+from .options import Lenient, echo, find_model, kv_option, model_option, output_options, progress, say, threads_option
 
 
 def _numbers(least: int) -> Callable[[str], tuple[int, ...]]:
@@ -38,7 +38,7 @@ def _shares(value: str) -> tuple[float, ...]:
     return shares
 
 
-@click.command()
+@click.command(cls=Lenient)
 @model_option
 @click.option("--prompt-sizes", type=_numbers(1), metavar="N,N,..", default="512", help='Prompts to read; "": none.')
 @click.option(
@@ -50,6 +50,7 @@ def _shares(value: str) -> tuple[float, ...]:
 @click.option("--reply", type=click.IntRange(2), default=64, help="Tokens decoded a repetition.")
 @click.option("--repetitions", type=click.IntRange(1), default=5, help="The median counts.")
 @kv_option
+@threads_option
 @click.option("--parallel", type=_numbers(1), metavar="N,N,..", default="", help="So many replies at once, behind 512.")
 @click.option(
     "--draft-accept", type=_shares, metavar="X,X,..", help="Drafts, so many of them right: 0,0.3,0.5,0.7,0.9."

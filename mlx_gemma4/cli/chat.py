@@ -8,19 +8,21 @@ import click
 from ..errors import InputError
 from .options import (
     EXIT_INTERRUPTED,
+    Lenient,
     conversation_options,
     draft_options,
     image_tokens_option,
     mmproj_options,
     output_options,
+    reply_length,
     sampling_options,
 )
 
 
-@click.command()
+@click.command(cls=Lenient)
 @conversation_options
 @click.option(
-    "-n", "--max-tokens", type=click.IntRange(1), help="Length of a reply.  [default: what the context holds]"
+    "-n", "--max-tokens", type=reply_length, metavar="N", help="Tokens of a reply, at most.  [default: -1, no limit]"
 )
 @image_tokens_option
 @sampling_options

@@ -18,6 +18,7 @@ from ..paths import check_target
 from .attachments import attachment, most_tokens
 from .options import (
     EXIT_INTERRUPTED,
+    Lenient,
     SamplingOf,
     complete_file,
     conversation_options,
@@ -28,6 +29,8 @@ from .options import (
     mmproj_options,
     output_options,
     progress,
+    read_text,
+    reply_length,
     sampling_options,
     say,
 )
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
     from ..kv.state import KVState
 
 
-class _InOrder(click.Command):
+class _InOrder(Lenient):
     """A command that knows the order in which its --image, --audio and --video came, whichever of them."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -57,17 +60,26 @@ def _file_option(kind: str, what: str) -> Callable[[Any], Any]:
 
 
 @click.command(cls=_InOrder)
+@click.argument("text", metavar="[PROMPT]", required=False)
 @conversation_options
-@click.option("-p", "--prompt", metavar="TEXT", help="What to answer; - reads standard input.")
+@click.option("-p", "--prompt", metavar="TEXT", help="What to answer, as PROMPT; - reads standard input.")
+@click.option("-f", "--file", "prompt_file", metavar="FILE", help="Answer the text in this file.")
 @click.option("--prompts", "prompts_file", metavar="FILE", help="Answer many: lines of JSON with prompt or messages.")
 @click.option("-o", "--output", metavar="FILE", help="With --prompts: write here, going on where that ends.")
 @_file_option("image", "A picture")
 @_file_option("audio", "A sound")
 @_file_option("video", "A video")
 @image_tokens_option
-@click.option("-n", "--max-tokens", type=click.IntRange(1), default=256, help="Length of the reply.")
+@click.option(
+    "-n", "--max-tokens", type=reply_length, metavar="N", default=256, help="Tokens of a reply, at most; -1: no limit."
+)
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the reply before this text. May be repeated.")
-@click.option("--json-schema", "schema_file", metavar="FILE", help="Make the reply JSON that obeys this JSON schema.")
+@click.option(
+    "--json-schema",
+    "schema_file",
+    metavar="FILE",
+    help="Make the reply JSON that obeys this JSON schema, or {...} itself.",
+)
 @sampling_options
 @draft_options
 @mmproj_options
@@ -76,6 +88,7 @@ def _file_option(kind: str, what: str) -> Callable[[Any], Any]:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with reply and statistics.")
 @output_options
 def generate(
+    text: str | None,
     model: str | None,
     system: str | None,
     think: bool | None,
@@ -83,13 +96,14 @@ def generate(
     state_file: str | None,
     kv: str,
     prompt: str | None,
+    prompt_file: str | None,
     prompts_file: str | None,
     output: str | None,
     image: tuple[str, ...],
     audio: tuple[str, ...],
     video: tuple[str, ...],
     image_tokens: int | None,
-    max_tokens: int,
+    max_tokens: int | None,
     stop: tuple[str, ...],
     schema_file: str | None,
     sampling: SamplingOf,
@@ -102,11 +116,12 @@ def generate(
 
     The reply goes to standard output; thinking and everything else go to standard error. With --prompts, each line of
     the file is {"prompt": "..."} or {"messages": [...]}, with "id", "max_tokens", "seed" and others as you like; each
-    line of the output is a reply, in the same order.
+    line of the output is a reply, in the same order. A reply under --json-schema that is cut gives exit code 1.
     """
     from ..conversation.parts import content_of
     from ..conversation.reply import ReplyOptions, stream
     from ..kv.file import FORMAT as STATE_MARK
+    from ..memory import DEFAULT_CONTEXT
 
     if raw and (system is not None or think is not None):
         raise InputError(
@@ -115,8 +130,8 @@ def generate(
     if logprobs is not None and not as_json:
         raise InputError("--logprobs is shown in the object that --json prints: give --json too")
     schema = None if schema_file is None else _read_schema(schema_file)
-    if (prompt is None) == (prompts_file is None):
-        raise InputError("give either --prompt TEXT or --prompts FILE")
+    if [text, prompt, prompt_file, prompts_file].count(None) != 3:
+        raise InputError('give one prompt: "TEXT", --prompt TEXT or --file FILE; or many: --prompts FILE')
     left = {"image": list(image), "audio": list(audio), "video": list(video)}
     order = click.get_current_context().meta[_ORDER]
     parts = [attachment(kind, left[kind].pop(0), f"--{kind}", image_tokens) for kind in order]
@@ -151,11 +166,9 @@ def generate(
         raise InputError("--output goes with --prompts; --prompt answers on standard output")
     if state_file:
         check_target(Path(state_file), STATE_MARK, "saved conversation")
-    if prompt == "-":
-        prompt = sys.stdin.read()
-    if not prompt:
-        raise InputError("--prompt is empty; give it some text")
-    most = len(prompt.encode()) // 3 + max_tokens + sum(map(most_tokens, parts))  # a token has over 3 bytes
+    prompt = _prompt(prompt if text is None else text, prompt_file)
+    most = len(prompt.encode()) // 3 + (max_tokens or DEFAULT_CONTEXT)  # a token has over 3 bytes
+    most += sum(map(most_tokens, parts))
     lm, load_time = load_with_progress(model, kv, most, draft_max=draft_max)
     options = ReplyOptions(
         max_tokens, sampling(lm), stop, think, schema=schema, logprobs=logprobs, think_budget=think_budget
@@ -163,7 +176,7 @@ def generate(
     state = _open_state(lm, state_file, kv)
     ids = lm.encode_prompt(content_of(prompt, parts), raw=raw, after=state.tokens, system=system, think=think)
     logging.info("Loaded in %.2f s; prompt of %d tokens; %s", load_time, len(ids), options.sampling)
-    text, thinking, interrupted = "", False, False
+    said, thinking, interrupted = "", False, False
     chunks, reply = None, None
     try:
         with progress("Reading", 1, " tokens") as update:
@@ -176,7 +189,7 @@ def generate(
                 elif thinking:  # it has ended
                     say(err=True)
                 say(chunk.text, end="")
-            text, thinking, reply = text + chunk.text, bool(chunk.thinking), chunk.reply
+            said, thinking, reply = said + chunk.text, bool(chunk.thinking), chunk.reply
     except InputError as error:
         raise InputError(f"--json-schema {schema_file}: {error}") if error.field == "schema" else error from error
     except KeyboardInterrupt:
@@ -184,8 +197,8 @@ def generate(
         if chunks:
             chunks.close()  # a token on its way leaves the state
     if as_json:
-        say(json.dumps(_report(lm, text, reply, load_time, interrupted), ensure_ascii=False))
-    elif not text.endswith("\n"):
+        say(json.dumps(_report(lm, said, reply, load_time, interrupted), ensure_ascii=False))
+    elif not said.endswith("\n"):
         say()
     if reply:
         s = reply.statistics
@@ -196,10 +209,33 @@ def generate(
             + f"Peak memory: {s.peak_memory / 1e9:.2f} GB."
             + " (interrupted)" * interrupted
         )
+    cut = reply is not None and not interrupted and reply.finish_reason == "length"
+    if reply and cut:
+        full = max_tokens is None or len(reply.tokens) < max_tokens
+        echo(
+            f"Cut off after {len(reply.tokens)} tokens: "
+            + (f"the context of {lm.config.context:,} is full" if full else "-n 1000 allows more, -n -1 all it takes")
+            + "; it is no whole JSON" * (schema is not None)
+        )
     if state_file and reply:  # an interrupted reply is kept as far as it went, a half-read prompt is not
         lm.model.save_state(state, state_file)
     if interrupted:
         sys.exit(EXIT_INTERRUPTED)
+    if cut and schema is not None:
+        sys.exit(1)
+
+
+def _prompt(text: str | None, file: str | None) -> str:
+    """Return the prompt, read from standard input or a file if it is there. Raises InputError."""
+    if file is not None:
+        text = read_text(file, "--file ").removesuffix("\n")
+    elif text == "-":
+        text = sys.stdin.read()
+    elif text and text.endswith(".gguf") and Path(text).is_file():
+        raise InputError(f"{text}: is a model and no prompt; give it with --model")
+    if not text:
+        raise InputError("the prompt is empty; give it some text")
+    return text
 
 
 def _drafted(s: Statistics) -> str:
@@ -210,8 +246,9 @@ def _drafted(s: Statistics) -> str:
 
 
 def _read_schema(path: str) -> dict[str, Any]:
+    inline = path.lstrip().startswith("{")
     try:
-        schema = json.loads(Path(path).read_text(encoding="utf-8"))
+        schema = json.loads(path if inline else Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--json-schema {path}: can't be read as JSON ({reason(error)})") from error
     if not isinstance(schema, dict):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError
-from .options import find_model, model_option, output_options, progress, say
+from .options import Lenient, find_model, model_option, output_options, progress, say
 
 if TYPE_CHECKING:
     from ..distributed.hosts import Hosts
@@ -28,7 +28,7 @@ def hosts() -> None:
     """Several Macs that run one model together."""
 
 
-@hosts.command()
+@hosts.command(cls=Lenient)
 @click.argument("hosts", metavar="FILE|A,B")
 @model_option
 @output_options

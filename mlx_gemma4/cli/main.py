@@ -20,48 +20,30 @@ from .bench import bench
 from .chat import chat
 from .generate import generate
 from .hosts import follow, hosts, probe
-from .options import EXIT_INTERRUPTED, complete_file, echo, find_model, json_option, output_options, progress, say
+from .models import list_models, pull, rm
+from .options import Lenient, complete_file, echo, find_model, json_option, model_option, one_of, output_options, say
 from .perplexity import perplexity
 from .serve import serve
 from .tune import tune
 
 
-@click.command()
-@click.argument("model", metavar="REPO[:QUANT]")
-@output_options
-def pull(model: str) -> None:
-    """Download a model from Hugging Face, or its newest version, and print its path.
-
-    QUANT is a quantization like Q8_0 or a file's name; without it, Q4_K_M is taken where there is one. A download that
-    broke off goes on where it stopped. `--model` takes the same names.
-    """
-    from ..files import hub
-
-    try:
-        with progress("Downloading", 1e9, " GB") as update:
-            path = hub.resolve(model, update=True, progress=update)
-    except KeyboardInterrupt:
-        echo("Interrupted; the next pull goes on from here")
-        sys.exit(EXIT_INTERRUPTED)
-    if not path.exists():
-        raise InputError(f"{model}: no name of a repository; pull OWNER/NAME or OWNER/NAME:QUANT")
-    say(str(path))
-
-
-@click.command()
-@click.argument("model", metavar="FILE", shell_complete=complete_file)
-@click.option("--context", type=click.IntRange(1), help="Tokens to plan memory for.  [default: 8192, or all it takes]")
+@click.command(cls=Lenient)
+@click.argument("file", metavar="[MODEL]", required=False, shell_complete=complete_file)
+@model_option
+@click.option(
+    "-c", "--context", type=click.IntRange(1), help="Tokens to plan memory for.  [default: 8192, or all it takes]"
+)
 @json_option
 @output_options
-def inspect(model: str, context: int | None, as_json: bool) -> None:
+def inspect(file: str | None, model: str | None, context: int | None, as_json: bool) -> None:
     """Show a model's shape, its tensors by type, and the memory to expect.
 
-    Reads the header only. FILE is a GGUF file, a folder of safetensors, or REPO[:QUANT] on Hugging Face.
+    Reads the header only. MODEL is what --model takes, which may be left out.
     """
     from ..doctor.verdict import device_name
     from ..measure.inspection import inspect, lines
 
-    report = inspect(find_model(model), context)
+    report = inspect(find_model(one_of(file, model)), context)
     if as_json:
         say(json.dumps(asdict(report)))
     else:
@@ -69,7 +51,7 @@ def inspect(model: str, context: int | None, as_json: bool) -> None:
             say(line)
 
 
-@click.command()
+@click.command(cls=Lenient)
 @json_option
 @click.option("--report", metavar="FILE", help="Write it there with the machine and the demo's speed, for an issue.")
 @output_options
@@ -89,7 +71,7 @@ def doctor(as_json: bool, report: str | None) -> None:
     sys.exit(0 if passed else 1)
 
 
-@click.command()
+@click.command(cls=Lenient)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
@@ -151,6 +133,8 @@ for command in (
     chat,
     serve,
     pull,
+    list_models,
+    rm,
     inspect,
     bench,
     perplexity,

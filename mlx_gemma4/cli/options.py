@@ -6,9 +6,11 @@ then takes. Nothing heavy is imported before a command runs, so that `--help` an
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from ..errors import printable
+from ..errors import InputError, printable, reason
 
 if TYPE_CHECKING:
     from ..conversation.language_model import LanguageModel
@@ -35,6 +37,65 @@ SamplingOf = Callable[["LanguageModel"], "Sampling"]  # what a model's file reco
 DRAFT = f"{__package__}.draft"  # in a command's context: the value of --draft
 MMPROJ = f"{__package__}.mmproj"  # and that of --mmproj
 EXIT_INTERRUPTED = 130  # as shells report Ctrl-C
+
+# Other names of flags, as llama.cpp, mlx-lm and llama-bench have them. They are taken and not shown in --help.
+ALIASES = {
+    "--model": "-hf --hf-repo",
+    "--max-tokens": "--n-predict --predict",
+    "--context": "--ctx-size --max-kv-size",
+    "--temperature": "--temp",
+    "--repetition-penalty": "--repeat-penalty",
+    "--seed": "-s",
+    "--system": "-sys --system-prompt",
+    "--stop": "-r --reverse-prompt",
+    "--json-schema": "-j -jf --json-schema-file",
+    "--raw": "--ignore-chat-template",
+    "--think-budget": "--reasoning-budget",
+    "--draft": "-md --model-draft --draft-model",
+    "--draft-max": "--draft-n --num-draft-tokens",
+    "--parallel": "-np",
+    "--prompt-sizes": "-p --n-prompt",
+    "--reply": "-n --n-gen",
+    "--depths": "-d --n-depth",
+    "--repetitions": "-r",
+}
+# Flags of llama.cpp that nothing here needs: all layers are on the GPU, and so on.
+NEEDLESS = ("-ngl", "--n-gpu-layers", "--gpu-layers", "-fa", "--flash-attn", "--jinja", "--mlock", "--no-mmap")
+
+
+class Lenient(click.Command):
+    """A command that knows its flags by their other names too, and says what to do about some that it has not."""
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
+        for param in self.params:
+            if isinstance(param, click.Option) and not param.is_flag:
+                short = {"integer": "N", "integer range": "N", "float": "X"}
+                param.metavar = param.metavar or short.get(param.type.name)
+
+    def make_parser(self, ctx: click.Context) -> Any:
+        parser = super().make_parser(ctx)
+        params = self.get_params(ctx)
+        own = {flag for param in params for flag in param.opts}
+        for param in params:
+            other = copy.copy(param)
+            other.opts = [name for flag in param.opts for name in ALIASES.get(flag, "").split() if name not in own]
+            if other.opts:
+                other.secondary_opts = []
+                other.add_to_parser(parser, ctx)
+        return parser
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        takes_model = any("--model" in param.opts for param in self.params)
+        for flag in NEEDLESS:
+            if takes_model and flag in args:
+                raise click.UsageError(f"{flag}: needs no telling here; leave it out", ctx)
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            if takes_model and "unexpected extra argument" in error.message:
+                raise click.UsageError(f"{error.message}: a model goes with -m, a text in quotes", ctx) from None
+            raise
 
 
 def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -67,14 +128,49 @@ image_tokens_option = click.option(  # image_tokens: int | None
     help="Tokens that a picture may take: more show finer detail.  [default: 280]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-RANKS = "mlx_gemma4.ranks"  # where a context keeps them
+LOADING = "mlx_gemma4.loading"  # where a context keeps what `loading_options` were given
 
 
-def _keep(ctx: click.Context, option: click.Parameter, value: str | None) -> None:
-    ctx.meta.setdefault(RANKS, {})[option.name] = value
+def loading() -> dict[str, Any]:
+    """Return --hosts, --split and --context of the command that runs."""
+    running = click.get_current_context(silent=True)
+    return running.meta.get(LOADING, {}) if running else {}
 
 
-ranks_options = _together(  # no arguments: `load_with_progress` reads them
+def _keep(ctx: click.Context, option: click.Parameter, value: str | int | None) -> None:
+    ctx.meta.setdefault(LOADING, {})[option.name] = value
+
+
+def _use_threads(_ctx: click.Context, _option: click.Parameter, n: int | None) -> None:
+    if n:
+        os.environ["MLX_GEMMA4_THREADS"] = str(n)  # execution.py reads it; so do other ranks
+
+
+def reply_length(value: str) -> int | None:
+    """Tokens of a reply, as -n has them; None, written -1: no limit."""
+    if not re.fullmatch(r"[1-9]\d{0,8}|-1", str(value), re.ASCII):
+        raise click.BadParameter(f"{value!r} is no number of tokens: 1 or more, or -1 for no limit")
+    return None if int(value) == -1 else int(value)
+
+
+threads_option = click.option(  # no argument
+    "-t",
+    "--threads",
+    type=click.IntRange(1),
+    expose_value=False,
+    callback=_use_threads,
+    help="Cores to use, where the CPU computes.  [default: all]",
+)
+loading_options = _together(  # no arguments: `loading` has them
+    click.option(
+        "-c",
+        "--context",
+        type=click.IntRange(1),
+        expose_value=False,
+        callback=_keep,
+        help="Tokens of a conversation at most, which memory is kept for.  [default: the model's]",
+    ),
+    threads_option,
     click.option(
         "--hosts",
         metavar="A,B|FILE",
@@ -99,7 +195,7 @@ conversation_options = _together(
     click.option("--think-budget", type=click.IntRange(0), metavar="N", help="End thinking after N tokens."),
     click.option("--state", "state_file", metavar="FILE", help="Go on with the conversation saved there, and save it."),
     kv_option,
-    ranks_options,
+    loading_options,
 )
 _SAMPLING = (
     ("--temperature", float, "0 always takes the likeliest token.  [default: the file's]"),
@@ -209,28 +305,41 @@ def load_with_progress(
     from ..conversation.language_model import load
     from ..memory import Room
 
-    running = click.get_current_context(silent=True)
-    ranks = running.meta.get(RANKS, {}) if running else {}
+    running, given = click.get_current_context(silent=True), loading()
     if model is None:
         command = running.info_name if running else "generate"
         echo(
             "No --model given: running the small built-in demo. For a real one: "
-            f"mlx-gemma4 {command} --model gemma-4-E2B-it-Q4_K_M.gguf" + ' --prompt "..."' * (command == "generate")
+            f"mlx-gemma4 {command} --model ggml-org/gemma-4-E2B-it-GGUF:Q4_K_M"
+            + ' --prompt "..."'
+            * (command == "generate")
         )
     path = find_model(model)
-    if ranks.get("hosts") and "MLX_RANK" not in os.environ:
+    if given.get("hosts") and "MLX_RANK" not in os.environ:
         from ..distributed import hosts
 
-        hosts.start(hosts.read_hosts(ranks["hosts"]))
-    start, split = time.perf_counter(), ranks.get("split", "auto")
+        hosts.start(hosts.read_hosts(given["hosts"]))
+    start, most = time.perf_counter(), given.get("context")
     with progress("Loading", 1e9, " GB") as update, progress("Preparing kernels:", 1, "") as prepared:
-        running = click.get_current_context(silent=True)
         draft = running.meta.pop(DRAFT, "auto") if running else "auto"  # the next model's is another
-        room = Room(context, kv, kv_bytes or 0)
+        room, split = Room(context or most, kv, kv_bytes or 0), given.get("split", "auto")
         mmproj = running.meta.pop(MMPROJ, "auto") if running else "auto"
-        beside: dict[str, Any] = {"draft": draft, "draft_max": draft_max, "mmproj": mmproj}
-        lm = load(path, progress=update, preparing=prepared, room=room, split=split, **beside)
+        how: dict[str, Any] = {
+            "split": split,
+            "context": most,
+            "draft": draft,
+            "draft_max": draft_max,
+            "mmproj": mmproj,
+        }
+        lm = load(path, progress=update, preparing=prepared, room=room, **how)
     return lm, time.perf_counter() - start
+
+
+def one_of(argument: str | None, model: str | None) -> str | None:
+    """Return the model that a command is given, in either way. Raises InputError."""
+    if argument is not None and model is not None:
+        raise InputError(f"{argument} and --model {model}: name one model")
+    return model if argument is None else argument
 
 
 def find_model(model: str | None) -> Path:
@@ -242,6 +351,14 @@ def find_model(model: str | None) -> Path:
         return demo_path()
     with progress("Downloading", 1e9, " GB") as update:
         return resolve(model, progress=update)
+
+
+def read_text(path: str, flag: str = "") -> str:
+    """Return a text file's contents. Raises InputError, which says what names the file."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag}{path}: can't be read as text ({reason(error)}); name a text file") from None
 
 
 def say(text: str = "", *, end: str = "\n", err: bool = False, dim: bool = False) -> None:

@@ -2,21 +2,33 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
-from ..errors import InputError, reason
-from .options import complete_file, json_option, load_with_progress, model_option, output_options, progress, say
+from ..errors import InputError
+from .options import (
+    Lenient,
+    complete_file,
+    json_option,
+    load_with_progress,
+    model_option,
+    output_options,
+    progress,
+    read_text,
+    say,
+    threads_option,
+)
 
 
-@click.command()
-@click.argument("file", metavar="FILE", shell_complete=complete_file)
+@click.command(cls=Lenient)
+@click.argument("text", metavar="FILE", required=False, shell_complete=complete_file)
+@click.option("-f", "--file", hidden=True)
 @model_option
-@click.option("--context", type=click.IntRange(4), default=512, help="Tokens of a window.")
+@threads_option
+@click.option("-c", "--context", type=click.IntRange(4), default=512, help="Tokens of a window.")
 @json_option
 @output_options
-def perplexity(file: str, model: str | None, context: int, as_json: bool) -> None:
+def perplexity(text: str | None, file: str | None, model: str | None, context: int, as_json: bool) -> None:
     """Measure how well a model predicts a text: exp of the mean negative log-probability of its tokens.
 
     As llama.cpp's llama-perplexity: the text is cut into windows of --context tokens that begin with BOS, and the
@@ -24,13 +36,13 @@ def perplexity(file: str, model: str | None, context: int, as_json: bool) -> Non
     """
     from ..measure.perplexity import perplexity as measure
 
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: can't be read as text ({reason(error)}); name a text file") from None
+    name = text or file
+    if name is None:
+        raise InputError("name a text file: mlx-gemma4 perplexity FILE")
+    read = read_text(name)
     lm, _ = load_with_progress(model, "full", context, draft_max=0)
     with progress("Window", 1, "") as update:
-        found = measure(lm, text, context, update)
+        found = measure(lm, read, context, update)
     if as_json:
         say(json.dumps(asdict(found)))
     else:

@@ -40,7 +40,7 @@ def answer_file(
     kv: str,
     system: str | None,
     raw: bool,
-    max_tokens: int,
+    max_tokens: int | None,
     options_of: Callable[[LanguageModel], ReplyOptions],
     draft_max: int,
 ) -> None:
@@ -53,13 +53,16 @@ def answer_file(
         echo(f"{output or source}: all {len(lines)} prompts are answered")
         return
     from ..conversation.batch import batch
+    from ..memory import DEFAULT_CONTEXT
 
     left = lines[answered:]
     longest = max(len(json.dumps(line.prompt, ensure_ascii=False).encode()) for line in left)
-    lm, _ = load_with_progress(model, kv, longest // 3 + max_tokens, draft_max=draft_max)  # a token has over 3 bytes
+    lm, _ = load_with_progress(
+        model, kv, longest // 3 + (max_tokens or DEFAULT_CONTEXT), draft_max=draft_max
+    )  # a token has over 3 bytes
     options = [_options(line, options_of(lm)) for line in left]
     prompts = [_prompt(lm, line, system, raw) for line in left]
-    start, tokens, failed, written = time.monotonic(), 0, 0, 0
+    start, tokens, failed, cut, written = time.monotonic(), 0, 0, 0, 0
     early: dict[int, str] = {}  # replies done before those of earlier lines
     try:
         with ExitStack() as stack:
@@ -68,6 +71,7 @@ def answer_file(
             for i, reply in stack.enter_context(closing(batch(lm, prompts, options, kv=kv, on_progress=update))):
                 early[i] = json.dumps(_record(left[i].name, reply), ensure_ascii=False)
                 tokens, failed = tokens + len(reply.tokens), failed + (reply.error is not None)
+                cut += reply.error is None and reply.finish_reason == "length"
                 while written in early:
                     if file is None:
                         say(early.pop(written))
@@ -82,8 +86,11 @@ def answer_file(
     seconds = time.monotonic() - start
     echo(
         f"{written} prompts answered, {answered} were before, {failed} failed; "
-        f"{tokens} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s"
+        + f"{cut} cut off at their max_tokens, see finish_reason; " * bool(cut)
+        + f"{tokens} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s"
     )
+    if cut and any(one.schema for one in options):
+        sys.exit(1)
 
 
 def _read(path: Path) -> list[_Line]:

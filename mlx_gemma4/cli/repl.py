@@ -146,7 +146,7 @@ class Repl:
     def _run(self, name: str, argument: str) -> None:
         command = COMMANDS.get(name)
         if command is None:
-            near = difflib.get_close_matches(name, COMMANDS, 1, 0.3)
+            near = difflib.get_close_matches(name, COMMANDS, 1)
             raise InputError(f"{name} is no command; " + (f"the nearest is {near[0]}" if near else "/help lists them"))
         if argument and not command.usage:
             raise InputError(f"{name} takes nothing after it; it {command.about}")

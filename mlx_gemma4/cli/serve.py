@@ -17,16 +17,19 @@ import click
 from ..errors import InputError
 from .options import (
     MMPROJ,
+    Lenient,
     SamplingOf,
     draft_options,
     echo,
     image_tokens_option,
     kv_option,
     load_with_progress,
+    loading,
+    loading_options,
     mmproj_options,
     model_option,
     output_options,
-    ranks_options,
+    reply_length,
     sampling_options,
 )
 
@@ -51,13 +54,19 @@ def _duration(value: str) -> float:
         raise click.BadParameter(f"{value!r} must {error}") from None
 
 
-@click.command()
+@click.command(cls=Lenient)
 @model_option
 @click.option(
     "--models", metavar="DIR", help="In place of --model: serve those in this folder, each loaded by its name."
 )
-@click.option("--keep", type=_duration, default="5m", help="How long such a model stays loaded unused; -1: for ever.")
-@click.option("--host", default="127.0.0.1", help="Address to listen at; others need --api-key.")
+@click.option(
+    "--keep",
+    type=_duration,
+    metavar="TIME",
+    default="5m",
+    help="How long such a model stays loaded unused; -1: for ever.",
+)
+@click.option("--host", metavar="ADDRESS", default="127.0.0.1", help="Address to listen at; others need --api-key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, help="0 takes a free one.")
 @click.option("--api-key", metavar="KEY", envvar="MLX_GEMMA4_API_KEY", show_envvar=True, help="Ask clients for this.")
 @click.option(
@@ -75,9 +84,14 @@ def _duration(value: str) -> float:
 @click.option("--exact", is_flag=True, help="Let them take turns, each to the bit as it is alone; slower.")
 @click.option("--queue", type=click.IntRange(0, 10_000), default=32, help="Requests that may wait for that.")
 @click.option(
-    "-n", "--max-tokens", type=click.IntRange(1), default=4096, help="Length of a reply whose request doesn't say."
+    "-n",
+    "--max-tokens",
+    type=reply_length,
+    metavar="N",
+    default=4096,
+    help="Tokens of a reply, at most, where a request doesn't say; -1: no limit.",
 )
-@click.option("--think-budget", type=click.IntRange(0), metavar="N", help="Tokens of thinking, where it doesn't say.")
+@click.option("--think-budget", type=click.IntRange(0), help="Tokens of thinking, where it doesn't say.")
 @click.option(
     "--max-kv-bytes",
     type=_size,
@@ -87,7 +101,7 @@ def _duration(value: str) -> float:
 @click.option("--grace", type=click.IntRange(0, 86400), default=30, help="Seconds that Ctrl-C waits.")
 @image_tokens_option
 @kv_option
-@ranks_options
+@loading_options
 @sampling_options
 @draft_options
 @mmproj_options
@@ -107,7 +121,7 @@ def serve(
     parallel: int | None,
     exact: bool,
     queue: int,
-    max_tokens: int,
+    max_tokens: int | None,
     think_budget: int | None,
     max_kv_bytes: int | None,
     grace: int,
@@ -121,7 +135,7 @@ def serve(
     """
     from ..conversation.language_model import LanguageModel, load
     from ..generation.prefix import PrefixCache
-    from ..memory import Room, available_memory
+    from ..memory import DEFAULT_CONTEXT, Room, available_memory
     from ..model.batch import MAX_BATCH
     from ..server.app import create_app
     from ..server.connections import Server, server_config
@@ -153,11 +167,12 @@ def serve(
     mmproj = click.get_current_context().meta.get(MMPROJ, "auto")
     if models is not None and mmproj not in (None, "auto"):
         raise InputError("--mmproj goes with --model; of a folder each model takes the one beside it")
+    context, planned = loading().get("context"), max_tokens and 2 * max_tokens  # tokens of a long conversation
     listening = _listen(host, port)  # before the model is loaded, so that an error shows at once
 
     def sized(lm: LanguageModel, name: str, promised: int = 0) -> Settings:
         """The settings for a model, beside others that may still take as many bytes as `promised`."""
-        one = PrefixCache(lm.model, kv=kv).most_bytes(min(lm.config.context, 2 * max_tokens))  # long reply
+        one = PrefixCache(lm.model, kv=kv).most_bytes(min(lm.config.context, planned or DEFAULT_CONTEXT))
         # Half of what prompts leave free, but enough for one.
         most = max_kv_bytes or max((available_memory() - lm.plan.reading - promised) // 2, one)
         together = parallel or min(max(4, most // one), MAX_BATCH)
@@ -165,13 +180,13 @@ def serve(
 
     def start(name: str, path: Path, promised: int) -> Engine:
         """Load a model of the folder."""
-        room = Room(2 * max_tokens, kv, (max_kv_bytes or 0) + promised)
-        lm = load(path, room=room, draft_max=draft_max, mmproj=mmproj)
+        room = Room(planned, kv, (max_kv_bytes or 0) + promised)
+        lm = load(path, room=room, context=context, draft_max=draft_max, mmproj=mmproj)
         lm = replace(lm, sampling=sampling(lm))
         return Engine(lm, sized(lm, name, promised))
 
     if models is None:
-        lm, _ = load_with_progress(model, kv, 2 * max_tokens, max_kv_bytes, draft_max=draft_max)
+        lm, _ = load_with_progress(model, kv, planned, max_kv_bytes, draft_max=draft_max)
         lm = replace(lm, sampling=sampling(lm))
         served = Models(sized(lm, model_name(model, lm.path)))
         served.stay(lm)

@@ -3,10 +3,10 @@
 import click
 
 from ..errors import InputError, reason
-from .options import echo, find_model, model_option, output_options, progress, say
+from .options import Lenient, echo, find_model, model_option, output_options, progress, say
 
 
-@click.command()
+@click.command(cls=Lenient)
 @model_option
 @output_options
 def tune(model: str | None) -> None:

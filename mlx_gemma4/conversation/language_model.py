@@ -126,6 +126,7 @@ def load(
     progress: Progress | None = None,
     preparing: Progress | None = None,
     room: Room = SOME_ROOM,
+    context: int | None = None,
     shard: Shard | None = None,
     split: team.Split = "auto",
     draft: str | Path | None = "auto",
@@ -145,6 +146,7 @@ def load(
         progress: called with (bytes read, bytes in all).
         preparing: called after that, on a GPU, with (kernels that are ready, kernels in all).
         room: for keys and values, that must be there beside the weights.
+        context: tokens of a conversation, at most; None: as many as the model takes.
         shard: load only this rank's part: several processes run the model together, and each makes the same calls.
         split: on several ranks, a part of each layer for each, or so many layers; "auto" measures what is faster.
         draft: the assistant that drafts for it: a file, a folder or `REPO[:QUANT]`; "auto": one that lies beside the
@@ -170,7 +172,7 @@ def load(
             raise InputError(f"--draft {draft}: an assistant sees keys and values of one machine alone; leave it out")
         if mmproj not in (None, "auto"):
             raise InputError(f"--mmproj {mmproj}: pictures and sounds are read on one machine alone; leave it out")
-        given: dict[str, Any] = {"weights": weights, "fuse": fuse, "draft": None}
+        given: dict[str, Any] = {"weights": weights, "fuse": fuse, "context": context, "draft": None}
         name = "" if path == demo_path() else team.portable(path)
         shard = team.gather(place, path, name, split, given | {"room": asdict(room)})
         given |= {"room": room, "draft_max": draft_max}
@@ -179,6 +181,7 @@ def load(
     with open_model(path) as (config, source, metadata):
         tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(metadata, str(path))
         renderer.start()  # while the weights are read
+        config = config.keep_to(context)
         media = _media(mmproj, path, config) if shard is None else None
         model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room, shard)
     assistant = _assistant(draft, path, model) if draft_max else None

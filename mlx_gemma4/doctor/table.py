@@ -20,7 +20,7 @@ from ..quant.formats import FORMATS
 from . import verdict
 from .published import PUBLISHED, Shape
 from .sizes import checks
-from .verdict import Result, Verdict
+from .verdict import STOCK, Result, Verdict
 
 # Inputs without a kernel, on every machine: stock operations run them.
 WITHOUT_KERNEL = (
@@ -122,13 +122,14 @@ def examine(
     models = models or (real_sizes() if launcher else small_sizes())
     note = f"{verdict.device_name()}, MLX {verdict.MLX}: "
     if launcher is None:
-        note += "no GPU, so stock operations run everything; here they are, at small shapes"
+        note += "no GPU, so stock operations run everything, and no kernel needs a check"
     elif verdict.usable_kernels() is None:
         note += "MLX_GEMMA4_KERNELS=off, so stock operations run everything; here are the kernels all the same"
     else:
         note += "each kernel beside stock operations, on random numbers (NVIDIA's compiler takes minutes for them)"
     if not as_json:
         echo(note)
+    if not as_json and launcher:
         echo(_line("kernel", "model", "shape", "error", "time", "GB/s", "verdict"))
     results: list[Result] = []
     failed: dict[str, str] = {}
@@ -142,7 +143,7 @@ def examine(
         if result.failed:
             failed.setdefault(result.op, result.verdict)
         mx.clear_cache()  # the next arrays have other sizes
-        if not as_json:
+        if not as_json and (launcher or result.verdict != STOCK):
             echo(_row(name, result))
     keep({**found, "running": None})
     if launcher:
@@ -156,7 +157,7 @@ def examine(
             echo(verdict.switched_off(failed)[0].upper() + verdict.switched_off(failed)[1:])
         elif launcher:
             echo("All kernels are right. This is remembered until MLX, the kernels or the device change.")
-    return not failed and not (launcher is None and any(r.verdict != "runs as stock operations" for r in results))
+    return not failed and not (launcher is None and any(r.verdict != STOCK for r in results))
 
 
 def _row(model: str, r: Result) -> str:

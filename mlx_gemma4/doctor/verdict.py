@@ -42,6 +42,7 @@ MLX = str(getattr(mx, "__version__", "?"))  # its type hints know no version
 # Largest difference, relative to the value plus the root mean square of all. Rounding stays far below, even with
 # TF32 switched on (MLX_ENABLE_TF32=1: 5e-4 on NVIDIA); a wrong index gives about 1.
 LIMIT = 5e-3
+STOCK = "runs as stock operations"  # the verdict without a GPU
 AGREE = 0.05  # largest relative difference of the logits of two steps, as norms: rounding gives a tenth of that
 QUICK_ROWS = 256  # rows of a weight in the checks at loading
 QUICK_LENGTHS = (128,)  # contexts at which attention is checked, in tokens
@@ -181,7 +182,7 @@ def run_check(check: Check, launcher: Launcher | None, timed: bool = False) -> R
     except Exception as error:  # too little memory, for example: that tells nothing about the kernel
         return Result(op, shape, f"not checked: {reason_of(error)}")
     if launcher is None:
-        return Result(op, shape, "runs as stock operations")
+        return Result(op, shape, STOCK)
     try:
         start = time.perf_counter()
         got = case.compared(arrays_of(case.kernel(render.observed(launcher, launches) if timed else launcher)))

@@ -21,6 +21,7 @@ import numpy as np
 
 from ..errors import InputError, reason
 from ..paths import check_source
+from .hub import where_to_get
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -223,7 +224,7 @@ def open_map(path: Path) -> mmap.mmap:
                 raise InputError(f"{path}: the file is empty; download it again")
             return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; check the path") from None
+        raise InputError(f"{path}: no such file; {where_to_get(path)}") from None
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: can't be read: {reason(e)}") from None
 

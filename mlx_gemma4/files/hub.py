@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from io import RawIOBase
 from itertools import takewhile
 from pathlib import Path
@@ -32,6 +33,7 @@ NAME = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<quant>[\w./-]+))?")
 QUANT = re.compile(
     r"(?<![A-Z0-9])((?:UD-)?(?:I?Q\d(?:_(?:\d|K|NL|XXS|XS|S|M|L|XL|XXL))*|TQ\d_\d|BF16|F16|F32|MXFP4(?:_MOE)?|NVFP4))(?![A-Z0-9])"
 )
+SIZE = re.compile(r"(?<![A-Z0-9])(?:E2B|E4B|12B|26B(?:-A4B)?|31B)(?![A-Z0-9])")
 # An assistant, which drafts for a model of the same repository: `mtp-*`, or `*-assistant-*`.
 DRAFTER = re.compile(r"(?:.*/)?(?:mtp-[^/]*|[^/]*-assistant(?:-[^/]*)?)\.gguf", re.IGNORECASE)
 # A projector, which makes a model of the same repository see or hear.
@@ -212,7 +214,7 @@ def _fetch_model(repo: str, quant: str, progress: Progress | None) -> Path:
 
         paths.append(_fetch_file(repo, file, commit, count))
         done += sizes[file]
-    reference = _cache(repo) / "refs" / "main"  # the version to use offline
+    reference = cache_folder_of(repo) / "refs" / "main"  # the version to use offline
     reference.parent.mkdir(parents=True, exist_ok=True)
     reference.write_text(commit)
     return paths[0].parent if files else paths[0]
@@ -275,24 +277,67 @@ def cache_root() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def _cache(repo: str) -> Path:
+def cache_folder_of(repo: str) -> Path:
     """Return the repository's folder in huggingface_hub's cache, with blobs/, snapshots/ and refs/ in it."""
     return cache_root() / f"models--{repo.replace('/', '--')}"
+
+
+def _latest(repo: str) -> tuple[Path, list[str]]:
+    """Return the folder of the version downloaded last, and its files. Raises OSError or ValueError."""
+    commit = (cache_folder_of(repo) / "refs" / "main").read_text().strip()
+    if not HASH.fullmatch(commit):
+        raise ValueError(commit)
+    snapshot = cache_folder_of(repo) / "snapshots" / commit
+    return snapshot, [p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*") if p.is_file()]
 
 
 def _cached(repo: str, quant: str) -> Path | None:
     """Return the path of a complete model in the version downloaded last, or None."""
     try:
-        commit = (_cache(repo) / "refs" / "main").read_text().strip()
-        snapshot = _cache(repo) / "snapshots" / commit
-        if not HASH.fullmatch(commit):
-            return None
-        files = [p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*") if p.is_file()]
+        snapshot, files = _latest(repo)
         if not quant and not choices(files):
             return snapshot if _whole(snapshot, files) else None
         return snapshot / choose(repo, files, quant).files[0]
     except (OSError, ValueError, InputError):
         return None
+
+
+def cached_models() -> dict[str, Path]:
+    """Return all complete models of the cache, whatever they are, by the name that `pull` takes."""
+    found: dict[str, Path] = {}
+    for home in sorted(cache_root().glob("models--*--*")):
+        repo = home.name.removeprefix("models--").replace("--", "/")
+        try:
+            snapshot, files = _latest(repo)
+            for choice in (some := choices(files)):
+                name = choice.quant if [one.quant for one in some].count(choice.quant) == 1 else choice.files[0]
+                if choice.complete and not DRAFTER.fullmatch(choice.files[0]):
+                    found[f"{repo}:{name or choice.files[0]}"] = snapshot / choice.files[0]
+            if not some and _whole(snapshot, files):
+                found[repo] = snapshot
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def broken_off() -> dict[str, int]:
+    """Return the bytes there are of downloads that have not ended, by repository."""
+    found: dict[str, int] = {}
+    for part in sorted(cache_root().glob("models--*--*/blobs/*.part")):
+        repo = part.parts[-3].removeprefix("models--").replace("--", "/")
+        found[repo] = found.get(repo, 0) + part.stat().st_size
+    return found
+
+
+def where_to_get(path: Path) -> str:
+    """Return what to do where there is no such file: one that is named alike, or what to pull."""
+    near = get_close_matches(path.name, [file.name for file in path.parent.glob("*.gguf")], 1, 0.7)
+    size = SIZE.search(path.name.upper().replace("_", "-"))
+    label = size[0].replace("26B-A4B", "26B").replace("26B", "26B-A4B") if size else "E2B"
+    quant = QUANT.search(path.name.upper())
+    name = f"ggml-org/gemma-4-{label}-it-GGUF:{quant[0] if quant else 'Q4_K_M'}"
+    file = f"do you mean {near[0]}? Else " if near else ""
+    return f"{file}download {'it' if size else 'one'}: mlx-gemma4 pull {name} (`mlx-gemma4 list` shows what is here)"
 
 
 def _whole(snapshot: Path, files: Sequence[str]) -> bool:
@@ -307,13 +352,13 @@ def _fetch_file(repo: str, file: str, commit: str, count: Callable[[int], None])
     """Return the path of one file of a repository in the cache; download it if necessary."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    here = _cache(repo) / "snapshots" / commit / file
+    here = cache_folder_of(repo) / "snapshots" / commit / file
     if not here.is_file():
         url = hf_hub_url(repo, file, revision=commit)
         about = get_hf_file_metadata(url, timeout=TIMEOUT)
         if not HASH.fullmatch(about.etag or "") or about.size is None or about.size < 0:
             raise InputError(f"{url}: the server states no hash and size to check it by; check HF_ENDPOINT")
-        blob = _cache(repo) / "blobs" / str(about.etag)
+        blob = cache_folder_of(repo) / "blobs" / str(about.etag)
         if not blob.is_file():
             _fetch_blob(url, _headers(), blob, about.size, count)
         here.parent.mkdir(parents=True, exist_ok=True)
@@ -468,4 +513,4 @@ def _explained(error: Exception, repo: str) -> str:
             return f"{host} refuses ({status}); {login} or set HF_TOKEN"
         what = f"{host} answers {status}" if status else f"{host} can't be reached: {error or type(error).__name__}"
         return f"{what}; try again later, a download goes on where it stopped"
-    return f"can't be kept in {_cache(repo)}: {getattr(error, 'strerror', None) or error}"
+    return f"can't be kept in {cache_folder_of(repo)}: {getattr(error, 'strerror', None) or error}"

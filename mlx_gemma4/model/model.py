@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -138,7 +139,8 @@ class Model:
         The same however the weights are held. Hex, 64 digits. Each rank's is another, and so are its states' files.
         """
         vocab = self.weights.token_embd.shape[0]
-        digest = hashlib.sha256(repr((self.config, self.part) if self.part else self.config).encode())
+        config = replace(self.config, context=self.config.own_context or self.config.context)
+        digest = hashlib.sha256(repr((config, self.part) if self.part else config).encode())
         with execution():
             some = mx.arange(0, vocab, max(1, vocab // 16))
             rows = [stock.embed(some, self.weights.token_embd)]

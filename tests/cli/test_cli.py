@@ -53,7 +53,7 @@ def test_built_in_model() -> None:
     done = run("generate", "-p", "Once upon a time", "-n", "100", "--temperature", "0")
     assert done.returncode == 0, done.stderr
     assert "built-in demo" in done.stderr
-    assert "--model gemma-4" in done.stderr
+    assert "--model ggml-org/gemma-4" in done.stderr
     words = done.stdout.split()
     assert len(words) > 50
     assert len(set(words)) > 25, "the demo repeats itself"
@@ -123,7 +123,7 @@ def test_help_loads_nothing_heavy() -> None:
         (["-m", "nowhere.gguf", "-p", "x"], "nowhere.gguf: no such file"),
         (["-m", __file__, "-p", "x"], "not a GGUF"),
         (["-m", str(HERE), "-p", "x"], "no config.json"),
-        (["-m", str(MODEL), "-p", ""], "--prompt is empty"),
+        (["-m", str(MODEL), "-p", ""], "the prompt is empty"),
         (["-m", str(MODEL), "-p", "x", "--temperature", "-1"], "--temperature -1.0"),
         (["-m", str(MODEL), "-p", "x", "--temperature", "nan"], "--temperature nan"),
         (["-m", str(MODEL), "-p", "x", "--top-k", "-2"], "--top-k -2"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import subprocess
@@ -357,3 +358,44 @@ def test_large_files_are_named_by_their_hash(hub: Hub, user: User) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=user.env, capture_output=True, text=True, timeout=60)
     assert Path(done.stdout.strip()) == path, done.stderr
     assert len(hub.downloads()) == before
+
+
+@pytest.mark.slow
+def test_list_and_rm(user: User, hub: Hub) -> None:
+    """What pull brought, by name; deleted with all versions' files, and with the last model the rest."""
+    assert "No models in" in user.run("list").stderr
+    user.pull(f"{REPO}:Q4_K_M")
+    hub.repos[REPO]["gemma-4-E2B-it-Q4_K_M.gguf"] = (HERE / "e2b-q8_0.gguf").read_bytes()  # a newer version
+    newer = user.pull(f"{REPO}:Q4_K_M")
+    hub.repos["somebody/llama"] = {"llama-Q8_0.gguf": b"GGUF of something else"}
+    user.pull("somebody/llama")
+    done = user.run("list")
+    (line,) = done.stdout.splitlines()
+    assert line.split()[:4] == [f"{REPO}:Q4_K_M", "0.00", "GB", "Q4_K_M"] and done.stderr == ""
+    (model,) = json.loads(user.run("list", "--json").stdout)["models"]
+    assert Path(model["path"]) == newer and model["bytes"] > 100_000
+    assert len(list(user.home.rglob("gemma-4-E2B-it-Q4_K_M.gguf"))) == 2  # in either version
+
+    assert "names no model" in user.refused("rm", "gemma-4-E4B-it-GGUF")
+    kept = user.run("rm", REPO)  # asks, and nobody answers
+    assert kept.returncode == 1 and newer.exists()
+    assert user.run("rm", REPO, "--yes").stderr.strip() == f"Deleted {REPO}:Q4_K_M"
+    assert [home.name for home in user.home.glob("hub/models--*")] == ["models--somebody--llama"]
+    assert user.run("rm", "llama", "-y").returncode == 0
+    assert not list(user.home.glob("hub/models--*"))
+
+
+@pytest.mark.slow
+def test_rm_of_one_of_several_and_of_what_broke_off(user: User, hub: Hub) -> None:
+    user.pull(f"{REPO}:Q4_K_M")
+    split = user.pull(f"{REPO}:BF16")
+    assert "names no model" in user.refused("rm", REPO, "-y")  # which?
+    assert user.run("rm", f"{REPO}:bf16", "-y").returncode == 0
+    assert not split.parent.exists() and not split.resolve().exists()
+    hub.cuts = [1_000_000] * 9
+    hub.ranges = False
+    assert user.run("pull", f"{REPO}:Q8_0").returncode != 0
+    assert len(user.partials()) == 1 and "broken off" in user.run("list").stdout
+    assert user.run("rm", f"{REPO}:q4_k_m", "-y").returncode == 0
+    assert user.run("rm", "gemma-4-E2B-it-GGUF", "-y").returncode == 0
+    assert not user.partials()
