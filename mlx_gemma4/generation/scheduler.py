@@ -231,6 +231,7 @@ class Scheduler:
         least = state.length + SHARED
         for other in (*self._answering, *self._reading):
             theirs, common = other.reply.state, common_length(wanted, np.array(other.reply.ids, np.int32))
+            common = self.model.config.uncut(job.reply.ids, common)
             alike = (theirs.kv, theirs.dtype, theirs.layout) == (state.kv, state.dtype, state.layout)
             if not alike or common < least:
                 continue
