@@ -24,6 +24,7 @@ OTHERS = {
     ),
 }
 MAX_LAYERS = 1024  # far above any real model; a file that claims more is damaged
+SEEN = -(2**30)  # token ids below: rows of pictures; from there to -1: of sounds (model/soft.py)
 # Keys under the architecture's name that are read here, or say what is so in any case.
 _KNOWN = re.compile(
     r"attention\.(head_count(_kv)?|(key|value)_length(_swa)?|layer_norm_rms_epsilon|scale|shared_kv_layers|causal"
@@ -77,11 +78,30 @@ class Config:
         """The number of layers, from the first, with keys and values of their own."""
         return sum(layer.kv_layer == i for i, layer in enumerate(self.layers))
 
-    def check_ids(self, ids: Sequence[int]) -> None:
-        """Raise InputError for a token id without a row of the embedding: reading there is reading foreign memory."""
-        if len(ids) and not 0 <= min(ids) <= max(ids) < self.vocab:
-            bad = min(ids) if min(ids) < 0 else max(ids)
+    def check_ids(self, ids: Sequence[int], *, soft: bool = False) -> None:
+        """Raise InputError for a token id without a row of the embedding: reading there is reading foreign memory.
+
+        `soft`: those of soft tokens may be there, whose rows are elsewhere.
+        """
+        least = 2 * SEEN if soft else 0
+        if len(ids) and not least <= min(ids) <= max(ids) < self.vocab:
+            bad = min(ids) if min(ids) < least else max(ids)
             raise InputError(f"there is no token {bad}; the model has 0 to {self.vocab - 1}")
+
+    @property
+    def sees_ahead(self) -> bool:
+        """True if tokens of a picture see each other both ways on sliding layers: no metadata says so.
+
+        All Gemma 4 but those with per-layer embeddings; "vision" in use_bidirectional_attention of config.json.
+        """
+        return self.architecture == "gemma4" and not self.ple
+
+    def uncut(self, ids: Sequence[int], position: int) -> int:
+        """Return a position in token ids, or where the picture begins that it lies within and that is read at once."""
+        if self.sees_ahead and 0 < position < len(ids) and ids[position] < SEEN:
+            while position and ids[position - 1] < SEEN:
+                position -= 1
+        return position
 
     @property
     def value_norm(self) -> bool:

@@ -14,6 +14,7 @@ import mlx_gemma4
 from mlx_gemma4 import LanguageModel, Reply, ReplyOptions, Sampling, Text
 from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.model.model import Model
+from mlx_gemma4.model.soft import SoftRows
 from mlx_gemma4.model.step import LazyStep, NextToken, Step
 from mlx_gemma4.ops.sample import LIKELIEST, Draw
 
@@ -37,8 +38,10 @@ class Scripted(Model):
     script: list[int]
     asked: int  # forward passes that gave logits, since `say`
 
-    def forward(self, ids: mx.array, state: KVState, *, all_logits: bool = False) -> mx.array:
-        return self._scripted(super().forward(ids, state))
+    def forward(
+        self, ids: mx.array, state: KVState, *, all_logits: bool = False, soft: SoftRows | None = None
+    ) -> mx.array:
+        return self._scripted(super().forward(ids, state, soft=soft))
 
     def step(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST) -> Step:
         return LazyStep(self._scripted(super().step(token, state).logits()), draw)

@@ -1,4 +1,4 @@
-"""Convert what clients send to what chat templates expect: tool calls, their results, declarations.
+"""Convert what clients send to what chat templates expect: tool calls, their results, declarations, pictures, sounds.
 
 In: messages and tools in OpenAI's form. Out: the same in the form that the given template renders right. No text is
 added to messages, and control tokens are no business of this module (see template.py).
@@ -8,19 +8,27 @@ made the calls, as `tool_responses` (Google's later templates also find them in 
 those as text only), and so does the answer that follows them: it is the same turn of the model. Text that the model
 wrote before its calls is left out once their results are there: templates would render it after the results, as if it
 were the answer to them, and then no turn for the answer.
+
+Pictures and sounds are parts of a message's content, each with its own under the name of its type; a template writes a
+token for each, in order. It has no place for them in results: there they become a message of the user after these.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from ..errors import InputError
 from .template import Message
 
+MEDIA = {"image": "a picture", "audio": "a sound", "video": "a video"}  # types of parts that are no text
+
 
 def for_template(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], template: str | None
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]],
+    template: str | None,
+    takes: Collection[str] = (),
 ) -> tuple[list[Message], list[Mapping[str, Any]]]:
     """Return messages and tools in the form for `encode_chat`.
 
@@ -28,16 +36,17 @@ def for_template(
         messages: as in OpenAI's chat completions; what is not of that form is left for the template to refuse.
         tools: functions, each in `{"type": "function", "function": {...}}` or by itself.
         template: the model's chat template.
+        takes: those of MEDIA that the model takes.
 
     Raises:
-        InputError: a message has parts that are not text.
+        InputError: a message has parts that are not text and that the model does not take.
     """
     declared = [tool if isinstance(tool.get("function"), Mapping) else {"function": tool} for tool in tools]
     if not all(isinstance(message, Mapping) for message in messages):
         return list(messages), declared  # an error, which encode_chat reports
     for i, message in enumerate(messages):
-        _check_parts(message, i + 1)
-    known = [_with_objects(message) for message in messages]
+        _check_parts(message, i + 1, takes)
+    known = [_with_objects(message) for message in _after_results(messages)]
     if "tool_responses" in (template or ""):
         return _with_responses(known), declared
     return _with_names(known), declared
@@ -53,13 +62,51 @@ def tool_result(call_id: str, name: str, content: Any) -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": call_id, "name": name, "content": text}
 
 
-def _check_parts(message: Message, number: int) -> None:
-    """Refuse images and the like: a template would write a token for them that the model has no input for."""
+def media_parts(messages: Sequence[Message]) -> list[Mapping[str, Any]]:
+    """Return the pictures and sounds of messages from `for_template`, in the order in which templates write them."""
+    return [part for message in messages for part in _parts(message) if part.get("type") in MEDIA]
+
+
+def _parts(message: Message) -> list[Mapping[str, Any]]:
+    content = message.get("content") if isinstance(message, Mapping) else None
+    return [part for part in content if isinstance(part, Mapping)] if isinstance(content, list | tuple) else []
+
+
+def _check_parts(message: Message, number: int, takes: Collection[str]) -> None:
+    """Refuse what is neither text nor taken: a template would write a token for it that the model has no input for."""
     content = message.get("content")
     for part in content if isinstance(content, list | tuple) else ():
         kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-        if kind != "text":
+        if kind in MEDIA and "pieces" in part:  # as a session has saved it
+            continue
+        if kind in MEDIA and not takes:
+            raise InputError(
+                f"message {number}: has {MEDIA[kind]}, and the mmproj file that the model sees and hears with is not "
+                "loaded; give it with --mmproj FILE"
+            )
+        if kind in MEDIA and kind not in takes:
+            taken = ", ".join(sorted(takes))
+            raise InputError(f"message {number}: has {MEDIA[kind]}, and this model takes none, only: text, {taken}")
+        if kind != "text" and kind not in MEDIA:
             raise InputError(f"message {number}: has a part of type {kind!r:.40}; only text can be read")
+
+
+def _after_results(messages: Sequence[Message]) -> list[Message]:
+    """Move pictures and sounds of tools' results into a user's message after those."""
+    moved: list[Message] = []
+    found: list[Mapping[str, Any]] = []
+    for message in (*messages, None):
+        if found and (message is None or message.get("role") != "tool"):
+            moved.append({"role": "user", "content": found})
+            found = []
+        if message is not None:
+            seen = (
+                [part for part in _parts(message) if part.get("type") in MEDIA] if message.get("role") == "tool" else []
+            )
+            found = [*found, *seen]
+            rest = [part for part in _parts(message) if part not in seen]
+            moved.append({**message, "content": rest} if seen else message)
+    return moved
 
 
 def _with_objects(message: Message) -> Message:

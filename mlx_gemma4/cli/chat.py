@@ -6,7 +6,14 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from .options import EXIT_INTERRUPTED, conversation_options, draft_options, output_options, sampling_options
+from .options import (
+    EXIT_INTERRUPTED,
+    conversation_options,
+    draft_options,
+    mmproj_options,
+    output_options,
+    sampling_options,
+)
 
 
 @click.command()
@@ -16,6 +23,7 @@ from .options import EXIT_INTERRUPTED, conversation_options, draft_options, outp
 )
 @sampling_options
 @draft_options
+@mmproj_options
 @output_options
 def chat(**options: Any) -> None:
     """Talk with a model. /help lists the commands at the prompt.

@@ -20,6 +20,7 @@ from .options import (
     draft_options,
     echo,
     load_with_progress,
+    mmproj_options,
     output_options,
     progress,
     sampling_options,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 @click.option("--json-schema", "schema_file", metavar="FILE", help="Make the reply JSON that obeys this JSON schema.")
 @sampling_options
 @draft_options
+@mmproj_options
 @click.option("--raw", is_flag=True, help="Send the text as it is, without the chat template.")
 @click.option("--logprobs", type=click.IntRange(0, 100), metavar="N", help="With --json: how likely each token was.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with reply and statistics.")

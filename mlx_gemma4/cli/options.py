@@ -33,6 +33,7 @@ Command = Callable[..., Any]
 SamplingOf = Callable[["LanguageModel"], "Sampling"]  # what a model's file recommends, with the flags' changes
 
 DRAFT = f"{__package__}.draft"  # in a command's context: the value of --draft
+MMPROJ = f"{__package__}.mmproj"  # and that of --mmproj
 EXIT_INTERRUPTED = 130  # as shells report Ctrl-C
 
 
@@ -140,6 +141,24 @@ def draft_options(command: Command) -> Command:
     return _together(by, most, none)(collect)
 
 
+def _keep_mmproj(ctx: click.Context, _option: click.Parameter, value: str | bool | None) -> None:
+    if value:
+        ctx.meta[MMPROJ] = None if value is True else value
+
+
+mmproj_options = _together(  # no arguments: `load_with_progress` reads them
+    click.option(
+        "--mmproj",
+        metavar="FILE",
+        expose_value=False,
+        callback=_keep_mmproj,
+        shell_complete=complete_file,
+        help="What it sees and hears with: a file or a folder.  [default: one beside the model]",
+    ),
+    click.option("--no-mmproj", is_flag=True, expose_value=False, callback=_keep_mmproj, help="Take text alone."),
+)
+
+
 class _Harmless(logging.Formatter):
     """Messages with their tracebacks: text of files and clients is in both."""
 
@@ -202,8 +221,9 @@ def load_with_progress(
         running = click.get_current_context(silent=True)
         draft = running.meta.pop(DRAFT, "auto") if running else "auto"  # the next model's is another
         room = Room(context, kv, kv_bytes or 0)
-        drafts: dict[str, Any] = {"draft": draft, "draft_max": draft_max}
-        lm = load(path, progress=update, preparing=prepared, room=room, split=split, **drafts)
+        mmproj = running.meta.pop(MMPROJ, "auto") if running else "auto"
+        beside: dict[str, Any] = {"draft": draft, "draft_max": draft_max, "mmproj": mmproj}
+        lm = load(path, progress=update, preparing=prepared, room=room, split=split, **beside)
     return lm, time.perf_counter() - start
 
 

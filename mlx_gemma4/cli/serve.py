@@ -16,11 +16,13 @@ import click
 
 from ..errors import InputError
 from .options import (
+    MMPROJ,
     SamplingOf,
     draft_options,
     echo,
     kv_option,
     load_with_progress,
+    mmproj_options,
     model_option,
     output_options,
     ranks_options,
@@ -82,6 +84,7 @@ def _duration(value: str) -> float:
 @ranks_options
 @sampling_options
 @draft_options
+@mmproj_options
 @output_options
 def serve(
     model: str | None,
@@ -135,6 +138,9 @@ def serve(
         raise InputError("--model and --models: give one of them")
     if models is not None and not Path(models).is_dir():
         raise InputError(f"--models {models}: no such folder; make it, or name one with .gguf files in it")
+    mmproj = click.get_current_context().meta.get(MMPROJ, "auto")
+    if models is not None and mmproj not in (None, "auto"):
+        raise InputError("--mmproj goes with --model; of a folder each model takes the one beside it")
     listening = _listen(host, port)  # before the model is loaded, so that an error shows at once
 
     def sized(lm: LanguageModel, name: str, promised: int = 0) -> Settings:
@@ -147,7 +153,8 @@ def serve(
 
     def start(name: str, path: Path, promised: int) -> Engine:
         """Load a model of the folder."""
-        lm = load(path, room=Room(2 * max_tokens, kv, (max_kv_bytes or 0) + promised), draft_max=draft_max)
+        room = Room(2 * max_tokens, kv, (max_kv_bytes or 0) + promised)
+        lm = load(path, room=room, draft_max=draft_max, mmproj=mmproj)
         lm = replace(lm, sampling=sampling(lm))
         return Engine(lm, sized(lm, name, promised))
 

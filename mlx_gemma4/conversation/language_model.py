@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from ..chat_format import renderer
-from ..chat_format.template import encode_chat
+from ..chat_format.messages import for_template
+from ..chat_format.template import Message, encode_chat
 from ..config import Config
 from ..distributed import team
 from ..distributed.place import Place, placed
@@ -24,12 +25,14 @@ from ..generation.drafting import LONGEST, MOST, NGRAM, ROW, Drafts
 from ..generation.sampling import Sampling
 from ..loading.assistant import assistant_beside, load_assistant
 from ..loading.loader import Progress, load_model, open_model
+from ..media.projector import Media, media_beside, open_media
 from ..memory import SOME_ROOM, MemoryPlan, Room
 from ..model.assistant import Assistant
 from ..model.model import Model
 from ..paths import cache_folder, read_object
 from ..shard import Shard
 from ..tokens.tokenizer import Tokenizer
+from .parts import PromptIds, with_soft_tokens
 
 log = logging.getLogger("mlx_gemma4")
 
@@ -50,10 +53,11 @@ class LanguageModel:
     sampling: Sampling  # as the file recommends
     plan: MemoryPlan  # of the weights
     drafts: Drafts | None = None  # of tokens, so that a step makes several; None: a token a step
+    media: Media | None = None  # what it sees and hears with; None: it reads text alone
 
     def encode_prompt(
         self,
-        prompt: str,
+        prompt: str | Sequence[Mapping[str, Any]],
         *,
         raw: bool = False,
         after: Sequence[int] = (),
@@ -63,6 +67,7 @@ class LanguageModel:
         """Return the token ids of a prompt, as a user's turn in the file's chat template.
 
         Args:
+            prompt: text, or parts of content as messages have them.
             raw: encode the text as it is instead, without the template.
             after: token ids of the conversation so far, up to its last reply: the prompt is its next turn.
             system: content of the system message.
@@ -72,21 +77,40 @@ class LanguageModel:
             InputError: the template can't continue a conversation, or `system` comes too late.
         """
         if raw:
+            if not isinstance(prompt, str):
+                raise InputError("--raw sends a text as it is, and no pictures or sounds; leave it out")
             return self.tokenizer.encode(prompt, add_bos=not after)
-        turn = {"role": "user", "content": prompt}
+        turn: Message = {"role": "user", "content": prompt}
         if not after:
-            told = [{"role": "system", "content": system}] if system else []
-            return encode_chat(self.tokenizer, [*told, turn], enable_thinking=think)
+            told: list[Message] = [{"role": "system", "content": system}] if system else []
+            return self.encode_messages([*told, turn], enable_thinking=think)
         if system:
             raise InputError("--system: the saved conversation has begun already; leave it out, or start a new one")
         # What the template writes between one reply and the next is found with made-up turns before it.
-        past = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        past: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         before = encode_chat(self.tokenizer, past, add_generation_prompt=False, enable_thinking=think)
-        both = encode_chat(self.tokenizer, [*past, turn], enable_thinking=think)
+        both = self.encode_messages([*past, turn], enable_thinking=think)
         end = max((i for i, token in enumerate(before) if token in self.tokenizer.stop_ids), default=None)
         if end is None or both[: end + 1] != before[: end + 1]:
             raise InputError(f"{self.path}: its chat template doesn't let a saved conversation go on; use --raw")
-        return both[end + (after[-1] in self.tokenizer.stop_ids) :]
+        del both[: end + (after[-1] in self.tokenizer.stop_ids)]
+        return both
+
+    def encode_messages(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), **variables: Any
+    ) -> PromptIds:
+        """Return the token ids of messages in OpenAI's form, pictures and sounds included.
+
+        Args:
+            variables: names for the chat template, as `encode_chat` takes them.
+
+        Raises:
+            InputError: the template refuses the messages, or a part of them can't be read.
+        """
+        takes = self.media.kinds if self.media else ()
+        known, declared = for_template(messages, tools, self.tokenizer.chat_template, takes)
+        ids = encode_chat(self.tokenizer, known, tools=declared or None, **variables)
+        return with_soft_tokens(ids, known, self.tokenizer, self.media, self.model.soft)
 
 
 def demo_path() -> Path:
@@ -106,6 +130,7 @@ def load(
     split: team.Split = "auto",
     draft: str | Path | None = "auto",
     draft_max: int = MOST,
+    mmproj: str | Path | None = "auto",
 ) -> LanguageModel:
     """Load a GGUF file (or any part of a split one), or a folder of safetensors with its `config.json`.
 
@@ -126,9 +151,11 @@ def load(
             model and fits, if there is any; None: none.
         draft_max: drafts of tokens that a step checks, at most; 0: none are made. How many pay is measured. On several
             ranks they come from the text alone, not from an assistant.
+        mmproj: the projector that makes it see or hear, a file or a folder, read now; "auto": one that lies beside the
+            model and fits, or the model's own folder, read when the first picture or sound comes; None: none.
 
     Raises:
-        InputError: a file can't be used, the assistant is another model's, or there is too little memory.
+        InputError: a file can't be used, assistant or projector is another model's, or there is too little memory.
 
     >>> lm = load()  # or load("gemma-4-E2B-it-Q4_K_M.gguf"), or load("ggml-org/gemma-4-E2B-it-GGUF:Q4_K_M")
     >>> lm.config.context
@@ -141,6 +168,8 @@ def load(
     if place:
         if draft not in (None, "auto"):
             raise InputError(f"--draft {draft}: an assistant sees keys and values of one machine alone; leave it out")
+        if mmproj not in (None, "auto"):
+            raise InputError(f"--mmproj {mmproj}: pictures and sounds are read on one machine alone; leave it out")
         given: dict[str, Any] = {"weights": weights, "fuse": fuse, "draft": None}
         name = "" if path == demo_path() else team.portable(path)
         shard = team.gather(place, path, name, split, given | {"room": asdict(room)})
@@ -150,6 +179,7 @@ def load(
     with open_model(path) as (config, source, metadata):
         tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(metadata, str(path))
         renderer.start()  # while the weights are read
+        media = _media(mmproj, path, config) if shard is None else None
         model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room, shard)
     assistant = _assistant(draft, path, model) if draft_max else None
     make_ready(model, preparing, assistant)
@@ -159,7 +189,7 @@ def load(
         drafts = Drafts(draft_max, assistant, least_alike=least_alike, row=row)
         with suppress(RuntimeError):  # this user has no home folder
             drafts.keep(cache_folder() / "drafts.json", f"{device_name()}, {path.name}")
-    return LanguageModel(path, model.config, model, tokenizer, _sampling_defaults(path, metadata), plan, drafts)
+    return LanguageModel(path, model.config, model, tokenizer, _sampling_defaults(path, metadata), plan, drafts, media)
 
 
 def follow(place: Place, joined: Callable[[], None] = lambda: None) -> NoReturn:
@@ -189,6 +219,16 @@ def _assistant(draft: str | Path | None, path: Path, model: Model) -> Assistant 
     except InputError as error:
         log.warning("No drafts: %s", error)
         return None
+
+
+def _media(mmproj: str | Path | None, path: Path, config: Config) -> Media | None:
+    """Return the projector that `load` asks for. One that was not named is read when it is needed."""
+    if mmproj is None or str(mmproj) == "auto":
+        found = media_beside(path, config) if mmproj else None
+        return open_media(found, config) if found else None
+    media = open_media(Path(mmproj).expanduser(), config)
+    media.load()
+    return media
 
 
 def _sampling_defaults(path: Path, metadata: Mapping[str, Any]) -> Sampling:

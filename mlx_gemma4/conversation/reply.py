@@ -16,9 +16,8 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from ..chat_format.messages import for_template
 from ..chat_format.replies import Event, ReplyParser, Text, Thinking, ToolCall, ends_in_thinking
-from ..chat_format.template import Message, encode_chat
+from ..chat_format.template import Message
 from ..errors import InputError
 from ..generation.decoding import Constraint, Statistics
 from ..generation.loop import generate_tokens
@@ -31,6 +30,7 @@ from ..tokens.tokenizer import Tokenizer
 from .background import OnPrompt, in_thread
 from .budget import ThinkBudget
 from .language_model import LanguageModel
+from .parts import PromptIds, content_of, parts_of
 
 Prompt = str | Sequence[int] | Sequence[Message]  # what a user says, a whole prompt's token ids, or a conversation
 
@@ -167,8 +167,10 @@ class Chunk:
 
 def prompt_ids(
     lm: LanguageModel, messages: Sequence[Message], options: ReplyOptions | None = None, *, reply: bool = True
-) -> list[int]:
+) -> PromptIds:
     """Return the token ids that the model reads for these messages, tools and thinking included.
+
+    Pictures and sounds stand in them as soft tokens, whose ids are below zero, and are known while the list is held.
 
     Args:
         reply: end where the model's reply begins, not after the last message.
@@ -185,11 +187,10 @@ def prompt_ids(
     if not messages:
         raise InputError("there are no messages to reply to")
     tools = options.tools if options.tool_choice != "none" else ()
-    known, declared = for_template(messages, tools, lm.tokenizer.chat_template)
-    ids = encode_chat(
-        lm.tokenizer, known, add_generation_prompt=reply, tools=declared or None, enable_thinking=options.think
-    )
-    return ids if begun is None else ids + _beginning(lm.tokenizer, begun)
+    ids = lm.encode_messages(messages, tools, add_generation_prompt=reply, enable_thinking=options.think)
+    if begun is not None:
+        ids += _beginning(lm.tokenizer, begun)
+    return ids
 
 
 def _beginning(tokenizer: Tokenizer, message: Message) -> list[int]:
@@ -213,6 +214,8 @@ def stream(
     on_prompt: OnPrompt | None = None,
     scheduler: Scheduler | None = None,
     call_parts: bool = False,
+    images: Sequence[Any] = (),
+    audio: Sequence[Any] = (),
     **named: Any,
 ) -> Generator[Chunk, None, None]:
     """Reply to a prompt, a chunk for each token and a last one. Closing the iterator stops within a token.
@@ -228,6 +231,9 @@ def stream(
         on_prompt: called with (tokens read, tokens in all) while the prompt is read; an exception ends the reply.
         scheduler: of `lm.model`: make the reply together with others of its own.
         call_parts: events also tell of calls while they are written (`CallPart`).
+        images: pictures beside a prompt that is a string: paths, bytes of files, or PIL images. They stand where the
+            text has {image}, or else before it.
+        audio: sounds beside it: paths or bytes of files, for {audio}.
         named: instead of `options`, fields of ReplyOptions by name, and of Sampling to change what the model's file
             recommends: `stream(lm, "Hi", max_tokens=20, temperature=0)`.
 
@@ -243,9 +249,13 @@ def stream(
     True
     """
     options = options_of(lm, options, named)
-    ids = whole_prompt(lm, prompt, options)
+    if images or audio:
+        if not isinstance(prompt, str):
+            raise InputError("images and audio go with a prompt that is a string; put them into the messages")
+        prompt = [{"role": "user", "content": content_of(prompt, parts_of(images, audio))}]
+    ids = whole = whole_prompt(lm, prompt, options)  # `whole` holds its pictures while it is read
     reply, stops, stop_ids = Reply(), StopStrings(options.stop), lm.tokenizer.stop_ids
-    thinking = ends_in_thinking(lm.tokenizer, ids)
+    thinking = ends_in_thinking(lm.tokenizer, whole)
     parser = ReplyParser(lm.tokenizer, thinking_open=thinking, parts=call_parts)
     room = max(1, lm.config.context - len(ids))
     if state is not None and state.max_tokens is not None:
@@ -361,7 +371,7 @@ def whole_prompt(lm: LanguageModel, prompt: Prompt, options: ReplyOptions) -> li
     else:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         ids = prompt_ids(lm, cast(Sequence[Message], messages), options)
-    lm.config.check_ids(ids)
+    lm.config.check_ids(ids, soft=True)
     return ids
 
 
@@ -376,7 +386,7 @@ def as_held(tokenizer: Tokenizer, ids: list[int], held: list[int]) -> list[int]:
     kept: list[int] = []
     done = 0  # of ids
     for mine, its in zip(_runs(tokenizer, ids), _runs(tokenizer, held), strict=False):
-        if mine != its and _spelled(tokenizer, mine) != _spelled(tokenizer, its):
+        if mine != its and (min(*mine, *its) < 0 or _spelled(tokenizer, mine) != _spelled(tokenizer, its)):
             break
         kept += its
         done += len(mine)
@@ -384,8 +394,8 @@ def as_held(tokenizer: Tokenizer, ids: list[int], held: list[int]) -> list[int]:
 
 
 def _runs(tokenizer: Tokenizer, ids: list[int]) -> Iterator[list[int]]:
-    """Split into control tokens, one by one, and the stretches of text between them."""
-    for control, run in groupby(ids, tokenizer.control_ids.__contains__):
+    """Split into control and soft tokens, one by one, and the stretches of text between them."""
+    for control, run in groupby(ids, lambda id: id < 0 or id in tokenizer.control_ids):
         tokens = list(run)
         yield from ([token] for token in tokens) if control else [tokens]
 
@@ -397,6 +407,7 @@ def _spelled(tokenizer: Tokenizer, ids: list[int]) -> bytes:
 def go_back(state: KVState, ids: list[int]) -> int:
     """Rewind a state to the last reachable place where it holds only a beginning of `ids`; return its new length."""
     common = common_length(np.array(ids, np.int32), np.array(state.tokens, np.int32))
+    common = state.config.uncut(ids, common)
     reach = state.reach(common)
     state.wanted_marks = {common} if reach < common else set()  # reading passes there: a later prompt may rewind to it
     state.rewind(reach)

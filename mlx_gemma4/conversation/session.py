@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..chat_format.messages import media_parts
 from ..chat_format.replies import Event
 from ..chat_format.template import Message
 from ..errors import InputError, reason
@@ -24,6 +25,7 @@ from ..kv.state import KVState, window_bytes
 from ..paths import check_source, check_target, whole_file
 from .background import OnPrompt, in_thread
 from .language_model import LanguageModel
+from .parts import name_of, remembered
 from .reply import Reply, ReplyOptions, as_held, go_back, prompt_ids, stream
 
 log = logging.getLogger("mlx_gemma4")
@@ -103,6 +105,8 @@ class Session:
         if at is None:
             return None
         said = self.messages[at].get("content")
+        if isinstance(said, list | tuple):
+            said = "".join(str(part.get("text", "")) for part in said if isinstance(part, Mapping))
         self.messages = self.messages[:at]
         self.rewind()
         return said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
@@ -154,6 +158,9 @@ class Session:
     def save(self, path: str | Path, *, state: bool = True) -> None:
         """Write the conversation as JSON to `path`, and the KV state to a file beside it, `path` with `.kv` added.
 
+        Of pictures and sounds their names are kept, and what tells them from others. With the KV state a loaded session
+        goes on with what it has read of them; what needs them again is refused.
+
         Args:
             state: write the KV state. Without it, a loaded session reads its messages again.
 
@@ -162,7 +169,7 @@ class Session:
         """
         path = Path(path)
         self.check_place(path)
-        saved = {"format": FORMAT, "version": VERSION, "messages": self.messages}
+        saved = {"format": FORMAT, "version": VERSION, "messages": remembered(self.messages, self.lm.media)}
         try:
             with whole_file(path) as file:
                 file.write((json.dumps(saved, ensure_ascii=False, indent=1) + "\n").encode())
@@ -206,6 +213,11 @@ class Session:
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise InputError(f"{path}: is not a conversation that was saved here")
         return cls(lm, options=options, messages=messages, state=_read_state(lm, _state_file(path)), kv=kv)
+
+    @property
+    def media(self) -> list[str]:
+        """Names of the pictures and sounds in its messages."""
+        return [name_of(part) for part in media_parts(self.messages)]
 
     def close(self) -> None:
         """Release the KV state."""

@@ -25,6 +25,7 @@ from ..kv.state import KVState, Mark
 from ..model.batch import check_batch
 from ..model.forward import run_layers
 from ..model.model import Model
+from ..model.soft import SoftRows
 from ..model.step import BatchStep, LazyBatchStep, LazyStep, NextToken, Step, Tokens, ids_of, tokens_as_array
 from ..ops.dispatch import REPLAY
 from ..ops.sample import LIKELIEST, Draw
@@ -73,6 +74,11 @@ def _shared(ids: mx.array, group: mx.distributed.Group) -> mx.array:
     shared = mx.distributed.all_sum(ids, group=group, stream=host_stream())
     mx.async_eval(shared)
     return shared
+
+
+def _refuse(soft: SoftRows | None) -> None:
+    if soft is not None:
+        raise InputError("pictures and sounds (--mmproj) are read on one machine; leave out --hosts, or mlx.launch")
 
 
 class LedModel(Model):
@@ -134,14 +140,18 @@ class LedModel(Model):
             raise InputError(f"{path}: the parts of it on other ranks are of another conversation; save it again")
         return state
 
-    def forward(self, ids: mx.array, state: KVState, *, all_logits: bool = False) -> mx.array:
+    def forward(
+        self, ids: mx.array, state: KVState, *, all_logits: bool = False, soft: SoftRows | None = None
+    ) -> mx.array:
         with execution():
+            _refuse(soft)
             state.check_room(ids.size)
             logits: mx.array = self._call("forward", ids, [state], all_logits=all_logits)
             return logits
 
-    def prefill(self, ids: mx.array, state: KVState) -> None:
+    def prefill(self, ids: mx.array, state: KVState, *, soft: SoftRows | None = None) -> None:
         with execution():
+            _refuse(soft)
             state.check_room(ids.size)
             self._call("prefill", ids, [state])
 

@@ -34,6 +34,8 @@ QUANT = re.compile(
 )
 # An assistant, which drafts for a model of the same repository: `mtp-*`, or `*-assistant-*`.
 DRAFTER = re.compile(r"(?:.*/)?(?:mtp-[^/]*|[^/]*-assistant(?:-[^/]*)?)\.gguf", re.IGNORECASE)
+# A projector, which makes a model of the same repository see or hear.
+PROJECTOR = re.compile(r"(?:.*/)?[^/]*mmproj[^/]*\.gguf", re.IGNORECASE)
 SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 # Files of a repository in MLX's or transformers' format that `load` reads.
 FOLDER = re.compile(
@@ -113,7 +115,7 @@ def choices(files: Sequence[str]) -> list[PullChoice]:
     groups: dict[tuple[str, int], dict[int, str]] = {}
     for file in sorted(set(files) - set(best_drafters(files))) or sorted(files):
         base = file.rsplit("/", 1)[-1].lower()
-        if base.endswith(".gguf") and not re.search(r"mmproj|imatrix", base):
+        if base.endswith(".gguf") and not PROJECTOR.fullmatch(base) and "imatrix" not in base:
             split = SPLIT.fullmatch(file)
             key, part = ((split[1], int(split[3])), int(split[2])) if split else ((file[:-5], 1), 1)
             groups.setdefault(key, {})[part] = file
@@ -130,10 +132,37 @@ def best_drafters(files: Iterable[str], model: str = "") -> list[str]:
 
     def rank(file: str) -> tuple[int, bool, str]:
         name = file.rsplit("/", 1)[-1].lower().removeprefix("mtp-")
-        alike = takewhile(lambda pair: pair[0] == pair[1], zip(name, model.lower(), strict=False))
-        return -len(list(alike)), "q8_0" not in name, file
+        return -_alike(name, model.lower()), "q8_0" not in name, file
 
     return sorted((file for file in files if DRAFTER.fullmatch(file)), key=rank)
+
+
+def best_projectors(files: Iterable[str], model: str = "") -> list[str]:
+    """Return the projectors among files, those first that are named most like a model, and of these the smallest.
+
+    But those of fewer than 16 bits come last: what they make of a picture or a sound suffers from it.
+    """
+    order = ("BF16", "F16", "F32", "")
+
+    def rank(file: str) -> tuple[int, int, str]:
+        name = file.rsplit("/", 1)[-1].upper()
+        types = QUANT.findall(name)
+        stem = re.sub(r"^[-_.]*|MMPROJ[-_.]*", "", QUANT.sub("", name))
+        return -_alike(stem, model.upper()), order.index(types[-1] if types and types[-1] in order else ""), file
+
+    return sorted((file for file in files if PROJECTOR.fullmatch(file)), key=rank)
+
+
+def _alike(name: str, model: str) -> int:
+    """Return how many characters two names begin with together."""
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(name, model, strict=False))))
+
+
+def files_beside(path: Path, *folders: str) -> list[str]:
+    """Return the GGUFs beside a model's file, or in `folders` there or one level up. A link's target counts too."""
+    places = [path, path.parent / path.readlink()] if path.is_symlink() else [path]
+    near = [place.parent / name for place in places for name in ("", *folders, *(f"../{name}" for name in folders))]
+    return [str(file) for folder in near if folder.is_dir() for file in sorted(folder.glob("*.gguf"))]
 
 
 def choose(repo: str, files: Sequence[str], quant: str) -> PullChoice:
@@ -169,7 +198,9 @@ def _fetch_model(repo: str, quant: str, progress: Progress | None) -> Path:
     files = () if quant or choices(list(sizes)) else _folder_files(list(sizes))
     wanted = files or choose(repo, list(sizes), quant).files
     if not files:
-        wanted += tuple(file for file in best_drafters(sizes, wanted[0].rsplit("/", 1)[-1])[:1] if file not in wanted)
+        name = wanted[0].rsplit("/", 1)[-1]
+        beside = best_drafters(sizes, name)[:1] + best_projectors(sizes, name)[:1]
+        wanted += tuple(file for file in beside if file not in wanted)
     if bad := [file for file in wanted if not PLAIN.fullmatch(file)]:
         raise InputError(f"{repo}: its file {bad[0]!r} has a name that no file may have here; name another")
     done, total, paths = 0, sum(sizes[file] for file in wanted), []

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -100,7 +101,8 @@ class Lookup:
         if not self.search(tokens):
             return []
         period = len(tokens) - self.place
-        return [tokens[self.place + i % period] for i in range(count)]
+        following = (tokens[self.place + i % period] for i in range(count))
+        return list(takewhile(lambda token: token >= 0, following))  # no reply has soft tokens
 
 
 class Drafts:
@@ -243,7 +245,8 @@ class Drafting:
             if hidden is None and drafter.needs_hidden:
                 return Proposal([], kind)
             return Proposal(drafter.draft(tokens, state, hidden, count, sampler.following(count)), kind)
-        return Proposal(self.lookup.draft(tokens, count), kind)
+        found = self.lookup.draft(tokens, count)
+        return Proposal(found, kind) if found else None
 
     def _kind(self, tokens: Sequence[int]) -> str:
         """Return whose drafts are to be had: the model's, or those of repetition by how much is alike; "": none."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from functools import partial
+from itertools import islice
 
 import mlx.core as mx
 
@@ -106,7 +107,8 @@ def begin(
 ) -> Decoding:
     """Check what `generate_tokens` is asked for, as it says, and return the reply with nothing read yet."""
     length, context = state.length + len(prompt), model.config.context
-    model.config.check_ids(prompt)
+    model.config.check_ids(prompt, soft=True)
+    model.soft.held(prompt)  # or it says what is not there
     if length < 1:
         raise InputError("the prompt is empty; give it some text")
     if length >= context:
@@ -118,7 +120,8 @@ def begin(
     mx.reset_peak_memory()
     start = time.perf_counter()
     ids, marks = [*state.tokens, *prompt], marks_wanted(state, prompt, turn_ends)
-    recent = ids[-REPETITION_WINDOW - len(prompt) :]  # the same however much of a prompt was read before
+    # Soft tokens are no tokens that could come again.
+    recent = list(islice((i for i in reversed(ids) if i >= 0), REPETITION_WINDOW))[::-1]
     new_sampler = partial(Sampler, sampling, recent, model.config.vocab, logprobs, model.kernels)
     chunk = fitting_chunk(model, state, len(prompt))
     with execution():

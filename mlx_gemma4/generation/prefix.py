@@ -154,7 +154,7 @@ class PrefixCache:
         """Return the kept state that serves a prompt best, the position to rewind it to, and their common length."""
         ids, best = np.array(tokens, np.int32), (None, 0, 0)
         for kept in self._kept:
-            common = common_length(ids[:-1], kept.tokens)
+            common = self.model.config.uncut(tokens, common_length(ids[:-1], kept.tokens))
             reach = kept.state.reach(common)
             if reach > best[1] or (reach == best[1] and common > best[2]):
                 best = (kept, reach, common)  # type: ignore[assignment]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from ..config import SEEN
 from ..errors import NoRoom
 from ..execution import execution
 from ..kv.state import KVState
@@ -63,10 +64,17 @@ def chunk_ahead(model: Model, state: KVState, ids: list[int], most: int) -> int:
     """Return how many of `ids`, of which the state holds a beginning, are read next.
 
     Chunks, of `most` tokens at most, end at multiples of `prefill_chunk`, whatever the state held before: a prompt
-    whose beginning was there already is cut as one that is read whole.
+    whose beginning was there already is cut as one that is read whole. Where that is within a picture whose tokens see
+    each other, a chunk ends before it, or holds all of it.
     """
     chunk = prefill_chunk(model, state.length, most)
-    return min(chunk - state.length % chunk, len(ids) - state.length)
+    stop = min(state.length + chunk - state.length % chunk, len(ids))
+    start = model.config.uncut(ids, stop)
+    if start > state.length:
+        return start - state.length
+    while start < stop < len(ids) and ids[stop] < SEEN:
+        stop += 1
+    return stop - state.length
 
 
 def read_chunk(model: Model, state: KVState, ids: list[int], marks: list[int], most: int) -> LazyStep | None:
@@ -75,12 +83,13 @@ def read_chunk(model: Model, state: KVState, ids: list[int], marks: list[int], m
     stop = before + chunk_ahead(model, state, ids, most)
     chunk, step = mx.array(ids[before:stop]), None
     with execution():
+        soft = model.soft.rows(ids[before:stop])
         if stop < len(ids):
-            model.prefill(chunk, state)
+            model.prefill(chunk, state, soft=soft)
             mx.eval(state.arrays)
             mx.clear_cache()
         else:
-            logits = model.forward(chunk, state)
+            logits = model.forward(chunk, state, soft=soft)
             mx.eval(logits)
             check_finite(mx.sum(logits))
             step = LazyStep(logits)

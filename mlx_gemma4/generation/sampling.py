@@ -109,7 +109,7 @@ class Sampler:
         if logprobs is not None and not 0 <= logprobs <= vocab:
             raise InputError(f"--logprobs {logprobs}: must be from 0 to {vocab}")
         self.sampling, self.logprobs, self.kernels = sampling, logprobs, kernels
-        self.recent = mx.array(prompt[-REPETITION_WINDOW:])
+        self.recent = mx.array(prompt[-REPETITION_WINDOW:], mx.int32)
         self.counts = mx.zeros(vocab) if sampling.frequency_penalty or sampling.presence_penalty else None
         self.bias = _bias(dict(sampling.logit_bias), vocab)
         self.alters = sampling.repetition_penalty != 1.0 or self.counts is not None or self.bias is not None

@@ -240,7 +240,7 @@ class Scheduler:
             job, most = self._reading[0], self._most(self._reading[0].reply)
             ahead = chunk_ahead(self.model, job.reply.state, job.reply.ids, most)
             left = most if left is None else left
-            if ahead > left or (n and self._answering and time.perf_counter() - start > WAIT / 2):
+            if n and (ahead > left or (self._answering and time.perf_counter() - start > WAIT / 2)):
                 return
             left -= ahead
             self._reading.rotate(-1)

@@ -20,7 +20,7 @@ import numpy as np
 from ..config import MAX_LAYERS, Config, Reader, config_from_gguf, config_from_json
 from ..errors import InputError
 from ..files.gguf import open_gguf
-from ..files.hub import best_drafters
+from ..files.hub import best_drafters, files_beside
 from ..memory import Holding, limit_memory, on_cpu
 from ..model.assistant import Assistant, AssistantConfig, AssistantWeights, mismatch
 from ..model.model import Model
@@ -221,15 +221,11 @@ def clustered(head: Weight, ordering: mx.array, clusters: int) -> Weight:
 def assistant_beside(path: Path, target: Config) -> Path | None:
     """Return the assistant that lies beside a model's file, or in a folder MTP beside it, and fits the model.
 
-    A link's target is looked beside too (`folder.link_model`). Of several, the one whose name begins most like the
-    model's comes first, and of these Q8_0.
+    Of several, the one whose name begins most like the model's comes first, and of these Q8_0.
     """
     if path.is_dir():
         return None
-    places = [path, path.parent / path.readlink()] if path.is_symlink() else [path]
-    folders = [folder for p in places for folder in (p.parent, p.parent / "MTP", p.parent.parent / "MTP")]
-    files = [str(file) for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.gguf"))]
-    for file in best_drafters(files, path.name):
+    for file in best_drafters(files_beside(path, "MTP"), path.name):
         try:
             with open_assistant(Path(file)) as (config, _):
                 if not (wrong := mismatch(config, target)):

@@ -4,7 +4,7 @@ In: a folder. Out: a source for the loader. Weights are bf16, fp16 or fp32, or q
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,22 +64,35 @@ class FolderSource:
         path: the folder.
         config: its model's configuration.
         quantization: the `quantization` part of its config.json, as mlx-lm writes it; empty if there is none.
+        names: the GGUF's name of a tensor; None: it is left out.
+        layouts: what brings a tensor into the GGUF's layout, by that name.
 
     Raises:
         InputError: there are none, or one can't be read.
     """
 
-    def __init__(self, path: Path, config: Config, quantization: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: Config | None,
+        quantization: Mapping[str, Any],
+        names: Callable[[str], str | None] | None = None,
+        layouts: Mapping[str, Callable[[mx.array], mx.array]] | None = None,
+    ) -> None:
         self.name = str(path)
         self.entries: dict[str, Entry] = {}
-        self._gemma3 = config.architecture == "gemma3"
+        self._gemma3 = config is not None and config.architecture == "gemma3"
         self._arrays: dict[str, tuple[mx.array, ...]] = {}  # the array alone, or codes, scales and biases
         arrays = _mapped(path)
         for name, array in arrays.items():
             if name.endswith((".scales", ".biases")):
                 continue
-            key, stem = gguf_name(name), name.removesuffix(".weight")
+            key, stem = (names or gguf_name)(name), name.removesuffix(".weight")
+            if key is None:
+                continue
             if f"{stem}.scales" not in arrays:
+                if layout := (layouts or {}).get(key):
+                    array = layout(array)
                 self._arrays[key] = (array,)
                 integers = array.ndim == 1 and array.dtype in (mx.int32, mx.int64)
                 readable = integers or array.dtype in (mx.float32, mx.float16, mx.bfloat16)

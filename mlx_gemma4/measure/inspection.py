@@ -18,6 +18,7 @@ from ..errors import InputError, one_line
 from ..files.gguf import TENSOR_TYPES
 from ..loading.loader import open_model
 from ..loading.tensors import Entry, Spec, tensor_specs, unused
+from ..media.projector import check_tensors, is_projector, media_beside, open_media, open_towers
 from ..memory import DEFAULT_CONTEXT, Needs, available_memory, kv_dtype
 from ..model.costs import PREFILL_CHUNK, kv_per_token, needs_of, own_attention, weights_per_token
 from ..quant.formats import SUPPORTED
@@ -62,45 +63,80 @@ class Report:
     available: int  # memory free on this machine
     weights_per_token: int
     memory: list[Memory]
+    mmproj: str  # the projector beside it, or ""
+    media: list[str]  # what that takes
 
 
-def inspect(path: Path, context: int | None = None) -> Report:
+@dataclass(frozen=True)
+class ProjectorReport:
+    """Everything that `inspect` prints of a projector. Sizes in bytes."""
+
+    path: str
+    n_bytes: int  # of the tensors
+    name: str
+    hidden: int  # of the text model
+    towers: list[str]
+    types: list[TypeRow]
+
+
+def inspect(path: Path, context: int | None = None) -> Report | ProjectorReport:
     """Read a file's header and compute its report.
 
     Args:
-        path: a GGUF file, any part of a split one, or a folder of safetensors.
+        path: a GGUF file, any part of a split one, or a folder of safetensors; or a projector.
         context: tokens to plan memory for; None: DEFAULT_CONTEXT, or as many as the model takes.
 
     Raises:
         InputError: the file can't be read, or the context is longer than the model's.
     """
+    if is_projector(path):
+        return _projector(path)
     config, entries, name = _header(path)
     context = context or min(DEFAULT_CONTEXT, config.context)
     if context > config.context:
         raise InputError(f"--context {context}: the model's own is {config.context}; take no more")
-    rows = []
-    for type in dict.fromkeys(entry.type for entry in entries.values()):
-        some = [entry for entry in entries.values() if entry.type == type]
-        rows.append(TypeRow(type, len(some), sum(prod(e.shape) for e in some), sum(e.n_bytes for e in some)))
     wanted = tensor_specs(config)
     used = {name: entry.n_bytes for name, entry in entries.items() if name in wanted}
     weights, available = sum(used.values()), available_memory()
     per_token = weights_per_token(config, used)
     needs = needs_of(config, kv_dtype(), PREFILL_CHUNK, own_attention(usable_kernels()))
     memory = [_memory(config, needs, kv, context, weights, available, per_token) for kv in needs.kinds]
+    beside = media_beside(path, config)
     return Report(
         str(path),
         sum(e.n_bytes for e in entries.values()),
         name,
         config,
-        sorted(rows, key=lambda r: -r.n_bytes),
+        _types(entries),
         [name for name in entries if name not in wanted],
         _problems(config, entries, wanted),
         context,
         available,
         per_token,
         memory,
+        str(beside or ""),
+        sorted(open_media(beside, config).kinds) if beside else [],
     )
+
+
+def _types(entries: Mapping[str, Entry]) -> list[TypeRow]:
+    rows = []
+    for type in dict.fromkeys(entry.type for entry in entries.values()):
+        some = [entry for entry in entries.values() if entry.type == type]
+        rows.append(TypeRow(type, len(some), sum(prod(e.shape) for e in some), sum(e.n_bytes for e in some)))
+    return sorted(rows, key=lambda r: -r.n_bytes)
+
+
+def _projector(path: Path) -> ProjectorReport:
+    with open_towers(path) as (towers, source):
+        hidden = max(source.entries[each.tower.projection].shape[0] for each in towers)
+        check_tensors(path, towers, source, hidden)
+        about = [f"{each.type}: {each.tower.kind}, {each.read.count('embedding_length')} wide" for each in towers]
+        layers = [each.read.count("block_count", 0, least=0) for each in towers]
+        about = [text + f", {n} layers" * (n > 0) for text, n in zip(about, layers, strict=True)]
+        size = sum(e.n_bytes for e in source.entries.values())
+        name = one_line(str(towers[0].read.metadata.get("general.name", "")))
+        return ProjectorReport(str(path), size, name, hidden, about, _types(source.entries))
 
 
 def _problems(config: Config, entries: Mapping[str, Entry], wanted: Mapping[str, Spec]) -> list[str]:
@@ -137,21 +173,23 @@ def _memory(
 # ---------------------------------------------------------------- for people
 
 
-def lines(r: Report, chip: str) -> Iterator[str]:
+def lines(r: Report | ProjectorReport, chip: str) -> Iterator[str]:
     """The report as text; `chip` is this machine's, as MLX names it."""
-    c = r.config
     yield f"{r.path}: {r.name or 'no name'}, {r.n_bytes / 1e9:.2f} GB of tensors"
+    if isinstance(r, ProjectorReport):
+        yield f"A projector (mmproj) for models of hidden size {r.hidden}"
+        yield from r.towers
+        yield from _table(r.types)
+        return
+    c = r.config
     yield from wrap(f"{c.architecture}: {', '.join(_shape(c))}", 110)
-    yield ""
-    yield _row("type", "tensors", "weights", "size", "bits/weight")
-    total = TypeRow("all", *(sum(getattr(t, key) for t in r.types) for key in ("tensors", "weights", "n_bytes")))
-    for t in (*r.types, total):
-        bits = f"{8 * t.n_bytes / max(t.weights, 1):.2f}"
-        yield _row(t.type.removeprefix("mlx.core."), str(t.tensors), f"{t.weights / 1e6:,.1f} M", _gb(t.n_bytes), bits)
+    yield from _table(r.types)
     for problem in r.problems:
         yield f"CAN'T BE LOADED: {problem}"
     if r.unused:
         yield f"Unused tensors: {', '.join(r.unused[:5])}{' ...' if r.unused[5:] else ''}"
+    if r.mmproj:
+        yield f"Takes {', '.join(r.media)} with {r.mmproj}"
     yield ""
     yield f"Memory for {r.context:,} tokens of context; {_gb(r.available)} are free here ({chip})"
     yield _row("--kv", "state", "in all", "fits", "longest context")
@@ -162,6 +200,15 @@ def lines(r: Report, chip: str) -> Iterator[str]:
     yield f"A token decoded behind them reads {_gb(r.weights_per_token)} of weights; keys and values included,"
     yield f"{reads}."
     yield "A chip's memory bandwidth over those bytes bounds the tokens a second; `mlx-gemma4 bench` measures them."
+
+
+def _table(types: list[TypeRow]) -> Iterator[str]:
+    yield ""
+    yield _row("type", "tensors", "weights", "size", "bits/weight")
+    total = TypeRow("all", *(sum(getattr(t, key) for t in types) for key in ("tensors", "weights", "n_bytes")))
+    for t in (*types, total):
+        bits = f"{8 * t.n_bytes / max(t.weights, 1):.2f}"
+        yield _row(t.type.removeprefix("mlx.core."), str(t.tensors), f"{t.weights / 1e6:,.1f} M", _gb(t.n_bytes), bits)
 
 
 def _shape(c: Config) -> Iterator[str]:

@@ -25,13 +25,15 @@ from ..config import Config, Reader
 from ..errors import InputError
 from ..execution import execution
 from ..files.gguf import open_gguf
+from ..files.hub import best_projectors, files_beside
 from ..loading.from_gguf import GGUFSource
 from ..loading.loader import check_present
 from ..loading.tensors import Entry, Source, Spec
 from ..memory import on_cpu
 from ..model.soft import Encoded
-from . import frames, hearing, patches, picture
+from . import frames, hearing, patches, picture, video, vision
 from .content import Content, content_of
+from .folder import read_folder
 from .layers import Weights
 
 log = logging.getLogger("mlx_gemma4")
@@ -57,6 +59,7 @@ SOUND = re.compile(r"(mm\.)?a\.")  # how names of tensors begin that hear
 IMAGE, AUDIO = "mm.input_projection.weight", "mm.a.input_projection.weight"
 TOWERS = {
     "gemma4uv": Tower("image", IMAGE, patches.specs, picture.inputs, patches.rows),
+    "gemma4v": Tower("image", IMAGE, vision.specs, picture.inputs, vision.rows),
     "gemma4ua": Tower("audio", AUDIO, frames.specs, frames.inputs, frames.rows),
     "gemma4a": Tower("audio", AUDIO, hearing.specs, hearing.inputs, hearing.rows),
 }
@@ -135,7 +138,11 @@ class Media:
 
     def _encoded(self, kind: str, content: Content, part: Mapping[str, Any], key: bytes) -> Pieces:
         open_tower = self._towers["audio" if kind == "audio" else "image"]
-        inputs = open_tower.tower.inputs(content, part)
+        stamps: list[str] = []
+        if kind == "video":
+            stamps, inputs = map(list, zip(*video.frames(content), strict=True))
+        else:
+            inputs = open_tower.tower.inputs(content, part)
         assert self._weights is not None
         found: list[Encoded] = []
         for i, each in enumerate(inputs):
@@ -143,17 +150,34 @@ class Media:
                 made = open_tower.tower.rows(open_tower.read, self._weights, each)
                 mx.eval(made)
             found.append(Encoded(cast("Any", kind), hashlib.sha256(key + i.to_bytes(4, "little")).digest(), made))
-        begin, end = ("<|audio>", "<audio|>") if kind == "audio" else ("<|image>", "<image|>")
-        return [begin, *found, end]
+        if kind == "audio":
+            return ["<|audio>", *found, "<audio|>"]
+        pieces: Pieces = []
+        for i, each in enumerate(found):
+            pieces += [f"{' ' * (i > 0)}{stamps[i]} "] if stamps else []
+            pieces += ["<|image>", each, "<image|>"]
+        return pieces
 
 
 def _size(pieces: Pieces) -> int:
     return sum(0 if isinstance(piece, str) else piece.rows.nbytes for piece in pieces)
 
 
+def is_projector(path: Path) -> bool:
+    """Return True if a file is an mmproj GGUF. Raises InputError if it can't be read."""
+    if not path.is_file():
+        return False
+    with open_gguf(path) as gguf:
+        return gguf.metadata.get("general.architecture") == "clip"
+
+
 @contextmanager
 def open_towers(path: Path) -> Iterator[tuple[list[OpenTower], Source]]:
-    """Yield a file's towers and its tensors, unread. Raises InputError."""
+    """Yield a file's or folder's towers and its tensors, unread. Raises InputError."""
+    if path.is_dir():
+        forms, tensors = read_folder(path)
+        yield [OpenTower(form.type, Reader(metadata, "", str(path))) for form, metadata in forms], tensors
+        return
     with open_gguf(path) as gguf:
         metadata = gguf.metadata
         architecture = metadata.get("general.architecture")
@@ -178,17 +202,17 @@ def open_towers(path: Path) -> Iterator[tuple[list[OpenTower], Source]]:
         yield towers, GGUFSource(gguf)
 
 
-def specs_of(path: Path, towers: list[OpenTower], source: Source, config: Config) -> dict[str, Spec]:
-    """Return the specs of all tensors of a file, each accounted for. Raises InputError."""
+def check_tensors(path: Path, towers: list[OpenTower], source: Source, hidden: int) -> dict[str, Spec]:
+    """Return the specs of all tensors of a file for a text model of this hidden size. Raises InputError."""
     wanted: dict[str, Spec] = {}
     for each in towers:
         made = source.entries.get(each.tower.projection)
-        if made and made.shape[0] != config.hidden:
+        if made and made.shape[0] != hidden:
             raise InputError(
                 f"{path}: this projector is for a model of hidden size {made.shape[0]}, and the model's is "
-                f"{config.hidden}; give --mmproj the model's own, or --no-mmproj"
+                f"{hidden}; give --mmproj the model's own, or --no-mmproj"
             )
-        wanted |= each.tower.specs(each.read, config.hidden, source.entries)
+        wanted |= each.tower.specs(each.read, hidden, source.entries)
     if odd := [name for name in source.entries if name not in wanted]:
         raise InputError(
             f"{path}: has tensor {odd[0]}{f' and {len(odd) - 1} more' if odd[1:] else ''}, which nothing here knows "
@@ -205,7 +229,7 @@ def open_media(path: Path, config: Config) -> Media:
             type that can't be read, or is none that its towers have.
     """
     with open_towers(path) as (towers, source):
-        wanted = specs_of(path, towers, source, config)
+        wanted = check_tensors(path, towers, source, config.hidden)
         low = sorted({source.entries[n].type for n in wanted if SOUND.match(n) and source.entries[n].quantized})
         if low:
             log.warning("%s: what hears is quantized (%s) and mishears; take the file in BF16", path, ", ".join(low))
@@ -216,7 +240,7 @@ def read_towers(path: Path, config: Config) -> Weights:
     """Read all weights of a file: matrices in their own float type, or fp32 on a CPU, and others fp32."""
     with open_towers(path) as (towers, source):
         found: dict[str, mx.array] = {}
-        for name, spec in specs_of(path, towers, source, config).items():
+        for name, spec in check_tensors(path, towers, source, config.hidden).items():
             quantized = source.entries[name].quantized
             read = cast("mx.array", source.read([name], spec, "dense" if quantized else "packed", None))
             found[name] = read.astype(mx.bfloat16) if quantized and not on_cpu() else read
@@ -226,4 +250,10 @@ def read_towers(path: Path, config: Config) -> Weights:
 
 def media_beside(path: Path, config: Config) -> Path | None:
     """Return the projector that lies beside a model's file and fits it, or the model's folder if that has towers."""
+    for file in [str(path)] if path.is_dir() else best_projectors(files_beside(path), path.name):
+        try:
+            open_media(Path(file), config)
+            return Path(file)
+        except (InputError, OSError) as error:
+            log.info("%s", error)
     return None

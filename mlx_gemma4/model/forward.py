@@ -21,17 +21,22 @@ from ..ops.prompt_attention import prompt_attention_reference
 from ..ops.routing import Routing
 from ..ops.stock import Weight
 from ..shard import Part
+from .soft import SoftRows
 from .weights import Layer, Loaded
 
+PAD = 0  # id of the padding token
 
-def run_layers(m: Loaded, ids: mx.array, states: Sequence[KVState], wanted: int) -> mx.array:
+
+def run_layers(
+    m: Loaded, ids: mx.array, states: Sequence[KVState], wanted: int, soft: SoftRows | None = None
+) -> mx.array:
     """Run all layers; return the last `wanted` tokens' hidden states, [wanted, hidden], before the last norm.
 
     One state reads all tokens, or each of several reads one, and then all are wanted. Nothing after the last keys and
     values depends on any but the wanted tokens, so from there on only those are computed (and with none wanted, the
-    pass ends).
+    pass ends). `soft`: of one state's tokens.
     """
-    x, per_layer = inputs(m, ids)
+    x, per_layer = inputs(m, ids, soft)
     before, part = x, m.part
     last_kv = -1 if part and part.sends else m.config.own_kv_layers - 1  # the next rank reads all tokens
     for i, layer in enumerate(m.weights.layers):
@@ -45,7 +50,7 @@ def run_layers(m: Loaded, ids: mx.array, states: Sequence[KVState], wanted: int)
                 break
             q, x = q[-wanted:], x[-wanted:]
             per_layer = None if per_layer is None else per_layer[-wanted:]
-        h = attention(m, layer, shape, q, states, ids.size)
+        h = attention(m, layer, shape, q, states, ids.size, soft.last if soft and shape.sliding else None)
         h = summed(m, "attention", i, h)
         x = x + stock.rms_norm(h, layer.post_attention_norm, m.config.eps)
         h = summed(m, "mlp", i, mlp(m, layer, x)) if layer.ffn_gate_inp is None else mlp_and_experts(m, i, layer, x)
@@ -69,12 +74,18 @@ def run_layers(m: Loaded, ids: mx.array, states: Sequence[KVState], wanted: int)
     return part.of_last(x, sent) if wanted else x
 
 
-def inputs(m: Loaded, ids: mx.array) -> tuple[mx.array, mx.array | None]:
-    """Return the residual before the first layer here, [T, hidden], and `per_layer_inputs`."""
+def inputs(m: Loaded, ids: mx.array, soft: SoftRows | None = None) -> tuple[mx.array, mx.array | None]:
+    """Return the residual before the first layer here, [T, hidden], and `per_layer_inputs`.
+
+    Soft tokens have rows of their own, and the padding token's row where per-layer embeddings are looked up.
+    """
     w, part = m.weights, m.part
     tables = [table for table in (w.token_embd, w.per_layer_token_embd) if table is not None]
-    x, *own = rows_by_rank(part, ids, tables, stock.embed)  # lazy: not looked up where nothing comes of it
+    known = ids if soft is None else mx.maximum(ids, PAD)
+    x, *own = rows_by_rank(part, known, tables, stock.embed)  # lazy: not looked up where nothing comes of it
     x = x * math.sqrt(m.config.hidden)
+    if soft is not None:
+        x[soft.places] = soft.rows.astype(x.dtype)
     per_layer = per_layer_inputs(m, own[0], x) if own else None
     return part.receive(ids.size, m.config.hidden) if part and part.receives else x, per_layer
 
@@ -133,9 +144,18 @@ def write_kv(
 
 
 def attention(
-    m: Loaded, layer: Layer, shape: LayerConfig, q: mx.array, states: Sequence[KVState], new: int
+    m: Loaded,
+    layer: Layer,
+    shape: LayerConfig,
+    q: mx.array,
+    states: Sequence[KVState],
+    new: int,
+    last: mx.array | None = None,
 ) -> mx.array:
-    """Let raw queries q [Tq, H * D], of the last of `new` tokens, attend to all they may see: [Tq, hidden]."""
+    """Let raw queries q [Tq, H * D], of the last of `new` tokens, attend to all they may see: [Tq, hidden].
+
+    `last`: int32 [new], of those tokens the last one that each sees; None: itself.
+    """
     queries = q.shape[0] // len(states)  # of a state
     firsts = [state.length + new // len(states) - queries for state in states]  # positions of first queries
     q = stock.rms_norm(split_heads(q, shape.heads, len(states)), layer.attn_q_norm, m.config.eps)
@@ -144,9 +164,11 @@ def attention(
     reference = partial(prompt_attention_reference, together=len(states))
     attend = m.kernels.prompt_attention if m.kernels else reference
     scale, done = m.config.attention_scale, []
+    if last is not None:
+        last = last[-queries:] + states[0].length
     for n, state in enumerate(states):
         parts = state.view(shape.kv_layer, queries)
-        done.append(attend(q[n : n + 1], parts, scale=scale, position=firsts[n], window=window))
+        done.append(attend(q[n : n + 1], parts, scale=scale, position=firsts[n], window=window, last=last))
     return linear(m, done[0] if len(done) == 1 else mx.concatenate(done), layer.attn_output)  # of [Tq, H * D]
 
 

@@ -36,6 +36,7 @@ from .decode import MAX_CHECKED, can_step, make_step
 from .forward import head, logits_of, rope_wavelengths, run_layers
 from .numpy_step import NumpyStep, numpy_steps
 from .replay import Replayer
+from .soft import SoftRows, SoftTokens
 from .step import BatchStep, LazyBatchStep, LazyStep, NextToken, Step, Tokens, ids_of, known_tokens, tokens_as_array
 from .weights import Loaded, Weights
 
@@ -63,6 +64,7 @@ class Model:
         self.weights = weights
         self.kernels = kernels
         self.plan = plan
+        self.soft = SoftTokens(config.sees_ahead)
         self.chunk = plan.chunk if plan else largest_chunk(config, kernels)  # tokens of a prompt, read at a time
         kinds = {layer.sliding: layer for layer in config.layers}
         waves = {k: rope_wavelengths(config, kinds[k], weights.rope_freqs) for k in (True, False) if k in kinds}
@@ -157,7 +159,9 @@ class Model:
         """Dtype of keys and values in full precision on this device."""
         return kv_dtype()
 
-    def forward(self, ids: mx.array, state: KVState, *, all_logits: bool = False) -> mx.array:
+    def forward(
+        self, ids: mx.array, state: KVState, *, all_logits: bool = False, soft: SoftRows | None = None
+    ) -> mx.array:
         """Read tokens into the state.
 
         Args:
@@ -165,16 +169,17 @@ class Model:
             state: what came before; takes the new keys and values. Scheduled on return, unless the caller
                 holds `execution()` and does so itself.
             all_logits: give logits for each token, not for the last alone.
+            soft: what stands in place of embeddings where ids are below zero; `self.soft` has it.
 
         Returns:
             fp32 logits for the next token, [vocab], or [T, vocab] with `all_logits`.
         """
         with execution() as outermost:
             state.check_room(ids.size)
-            if ids.size == 1 and self.replays:
+            if ids.size == 1 and self.replays and soft is None:
                 logits = self._start(int(ids), state).logits()[None]
             else:
-                logits = self._whole(self._read(ids, state, ids.size if all_logits else 1))
+                logits = self._whole(self._read(ids, state, ids.size if all_logits else 1, soft))
             logits = logits if all_logits else logits[-1]
             if outermost or self.part:
                 mx.async_eval(logits, [] if state.borrower else state.arrays)
@@ -286,23 +291,23 @@ class Model:
         hidden = stock.rms_norm(x, self.weights.output_norm, self.config.eps)
         return logits_of(self.loaded, hidden), hidden
 
-    def prefill(self, ids: mx.array, state: KVState) -> None:
+    def prefill(self, ids: mx.array, state: KVState, *, soft: SoftRows | None = None) -> None:
         """Read tokens, int [T], into the state without their logits: only keys and values are made."""
         with execution() as outermost:
             state.check_room(ids.size)
             logits = None
-            if ids.size == 1 and (numpy := self._numpy([state])):
+            if soft is None and ids.size == 1 and (numpy := self._numpy([state])):
                 numpy.read([int(ids)], [state], wanted=False)
-            elif (logits := self._stepped(ids, state)) is None:
-                run_layers(self.loaded, ids, [state], 0)
+            elif soft is not None or (logits := self._stepped(ids, state)) is None:
+                run_layers(self.loaded, ids, [state], 0, soft)
             if outermost or self.part:  # a step's logits are not computed, but where its residual has to go on
                 mx.async_eval([] if logits is None or not self.part else logits, state.arrays)
 
-    def _read(self, ids: mx.array, state: KVState, wanted: int) -> mx.array:
+    def _read(self, ids: mx.array, state: KVState, wanted: int, soft: SoftRows | None = None) -> mx.array:
         """Return logits of the last `wanted` tokens, or of all: from a step, or all layers as in a prompt."""
-        logits = self._stepped(ids, state)
+        logits = self._stepped(ids, state) if soft is None else None  # steps look up ids
         if logits is None:
-            logits = head(self.loaded, run_layers(self.loaded, ids, [state], wanted))
+            logits = head(self.loaded, run_layers(self.loaded, ids, [state], wanted, soft))
         if self.part:  # collectives run in the order of calls, whatever is asked for later
             mx.async_eval(logits, state.arrays)
         return logits

@@ -123,10 +123,17 @@ class Kernels:
         return attention_reference(q, parts, spans, scale=scale, window=window)
 
     def prompt_attention(
-        self, q: mx.array, parts: list[KVView], *, scale: float, position: int, window: int | None
+        self,
+        q: mx.array,
+        parts: list[KVView],
+        *,
+        scale: float,
+        position: int,
+        window: int | None,
+        last: mx.array | None = None,
     ) -> mx.array:
         """`prompt_attention.prompt_attention`, where it is the faster one and takes these heads."""
-        options: dict[str, Any] = {"scale": scale, "position": position, "window": window}
+        options: dict[str, Any] = {"scale": scale, "position": position, "window": window, "last": last}
         reference = partial(prompt_attention.prompt_attention_reference, q, parts, **options)
         if not this_gpu().prompt_attention or not prompt_attention.supports(q, parts):
             return reference()

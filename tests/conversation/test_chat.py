@@ -148,7 +148,7 @@ def test_prompts_that_cannot_be(lm: LanguageModel) -> None:
         chat(lm, "Go", SHORT, think=True)
 
 
-@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "audio"}, "text"])
+@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "file"}, "text"])
 def test_text_is_all_that_can_be_read(lm: LanguageModel, part: Any) -> None:
     with pytest.raises(InputError, match="message 2: has a part of type"):
         chat(lm, [*user("a"), {"role": "user", "content": [{"type": "text", "text": "b"}, part]}])

@@ -15,7 +15,7 @@ from hub_server import Hub, serving
 from recorded import HERE
 
 from mlx_gemma4.errors import InputError
-from mlx_gemma4.files.hub import choices, choose, resolve
+from mlx_gemma4.files.hub import best_projectors, choices, choose, resolve
 
 REPO = "ggml-org/gemma-4-E2B-it-GGUF"
 BIG = random.Random(0).randbytes(3_000_000)  # what a download that breaks off is about
@@ -23,7 +23,6 @@ FILES = {
     "README.md": b"a card",
     "gemma-4-E2B-it-Q4_K_M.gguf": (HERE / "e2b-q4_k_m.gguf").read_bytes(),
     "gemma-4-E2B-it-Q8_0.gguf": BIG,
-    "mmproj-gemma-4-E2B-it-Q8_0.gguf": b"a projector",
     "BF16/gemma-4-E2B-it-BF16-00001-of-00002.gguf": BIG[:70_000],
     "BF16/gemma-4-E2B-it-BF16-00002-of-00002.gguf": BIG[70_000:150_000],
 }
@@ -169,6 +168,32 @@ def test_the_assistant_of_a_repository_comes_along(hub: Hub, user: User) -> None
     done = user.run("generate", "-m", REPO, "-p", "the", "-n", "1")
     assert done.returncode == 0, done.stderr
     assert len(hub.downloads()) == 2
+
+
+def test_the_projector_of_a_repository_comes_along(hub: Hub, user: User) -> None:
+    """Once, the smallest of at least 16 bits; a damaged one is no reason to fail, --no-mmproj or not."""
+    hub.repos[REPO] |= {f"mmproj-gemma-4-E2B-it-{t}.gguf": t.encode() for t in ("Q8_0", "F32", "F16", "BF16")}
+    path = user.pull(REPO)
+    assert path.name == "gemma-4-E2B-it-Q4_K_M.gguf"
+    assert [p.name for p in path.parent.glob("mmproj*")] == ["mmproj-gemma-4-E2B-it-BF16.gguf"]
+    for flags in ((), ("--no-mmproj",)):
+        done = user.run("generate", "-m", REPO, "-p", "the", "-n", "1", *flags)
+        assert done.returncode == 0, done.stderr
+    assert len(hub.downloads()) == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "model", "best"),
+    [
+        (["mmproj-F16.gguf", "mmproj-BF16.gguf", "mmproj-Q8_0.gguf"], "m-Q4_0.gguf", "mmproj-BF16.gguf"),
+        (["mmproj-Q8_0.gguf", "mmproj-F32.gguf"], "m-Q4_0.gguf", "mmproj-F32.gguf"),
+        (["mmproj-model-f16.gguf", "x.gguf"], "m-Q4_0.gguf", "mmproj-model-f16.gguf"),
+        (["mmproj-a-Q8_0.gguf", "mmproj-a-BF16.gguf", "mmproj-b-BF16.gguf"], "b-Q8_0.gguf", "mmproj-b-BF16.gguf"),
+        (["q/a-mmproj.gguf"], "a-Q8_0.gguf", "q/a-mmproj.gguf"),
+    ],
+)
+def test_the_best_projector(files: list[str], model: str, best: str) -> None:
+    assert best_projectors(files, model)[0] == best
 
 
 def test_model_of_a_command_is_downloaded(hub: Hub, user: User) -> None:

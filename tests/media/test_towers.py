@@ -1,0 +1,82 @@
+"""Towers that see, stage by stage, beside what transformers computes in fp32 for the fixtures in media/."""
+
+from __future__ import annotations
+
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from drawings import SIZES, drawing
+from PIL import Image
+from recorded import HERE
+
+from mlx_gemma4.config import Config, Reader
+from mlx_gemma4.execution import execution
+from mlx_gemma4.files.gguf import open_gguf
+from mlx_gemma4.loading.loader import open_model
+from mlx_gemma4.media import patches, projector, vision
+from mlx_gemma4.media.picture import resized
+
+KINDS = ("uv", "v", "v31")
+
+
+def folder(kind: str) -> Path:
+    return HERE / "media" / kind
+
+
+def config_of(kind: str) -> Config:
+    with open_model(folder(kind) / "model.gguf") as (config, _, _):
+        return config
+
+
+def recorded(kind: str) -> tuple[Any, dict[str, Any]]:
+    return np.load(folder(kind) / "pictures.npz"), json.loads((folder(kind) / "pictures.json").read_text())
+
+
+def png(pixels: np.ndarray) -> bytes:
+    out = BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def some_rows(rows: mx.array) -> np.ndarray:
+    n = rows.shape[0]
+    return np.array(rows)[np.unique(np.linspace(0, n - 1, 12).round().astype(int))]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pixels_are_those_of_the_reference(size: str) -> None:
+    """torchvision rounds its weights to 16 bits: a level or two off in less than a pixel of a hundred."""
+    arrays, about = recorded("v")
+    made = resized(Image.fromarray(drawing(*SIZES[size])), about["budget"])
+    assert list(made.shape) == about["sizes"][size]["pixels"]
+    off = np.abs(made[::7, ::5].astype(int) - arrays[f"{size}/pixels"])
+    assert off.max() <= 2
+    assert (off > 0).mean() < 0.01
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_stage_is_that_of_the_reference(kind: str, size: str) -> None:
+    arrays, about = recorded(kind)
+    pixels = resized(Image.fromarray(drawing(*SIZES[size])), about["budget"])
+    with execution():
+        weights = projector.read_towers(folder(kind) / "mmproj.gguf", config_of(kind))
+        with open_gguf(folder(kind) / "mmproj.gguf") as gguf:
+            read = Reader(gguf.metadata, "clip.vision.", kind)
+        if kind == "uv":
+            stages = {"embedded": patches.embedded(weights, pixels), "projected": patches.rows(read, weights, pixels)}
+        else:
+            down, across = pixels.shape[0] // 16, pixels.shape[1] // 16
+            x, turns = vision.embedded(weights, pixels), vision.rotations(16, down, across)
+            stages = {"embedded": x, "block 0": vision.layer(weights, "v.blk.0.", (2, 16), x, turns)}
+            last = vision.layer(weights, "v.blk.1.", (2, 16), stages["block 0"], turns)
+            stages["pooled"] = vision.pooled(weights, last, down, across)
+            stages["projected"] = vision.rows(read, weights, pixels)
+        for stage, n in about["sizes"][size]["rows"].items():
+            assert stages[stage].shape[0] == n, stage
+            np.testing.assert_allclose(some_rows(stages[stage]), arrays[f"{size}/{stage}"], rtol=1e-4, atol=1e-4)
