@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 from drawings import SIZES, drawing
 from PIL import Image
-from recorded import HERE
+from recorded import HERE, kl
 
 from mlx_gemma4.config import Config, Reader
+from mlx_gemma4.conversation.language_model import load
 from mlx_gemma4.execution import execution
 from mlx_gemma4.files.gguf import open_gguf
 from mlx_gemma4.loading.loader import open_model
 from mlx_gemma4.media import patches, projector, vision
 from mlx_gemma4.media.picture import resized
+from mlx_gemma4.model.soft import Encoded
 
 KINDS = ("uv", "v", "v31")
 
@@ -80,3 +82,30 @@ def test_each_stage_is_that_of_the_reference(kind: str, size: str) -> None:
         for stage, n in about["sizes"][size]["rows"].items():
             assert stages[stage].shape[0] == n, stage
             np.testing.assert_allclose(some_rows(stages[stage]), arrays[f"{size}/{stage}"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prompt", ["one", "two"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_prompts_with_pictures_are_those_of_the_reference(kind: str, prompt: str) -> None:
+    arrays, about = recorded(kind)
+    lm = load(folder(kind) / "model.gguf", draft=None)
+    assert lm.media is not None
+    begin, between, end = about["words"]
+    ids, held = list(begin), []
+    for i, size in enumerate(about["prompts"][prompt]):
+        ids += between if i else []
+        part = {"type": "image", "image": png(drawing(*SIZES[size])), "tokens": about["budget"]}
+        for piece in lm.media.encode(part):
+            if isinstance(piece, Encoded):
+                lm.model.soft.add(piece)
+                held.append(piece)
+                ids += piece.ids
+            else:
+                ids += lm.tokenizer.encode(piece, add_bos=False, parse_special=True)
+    ids += end
+    with execution():
+        soft = lm.model.soft.rows(ids)
+        logits = np.array(lm.model.forward(mx.array(ids), lm.model.new_state(), all_logits=True, soft=soft))
+    theirs = arrays[f"logits/{prompt}"]
+    np.testing.assert_allclose(logits[-len(theirs) :], theirs, atol=1e-3)
+    assert kl(theirs, logits[-len(theirs) :]) <= 1e-6
