@@ -109,15 +109,7 @@ class Media:
         self.load()
         asked = f" {kind} {picture.budget(part) if kind == 'image' else ''} ".encode()
         key = hashlib.sha256(self._mark + asked + content.digest()).digest()
-        if (kept := self._found(key)) is not None:
-            return kept
-        pieces = self._encoded(kind, content, part, key)
-        with self._guard:
-            self._kept[key] = pieces
-            size = sum(map(_size, self._kept.values()))
-            while size > KEPT and len(self._kept) > 1:
-                size -= _size(self._kept.popitem(last=False)[1])
-        return list(pieces)
+        return self._found(key) or self._encoded(kind, content, part, key)
 
     def load(self) -> None:
         """Read the towers' weights now. Raises InputError."""
@@ -145,18 +137,37 @@ class Media:
             inputs = open_tower.tower.inputs(content, part)
         assert self._weights is not None
         found: list[Encoded] = []
+        pieces: Pieces = []
         for i, each in enumerate(inputs):
             with execution():
-                made = open_tower.tower.rows(open_tower.read, self._weights, each)
-                mx.eval(made)
-            found.append(Encoded(cast("Any", kind), hashlib.sha256(key + i.to_bytes(4, "little")).digest(), made))
-        if kind == "audio":
-            return ["<|audio>", *found, "<audio|>"]
-        pieces: Pieces = []
-        for i, each in enumerate(found):
-            pieces += [f"{' ' * (i > 0)}{stamps[i]} "] if stamps else []
-            pieces += ["<|image>", each, "<image|>"]
-        return pieces
+                if kept := self._found(key):  # another thread was faster
+                    return kept
+                rows = open_tower.tower.rows(open_tower.read, self._weights, each)
+                mx.eval(rows)
+                digest = hashlib.sha256(key + i.to_bytes(4, "little")).digest()
+                found.append(Encoded(cast("Any", kind), digest, rows))
+                if len(found) == len(inputs):
+                    pieces = _pieces(kind, found, stamps)
+                    self._keep(key, pieces)
+        return list(pieces)
+
+    def _keep(self, key: bytes, pieces: Pieces) -> None:
+        with self._guard:
+            self._kept[key] = pieces
+            size = sum(map(_size, self._kept.values()))
+            while size > KEPT and len(self._kept) > 1:
+                size -= _size(self._kept.popitem(last=False)[1])
+
+
+def _pieces(kind: str, found: list[Encoded], stamps: list[str]) -> Pieces:
+    """Return soft tokens with the control tokens around them, and of a video the times of its frames."""
+    if kind == "audio":
+        return ["<|audio>", *found, "<audio|>"]
+    pieces: Pieces = []
+    for i, each in enumerate(found):
+        pieces += [f"{' ' * (i > 0)}{stamps[i]} "] if stamps else []
+        pieces += ["<|image>", each, "<image|>"]
+    return pieces
 
 
 def _size(pieces: Pieces) -> int:
@@ -190,10 +201,10 @@ def open_towers(path: Path) -> Iterator[tuple[list[OpenTower], Source]]:
         for kind in ("vision", "audio"):
             if not metadata.get(f"clip.has_{kind}_encoder"):
                 continue
-            type = metadata.get(f"clip.{kind}.projector_type", metadata.get("clip.projector_type"))
+            type = str(metadata.get(f"clip.{kind}.projector_type", metadata.get("clip.projector_type")))
             if type not in TOWERS:
                 raise InputError(
-                    f"{path}: is a projector of type {str(type)[:40]!r}, which is none of Gemma 4's "
+                    f"{path}: is a projector of type {type[:40]!r}, which is none of Gemma 4's "
                     f"({', '.join(TOWERS)}); give --mmproj the model's own, or --no-mmproj"
                 )
             towers.append(OpenTower(type, Reader(metadata, f"clip.{kind}.", str(path))))
@@ -207,9 +218,9 @@ def check_tensors(path: Path, towers: list[OpenTower], source: Source, hidden: i
     wanted: dict[str, Spec] = {}
     for each in towers:
         made = source.entries.get(each.tower.projection)
-        if made and made.shape[0] != hidden:
+        if made and made.shape[:1] != (hidden,):
             raise InputError(
-                f"{path}: this projector is for a model of hidden size {made.shape[0]}, and the model's is "
+                f"{path}: this projector is for a model of hidden size {[*made.shape, 0][0]}, and the model's is "
                 f"{hidden}; give --mmproj the model's own, or --no-mmproj"
             )
         wanted |= each.tower.specs(each.read, hidden, source.entries)
@@ -228,6 +239,8 @@ def open_media(path: Path, config: Config) -> Media:
         InputError: it is no projector of Gemma 4, or that of another model; a tensor is missing, has another shape or a
             type that can't be read, or is none that its towers have.
     """
+    if config.architecture != "gemma4":
+        raise InputError(f"{path}: projectors are for Gemma 4, and the model is {config.architecture}; use --no-mmproj")
     with open_towers(path) as (towers, source):
         wanted = check_tensors(path, towers, source, config.hidden)
         low = sorted({source.entries[n].type for n in wanted if SOUND.match(n) and source.entries[n].quantized})
@@ -242,7 +255,9 @@ def read_towers(path: Path, config: Config) -> Weights:
         found: dict[str, mx.array] = {}
         for name, spec in check_tensors(path, towers, source, config.hidden).items():
             quantized = source.entries[name].quantized
-            read = cast("mx.array", source.read([name], spec, "dense" if quantized else "packed", None))
+            read = cast("mx.array", source.read([name], spec, "dense" if quantized else "packed", None)).reshape(
+                spec.shape
+            )
             found[name] = read.astype(mx.bfloat16) if quantized and not on_cpu() else read
         mx.eval(found)
     return found
