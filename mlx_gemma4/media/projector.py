@@ -201,10 +201,10 @@ def open_towers(path: Path) -> Iterator[tuple[list[OpenTower], Source]]:
         for kind in ("vision", "audio"):
             if not metadata.get(f"clip.has_{kind}_encoder"):
                 continue
-            type = metadata.get(f"clip.{kind}.projector_type", metadata.get("clip.projector_type"))
+            type = str(metadata.get(f"clip.{kind}.projector_type", metadata.get("clip.projector_type")))
             if type not in TOWERS:
                 raise InputError(
-                    f"{path}: is a projector of type {str(type)[:40]!r}, which is none of Gemma 4's "
+                    f"{path}: is a projector of type {type[:40]!r}, which is none of Gemma 4's "
                     f"({', '.join(TOWERS)}); give --mmproj the model's own, or --no-mmproj"
                 )
             towers.append(OpenTower(type, Reader(metadata, f"clip.{kind}.", str(path))))
