@@ -54,6 +54,7 @@ def test_files_of_others_are_refused_in_one_line(tmp_path: Path) -> None:
     uv, mmproj = config_of(UV), UV / "mmproj.gguf"
     assert "no projector for images or sound; give --mmproj" in refused(UV / "model.gguf", uv)
     assert "is for a model of hidden size 36, and the model's is 44" in refused(V / "mmproj.gguf", uv)
+    assert "are for Gemma 4, and the model is gemma3" in refused(mmproj, replace(uv, architecture="gemma3"))
     assert "type 'gemma3', which is none of Gemma 4's" in refused(
         odd(mmproj, tmp_path / "other.gguf", {"clip.vision.projector_type": "gemma3"}), uv
     )
