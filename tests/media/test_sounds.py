@@ -39,7 +39,7 @@ def chord(rate: int) -> np.ndarray:
     return 0.2 * tones.sum(0)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("channels", [1, 2, 6, 8, 64])
 @pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 44_100, 48_000, 96_000])
 def test_any_rate_and_channels(rate: int, channels: int) -> None:
     """A chord of another loudness in each channel is heard as their mean."""
@@ -130,7 +130,7 @@ def unknown_codec() -> bytes:
     return bytes(made)
 
 
-def with_nan(value: float) -> bytes:
+def with_sample(value: float) -> bytes:
     samples = voice(RATE)
     samples[777] = value
     return wav(samples)
@@ -165,8 +165,9 @@ BAD = {
         OGG + encoded("ogg", "flac", voice(RATE, 8000)[None], 8000),
         "can't be read as sound",
     ),
-    "NaN": (with_nan(np.nan), "no numbers"),
-    "infinite": (with_nan(-np.inf), "no numbers"),
+    "NaN": (with_sample(np.nan), "no numbers"),
+    "infinite": (with_sample(-np.inf), "no numbers"),
+    "huge": (with_sample(1e30), "far too large"),
     "a WAV cut short": (WAV[:-10_000], "of 64044 bytes: it is cut short"),
     "a WAV of a head": (WAV[:30], "cut short"),
     "a FLAC cut short": (FLAC[: len(FLAC) // 2], "of 3.0 seconds"),
