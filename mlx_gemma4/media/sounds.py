@@ -23,6 +23,7 @@ RATE = 16_000  # samples a second
 PIECE = 30 * RATE  # samples that a tower takes at once: 750 tokens
 MOST = 3600  # seconds; 90,000 tokens
 RATES = range(1000, 400_000)  # of a file; a resampler's filter grows with the rate
+LOUDEST = 1e6  # a sample; full scale is 1
 # FFmpeg's demuxers that may read a file. Others open files and addresses that the content names (HLS, concat).
 FORMS = "aac,aiff,flac,matroska,mov,mp3,ogg,w64,wav"
 TAKEN = "give a WAV, MP3, FLAC, Ogg, M4A or WebM file"
@@ -86,14 +87,15 @@ def _chunks(container: InputContainer, name: str) -> Iterator[np.ndarray]:
     too_long = InputError(f"{name}: is longer than an hour; cut it into shorter sounds")
     if declared > MOST:
         raise too_long
-    resampler = av.AudioResampler(format="fltp", rate=RATE)
+    resampler = av.AudioResampler(format="flt", rate=RATE)  # channels side by side: PyAV crashes at 8 and more apart
     total = 0
     for packet in container.demux(stream):
         for frame in [*_frames(packet), *([] if packet.size else [None])]:  # the last packet is empty
             for resampled in resampler.resample(frame):
-                chunk: np.ndarray[Any, Any] = resampled.to_ndarray().mean(0, dtype=np.float32)  # [channels, n]
-                if not np.isfinite(chunk).all():
-                    raise InputError(f"{name}: has samples that are no numbers (NaN or infinite); export it again")
+                samples: np.ndarray = resampled.to_ndarray().reshape(-1, resampled.layout.nb_channels)
+                if not (np.abs(samples) < LOUDEST).all():
+                    raise InputError(f"{name}: has samples that are no numbers or far too large; export it again")
+                chunk: np.ndarray = samples.mean(1, dtype=np.float32)
                 total += len(chunk)
                 if total > MOST * RATE:
                     raise too_long

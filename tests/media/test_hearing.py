@@ -12,6 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import sound_files
+from drawings import SIZES, drawing
+from PIL import Image
 from recorded import kl
 from rewrite import Edit, Entry, drop, odd, plus
 from shapes import MEDIA as SPECIAL
@@ -212,22 +214,18 @@ def test_a_folder_whose_tower_is_another(tmp_path: Path) -> None:
         open_media(tmp_path, config_of("a"))
 
 
-@pytest.mark.parametrize("prompt", ["one", "two"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_of_prompts_with_sounds_are_the_reference_s(kind: str, prompt: str) -> None:
-    """transformers pads sounds to equal length; here each is encoded alone."""
-    about = json.loads((MEDIA / kind / "sounds.json").read_text())
+def check_logits(media: Media, kind: str, prompt: str, parts: list[dict[str, Any]]) -> None:
+    """Read a prompt with these parts between the fixture's words, and hold its last logits to the reference's."""
+    before, between, after = json.loads((MEDIA / kind / "sounds.json").read_text())["words"]
     with np.load(MEDIA / kind / "sounds.npz") as arrays:
         expected = arrays[f"logits/{prompt}"]
     with open_model(MEDIA / kind / "model.gguf") as (config, source, _):
         model, _ = load_model(config, source)
-    media = open_media(MEDIA / kind / "mmproj.gguf", config)
     control = {text: i for i, text in SPECIAL.items()}
-    before, between, after = about["words"]
     ids, held = list(before), []
-    for i, length in enumerate(about["prompts"][prompt]):
+    for i, part in enumerate(parts):
         ids += between if i else []
-        for piece in media.encode({"type": "audio", "audio": sound_files.wav(voice(LENGTHS[length]))}):
+        for piece in media.encode(part):
             if isinstance(piece, Encoded):
                 model.soft.add(piece)
                 held.append(piece)
@@ -237,6 +235,27 @@ def test_logits_of_prompts_with_sounds_are_the_reference_s(kind: str, prompt: st
     logits = np.array(found)[-len(expected) :]
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-3)
     assert kl(expected, logits) <= 1e-6
+
+
+@pytest.mark.parametrize(("prompt", "lengths"), [("one", ["1 s"]), ("two", ["0.1 s", "7.3 s"])])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_prompts_with_sounds_are_the_reference_s(kind: str, prompt: str, lengths: list[str]) -> None:
+    """transformers pads sounds to equal length; here each is encoded alone."""
+    media = open_media(MEDIA / kind / "mmproj.gguf", config_of(kind))
+    parts = [{"type": "audio", "audio": sound_files.wav(voice(LENGTHS[length]))} for length in lengths]
+    check_logits(media, kind, prompt, parts)
+
+
+def test_logits_of_a_prompt_with_a_picture_and_a_sound_are_the_reference_s(tmp_path: Path) -> None:
+    """Of one file with both towers, as E2B's and E4B's have them: `v`'s beside `a`'s."""
+    seeing = gguf.GGUFReader(MEDIA / "v" / "mmproj.gguf")
+    keys = {f.name: f.contents() for f in seeing.fields.values() if "vision" in f.name}
+    more: list[Entry] = [(t.name, np.asarray(t.data), t.tensor_type) for t in seeing.tensors]
+    media = changed("a", tmp_path / "mmproj.gguf", lambda entries: [*entries, *more], keys)
+    assert media.kinds == {"image", "video", "audio"}
+    image = Image.fromarray(drawing(*SIZES["square"]))
+    sound = {"type": "audio", "audio": sound_files.wav(voice(RATE))}
+    check_logits(media, "a", "picture and sound", [{"type": "image", "image": image, "tokens": 70}, sound])
 
 
 def test_models_that_hear_nothing_say_which_do() -> None:
