@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from pictured import encoded
 from plain_state import small_model, some_tokens
 from recorded import HERE, kl
 
@@ -201,3 +202,13 @@ def test_room_is_planned_for_the_longest_picture() -> None:
     store = PrefixCache(model)
     assert store.most_bytes(4000, 2000) > store.most_bytes(4000)
     assert text_model("e2b").config.longest_picture(ids) == 0
+
+
+def test_content_that_is_encoded_twice_is_known_while_either_is_held() -> None:
+    soft, ids = text_model("e2b").soft, [5, *encoded(b"twice", 3, 36).ids, 5]
+    first, second = (soft.add(encoded(b"twice", 3, 36)) for _ in range(2))
+    del first
+    assert soft.held(ids) == [second]
+    del second
+    with pytest.raises(InputError, match="give that again"):
+        soft.held(ids)
