@@ -278,7 +278,7 @@ def config_from_json(config: Mapping[str, Any], source: str) -> Config:
     text = config.get("text_config", config)
     if not isinstance(text, Mapping):
         raise InputError(f"{source}: text_config is not an object; is this a model's config.json?")
-    kind = str(text.get("model_type", config.get("model_type"))).removesuffix("_text")
+    kind = str(text.get("model_type", config.get("model_type"))).removesuffix("_text").removesuffix("_unified")
     if kind not in ARCHITECTURES:
         raise InputError(f"{source}: model_type is {kind[:40]!r}; mlx-gemma4 runs gemma4 and gemma3")
     read = Reader({k: v for k, v in text.items() if v is not None}, "", source)

@@ -129,7 +129,8 @@ def _types(entries: Mapping[str, Entry]) -> list[TypeRow]:
 
 def _projector(path: Path) -> ProjectorReport:
     with open_towers(path) as (towers, source):
-        hidden = max(source.entries[each.tower.projection].shape[0] for each in towers)
+        made = (source.entries.get(each.tower.projection) for each in towers)
+        hidden = max((each.shape[0] for each in made if each), default=1)
         check_tensors(path, towers, source, hidden)
         about = [f"{each.type}: {each.tower.kind}, {each.read.count('embedding_length')} wide" for each in towers]
         layers = [each.read.count("block_count", 0, least=0) for each in towers]

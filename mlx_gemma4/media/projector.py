@@ -109,15 +109,7 @@ class Media:
         self.load()
         asked = f" {kind} {picture.budget(part) if kind == 'image' else ''} ".encode()
         key = hashlib.sha256(self._mark + asked + content.digest()).digest()
-        if (kept := self._found(key)) is not None:
-            return kept
-        pieces = self._encoded(kind, content, part, key)
-        with self._guard:
-            self._kept[key] = pieces
-            size = sum(map(_size, self._kept.values()))
-            while size > KEPT and len(self._kept) > 1:
-                size -= _size(self._kept.popitem(last=False)[1])
-        return list(pieces)
+        return self._found(key) or self._encoded(kind, content, part, key)
 
     def load(self) -> None:
         """Read the towers' weights now. Raises InputError."""
@@ -145,18 +137,37 @@ class Media:
             inputs = open_tower.tower.inputs(content, part)
         assert self._weights is not None
         found: list[Encoded] = []
+        pieces: Pieces = []
         for i, each in enumerate(inputs):
             with execution():
-                made = open_tower.tower.rows(open_tower.read, self._weights, each)
-                mx.eval(made)
-            found.append(Encoded(cast("Any", kind), hashlib.sha256(key + i.to_bytes(4, "little")).digest(), made))
-        if kind == "audio":
-            return ["<|audio>", *found, "<audio|>"]
-        pieces: Pieces = []
-        for i, each in enumerate(found):
-            pieces += [f"{' ' * (i > 0)}{stamps[i]} "] if stamps else []
-            pieces += ["<|image>", each, "<image|>"]
-        return pieces
+                if kept := self._found(key):  # another thread was faster
+                    return kept
+                rows = open_tower.tower.rows(open_tower.read, self._weights, each)
+                mx.eval(rows)
+                digest = hashlib.sha256(key + i.to_bytes(4, "little")).digest()
+                found.append(Encoded(cast("Any", kind), digest, rows))
+                if len(found) == len(inputs):
+                    pieces = _pieces(kind, found, stamps)
+                    self._keep(key, pieces)
+        return list(pieces)
+
+    def _keep(self, key: bytes, pieces: Pieces) -> None:
+        with self._guard:
+            self._kept[key] = pieces
+            size = sum(map(_size, self._kept.values()))
+            while size > KEPT and len(self._kept) > 1:
+                size -= _size(self._kept.popitem(last=False)[1])
+
+
+def _pieces(kind: str, found: list[Encoded], stamps: list[str]) -> Pieces:
+    """Return soft tokens with the control tokens around them, and of a video the times of its frames."""
+    if kind == "audio":
+        return ["<|audio>", *found, "<audio|>"]
+    pieces: Pieces = []
+    for i, each in enumerate(found):
+        pieces += [f"{' ' * (i > 0)}{stamps[i]} "] if stamps else []
+        pieces += ["<|image>", each, "<image|>"]
+    return pieces
 
 
 def _size(pieces: Pieces) -> int:
@@ -242,7 +253,9 @@ def read_towers(path: Path, config: Config) -> Weights:
         found: dict[str, mx.array] = {}
         for name, spec in check_tensors(path, towers, source, config.hidden).items():
             quantized = source.entries[name].quantized
-            read = cast("mx.array", source.read([name], spec, "dense" if quantized else "packed", None))
+            read = cast("mx.array", source.read([name], spec, "dense" if quantized else "packed", None)).reshape(
+                spec.shape
+            )
             found[name] = read.astype(mx.bfloat16) if quantized and not on_cpu() else read
         mx.eval(found)
     return found
