@@ -65,7 +65,7 @@ class FolderSource:
         config: its model's configuration.
         quantization: the `quantization` part of its config.json, as mlx-lm writes it; empty if there is none.
         names: the GGUF's name of a tensor; None: it is left out.
-        layouts: what brings a tensor into the GGUF's layout, by that name.
+        layout: brings a tensor, given by that name, into the GGUF's layout.
 
     Raises:
         InputError: there are none, or one can't be read.
@@ -77,7 +77,7 @@ class FolderSource:
         config: Config | None,
         quantization: Mapping[str, Any],
         names: Callable[[str], str | None] | None = None,
-        layouts: Mapping[str, Callable[[mx.array], mx.array]] | None = None,
+        layout: Callable[[str, mx.array], mx.array] | None = None,
     ) -> None:
         self.name = str(path)
         self.entries: dict[str, Entry] = {}
@@ -91,8 +91,7 @@ class FolderSource:
             if key is None:
                 continue
             if f"{stem}.scales" not in arrays:
-                if layout := (layouts or {}).get(key):
-                    array = layout(array)
+                array = layout(key, array) if layout else array
                 self._arrays[key] = (array,)
                 integers = array.ndim == 1 and array.dtype in (mx.int32, mx.int64)
                 readable = integers or array.dtype in (mx.float32, mx.float16, mx.bfloat16)

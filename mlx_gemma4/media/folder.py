@@ -28,7 +28,8 @@ class Form:
     part: str  # of config.json
     keys: Mapping[str, str]  # the GGUF's key, without its prefix: the configuration's
     names: Sequence[tuple[str, str]]  # a pattern of a whole name, and the GGUF's
-    layouts: Mapping[str, Callable[[mx.array], mx.array]] = field(default_factory=dict)  # by the GGUF's name
+    layouts: Mapping[str, Callable[[mx.array], mx.array]] = field(default_factory=dict)  # by a pattern of that name
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # what the configuration may say, and must then
 
 
 def _channels_first(w: mx.array, side: int) -> mx.array:
@@ -42,8 +43,22 @@ _LAYER = {
     r"mlp\.(gate|up|down)_proj": r"ffn_\2", "pre_feedforward_layernorm": "ln2",
     "post_feedforward_layernorm": "ffn_post_norm",
 }  # fmt: skip
+_HEARING = {
+    r"self_attn\.([qkv])_proj": r"attn_\2", r"self_attn\.post": "attn_out",
+    r"self_attn\.relative_k_proj": "attn_k_rel", "norm_(pre|post)_attn": r"attn_\2_norm", "norm_out": "ln2",
+    r"lconv1d\.pre_layer_norm": "conv_norm", r"lconv1d\.linear_start": "conv_pw1",
+    r"lconv1d\.depthwise_conv1d": "conv_dw", r"lconv1d\.conv_norm": "norm_conv", r"lconv1d\.linear_end": "conv_pw2",
+} | {
+    rf"feed_forward{number}\.{theirs}": ours + end
+    for number, end in ((1, ""), (2, "_1"))
+    for theirs, ours in (
+        ("pre_layer_norm", "ffn_norm"), ("ffw_layer_1", "ffn_up"),
+        ("ffw_layer_2", "ffn_down"), ("post_layer_norm", "ffn_post_norm"),
+    )
+}  # fmt: skip
 _END = r"(?:\.linear)?\.(?P<end>weight|(?:in|out)put_(?:min|max))"
 _PROJECTION = (r"embed_vision\.(?:multimodal_embedder\.)?embedding_projection\.weight", "mm.input_projection.weight")
+_HEARD = (r"embed_audio\.embedding_projection\.weight", "mm.a.input_projection.weight")
 _EMBEDDER = r"(?:vision_embedder|embed_vision)\."
 FORMS = {
     "gemma4_vision": Form(
@@ -64,7 +79,8 @@ FORMS = {
             ),
             _PROJECTION,
         ],
-        {"v.patch_embd.weight": lambda w: _channels_first(w, 16).reshape(-1, 3, 16, 16)},
+        {r"v\.patch_embd\.weight": lambda w: _channels_first(w, 16).reshape(-1, 3, 16, 16)},
+        {"hidden_activation": "gelu_pytorch_tanh"},
     ),
     "gemma4_unified_vision": Form(
         "gemma4uv",
@@ -78,12 +94,41 @@ FORMS = {
             _PROJECTION,
         ],
         {
-            "v.position_embd.weight": lambda w: w.transpose(1, 0, 2),
-            "v.patch_embd.weight": lambda w: _channels_first(w, SIDE),
-            "v.patch_norm.1.weight": lambda w: _channels_first(w, SIDE),
-            "v.patch_norm.1.bias": lambda w: _channels_first(w, SIDE),
+            r"v\.position_embd\.weight": lambda w: w.transpose(1, 0, 2),
+            r"v\.(patch_embd\.weight|patch_norm\.1\..*)": lambda w: _channels_first(w, SIDE),
         },
     ),
+    "gemma4_audio": Form(
+        "gemma4a",
+        "audio_config",
+        {
+            "embedding_length": "hidden_size", "block_count": "num_hidden_layers",
+            "attention.head_count": "num_attention_heads",
+        },
+        [
+            (r"audio_tower\.subsample_conv_projection\.layer(\d)\.conv\.weight", r"a.conv1d.\1.weight"),
+            (r"audio_tower\.subsample_conv_projection\.layer(\d)\.norm\.weight", r"a.conv1d.\1.norm.weight"),
+            (r"audio_tower\.subsample_conv_projection\.input_proj_linear\.weight", "a.input_projection.weight"),
+            (r"audio_tower\.layers\.(\d+)\.self_attn\.per_dim_scale", r"a.blk.\1.per_dim_scale.weight"),
+            *(
+                (rf"audio_tower\.layers\.(\d+)\.{theirs}{_END}", rf"a.blk.\1.{ours}.\g<end>")
+                for theirs, ours in _HEARING.items()
+            ),
+            (r"audio_tower\.output_proj\.(weight|bias)", r"a.pre_encode.out.\1"),
+            _HEARD,
+        ],
+        {
+            # The channels that are read come last where mlx-vlm has written them.
+            r"a\.conv1d\.\d\.weight": lambda w: w if w.shape[2:] == (3, 3) else w.transpose(0, 3, 1, 2),
+            r"a\.blk\.\d+\.conv_dw\.weight": lambda w: w.reshape(w.shape[0], -1),
+            r"a\.blk\.\d+\.per_dim_scale\.weight": lambda w: mx.logaddexp(w.astype(mx.float32), 0),
+        },
+        {
+            "hidden_act": "silu", "attention_context_left": 13, "attention_context_right": 0,
+            "attention_logit_cap": 50, "residual_weight": 0.5,
+        },
+    ),
+    "gemma4_unified_audio": Form("gemma4ua", "audio_config", {}, [_HEARD]),
 }  # fmt: skip
 TOWER = {"vision_config": r"vision_tower|vision_embedder|embed_vision", "audio_config": r"audio_tower|embed_audio"}
 
@@ -102,8 +147,9 @@ def read_folder(path: Path) -> tuple[list[tuple[Form, dict[str, Any]]], FolderSo
             raise InputError(
                 f"{file}: {part} is of model_type {str(own.get('model_type'))[:40]!r}, which can't be read"
             )
-        if (act := own.get("hidden_activation") or "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
-            raise InputError(f"{file}: {part}.hidden_activation is {str(act)[:40]!r}, which is not supported")
+        for key, value in form.fixed.items():
+            if (said := own.get(key, value)) not in (value, None):
+                raise InputError(f"{file}: {part}.{key} is {str(said)[:40]!r}, which is not supported")
         found.append((form, {key: own[theirs] for key, theirs in form.keys.items() if own.get(theirs) is not None}))
     forms = [form for form, _ in found]
 
@@ -114,9 +160,13 @@ def read_folder(path: Path) -> tuple[list[tuple[Form, dict[str, Any]]], FolderSo
             return None
         return next((re.sub(a, b, core) for a, b in form.names if re.fullmatch(a, core)), name)
 
+    def laid_out(name: str, array: mx.array) -> mx.array:
+        layouts = (layout for form in forms for pattern, layout in form.layouts.items() if re.fullmatch(pattern, name))
+        layout = next(layouts, lambda w: w)
+        return layout(array if array.ndim else array.reshape(1))
+
     quantization = config.get("quantization")
-    layouts = {name: layout for form in forms for name, layout in form.layouts.items()}
-    source = FolderSource(path, None, quantization if isinstance(quantization, Mapping) else {}, named, layouts)
+    source = FolderSource(path, None, quantization if isinstance(quantization, Mapping) else {}, named, laid_out)
     if not source.entries:
         raise InputError(f"{path}: this folder has no towers for images or sound; give --mmproj a file that has")
     return found, source

@@ -16,7 +16,7 @@ from ..config import Reader
 from ..loading.tensors import Entry, Spec
 from . import sounds
 from .content import Content
-from .layers import EPS, Weights
+from .layers import Weights, exact_linear, project
 
 FRAME = 640  # samples
 
@@ -38,4 +38,4 @@ def frames(samples: np.ndarray) -> np.ndarray:
 
 def rows(read: Reader, weights: Weights, frames: np.ndarray) -> mx.array:
     """Return the soft tokens of frames [n, FRAME], fp32 [n, hidden]. The product is fp32 whatever the weight is."""
-    return mx.fast.rms_norm(mx.array(frames), None, EPS) @ weights["mm.a.input_projection.weight"].T
+    return project(mx.array(frames), weights["mm.a.input_projection.weight"], exact_linear)

@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..loading.tensors import Entry, Spec
 from . import sounds
 from .content import Content
-from .layers import EPS, Weights
+from .layers import EPS, Weights, clipped_linear, exact_linear, project
 
 HOP, WINDOW, FFT = 160, 320, 512  # samples: 10 ms, 20 ms, and with zeros behind
 MELS, FLOOR = 128, 1e-3
@@ -36,7 +36,8 @@ CLAMPED = ("attn_q", "attn_k", "attn_v", "attn_out", "ffn_up", "ffn_down", "ffn_
 
 def specs(read: Reader, hidden: int, entries: Mapping[str, Entry]) -> dict[str, Spec]:
     """Return the tower's tensors, by GGUF name; `hidden` is the text model's width."""
-    d, ffn, heads = (read.count(key) for key in ("embedding_length", "feed_forward_length", "attention.head_count"))
+    d, heads = read.count("embedding_length", most=1 << 16), read.count("attention.head_count")
+    ffn = read.count("feed_forward_length", 4 * d, most=1 << 20)  # which folders don't say
     if d % heads:
         raise read.error("attention.head_count", f"is {heads}, which does not divide {d}")
     shapes: dict[str, tuple[int, ...]] = {"a.input_projection": (d, MELS // 4 * CHANNELS[1])}
@@ -101,18 +102,28 @@ def rows(read: Reader, weights: Weights, mel: np.ndarray) -> mx.array:
     h = subsample(weights, mx.array(mel))
     for i in range(read.count("block_count")):
         h = block(weights, f"a.blk.{i}.", h, read.count("attention.head_count"))
-    h = h @ weights["a.pre_encode.out.weight"].T + weights["a.pre_encode.out.bias"]
-    return mx.fast.rms_norm(h, None, EPS) @ weights["mm.a.input_projection.weight"].T
+    h = exact_linear(h, weights["a.pre_encode.out.weight"]) + weights["a.pre_encode.out.bias"]
+    return project(h, weights["mm.a.input_projection.weight"], exact_linear)
 
 
 def subsample(weights: Weights, mel: mx.array) -> mx.array:
     """Return [frames / 4, d] of a spectrum [frames, MELS]: time and frequency are halved twice."""
-    x = mel[None, :, :, None]  # [1, time, frequency, channels]
+    x = mel[:, :, None]  # [time, frequency, channels]
     for i in range(2):
-        kernel = weights[f"a.conv1d.{i}.weight"].transpose(0, 2, 3, 1)  # [to, 3, 3, of]
-        x = mx.conv2d(x, kernel, stride=2, padding=1)
+        x = halved(x, weights[f"a.conv1d.{i}.weight"])
         x = mx.maximum(mx.fast.layer_norm(x, weights[f"a.conv1d.{i}.norm.weight"], None, EPS), 0)
-    return x.reshape(x.shape[1], -1) @ weights["a.input_projection.weight"].T
+    return exact_linear(x.reshape(x.shape[0], -1), weights["a.input_projection.weight"])
+
+
+def halved(x: mx.array, kernel: mx.array) -> mx.array:
+    """Return x [time, frequency, of] under a kernel [to, of, 3, 3] in steps of 2: [time / 2, frequency / 2, to].
+
+    As one product: on a CPU MLX's own convolution takes several times as long.
+    """
+    times, frequencies = (-(-n // 2) for n in x.shape[:2])
+    x = mx.pad(x, [(1, 1), (1, 1), (0, 0)])
+    near = [x[i : i + 2 * times - 1 : 2, j : j + 2 * frequencies - 1 : 2] for i in range(3) for j in range(3)]
+    return exact_linear(mx.concatenate(near, axis=-1), kernel.transpose(0, 2, 3, 1).reshape(len(kernel), -1))
 
 
 def block(weights: Weights, name: str, h: mx.array, heads: int) -> mx.array:
@@ -122,9 +133,7 @@ def block(weights: Weights, name: str, h: mx.array, heads: int) -> mx.array:
         return mx.fast.rms_norm(x, weights[f"{name}{which}.weight"], EPS)
 
     def linear(x: mx.array, which: str) -> mx.array:
-        """A product whose inputs and outputs keep within the file's bounds."""
-        x = _clamped(x, weights, f"{name}{which}.input")
-        return _clamped(x @ weights[f"{name}{which}.weight"].T, weights, f"{name}{which}.output")
+        return clipped_linear(x, weights, name + which, exact_linear)
 
     def mlp(x: mx.array, end: str) -> mx.array:
         inner = linear(silu(linear(norm(x, "ffn_norm" + end), "ffn_up" + end)), "ffn_down" + end)
@@ -146,12 +155,6 @@ def block(weights: Weights, name: str, h: mx.array, heads: int) -> mx.array:
 
 def silu(x: mx.array) -> mx.array:
     return x * mx.sigmoid(x)
-
-
-def _clamped(x: mx.array, weights: Weights, name: str) -> mx.array:
-    low, high = weights.get(f"{name}_min"), weights.get(f"{name}_max")
-    x = x if low is None else mx.maximum(x, low)
-    return x if high is None else mx.minimum(x, high)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, relative: mx.array) -> mx.array:
@@ -182,7 +185,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, relative: mx.array) -> mx.a
     away = np.arange(CHUNK)[:, None] + CHUNK - np.arange(2 * CHUNK)  # [CHUNK, 2 * CHUNK]
     seen = np.tile((away >= 0) & (away < CHUNK), (chunks, 1, 1, 1))  # [chunks, 1, CHUNK, 2 * CHUNK]
     seen[0, ..., :CHUNK] = False  # nothing is before the first chunk
-    distances = (mx.array(_sinusoids(heads * d)) @ relative.T).reshape(CHUNK, heads, d).transpose(1, 2, 0)
+    distances = exact_linear(mx.array(_sinusoids(heads * d)), relative).reshape(CHUNK, heads, d).transpose(1, 2, 0)
     by_distance = mx.take_along_axis(q @ distances, mx.array(np.clip(away, 0, CHUNK - 1))[None, None], axis=-1)
     scores = CAP * mx.tanh((q @ k.swapaxes(-1, -2) + by_distance) / CAP)
     mixed = mx.softmax(mx.where(mx.array(seen), scores, -1e9), axis=-1, precise=True) @ v

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import sound_files
+from recorded import kl
 from rewrite import Edit, Entry, drop, odd, plus
+from shapes import MEDIA as SPECIAL
 from signals import LENGTHS, RATE, voice
 
 from mlx_gemma4.config import Config
 from mlx_gemma4.errors import InputError
-from mlx_gemma4.loading.loader import open_model
+from mlx_gemma4.loading.loader import load_model, open_model
 from mlx_gemma4.media import frames, hearing, projector, sounds
 from mlx_gemma4.media.projector import Media, open_media
 from mlx_gemma4.media.sounds import PIECE
@@ -160,7 +163,7 @@ def test_bounds_are_optional_and_kept_to(tmp_path: Path) -> None:
         ("a", None, {"clip.audio.attention.head_count": 5}, "does not divide 32"),
         ("a", None, {"clip.audio.embedding_length": 64}, "calls for"),
         ("a", None, {"clip.audio.projector_type": "gemma3na"}, "which is none of Gemma 4's"),
-        ("ua", None, {"clip.audio.projector_type": "gemma4a"}, "clip.audio.feed_forward_length is 0"),
+        ("ua", None, {"clip.audio.projector_type": "gemma4a"}, "clip.audio.attention.head_count is 0"),
         ("ua", drop("mm.a."), None, "missing"),
     ],
 )
@@ -174,6 +177,72 @@ def test_another_model_s_projector(kind: str) -> None:
     other = KINDS[1 - KINDS.index(kind)]
     with pytest.raises(InputError, match="is for a model of hidden size"):
         open_media(MEDIA / kind / "mmproj.gguf", config_of(other))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_folders_hear_what_files_hear(kind: str, transposed: bool, tmp_path: Path) -> None:
+    """As transformers saves them, and with the kernels of convolutions as mlx-vlm does."""
+    folder = MEDIA / kind / "folder"
+    if transposed:
+        arrays = mx.load(str(folder / "model.safetensors"))
+        assert isinstance(arrays, dict)
+        for name, array in arrays.items():
+            if array.ndim == 4:
+                arrays[name] = array.transpose(0, 2, 3, 1)
+            elif array.ndim == 3:
+                arrays[name] = array.swapaxes(1, 2)
+        mx.save_safetensors(
+            str(tmp_path / "model.safetensors"), {name.removeprefix("model."): each for name, each in arrays.items()}
+        )
+        folder = Path(shutil.copy(folder / "config.json", tmp_path)).parent
+    with open_model(folder) as (config, _, _):
+        media = open_media(folder, config)
+    piece = media.encode({"type": "audio", "audio": sound_files.wav(voice(RATE))})[1]
+    assert isinstance(piece, Encoded)
+    check(piece.rows, recorded(kind, "1 s")[0]["projected"])
+
+
+def test_a_folder_whose_tower_is_another(tmp_path: Path) -> None:
+    config = json.loads((MEDIA / "a" / "folder" / "config.json").read_text())
+    shutil.copy(MEDIA / "a" / "folder" / "model.safetensors", tmp_path)
+    config["audio_config"]["attention_context_left"] = 20
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"audio_config.attention_context_left is '20', which is not supported"):
+        open_media(tmp_path, config_of("a"))
+
+
+@pytest.mark.parametrize("prompt", ["one", "two"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_prompts_with_sounds_are_the_reference_s(kind: str, prompt: str) -> None:
+    """transformers pads sounds to equal length; here each is encoded alone."""
+    about = json.loads((MEDIA / kind / "sounds.json").read_text())
+    with np.load(MEDIA / kind / "sounds.npz") as arrays:
+        expected = arrays[f"logits/{prompt}"]
+    with open_model(MEDIA / kind / "model.gguf") as (config, source, _):
+        model, _ = load_model(config, source)
+    media = open_media(MEDIA / kind / "mmproj.gguf", config)
+    control = {text: i for i, text in SPECIAL.items()}
+    before, between, after = about["words"]
+    ids, held = list(before), []
+    for i, length in enumerate(about["prompts"][prompt]):
+        ids += between if i else []
+        for piece in media.encode({"type": "audio", "audio": sound_files.wav(voice(LENGTHS[length]))}):
+            if isinstance(piece, Encoded):
+                model.soft.add(piece)
+                held.append(piece)
+            ids += piece.ids if isinstance(piece, Encoded) else [control[piece]]
+    ids += after
+    found = model.forward(mx.array(ids), model.new_state(), all_logits=True, soft=model.soft.rows(ids))
+    logits = np.array(found)[-len(expected) :]
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-3)
+    assert kl(expected, logits) <= 1e-6
+
+
+def test_models_that_hear_nothing_say_which_do() -> None:
+    media = open_media(MEDIA / "v31" / "mmproj.gguf", config_of("v31"))
+    with pytest.raises(InputError, match="takes image and video, no audio; of Gemma 4 E2B, E4B and 12B hear"):
+        media.encode({"type": "audio", "audio": sound_files.wav(voice(RATE))})
 
 
 def test_pictures_are_not_heard() -> None:
