@@ -24,6 +24,8 @@ from PIL import Image
 from serving import Serving, serving
 
 from mlx_gemma4.conversation.language_model import load
+from mlx_gemma4.files.folder import find_models
+from mlx_gemma4.server.cards import cards
 from mlx_gemma4.server.settings import Settings
 
 PAIRS = Path(__file__).parents[1] / "fixtures" / "media"
@@ -198,3 +200,13 @@ def test_videos() -> None:
         plain = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60).json()
         # Three frames of up to 70 tokens and a token on each side, with their times.
         assert 3 * 57 < reply["usage"]["prompt_tokens"] - plain["usage"]["prompt_tokens"] < 3 * (57 + 12)
+
+
+def test_a_folder_of_models_says_what_each_takes(tmp_path: Path) -> None:
+    for name in ("uv", "ua"):
+        (tmp_path / name).mkdir()
+        for file in ("model.gguf", "mmproj.gguf"):
+            (tmp_path / name / file).symlink_to(PAIRS / name / file)
+    found = cards(find_models(tmp_path))
+    assert {card.name: card.media for card in found} == {"uv/model": ("image", "video"), "ua/model": ("audio",)}
+    assert [card.lm_studio(False)["type"] for card in found] == ["llm", "vlm"]
