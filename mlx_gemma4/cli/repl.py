@@ -93,7 +93,7 @@ class Repl:
         """
         draft, self.draft = self.draft, ""
         command = re.fullmatch(r"/(\w*)(?:\s+(.*))?", line.strip(), re.DOTALL)
-        files, text = dropped(line.strip(), within=not command)
+        files, text = dropped(line.strip(), within=not command and self.session.lm.media is not None)
         for kind, name in files:
             self._attach(kind, name)
         if files and not text:

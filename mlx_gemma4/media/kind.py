@@ -3,49 +3,32 @@
 In: the beginning of a file. Out: "image", "audio", "video" or None. Knows no decoder.
 """
 
-from collections.abc import Collection
-from typing import Literal, Protocol
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from .projector import Media
 
 Kind = Literal["image", "audio", "video"]
 KINDS: tuple[Kind, ...] = ("image", "audio", "video")
 HEAD = 16  # bytes that decide
 
-_STARTS: tuple[tuple[bytes, Kind], ...] = (
-    (b"\x89PNG\r\n\x1a\n", "image"),
-    (b"\xff\xd8\xff", "image"),
-    (b"GIF8", "image"),
-    (b"BM", "image"),
-    (b"II*\0", "image"),
-    (b"MM\0*", "image"),
-    (b"fLaC", "audio"),
-    (b"OggS", "audio"),
-    (b"ID3", "audio"),
-    (b"\xff\xfb", "audio"),
-    (b"\xff\xf3", "audio"),
-    (b"\xff\xf2", "audio"),
-    (b"\xff\xf1", "audio"),
-    (b"\x1aE\xdf\xa3", "video"),  # Matroska, WebM
-)
-_RIFF: dict[bytes, Kind] = {b"WEBP": "image", b"WAVE": "audio", b"AVI ": "video"}
-_PICTURES = b"heic", b"heix", b"mif1", b"msf1", b"avif"  # brands of ISO files; the others hold sound or video
+_STARTS: dict[Kind, re.Pattern[bytes]] = {  # of ISO files ("ftyp") the brand decides
+    "image": re.compile(
+        rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8|BM|II\*\0|MM\0\*|RIFF....WEBP|....ftyp(hei|mif1|msf1|avif)", re.S
+    ),
+    "audio": re.compile(rb"fLaC|OggS|ID3|\xff[\xfb\xf3\xf2\xf1]|FORM....AIF|RIFF....WAVE|....ftypM4A", re.S),
+    "video": re.compile(rb"\x1aE\xdf\xa3|RIFF....AVI |....ftyp", re.S),  # Matroska and WebM begin as the first one does
+}
 
 
 def kind_of(head: bytes) -> Kind | None:
     """Return what a file that begins so is, or None."""
-    if head[:4] == b"RIFF":
-        return _RIFF.get(head[8:12])
-    if head[4:8] == b"ftyp":
-        return "audio" if head[8:11] == b"M4A" else "image" if head[8:12] in _PICTURES else "video"
-    return next((kind for start, kind in _STARTS if head.startswith(start)), None)
+    return next((kind for kind in KINDS if _STARTS[kind].match(head)), None)
 
 
-class _Takes(Protocol):
-    """A projector (projector.py's `Media`)."""
-
-    @property
-    def kinds(self) -> Collection[str]: ...
-
-
-def kinds_of(media: _Takes | None) -> tuple[Kind, ...]:
+def kinds_of(media: Media | None) -> tuple[Kind, ...]:
     """Return what a model takes beside text, in the order of KINDS."""
     return tuple(kind for kind in KINDS if media and kind in media.kinds)

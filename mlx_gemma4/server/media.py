@@ -10,6 +10,7 @@ import base64
 import logging
 import mimetypes
 import re
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from .wire import request_id
 log = logging.getLogger(__name__)
 
 MOST = 32_000_000  # bytes of one
-MOST_REMOTE = 16  # pictures from the web in a request
+MOST_REMOTE = 64_000_000, 30.0  # bytes and seconds for all pictures of a request that are on the web
 BUDGETS = 70, 140, 280, 560, 1120  # tokens of a picture
 _DETAIL = {"low": 70, "high": 1120, "original": 1120}
 WORDS: dict[Kind, str] = {  # types of parts, and the words for them
@@ -103,7 +104,7 @@ class _Reader:
     def __init__(self, lm: LanguageModel, settings: Settings) -> None:
         self.lm, self.settings, self.kinds = lm, settings, kinds_of(lm.media)
         self.left: Counter[str] = Counter()
-        self.remote = 0
+        self.room, self.end = MOST_REMOTE[0], time.monotonic() + MOST_REMOTE[1]
 
     def messages(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         made: list[dict[str, Any]] = []
@@ -162,13 +163,12 @@ class _Reader:
         if not self.settings.allow_remote_images or kind != "image":
             flag = " (serve --allow-remote-images)" if kind == "image" else ""
             raise wrong(path, f"is an address on the web, from which this server reads nothing{flag}: send a data: URL")
-        self.remote += 1
-        if self.remote > MOST_REMOTE:
-            raise wrong(path, f"is picture {MOST_REMOTE + 1} from the web; a request may have {MOST_REMOTE}")
         try:
-            return fetch(address, MOST)
+            found = fetch(address, min(MOST, self.room), self.end)
         except Refused as error:
             raise wrong(path, f"{address[:80]!r} {error}") from None
+        self.room -= len(found)
+        return found
 
 
 def _text(text: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
+import av
 import httpx
 import numpy as np
 import ollama
@@ -23,6 +24,8 @@ from PIL import Image
 from serving import Serving, serving
 
 from mlx_gemma4.conversation.language_model import load
+from mlx_gemma4.files.folder import find_models
+from mlx_gemma4.server.cards import cards
 from mlx_gemma4.server.settings import Settings
 
 PAIRS = Path(__file__).parents[1] / "fixtures" / "media"
@@ -177,3 +180,33 @@ def test_nothing_is_refused_where_media_are_skipped() -> None:
     with pair("ua", skip_media=True) as running:
         body = {"messages": [{"role": "user", "content": shown("red")}]}
         assert httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60).is_success
+
+
+def test_videos() -> None:
+    file = io.BytesIO()
+    with av.open(file, "w", "mp4") as made:
+        stream: Any = made.add_stream("mpeg4", rate=2)
+        stream.width, stream.height, stream.pix_fmt = 96, 48, "yuv420p"
+        for shade in (0, 120, 240):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 96, 3), shade, np.uint8), format="rgb24")
+            made.mux(stream.encode(frame))
+        made.mux(stream.encode(None))
+    url = f"data:video/mp4;base64,{base64.b64encode(file.getvalue()).decode()}"
+    parts = [{"type": "text", "text": ASK}, {"type": "video_url", "video_url": {"url": url}}]
+    with pair("v") as running:
+        body = {"messages": [{"role": "user", "content": parts}]}
+        reply = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60).json()
+        parts.pop()
+        plain = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60).json()
+        # Three frames of up to 70 tokens and a token on each side, with their times.
+        assert 3 * 57 < reply["usage"]["prompt_tokens"] - plain["usage"]["prompt_tokens"] < 3 * (57 + 12)
+
+
+def test_a_folder_of_models_says_what_each_takes(tmp_path: Path) -> None:
+    for name in ("uv", "ua"):
+        (tmp_path / name).mkdir()
+        for file in ("model.gguf", "mmproj.gguf"):
+            (tmp_path / name / file).symlink_to(PAIRS / name / file)
+    found = cards(find_models(tmp_path))
+    assert {card.name: card.media for card in found} == {"uv/model": ("image", "video"), "ua/model": ("audio",)}
+    assert [card.lm_studio(False)["type"] for card in found] == ["llm", "vlm"]

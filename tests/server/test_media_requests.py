@@ -309,14 +309,16 @@ def test_a_picture_from_the_web(web: str) -> None:
 def test_the_web_is_kept_within_bounds(web: str, path: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(media, "MOST", 1000)
     assert says in wrong({"type": "image_url", "image_url": {"url": web + path}}, allow_remote_images=True)
-    monkeypatch.setattr(remote, "SECONDS", -1.0)
-    assert "took over" in wrong({"type": "image_url", "image_url": {"url": web + "/a"}}, allow_remote_images=True)
+    monkeypatch.setattr(media, "MOST_REMOTE", (1000, -1.0))
+    assert "takes too long" in wrong({"type": "image_url", "image_url": {"url": web + "/a"}}, allow_remote_images=True)
 
 
-def test_a_request_has_few_pictures_of_the_web(web: str) -> None:
+def test_pictures_from_the_web_share_their_bounds(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media, "MOST_REMOTE", (2 * len(PNG), 60.0))
     part = {"type": "image_url", "image_url": {"url": f"{web}/a.png"}}
-    with pytest.raises(ApiError, match="picture 17"):
-        chat(*[part] * 17, allow_remote_images=True)
+    assert len(chat(part, part, allow_remote_images=True)) == 2
+    with pytest.raises(ApiError, match=r"content\[2\].*holds over 0 MB"):
+        chat(part, part, part, allow_remote_images=True)
 
 
 # Over HTTP, with the model that has no eyes
