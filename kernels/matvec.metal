@@ -27,17 +27,16 @@
 //   sum of w x  =  a 2^BITS (sum of v x - sum of x) + b sum of x,
 // and the sums of x serve all rows. With PAIRS, one shift serves two codes; the lower has
 // v = 1 + code / 2^(2 BITS), so even and odd k are summed apart. Look-up types read their 16 values from
-// threadgroup memory, and formats with a grid its entries. INTEGER: on CUDA, one token's x of 16 bits becomes whole
+// threadgroup memory, and formats with a grid its entries, whose bytes are codes of 8 bits then. INTEGER: on CUDA, one token's x of 16 bits becomes whole
 // numbers of 16 bits, with one power of two for each 32 (fp16 down to a sixteenth of the largest exactly); the table's
 // values come as bytes, four by one permutation of 8, and are multiplied as such.
 // uses: packed.metal
 
 #define HALVES (PAIRS ? 2 : 1)                         // sums kept apart
-#define STEP float(1 << BITS)
+#define STEP float(RULE ? 256 : 1 << BITS)
 #ifdef CUDA
 #define INTEGER (HAS_LUT && GROUP == 32 && TOKENS == 1 && !T_FLOAT && !NORM)
 #endif
-#define VALUED (HAS_LUT || RULE)                       // codes are not numbers to multiply with
 
 // Code i of a chunk as a float from 1 to 2: its bits under the exponent of 1. `one` is the bits of 1.0f.
 // With PAIRS, codes 2j and 2j + 1 are shifted as one, so that an even code stands BITS lower in the mantissa.
@@ -52,6 +51,15 @@ METAL_FUNC float unit_code(const thread uint* w, int i, uint one) {
   const uint mask = ((1u << BITS) - 1) << (low_end + (i - first) * BITS);
   return as_type<float>((u & mask) | one);
 }
+
+#if RULE
+// The same of byte j of eight (packed.metal).
+METAL_FUNC float unit_byte(const thread uint* b, int j, uint one) {
+  const int at = j % 4 * 8;
+  const uint u = at > 15 ? b[j / 4] >> (at > 15 ? at - 15 : 0) : b[j / 4] << (at > 15 ? 0 : 15 - at);
+  return as_type<float>((u & 0x007F8000u) | one);
+}
+#endif
 
 #if INTEGER
 // 32 numbers as 16-bit integers, a pair a word, and their unit: a power of two, 2^-14 to 2^-15 of the largest, or
@@ -281,19 +289,18 @@ for (int step = 0; step < steps; step++) {
             squares[t] += v[t][j] * v[t][j];
             v[t][j] *= scale[j];
 #endif
-            if (!VALUED) sums[t][j % HALVES] += v[t][j];
+            if (!HAS_LUT) sums[t][j % HALVES] += v[t][j];
           }
         }
         UNROLL
         for (int r = 0; r < ROWS; r++) {
 #if RULE
-          float eight[8];
-          EIGHT_VALUES(table, now[r].codes, now[r].group_scales, at / 8, eight)
+          EIGHT_BYTES(table, now[r].codes, now[r].group_scales, at / 8, eight)
 #endif
           UNROLL
           for (int j = 0; j < 8; j++) {
 #if RULE
-            const float w = eight[j];
+            const float w = unit_byte(eight, j, one);
 #elif HAS_LUT
             const float w = lut[(now[r].codes[(at + j) / 8] >> ((at + j) % 8 * 4)) & 15u];
 #else
@@ -310,7 +317,7 @@ for (int step = 0; step < steps; step++) {
         scales(now[r].group_scales, now[r].block_scales[g * BLOCK_SCALES / SPANS], g, a, b);
         UNROLL
         for (int t = 0; t < TOKENS; t++) {
-#if VALUED
+#if HAS_LUT
           acc[t][r] += a * dots[t][r][0];
 #else
           const float sum = sums[t][0] + (PAIRS ? sums[t][HALVES - 1] : 0.0f);

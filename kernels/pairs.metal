@@ -159,9 +159,9 @@ METAL_FUNC uint weight_pair(
     const thread uint* m, const thread Scale& s, int q, uint ones TABLE_PARAMETER) {
   const int group = GROUPS == 2 ? q / 8 : 0;
 #if RULE
-  float v[8];
-  EIGHT_VALUES(table, m, s.field, q / 4, v)
-  return mul_halves(pair(half(v[q % 4 * 2]), half(v[q % 4 * 2 + 1])), s.by[group]);
+  EIGHT_BYTES(table, m, s.field, q / 4, eight)
+  const uint u = eight[q % 4 / 2] >> (q % 2 * 16);  // as 1024 + 128 + value
+  return mul_halves(add_halves((u & 0xFFu) | (u & 0xFF00u) << 8 | 0x64006400u, 0xE480E480u), s.by[group]);
 #elif HAS_LUT
   return mul_halves(table[m[q / 4] >> (q % 4 * 8) & 0xFFu], s.by[group]);
 #elif WHOLE

@@ -147,9 +147,9 @@ FORMATS: dict[str, Format] = {f.name: f for f in (
     Format("IQ2_S",   2, 16, 8,  0,   False, 256, None, "odd",       (W(2, 4), W(34, 4)), (0,), (iq2_s, 66, 82),
            Rule("iq2_s", 1024, 8, 4, 4, 0.125)),
     Format("IQ1_S",   1, 32, 16, 0,   False, 256, None, "odd",       (W(2, 4),), (0,), (plain, 34, 50),
-           Rule("iq1_s", 2048, 8, 12, 3)),
+           Rule("iq1_s", 2048, 8, 12, 3, 0.125)),
     Format("IQ1_M",   1, 16, 11, 0,   False, 256, None, "odd",       (W(0, 4),), (IQ1M_D,), (iq1_m, 32, 56),
-           Rule("iq1_m", 2048, 8, 8, 3)),
+           Rule("iq1_m", 2048, 8, 8, 3, 0.125)),
     Format("TQ1_0",   1, 32, 20, 0,   False, 256, None, "",          tq1_0_codes, (52,), (tq1_0, 0, 52), Rule("tq1_0")),
     Format("Q1_0",    1, 32, 0,  0,   False, 128, None, "",          (P(2, 1, 1),), (0,), None, Rule("q1_0")),
 )}
