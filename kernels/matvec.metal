@@ -33,7 +33,11 @@
 // uses: packed.metal
 
 #define HALVES (PAIRS ? 2 : 1)                         // sums kept apart
-#define STEP float(RULE ? 256 : 1 << BITS)
+#if RULE
+#define STEP (256.0f / float(1 << BYTE_STEP))
+#else
+#define STEP float(1 << BITS)
+#endif
 #ifdef CUDA
 #define INTEGER (HAS_LUT && GROUP == 32 && TOKENS == 1 && !T_FLOAT && !NORM)
 #endif

@@ -118,27 +118,27 @@ METAL_FUNC uint grid_place(const thread uint* w, uint field, int n) {
 // Bits 0 to 3 as bytes, 0 or 1.
 METAL_FUNC uint bits_as_bytes(uint n) { return (n & 15u) * 0x00204081u & 0x01010101u; }
 
-// Eight weights of a chunk, from 8 i on, but for their scale: as bytes of b, each 128 more. b comes with what the grid
-// has for them.
+// Eight weights of a chunk, from 8 i on, but for their scale: as bytes of b, each 128 + 2^BYTE_STEP value. b comes with
+// what the grid has for them.
 METAL_FUNC void eight_bytes(const thread uint* w, uint field, int i, thread uint* b) {
 #if VALUES_Q1_0  // 1 or -1
   UNROLL
-  for (int n = 0; n < 2; n++) b[n] = 0x7F7F7F7Fu + 2 * bits_as_bytes(w[0] >> (8 * i + 4 * n));
+  for (int n = 0; n < 2; n++) b[n] = 0x40404040u + 128 * bits_as_bytes(w[0] >> (8 * i + 4 * n));
 #elif VALUES_TQ1_0
   // Trit n of a byte is at the top of byte * 3^n mod 256. Bytes 0 to 3, 4 and 5, and the upper half of 6 have 5 each.
   UNROLL
   for (int n = 0; n < 2; n++) {
-    b[n] = 0x7F7F7F7Fu;
+    b[n] = 0x40404040u;
     UNROLL
     for (int j = 0; j < 4; j++) {
       const int k = 8 * i + 4 * n + j, byte = k / 5, t = k % 5;
       const uint bits = byte < 4 ? w[0] >> (byte * 8) : byte < 6 ? field >> ((byte - 4) * 8) : field >> 16 << 4;
       const uint power = t == 0 ? 1 : t == 1 ? 3 : t == 2 ? 9 : t == 3 ? 27 : 81;
-      b[n] += ((bits * power & 255u) * 3 >> 8) << (8 * j);
+      b[n] += ((bits * power & 255u) * 3 >> 8) << (8 * j + 6);
     }
   }
 #elif VALUES_IQ1_S || VALUES_IQ1_M
-  // Eighths: 8 (place - 1), and 1 more, or less. The places' 2 bits move to bytes of their own.
+  // place - 1, and an eighth more, or less. The places' 2 bits move to bytes of their own.
 #if VALUES_IQ1_S
   const uint less = field >> 15;
 #else
@@ -150,7 +150,7 @@ METAL_FUNC void eight_bytes(const thread uint* w, uint field, int i, thread uint
     uint u = (places >> (8 * n)) & 255u;
     u = (u | u << 12) & 0x000F000Fu;
     u = (u | u << 6) & 0x03030303u;
-    b[n] = u * 8 + (less & 1u ? 0x77777777u : 0x79797979u);
+    b[n] = u * 64 + (less & 1u ? 0x38383838u : 0x48484848u);
   }
 #else
 #if VALUES_IQ2_S || VALUES_IQ3_S
@@ -191,9 +191,10 @@ METAL_FUNC void eight_bytes(const thread uint* w, uint field, int i, thread uint
   FROM_GRID(grid, w, field, i, b)                      \
   eight_bytes(w, field, i, b);
 
-// Byte j of eight as what it stands for: its bits go into the mantissa of 2^23, since a conversion is slow.
+// Byte j of eight as what it stands for: its bits go into the mantissa of 2^23 / 2^BYTE_STEP, since a conversion is slow.
 METAL_FUNC float value_of(const thread uint* b, int j) {
-  return as_type<float>(0x4B000000u | ((b[j / 4] >> (j % 4 * 8)) & 255u)) - 8388736.0f;
+  const uint raised = (0x4B000000u - (BYTE_STEP << 23)) | ((b[j / 4] >> (j % 4 * 8)) & 255u);
+  return as_type<float>(raised) - 8388736.0f / float(1 << BYTE_STEP);
 }
 #endif
 

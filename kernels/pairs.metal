@@ -160,8 +160,9 @@ METAL_FUNC uint weight_pair(
   const int group = GROUPS == 2 ? q / 8 : 0;
 #if RULE
   EIGHT_BYTES(table, m, s.field, q / 4, eight)
-  const uint u = eight[q % 4 / 2] >> (q % 2 * 16);  // as 1024 + 128 + value
-  return mul_halves(add_halves((u & 0xFFu) | (u & 0xFF00u) << 8 | 0x64006400u, 0xE480E480u), s.by[group]);
+  const uint u = eight[q % 4 / 2] >> (q % 2 * 16);  // into the mantissa of 1024 / 2^BYTE_STEP
+  const uint raised = 0x64006400u - 0x04000400u * BYTE_STEP;
+  return mul_halves(add_halves((u & 0xFFu) | (u & 0xFF00u) << 8 | raised, raised + 0x80808080u), s.by[group]);
 #elif HAS_LUT
   return mul_halves(table[m[q / 4] >> (q % 4 * 8) & 0xFFu], s.by[group]);
 #elif WHOLE

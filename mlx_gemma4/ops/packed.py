@@ -49,7 +49,7 @@ def format_defines(fmt: Format, chunk: int, k: int) -> dict[str, str | int | flo
         "SCALE_BLOCK": k if fmt.per_row else fmt.scale_block,
         "BLOCK_NUMBERS": fmt.block_numbers,
         "ROW_SCALE": fmt.per_row,
-        "OFFSET": 128 if fmt.rule else fmt.offset,  # bytes, in place of a rule's codes
+        "OFFSET": 128 >> fmt.rule.step if fmt.rule else fmt.offset,  # bytes, in place of a rule's codes
         "HAS_MIN": fmt.has_min,
         "HAS_LUT": fmt.lut is not None,
         "LUT": f"{{{lut}}}",
@@ -68,6 +68,7 @@ def _rule_defines(rule: Rule | None) -> dict[str, str | int | float]:
     grid: dict[str, str | int] = {"GRID_EACH": rule.each, "GRID": table.size if table is not None else 0}
     grid["GRID_TYPE"] = "ushort" if table is not None and table.dtype == mx.uint16 else "uint"
     scale = {"SCALE_AT": rule.scale_at, "SCALE_MASK": (1 << rule.scale_bits) - 1, "SCALE_FACTOR": rule.factor}
+    grid["BYTE_STEP"] = rule.step
     return {"RULE": 1, f"VALUES_{rule.name.upper()}": 1, **grid, **scale}
 
 

@@ -28,6 +28,7 @@ class Rule:
     scale_at: int = 0
     scale_bits: int = 0
     factor: float = 1.0
+    step: int = 6  # kernels have values as bytes of 128 + 2**step * value
 
     @property
     def grid_bytes(self) -> int:
@@ -48,12 +49,12 @@ def grid_values(rule: Rule) -> np.ndarray:
 
 @cache
 def grid_table(rule: Rule) -> mx.array:
-    """The grid for kernels: values as bytes, uint32 [grid * each / 4]. IQ1's, which is long, as uint16 [grid]: a value and
-    1 in 2 bits, the first in the lowest."""
+    """The grid for kernels: values times 2**step as bytes, uint32 [grid * each / 4]. IQ1's, which is long, as
+    uint16 [grid]: a value and 1 in 2 bits, the first in the lowest."""
     values = grid_values(rule)
     if rule.grid > 1024:
         return mx.array(((values + 1).astype(np.uint16) << 2 * np.arange(8, dtype=np.uint16)).sum(1, dtype=np.uint16))
-    return mx.array(np.ascontiguousarray(values.astype(np.uint8)).view(np.uint32).reshape(-1))
+    return mx.array(np.ascontiguousarray((values * 2**rule.step).astype(np.uint8)).view(np.uint32).reshape(-1))
 
 
 def numbers(stream: mx.array, bits: int) -> mx.array:
@@ -115,7 +116,7 @@ def values(rule: Rule, codes: mx.array, fields: mx.array | None) -> mx.array:
     if signs is not None:
         v = mx.where(signs[..., None] >> mx.arange(8, dtype=mx.uint32) & 1, -v, v)
     else:
-        v = 8 * v + mx.where(minus == 1, -1.0, 1.0)[..., None]
+        v = v + mx.where(minus == 1, -0.125, 0.125)[..., None]
     return v.reshape(*codes.shape[:-1], -1)
 
 
