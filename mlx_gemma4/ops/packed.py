@@ -63,7 +63,7 @@ def format_defines(fmt: Format, chunk: int, k: int) -> dict[str, str | int | flo
 def _rule_defines(rule: Rule | None) -> dict[str, str | int | float]:
     """Constants of a format whose codes stand for several weights: packed.metal's `eight_bytes`."""
     if rule is None:
-        return {"RULE": 0}
+        return {"RULE": 0, "BYTE_STEP": 0}
     table = grid_table(rule) if rule.grid else None
     grid: dict[str, str | int] = {"GRID_EACH": rule.each, "GRID": table.size if table is not None else 0}
     grid["GRID_TYPE"] = "ushort" if table is not None and table.dtype == mx.uint16 else "uint"
