@@ -62,7 +62,7 @@ class Format:
     """
 
     name: str
-    bits: int  # of a code
+    bits: int  # of a code; of a rule's codes, for each weight
     group: int  # weights that share a scale
     group_scale_bits: int  # bits per group in `group_scales`
     offset: int  # subtracted from the code
@@ -107,8 +107,7 @@ class Format:
 # The 16 values of ggml's non-linear 4-bit types, and those of FP4 (E2M1), doubled to make them integers.
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-
-IQ1M_D = (49, 51, 53, 55)
+IQ1M_D = (49, 51, 53, 55)  # the bytes of a block whose upper halves are d
 
 # Byte positions are those of the block structs in ggml-common.h. P(at, bits, run) is explained at `Plane`, W(at, step)
 # at `Words`, what a rule's numbers are at `Rule`.
