@@ -33,9 +33,8 @@ METAL_FUNC float weight(const thread Row& from, int k) {
 #if RULE
   uint words[WORDS];
   load_codes(from.codes + chunk * WORDS, words);
-  float values[8];
-  EIGHT_VALUES(from.grid, words, field, k % 32 / 8, values)
-  return a * values[k % 8];
+  EIGHT_BYTES(from.grid, words, field, k % 32 / 8, eight)
+  return a * value_of(eight, k % 8);
 #else
   const int bit = k * BITS, word = bit / 32, shift = bit % 32;
   uint code = from.codes[word] >> shift;

@@ -32,9 +32,9 @@ if (row < uint(codes_shape[0])) {
 #if RULE
   uint words[WORDS];
   load_codes(codes + ulong(row) * (K * BITS / 32) + chunk * WORDS, words);
-  EIGHT_VALUES(grid, words, field, int(c % 4), v)
+  EIGHT_BYTES(grid, words, field, int(c % 4), eight)
   UNROLL
-  for (int j = 0; j < 8; j++) v[j] *= a;
+  for (int j = 0; j < 8; j++) v[j] = a * value_of(eight, j);
 #else
 #if HAS_LUT
   const float table[16] = LUT;

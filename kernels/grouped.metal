@@ -15,7 +15,7 @@
 //
 // Memory. Packed weights are read once for each tile of their expert, mostly from the cache; x once for each 128 rows
 // of W; y is written once. Threadgroup memory: two steps of halves, 24 KB with 64 TOKENS,
-// and a format's grid, 4 KB at most.
+// and a format's grid, 8 KB at most.
 //
 // Rendered before: T (half), U (of y), USED, GLU, TOKENS (a multiple of 32), a format with CHUNK 32, or PLAIN and
 // W_TYPE.
@@ -151,12 +151,12 @@ if (first < last) {
       float a, b, v[8];
       scales(chunk.group_scales, chunk.block_scales[0], j * 8 / GROUP, a, b);
 #if RULE
-      EIGHT_VALUES(table, chunk.codes, chunk.group_scales, j, v)
+      EIGHT_BYTES(table, chunk.codes, chunk.group_scales, j, eight)
 #endif
       UNROLL
       for (int i = 0; i < 8; i++) {
 #if RULE
-        v[i] *= a;
+        v[i] = a * value_of(eight, i);
 #elif HAS_LUT
         v[i] = a * lut[(chunk.codes[j] >> (4 * i)) & 15u];
 #else

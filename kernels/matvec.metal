@@ -27,17 +27,20 @@
 //   sum of w x  =  a 2^BITS (sum of v x - sum of x) + b sum of x,
 // and the sums of x serve all rows. With PAIRS, one shift serves two codes; the lower has
 // v = 1 + code / 2^(2 BITS), so even and odd k are summed apart. Look-up types read their 16 values from
-// threadgroup memory, and formats with a grid its entries. INTEGER: on CUDA, one token's x of 16 bits becomes whole
-// numbers of 16 bits, with one power of two for each 32 (fp16 down to a sixteenth of the largest exactly); the table's
-// values come as bytes, four by one permutation of 8, and are multiplied as such.
+// threadgroup memory, and formats with a grid its entries, whose bytes are codes of 8 bits then. INTEGER: on CUDA, one token's x of 16 bits becomes whole
+// numbers of 16 bits, with one power of two for each group (fp16 down to a sixteenth of the largest exactly). The table's
+// values come as bytes, four by one permutation of 8, those of rules as packed.metal makes them, and are multiplied so.
 // uses: packed.metal
 
 #define HALVES (PAIRS ? 2 : 1)                         // sums kept apart
+#if RULE
+#define STEP (256.0f / float(1 << BYTE_STEP))
+#else
 #define STEP float(1 << BITS)
-#ifdef CUDA
-#define INTEGER (HAS_LUT && GROUP == 32 && TOKENS == 1 && !T_FLOAT && !NORM)
 #endif
-#define VALUED (HAS_LUT || RULE)                       // codes are not numbers to multiply with
+#ifdef CUDA
+#define INTEGER ((HAS_LUT || RULE) && TOKENS == 1 && !T_FLOAT && !NORM)
+#endif
 
 // Code i of a chunk as a float from 1 to 2: its bits under the exponent of 1. `one` is the bits of 1.0f.
 // With PAIRS, codes 2j and 2j + 1 are shifted as one, so that an even code stands BITS lower in the mantissa.
@@ -53,23 +56,39 @@ METAL_FUNC float unit_code(const thread uint* w, int i, uint one) {
   return as_type<float>((u & mask) | one);
 }
 
+#if RULE
+// The same of byte j of eight (packed.metal).
+METAL_FUNC float unit_byte(const thread uint* b, int j, uint one) {
+  const int at = j % 4 * 8;
+  const uint u = at > 15 ? b[j / 4] >> (at > 15 ? at - 15 : 0) : b[j / 4] << (at > 15 ? 0 : 15 - at);
+  return as_type<float>((u & 0x007F8000u) | one);
+}
+#endif
+
 #if INTEGER
-// 32 numbers as 16-bit integers, a pair a word, and their unit: a power of two, 2^-14 to 2^-15 of the largest, or
+// The SPAN numbers of a group as 16-bit integers, a pair a word, and their unit: a power of two, 2^-14 to 2^-15 of the largest, or
 // infinity if one of them is not finite.
 METAL_FUNC float as_integers(const thread float* v, thread uint* pairs) {
   float most = 1e-30f;
   UNROLL
-  for (int j = 0; j < 32; j++) most = max_or_nan(most, fabs(v[j]));
+  for (int j = 0; j < SPAN; j++) most = max_or_nan(most, fabs(v[j]));
   const uint exponent = as_type<uint>(most) & 0x7F800000u;
   const float scale = as_type<float>((268u << 23) - exponent);
   UNROLL
-  for (int j = 0; j < 32; j += 2) {  // under 1.5 * 2^23 the low bits are the number
+  for (int j = 0; j < SPAN; j += 2) {  // under 1.5 * 2^23 the low bits are the number
     const uint low = as_type<uint>(v[j] * scale + 12582912.0f), high = as_type<uint>(v[j + 1] * scale + 12582912.0f);
     pairs[j / 2] = (low & 0xFFFFu) | high << 16;
   }
   return as_type<float>(exponent) * 6.103515625e-05f;
 }
 
+#if RULE
+// sum + values . x for the bytes of 8 weights, 2^BYTE_STEP times what they stand for.
+METAL_FUNC int bytes_dot(const thread uint* b, const thread uint* x, int sum) {
+  sum = dot4(x[0], x[1], b[0] ^ 0x80808080u, sum);
+  return dot4(x[2], x[3], b[1] ^ 0x80808080u, sum);
+}
+#else
 // sum + values(codes) . x for 8 codes. A code's low 3 bits choose a byte of either half of the table; of the half that
 // its bit 3 does not mean, the byte's sign comes instead, 0 or -1, for which the other half's byte makes up.
 METAL_FUNC int table_dot(uint word, const thread uint* table, const thread uint* x, int sum) {
@@ -82,6 +101,7 @@ METAL_FUNC int table_dot(uint word, const thread uint* table, const thread uint*
   }
   return sum;
 }
+#endif
 #endif
 
 // kernel: matvec(x, norm?, codes, group_scales?, block_scales?, grid?, ids?, times?) -> (y)
@@ -110,13 +130,13 @@ for (int r = 0; r < ROWS; r++) {
 // 0x3F800000, but no literal to the compiler: mask and or are then one instruction with one immediate (NVIDIA).
 const uint one = max(uint(N), 0x3F800000u);
 
-#if INTEGER
-const uint table[4] = {LUT_0 ^ one ^ 0x3F800000u, LUT_1 ^ one ^ 0x3F800000u, LUT_2 ^ one ^ 0x3F800000u,
-                       LUT_3 ^ one ^ 0x3F800000u};  // no literals either
-#elif RULE && GRID
+#if RULE && GRID
 threadgroup GRID_TYPE table[GRID];
 for (int i = sg * 32 + lane; i < GRID; i += SG * 32) table[i] = grid[i];
 threadgroup_barrier(mem_flags::mem_threadgroup);
+#elif INTEGER && HAS_LUT
+const uint table[4] = {LUT_0 ^ one ^ 0x3F800000u, LUT_1 ^ one ^ 0x3F800000u, LUT_2 ^ one ^ 0x3F800000u,
+                       LUT_3 ^ one ^ 0x3F800000u};  // no literals either
 #elif HAS_LUT
 threadgroup float lut[16];
 if (sg == 0 && lane < 16) {
@@ -227,18 +247,25 @@ for (int step = 0; step < steps; step++) {
     UNROLL
     for (int g = 0; g < SPANS; g++) {
 #if INTEGER
-      float v[32];
+      float v[SPAN];
       UNROLL
-      for (int i = 0; i < 32; i += 8) load8(xs + c * CHUNK + g * 32 + i, v + i);
-      uint pairs[16];
-      const float unit = as_integers(v, pairs);
+      for (int i = 0; i < SPAN; i += 8) load8(xs + c * CHUNK + g * SPAN + i, v + i);
+      uint pairs[SPAN / 2];
+      const float unit = as_integers(v, pairs) / float(1 << BYTE_STEP);
       UNROLL
       for (int r = 0; r < ROWS; r++) {
         float a, b;
         scales(now[r].group_scales, now[r].block_scales[g * BLOCK_SCALES / SPANS], g, a, b);
         int dot = 0;
         UNROLL
-        for (int i = 0; i < 4; i++) dot = table_dot(now[r].codes[g * 4 + i], table, pairs + 4 * i, dot);
+        for (int i = 0; i < SPAN / 8; i++) {
+#if RULE
+          EIGHT_BYTES(table, now[r].codes, now[r].group_scales, g * (SPAN / 8) + i, eight)
+          dot = bytes_dot(eight, pairs + 4 * i, dot);
+#else
+          dot = table_dot(now[r].codes[g * (SPAN / 8) + i], table, pairs + 4 * i, dot);
+#endif
+        }
         acc[0][r] += a * (unit * float(dot));
       }
 #else
@@ -281,19 +308,18 @@ for (int step = 0; step < steps; step++) {
             squares[t] += v[t][j] * v[t][j];
             v[t][j] *= scale[j];
 #endif
-            if (!VALUED) sums[t][j % HALVES] += v[t][j];
+            if (!HAS_LUT) sums[t][j % HALVES] += v[t][j];
           }
         }
         UNROLL
         for (int r = 0; r < ROWS; r++) {
 #if RULE
-          float eight[8];
-          EIGHT_VALUES(table, now[r].codes, now[r].group_scales, at / 8, eight)
+          EIGHT_BYTES(table, now[r].codes, now[r].group_scales, at / 8, eight)
 #endif
           UNROLL
           for (int j = 0; j < 8; j++) {
 #if RULE
-            const float w = eight[j];
+            const float w = unit_byte(eight, j, one);
 #elif HAS_LUT
             const float w = lut[(now[r].codes[(at + j) / 8] >> ((at + j) % 8 * 4)) & 15u];
 #else
@@ -310,7 +336,7 @@ for (int step = 0; step < steps; step++) {
         scales(now[r].group_scales, now[r].block_scales[g * BLOCK_SCALES / SPANS], g, a, b);
         UNROLL
         for (int t = 0; t < TOKENS; t++) {
-#if VALUED
+#if HAS_LUT
           acc[t][r] += a * dots[t][r][0];
 #else
           const float sum = sums[t][0] + (PAIRS ? sums[t][HALVES - 1] : 0.0f);

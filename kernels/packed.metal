@@ -4,9 +4,8 @@
 // format: BITS, GROUP, GROUP_SCALE_BITS, SCALE_BLOCK, BLOCK_NUMBERS (1 or 2 fp16 numbers of a block), ROW_SCALE (these
 // are an fp32 factor of the row), OFFSET, HAS_MIN, HAS_LUT, GROUP_SCALE_*. Without BITS, empty.
 //
-// Formats with RULE have codes that stand for several weights, CHUNK 32, and one of VALUES_*. Those with a GRID read
-// GRID_EACH neighbouring weights as an entry of it: 8 in 16 bits, 2 bits each for one of three values; or 4 in as many
-// bytes.
+// Formats with RULE have codes that stand for several weights, CHUNK 32, and one of VALUES_*: eight weights become bytes.
+// Those with a GRID (its length) have GRID_EACH weights in an entry of it: a byte each, or 2 bits each of 16 (IQ1).
 
 #ifdef BITS
 #define WORDS (CHUNK * BITS / 32)                      // of codes, a lane, a row and a step
@@ -116,36 +115,46 @@ METAL_FUNC uint grid_place(const thread uint* w, uint field, int n) {
 }
 #endif
 
-// A small whole number as a float: its bits go into the mantissa of 2^23, since a conversion is slow.
-METAL_FUNC float small_number(uint n) { return as_type<float>(0x4B000000u | n) - 8388608.0f; }
+// Bits 0 to 3 as bytes, 0 or 1.
+METAL_FUNC uint bits_as_bytes(uint n) { return (n & 15u) * 0x00204081u & 0x01010101u; }
 
-// Eight weights of a chunk, from 8 i on, but for their scale. entry: the grid's 8 / GRID_EACH for them.
-METAL_FUNC void eight_values(const thread uint* w, uint field, int i, const thread uint* entry, thread float* v) {
-#if VALUES_Q1_0
+// Eight weights of a chunk, from 8 i on, but for their scale: as bytes of b, each 128 + 2^BYTE_STEP value. b comes with
+// what the grid has for them.
+METAL_FUNC void eight_bytes(const thread uint* w, uint field, int i, thread uint* b) {
+#if VALUES_Q1_0  // 1 or -1
   UNROLL
-  for (int j = 0; j < 8; j++) v[j] = as_type<float>(0xBF800000u ^ (w[0] >> (8 * i + j) & 1u) << 31);
+  for (int n = 0; n < 2; n++) b[n] = 0x40404040u + 128 * bits_as_bytes(w[0] >> (8 * i + 4 * n));
 #elif VALUES_TQ1_0
   // Trit n of a byte is at the top of byte * 3^n mod 256. Bytes 0 to 3, 4 and 5, and the upper half of 6 have 5 each.
   UNROLL
-  for (int j = 0; j < 8; j++) {
-    const int k = 8 * i + j, byte = k / 5, n = k % 5;
-    const uint bits = byte < 4 ? w[0] >> (byte * 8) : byte < 6 ? field >> ((byte - 4) * 8) : field >> 16 << 4;
-    const uint power = n == 0 ? 1 : n == 1 ? 3 : n == 2 ? 9 : n == 3 ? 27 : 81;
-    v[j] = small_number((bits * power & 255u) * 3 >> 8) - 1.0f;
+  for (int n = 0; n < 2; n++) {
+    b[n] = 0x40404040u;
+    UNROLL
+    for (int j = 0; j < 4; j++) {
+      const int k = 8 * i + 4 * n + j, byte = k / 5, t = k % 5;
+      const uint bits = byte < 4 ? w[0] >> (byte * 8) : byte < 6 ? field >> ((byte - 4) * 8) : field >> 16 << 4;
+      const uint power = t == 0 ? 1 : t == 1 ? 3 : t == 2 ? 9 : t == 3 ? 27 : 81;
+      b[n] += ((bits * power & 255u) * 3 >> 8) << (8 * j + 6);
+    }
   }
 #elif VALUES_IQ1_S || VALUES_IQ1_M
-  // -1, 0 or 1, and an eighth more, or less.
+  // place - 1, and an eighth more, or less. The places' 2 bits move to bytes of their own.
 #if VALUES_IQ1_S
   const uint less = field >> 15;
 #else
   const uint less = field >> (i / 2 * 11 + i % 2 * 4 + 3);
 #endif
-  const float from = less & 1u ? -1.125f : -0.875f;
+  const uint places = b[0];
   UNROLL
-  for (int j = 0; j < 8; j++) v[j] = small_number((entry[0] >> (2 * j)) & 3u) + from;
+  for (int n = 0; n < 2; n++) {
+    uint u = (places >> (8 * n)) & 255u;
+    u = (u | u << 12) & 0x000F000Fu;
+    u = (u | u << 6) & 0x03030303u;
+    b[n] = u * 64 + (less & 1u ? 0x38383838u : 0x48484848u);
+  }
 #else
 #if VALUES_IQ2_S || VALUES_IQ3_S
-  const uint signs = (w[WORDS - 1] >> (8 * i)) & 255u;
+  const uint signs = w[WORDS - 1] >> (8 * i);
 #else
   // Seven signs; the eighth makes the number of minus signs even. 0x6996 has the parity of each 4 bits.
 #if VALUES_IQ2_XS
@@ -156,30 +165,37 @@ METAL_FUNC void eight_values(const thread uint* w, uint field, int i, const thre
   const uint signs = seven | ((0x6996u >> ((seven ^ seven >> 4) & 15u)) & 1u) << 7;
 #endif
   UNROLL
-  for (int j = 0; j < 8; j++) {
-#if GRID_EACH == 8
-    const float place = small_number((entry[0] >> (2 * j)) & 3u);
-    const float value = (0.5f * place + 16.5f) * place + 8.0f;  // 8, 25, 43
-#else
-    const float value = small_number((entry[j / 4] >> (j % 4 * 8)) & 255u);
-#endif
-    v[j] = as_type<float>(as_type<uint>(value) ^ (signs >> j & 1u) << 31);
+  for (int n = 0; n < 2; n++) {  // 128 + v is v ^ 128, 128 - v is (v ^ 127) + 1
+    const uint minus = bits_as_bytes(signs >> (4 * n));
+    b[n] = (b[n] ^ (0x80808080u - minus)) + minus;
   }
 #endif
 }
 
-// eight_values by way of a grid in any memory.
-#if GRID
-#define EIGHT_VALUES(grid, w, field, i, v)                                                           \
-  {                                                                                                  \
-    uint entry[8 / GRID_EACH];                                                                            \
-    UNROLL for (int e = 0; e < 8 / GRID_EACH; e++)                                                        \
-        entry[e] = uint(grid[grid_place(w, field, (i) * (8 / GRID_EACH) + e)]);                           \
-    eight_values(w, field, i, entry, v);                                                             \
-  }
+// eight_bytes by way of a grid in any memory: 8 weights are two entries of a word, or one of two words, or half a word.
+#if GRID && GRID_EACH == 4
+#define FROM_GRID(grid, w, field, i, b)                \
+  b[0] = grid[grid_place(w, field, 2 * (i))];          \
+  b[1] = grid[grid_place(w, field, 2 * (i) + 1)];
+#elif VALUES_IQ1_S || VALUES_IQ1_M
+#define FROM_GRID(grid, w, field, i, b) b[0] = uint(grid[grid_place(w, field, i)]);
+#elif GRID
+#define FROM_GRID(grid, w, field, i, b)                \
+  b[0] = grid[2 * grid_place(w, field, i)];            \
+  b[1] = grid[2 * grid_place(w, field, i) + 1];
 #else
-#define EIGHT_VALUES(grid, w, field, i, v) eight_values(w, field, i, w, v);
+#define FROM_GRID(grid, w, field, i, b)
 #endif
+#define EIGHT_BYTES(grid, w, field, i, b)              \
+  uint b[2];                                           \
+  FROM_GRID(grid, w, field, i, b)                      \
+  eight_bytes(w, field, i, b);
+
+// Byte j of eight as what it stands for: its bits go into the mantissa of 2^23 / 2^BYTE_STEP, since a conversion is slow.
+METAL_FUNC float value_of(const thread uint* b, int j) {
+  const uint raised = (0x4B000000u - (BYTE_STEP << 23)) | ((b[j / 4] >> (j % 4 * 8)) & 255u);
+  return as_type<float>(raised) - 8388736.0f / float(1 << BYTE_STEP);
+}
 #endif
 
 // Weight = a code + b for group g of a chunk (a look-up type: a value(code)), but for the offset.

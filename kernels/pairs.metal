@@ -159,9 +159,10 @@ METAL_FUNC uint weight_pair(
     const thread uint* m, const thread Scale& s, int q, uint ones TABLE_PARAMETER) {
   const int group = GROUPS == 2 ? q / 8 : 0;
 #if RULE
-  float v[8];
-  EIGHT_VALUES(table, m, s.field, q / 4, v)
-  return mul_halves(pair(half(v[q % 4 * 2]), half(v[q % 4 * 2 + 1])), s.by[group]);
+  EIGHT_BYTES(table, m, s.field, q / 4, eight)
+  const uint u = eight[q % 4 / 2] >> (q % 2 * 16);  // into the mantissa of 1024 / 2^BYTE_STEP
+  const uint raised = 0x64006400u - 0x04000400u * BYTE_STEP;
+  return mul_halves(add_halves((u & 0xFFu) | (u & 0xFF00u) << 8 | raised, raised + 0x80808080u), s.by[group]);
 #elif HAS_LUT
   return mul_halves(table[m[q / 4] >> (q % 4 * 8) & 0xFFu], s.by[group]);
 #elif WHOLE

@@ -49,7 +49,7 @@ def format_defines(fmt: Format, chunk: int, k: int) -> dict[str, str | int | flo
         "SCALE_BLOCK": k if fmt.per_row else fmt.scale_block,
         "BLOCK_NUMBERS": fmt.block_numbers,
         "ROW_SCALE": fmt.per_row,
-        "OFFSET": fmt.offset,
+        "OFFSET": 128 >> fmt.rule.step if fmt.rule else fmt.offset,  # bytes, in place of a rule's codes
         "HAS_MIN": fmt.has_min,
         "HAS_LUT": fmt.lut is not None,
         "LUT": f"{{{lut}}}",
@@ -61,11 +61,14 @@ def format_defines(fmt: Format, chunk: int, k: int) -> dict[str, str | int | flo
 
 
 def _rule_defines(rule: Rule | None) -> dict[str, str | int | float]:
-    """Constants of a format whose codes stand for several weights: packed.metal's `eight_values`."""
+    """Constants of a format whose codes stand for several weights: packed.metal's `eight_bytes`."""
     if rule is None:
-        return {"RULE": 0}
-    grid = {"GRID_EACH": rule.each, "GRID": rule.grid, "GRID_TYPE": "ushort" if rule.each == 8 else "uint"}
+        return {"RULE": 0, "BYTE_STEP": 0}
+    table = grid_table(rule) if rule.grid else None
+    grid: dict[str, str | int] = {"GRID_EACH": rule.each, "GRID": table.size if table is not None else 0}
+    grid["GRID_TYPE"] = "ushort" if table is not None and table.dtype == mx.uint16 else "uint"
     scale = {"SCALE_AT": rule.scale_at, "SCALE_MASK": (1 << rule.scale_bits) - 1, "SCALE_FACTOR": rule.factor}
+    grid["BYTE_STEP"] = rule.step
     return {"RULE": 1, f"VALUES_{rule.name.upper()}": 1, **grid, **scale}
 
 

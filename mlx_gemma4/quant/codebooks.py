@@ -1,7 +1,7 @@
 """Values of codes that stand for several weights at once: ggml's grids with their signs, trits, single bits.
 
 In: planar codes and fields of groups, as `repack` lays them out. Out: what a group's scale multiplies. This is the
-reference of `eight_values` in packed.metal, which has each rule under VALUES_ and its name. Grids are gguf-py's.
+reference of `eight_bytes` in packed.metal, which has each rule under VALUES_ and its name. Grids are gguf-py's.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ class Rule:
     scale_at: int = 0
     scale_bits: int = 0
     factor: float = 1.0
+    step: int = 6  # kernels have values as bytes of 128 + 2**step * value
 
     @property
     def grid_bytes(self) -> int:
         """Size of the table that kernels read."""
-        return self.grid * (2 if self.each == 8 else 4)
+        return self.grid * (2 if self.grid > 1024 else self.each)
 
 
 @cache
@@ -48,13 +49,12 @@ def grid_values(rule: Rule) -> np.ndarray:
 
 @cache
 def grid_table(rule: Rule) -> mx.array:
-    """The grid for kernels. Of 8 weights an entry: uint16, 2 bits each, the lowest first, the place of a value among
-    the grid's three. Of 4: uint32, a byte each, the value."""
+    """The grid for kernels: values times 2**step as bytes, uint32 [grid * each / 4]. IQ1's, which is long, as
+    uint16 [grid]: a value and 1 in 2 bits, the first in the lowest."""
     values = grid_values(rule)
-    if rule.each == 4:
-        return mx.array(np.ascontiguousarray(values.astype(np.uint8)).view(np.uint32).reshape(-1))
-    places = np.searchsorted(np.unique(values), values).astype(np.uint16)
-    return mx.array((places << 2 * np.arange(8, dtype=np.uint16)).sum(1, dtype=np.uint16))
+    if rule.grid > 1024:
+        return mx.array(((values + 1).astype(np.uint16) << 2 * np.arange(8, dtype=np.uint16)).sum(1, dtype=np.uint16))
+    return mx.array(np.ascontiguousarray((values * 2**rule.step).astype(np.uint8)).view(np.uint32).reshape(-1))
 
 
 def numbers(stream: mx.array, bits: int) -> mx.array:

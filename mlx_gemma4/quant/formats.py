@@ -62,7 +62,7 @@ class Format:
     """
 
     name: str
-    bits: int  # of a code
+    bits: int  # of a code; of a rule's codes, for each weight
     group: int  # weights that share a scale
     group_scale_bits: int  # bits per group in `group_scales`
     offset: int  # subtracted from the code
@@ -107,8 +107,7 @@ class Format:
 # The 16 values of ggml's non-linear 4-bit types, and those of FP4 (E2M1), doubled to make them integers.
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-
-IQ1M_D = (49, 51, 53, 55)
+IQ1M_D = (49, 51, 53, 55)  # the bytes of a block whose upper halves are d
 
 # Byte positions are those of the block structs in ggml-common.h. P(at, bits, run) is explained at `Plane`, W(at, step)
 # at `Words`, what a rule's numbers are at `Rule`.
@@ -137,15 +136,15 @@ FORMATS: dict[str, Format] = {f.name: f for f in (
     Format("Q2_0",    2, 32, 0,  1,   False, 64,  None, "",          (P(2, 2, 1),), (0,), None),
     Format("TQ2_0",   2, 32, 0,  1,   False, 256, None, "",          (P(0, 2, 32),), (64,), None),
     Format("IQ3_XXS", 2, 32, 32, 0,   False, 256, None, "odd",       (W(2, 8), W(6, 8)), (0,), (plain, 66, 98),
-           Rule("iq3_xxs", 256, 4, 28, 4, 0.25)),
+           Rule("iq3_xxs", 256, 4, 28, 4, 0.25, 1)),
     Format("IQ3_S",   3, 32, 12, 0,   False, 256, None, "odd",       (W(2, 8), W(6, 8), W(74, 4)), (0,),
-           (iq3_s, 66, 110), Rule("iq3_s", 512, 4, 8, 4)),
+           (iq3_s, 66, 110), Rule("iq3_s", 512, 4, 8, 4, 1, 3)),
     Format("IQ2_XXS", 1, 32, 32, 0,   False, 256, None, "odd",       (W(2, 8),), (0,), (iq2_xxs, 2, 66),
-           Rule("iq2_xxs", 256, 8, 28, 4, 0.125)),
+           Rule("iq2_xxs", 256, 8, 28, 4, 0.125, 1)),
     Format("IQ2_XS",  2, 16, 4,  0,   False, 256, None, "odd",       (W(2, 8), W(6, 8)), (0,), (plain, 66, 74),
-           Rule("iq2_xs", 512, 8, 0, 4, 0.125)),
+           Rule("iq2_xs", 512, 8, 0, 4, 0.125, 1)),
     Format("IQ2_S",   2, 16, 8,  0,   False, 256, None, "odd",       (W(2, 4), W(34, 4)), (0,), (iq2_s, 66, 82),
-           Rule("iq2_s", 1024, 8, 4, 4, 0.125)),
+           Rule("iq2_s", 1024, 8, 4, 4, 0.125, 1)),
     Format("IQ1_S",   1, 32, 16, 0,   False, 256, None, "odd",       (W(2, 4),), (0,), (plain, 34, 50),
            Rule("iq1_s", 2048, 8, 12, 3)),
     Format("IQ1_M",   1, 16, 11, 0,   False, 256, None, "odd",       (W(0, 4),), (IQ1M_D,), (iq1_m, 32, 56),

@@ -198,11 +198,13 @@ def _trit_bytes(source: Bytes) -> Bytes:
     trits = []
     for at, count, each in ((0, 32, 5), (32, 16, 5), (48, 4, 4)):
         raised = source[at : at + count] * np.array([1, 3, 9, 27, 81][:each], np.uint8)[:, None, None]  # mod 256
-        trits.append((raised.astype(np.uint16) * 3 >> 8).reshape(each * count, -1))
+        trits.append(((raised > 85).astype(np.uint8) + (raised > 170)).reshape(each * count, -1))  # raised * 3 >> 8
     eights = np.concatenate(trits).reshape(8, 32, -1)
     fives = np.concatenate((eights, np.zeros_like(eights[:, :3])), 1).reshape(8, 7, 5, -1)
-    whole = sum(fives[:, :, i] * 3 ** (4 - i) for i in range(5))
-    return cast(Bytes, ((whole.astype(np.uint32) * 256 + 242) // 243).astype(np.uint8))
+    whole = fives[:, :, 0]
+    for i in range(1, 5):
+        whole = whole * 3 + fives[:, :, i]
+    return ((np.arange(243) * 256 + 242) // 243).astype(np.uint8)[whole]
 
 
 # ---- all blocks of a tensor ----

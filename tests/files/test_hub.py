@@ -103,6 +103,7 @@ def test_files_of_a_repository() -> None:
         (["a-Q8_0.gguf", "a-Q2_K.gguf", "a-Q4_0.gguf"], "", "a-Q4_0.gguf"),
         (["a-Q8_0.gguf", "a-Q2_K.gguf"], "", "a-Q8_0.gguf"),
         (["a-IQ3_S.gguf"], "", "a-IQ3_S.gguf"),
+        (["a-NVFP4.gguf", "a-TQ1_0.gguf"], "nvfp4", "a-NVFP4.gguf"),
         (["tales.gguf"], "", "tales.gguf"),
         (["a-Q8_0.gguf", "a-q4_k_m.gguf"], "Q4_k_M", "a-q4_k_m.gguf"),
         (["a-Q4_K_M.gguf", "a-UD-Q4_K_XL.gguf"], "q4_k_xl", "a-UD-Q4_K_XL.gguf"),

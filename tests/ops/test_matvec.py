@@ -248,9 +248,9 @@ def as_cuda(name: str, input_names: Any, output_names: Any, source: str, header:
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["IQ4_NL", "IQ4_XS", "MXFP4"])
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if not form.is_affine])
 def test_tables_by_bytes(name: str, dtype: mx.Dtype) -> None:
-    """Look-up types as on CUDA: values by permuted bytes, x as whole numbers, without outliers and with."""
+    """Look-up types, grids, trits and bits as on CUDA: values as bytes, x as whole numbers, outliers or none."""
     w, values = weight(name, 45, 1280)
     for factor, limit in ((1, 2e-5), (1000, 1e-4)):
         x = np.array(random(14, 1, 1280))
