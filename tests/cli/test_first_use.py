@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -119,3 +120,20 @@ def test_a_name_of_no_file_says_what_to_pull(tmp_path: Path) -> None:
 def test_doctor_without_a_gpu_is_a_line() -> None:
     (line,) = run("doctor").stdout.splitlines()
     assert "no GPU" in line
+
+
+def test_interrupted_or_the_disk_full_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, and the exit code that shells expect."""
+
+    def fail(error: BaseException) -> None:
+        def raises(*_: object, **__: object) -> None:
+            raise error
+
+        for name in ("load", "demo_path"):
+            monkeypatch.setattr(f"mlx_gemma4.conversation.language_model.{name}", raises)
+
+    for args in (["generate", "hi"], ["chat"], ["inspect"], ["bench"], ["perplexity", __file__]):
+        fail(KeyboardInterrupt())
+        assert run(*args, code=130).stderr.splitlines()[-1] == "Interrupted"
+        fail(OSError(errno.ENOSPC, "No space left on device"))
+        assert "No space left on device: make room" in run(*args, code=3).stderr

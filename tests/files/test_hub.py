@@ -55,7 +55,7 @@ class User:
             "from mlx_gemma4.cli.main import main; main()"
         )
         command = [sys.executable, "-c", code, *args]
-        return subprocess.run(command, env={**self.env, **env}, capture_output=True, text=True, timeout=100)
+        return subprocess.run(command, env={**self.env, **env}, capture_output=True, text=True, timeout=300)
 
     def pull(self, name: str, *flags: str, **env: str) -> Path:
         done = self.run("pull", name, *flags, **env)
