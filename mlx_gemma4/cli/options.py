@@ -283,12 +283,9 @@ def load_with_progress(
     running, given = click.get_current_context(silent=True), loading()
     if model is None:
         command = running.info_name if running else "generate"
-        echo(
-            "No --model given: running the small built-in demo. For a real one: "
-            f"mlx-gemma4 {command} --model ggml-org/gemma-4-E2B-it-GGUF:Q4_K_M"
-            + ' --prompt "..."'
-            * (command == "generate")
-        )
+        real = f"mlx-gemma4 {command} --model ggml-org/gemma-4-E2B-it-GGUF:Q4_K_M"
+        prompt = ' --prompt "..."' * (command == "generate")
+        echo(f"No --model given: running the small built-in demo. For a real one: {real}{prompt}")
     path = find_model(model)
     if given.get("hosts") and "MLX_RANK" not in os.environ:
         from ..distributed import hosts
