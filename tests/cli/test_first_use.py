@@ -10,7 +10,7 @@ import click.testing
 import pytest
 from recorded import HERE
 
-from mlx_gemma4 import execution
+from mlx_gemma4 import execution, load
 from mlx_gemma4.chat_format import template
 from mlx_gemma4.cli.main import main
 from mlx_gemma4.cli.options import ALIASES
@@ -117,6 +117,7 @@ def test_a_name_of_no_file_says_what_to_pull(tmp_path: Path) -> None:
         assert "no such file; download it: mlx-gemma4 pull" in line and "\n" not in line
 
 
+@pytest.mark.slow
 def test_doctor_without_a_gpu_is_a_line() -> None:
     (line,) = run("doctor").stdout.splitlines()
     assert "no GPU" in line
@@ -137,3 +138,14 @@ def test_interrupted_or_the_disk_full_anywhere(monkeypatch: pytest.MonkeyPatch) 
         assert run(*args, code=130).stderr.splitlines()[-1] == "Interrupted"
         fail(OSError(errno.ENOSPC, "No space left on device"))
         assert "No space left on device: make room" in run(*args, code=3).stderr
+
+
+def test_a_context_bounds_conversations_and_is_no_other_model(tmp_path: Path) -> None:
+    """A state saved under a bound goes on without it; a bound over the model's own is none."""
+    whole, part = load(E2B), load(E2B, context=100)
+    assert (whole.config.context, part.config.context, load(E2B, context=9**9).config.context) == (512, 100, 512)
+    assert part.model.fingerprint == whole.model.fingerprint and part.plan.kv < whole.plan.kv
+    state = ["--state", str(tmp_path / "talk.kv")]
+    run("generate", "-m", E2B, "the and", "-n", "2", "-c", "100", *state)
+    run("generate", "-m", E2B, "and the", "-n", "2", *state)
+    assert "context holds 20" in run("generate", "-m", E2B, "the and " * 30, "-c", "20", code=2).stderr
