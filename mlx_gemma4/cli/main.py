@@ -48,7 +48,7 @@ from .tune import tune
 @json_option
 @output_options
 def inspect(file: str | None, model: str | None, context: int | None, as_json: bool) -> None:
-    """Show a model's shape, its tensors by type, and the memory to expect.
+    """Show a model's shape, its tensors, and the memory it takes.
 
     Reads the header only. MODEL is what --model takes, which may be left out.
     """

@@ -161,7 +161,7 @@ loading_options = _together(  # no arguments: `loading` has them
         type=click.IntRange(1),
         expose_value=False,
         callback=_keep,
-        help="Tokens of a conversation at most, which memory is kept for.  [default: the model's]",
+        help="Tokens of a conversation, at most.  [default: the model's]",
     ),
     threads_option,
     click.option(
