@@ -40,7 +40,7 @@ def serving(lm: LanguageModel | Models, settings: Settings | None = None) -> Ite
     server = Server(server_config(app, connections, timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while not server.started:
         assert time.monotonic() < end and thread.is_alive(), "the server did not start"
         time.sleep(0.01)
@@ -49,7 +49,7 @@ def serving(lm: LanguageModel | Models, settings: Settings | None = None) -> Ite
         yield Serving(f"http://127.0.0.1:{port}", port, app, getattr(app.state, "engine", None))
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(60)
         listener.close()
         assert not thread.is_alive(), "the server did not stop"
 
@@ -67,7 +67,7 @@ def serving_folder(folder: Path, hub: str, cache: Path) -> Iterator[str]:
             process.kill()
 
 
-def settled(engine: Engine, seconds: float = 20.0) -> bool:
+def settled(engine: Engine, seconds: float = 60.0) -> bool:
     """Wait until nothing runs and nothing waits; whether that came to pass."""
     end = time.monotonic() + seconds
     while engine.load != (0, 0) and time.monotonic() < end:
@@ -92,7 +92,7 @@ def started(http: httpx.Client, body: dict[str, Any]) -> Iterator[Iterator[str]]
         yield lines
 
 
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
     """Wait for a condition; whether it came to pass."""
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:

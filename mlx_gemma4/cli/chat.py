@@ -7,7 +7,6 @@ import click
 
 from ..errors import InputError
 from .options import (
-    EXIT_INTERRUPTED,
     Lenient,
     conversation_options,
     draft_options,
@@ -36,8 +35,5 @@ def chat(**options: Any) -> None:
     """
     from .chat_loop import chat_loop
 
-    try:
-        failed = chat_loop(**options)
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+    failed = chat_loop(**options)
     sys.exit(InputError("").exit_code if failed and not sys.stdin.isatty() else 0)

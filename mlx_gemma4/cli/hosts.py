@@ -25,7 +25,7 @@ COPIED = 1 << 20  # bytes at a time
 
 @click.group()
 def hosts() -> None:
-    """Several Macs that run one model together."""
+    """Check several Macs that are to run one model together."""
 
 
 @hosts.command(cls=Lenient)

@@ -3,6 +3,7 @@
 Heavy modules are imported when a command runs, so that `--help` answers at once.
 """
 
+import errno
 import json
 import os
 import sys
@@ -14,14 +15,25 @@ import click
 from click.shell_completion import get_completion_class
 
 from .. import __version__
-from ..errors import InputError, one_line
+from ..errors import InputError, one_line, reason
 from ..paths import check_target
 from .bench import bench
 from .chat import chat
 from .generate import generate
 from .hosts import follow, hosts, probe
 from .models import list_models, pull, rm
-from .options import Lenient, complete_file, echo, find_model, json_option, model_option, one_of, output_options, say
+from .options import (
+    EXIT_INTERRUPTED,
+    Lenient,
+    complete_file,
+    echo,
+    find_model,
+    json_option,
+    model_option,
+    one_of,
+    output_options,
+    say,
+)
 from .perplexity import perplexity
 from .serve import serve
 from .tune import tune
@@ -36,7 +48,7 @@ from .tune import tune
 @json_option
 @output_options
 def inspect(file: str | None, model: str | None, context: int | None, as_json: bool) -> None:
-    """Show a model's shape, its tensors by type, and the memory to expect.
+    """Show a model's shape, its tensors, and the memory it takes.
 
     Reads the header only. MODEL is what --model takes, which may be left out.
     """
@@ -93,6 +105,12 @@ class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
+    def main(self, *args: Any, **given: Any) -> Any:
+        try:
+            return super().main(*args, **given)
+        except OSError as error:  # --help into a full disk
+            sys.exit(f"mlx-gemma4: standard output can't be written: {reason(error)}")
+
     def invoke(self, ctx: click.Context) -> Any:
         debug = "--debug" in sys.argv
         try:
@@ -104,12 +122,18 @@ class _Commands(click.Group):
                 raise
             echo(f"mlx-gemma4: {error}")
             ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            echo("Interrupted")
+            ctx.exit(EXIT_INTERRUPTED)
         except BrokenPipeError:  # the reader of our output closed it, as `| head` does
             sys.stderr.close()
             ctx.exit(0)
         except Exception as error:
             if debug:
                 raise
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                echo(f"mlx-gemma4: {reason(error)}: make room, or write to another disk")
+                ctx.exit(3)
             what = one_line(str(error)) or "no details"
             echo(f"mlx-gemma4: unexpected {type(error).__name__}: {what} (run again with --debug for the traceback)")
             ctx.exit(1)

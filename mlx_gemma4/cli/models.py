@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from datetime import datetime
-from typing import Any
 
 import click
 
 from ..errors import InputError
-from .options import EXIT_INTERRUPTED, Lenient, echo, json_option, one_of, output_options, progress, say
+from .options import EXIT_INTERRUPTED, Lenient, echo, one_of, output_options, progress, say
 
 
 @click.command(cls=Lenient)
@@ -19,10 +17,10 @@ from .options import EXIT_INTERRUPTED, Lenient, echo, json_option, one_of, outpu
 @click.option("-m", "--model", hidden=True)
 @output_options
 def pull(repo: str | None, model: str | None) -> None:
-    """Download a model from Hugging Face, or its newest version, and print its path.
+    """Download a model from Hugging Face, or a newer version of it.
 
-    QUANT is a quantization like Q8_0 or a file's name; without it, Q4_K_M is taken where there is one. A download that
-    broke off goes on where it stopped. `--model` takes the same names.
+    Prints its path. QUANT is a quantization like Q8_0 or a file's name; without it, Q4_K_M is taken where there is one.
+    A download that broke off goes on where it stopped. `--model` takes the same names.
     """
     from ..files import hub
     from ..files.folder import repository
@@ -38,10 +36,9 @@ def pull(repo: str | None, model: str | None) -> None:
 
 
 @click.command("list", cls=Lenient)
-@json_option
 @output_options
-def list_models(as_json: bool) -> None:
-    """List the models that `pull` brought: name, size, quantization, when.
+def list_models() -> None:
+    """List the models that are here: name, size, quantization, date.
 
     They are in the cache that programs for Hugging Face share, where HF_HOME says; Gemma models alone are listed.
     """
@@ -49,26 +46,14 @@ def list_models(as_json: bool) -> None:
     from ..server.cards import cards
 
     logging.getLogger("mlx_gemma4.server.cards").setLevel(logging.ERROR)  # it warns of models of other kinds
-    rows: list[dict[str, Any]] = [
-        {
-            "name": one.name,
-            "bytes": one.n_bytes,
-            "quantization": one.quant,
-            "changed": one.changed,
-            "path": str(one.path),
-        }
-        for one in cards(cached_models())
-    ]
-    parts = broken_off()
-    if as_json:
-        return say(json.dumps({"models": rows, "broken_off": parts}))
-    width = max([len(row["name"]) for row in rows] + [len(repo) for repo in parts], default=0)
-    for row in rows:
-        when = datetime.fromtimestamp(row["changed"]).strftime("%Y-%m-%d %H:%M")
-        say(f"{row['name']:<{width}}  {row['bytes'] / 1e9:6.2f} GB  {row['quantization']:<10}  {when}")
+    found, parts = cards(cached_models()), broken_off()
+    width = max(map(len, [*(one.name for one in found), *parts]), default=0)
+    for one in found:
+        when = datetime.fromtimestamp(one.changed).strftime("%Y-%m-%d %H:%M")
+        say(f"{one.name:<{width}}  {one.n_bytes / 1e9:6.2f} GB  {one.quant:<10}  {when}")
     for repo, size in parts.items():
         say(f"{repo:<{width}}  {size / 1e9:6.2f} GB  broken off; pull goes on with it, rm deletes it")
-    if not rows and not parts:
+    if not found and not parts:
         echo(f"No models in {cache_root()}. To get one: mlx-gemma4 pull ggml-org/gemma-4-E2B-it-GGUF:Q4_K_M")
 
 
@@ -77,7 +62,7 @@ def list_models(as_json: bool) -> None:
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
 @output_options
 def rm(name: str, yes: bool) -> None:
-    """Delete a model that `pull` brought, or what a download that broke off has left.
+    """Delete a model, or what is left of a download.
 
     REPO may leave out the owner, and QUANT where there is one only; `list` shows the names.
     """

@@ -168,7 +168,7 @@ loading_options = _together(  # no arguments: `loading` has them
         type=click.IntRange(1),
         expose_value=False,
         callback=_keep,
-        help="Tokens of a conversation at most, which memory is kept for.  [default: the model's]",
+        help="Tokens of a conversation, at most.  [default: the model's]",
     ),
     threads_option,
     click.option(
@@ -308,12 +308,9 @@ def load_with_progress(
     running, given = click.get_current_context(silent=True), loading()
     if model is None:
         command = running.info_name if running else "generate"
-        echo(
-            "No --model given: running the small built-in demo. For a real one: "
-            f"mlx-gemma4 {command} --model ggml-org/gemma-4-E2B-it-GGUF:Q4_K_M"
-            + ' --prompt "..."'
-            * (command == "generate")
-        )
+        real = f"mlx-gemma4 {command} --model ggml-org/gemma-4-E2B-it-GGUF:Q4_K_M"
+        prompt = ' --prompt "..."' * (command == "generate")
+        echo(f"No --model given: running the small built-in demo. For a real one: {real}{prompt}")
     path = find_model(model)
     if given.get("hosts") and "MLX_RANK" not in os.environ:
         from ..distributed import hosts

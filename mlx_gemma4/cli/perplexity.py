@@ -5,7 +5,6 @@ from dataclasses import asdict
 
 import click
 
-from ..errors import InputError
 from .options import (
     Lenient,
     complete_file,
@@ -21,28 +20,24 @@ from .options import (
 
 
 @click.command(cls=Lenient)
-@click.argument("text", metavar="FILE", required=False, shell_complete=complete_file)
-@click.option("-f", "--file", hidden=True)
+@click.argument("file", metavar="FILE", shell_complete=complete_file)
 @model_option
 @threads_option
 @click.option("-c", "--context", type=click.IntRange(4), default=512, help="Tokens of a window.")
 @json_option
 @output_options
-def perplexity(text: str | None, file: str | None, model: str | None, context: int, as_json: bool) -> None:
-    """Measure how well a model predicts a text: exp of the mean negative log-probability of its tokens.
+def perplexity(file: str, model: str | None, context: int, as_json: bool) -> None:
+    """Measure how well a model predicts a text.
 
-    As llama.cpp's llama-perplexity: the text is cut into windows of --context tokens that begin with BOS, and the
-    second half of each is predicted.
+    Prints exp of the mean negative log-probability of its tokens, as llama.cpp's llama-perplexity: the text is cut into
+    windows of --context tokens that begin with BOS, and the second half of each is predicted.
     """
     from ..measure.perplexity import perplexity as measure
 
-    name = text or file
-    if name is None:
-        raise InputError("name a text file: mlx-gemma4 perplexity FILE")
-    read = read_text(name)
+    text = read_text(file)
     lm, _ = load_with_progress(model, "full", context, draft_max=0)
     with progress("Window", 1, "") as update:
-        found = measure(lm, read, context, update)
+        found = measure(lm, text, context, update)
     if as_json:
         say(json.dumps(asdict(found)))
     else:

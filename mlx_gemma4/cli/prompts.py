@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, reason
 from ..paths import check_target
-from .options import EXIT_INTERRUPTED, echo, load_with_progress, progress, say
+from .options import EXIT_INTERRUPTED, echo, load_with_progress, progress, read_text, say
 
 if TYPE_CHECKING:
     from ..conversation.language_model import LanguageModel
@@ -98,12 +98,8 @@ def _read(path: Path) -> list[_Line]:
     from ..generation.sampling import Sampling
 
     known = {f.name for kind in (ReplyOptions, Sampling) for f in fields(kind)} - {"sampling", "logprobs"}
-    try:
-        texts = path.read_text(encoding="utf-8-sig").split("\n")  # U+2028 ends no line of JSON
-    except (OSError, ValueError) as error:
-        raise InputError(f"--prompts {path}: can't be read ({reason(error)})") from error
     lines = []
-    for number, text in enumerate(texts, 1):
+    for number, text in enumerate(read_text(str(path), "--prompts ").split("\n"), 1):  # U+2028 ends no line of JSON
         if not text.strip():
             continue
         place = f"{path}:{number}"

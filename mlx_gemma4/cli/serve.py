@@ -129,9 +129,9 @@ def serve(
     sampling: SamplingOf,
     draft_max: int,
 ) -> None:
-    """Answer over HTTP: OpenAI's, Anthropic's and Ollama's interfaces, and a page to chat in a browser.
+    """Answer over HTTP, as OpenAI, Anthropic and Ollama do.
 
-    Ctrl-C lets running replies end; a second one ends at once.
+    At / there is a page to chat in a browser. Ctrl-C lets running replies end; a second one ends at once.
     """
     from ..conversation.language_model import LanguageModel, load
     from ..generation.prefix import PrefixCache

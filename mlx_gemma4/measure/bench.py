@@ -354,16 +354,21 @@ def copy_bandwidth() -> float:
 # ---------------------------------------------------------------- results
 
 
+def made_by(program: str, **versions: str | None) -> dict[str, Any]:
+    """Return what a report says of the program that makes it, and when; `versions` of others beside its own."""
+    mine = {"mlx-gemma4": __version__, "mlx": MLX, "python": platform.python_version()}
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"program": program, "date": date, "versions": {**mine, **versions}}
+
+
 def result(
     subject: Subject, plan: BenchPlan, cells: list[Cell], copy: float, llama: str | None, command: str
 ) -> dict[str, Any]:
     """Return the object that `--json` writes: rates in tokens per second, times in seconds, sizes in bytes."""
     return {
-        "program": "mlx-gemma4 bench",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **made_by("mlx-gemma4 bench", **{"llama.cpp": llama}),
         "command": command,
         "chip": device_name(),
-        "versions": {"mlx-gemma4": __version__, "mlx": MLX, "python": platform.python_version(), "llama.cpp": llama},
         "file": subject.path.name,
         "holding": subject.holding,
         "load_time": round(subject.load_time, 2),

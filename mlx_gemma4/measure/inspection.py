@@ -15,15 +15,11 @@ import mlx.core as mx
 from ..config import Config
 from ..doctor.verdict import usable_kernels
 from ..errors import InputError, one_line
-from ..files.gguf import TENSOR_TYPES
-from ..loading.loader import open_model
-from ..loading.tensors import Entry, Spec, tensor_specs, unused
+from ..loading.loader import account, open_model
+from ..loading.tensors import Entry, tensor_specs
 from ..media.projector import check_tensors, is_projector, media_beside, open_media, open_towers
 from ..memory import DEFAULT_CONTEXT, Needs, available_memory, kv_dtype
 from ..model.costs import PREFILL_CHUNK, kv_per_token, needs_of, own_attention, weights_per_token
-from ..quant.formats import SUPPORTED
-
-TENSOR_NAMES = {t.name for t in TENSOR_TYPES.values()}
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,7 @@ def inspect(path: Path, context: int | None = None) -> Report | ProjectorReport:
     """
     if is_projector(path):
         return _projector(path)
-    config, entries, name = _header(path)
+    config, entries, name, problems = _header(path)
     context = context or min(DEFAULT_CONTEXT, config.context)
     if context > config.context:
         raise InputError(f"--context {context}: the model's own is {config.context}; take no more")
@@ -109,7 +105,7 @@ def inspect(path: Path, context: int | None = None) -> Report | ProjectorReport:
         config,
         _types(entries),
         [name for name in entries if name not in wanted],
-        _problems(config, entries, wanted),
+        problems,
         context,
         available,
         per_token,
@@ -140,20 +136,15 @@ def _projector(path: Path) -> ProjectorReport:
         return ProjectorReport(str(path), size, name, hidden, about, _types(source.entries))
 
 
-def _problems(config: Config, entries: Mapping[str, Entry], wanted: Mapping[str, Spec]) -> list[str]:
-    missing = [name for name, spec in wanted.items() if not spec.optional and name not in entries]
-    found = [f"tensors missing: {', '.join(missing[:3])}{f' and {len(missing) - 3} more' if missing[3:] else ''}"]
-    odd = unused(config, [name for name in entries if name not in wanted and not name.endswith(".scale")])[1]
-    if odd:
-        return [f"tensor {odd[0]}{f' and {len(odd) - 1} more' if odd[1:] else ''}, which nothing here knows how to use"]
-    known = {e.type for e in entries.values()} & TENSOR_NAMES
-    return found * bool(missing) + [f"type {name} can't be loaded yet" for name in sorted(known - SUPPORTED)]
-
-
-def _header(path: Path) -> tuple[Config, Mapping[str, Entry], str]:
-    """Return the configuration, the tensors by GGUF name, and the model's name ("" for a folder)."""
+def _header(path: Path) -> tuple[Config, Mapping[str, Entry], str, list[str]]:
+    """Return the configuration, the tensors by GGUF name, its name ("" for a folder), and why it can't be loaded."""
+    problems = []
     with open_model(path) as (config, source, metadata):
-        return config, source.entries, one_line(str(metadata.get("general.name", "")))
+        try:
+            account(config, source, tensor_specs(config))
+        except InputError as error:
+            problems.append(str(error).removeprefix(f"{source.name}: "))
+        return config, source.entries, one_line(str(metadata.get("general.name", ""))), problems
 
 
 def _memory(

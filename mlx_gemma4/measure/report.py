@@ -6,21 +6,17 @@ switches are told.
 """
 
 import os
-import platform
 import re
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from .. import __version__
 from ..conversation.language_model import demo_path
 from ..doctor.table import examine
-from ..doctor.verdict import MLX
 from ..paths import write_object
-from .bench import BenchPlan, cells_of, copy_bandwidth, load_subject, machine, measure, result
+from .bench import BenchPlan, cells_of, copy_bandwidth, load_subject, machine, made_by, measure, result
 
 SCHEMA = 1  # of the object: changes when a name or a unit does
 DEMO = BenchPlan(prompts=(512,), depths=(0, 512), reply=64, repetitions=3)
@@ -39,10 +35,8 @@ def examine_and_report(file: Path, echo: Callable[[str], None], as_json: bool = 
     """
     variables = {name: value for name, value in os.environ.items() if VARIABLES.match(name)}
     head = {
-        "program": "mlx-gemma4 doctor",
+        **made_by("mlx-gemma4 doctor"),
         "schema": SCHEMA,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"mlx-gemma4": __version__, "mlx": MLX, "python": platform.python_version()},
         "machine": machine(),
         "environment": {k: v if HARMLESS.fullmatch(v) else "(set)" for k, v in variables.items()},
     }

@@ -25,8 +25,6 @@ async def _models(request: Request) -> Response:
 
 
 async def _model(request: Request) -> Response:
-    if not request.path_params["model"]:  # the list's path, with a slash
-        return await _models(request)
     for_anthropic = "anthropic-version" in request.headers
     try:
         card = await _of(request).card(request.path_params["model"])
@@ -43,8 +41,6 @@ async def _lm_studio(request: Request) -> Response:
 
 async def _lm_studio_model(request: Request) -> Response:
     models = _of(request)
-    if not request.path_params["model"]:
-        return await _lm_studio(request)
     card = await models.card(request.path_params["model"])
     return json_response(card.lm_studio(card.name in models.loaded))
 
@@ -101,9 +97,9 @@ def _of(request: Request) -> Models:
 
 
 ROUTES = [
-    Route("/v1/models", _models),
+    *(Route(path, _models) for path in ("/v1/models", "/v1/models/")),
     Route("/v1/models/{model:path}", _model),
-    Route("/api/v0/models", _lm_studio),
+    *(Route(path, _lm_studio) for path in ("/api/v0/models", "/api/v0/models/")),
     Route("/api/v0/models/{model:path}", _lm_studio_model),
     Route("/api/tags", _tags),
     Route("/api/ps", _ps),

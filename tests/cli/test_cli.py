@@ -26,7 +26,7 @@ COMMAND = [sys.executable, "-m", "mlx_gemma4"]
 
 
 def run(*args: str | Path, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *map(str, args)], input=text, capture_output=True, text=True, timeout=120)
+    return subprocess.run([*COMMAND, *map(str, args)], input=text, capture_output=True, text=True, timeout=300)
 
 
 def refused(*args: str | Path, code: int = 2, text: str | None = None) -> str:
@@ -34,7 +34,7 @@ def refused(*args: str | Path, code: int = 2, text: str | None = None) -> str:
     done = run("generate", *args, text=text)
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
-    lines = done.stderr.strip().splitlines()
+    lines = [line for line in done.stderr.strip().splitlines() if "has no chat template" not in line]
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("mlx-gemma4: ")
     return lines[0]
@@ -89,7 +89,7 @@ def test_interrupted() -> None:
     assert process.stdout is not None
     first = process.stdout.read(20)  # it has begun to answer
     process.send_signal(signal.SIGINT)
-    rest, errors = process.communicate(timeout=60)
+    rest, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert len(first + rest) >= 20
     assert b"(interrupted)" in errors
@@ -99,7 +99,7 @@ def test_interrupted() -> None:
 def test_closed_pipe() -> None:
     """`mlx-gemma4 generate | head -c 1` ends quietly."""
     args = " ".join([*COMMAND, "generate", "-p", "Once", "-n", "300"])
-    done = subprocess.run(["bash", "-c", f"{args} | head -c 1"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", f"{args} | head -c 1"], capture_output=True, text=True, timeout=300)
     assert "Traceback" not in done.stderr
     assert "unexpected" not in done.stderr
 
@@ -113,7 +113,7 @@ def test_version_and_help() -> None:
 def test_help_loads_nothing_heavy() -> None:
     code = "import sys; from mlx_gemma4.cli.main import main; main(sys.argv[1:], standalone_mode=False);"
     code += "print([m for m in ('mlx.core', 'numpy', 'jinja2', 'rich', 'starlette') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code, "chat", "--help"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, "chat", "--help"], capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
@@ -164,7 +164,7 @@ def test_too_little_memory(tmp_path: Path) -> None:
         "from mlx_gemma4.cli.main import main; main()"
     )
     args = [sys.executable, "-c", code, "generate", "-m", str(MODEL), "-p", "x"]
-    done = subprocess.run(args, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(args, capture_output=True, text=True, timeout=300)
     assert done.returncode == 3
     assert "needs 0.4 GB of memory and 0.0 GB are free" in done.stderr
 
@@ -214,7 +214,7 @@ def test_completion_in_bash(tmp_path: Path) -> None:
     for words, found in (("mlx-gemma4 gen", "generate"), ("mlx-gemma4 bench --dep", "--depths")):
         tab = f"COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _mlx_gemma4_completion mlx-gemma4"
         script = f'eval "$(mlx-gemma4 completion bash)"; {tab}; echo "${{COMPREPLY[@]}}"'
-        done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=300)
         assert done.stdout.strip() == found, done.stderr
 
 
@@ -226,7 +226,7 @@ def test_no_option_leaks_into_the_environment() -> None:
         env=env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
 
@@ -282,7 +282,7 @@ def test_thinking_stays_out_of_the_reply() -> None:
 
 def test_thinking_is_dimmed_on_a_terminal() -> None:
     args = ["-m", "mlx_gemma4", "generate", "-p", "Once upon a time", "-n", "60", "--seed", "1", "--think"]
-    child = pexpect.spawn(sys.executable, args, encoding="utf-8", timeout=60)
+    child = pexpect.spawn(sys.executable, args, encoding="utf-8", timeout=300)
     shown = child.read()
     dimmed, plain = re.findall(r"\x1b\[2m(.*?)\x1b\[0m", shown, re.DOTALL), shown.split("\x1b[0m")[-1]
     assert len("".join(dimmed).split()) > 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import click.testing
 import pytest
 from recorded import HERE
 
-from mlx_gemma4 import execution
+from mlx_gemma4 import execution, load
 from mlx_gemma4.chat_format import template
 from mlx_gemma4.cli.main import main
 from mlx_gemma4.cli.options import ALIASES
@@ -74,7 +75,8 @@ def test_flags_as_others_spell_them(tmp_path: Path) -> None:
 
 
 def test_every_command_takes_a_model_in_the_same_way() -> None:
-    """Those that are given one as an argument take --model too."""
+    """Those that are given one as an argument take --model too. Each says in a line what it does."""
+    assert "..." not in run("--help").stdout.split("Commands:")[1]
     assert run("inspect", E2B).stdout == run("inspect", "--model", E2B).stdout == run("inspect", "-hf", E2B).stdout
     assert "name one model" in run("inspect", E2B, "-m", E2B, code=2).stderr
     for name, command in main.commands.items():
@@ -95,7 +97,6 @@ def test_every_command_takes_a_model_in_the_same_way() -> None:
         (["generate", "-f", "/nowhere.txt"], "--file /nowhere.txt: can't be read"),
         (["generate", "hi", "-n", "0"], "-1 for no limit"),
         (["generate", "hi", "-n", "1.5"], "-1 for no limit"),
-        (["perplexity"], "name a text file"),
         (["pull"], "no name of a repository"),
     ],
 )
@@ -116,6 +117,35 @@ def test_a_name_of_no_file_says_what_to_pull(tmp_path: Path) -> None:
         assert "no such file; download it: mlx-gemma4 pull" in line and "\n" not in line
 
 
+@pytest.mark.slow
 def test_doctor_without_a_gpu_is_a_line() -> None:
     (line,) = run("doctor").stdout.splitlines()
     assert "no GPU" in line
+
+
+def test_interrupted_or_the_disk_full_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, and the exit code that shells expect."""
+
+    def fail(error: BaseException) -> None:
+        def raises(*_: object, **__: object) -> None:
+            raise error
+
+        for name in ("load", "demo_path"):
+            monkeypatch.setattr(f"mlx_gemma4.conversation.language_model.{name}", raises)
+
+    for args in (["generate", "hi"], ["chat"], ["inspect"], ["bench"], ["perplexity", __file__]):
+        fail(KeyboardInterrupt())
+        assert run(*args, code=130).stderr.splitlines()[-1] == "Interrupted"
+        fail(OSError(errno.ENOSPC, "No space left on device"))
+        assert "No space left on device: make room" in run(*args, code=3).stderr
+
+
+def test_a_context_bounds_conversations_and_is_no_other_model(tmp_path: Path) -> None:
+    """A state saved under a bound goes on without it; a bound over the model's own is none."""
+    whole, part = load(E2B), load(E2B, context=100)
+    assert (whole.config.context, part.config.context, load(E2B, context=9**9).config.context) == (512, 100, 512)
+    assert part.model.fingerprint == whole.model.fingerprint and part.plan.kv < whole.plan.kv
+    state = ["--state", str(tmp_path / "talk.kv")]
+    run("generate", "-m", E2B, "the and", "-n", "2", "-c", "100", *state)
+    run("generate", "-m", E2B, "and the", "-n", "2", *state)
+    assert "context holds 20" in run("generate", "-m", E2B, "the and " * 30, "-c", "20", code=2).stderr

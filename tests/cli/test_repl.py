@@ -41,7 +41,7 @@ class Terminal:
         known = {k: v for k, v in os.environ.items() if k not in ("TERM_PROGRAM", "VTE_VERSION", "NO_COLOR")}
         known |= {"TERM": "xterm-256color", "XDG_STATE_HOME": str(home), **env}
         self._child = pexpect.spawn(
-            COMMAND[0], [*COMMAND[1:], *flags], dimensions=(height, width), env=known, encoding="utf-8", timeout=30
+            COMMAND[0], [*COMMAND[1:], *flags], dimensions=(height, width), env=known, encoding="utf-8", timeout=60
         )
         self.screen = pyte.HistoryScreen(width, height, history=5000, ratio=0.5)
         self.screen.write_process_input = self._child.send  # it answers where its cursor stands
@@ -67,7 +67,7 @@ class Terminal:
         past = ["".join(row[x].data for x in range(self.screen.columns)) for row in self.screen.history.top]
         return "\n".join(line.rstrip() for line in (*past, *self.screen.display)).rstrip()
 
-    def wait(self, for_what: str | Callable[[], bool], seconds: float = 30) -> None:
+    def wait(self, for_what: str | Callable[[], bool], seconds: float = 60) -> None:
         """Until a pattern is found on the screen, or the function says so."""
         end = time.monotonic() + seconds
         while not (re.search(for_what, self.text) if isinstance(for_what, str) else for_what()):
@@ -297,7 +297,7 @@ def test_dumb_terminal(terminal: Callable[..., Terminal]) -> None:
 
 def piped(text: str | bytes, *flags: str, **env: str) -> subprocess.CompletedProcess[str]:
     data = text.encode() if isinstance(text, str) else text
-    done = subprocess.run([*COMMAND, *flags], input=data, capture_output=True, timeout=120, env={**os.environ, **env})
+    done = subprocess.run([*COMMAND, *flags], input=data, capture_output=True, timeout=300, env={**os.environ, **env})
     assert b"Traceback" not in done.stderr
     return subprocess.CompletedProcess([], done.returncode, done.stdout.decode(), done.stderr.decode())
 

@@ -65,7 +65,7 @@ def run(folder: Path) -> tuple[int, int, float]:
     slowest = 0.0
     for i in range(CASES):
         path.write_bytes(mutate(seeds[i % len(seeds)], rng))
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             with open_gguf(path) as g:
                 for name in g.tensors:  # what is accepted must be readable to its last byte
@@ -74,7 +74,7 @@ def run(folder: Path) -> tuple[int, int, float]:
             read += 1
         except InputError as e:
             refused += "\n" not in str(e) and str(e).startswith(f"{folder}")  # or the sum below is wrong
-        slowest = max(slowest, time.perf_counter() - start)
+        slowest = max(slowest, time.process_time() - start)
     return read, refused, slowest
 
 

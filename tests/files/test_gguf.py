@@ -297,4 +297,4 @@ print(read - start, half - start, quarter - start)
         return
     out = subprocess.run([sys.executable, "-c", child, str(path)], capture_output=True, text=True, check=True)
     read, half, quarter = (int(x) / n for x in out.stdout.split())
-    assert read > 1.9 and half < 1.2 and quarter < 0.7
+    assert read > 1.5 and half < read - 0.8 and quarter < half - 0.4  # the system may have taken some away before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import subprocess
@@ -54,7 +53,7 @@ class User:
             "from mlx_gemma4.cli.main import main; main()"
         )
         command = [sys.executable, "-c", code, *args]
-        return subprocess.run(command, env={**self.env, **env}, capture_output=True, text=True, timeout=100)
+        return subprocess.run(command, env={**self.env, **env}, capture_output=True, text=True, timeout=300)
 
     def pull(self, name: str, *flags: str, **env: str) -> Path:
         done = self.run("pull", name, *flags, **env)
@@ -373,8 +372,6 @@ def test_list_and_rm(user: User, hub: Hub) -> None:
     done = user.run("list")
     (line,) = done.stdout.splitlines()
     assert line.split()[:4] == [f"{REPO}:Q4_K_M", "0.00", "GB", "Q4_K_M"] and done.stderr == ""
-    (model,) = json.loads(user.run("list", "--json").stdout)["models"]
-    assert Path(model["path"]) == newer and model["bytes"] > 100_000
     assert len(list(user.home.rglob("gemma-4-E2B-it-Q4_K_M.gguf"))) == 2  # in either version
 
     assert "names no model" in user.refused("rm", "gemma-4-E4B-it-GGUF")

@@ -43,7 +43,7 @@ def scheduler(model: SmallModel, request: pytest.FixtureRequest) -> Iterator[Sch
         assert until(lambda: not (made.waiting or made.rows)), "something is left behind"
 
 
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.005)
@@ -297,7 +297,8 @@ def test_mistakes_come_to_who_made_them(model: SmallModel, scheduler: Scheduler)
 def test_closing_ends_all(model: SmallModel) -> None:
     scheduler = Scheduler(model, 2)
     replies = [scheduler.generate_tokens(model.new_state(), some_tokens(9, i), GREEDY, 400) for i in range(3)]
-    got = together([*(lambda r=r: list(r) for r in replies), lambda: time.sleep(0.3) or scheduler.close()])
+    close = lambda: until(lambda: scheduler.steps > 3) and scheduler.close()  # noqa: E731
+    got = together([*(lambda r=r: list(r) for r in replies), close])
     assert [type(error) for error in got[:3]] == [RuntimeError] * 3 and got[3] is True
     with pytest.raises(RuntimeError, match="closed"):
         next(scheduler.generate_tokens(model.new_state(), some_tokens(9), GREEDY, 4))

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 def test_health_is_answered_beside_many_clients() -> None:
     statuses, waits = server_load.clients(None, 24, 3)
-    assert statuses[200] > 3 and not server_load.failed(statuses) and len(waits) > 2 and max(waits) < 10
+    assert statuses[200] > 3 and not server_load.failed(statuses) and len(waits) > 2 and max(waits) < 30
 
 
 def test_requests_leave_nothing_behind() -> None:

@@ -207,9 +207,9 @@ def test_blocks_before_the_end_stay_the_same_while_a_text_grows(js: MiniRacer) -
     ],
 )
 def test_long_odd_text_takes_no_time(js: MiniRacer, piece: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()  # all threads' of this process: others' work doesn't count
     call(js, "markdown", piece * (20_000 // len(piece)))
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 4
 
 
 # Formulas
