@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import InputError
-from .hub import DRAFTER, FOLDER, NAME, SPLIT, cache_folder_of, cache_root, choices
+from .hub import NAME, cache_folder_of, cache_root
+from .repository import DRAFTER, FOLDER, SPLIT, choices
 
 DEPTH = 3  # folders within folders that are looked into, as OWNER/REPOSITORY/QUANTIZATION
 HUBS = ("hf.co/", "huggingface.co/")

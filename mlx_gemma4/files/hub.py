@@ -14,35 +14,18 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
+from collections.abc import Callable, Sequence
 from io import RawIOBase
-from itertools import takewhile
 from pathlib import Path
 
 from ..errors import InputError
+from .repository import DRAFTER, PREFERRED, best_drafters, best_projectors, choices, choose, folder_files
 
 log = logging.getLogger("mlx_gemma4")
 
 Progress = Callable[[int, int], None]  # bytes so far, bytes in all
 
-# The default of `REPO` alone: the first of these that the repository has.
-PREFERRED = ("Q4_K_M", "Q4_0", "UD-Q4_K_XL", "Q8_0")
 NAME = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<quant>[\w./-]+))?")
-QUANT = re.compile(
-    r"(?<![A-Z0-9])((?:UD-)?(?:I?Q\d(?:_(?:\d|K|NL|XXS|XS|S|M|L|XL|XXL))*|TQ\d_\d|BF16|F16|F32|MXFP4(?:_MOE)?|NVFP4))(?![A-Z0-9])"
-)
-SIZE = re.compile(r"(?<![A-Z0-9])(?:E2B|E4B|12B|26B(?:-A4B)?|31B)(?![A-Z0-9])")
-# An assistant, which drafts for a model of the same repository: `mtp-*`, or `*-assistant-*`.
-DRAFTER = re.compile(r"(?:.*/)?(?:mtp-[^/]*|[^/]*-assistant(?:-[^/]*)?)\.gguf", re.IGNORECASE)
-# A projector, which makes a model of the same repository see or hear.
-PROJECTOR = re.compile(r"(?:.*/)?[^/]*mmproj[^/]*\.gguf", re.IGNORECASE)
-SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-# Files of a repository in MLX's or transformers' format that `load` reads.
-FOLDER = re.compile(
-    r"(?:config|generation_config|tokenizer|tokenizer_config|[\w.-]+\.index)\.json|[\w.-]+\.(?:safetensors|jinja)"
-)
 TRIES = 5  # in a row without a byte, before a download gives up
 WAIT = 0.5  # seconds before the second try, doubled each time
 TIMEOUT = 30.0  # seconds of silence
@@ -54,19 +37,6 @@ ANSWER = 1 << 26  # bytes of what the hub tells about a repository, at most
 RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
 AGENT = "mlx-gemma4"
 LARGE = 10_000_000  # bytes; smaller downloads are not logged
-
-
-@dataclass(frozen=True)
-class PullChoice:
-    """One model of a repository: a file, or all parts of a split one in order."""
-
-    quant: str  # "Q4_K_M"; "" if the name has none
-    files: tuple[str, ...]  # paths in the repository
-    complete: bool
-
-    @property
-    def title(self) -> str:
-        return self.quant or self.files[0]
 
 
 def resolve(name: str | Path, *, update: bool = False, progress: Progress | None = None) -> Path:
@@ -109,95 +79,10 @@ def pull(repo: str, quant: str = "", *, update: bool = True, progress: Progress 
         return here
 
 
-def choices(files: Sequence[str]) -> list[PullChoice]:
-    """Return the models among a repository's files, split ones joined.
-
-    Without projectors, importance matrices, and assistants, unless there is nothing else.
-    """
-    groups: dict[tuple[str, int], dict[int, str]] = {}
-    for file in sorted(set(files) - set(best_drafters(files))) or sorted(files):
-        base = file.rsplit("/", 1)[-1].lower()
-        if base.endswith(".gguf") and not PROJECTOR.fullmatch(base) and "imatrix" not in base:
-            split = SPLIT.fullmatch(file)
-            key, part = ((split[1], int(split[3])), int(split[2])) if split else ((file[:-5], 1), 1)
-            groups.setdefault(key, {})[part] = file
-    found = []
-    for (stem, count), parts in groups.items():
-        label = QUANT.findall(stem.rsplit("/", 1)[-1].upper())
-        whole = sorted(parts) == list(range(1, count + 1))
-        found.append(PullChoice(label[-1] if label else "", tuple(parts[i] for i in sorted(parts)), whole))
-    return found
-
-
-def best_drafters(files: Iterable[str], model: str = "") -> list[str]:
-    """Return the assistants among files, those first that are named most like a model, and of these Q8_0."""
-
-    def rank(file: str) -> tuple[int, bool, str]:
-        name = file.rsplit("/", 1)[-1].lower().removeprefix("mtp-")
-        return -_alike(name, model.lower()), "q8_0" not in name, file
-
-    return sorted((file for file in files if DRAFTER.fullmatch(file)), key=rank)
-
-
-def best_projectors(files: Iterable[str], model: str = "") -> list[str]:
-    """Return the projectors among files, those first that are named most like a model, and of these the smallest.
-
-    But those of fewer than 16 bits come last: what they make of a picture or a sound suffers from it.
-    """
-    order = ("BF16", "F16", "F32", "")
-
-    def rank(file: str) -> tuple[int, int, str]:
-        name = file.rsplit("/", 1)[-1].upper()
-        types = QUANT.findall(name)
-        stem = re.sub(r"^[-_.]*|MMPROJ[-_.]*", "", QUANT.sub("", name))
-        return -_alike(stem, model.upper()), order.index(types[-1] if types and types[-1] in order else ""), file
-
-    return sorted((file for file in files if PROJECTOR.fullmatch(file)), key=rank)
-
-
-def _alike(name: str, model: str) -> int:
-    """Return how many characters two names begin with together."""
-    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(name, model, strict=False))))
-
-
-def files_beside(path: Path, *folders: str) -> list[str]:
-    """Return the GGUFs beside a model's file, or in `folders` there or one level up. A link's target counts too."""
-    places = [path, path.parent / path.readlink()] if path.is_symlink() else [path]
-    near = [place.parent / name for place in places for name in ("", *folders, *(f"../{name}" for name in folders))]
-    return [str(file) for folder in near if folder.is_dir() for file in sorted(folder.glob("*.gguf"))]
-
-
-def choose(repo: str, files: Sequence[str], quant: str) -> PullChoice:
-    """Return the one model of a repository that `quant` (or, if empty, PREFERRED) means. Raises InputError."""
-    found = choices(files)
-    if not found:
-        raise InputError(f"{repo}: has no GGUF file and no folder that can be loaded; name another repository")
-    if quant:
-        wanted = quant.upper()
-        some = [c for c in found if c.quant == wanted] or [c for c in found if c.quant == f"UD-{wanted}"]
-        some = some or [c for c in found if wanted in (f.upper() for f in (*c.files, c.files[0].rsplit("/", 1)[-1]))]
-    else:
-        ranked = ([c for c in found if c.quant == label] for label in PREFERRED)
-        some = found if len(found) == 1 else next((group for group in ranked if group), [])
-    if len(some) == 1:
-        if not some[0].complete:
-            raise InputError(f"{repo}: parts of {some[0].title} are missing there; take another: {_listed(found)}")
-        return some[0]
-    if some:
-        names = ", ".join(c.files[0] for c in some)
-        raise InputError(f"{repo}: {some[0].quant} means {names}; name one of them: {repo}:{some[0].files[0]}")
-    what = f"has no {quant}" if quant else "has several models"
-    raise InputError(f"{repo}: {what}; take one of {_listed(found)}, as in {repo}:{found[0].title}")
-
-
-def _listed(found: Sequence[PullChoice]) -> str:
-    return ", ".join(dict.fromkeys(c.title for c in found if c.complete)) or "none that is whole"
-
-
 def _fetch_model(repo: str, quant: str, progress: Progress | None) -> Path:
     """Download the hub's current version of a model; cached files are not downloaded again."""
     commit, sizes = _about(repo)
-    files = () if quant or choices(list(sizes)) else _folder_files(list(sizes))
+    files = () if quant or choices(list(sizes)) else folder_files(list(sizes))
     wanted = files or choose(repo, list(sizes), quant).files
     if not files:
         name = wanted[0].rsplit("/", 1)[-1]
@@ -259,12 +144,6 @@ def _headers() -> dict[str, str]:
     return {"Accept-Encoding": "identity", "User-Agent": AGENT} | (
         {"Authorization": f"Bearer {token}"} if token else {}
     )
-
-
-def _folder_files(files: Sequence[str]) -> tuple[str, ...]:
-    """Return the files that `load` reads of a repository of safetensors, weights last; () if it isn't one."""
-    some = sorted((f for f in files if FOLDER.fullmatch(f)), key=lambda f: (f.endswith(".safetensors"), f))
-    return tuple(some) if "config.json" in some and some[-1].endswith(".safetensors") else ()
 
 
 # ---------------------------------------------------------------- the cache
@@ -329,22 +208,11 @@ def broken_off() -> dict[str, int]:
     return found
 
 
-def where_to_get(path: Path) -> str:
-    """Return what to do where there is no such file: one that is named alike, or what to pull."""
-    near = get_close_matches(path.name, [file.name for file in path.parent.glob("*.gguf")], 1, 0.7)
-    size = SIZE.search(path.name.upper().replace("_", "-"))
-    label = size[0].replace("26B-A4B", "26B").replace("26B", "26B-A4B") if size else "E2B"
-    quant = QUANT.search(path.name.upper())
-    name = f"ggml-org/gemma-4-{label}-it-GGUF:{quant[0] if quant else 'Q4_K_M'}"
-    file = f"do you mean {near[0]}? Else " if near else ""
-    return f"{file}download {'it' if size else 'one'}: mlx-gemma4 pull {name} (`mlx-gemma4 list` shows what is here)"
-
-
 def _whole(snapshot: Path, files: Sequence[str]) -> bool:
     """True if a folder of safetensors has every file that its index, if it has one, names."""
     index = "model.safetensors.index.json"
     if index not in files:
-        return bool(_folder_files(files))
+        return bool(folder_files(files))
     return set(json.loads((snapshot / index).read_text())["weight_map"].values()) <= set(files)
 
 

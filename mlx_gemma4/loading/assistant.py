@@ -20,7 +20,7 @@ import numpy as np
 from ..config import MAX_LAYERS, Config, Reader, config_from_gguf, config_from_json
 from ..errors import InputError
 from ..files.gguf import open_gguf
-from ..files.hub import best_drafters, files_beside
+from ..files.repository import best_drafters, files_beside
 from ..memory import Holding, limit_memory, on_cpu
 from ..model.assistant import Assistant, AssistantConfig, AssistantWeights, mismatch
 from ..model.model import Model

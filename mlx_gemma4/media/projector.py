@@ -25,7 +25,7 @@ from ..config import Config, Reader
 from ..errors import InputError
 from ..execution import execution
 from ..files.gguf import open_gguf
-from ..files.hub import best_projectors, files_beside
+from ..files.repository import best_projectors, files_beside
 from ..loading.from_gguf import GGUFSource
 from ..loading.loader import check_present
 from ..loading.tensors import Entry, Source, Spec

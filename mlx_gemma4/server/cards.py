@@ -17,7 +17,7 @@ from typing import Any
 
 from ..config import Config
 from ..errors import InputError
-from ..files.hub import QUANT
+from ..files.repository import QUANT
 from ..loading.loader import open_model
 from ..media.kind import Kind, kinds_of
 from ..media.projector import media_beside, open_media

@@ -15,7 +15,8 @@ from hub_server import Hub, serving
 from recorded import HERE
 
 from mlx_gemma4.errors import InputError
-from mlx_gemma4.files.hub import best_projectors, choices, choose, resolve
+from mlx_gemma4.files.hub import resolve
+from mlx_gemma4.files.repository import best_projectors, choices, choose
 
 REPO = "ggml-org/gemma-4-E2B-it-GGUF"
 BIG = random.Random(0).randbytes(3_000_000)  # what a download that breaks off is about

@@ -20,7 +20,7 @@ from recorded import path as fixture
 from mlx_gemma4 import InputError, load
 from mlx_gemma4.conversation.language_model import demo_path
 from mlx_gemma4.files.folder import find_models
-from mlx_gemma4.files.hub import best_drafters, choices, choose
+from mlx_gemma4.files.repository import best_drafters, choices, choose
 from mlx_gemma4.loading.assistant import SPELLINGS, assistant_beside, load_assistant, open_assistant
 from mlx_gemma4.loading.from_safetensors import gguf_name
 from mlx_gemma4.loading.loader import load_model, open_model
