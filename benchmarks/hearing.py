@@ -115,7 +115,8 @@ def main() -> None:
         r = results[name] = measure(name, content, decoding, options.rounds)
         print(
             f"{name} {r['parameters'] / 1e6:.1f}M: {r['rows']:.0f} rows, front end {r['front end ms']:.0f} ms, "
-            f"tower {r['tower ms']:.0f} ms ({r['tower cpu ms']:.0f} of CPU time), {r['peak bytes'] / 1e6:.0f} MB beside the weights"
+            f"tower {r['tower ms']:.0f} ms ({r['tower cpu ms']:.0f} of CPU time), "
+            f"{r['peak bytes'] / 1e6:.0f} MB beside the weights"
         )
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")

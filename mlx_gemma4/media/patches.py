@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..config import Reader
+from ..errors import InputError
 from ..loading.tensors import Entry, Spec
 from .layers import Weights, linear, project
 from .picture import SIDE
@@ -46,7 +47,12 @@ def positions(entries: Mapping[str, Entry]) -> int:
 
 
 def place(table: mx.array, rows: int, columns: int) -> mx.array:
-    """Return what a table [2, positions, width] adds at each place of a grid: fp32 [rows * columns, width], by row."""
+    """Return what a table [2, positions, width] adds at each place of a grid: fp32 [rows * columns, width], by row.
+
+    Raises InputError if the grid has more places than the table, along one side.
+    """
+    if max(rows, columns) > table.shape[1]:
+        raise InputError(f"image: is too long for this projector, which knows {table.shape[1]} places a side; crop it")
     table = table.astype(mx.float32)
     return (table[0, None, :columns] + table[1, :rows, None]).reshape(rows * columns, -1)
 

@@ -201,10 +201,10 @@ def open_towers(path: Path) -> Iterator[tuple[list[OpenTower], Source]]:
         for kind in ("vision", "audio"):
             if not metadata.get(f"clip.has_{kind}_encoder"):
                 continue
-            type = metadata.get(f"clip.{kind}.projector_type", metadata.get("clip.projector_type"))
+            type = str(metadata.get(f"clip.{kind}.projector_type", metadata.get("clip.projector_type")))
             if type not in TOWERS:
                 raise InputError(
-                    f"{path}: is a projector of type {str(type)[:40]!r}, which is none of Gemma 4's "
+                    f"{path}: is a projector of type {type[:40]!r}, which is none of Gemma 4's "
                     f"({', '.join(TOWERS)}); give --mmproj the model's own, or --no-mmproj"
                 )
             towers.append(OpenTower(type, Reader(metadata, f"clip.{kind}.", str(path))))
@@ -218,9 +218,9 @@ def check_tensors(path: Path, towers: list[OpenTower], source: Source, hidden: i
     wanted: dict[str, Spec] = {}
     for each in towers:
         made = source.entries.get(each.tower.projection)
-        if made and made.shape[0] != hidden:
+        if made and made.shape[:1] != (hidden,):
             raise InputError(
-                f"{path}: this projector is for a model of hidden size {made.shape[0]}, and the model's is "
+                f"{path}: this projector is for a model of hidden size {[*made.shape, 0][0]}, and the model's is "
                 f"{hidden}; give --mmproj the model's own, or --no-mmproj"
             )
         wanted |= each.tower.specs(each.read, hidden, source.entries)
@@ -239,6 +239,8 @@ def open_media(path: Path, config: Config) -> Media:
         InputError: it is no projector of Gemma 4, or that of another model; a tensor is missing, has another shape or a
             type that can't be read, or is none that its towers have.
     """
+    if config.architecture != "gemma4":
+        raise InputError(f"{path}: projectors are for Gemma 4, and the model is {config.architecture}; use --no-mmproj")
     with open_towers(path) as (towers, source):
         wanted = check_tensors(path, towers, source, config.hidden)
         low = sorted({source.entries[n].type for n in wanted if SOUND.match(n) and source.entries[n].quantized})

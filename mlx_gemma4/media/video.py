@@ -54,7 +54,7 @@ def frames(content: Content) -> list[tuple[str, np.ndarray]]:
                 found = []
                 for i, frame in enumerate(islice(container.decode(stream), max(wanted, default=-1) + 1)):
                     if i in wanted:
-                        image = frame.to_image().rotate(frame.rotation, expand=True)
+                        image = frame.to_image().rotate(getattr(frame, "rotation", 0), expand=True)
                         time = int(i / rate)
                         found.append((f"{time // 60:02}:{time % 60:02}", resized(image, TOKENS)))
         except InputError:

@@ -15,6 +15,7 @@ import numpy as np
 from ..config import MAX_LAYERS, Reader
 from ..loading.tensors import Entry, Spec
 from ..memory import on_cpu
+from ..ops.cores import product
 from ..ops.stock import fused, fused_geglu
 from .layers import EPS, Weights, clipped_linear, linear, project
 from .patches import place, positions
@@ -67,8 +68,6 @@ def rows(read: Reader, weights: Weights, pixels: np.ndarray) -> mx.array:
     x, turns = embedded(weights, pixels), rotations(_heads(read)[1], down, across)
     for i in range(read.count("block_count")):
         x = layer(weights, f"v.blk.{i}.", _heads(read), x, turns)
-        if on_cpu():
-            mx.eval(x)  # so that a layer's arrays go before the next one's come
     return project(pooled(weights, x, down, across), weights["mm.input_projection.weight"])
 
 
@@ -98,18 +97,18 @@ def layer(
     def norm(x: mx.array, which: str) -> mx.array:
         return mx.fast.rms_norm(x, weights[f"{name}{which}.weight"], EPS)
 
-    def product(x: mx.array, which: str) -> mx.array:
+    def through(x: mx.array, which: str) -> mx.array:
         return clipped_linear(x, weights, name + which)
 
     u = norm(x, "ln1")
-    q, k, v = (product(u, f"attn_{which}").reshape(-1, *heads) for which in "qkv")
+    q, k, v = (through(u, f"attn_{which}").reshape(-1, *heads) for which in "qkv")
     rotate = fused(_rotated, not on_cpu())
     q, k = rotate(norm(q, "attn_q_norm"), *turns), rotate(norm(k, "attn_k_norm"), *turns)
     dtype = weights[f"{name}attn_q.weight"].dtype
     a = attention(*(each.astype(dtype) for each in (q, k, mx.fast.rms_norm(v, None, EPS))))
-    x = x + norm(product(a.astype(mx.float32), "attn_out"), "attn_post_norm")
+    x = x + norm(through(a.astype(mx.float32), "attn_out"), "attn_post_norm")
     u = norm(x, "ln2")
-    u = product(fused_geglu(product(u, "ffn_gate"), product(u, "ffn_up")), "ffn_down")
+    u = through(fused_geglu(through(u, "ffn_gate"), through(u, "ffn_up")), "ffn_down")
     return x + norm(u, "ffn_post_norm")
 
 
@@ -123,16 +122,25 @@ def _rotated(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
 def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     """Return the attention of all to all, without a scale, of [n, heads, head_dim] each: [n, heads * head_dim]."""
     n, heads, size = q.shape
-    if not on_cpu():
-        more = next((each for each in HEADS if each >= size), size) - size
-        q, k, v = (mx.pad(each, [(0, 0), (0, 0), (0, more)]) for each in (q, k, v))
-    q, k, v = (each.transpose(1, 0, 2)[None] for each in (q, k, v))
-    step, parts = max(SCORES // (heads * n), 1), []
-    for start in range(0, n, step):
-        parts.append(mx.fast.scaled_dot_product_attention(q[:, :, start : start + step], k, v, scale=1.0))
-        if on_cpu():
-            mx.eval(parts)
+    if on_cpu():
+        each = [_head_on_cpu(*(np.asarray(part[:, i]) for part in (q, k, v))) for i in range(heads)]
+        return mx.array(np.concatenate(each, axis=-1))
+    more = next((known for known in HEADS if known >= size), size) - size
+    q, k, v = (mx.pad(each, [(0, 0), (0, 0), (0, more)]).transpose(1, 0, 2)[None] for each in (q, k, v))
+    step = max(SCORES // (heads * n), 1)
+    starts = range(0, n, step)
+    parts = [mx.fast.scaled_dot_product_attention(q[:, :, i : i + step], k, v, scale=1.0) for i in starts]
     return mx.concatenate(parts, axis=2)[0, ..., :size].transpose(1, 0, 2).reshape(n, -1)
+
+
+def _head_on_cpu(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Return the attention of one head, [n, head_dim] each, with numpy's products."""
+    columns, step = np.ascontiguousarray(v.T), max(SCORES // len(q), 1)
+    parts = []
+    for start in range(0, len(q), step):
+        scores = mx.softmax(mx.array(product(q[start : start + step], k)), axis=-1)
+        parts.append(product(np.asarray(scores), columns))
+    return np.concatenate(parts)
 
 
 def pooled(weights: Weights, x: mx.array, down: int, across: int) -> mx.array:

@@ -54,9 +54,11 @@ def test_files_of_others_are_refused_in_one_line(tmp_path: Path) -> None:
     uv, mmproj = config_of(UV), UV / "mmproj.gguf"
     assert "no projector for images or sound; give --mmproj" in refused(UV / "model.gguf", uv)
     assert "is for a model of hidden size 36, and the model's is 44" in refused(V / "mmproj.gguf", uv)
+    assert "are for Gemma 4, and the model is gemma3" in refused(mmproj, replace(uv, architecture="gemma3"))
     assert "type 'gemma3', which is none of Gemma 4's" in refused(
         odd(mmproj, tmp_path / "other.gguf", {"clip.vision.projector_type": "gemma3"}), uv
     )
+    assert "type '[1 2]'" in refused(odd(mmproj, tmp_path / "list.gguf", {"clip.vision.projector_type": [1, 2]}), uv)
     assert "without a tower" in refused(odd(mmproj, tmp_path / "no.gguf", {"clip.has_vision_encoder": False}), uv)
     assert "tensor v.patch_embd.bias missing" in refused(
         odd(mmproj, tmp_path / "less.gguf", edit=drop("patch_embd.bias")), uv
@@ -152,6 +154,10 @@ def test_parts_become_texts_and_soft_tokens(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert {each.kind for each in video if isinstance(each, Encoded)} == {"video"}
     assert len({each.digest for each in video if isinstance(each, Encoded)}) == 3
+    long = picture() | {"image": Image.fromarray(drawing(1, 2000)), "tokens": 560}
+    small = open_media(V / "mmproj.gguf", config_of(V))
+    with pytest.raises(InputError, match="is too long for this projector, which knows 1120 places"):
+        small.encode(long)
     with pytest.raises(InputError, match="takes image and video, no audio"):
         media.encode({"type": "audio", "audio": b"RIFF"})
 
