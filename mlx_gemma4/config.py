@@ -7,6 +7,7 @@ Out: a `Config`, one `LayerConfig` a layer. No model size is hard-coded: the met
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from .errors import InputError
@@ -102,6 +103,12 @@ class Config:
             while position and ids[position - 1] < SEEN:
                 position -= 1
         return position
+
+    def longest_picture(self, ids: Sequence[int]) -> int:
+        """Return the tokens of the longest picture among token ids that is read at once; 0: there is none."""
+        if not self.sees_ahead or min(ids, default=0) >= SEEN:
+            return 0
+        return max(len([*run]) for seen, run in groupby(ids, lambda id: id < SEEN) if seen)
 
     @property
     def value_norm(self) -> bool:

@@ -167,4 +167,4 @@ def same_contents(state: KVState, plain: PlainState) -> bool:
 
 def read(model: Model, state: KVState | PlainState, tokens: list[int]) -> np.ndarray:
     """The logits after reading tokens in one pass."""
-    return np.array(model.forward(mx.array(tokens), state))  # type: ignore[arg-type]
+    return np.array(model.forward(mx.array(tokens), state, soft=model.soft.rows(tokens)))  # type: ignore[arg-type]

@@ -17,9 +17,11 @@ from mlx_gemma4.config import Config
 from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.errors import InputError, NoRoom
 from mlx_gemma4.generation import prompt
+from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.memory import MemoryPlan, Room, make_plan
 from mlx_gemma4.model import costs
 from mlx_gemma4.model.model import Model
+from mlx_gemma4.model.soft import soft_ids
 from mlx_gemma4.ops import many_rows
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.op import OpKey
@@ -257,10 +259,28 @@ def test_a_prompt_is_read_as_memory_allows(lm: Any, mac: Callable[..., None]) ->
     for chunk in (1024, 128):
         limit = needs.reading(500, "full", chunk) + grown
         model = Model(lm.config, lm.model.weights, None, MemoryPlan("packed", 0, 0, limit=limit))
-        assert prompt.fitting_chunk(model, state, 500) == chunk
+        assert prompt.fitting_chunk(model, state, [5] * 500) == chunk
     model = Model(lm.config, lm.model.weights, None, MemoryPlan("packed", 0, 0, limit=limit - 1))
     with pytest.raises(NoRoom, match="a conversation of 500 tokens"):
-        prompt.fitting_chunk(model, state, 500)
+        prompt.fitting_chunk(model, state, [5] * 500)
+
+
+def test_memory_has_room_for_a_picture_at_once(lm: Any, mac: Callable[..., None]) -> None:
+    """Where its tokens see each other; else it is cut as text is."""
+    mac(16, 11.5)
+    ids = [5] * 100 + soft_ids("image", b"x", 300) + [5] * 100
+    for ple, chunks in ((0, [256, None]), (lm.config.ple, [256, 256])):
+        config = replace(lm.config, ple=ple)
+        state = KVState(config, mx.float16)
+        needs = costs.needs_of(config, state.dtype, 1024, False)
+        for tokens, chunk in zip((300, 299), chunks, strict=True):
+            limit = needs.reading(500, "full", tokens) + needs.kv(500, "full") - state.nbytes
+            model = Model(config, lm.model.weights, None, MemoryPlan("packed", 0, 0, limit=limit))
+            if chunk:
+                assert prompt.fitting_chunk(model, state, ids) == chunk
+            else:
+                with pytest.raises(NoRoom):
+                    prompt.fitting_chunk(model, state, ids)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -121,8 +121,9 @@ def _beginning(scheduler: Scheduler, state: KVState, prompts: list[list[int]]) -
     """Read what all prompts begin with into an empty state, if that pays, and return it."""
     if len(prompts) > 1:
         first, last = np.array(min(prompts)), np.array(max(prompts))
-        most = min(common_length(first, last), state.config.context - 2)
-        shared = min(prompts)[: state.config.uncut(min(prompts), most)]
+        shared = min(prompts)[: min(common_length(first, last), state.config.context - 2)]
+        while shared and shared[-1] < 0:  # no prompt ends with a picture
+            shared.pop()
         if (len(prompts) - 1) * len(shared) >= SPARED:
             for _ in scheduler.generate_tokens(state, shared, Sampling(temperature=0), 1):
                 pass

@@ -45,13 +45,16 @@ def with_soft_tokens(
     for id in ids:
         kind = places.get(id)
         part = next(parts, None) if kind else None
-        if part is None or part["type"] != kind:
+        if part is None:
             made.append(id)
             continue
+        if part["type"] != kind:
+            raise InputError(
+                f"the model's chat template has another place for {MEDIA[part['type']]}; give it text alone"
+            )
         for piece in _pieces(part, media):
             if isinstance(piece, Encoded):
-                soft.add(piece)
-                held.append(piece)
+                held.append(soft.add(piece))
                 made += piece.ids
             elif isinstance(piece, str):
                 made += tokenizer.encode(piece, add_bos=False, parse_special=True)

@@ -212,6 +212,8 @@ class Session:
         messages = saved.get("messages") if isinstance(saved, dict) and saved.get("format") == FORMAT else None
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise InputError(f"{path}: is not a conversation that was saved here")
+        if not all("pieces" in part for part in media_parts(messages)):  # or a file could have others read
+            raise InputError(f"{path}: names files of pictures or sounds, which no saved conversation does")
         return cls(lm, options=options, messages=messages, state=_read_state(lm, _state_file(path)), kv=kv)
 
     @property

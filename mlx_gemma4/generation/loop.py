@@ -109,6 +109,8 @@ def begin(
     length, context = state.length + len(prompt), model.config.context
     model.config.check_ids(prompt, soft=True)
     model.soft.held(prompt)  # or it says what is not there
+    if prompt and prompt[-1] < 0:
+        raise InputError("the prompt ends with a picture or sound; let some text follow")
     if length < 1:
         raise InputError("the prompt is empty; give it some text")
     if length >= context:
@@ -123,7 +125,7 @@ def begin(
     # Soft tokens are no tokens that could come again.
     recent = list(islice((i for i in reversed(ids) if i >= 0), REPETITION_WINDOW))[::-1]
     new_sampler = partial(Sampler, sampling, recent, model.config.vocab, logprobs, model.kernels)
-    chunk = fitting_chunk(model, state, len(prompt))
+    chunk = fitting_chunk(model, state, prompt)
     with execution():
         return Decoding(
             model,

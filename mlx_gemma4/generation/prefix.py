@@ -79,7 +79,7 @@ class PrefixCache:
             NoRoom: prompt and reply can't fit in `max_kv_bytes` beside the states in use.
         """
         with self._lock:
-            worst = self.most_bytes(len(tokens) + max_tokens)
+            worst = self.most_bytes(len(tokens) + max_tokens, self.model.config.longest_picture(tokens))
             self._admit(worst, len(tokens) + max_tokens)
             kept, reach, common = self._best(tokens)
             if kept is None:
@@ -160,10 +160,13 @@ class PrefixCache:
                 best = (kept, reach, common)  # type: ignore[assignment]
         return best
 
-    def most_bytes(self, tokens: int) -> int:
-        """Return the most bytes that a state of so many tokens, with the marks of one prompt, may hold."""
+    def most_bytes(self, tokens: int, picture: int = 0) -> int:
+        """Return the most bytes that a state of so many tokens, with the marks of one prompt, may hold.
+
+        `picture`: of these tokens, so many are read at once.
+        """
         config, dtype = self.model.config, self.model.kv_dtype
-        most = kv_bytes(config, dtype, tokens, prefill_chunk(self.model), kv=self.kv)
+        most = kv_bytes(config, dtype, tokens, max(prefill_chunk(self.model), picture), kv=self.kv)
         return most + (MAX_MARKS + 1) * window_bytes(config, dtype)
 
     def _admit(self, worst: int, tokens: int) -> None:

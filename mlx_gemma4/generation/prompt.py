@@ -5,6 +5,8 @@ In: a model, a KV state, token ids. Out: a state that has read more of them. Kno
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from ..config import SEEN
@@ -31,24 +33,25 @@ def prefill_chunk(model: Model, position: int = 0, most: int | None = None) -> i
     return chunk_at(model.config, position // most * most, most, own_attention(model.kernels)) if on_metal() else most
 
 
-def fitting_chunk(model: Model, state: KVState, tokens: int) -> int:
-    """Return how many tokens of a prompt of `tokens` may be read at a time on a Mac, as this model's plan has memory.
+def fitting_chunk(model: Model, state: KVState, prompt: Sequence[int]) -> int:
+    """Return how many tokens of a prompt may be read at a time on a Mac, as this model's plan has memory.
+
+    A picture in it may be longer, and is read at once.
 
     Raises:
         NoRoom: there is none for such a prompt.
     """
     if model.plan is None or not on_metal():
         return model.chunk
-    end = state.length + tokens
+    end, picture = state.length + len(prompt), model.config.longest_picture(prompt)
     needs = needs_of(model.config, state.dtype, model.chunk, own_attention(model.kernels))
     free = model.plan.limit - mx.get_active_memory() - max(0, needs.kv(end, state.kv) - state.nbytes)
     for chunk in needs.chunks():
-        if needs.reading(end, state.kv, chunk) <= free:
+        if (reading := needs.reading(end, state.kv, max(chunk, picture))) <= free:
             return chunk
     raise NoRoom(
         f"a conversation of {end:,} tokens takes {needs.kv(end, state.kv) / 1e9:.1f} GB of KV and more to read it, and "
-        f"memory is {(needs.reading(end, state.kv, chunk) - free) / 1e9:.1f} GB short; shorten it, take --kv tq4 or a "
-        "smaller quantization"
+        f"memory is {(reading - free) / 1e9:.1f} GB short; shorten it, take --kv tq4 or a smaller quantization"
     )
 
 

@@ -68,7 +68,7 @@ def _read(
 ) -> Iterator[tuple[int, mx.array]]:
     """Read tokens in chunks; yield each chunk's position and hidden states before the last norm, [T, hidden]."""
     model.config.check_ids(ids)
-    chunk = fitting_chunk(model, state, len(ids))
+    chunk = fitting_chunk(model, state, ids)
     while (first := state.length) < len(ids):
         if check:
             check()

@@ -272,15 +272,15 @@ class KVState:
             self._marks = {**other._marks, end.position: end, **self._marks}
 
     def reach(self, limit: int) -> int:
-        """Return the last position, at most `limit`, that `rewind` can go to."""
-        limit = min(limit, self._length)
+        """Return the last position, at most `limit`, that `rewind` can go to: none within a picture read at once."""
+        limit = self._uncut(min(limit, self._length))
         if self._covers(limit):
             return limit
         # Below a mark nothing is held but its own slack; what was read first may still be whole.
         from_start = 0
         for s in sorted(self._pieces(self._sliding[0]), key=lambda s: s.start):
             from_start = max(from_start, s.stop) if s.start <= from_start else from_start
-        return max([*(p for p in self._marks if p < limit), min(limit, from_start)])
+        return max([*(p for p in self._marks if p < limit), self._uncut(min(limit, from_start))])
 
     def rewind(self, to: Mark | int) -> None:
         """Go back to a mark, or to a length that a mark or the present windows cover, as if nothing had followed.
@@ -349,6 +349,13 @@ class KVState:
         marked = (s for mark in self._marks.values() for s in mark.windows.get(layer, ()))
         return (*self._layers[layer].pieces, *marked)
 
+    def _uncut(self, position: int) -> int:
+        """Return `Config.uncut` of the tokens so far."""
+        if self.config.sees_ahead and position < self._length:
+            self._know_tokens()
+            return self.config.uncut(self._tokens, position)
+        return position
+
     def _needed_from(self, position: int) -> int:
         """First position that sliding layers must hold to go on at another: the window's, or the tail's if lower."""
         return min(max(0, position - self.config.window + 1), position // self.layout.tail * self.layout.tail)
@@ -364,6 +371,8 @@ class KVState:
         """Raise InputError for a position that lies ahead or is not covered."""
         if not 0 <= position <= self._length:
             raise InputError(f"can't {verb} position {position}: the state holds {self._length} tokens")
+        if (start := self._uncut(position)) < position:
+            raise InputError(f"can't {verb} position {position}: a picture begins at {start}, and is read at once")
         if self._covers(position):
             return
         marks = ", ".join(map(str, sorted(self._marks))) or "none"

@@ -8,6 +8,7 @@ same picture has the same ids everywhere. Knows no files and no towers.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,11 +58,18 @@ class SoftTokens:
     def __init__(self, sees_ahead: bool) -> None:
         """`sees_ahead`: of the model, `Config.sees_ahead`."""
         self.sees_ahead = sees_ahead
+        self._lock = threading.Lock()
         self._known: WeakValueDictionary[int, Encoded] = WeakValueDictionary()
 
-    def add(self, encoded: Encoded) -> None:
-        """Make a picture or sound known by its ids, as long as anybody holds it."""
-        self._known.update(dict.fromkeys(encoded.ids, encoded))
+    def add(self, encoded: Encoded) -> Encoded:
+        """Make a picture or sound known by its ids; return what to hold as long as it is to be: one of the same content
+        that is known already, if there is one, or who holds that would lose it with this one."""
+        with self._lock:
+            known = self._known.get(encoded.ids[0])
+            if known is not None and known.digest == encoded.digest:
+                return known
+            self._known.update(dict.fromkeys(encoded.ids, encoded))
+            return encoded
 
     def held(self, ids: Sequence[int]) -> list[Encoded]:
         """Return what the soft tokens among ids stand for, so that a caller can hold it. Raises InputError."""

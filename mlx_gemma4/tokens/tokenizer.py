@@ -149,7 +149,9 @@ class Tokenizer:
 
     def piece(self, token: int, *, skip_special: bool = True) -> bytes:
         """Return the UTF-8 bytes of one id, perhaps only a part of a character."""
-        if skip_special and token in self.control_ids:
+        if token < 0 or (
+            skip_special and token in self.control_ids
+        ):  # soft tokens, of pictures and sounds, are no text
             return b""
         if token not in self._pieces:
             self._pieces[token] = self._make_piece(token)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import vocabs
+from pictured import seeing
 from scripted import ADD, GREEDY, SHORT, TALE, Actor, ids_of, said, spelled, user
 
 import mlx_gemma4
@@ -141,7 +142,7 @@ def fresh(lm: LanguageModel, session: Session) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_whatever_is_done_the_reply_is_that_of_a_fresh_state(lm: LanguageModel, seed: int) -> None:
-    rng = random.Random(seed)
+    lm, rng = seeing(lm), random.Random(seed)
     penalised = ReplyOptions(max_tokens=3, sampling=replace(GREEDY, repetition_penalty=1.3))
     session = Session(lm, "You tell tales.", options=penalised)
     others: list[Session] = []
@@ -154,7 +155,9 @@ def test_whatever_is_done_the_reply_is_that_of_a_fresh_state(lm: LanguageModel, 
             others.append(session)
             session = session.fork()
         elif action == "send" or session.undo is None or len(session.messages) < 2:
-            list(session.send(words))
+            seen = {"type": "image", "image": bytes([rng.choice([1, 2])]), "tokens": rng.choice([3, 70])}
+            shown = {"role": "user", "content": [seen, {"type": "text", "text": words}]}
+            list(session.send(shown if rng.random() < 0.5 else words))
             assert ids_of(session.reply) == fresh(lm, session)  # type: ignore[arg-type]
         else:
             list(session.retry() if action == "retry" else session.edit(words))

@@ -22,6 +22,7 @@ from mlx_gemma4.distributed.mirror import CHECKED, LedModel, LedState, follow
 from mlx_gemma4.distributed.place import Place
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.kv.state import KVState
+from mlx_gemma4.model.soft import SoftRows
 
 
 class Both:
@@ -209,3 +210,7 @@ def test_what_is_not_made_on_several_ranks_says_so(pair: Pair) -> None:
         _ = pair.model.loaded
     with pytest.raises(InputError):
         pair.model.new_state(kv="nonsense")
+    soft = SoftRows(mx.array([0]), mx.zeros((1, pair.model.config.hidden)), None)
+    for read in (pair.model.forward, pair.model.prefill):
+        with pytest.raises(InputError, match="pictures and sounds"):
+            read(mx.array([-1]), pair.model.new_state(), soft=soft)

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from pictured import encoded
 from plain_state import LAYOUTS, PlainState, read, same_contents, small_model, some_tokens
 
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.generation.prefix import PrefixCache
 from mlx_gemma4.kv.segments import SegmentLayout
 from mlx_gemma4.kv.state import KVState, total_nbytes
+from mlx_gemma4.model.soft import Encoded, Kind
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +33,7 @@ class States(RuleBasedStateMachine):
     wraps = 0  # rewinds to where the window had been left
     refusals = 0
     reuses = 0
+    cuts = 0  # rewinds into pictures, which are refused
 
     @initialize(
         kind=st.sampled_from(["e2b", "12b"]),
@@ -43,6 +46,7 @@ class States(RuleBasedStateMachine):
         self.states: list[tuple[KVState, PlainState, list[int]]] = []
         self.store = PrefixCache(self.model, kv=kv)
         self.put: list[tuple[list[int], PlainState]] = []
+        self.shown: list[Encoded] = []
         for seed in range(2):
             self.new()
             self.extend(seed, some_tokens(2 * window + 20, seed))
@@ -70,6 +74,20 @@ class States(RuleBasedStateMachine):
         i = self.pick(data)
         if len(self.states[i][2]) + n <= MOST:
             self.extend(i, some_tokens(n + 1, seed)[1:])
+
+    @rule(data=st.data(), n=st.sampled_from([1, 5, 30]), kind=st.sampled_from(["image", "audio"]))
+    def show(self, data: Any, n: int, kind: Kind) -> None:
+        """A picture or a sound, with a word before and after."""
+        i = self.pick(data)
+        if len(self.states[i][2]) + n + 2 <= MOST:
+            made = encoded(kind.encode(), n, self.model.config.hidden, kind, 0.7)
+            self.shown.append(made)
+            self.model.soft.add(made)
+            self.extend(i, [5, *made.ids, 7])
+            if kind == "image" and n > 1 and self.model.config.sees_ahead:
+                States.cuts += 1
+                with pytest.raises(InputError, match="a picture begins"):
+                    self.states[i][0].rewind(len(self.states[i][2]) - 2)
 
     @rule(data=st.data(), n=st.sampled_from([1, 4, 9]), seed=st.integers(0, 5))
     def decode(self, data: Any, n: int, seed: int) -> None:
@@ -109,7 +127,7 @@ class States(RuleBasedStateMachine):
         if state.reach(position) == position:
             assert state.mark(position).position == position
         else:
-            with pytest.raises(InputError, match="no mark covers"):
+            with pytest.raises(InputError, match=r"no mark covers|a picture begins"):
                 state.mark(position)
 
     @rule(data=st.data(), back=st.sampled_from([1, 3, 10, 20, 40, 90]))
@@ -119,12 +137,13 @@ class States(RuleBasedStateMachine):
         to = max(0, len(tokens) - back)
         reach = state.reach(to)
         must = [0, *(m.position for m in state.marks)]
-        if plain.top - to <= self.model.layout.tail:
+        within = self.model.config.uncut(tokens, to) < to  # a picture, of which no state holds a part
+        if plain.top - to <= self.model.layout.tail and not within:
             must.append(to)
         assert to >= reach >= max(p for p in must if p <= to)
         if reach < to:
             States.refusals += 1
-            with pytest.raises(InputError, match=f"and before that to {reach} "):
+            with pytest.raises(InputError, match="a picture begins" if within else f"and before that to {reach} "):
                 state.rewind(to)
             self.set(i, state, plain, tokens)
             if reach == 0:
@@ -200,7 +219,7 @@ SAVED: list[Path] = []
 @pytest.mark.parametrize("seed", range(4))
 def test_random_operations_equal_a_fresh_reading(seed: int, tmp_path: Path) -> None:
     SAVED[:] = [tmp_path / "state"]
-    States.steps = States.wraps = States.refusals = States.reuses = 0
+    States.steps = States.wraps = States.refusals = States.reuses = States.cuts = 0
     run_state_machine_as_test(
         hypothesis.seed(seed)(States),
         settings=settings(
@@ -209,4 +228,4 @@ def test_random_operations_equal_a_fresh_reading(seed: int, tmp_path: Path) -> N
         ),
     )  # fmt: skip
     assert States.steps >= 500
-    assert min(States.wraps, States.refusals, States.reuses) >= 1
+    assert min(States.wraps, States.refusals, States.reuses, States.cuts) >= 1

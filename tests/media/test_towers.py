@@ -19,7 +19,7 @@ from mlx_gemma4.conversation.language_model import load
 from mlx_gemma4.execution import execution
 from mlx_gemma4.files.gguf import open_gguf
 from mlx_gemma4.loading.loader import open_model
-from mlx_gemma4.media import patches, projector, vision
+from mlx_gemma4.media import layers, patches, projector, vision
 from mlx_gemma4.media.picture import resized
 from mlx_gemma4.model.soft import Encoded
 
@@ -82,6 +82,35 @@ def test_each_stage_is_that_of_the_reference(kind: str, size: str) -> None:
         for stage, n in about["sizes"][size]["rows"].items():
             assert stages[stage].shape[0] == n, stage
             np.testing.assert_allclose(some_rows(stages[stage]), arrays[f"{size}/{stage}"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "off"), [(mx.float32, 1e-4), (mx.float16, 0.02), (mx.bfloat16, 0.2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_way_of_a_gpu(kind: str, dtype: mx.Dtype, off: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in the weights' type, heads padded, scores in pieces: the same operations, on this CPU."""
+    arrays, about = recorded(kind)
+    weights = dict(projector.read_towers(folder(kind) / "mmproj.gguf", config_of(kind)))
+    weights = {name: w.astype(dtype) if w.ndim > 1 and "position" not in name else w for name, w in weights.items()}
+    for module in (layers, vision):
+        monkeypatch.setattr(module, "on_cpu", lambda: False)
+    monkeypatch.setattr(vision, "fused", lambda f, _: f)  # which calls a compiler
+    monkeypatch.setattr(vision, "SCORES", 20_000)
+    with open_gguf(folder(kind) / "mmproj.gguf") as gguf:
+        read = Reader(gguf.metadata, "clip.vision.", kind)
+    with execution():
+        pixels = resized(Image.fromarray(drawing(*SIZES["square"])), about["budget"])
+        rows = (patches if kind == "uv" else vision).rows(read, weights, pixels)
+        assert rows.dtype == mx.float32
+        np.testing.assert_allclose(some_rows(rows), arrays["square/projected"], rtol=off, atol=off)
+
+
+def test_fp16_holds_what_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product of numbers that fp16 can't hold."""
+    monkeypatch.setattr(layers, "on_cpu", lambda: False)
+    x = mx.array([[2e5, -1e6, 3.0, 0.0]])
+    with execution():
+        made = layers.linear(x, mx.eye(4).astype(mx.float16))
+        np.testing.assert_allclose(np.array(made), np.array(x), rtol=1e-3, atol=1)
 
 
 @pytest.mark.parametrize("prompt", ["one", "two"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from kernel_cases import metal
 from kernel_models import both
+from pictured import encoded
 from recorded import kl, prompts
 
 from mlx_gemma4.kv.segments import SegmentLayout
@@ -65,3 +66,25 @@ def test_chunks_of_a_prompt_give_the_stock_logits(
     if kv == "full":
         assert np.abs(found[0] - found[1]).max() <= 2e-3 * np.abs(found[0]).max()
     assert 0 < kl(*found) <= (1e-5 if kv == "full" else 1e-4)  # rounding can change codes, too
+
+
+@pytest.mark.parametrize("kind", ["12b", "e2b"])
+def test_a_picture_reads_as_in_stock_operations(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attention kernel lets its tokens see each other, on sliding layers, where the model has it."""
+    monkeypatch.setattr(Model, "kv_dtype", mx.float16)
+    plain, fused = both(kind, "q8_0", tmp_path, metal, OTHERS)
+    cat = encoded(b"cat", 21, plain.config.hidden, scale=0.7)
+    text, found = prompts(kind)[-1], []
+    ids = text[:9] + cat.ids + text[:5]
+    for model in (plain, fused):
+        model.soft.add(cat)
+        state = model.new_state(layout=LAYOUT)
+        model.forward(mx.array(text), state)
+        found.append(np.array(model.forward(mx.array(ids), state, all_logits=True, soft=model.soft.rows(ids))))
+    assert np.abs(found[0] - found[1]).max() <= 2e-3 * np.abs(found[0]).max()
+    state = plain.new_state(layout=LAYOUT)
+    plain.forward(mx.array(text), state)
+    soft = plain.soft.rows(ids)
+    assert soft is not None and (soft.last is not None) == (kind == "12b")
+    causal = np.array(plain.forward(mx.array(ids), state, all_logits=True, soft=soft._replace(last=None)))
+    assert (np.abs(causal - found[0]).max() > 0.1) == (kind == "12b")
