@@ -6,6 +6,7 @@ can reach is asked: a name is looked up once, all of its addresses are checked, 
 
 import ipaddress
 import socket
+import threading
 import time
 
 import httpx
@@ -24,12 +25,20 @@ def fetch(address: str, most: int, end: float) -> bytes:
     try:
         url = httpx.URL(address)
         with httpx.Client(trust_env=False, timeout=_WAIT) as client:
-            for _ in range(REDIRECTS + 1):
-                found = _get(client, url, most, end)
-                if isinstance(found, bytes):
-                    return found
-                url = url.join(found)
-    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+            late = threading.Timer(max(0.0, end - time.monotonic()), client.close)  # a head may drip for ever
+            late.daemon = True
+            late.start()
+            try:
+                for _ in range(REDIRECTS + 1):
+                    found = _get(client, url, most, end)
+                    if isinstance(found, bytes):
+                        return found
+                    url = url.join(found)
+            finally:
+                late.cancel()
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, RuntimeError, UnicodeError) as error:
+        if time.monotonic() > end:
+            raise Refused("takes too long") from None
         raise Refused(f"can't be read ({str(error) or type(error).__name__:.100})") from None
     raise Refused(f"redirects over {REDIRECTS} times")
 

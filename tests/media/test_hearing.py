@@ -22,7 +22,8 @@ from signals import LENGTHS, RATE, voice
 from mlx_gemma4.config import Config
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.loading.loader import load_model, open_model
-from mlx_gemma4.media import frames, hearing, projector, sounds
+from mlx_gemma4.media import frames, hearing, layers, projector, sounds
+from mlx_gemma4.media.content import content_of
 from mlx_gemma4.media.projector import Media, open_media
 from mlx_gemma4.media.sounds import PIECE
 from mlx_gemma4.model.soft import Encoded
@@ -66,6 +67,20 @@ def test_frames_of_samples_are_the_reference_s(length: str) -> None:
         made = frames.frames(samples[i * PIECE : (i + 1) * PIECE])
         check(made, stages["frames"])
         check(frames.rows(read, weights, made), stages["projected"])
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_way_of_a_gpu(kind: str, dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of 16 bits in products in fp32: the same operations, on this CPU."""
+    read, weights = tower_of(kind)
+    weights = {name: w.astype(dtype) if w.ndim == 2 and "conv_dw" not in name else w for name, w in weights.items()}
+    monkeypatch.setattr(layers, "on_cpu", lambda: False)
+    tower = projector.TOWERS[f"gemma4{kind}"]
+    part = {"type": "audio", "audio": sound_files.wav(voice(RATE))}
+    rows = tower.rows(read, weights, tower.inputs(content_of(part), part)[0])
+    assert rows.dtype == mx.float32
+    check(rows, recorded(kind, "1 s")[0]["projected"])
 
 
 LONG = [pytest.param(n, marks=pytest.mark.slow if n in ("30 s", "31 s") else ()) for n in LENGTHS]

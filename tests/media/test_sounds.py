@@ -148,6 +148,7 @@ def still_film() -> bytes:
 WAV = wav(voice(RATE))
 FLAC, MP3 = (encoded(f, c, voice(3 * RATE)[None], RATE) for f, c in (("flac", "flac"), ("mp3", "libmp3lame")))
 OGG = encoded("ogg", "flac", voice(RATE)[None], RATE)
+ID3 = b"ID3\3\0\0" + bytes([0, 0, 2, 0]) + bytes(256)  # a tag of 256 bytes
 M4A = encoded("ipod", "aac", voice(3 * RATE)[None], RATE)
 HLS = b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n/etc/hostname\n#EXT-X-ENDLIST\n"
 BAD = {
@@ -171,7 +172,8 @@ BAD = {
     "a WAV cut short": (WAV[:-10_000], "of 64044 bytes: it is cut short"),
     "a WAV of a head": (WAV[:30], "cut short"),
     "a FLAC cut short": (FLAC[: len(FLAC) // 2], "of 3.0 seconds"),
-    "an MP3 cut short": (MP3[: len(MP3) // 2], "of 3.0 seconds"),
+    "an MP3 cut short": (MP3[: len(MP3) // 2], r"of 3\.. seconds"),
+    "an MP3 with a tag, cut short": (ID3 + MP3[: len(MP3) // 2], r"of 3\.. seconds"),
     "an M4A cut short": (M4A[: len(M4A) // 2], "can't be read as sound"),
     "1 Hz": (wav(voice(RATE), rate=1), "has 1 samples a second"),
     "1 GHz": (wav(voice(RATE), rate=1_000_000_000), "has 1000000000 samples a second"),
@@ -216,6 +218,16 @@ def test_five_hours_are_refused(tmp_path: Path) -> None:
     assert time.perf_counter() - start < 5
     assert tracemalloc.get_traced_memory()[1] < 10e6
     tracemalloc.stop()
+
+
+def test_an_mp3_whose_bit_rate_rises_and_that_has_no_count_of_frames_is_heard_whole() -> None:
+    """FFmpeg takes the rate of the first frames for all, and says 149 seconds of 14."""
+    low, high = (
+        encoded("mp3", "libmp3lame", voice(7 * RATE)[None], RATE, bit_rate, write_xing="0")
+        for bit_rate in (8_000, 160_000)
+    )
+    assert b"Xing" not in low + high
+    assert abs(len(decoded(low + high)) - 14 * RATE) < 4000
 
 
 def test_a_wav_from_a_pipe_has_any_length_in_its_head() -> None:

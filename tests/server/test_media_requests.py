@@ -7,7 +7,9 @@ import base64
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -255,6 +257,13 @@ class Web(BaseHTTPRequestHandler):
             self.send_header("location", "http://127.0.0.1/inside")
             self.end_headers()
             return
+        if self.path == "/drip":
+            with suppress(OSError):
+                self.wfile.write(b"HTTP/1.0 200 OK\r\nx: ")
+                for _ in range(600):
+                    self.wfile.write(b"x")
+                    time.sleep(0.1)
+            return
         if self.path.startswith("/round"):
             self.send_response(302)
             self.send_header("location", "/round")
@@ -313,6 +322,15 @@ def test_the_web_is_kept_within_bounds(web: str, path: str, says: str, monkeypat
     assert "takes too long" in wrong({"type": "image_url", "image_url": {"url": web + "/a"}}, allow_remote_images=True)
 
 
+def test_a_head_that_drips_ends(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media, "MOST_REMOTE", (1000, 0.5))
+    start = time.monotonic()
+    assert "takes too long" in wrong(
+        {"type": "image_url", "image_url": {"url": f"{web}/drip"}}, allow_remote_images=True
+    )
+    assert time.monotonic() - start < 30
+
+
 def test_pictures_from_the_web_share_their_bounds(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(media, "MOST_REMOTE", (2 * len(PNG), 60.0))
     part = {"type": "image_url", "image_url": {"url": f"{web}/a.png"}}
@@ -355,6 +373,7 @@ def test_lists_say_what_a_model_takes(server: Serving) -> None:
     assert httpx.get(f"{server.url}/props").json()["modalities"] == {"vision": False, "audio": False, "video": False}
 
 
+@pytest.mark.slow
 def test_few_large_bodies_are_held_at_a_time(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlx_gemma4.server.models.MOST_LARGE", 1)
     body = {"messages": [{"role": "user", "content": "x" * 9_000_000}]}

@@ -337,7 +337,7 @@ def test_any_file_is_refused_in_words_or_gives_trees(js: MiniRacer, chats: Any) 
 
 def test_the_page_asks_for_nothing_from_elsewhere() -> None:
     text = page()[1].decode()
-    *others, _, _, _, _, _, _, _ = scripts = SCRIPT.findall(text)
+    *others, _, _, _, _, _, _, _, _ = scripts = SCRIPT.findall(text)
     names = ["markdownit", "DOMPurify", "Highlight.js", "katex"]
     assert len(others) == 4 and all(name in each[:600] for name, each in zip(names, others, strict=True))
     katex_css, *styles = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
@@ -350,7 +350,7 @@ def test_the_page_asks_for_nothing_from_elsewhere() -> None:
 
 def test_the_policy_allows_the_pages_own_scripts_only() -> None:
     policy = page()[2]["Content-Security-Policy"]
-    assert policy.count("'sha256-") == 14 and "unsafe" not in policy and policy.startswith("default-src 'none'")
+    assert policy.count("'sha256-") == 15 and "unsafe" not in policy and policy.startswith("default-src 'none'")
 
 
 def test_the_page_is_packed_and_sent_once() -> None:
