@@ -16,7 +16,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from io import RawIOBase
 from itertools import takewhile
 from pathlib import Path
@@ -33,7 +32,6 @@ NAME = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<quant>[\w./-]+))?")
 QUANT = re.compile(
     r"(?<![A-Z0-9])((?:UD-)?(?:I?Q\d(?:_(?:\d|K|NL|XXS|XS|S|M|L|XL|XXL))*|TQ\d_\d|BF16|F16|F32|MXFP4(?:_MOE)?))(?![A-Z0-9])"
 )
-SIZE = re.compile(r"(?<![A-Z0-9])(?:E2B|E4B|12B|26B(?:-A4B)?|31B)(?![A-Z0-9])")
 # An assistant, which drafts for a model of the same repository: `mtp-*`, or `*-assistant-*`.
 DRAFTER = re.compile(r"(?:.*/)?(?:mtp-[^/]*|[^/]*-assistant(?:-[^/]*)?)\.gguf", re.IGNORECASE)
 SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
@@ -251,7 +249,7 @@ def cache_folder_of(repo: str) -> Path:
     return cache_root() / f"models--{repo.replace('/', '--')}"
 
 
-def _latest(repo: str) -> tuple[Path, list[str]]:
+def latest_version(repo: str) -> tuple[Path, list[str]]:
     """Return the folder of the version downloaded last, and its files. Raises OSError or ValueError."""
     commit = (cache_folder_of(repo) / "refs" / "main").read_text().strip()
     if not HASH.fullmatch(commit):
@@ -263,53 +261,15 @@ def _latest(repo: str) -> tuple[Path, list[str]]:
 def _cached(repo: str, quant: str) -> Path | None:
     """Return the path of a complete model in the version downloaded last, or None."""
     try:
-        snapshot, files = _latest(repo)
+        snapshot, files = latest_version(repo)
         if not quant and not choices(files):
-            return snapshot if _whole(snapshot, files) else None
+            return snapshot if is_whole(snapshot, files) else None
         return snapshot / choose(repo, files, quant).files[0]
     except (OSError, ValueError, InputError):
         return None
 
 
-def cached_models() -> dict[str, Path]:
-    """Return all complete models of the cache, whatever they are, by the name that `pull` takes."""
-    found: dict[str, Path] = {}
-    for home in sorted(cache_root().glob("models--*--*")):
-        repo = home.name.removeprefix("models--").replace("--", "/")
-        try:
-            snapshot, files = _latest(repo)
-            for choice in (some := choices(files)):
-                name = choice.quant if [one.quant for one in some].count(choice.quant) == 1 else choice.files[0]
-                if choice.complete and not DRAFTER.fullmatch(choice.files[0]):
-                    found[f"{repo}:{name or choice.files[0]}"] = snapshot / choice.files[0]
-            if not some and _whole(snapshot, files):
-                found[repo] = snapshot
-        except (OSError, ValueError):
-            continue
-    return found
-
-
-def broken_off() -> dict[str, int]:
-    """Return the bytes there are of downloads that have not ended, by repository."""
-    found: dict[str, int] = {}
-    for part in sorted(cache_root().glob("models--*--*/blobs/*.part")):
-        repo = part.parts[-3].removeprefix("models--").replace("--", "/")
-        found[repo] = found.get(repo, 0) + part.stat().st_size
-    return found
-
-
-def where_to_get(path: Path) -> str:
-    """Return what to do where there is no such file: one that is named alike, or what to pull."""
-    near = get_close_matches(path.name, [file.name for file in path.parent.glob("*.gguf")], 1, 0.7)
-    size = SIZE.search(path.name.upper().replace("_", "-"))
-    label = size[0].replace("26B-A4B", "26B").replace("26B", "26B-A4B") if size else "E2B"
-    quant = QUANT.search(path.name.upper())
-    name = f"ggml-org/gemma-4-{label}-it-GGUF:{quant[0] if quant else 'Q4_K_M'}"
-    file = f"do you mean {near[0]}? Else " if near else ""
-    return f"{file}download {'it' if size else 'one'}: mlx-gemma4 pull {name} (`mlx-gemma4 list` shows what is here)"
-
-
-def _whole(snapshot: Path, files: Sequence[str]) -> bool:
+def is_whole(snapshot: Path, files: Sequence[str]) -> bool:
     """True if a folder of safetensors has every file that its index, if it has one, names."""
     index = "model.safetensors.index.json"
     if index not in files:

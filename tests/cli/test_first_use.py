@@ -14,7 +14,7 @@ from mlx_gemma4 import execution, load
 from mlx_gemma4.chat_format import template
 from mlx_gemma4.cli.main import main
 from mlx_gemma4.cli.options import ALIASES
-from mlx_gemma4.files.hub import where_to_get
+from mlx_gemma4.files.cached import where_to_get
 
 E2B, BASE = str(HERE / "e2b-q4_k_m.gguf"), str(HERE / "e2b-f32.gguf")  # the second has no chat template
 
