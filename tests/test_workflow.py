@@ -79,11 +79,14 @@ def test_the_release_builds_installs_and_runs(tmp_path: Path) -> None:
     env = {key: x for key, x in os.environ.items() if key != "PYTHONPATH"}
     env |= {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", "RUNNER_TEMP": str(tmp_path)}
     env["GITHUB_REF"] = "refs/heads/main"
-    packages = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
+    (packages := tmp_path / "packages").mkdir()  # those of the tests, but not this one, where it is installed
+    for path in (path for folder in sys.path if folder.endswith("-packages") for path in Path(folder).iterdir()):
+        if not path.name.startswith("mlx_gemma4") and not (packages / path.name).exists():
+            (packages / path.name).symlink_to(path)
     steps = [step for step in RELEASE["build"]["steps"] if "run" in step]
     assert len(steps) == 5
     for step in steps[:4]:  # the last one asks PyPI about every dependency
-        more = {"PYTHONPATH": packages} if step["name"].startswith("Install") else {}
+        more = {"PYTHONPATH": str(packages)} if step["name"].startswith("Install") else {}
         command = ["bash", "-e", "-o", "pipefail", "-c", step["run"]]
         done = subprocess.run(command, cwd=tree, env={**env, **more}, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, (step["name"], done.stdout[-2000:], done.stderr[-2000:])

@@ -42,7 +42,8 @@ def list_models() -> None:
 
     They are in the cache that programs for Hugging Face share, where HF_HOME says; Gemma models alone are listed.
     """
-    from ..files.hub import broken_off, cache_root, cached_models
+    from ..files.cached import broken_off, cached_models
+    from ..files.hub import cache_root
     from ..server.cards import cards
 
     logging.getLogger("mlx_gemma4.server.cards").setLevel(logging.ERROR)  # it warns of models of other kinds
@@ -66,8 +67,7 @@ def rm(name: str, yes: bool) -> None:
 
     REPO may leave out the owner, and QUANT where there is one only; `list` shows the names.
     """
-    from ..files.folder import delete_cached, in_cache
-    from ..files.hub import broken_off, cached_models
+    from ..files.cached import broken_off, cached_models, delete_cached, in_cache
 
     models = cached_models()
     found = in_cache(name, list(models)) or in_cache(name, list(broken_off()))

@@ -62,7 +62,7 @@ def answer_file(
     )  # a token has over 3 bytes
     options = [_options(line, options_of(lm)) for line in left]
     prompts = [_prompt(lm, line, system, raw) for line in left]
-    start, tokens, failed, cut, written = time.monotonic(), 0, 0, 0, 0
+    start, tokens, failed, cut, broken, written = time.monotonic(), 0, 0, 0, False, 0
     early: dict[int, str] = {}  # replies done before those of earlier lines
     try:
         with ExitStack() as stack:
@@ -71,7 +71,8 @@ def answer_file(
             for i, reply in stack.enter_context(closing(batch(lm, prompts, options, kv=kv, on_progress=update))):
                 early[i] = json.dumps(_record(left[i].name, reply), ensure_ascii=False)
                 tokens, failed = tokens + len(reply.tokens), failed + (reply.error is not None)
-                cut += reply.error is None and reply.finish_reason == "length"
+                if reply.error is None and reply.finish_reason == "length":
+                    cut, broken = cut + 1, broken or options[i].schema is not None
                 while written in early:
                     if file is None:
                         say(early.pop(written))
@@ -89,7 +90,7 @@ def answer_file(
         + f"{cut} cut off at their max_tokens, see finish_reason; " * bool(cut)
         + f"{tokens} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s"
     )
-    if cut and any(one.schema for one in options):
+    if broken:  # JSON that is cut
         sys.exit(1)
 
 

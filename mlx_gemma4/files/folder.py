@@ -5,13 +5,12 @@ found, never made a path; a link is deleted with what it points to only in the h
 """
 
 import os
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
 from ..errors import InputError
-from .hub import NAME, cache_folder_of, cache_root
-from .repository import DRAFTER, FOLDER, SPLIT, choices
+from .hub import NAME, cache_root
+from .repository import FOLDER, SPLIT, choices
 
 DEPTH = 3  # folders within folders that are looked into, as OWNER/REPOSITORY/QUANTIZATION
 HUBS = ("hf.co/", "huggingface.co/")
@@ -100,35 +99,6 @@ def delete_model(folder: Path, path: Path) -> None:
             continue
         with suppress(OSError):  # it isn't empty
             parent.rmdir()
-
-
-def in_cache(name: str, names: list[str]) -> str | None:
-    """Return the one of `names`, OWNER/NAME[:QUANT], that a user means, who may leave out owner and quantization."""
-    wanted = name.lower()
-    some = [one for one in names if one.lower() == wanted]
-    some = some or [one for one in names if wanted in _spellings(one.lower())]
-    return some[0] if len(some) == 1 else None
-
-
-def _spellings(name: str) -> tuple[str, ...]:
-    repo = name.partition(":")[0]
-    return name.partition("/")[2], repo, repo.partition("/")[2]
-
-
-def delete_cached(repo: str, model: Path | None) -> None:
-    """Delete a model of the hub's cache in all versions, or parts of downloads (None). Raises InputError.
-
-    What came with the last model of its repository, assistants and projectors, goes with it.
-    """
-    home = cache_folder_of(repo)
-    for part in () if model else home.glob("blobs/*.part"):
-        part.unlink(missing_ok=True)
-    inside = Path(*model.relative_to(home).parts[2:]) if model else None
-    for version in list(home.glob("snapshots/*")) if inside else ():
-        delete_model(cache_root(), version / str(inside))
-    left = [file.name for kind in ("snapshots/*/**/*", "blobs/*.part") for file in home.glob(kind) if file.is_file()]
-    if all(DRAFTER.fullmatch(name) or "mmproj" in name.lower() for name in left):
-        shutil.rmtree(home, ignore_errors=True)
 
 
 def _parts(path: Path) -> list[Path]:

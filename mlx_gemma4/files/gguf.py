@@ -21,7 +21,7 @@ import numpy as np
 
 from ..errors import InputError, reason
 from ..paths import check_source
-from .repository import where_to_get
+from .cached import where_to_get
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

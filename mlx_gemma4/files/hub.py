@@ -19,7 +19,7 @@ from io import RawIOBase
 from pathlib import Path
 
 from ..errors import InputError
-from .repository import DRAFTER, PREFERRED, best_drafters, best_projectors, choices, choose, folder_files
+from .repository import PREFERRED, best_drafters, best_projectors, choices, choose, folder_files
 
 log = logging.getLogger("mlx_gemma4")
 
@@ -161,7 +161,7 @@ def cache_folder_of(repo: str) -> Path:
     return cache_root() / f"models--{repo.replace('/', '--')}"
 
 
-def _latest(repo: str) -> tuple[Path, list[str]]:
+def latest_version(repo: str) -> tuple[Path, list[str]]:
     """Return the folder of the version downloaded last, and its files. Raises OSError or ValueError."""
     commit = (cache_folder_of(repo) / "refs" / "main").read_text().strip()
     if not HASH.fullmatch(commit):
@@ -173,42 +173,15 @@ def _latest(repo: str) -> tuple[Path, list[str]]:
 def _cached(repo: str, quant: str) -> Path | None:
     """Return the path of a complete model in the version downloaded last, or None."""
     try:
-        snapshot, files = _latest(repo)
+        snapshot, files = latest_version(repo)
         if not quant and not choices(files):
-            return snapshot if _whole(snapshot, files) else None
+            return snapshot if is_whole(snapshot, files) else None
         return snapshot / choose(repo, files, quant).files[0]
     except (OSError, ValueError, InputError):
         return None
 
 
-def cached_models() -> dict[str, Path]:
-    """Return all complete models of the cache, whatever they are, by the name that `pull` takes."""
-    found: dict[str, Path] = {}
-    for home in sorted(cache_root().glob("models--*--*")):
-        repo = home.name.removeprefix("models--").replace("--", "/")
-        try:
-            snapshot, files = _latest(repo)
-            for choice in (some := choices(files)):
-                name = choice.quant if [one.quant for one in some].count(choice.quant) == 1 else choice.files[0]
-                if choice.complete and not DRAFTER.fullmatch(choice.files[0]):
-                    found[f"{repo}:{name or choice.files[0]}"] = snapshot / choice.files[0]
-            if not some and _whole(snapshot, files):
-                found[repo] = snapshot
-        except (OSError, ValueError):
-            continue
-    return found
-
-
-def broken_off() -> dict[str, int]:
-    """Return the bytes there are of downloads that have not ended, by repository."""
-    found: dict[str, int] = {}
-    for part in sorted(cache_root().glob("models--*--*/blobs/*.part")):
-        repo = part.parts[-3].removeprefix("models--").replace("--", "/")
-        found[repo] = found.get(repo, 0) + part.stat().st_size
-    return found
-
-
-def _whole(snapshot: Path, files: Sequence[str]) -> bool:
+def is_whole(snapshot: Path, files: Sequence[str]) -> bool:
     """True if a folder of safetensors has every file that its index, if it has one, names."""
     index = "model.safetensors.index.json"
     if index not in files:

@@ -7,7 +7,6 @@ nothing, here or at the hub.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
 
@@ -18,7 +17,6 @@ PREFERRED = ("Q4_K_M", "Q4_0", "UD-Q4_K_XL", "Q8_0")
 QUANT = re.compile(
     r"(?<![A-Z0-9])((?:UD-)?(?:I?Q\d(?:_(?:\d|K|NL|XXS|XS|S|M|L|XL|XXL))*|TQ\d_\d|BF16|F16|F32|MXFP4(?:_MOE)?|NVFP4))(?![A-Z0-9])"
 )
-SIZE = re.compile(r"(?<![A-Z0-9])(?:E2B|E4B|12B|26B(?:-A4B)?|31B)(?![A-Z0-9])")
 # An assistant, which drafts for a model of the same repository: `mtp-*`, or `*-assistant-*`.
 DRAFTER = re.compile(r"(?:.*/)?(?:mtp-[^/]*|[^/]*-assistant(?:-[^/]*)?)\.gguf", re.IGNORECASE)
 # A projector, which makes a model of the same repository see or hear.
@@ -132,14 +130,3 @@ def folder_files(files: Sequence[str]) -> tuple[str, ...]:
     """Return the files that `load` reads of a repository of safetensors, weights last; () if it isn't one."""
     some = sorted((f for f in files if FOLDER.fullmatch(f)), key=lambda f: (f.endswith(".safetensors"), f))
     return tuple(some) if "config.json" in some and some[-1].endswith(".safetensors") else ()
-
-
-def where_to_get(path: Path) -> str:
-    """Return what to do where there is no such file: one that is named alike, or what to pull."""
-    near = get_close_matches(path.name, [file.name for file in path.parent.glob("*.gguf")], 1, 0.7)
-    size = SIZE.search(path.name.upper().replace("_", "-"))
-    label = size[0].replace("26B-A4B", "26B").replace("26B", "26B-A4B") if size else "E2B"
-    quant = QUANT.search(path.name.upper())
-    name = f"ggml-org/gemma-4-{label}-it-GGUF:{quant[0] if quant else 'Q4_K_M'}"
-    file = f"do you mean {near[0]}? Else " if near else ""
-    return f"{file}download {'it' if size else 'one'}: mlx-gemma4 pull {name} (`mlx-gemma4 list` shows what is here)"

@@ -151,8 +151,8 @@ def test_mistakes_beside_it(prompts_file: Path, tmp_path: Path) -> None:
         assert done.exit_code == 2 and f"--output {other}" in done.stderr and says in done.stderr
         assert other.read_text() == text
     for args, says in (
-        ([], "either --prompt"),
-        (["--prompts", prompts_file, "-p", "a"], "either --prompt"),
+        ([], "give one prompt"),
+        (["--prompts", prompts_file, "-p", "a"], "give one prompt"),
         (["-p", "a", "-o", other], "--output goes with"),
         (["--prompts", prompts_file, "--state", other], "--state"),
         (["--prompts", prompts_file, "--raw"], ":3: messages need"),
