@@ -210,6 +210,11 @@ def test_the_projector_beside_a_model_is_taken(tmp_path: Path) -> None:
     lm = load(tmp_path / "model-Q4_0.gguf", draft=None)
     assert lm.media is not None
     assert lm.media.path == tmp_path / "mmproj-F16.gguf"
+    (tmp_path / "part").mkdir()
+    shutil.copy(UV / "model.gguf", tmp_path / "part" / "model.gguf")
+    found = media_beside(tmp_path / "part" / "model.gguf", config_of(UV))
+    assert found is not None
+    assert found.resolve() == tmp_path / "mmproj-F16.gguf"
     assert load(tmp_path / "model-Q4_0.gguf", draft=None, mmproj=None).media is None
     own = load(tmp_path / "model-Q4_0.gguf", draft=None, mmproj=UV / "mmproj.gguf").media
     assert own is not None
