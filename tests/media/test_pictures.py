@@ -54,8 +54,9 @@ def test_the_first_frame_of_an_animation() -> None:
 def test_exif_turns_a_picture_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise by a quarter
-    made = shown(saved(IMAGE, "PNG", exif=exif))
-    np.testing.assert_array_equal(made, np.rot90(np.asarray(IMAGE), -1))
+    made = saved(IMAGE, "PNG", exif=exif)
+    for value in (made, Image.open(BytesIO(made))):
+        np.testing.assert_array_equal(shown(value), np.rot90(np.asarray(IMAGE), -1))
 
 
 def test_transparency_is_on_white() -> None:
