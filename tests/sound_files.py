@@ -19,12 +19,13 @@ def wav(samples: np.ndarray, rate: int = RATE, channels: int = 1) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
-def encoded(form: str, codec: str, samples: np.ndarray, rate: int) -> bytes:
-    """A file of `samples` fp32 [channels, n], in a form and with a codec of FFmpeg's."""
+def encoded(form: str, codec: str, samples: np.ndarray, rate: int, bit_rate: int = 128_000, **options: str) -> bytes:
+    """A file of `samples` fp32 [channels, n], in a form, with options, and with a codec of FFmpeg's."""
     layout = {1: "mono", 2: "stereo", 6: "5.1"}[len(samples)]
     out = io.BytesIO()
-    with av.open(out, "w", format=form) as container:
+    with av.open(out, "w", format=form, options=options) as container:
         stream = container.add_stream(codec, rate=rate, layout=layout, options={"strict": "-2"})
+        stream.bit_rate = bit_rate
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout=layout)
         frame.sample_rate, frame.pts = rate, 0
         own = stream.codec_context

@@ -23,6 +23,7 @@ RATE = 16_000  # samples a second
 PIECE = 30 * RATE  # samples that a tower takes at once: 750 tokens
 MOST = 3600  # seconds; 90,000 tokens
 RATES = range(1000, 400_000)  # of a file; a resampler's filter grows with the rate
+LOUDEST = 1e6  # a sample; full scale is 1
 # FFmpeg's demuxers that may read a file. Others open files and addresses that the content names (HLS, concat).
 FORMS = "aac,aiff,flac,matroska,mov,mp3,ogg,w64,wav"
 TAKEN = "give a WAV, MP3, FLAC, Ogg, M4A or WebM file"
@@ -45,15 +46,18 @@ def decode(content: Content) -> np.ndarray:
     """Return a sound's samples, fp32 [n] at 16 kHz, the mean of its channels. Raises InputError as `pieces` does.
 
     A packet that can't be decoded is passed over, as players do, as long as the sound has the length that its file
-    says. Of Ogg and WebM files that are cut short nobody can tell: they are heard to their end.
+    says. Of Ogg and WebM files, and MP3 files without a count of frames, that are cut short nobody can tell: they are
+    heard to their end.
     """
     import av  # takes a third of a second
 
     with content.open() as file:
         _check_riff(file, content.name)
+        counted = _counts_frames(file)
         try:
             with av.open(file, options={"format_whitelist": FORMS}, metadata_errors="replace") as container:
-                found = list(_chunks(container, content.name))
+                exact = container.format.name not in ("mp3", "aac") or counted  # of these two others are guesses
+                found = list(_chunks(container, content.name, exact))
         except (av.FFmpegError, ValueError, OverflowError) as error:
             why = error.strerror if isinstance(error, av.FFmpegError) else str(error)
             raise InputError(f"{content.name}: can't be read as sound ({why}); {TAKEN}") from None
@@ -71,8 +75,21 @@ def _check_riff(file: BinaryIO, name: str) -> None:
         raise InputError(f"{name}: has {size} of {declared} bytes: it is cut short; copy it again")
 
 
-def _chunks(container: InputContainer, name: str) -> Iterator[np.ndarray]:
-    """Yield fp32 [n] pieces of the first sound stream of an open file, resampled, and check them against its header."""
+def _counts_frames(file: BinaryIO) -> bool:
+    """Return True for an MP3 file that says in its first frame how many it has."""
+    head = file.read(10)
+    tag = 10 + sum(b << 7 * i for i, b in enumerate(reversed(head[6:]))) if head[:3] == b"ID3" else 0
+    file.seek(tag)
+    frame = file.read(256)
+    file.seek(0)
+    return any(mark in frame for mark in (b"Xing", b"Info", b"VBRI"))
+
+
+def _chunks(container: InputContainer, name: str, exact: bool) -> Iterator[np.ndarray]:
+    """Yield fp32 [n] pieces of the first sound stream of an open file, resampled, and hold them to its header.
+
+    `exact`: the length that the header says is one.
+    """
     import av
 
     if not container.streams.audio:
@@ -82,18 +99,19 @@ def _chunks(container: InputContainer, name: str) -> Iterator[np.ndarray]:
         raise InputError(f"{name}: is encoded in a way that can't be read; {TAKEN}")
     if stream.rate not in RATES:
         raise InputError(f"{name}: has {stream.rate} samples a second; convert it to 16000")
-    declared = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+    declared = float(stream.duration * stream.time_base) if exact and stream.duration and stream.time_base else 0.0
     too_long = InputError(f"{name}: is longer than an hour; cut it into shorter sounds")
     if declared > MOST:
         raise too_long
-    resampler = av.AudioResampler(format="fltp", rate=RATE)
+    resampler = av.AudioResampler(format="flt", rate=RATE)  # channels side by side: PyAV crashes at 8 and more apart
     total = 0
     for packet in container.demux(stream):
         for frame in [*_frames(packet), *([] if packet.size else [None])]:  # the last packet is empty
             for resampled in resampler.resample(frame):
-                chunk: np.ndarray[Any, Any] = resampled.to_ndarray().mean(0, dtype=np.float32)  # [channels, n]
-                if not np.isfinite(chunk).all():
-                    raise InputError(f"{name}: has samples that are no numbers (NaN or infinite); export it again")
+                samples: np.ndarray = resampled.to_ndarray().reshape(-1, resampled.layout.nb_channels)
+                if not (np.abs(samples) < LOUDEST).all():
+                    raise InputError(f"{name}: has samples that are no numbers or far too large; export it again")
+                chunk: np.ndarray = samples.mean(1, dtype=np.float32)
                 total += len(chunk)
                 if total > MOST * RATE:
                     raise too_long

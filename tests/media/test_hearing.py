@@ -12,6 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import sound_files
+from drawings import SIZES, drawing
+from PIL import Image
 from recorded import kl
 from rewrite import Edit, Entry, drop, odd, plus
 from shapes import MEDIA as SPECIAL
@@ -20,7 +22,8 @@ from signals import LENGTHS, RATE, voice
 from mlx_gemma4.config import Config
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.loading.loader import load_model, open_model
-from mlx_gemma4.media import frames, hearing, projector, sounds
+from mlx_gemma4.media import frames, hearing, layers, projector, sounds
+from mlx_gemma4.media.content import content_of
 from mlx_gemma4.media.projector import Media, open_media
 from mlx_gemma4.media.sounds import PIECE
 from mlx_gemma4.model.soft import Encoded
@@ -64,6 +67,20 @@ def test_frames_of_samples_are_the_reference_s(length: str) -> None:
         made = frames.frames(samples[i * PIECE : (i + 1) * PIECE])
         check(made, stages["frames"])
         check(frames.rows(read, weights, made), stages["projected"])
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_way_of_a_gpu(kind: str, dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of 16 bits in products in fp32: the same operations, on this CPU."""
+    read, weights = tower_of(kind)
+    weights = {name: w.astype(dtype) if w.ndim == 2 and "conv_dw" not in name else w for name, w in weights.items()}
+    monkeypatch.setattr(layers, "on_cpu", lambda: False)
+    tower = projector.TOWERS[f"gemma4{kind}"]
+    part = {"type": "audio", "audio": sound_files.wav(voice(RATE))}
+    rows = tower.rows(read, weights, tower.inputs(content_of(part), part)[0])
+    assert rows.dtype == mx.float32
+    check(rows, recorded(kind, "1 s")[0]["projected"])
 
 
 LONG = [pytest.param(n, marks=pytest.mark.slow if n in ("30 s", "31 s") else ()) for n in LENGTHS]
@@ -212,22 +229,18 @@ def test_a_folder_whose_tower_is_another(tmp_path: Path) -> None:
         open_media(tmp_path, config_of("a"))
 
 
-@pytest.mark.parametrize("prompt", ["one", "two"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_of_prompts_with_sounds_are_the_reference_s(kind: str, prompt: str) -> None:
-    """transformers pads sounds to equal length; here each is encoded alone."""
-    about = json.loads((MEDIA / kind / "sounds.json").read_text())
+def check_logits(media: Media, kind: str, prompt: str, parts: list[dict[str, Any]]) -> None:
+    """Read a prompt with these parts between the fixture's words, and hold its last logits to the reference's."""
+    before, between, after = json.loads((MEDIA / kind / "sounds.json").read_text())["words"]
     with np.load(MEDIA / kind / "sounds.npz") as arrays:
         expected = arrays[f"logits/{prompt}"]
     with open_model(MEDIA / kind / "model.gguf") as (config, source, _):
         model, _ = load_model(config, source)
-    media = open_media(MEDIA / kind / "mmproj.gguf", config)
     control = {text: i for i, text in SPECIAL.items()}
-    before, between, after = about["words"]
     ids, held = list(before), []
-    for i, length in enumerate(about["prompts"][prompt]):
+    for i, part in enumerate(parts):
         ids += between if i else []
-        for piece in media.encode({"type": "audio", "audio": sound_files.wav(voice(LENGTHS[length]))}):
+        for piece in media.encode(part):
             if isinstance(piece, Encoded):
                 model.soft.add(piece)
                 held.append(piece)
@@ -237,6 +250,27 @@ def test_logits_of_prompts_with_sounds_are_the_reference_s(kind: str, prompt: st
     logits = np.array(found)[-len(expected) :]
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-3)
     assert kl(expected, logits) <= 1e-6
+
+
+@pytest.mark.parametrize(("prompt", "lengths"), [("one", ["1 s"]), ("two", ["0.1 s", "7.3 s"])])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_prompts_with_sounds_are_the_reference_s(kind: str, prompt: str, lengths: list[str]) -> None:
+    """transformers pads sounds to equal length; here each is encoded alone."""
+    media = open_media(MEDIA / kind / "mmproj.gguf", config_of(kind))
+    parts = [{"type": "audio", "audio": sound_files.wav(voice(LENGTHS[length]))} for length in lengths]
+    check_logits(media, kind, prompt, parts)
+
+
+def test_logits_of_a_prompt_with_a_picture_and_a_sound_are_the_reference_s(tmp_path: Path) -> None:
+    """Of one file with both towers, as E2B's and E4B's have them: `v`'s beside `a`'s."""
+    seeing = gguf.GGUFReader(MEDIA / "v" / "mmproj.gguf")
+    keys = {f.name: f.contents() for f in seeing.fields.values() if "vision" in f.name}
+    more: list[Entry] = [(t.name, np.asarray(t.data), t.tensor_type) for t in seeing.tensors]
+    media = changed("a", tmp_path / "mmproj.gguf", lambda entries: [*entries, *more], keys)
+    assert media.kinds == {"image", "video", "audio"}
+    image = Image.fromarray(drawing(*SIZES["square"]))
+    sound = {"type": "audio", "audio": sound_files.wav(voice(RATE))}
+    check_logits(media, "a", "picture and sound", [{"type": "image", "image": image, "tokens": 70}, sound])
 
 
 def test_models_that_hear_nothing_say_which_do() -> None:

@@ -39,7 +39,7 @@ def chord(rate: int) -> np.ndarray:
     return 0.2 * tones.sum(0)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("channels", [1, 2, 6, 8, 64])
 @pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 44_100, 48_000, 96_000])
 def test_any_rate_and_channels(rate: int, channels: int) -> None:
     """A chord of another loudness in each channel is heard as their mean."""
@@ -70,7 +70,6 @@ def test_samples_at_16_khz_stay_as_they_are() -> None:
         ("ogg", "libopus", 48_000, 0.1, 0),
         ("ipod", "aac", 44_100, 0.05, 0),  # .m4a
         ("adts", "aac", 48_000, 0.25, 400),  # says nothing of the encoder's delay
-        # MediaRecorder's in browsers: Chrome's and Firefox's, then Safari's.
         ("webm", "libopus", 48_000, 0.1, 0),
         ("mp4", "aac", 48_000, 0.05, 0),
     ],
@@ -81,6 +80,22 @@ def test_forms(form: str, codec: str, rate: int, limit: float, late: int) -> Non
     found = decoded(encoded(form, codec, np.stack([given, given]), rate))
     assert abs(len(found) - 3 * RATE) < 1000
     assert distance(found, decoded(wav(given, rate)), late) < limit
+
+
+@pytest.mark.parametrize(
+    ("form", "codec", "options", "limit", "late"),
+    [
+        ("webm", "libopus", {"live": "1"}, 0.1, 0),  # Chrome, Firefox
+        ("ogg", "libopus", {}, 0.1, 0),  # Firefox, when asked
+        ("mp4", "aac", {"movflags": "frag_keyframe+empty_moov+default_base_moof"}, 0.25, 400),  # Safari
+    ],
+)
+def test_what_browsers_record(form: str, codec: str, options: dict[str, str], limit: float, late: int) -> None:
+    """MediaRecorder writes as it goes, without the length and without going back to the head."""
+    given = voice(3 * 48_000, 48_000)
+    found = decoded(encoded(form, codec, given[None], 48_000, **options))
+    assert abs(len(found) - 3 * RATE) < 1500
+    assert distance(found, decoded(wav(given, 48_000)), late) < limit
 
 
 def test_a_film_s_sound_is_heard_and_its_pictures_are_passed_over() -> None:
@@ -115,7 +130,7 @@ def unknown_codec() -> bytes:
     return bytes(made)
 
 
-def with_nan(value: float) -> bytes:
+def with_sample(value: float) -> bytes:
     samples = voice(RATE)
     samples[777] = value
     return wav(samples)
@@ -133,6 +148,7 @@ def still_film() -> bytes:
 WAV = wav(voice(RATE))
 FLAC, MP3 = (encoded(f, c, voice(3 * RATE)[None], RATE) for f, c in (("flac", "flac"), ("mp3", "libmp3lame")))
 OGG = encoded("ogg", "flac", voice(RATE)[None], RATE)
+ID3 = b"ID3\3\0\0" + bytes([0, 0, 2, 0]) + bytes(256)  # a tag of 256 bytes
 M4A = encoded("ipod", "aac", voice(3 * RATE)[None], RATE)
 HLS = b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n/etc/hostname\n#EXT-X-ENDLIST\n"
 BAD = {
@@ -150,12 +166,14 @@ BAD = {
         OGG + encoded("ogg", "flac", voice(RATE, 8000)[None], 8000),
         "can't be read as sound",
     ),
-    "NaN": (with_nan(np.nan), "no numbers"),
-    "infinite": (with_nan(-np.inf), "no numbers"),
+    "NaN": (with_sample(np.nan), "no numbers"),
+    "infinite": (with_sample(-np.inf), "no numbers"),
+    "huge": (with_sample(1e30), "far too large"),
     "a WAV cut short": (WAV[:-10_000], "of 64044 bytes: it is cut short"),
     "a WAV of a head": (WAV[:30], "cut short"),
     "a FLAC cut short": (FLAC[: len(FLAC) // 2], "of 3.0 seconds"),
-    "an MP3 cut short": (MP3[: len(MP3) // 2], "of 3.0 seconds"),
+    "an MP3 cut short": (MP3[: len(MP3) // 2], r"of 3\.. seconds"),
+    "an MP3 with a tag, cut short": (ID3 + MP3[: len(MP3) // 2], r"of 3\.. seconds"),
     "an M4A cut short": (M4A[: len(M4A) // 2], "can't be read as sound"),
     "1 Hz": (wav(voice(RATE), rate=1), "has 1 samples a second"),
     "1 GHz": (wav(voice(RATE), rate=1_000_000_000), "has 1000000000 samples a second"),
@@ -200,6 +218,16 @@ def test_five_hours_are_refused(tmp_path: Path) -> None:
     assert time.perf_counter() - start < 5
     assert tracemalloc.get_traced_memory()[1] < 10e6
     tracemalloc.stop()
+
+
+def test_an_mp3_whose_bit_rate_rises_and_that_has_no_count_of_frames_is_heard_whole() -> None:
+    """FFmpeg takes the rate of the first frames for all, and says 149 seconds of 14."""
+    low, high = (
+        encoded("mp3", "libmp3lame", voice(7 * RATE)[None], RATE, bit_rate, write_xing="0")
+        for bit_rate in (8_000, 160_000)
+    )
+    assert b"Xing" not in low + high
+    assert abs(len(decoded(low + high)) - 14 * RATE) < 4000
 
 
 def test_a_wav_from_a_pipe_has_any_length_in_its_head() -> None:
