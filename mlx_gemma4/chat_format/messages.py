@@ -95,18 +95,16 @@ def _after_results(messages: Sequence[Message]) -> list[Message]:
     """Move pictures and sounds of tools' results into a user's message after those."""
     moved: list[Message] = []
     found: list[Mapping[str, Any]] = []
-    for message in (*messages, None):
-        if found and (message is None or message.get("role") != "tool"):
+    for message in messages:
+        if message.get("role") != "tool" and found:
             moved.append({"role": "user", "content": found})
             found = []
-        if message is not None:
-            seen = (
-                [part for part in _parts(message) if part.get("type") in MEDIA] if message.get("role") == "tool" else []
-            )
+        seen = media_parts([message]) if message.get("role") == "tool" else []
+        if seen:
             found = [*found, *seen]
-            rest = [part for part in _parts(message) if part not in seen]
-            moved.append({**message, "content": rest} if seen else message)
-    return moved
+            message = {**message, "content": [part for part in _parts(message) if part.get("type") not in MEDIA]}
+        moved.append(message)
+    return [*moved, {"role": "user", "content": found}] if found else moved
 
 
 def _with_objects(message: Message) -> Message:

@@ -326,7 +326,8 @@ def _path(command: str, argument: str) -> Path:
 
 
 def _turns(session: Session) -> str:
-    return _counted(sum(message.get("role") == "user" for message in session.messages), "message") + " of yours"
+    said = _counted(sum(message.get("role") == "user" for message in session.messages), "message")
+    return f"{said} of yours" + (f" (with {', '.join(session.media)})" if session.media else "")
 
 
 def _counted(count: int, what: str) -> str:

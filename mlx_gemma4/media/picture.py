@@ -53,7 +53,7 @@ def decoded(content: Content) -> Image.Image:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not isinstance(content.source, bytes | Path):
-        return _rgb(content.source)
+        return _rgb(ImageOps.exif_transpose(content.source))
     with content.open() as file:
         head = file.read(1024).lstrip()
         file.seek(0)
@@ -68,7 +68,9 @@ def decoded(content: Content) -> Image.Image:
             width, height = image.size
             if width * height > MOST_PIXELS:
                 raise Image.DecompressionBombError
-            return _rgb(ImageOps.exif_transpose(image))
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _rgb(image)
         except Image.DecompressionBombError:
             raise InputError(
                 f"{content.name}: has more than {MOST_PIXELS // 10**6} megapixels; make it smaller"
@@ -94,7 +96,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image)
         return white
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def fitted(height: int, width: int, tokens: int) -> tuple[int, int]:

@@ -264,8 +264,12 @@ def read_towers(path: Path, config: Config) -> Weights:
 
 
 def media_beside(path: Path, config: Config) -> Path | None:
-    """Return the projector that lies beside a model's file and fits it, or the model's folder if that has towers."""
-    for file in [str(path)] if path.is_dir() else best_projectors(files_beside(path), path.name):
+    """Return the projector that lies beside a model's file and fits it, or the model's folder if that has towers.
+
+    If there is none, one level up is looked: repositories have folders for the parts of a split file.
+    """
+    near = [files_beside(path), files_beside(path, ".")]
+    for file in [str(path)] if path.is_dir() else [each for some in near for each in best_projectors(some, path.name)]:
         try:
             open_media(Path(file), config)
             return Path(file)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from pictured import seeing
 from recorded import HERE
 
 from mlx_gemma4 import InputError, ReplyOptions, Session, load
@@ -64,6 +65,18 @@ def read_and_reused(repl: Repl) -> tuple[int, int]:
     assert repl.session.reply is not None
     statistics = repl.session.reply.statistics
     return statistics.prompt_tokens, statistics.reused_tokens
+
+
+def test_a_loaded_conversation_says_what_was_seen(
+    repl: Repl, heard: Heard, demo: LanguageModel, tmp_path: Path
+) -> None:
+    session = Session(seeing(demo), options=ReplyOptions(max_tokens=2))
+    (tmp_path / "cat.jpg").write_bytes(b"a cat")
+    seen = {"type": "image", "image": tmp_path / "cat.jpg"}
+    list(session.send({"role": "user", "content": [seen, {"type": "audio", "audio": b"purr"}]}))
+    session.save(tmp_path / "talk")
+    repl.take(f"/load {tmp_path / 'talk'}")
+    assert heard.lines[-1] == "1 message of yours (with cat.jpg, a sound) loaded."
 
 
 def test_undo_and_retry_read_nothing_again(repl: Repl) -> None:

@@ -54,8 +54,9 @@ def test_the_first_frame_of_an_animation() -> None:
 def test_exif_turns_a_picture_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise by a quarter
-    made = shown(saved(IMAGE, "PNG", exif=exif))
-    np.testing.assert_array_equal(made, np.rot90(np.asarray(IMAGE), -1))
+    made = saved(IMAGE, "PNG", exif=exif)
+    for value in (made, Image.open(BytesIO(made))):
+        np.testing.assert_array_equal(shown(value), np.rot90(np.asarray(IMAGE), -1))
 
 
 def test_transparency_is_on_white() -> None:
@@ -165,6 +166,28 @@ def test_frames_are_spread_over_a_video(form: str) -> None:
 
 def test_a_short_video_has_all_its_frames() -> None:
     assert [stamp for stamp, _ in frames_of(filmed(5, rate=1))] == [f"00:0{i}" for i in range(5)]
+
+
+def test_a_video_of_a_phone_held_upright_is_turned() -> None:
+    """Its frames lie on their side, and a matrix in the file says how to turn them: here clockwise by a quarter."""
+    out = BytesIO()
+    with av.open(out, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        pixels = np.zeros((64, 96, 3), np.uint8)
+        pixels[:, 48:] = 220  # light on the right
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+        container.mux(stream.encode(None))
+    made = bytearray(out.getvalue())
+    at = made.index(b"tkhd") + 44
+    made[at : at + 36] = b"".join(
+        n.to_bytes(4, "big", signed=True) for n in (0, 1 << 16, 0, -1 << 16, 0, 0, 64 << 16, 0, 1 << 30)
+    )
+    [(_, turned)] = frames_of(bytes(made))
+    assert turned.shape[0] > turned.shape[1]
+    half = turned.shape[0] // 2
+    assert turned[:half].mean() < 30
+    assert turned[half:].mean() > 190
 
 
 def test_bad_videos_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

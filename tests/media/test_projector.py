@@ -20,7 +20,7 @@ from PIL import Image
 from recorded import HERE
 from rewrite import drop, odd, plus
 
-from mlx_gemma4.config import Config
+from mlx_gemma4.config import Config, Reader
 from mlx_gemma4.conversation.language_model import load
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.loading.loader import open_model
@@ -81,6 +81,22 @@ def test_files_of_others_are_refused_in_one_line(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="belongs to a model"):
         load(mmproj)
+
+
+@pytest.mark.parametrize("folder", [UV, V], ids=["uv", "v"])
+def test_metadata_that_cannot_be_is_refused(folder: Path) -> None:
+    """Whatever a key says: the tensors don't fit, or the key is named."""
+    with projector.open_towers(folder / "mmproj.gguf") as ([tower], source):
+        metadata = dict(tower.read.metadata)
+        keys = ["embedding_length", "feed_forward_length", "block_count", "attention.head_count", "patch_size"]
+        for key in keys if folder == V else keys[:1]:
+            for value in (None, 0, -1, 3, 1 << 40, 0.5, "x", [1, 2], float("nan"), True):
+                changed = {**metadata, f"clip.vision.{key}": value}
+                if value is None and key == "patch_size":
+                    continue  # it has a default
+                other = replace(tower, read=Reader(changed, "clip.vision.", "a.gguf"))
+                with pytest.raises(InputError):
+                    projector.check_tensors(folder / "mmproj.gguf", [other], source, config_of(folder).hidden)
 
 
 @pytest.mark.parametrize("folder", [UV, V], ids=["uv", "v"])
@@ -210,6 +226,11 @@ def test_the_projector_beside_a_model_is_taken(tmp_path: Path) -> None:
     lm = load(tmp_path / "model-Q4_0.gguf", draft=None)
     assert lm.media is not None
     assert lm.media.path == tmp_path / "mmproj-F16.gguf"
+    (tmp_path / "part").mkdir()
+    shutil.copy(UV / "model.gguf", tmp_path / "part" / "model.gguf")
+    found = media_beside(tmp_path / "part" / "model.gguf", config_of(UV))
+    assert found is not None
+    assert found.resolve() == tmp_path / "mmproj-F16.gguf"
     assert load(tmp_path / "model-Q4_0.gguf", draft=None, mmproj=None).media is None
     own = load(tmp_path / "model-Q4_0.gguf", draft=None, mmproj=UV / "mmproj.gguf").media
     assert own is not None
