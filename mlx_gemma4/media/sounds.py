@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -67,12 +67,27 @@ def decode(content: Content) -> np.ndarray:
 
 
 def _check_riff(file: BinaryIO, name: str) -> None:
-    """Refuse a WAV file that is shorter than it says; FFmpeg takes it as it is."""
-    head, size = file.read(8), file.seek(0, io.SEEK_END)
+    """Refuse a WAV file with a chunk that it doesn't hold: FFmpeg takes less of samples, and memory for the rest."""
+    size = file.seek(0, io.SEEK_END)
     file.seek(0)
-    declared = int.from_bytes(head[4:8], "little") + 8
-    if head[:4] == b"RIFF" and size < declared < 0x7FFF0000:  # programs that write to a pipe say more than any file has
-        raise InputError(f"{name}: has {size} of {declared} bytes: it is cut short; copy it again")
+    form, long = file.read(4), 0  # RF64 and BW64 say the length of samples apart, in 64 bits
+    order: Literal["big", "little"] = "big" if form == b"RIFX" else "little"
+    at = 12 if form in (b"RIFF", b"RIFX", b"RF64", b"BW64") else size
+    chunks = 0
+    while at + 8 <= size:
+        file.seek(at)
+        chunks += 1
+        tag, n = file.read(4), int.from_bytes(file.read(4), order)
+        if tag == b"ds64":
+            long = int.from_bytes(file.read(16)[8:], order)
+        if tag == b"data" and (n == 0 or n >= 0x7FFF0000):
+            if not long:  # from a program that writes to a pipe: the rest of the file
+                break
+            n = long
+        if (at + 8 + n > size and tag.isascii()) or chunks > 1000:
+            raise InputError(f"{name}: has {size} of {at + 8 + n} bytes: it is cut short or damaged; copy it again")
+        at += 8 + n + n % 2
+    file.seek(0)
 
 
 def _counts_frames(file: BinaryIO) -> bool:

@@ -117,11 +117,21 @@ def test_a_film_s_sound_is_heard_and_its_pictures_are_passed_over() -> None:
     assert distance(decoded(out.getvalue()), voice(15 * 1024), 0) < 0.1
 
 
+WAV_HEAD = wav(voice(0))
+
+
 def zipped() -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         archive.writestr("a.wav", wav(voice(RATE)))
     return out.getvalue()
+
+
+def rf64(more: bytes = b"") -> bytes:
+    """A WAV file whose samples' length is said in 64 bits, and what follows them."""
+    head, data = WAV_HEAD[12:36], voice(RATE).tobytes()
+    lengths = b"ds64" + struct.pack("<IQQQI", 28, 0, len(data), RATE, 0)
+    return b"RF64\xff\xff\xff\xffWAVE" + lengths + head + b"data\xff\xff\xff\xff" + data + more
 
 
 def unknown_codec() -> bytes:
@@ -159,6 +169,8 @@ BAD = {
     "a playlist": (HLS, "can't be read as sound"),
     "a list of files": (b"ffconcat version 1.0\nfile /etc/hostname\n", "can't be read as sound"),
     "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(100), "can't be read as sound"),
+    "a WAV of empty chunks": (WAV + bytes(100_000), "cut short or damaged"),
+    "the same behind 64 bits": (rf64(b"LIST" + struct.pack("<I", 2_000_000_000)), "cut short or damaged"),
     "no samples": (wav(voice(0)), "holds no samples"),
     "pictures alone": (still_film(), "has no sound in it"),
     "a codec nobody knows": (unknown_codec(), "is encoded in a way that can't be read"),
@@ -170,7 +182,8 @@ BAD = {
     "infinite": (with_sample(-np.inf), "no numbers"),
     "huge": (with_sample(1e30), "far too large"),
     "a WAV cut short": (WAV[:-10_000], "of 64044 bytes: it is cut short"),
-    "a WAV of a head": (WAV[:30], "cut short"),
+    "a WAV whose list of names has 2 GB": (WAV + b"LIST" + struct.pack("<I", 2_000_000_000), "of 2000064052 bytes"),
+    "a WAV of a head": (WAV[:30], "is cut short"),
     "a FLAC cut short": (FLAC[: len(FLAC) // 2], "of 3.0 seconds"),
     "an MP3 cut short": (MP3[: len(MP3) // 2], r"of 3\.. seconds"),
     "an MP3 with a tag, cut short": (ID3 + MP3[: len(MP3) // 2], r"of 3\.. seconds"),
@@ -231,10 +244,11 @@ def test_an_mp3_whose_bit_rate_rises_and_that_has_no_count_of_frames_is_heard_wh
 
 
 def test_a_wav_from_a_pipe_has_any_length_in_its_head() -> None:
-    for size in (0x7FFFF000, 0xFFFFFFFF):
+    for size in (0, 0x7FFFF000, 0xFFFFFFFF):
         head = bytearray(WAV)
         head[4:8] = head[40:44] = struct.pack("<I", size)
         np.testing.assert_array_equal(decoded(bytes(head)), voice(RATE))
+    np.testing.assert_array_equal(decoded(rf64()), voice(RATE))
 
 
 def test_a_sound_whose_header_says_no_length_is_bounded_while_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
