@@ -56,7 +56,7 @@ METAL_FUNC void load_plain(const device bfloat* p, thread uint* w) {
   UNROLL
   for (int i = 0; i < 4; i++) w[i] = halves(v[2 * i], v[2 * i + 1]);
 }
-#else
+#elif !RULE
 // Code i of a chunk plus 2^23: its bits go into that number's mantissa, since a conversion is slow.
 METAL_FUNC float raised_code(const thread uint* w, int i) {
   const int word = i * BITS / 32, at = i * BITS % 32;

@@ -42,6 +42,14 @@
 #define INTEGER ((HAS_LUT || RULE) && TOKENS == 1 && !T_FLOAT && !NORM)
 #endif
 
+#if RULE
+// Byte j of eight (packed.metal) as a float from 1 to 2, as codes are below.
+METAL_FUNC float unit_byte(const thread uint* b, int j, uint one) {
+  const int at = j % 4 * 8;
+  const uint u = at > 15 ? b[j / 4] >> (at > 15 ? at - 15 : 0) : b[j / 4] << (at > 15 ? 0 : 15 - at);
+  return as_type<float>((u & 0x007F8000u) | one);
+}
+#else
 // Code i of a chunk as a float from 1 to 2: its bits under the exponent of 1. `one` is the bits of 1.0f.
 // With PAIRS, codes 2j and 2j + 1 are shifted as one, so that an even code stands BITS lower in the mantissa.
 METAL_FUNC float unit_code(const thread uint* w, int i, uint one) {
@@ -54,14 +62,6 @@ METAL_FUNC float unit_code(const thread uint* w, int i, uint one) {
     u = at >= low_end ? w[word] >> (at - low_end) : w[word] << (low_end - at);
   const uint mask = ((1u << BITS) - 1) << (low_end + (i - first) * BITS);
   return as_type<float>((u & mask) | one);
-}
-
-#if RULE
-// The same of byte j of eight (packed.metal).
-METAL_FUNC float unit_byte(const thread uint* b, int j, uint one) {
-  const int at = j % 4 * 8;
-  const uint u = at > 15 ? b[j / 4] >> (at > 15 ? at - 15 : 0) : b[j / 4] << (at > 15 ? 0 : 15 - at);
-  return as_type<float>((u & 0x007F8000u) | one);
 }
 #endif
 

@@ -61,6 +61,7 @@ METAL_FUNC int place_of(int q) {
 
 // Pair q's codes as halves: 2^BITS + code at the top of the mantissa, 1024 + code * 2^place elsewhere. ones: EXPONENTS.
 #define EXPONENTS ((IN_PLACE ? 25u : 15u + BITS) * 0x04000400u)
+#if !RULE
 METAL_FUNC uint raised_pair(const thread uint* m, int q, uint ones) {
   const int at = q * BITS, word = at / 16, s = at % 16, place = place_of(q);
   if (s + BITS <= 16) {
@@ -74,6 +75,7 @@ METAL_FUNC uint raised_pair(const thread uint* m, int q, uint ones) {
   const uint u2 = m[FAR ? word + 1 : word] << (place + low);
   return (u2 & (mask2 | mask2 << 16)) | ((u & (mask | mask << 16)) | ones);
 }
+#endif
 
 // What a row's chunk needs beside its codes.
 struct Scale {

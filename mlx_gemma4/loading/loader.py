@@ -144,7 +144,8 @@ def read_weights(
 
 def _has_factors(source: Source, name: str) -> bool:
     """Return True if a tensor's type has a factor for each row, and room for a scale therefore."""
-    return source.entries[name].quantized and FORMATS[source.entries[name].type].per_row
+    form = FORMATS.get(source.entries[name].type)
+    return form is not None and form.per_row
 
 
 def _factors_of_rows(source: Source, parts: list[str], present: dict[str, Spec], scales: Mapping[str, str]) -> mx.array:

@@ -22,10 +22,10 @@ from mlx_gemma4.ops import cases
 CUDA = macros_of(render._text("cuda.h"))
 # Bytes of the longest text of a kernel; before, with comments and all branches: matvec 25,134, attention 22,438.
 MOST = {
-    "matvec": 12_000,
+    "matvec": 12_500,
     "attention": 13_000,
     "few_rows": 17_000,
-    "grouped": 11_000,
+    "grouped": 11_500,
     "long_attention": 13_000,
     "qkv_post": 7_000,
 }

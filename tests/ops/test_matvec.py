@@ -196,7 +196,19 @@ def test_cuda_text_keeps_threadgroup_memory_shared() -> None:
 KERNEL_FILES = sorted((Path(__file__).parents[2] / "kernels").glob("*.metal"))
 # What no launch of a step writes, so that a kernel may read it before its inputs are there: weights, how a layer turns
 # its vectors, and keys and values in codes, which are sealed between steps.
-UNWRITTEN = {"codes", "group_scales", "block_scales", "norm", "post", "next", "norm1", "norm2", "scale", "lengths"}
+UNWRITTEN = {
+    "codes",
+    "group_scales",
+    "block_scales",
+    "grid",
+    "norm",
+    "post",
+    "next",
+    "norm1",
+    "norm2",
+    "scale",
+    "lengths",
+}
 UNWRITTEN |= {"rotation", *(f"{what}{i}" for what in "cs" for i in range(7))}
 
 
