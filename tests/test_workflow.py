@@ -61,7 +61,7 @@ def test_the_formula_has_what_pyproject_calls_for() -> None:
     wanted = {name.lower().replace("_", "-") for name in re.findall(r'^    "([\w-]+)', listed, re.MULTILINE)}
     found = re.findall(r'resource "(\S+)" do\n    url "(\S+)", using: :nounzip\n    sha256 "([0-9a-f]{64})"\n', FORMULA)
     assert wanted | {"mlx-metal"} <= {name for name, _, _ in found} and len(found) == FORMULA.count('resource "')
-    assert all(re.search(r"-(none-any|macosx_1[0-4]_\d_(arm64|universal2))\.whl$", url) for _, url, _ in found)
+    assert all(re.search(r"-(none-any|macosx_1[0-4]_\d+_(arm64|universal2))\.whl$", url) for _, url, _ in found)
     (version,) = re.findall(r'^version = "(.*)"$', text, re.MULTILINE)
     assert f"mlx_gemma4-{version}-py3-none-any.whl" in FORMULA
 
