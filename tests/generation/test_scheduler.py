@@ -222,9 +222,10 @@ def test_a_prompt_is_read_in_pieces_while_others_are_answered(model: SmallModel)
         def enough(done: int, total: int) -> None:
             raise KeyError(done)
 
-        with pytest.raises(KeyError):
+        with pytest.raises(KeyError) as told:
             next(scheduler.generate_tokens(state, prompt, GREEDY, 2, on_prompt=enough))
-        assert state.length < 1500
+        assert told.value.args[0] < 1500  # how much more is read depends on when the scheduler hears of it
+        assert state.tokens == prompt[: state.length]
         thread.join()
 
 
