@@ -173,3 +173,11 @@ def test_the_architecture_page_names_every_module() -> None:
     named = set(re.findall(r"^\| `([a-z_0-9/]+\.py)` \|", text, re.M))
     there = {str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"}
     assert named == there
+
+
+def test_no_macro_declares_threadgroup_arrays() -> None:
+    """Both the translation to CUDA and the simulator look for them in the text, and would make one for each thread."""
+    for path in sorted((ROOT / "kernels").glob("*.metal")):
+        logical = path.read_text().replace("\\\n", " ")
+        found = re.findall(r"^ *# *define[^\n]*\bthreadgroup\b[^\n;(]*\[[^\n]*", logical, re.MULTILINE)
+        assert not found, (path.name, found)

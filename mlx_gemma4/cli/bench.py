@@ -12,7 +12,18 @@ import click
 
 from ..errors import InputError
 from ..paths import check_target, write_object
-from .options import Lenient, echo, find_model, kv_option, model_option, output_options, progress, say, threads_option
+from .options import (
+    Lenient,
+    alone,
+    echo,
+    find_model,
+    kv_option,
+    model_option,
+    output_options,
+    progress,
+    say,
+    threads_option,
+)
 
 
 def _numbers(least: int) -> Callable[[str], tuple[int, ...]]:
@@ -87,6 +98,7 @@ def bench(
     from ..measure import draft_bench, llama_bench
     from ..memory import Room
 
+    alone("bench")
     files = {flag: Path(name) for flag, name in (("--json", json_file), ("--report", report)) if name}
     for file in files.values():
         check_target(file)

@@ -350,6 +350,14 @@ def find_model(model: str | None) -> Path:
         return resolve(model, progress=update)
 
 
+def alone(command: str) -> None:
+    """Refuse a command that measures this machine where `mlx.launch` has started it among others. Raises InputError."""
+    from ..distributed.place import placed
+
+    if placed():
+        raise InputError(f"{command} measures one machine; start it there without mlx.launch")
+
+
 def read_text(path: str, flag: str = "") -> str:
     """Return a text file's contents. Raises InputError, which says what names the file."""
     try:

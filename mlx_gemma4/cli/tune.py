@@ -3,7 +3,7 @@
 import click
 
 from ..errors import InputError, reason
-from .options import Lenient, echo, find_model, model_option, output_options, progress, say
+from .options import Lenient, alone, echo, find_model, model_option, output_options, progress, say
 
 
 @click.command(cls=Lenient)
@@ -21,6 +21,7 @@ def tune(model: str | None) -> None:
     from ..measure.tune import lines, tune
     from ..ops import tuning
 
+    alone("tune")
     if verdict.usable_kernels() is None:
         raise InputError("there is nothing to tune: a CPU, or MLX_GEMMA4_KERNELS=off, runs none of the kernels")
     path = find_model(model)

@@ -236,6 +236,16 @@ def test_place(env: dict[str, str], nodes: Any, place: Any, tmp_path: Path, monk
     assert placed() == (place and Place(*place))
 
 
+@pytest.mark.parametrize("command", ["bench", "tune"])
+def test_what_measures_one_machine(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ring.json").write_text('[["10.0.0.1:5"], ["10.0.0.2:5"]]')
+    monkeypatch.setenv("MLX_RANK", "0")
+    monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "ring.json"))
+    done = click.testing.CliRunner().invoke(main, [command])
+    assert done.exit_code == 2
+    assert done.stderr == f"mlx-gemma4: {command} measures one machine; start it there without mlx.launch\n"
+
+
 def test_place_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_RANK", "0")
     monkeypatch.setenv("MLX_HOSTFILE", "/nowhere")
