@@ -28,6 +28,7 @@ from mlx_gemma4.execution import execution
 from mlx_gemma4.loading.tensors import Spec
 from mlx_gemma4.media import sounds
 from mlx_gemma4.media.content import Content
+from mlx_gemma4.media.layers import by_layers
 from mlx_gemma4.media.projector import TOWERS
 from mlx_gemma4.memory import on_cpu
 
@@ -78,7 +79,7 @@ def measure(name: str, content: Content, decoding: float, rounds: int) -> dict[s
         rows = 0
         for each in inputs:
             with execution():
-                made = tower.rows(read, weights, each)
+                made = by_layers(tower.rows(read, weights, each))
                 mx.eval(made)
             rows += made.shape[0]
         return rows

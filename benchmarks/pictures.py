@@ -27,6 +27,7 @@ from mlx_gemma4.execution import execution
 from mlx_gemma4.loading.tensors import Entry
 from mlx_gemma4.media import patches, picture, vision
 from mlx_gemma4.media.content import Content
+from mlx_gemma4.media.layers import by_layers
 from mlx_gemma4.memory import on_cpu
 
 ENOUGH = 10.0  # seconds of encoding, after which no more is timed
@@ -97,7 +98,7 @@ def main() -> None:
                 pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
                 def encode(pixels: np.ndarray = pixels) -> mx.array:
-                    rows: mx.array = module.rows(read, weights, pixels)  # noqa: B023
+                    rows: mx.array = by_layers(module.rows(read, weights, pixels))  # noqa: B023
                     mx.eval(rows)
                     return rows
 

@@ -6,7 +6,7 @@ transformers' Gemma4UnifiedAudioFeatureExtractor and Gemma4UnifiedMultimodalEmbe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -36,6 +36,6 @@ def frames(samples: np.ndarray) -> np.ndarray:
     return np.pad(samples, (0, -len(samples) % FRAME)).reshape(-1, FRAME)
 
 
-def rows(read: Reader, weights: Weights, frames: np.ndarray) -> mx.array:
-    """Return the soft tokens of frames [n, FRAME], fp32 [n, hidden]. The product is fp32 whatever the weight is."""
-    return project(mx.array(frames), weights["mm.a.input_projection.weight"], exact_linear)
+def rows(read: Reader, weights: Weights, frames: np.ndarray) -> Iterator[mx.array]:
+    """Yield the soft tokens of frames [n, FRAME], fp32 [n, hidden]. The product is fp32 whatever the weight is."""
+    yield project(mx.array(frames), weights["mm.a.input_projection.weight"], exact_linear)

@@ -10,7 +10,7 @@ those of llama.cpp's converter.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -97,13 +97,17 @@ def log_mel(samples: np.ndarray) -> np.ndarray:
     return mel.astype(np.float32)
 
 
-def rows(read: Reader, weights: Weights, mel: np.ndarray) -> mx.array:
-    """Return the soft tokens of a mel spectrum [frames, MELS], fp32 [ceil(ceil(frames / 2) / 2), hidden]."""
+def rows(read: Reader, weights: Weights, mel: np.ndarray) -> Iterator[mx.array]:
+    """Yield the rows after each block of a mel spectrum [frames, MELS], and at last the soft tokens.
+
+    These are fp32 [ceil(ceil(frames / 2) / 2), hidden].
+    """
     h = subsample(weights, mx.array(mel))
     for i in range(read.count("block_count")):
         h = block(weights, f"a.blk.{i}.", h, read.count("attention.head_count"))
+        yield h
     h = exact_linear(h, weights["a.pre_encode.out.weight"]) + weights["a.pre_encode.out.bias"]
-    return project(h, weights["mm.a.input_projection.weight"], exact_linear)
+    yield project(h, weights["mm.a.input_projection.weight"], exact_linear)
 
 
 def subsample(weights: Weights, mel: mx.array) -> mx.array:

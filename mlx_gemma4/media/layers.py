@@ -6,11 +6,12 @@ products are numpy's, which take a fortieth of the time of MLX's there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import mlx.core as mx
 import numpy as np
 
+from ..execution import execution
 from ..memory import on_cpu
 from ..ops.cores import product
 
@@ -56,3 +57,19 @@ def _clipped(x: mx.array, weights: Weights, name: str) -> mx.array:
 def project(x: mx.array, w: mx.array, linear: Linear = linear) -> mx.array:
     """Return soft tokens, fp32 [n, hidden], of a tower's rows, fp32 [n, K]: a norm without weight, and a product."""
     return linear(mx.fast.rms_norm(x, None, EPS), w)
+
+
+def by_layers(layers: Iterator[mx.array]) -> mx.array:
+    """Compute what a tower yields, and return the last. Between two layers others may execute: replies go on."""
+    made = before = None
+    while True:
+        with execution():
+            x = next(layers, None)
+            if x is None:
+                assert made is not None
+                mx.eval(made)
+                return made
+            mx.async_eval(x)
+            if before is not None:
+                mx.eval(before)  # at most a layer waits on the device
+            before, made = made, x

@@ -6,7 +6,7 @@ GGUF, where a patch's numbers are in the order channel, row, column.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import mlx.core as mx
 import numpy as np
@@ -57,9 +57,9 @@ def place(table: mx.array, rows: int, columns: int) -> mx.array:
     return (table[0, None, :columns] + table[1, :rows, None]).reshape(rows * columns, -1)
 
 
-def rows(read: Reader, weights: Weights, pixels: np.ndarray) -> mx.array:
-    """Return the soft tokens, fp32 [n, hidden], of pixels, uint8 [height, width, 3], sides multiples of SIDE."""
-    return project(embedded(weights, pixels), weights["mm.input_projection.weight"])
+def rows(read: Reader, weights: Weights, pixels: np.ndarray) -> Iterator[mx.array]:
+    """Yield the soft tokens, fp32 [n, hidden], of pixels, uint8 [height, width, 3], sides multiples of SIDE."""
+    yield project(embedded(weights, pixels), weights["mm.input_projection.weight"])
 
 
 def embedded(weights: Weights, pixels: np.ndarray) -> mx.array:

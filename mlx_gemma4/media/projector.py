@@ -34,7 +34,7 @@ from ..model.soft import Encoded
 from . import frames, hearing, patches, picture, video, vision
 from .content import Content, content_of
 from .folder import read_folder
-from .layers import Weights
+from .layers import Weights, by_layers
 
 log = logging.getLogger("mlx_gemma4")
 
@@ -52,7 +52,8 @@ class Tower:
     # Tensors by GGUF name, of the metadata, the text model's hidden size and the tensors that the file has.
     specs: Callable[[Reader, int, Mapping[str, Entry]], dict[str, Spec]]
     inputs: Callable[[Content, Mapping[str, Any]], list[np.ndarray]]  # what `rows` reads of a content part, in pieces
-    rows: Callable[[Reader, Weights, np.ndarray], mx.array]  # of a piece, fp32 [n, hidden]; called under `execution`
+    # What it makes of a piece, layer by layer, under `execution`; at last the soft tokens, fp32 [n, hidden].
+    rows: Callable[[Reader, Weights, np.ndarray], Iterator[mx.array]]
 
 
 SOUND = re.compile(r"(mm\.)?a\.")  # how names of tensors begin that hear
@@ -89,6 +90,7 @@ class Media:
         self._weights: Weights | None = None
         self._kept: OrderedDict[bytes, Pieces] = OrderedDict()
         self._guard = threading.Lock()  # of _kept
+        self._encoding = threading.Lock()  # one thread encodes at a time
 
     def encode(self, part: Mapping[str, Any]) -> Pieces:
         """Return what stands for a content part in a prompt: texts, control tokens among them, and soft tokens.
@@ -137,18 +139,15 @@ class Media:
             inputs = open_tower.tower.inputs(content, part)
         assert self._weights is not None
         found: list[Encoded] = []
-        pieces: Pieces = []
-        for i, each in enumerate(inputs):
-            with execution():
-                if kept := self._found(key):  # another thread was faster
-                    return kept
-                rows = open_tower.tower.rows(open_tower.read, self._weights, each)
-                mx.eval(rows)
+        with self._encoding:
+            if kept := self._found(key):  # another thread was faster
+                return kept
+            for i, each in enumerate(inputs):
+                rows = by_layers(open_tower.tower.rows(open_tower.read, self._weights, each))
                 digest = hashlib.sha256(key + i.to_bytes(4, "little")).digest()
                 found.append(Encoded(cast("Any", kind), digest, rows))
-                if len(found) == len(inputs):
-                    pieces = _pieces(kind, found, stamps)
-                    self._keep(key, pieces)
+            pieces = _pieces(kind, found, stamps)
+            self._keep(key, pieces)
         return list(pieces)
 
     def _keep(self, key: bytes, pieces: Pieces) -> None:

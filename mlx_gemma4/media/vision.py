@@ -7,7 +7,7 @@ its tanh form included (llama.cpp takes another); layouts: those of the GGUF, a 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import mlx.core as mx
 import numpy as np
@@ -62,13 +62,17 @@ def _heads(read: Reader) -> tuple[int, int]:
     return heads, width // heads
 
 
-def rows(read: Reader, weights: Weights, pixels: np.ndarray) -> mx.array:
-    """Return the soft tokens, fp32 [n, hidden], of pixels, uint8 [height, width, 3], sides multiples of SIDE."""
+def rows(read: Reader, weights: Weights, pixels: np.ndarray) -> Iterator[mx.array]:
+    """Yield the residual after each layer, and at last the soft tokens, fp32 [n, hidden].
+
+    `pixels`: uint8 [height, width, 3], sides multiples of SIDE.
+    """
     down, across = pixels.shape[0] // PATCH, pixels.shape[1] // PATCH
     x, turns = embedded(weights, pixels), rotations(_heads(read)[1], down, across)
     for i in range(read.count("block_count")):
         x = layer(weights, f"v.blk.{i}.", _heads(read), x, turns)
-    return project(pooled(weights, x, down, across), weights["mm.input_projection.weight"])
+        yield x
+    yield project(pooled(weights, x, down, across), weights["mm.input_projection.weight"])
 
 
 def embedded(weights: Weights, pixels: np.ndarray) -> mx.array:

@@ -24,6 +24,7 @@ from mlx_gemma4.errors import InputError
 from mlx_gemma4.loading.loader import load_model, open_model
 from mlx_gemma4.media import frames, hearing, layers, projector, sounds
 from mlx_gemma4.media.content import content_of
+from mlx_gemma4.media.layers import by_layers
 from mlx_gemma4.media.projector import Media, open_media
 from mlx_gemma4.media.sounds import PIECE
 from mlx_gemma4.model.soft import Encoded
@@ -66,7 +67,7 @@ def test_frames_of_samples_are_the_reference_s(length: str) -> None:
     for i, stages in enumerate(recorded("ua", length)):
         made = frames.frames(samples[i * PIECE : (i + 1) * PIECE])
         check(made, stages["frames"])
-        check(frames.rows(read, weights, made), stages["projected"])
+        check(by_layers(frames.rows(read, weights, made)), stages["projected"])
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
@@ -78,7 +79,7 @@ def test_the_way_of_a_gpu(kind: str, dtype: mx.Dtype, monkeypatch: pytest.Monkey
     monkeypatch.setattr(layers, "on_cpu", lambda: False)
     tower = projector.TOWERS[f"gemma4{kind}"]
     part = {"type": "audio", "audio": sound_files.wav(voice(RATE))}
-    rows = tower.rows(read, weights, tower.inputs(content_of(part), part)[0])
+    rows = by_layers(tower.rows(read, weights, tower.inputs(content_of(part), part)[0]))
     assert rows.dtype == mx.float32
     check(rows, recorded(kind, "1 s")[0]["projected"])
 
@@ -97,7 +98,7 @@ def test_every_stage_of_the_conformer_is_the_reference_s(length: str) -> None:
         h = hearing.subsample(weights, mx.array(mel))
         check(h, stages["subsampled"])
         check(hearing.block(weights, "a.blk.0.", h, read.count("attention.head_count")), stages["block 0"])
-        check(hearing.rows(read, weights, mel), stages["projected"])
+        check(by_layers(hearing.rows(read, weights, mel)), stages["projected"])
 
 
 @pytest.mark.parametrize("kind", [pytest.param("a", marks=pytest.mark.slow), "ua"])

@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gguf
+import mlx.core as mx
 import numpy as np
 import pytest
 from drawings import drawing
@@ -20,12 +22,15 @@ from PIL import Image
 from recorded import HERE
 from rewrite import drop, odd, plus
 
+from mlx_gemma4 import execution as queue
 from mlx_gemma4.config import Config, Reader
 from mlx_gemma4.conversation.language_model import load
 from mlx_gemma4.errors import InputError
+from mlx_gemma4.execution import execution
 from mlx_gemma4.loading.loader import open_model
 from mlx_gemma4.measure.inspection import ProjectorReport, inspect, lines
 from mlx_gemma4.media import projector
+from mlx_gemma4.media.layers import by_layers
 from mlx_gemma4.media.projector import media_beside, open_media
 from mlx_gemma4.model.soft import Encoded
 
@@ -201,6 +206,31 @@ def test_a_picture_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for shade in (50, 100, 0, 0):
         media.encode(picture(shade))
     assert len(made) == 4
+
+
+def test_others_execute_between_two_layers() -> None:
+    """A reply's step waits for a layer of a tower, not for a picture."""
+    others: list[threading.Thread] = []
+    order: list[str] = []
+
+    def step() -> None:
+        with execution():
+            order.append("step")
+
+    def layers() -> Iterator[mx.array]:
+        for i in range(3):
+            latest, end = queue._last, time.monotonic() + 60
+            others.append(threading.Thread(target=step))
+            others[-1].start()
+            while queue._last is latest and time.monotonic() < end:
+                time.sleep(0.001)  # until it stands in the queue
+            order.append("layer")
+            yield mx.array(i)
+
+    assert by_layers(layers()).item() == 2
+    for each in others:
+        each.join()
+    assert order == ["layer", "step"] * 3
 
 
 def test_other_weights_have_other_ids(tmp_path: Path) -> None:

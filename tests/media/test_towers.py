@@ -20,6 +20,7 @@ from mlx_gemma4.execution import execution
 from mlx_gemma4.files.gguf import open_gguf
 from mlx_gemma4.loading.loader import open_model
 from mlx_gemma4.media import layers, patches, projector, vision
+from mlx_gemma4.media.layers import by_layers
 from mlx_gemma4.media.picture import resized
 from mlx_gemma4.model.soft import Encoded
 
@@ -71,14 +72,17 @@ def test_each_stage_is_that_of_the_reference(kind: str, size: str) -> None:
         with open_gguf(folder(kind) / "mmproj.gguf") as gguf:
             read = Reader(gguf.metadata, "clip.vision.", kind)
         if kind == "uv":
-            stages = {"embedded": patches.embedded(weights, pixels), "projected": patches.rows(read, weights, pixels)}
+            stages = {
+                "embedded": patches.embedded(weights, pixels),
+                "projected": by_layers(patches.rows(read, weights, pixels)),
+            }
         else:
             down, across = pixels.shape[0] // 16, pixels.shape[1] // 16
             x, turns = vision.embedded(weights, pixels), vision.rotations(16, down, across)
             stages = {"embedded": x, "block 0": vision.layer(weights, "v.blk.0.", (2, 16), x, turns)}
             last = vision.layer(weights, "v.blk.1.", (2, 16), stages["block 0"], turns)
             stages["pooled"] = vision.pooled(weights, last, down, across)
-            stages["projected"] = vision.rows(read, weights, pixels)
+            stages["projected"] = by_layers(vision.rows(read, weights, pixels))
         for stage, n in about["sizes"][size]["rows"].items():
             assert stages[stage].shape[0] == n, stage
             np.testing.assert_allclose(some_rows(stages[stage]), arrays[f"{size}/{stage}"], rtol=1e-4, atol=1e-4)
@@ -99,7 +103,7 @@ def test_the_way_of_a_gpu(kind: str, dtype: mx.Dtype, off: float, monkeypatch: p
         read = Reader(gguf.metadata, "clip.vision.", kind)
     with execution():
         pixels = resized(Image.fromarray(drawing(*SIZES["square"])), about["budget"])
-        rows = (patches if kind == "uv" else vision).rows(read, weights, pixels)
+        rows = by_layers((patches if kind == "uv" else vision).rows(read, weights, pixels))
         assert rows.dtype == mx.float32
         np.testing.assert_allclose(some_rows(rows), arrays["square/projected"], rtol=off, atol=off)
 
