@@ -50,9 +50,7 @@ class Endpoint:
 
     async def _handle(self, request: Request, models: Models, stack: ExitStack) -> ASGIApp:
         """`stack`: what is held while the request is answered."""
-        values = await read_json(
-            request, models.settings.max_body_bytes, lambda: stack.enter_context(models.large_body())
-        )
+        values = await read_json(request, models.max_body_bytes, lambda: stack.enter_context(models.large_body()))
         long = int(request.headers.get("content-length", LONG)) >= LONG
         body = await asyncio.to_thread(parse, self.request, values) if long else parse(self.request, values)
         if self.of_models:

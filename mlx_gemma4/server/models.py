@@ -26,7 +26,7 @@ from .engine import GAUGES, Engine
 from .metrics import Metrics
 from .settings import Settings
 from .stored import Stored
-from .wire import ApiError
+from .wire import LARGE, ApiError
 
 log = logging.getLogger("mlx_gemma4")
 MOST_LARGE = 8  # requests at a time whose bodies are over wire.LARGE
@@ -100,6 +100,12 @@ class Models:
         self.drain()
         ended = [engine.close(timeout) for engine in self.engines]
         return all(ended)
+
+    @property
+    def max_body_bytes(self) -> int:
+        """What a request may have: little where no model is served that takes pictures or sounds."""
+        sees = self.folder is not None or any(engine.lm.media for engine in self.engines)
+        return self.settings.max_body_bytes if sees else min(LARGE, self.settings.max_body_bytes)
 
     @contextmanager
     def large_body(self) -> Iterator[None]:

@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 
 import httpx
 import pytest
+from recorded import HERE
 from serving import Serving, serving, until
 
-from mlx_gemma4.conversation.language_model import LanguageModel
+from mlx_gemma4.conversation.language_model import LanguageModel, load
 from mlx_gemma4.media.kind import kind_of
 from mlx_gemma4.server import anthropic, completions, fields, media, ollama, remote, responses, stored
 from mlx_gemma4.server.settings import Settings
@@ -377,7 +378,10 @@ def test_lists_say_what_a_model_takes(server: Serving) -> None:
 def test_few_large_bodies_are_held_at_a_time(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlx_gemma4.server.models.MOST_LARGE", 1)
     body = {"messages": [{"role": "user", "content": "x" * 9_000_000}]}
-    with serving(lm, Settings()) as running:
+    with serving(lm, Settings()) as running:  # which has no use for them
+        reply = httpx.post(running.url + CHAT, json=body, timeout=60)
+        assert reply.status_code == 413 and "is over 8000000 bytes" in reply.text
+    with serving(load(HERE / "media" / "uv" / "model.gguf"), Settings()) as running:
         models = running.app.state.models
         with models.large_body():
             reply = httpx.post(running.url + CHAT, json=body, timeout=60)
