@@ -102,7 +102,8 @@ class SoftTokens:
             found = self._known.get(ids[at])
             if found is None:
                 raise InputError(
-                    f"there is no token {ids[at]}: its picture or sound is not here any more; give that again"
+                    f"there is no token {ids[at]}, or the picture or sound that it stood for is not here any more; "
+                    "give that again"
                 )
             row, n = found.ids.index(ids[at]), 0
             while n < min(len(found.ids) - row, len(ids) - at) and ids[at + n] == found.ids[row + n]:
