@@ -8,11 +8,16 @@ from collections.abc import Iterator
 # Before numpy is imported: OpenBLAS's threads spin, and processes that test beside each other took thrice the time.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import hypothesis
 import mlx.core as mx
 import pytest
 
 from mlx_gemma4 import LanguageModel, load
 from mlx_gemma4.conversation import language_model
+
+# The same examples each time: what a change breaks shows in its own run, not in a later one by chance.
+hypothesis.settings.register_profile("steady", derandomize=True)
+hypothesis.settings.load_profile("steady")
 
 SIMULATOR = {"metal_sim", "kernel_cases", "kernel_models", "host_player", "sim_cases"}
 

@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from py_mini_racer import MiniRacer
 
@@ -149,6 +149,7 @@ PIECES = [
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=60).map("".join))
+@example("[]() [a]() ![]() ![b]() [c *d*]() [](<>) [e](http://)")
 @settings(max_examples=300, deadline=None)
 def test_any_text_gives_known_tags_and_safe_links(js: MiniRacer, text: str) -> None:
     for tag, attributes in elements(js, text):

@@ -25,8 +25,19 @@ parser.linkify.set({ fuzzyLink: false, fuzzyEmail: false }); // file.py is no ho
 parser.validateLink = url => WEB.test(url);
 parser.renderer.rules.image = (tokens, i) => {
   const source = tokens[i].attrGet("src"), escape = parser.utils.escapeHtml;
-  return `<a href="${escape(source)}">${escape(tokens[i].content || source)}</a>`;
+  return source ? `<a href="${escape(source)}">${escape(tokens[i].content || source)}</a>` : escape(tokens[i].content);
 };
+// [a]() leads nowhere: it is text.
+parser.core.ruler.after("inline", "nowhere", ({ tokens }) => {
+  for (const { children } of tokens) {
+    let open = null; // links hold no links
+    for (const token of children || []) {
+      if (token.type === "link_open") open = token.attrGet("href") ? null : token;
+      if (open && token.type.startsWith("link_")) Object.assign(token, { tag: "span", attrs: null });
+      if (token.type === "link_close") open = null;
+    }
+  }
+});
 
 // $a$, $$a$$, \(a\) and \[a\] in a line. As in pandoc, sums of money are none: the text within a $ doesn't begin or end
 // with a space, and no letter or digit stands next to it outside.
