@@ -27,6 +27,7 @@ from mlx_gemma4.execution import execution
 from mlx_gemma4.loading.tensors import Entry
 from mlx_gemma4.media import patches, picture, vision
 from mlx_gemma4.media.content import Content
+from mlx_gemma4.media.kind import BUDGETS
 from mlx_gemma4.media.layers import by_layers
 from mlx_gemma4.memory import on_cpu
 
@@ -83,7 +84,7 @@ def photo() -> Content:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["12B", "E2B", "31B"], choices=SIZES)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[280, 1120], choices=picture.BUDGETS)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[280, 1120], choices=BUDGETS)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     given = parser.parse_args()
     figures: dict[str, Any] = {"machine": machine(), "dtype": "float32" if on_cpu() else given.dtype, "encode": []}

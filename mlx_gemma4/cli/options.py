@@ -26,6 +26,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..errors import InputError, printable, reason
+from ..media.kind import BUDGETS
 
 if TYPE_CHECKING:
     from ..conversation.language_model import LanguageModel
@@ -123,7 +124,7 @@ kv_option = click.option(  # kv: str
 )
 image_tokens_option = click.option(  # image_tokens: int | None
     "--image-tokens",
-    type=click.Choice(["70", "140", "280", "560", "1120"]),  # media.picture.BUDGETS, which takes numpy
+    type=click.Choice([str(tokens) for tokens in BUDGETS]),
     callback=lambda _, __, value: value and int(value),
     help="Tokens that a picture may take: more show finer detail.  [default: 280]",
 )

@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from ..chat_format.messages import media_parts
 from ..chat_format.replies import Event, Text, Thinking, ToolCall
 from ..conversation.background import OnPrompt
 from ..conversation.language_model import LanguageModel, demo_path
@@ -108,8 +109,8 @@ class Repl:
 
     def _say(self, text: str, again: bool) -> None:
         """Send a message with what is attached, or again in place of the last one, which keeps what it had."""
-        parts = [*(_parts(self.session.last_said) if again else ()), *self.attached]
-        content = content_of(text, parts)
+        before = media_parts([{"content": self.session.last_said}]) if again else ()
+        content = content_of(text, [*before, *self.attached])
         if again:
             self._answer(lambda on_prompt: self.session.edit(content, self.options, on_prompt=on_prompt))
         else:
@@ -369,11 +370,6 @@ def _path(command: str, argument: str) -> Path:
     if not name:
         raise InputError(f"{command}: which file?")
     return Path(name).expanduser()
-
-
-def _parts(content: Any) -> list[dict[str, Any]]:
-    """The pictures and sounds of a message."""
-    return [part for part in content if part.get("type") in KINDS] if isinstance(content, list) else []
 
 
 def _turns(session: Session) -> str:

@@ -227,8 +227,7 @@ def _assistant(draft: str | Path | None, path: Path, model: Model) -> Assistant 
 def _media(mmproj: str | Path | None, path: Path, config: Config) -> Media | None:
     """Return the projector that `load` asks for. One that was not named is read when it is needed."""
     if mmproj is None or str(mmproj) == "auto":
-        found = media_beside(path, config) if mmproj else None
-        return open_media(found, config) if found else None
+        return media_beside(path, config) if mmproj else None
     media = open_media(Path(mmproj).expanduser(), config)
     media.load()
     return media

@@ -230,10 +230,12 @@ class Scheduler:
         state, wanted = job.reply.state, np.array(job.reply.ids[:-1], np.int32)
         least = state.length + SHARED
         for other in (*self._answering, *self._reading):
-            theirs, common = other.reply.state, common_length(wanted, np.array(other.reply.ids, np.int32))
+            theirs = other.reply.state
+            if (theirs.kv, theirs.dtype, theirs.layout) != (state.kv, state.dtype, state.layout):
+                continue
+            common = common_length(wanted, np.array(other.reply.ids, np.int32))
             common = self.model.config.uncut(job.reply.ids, common)
-            alike = (theirs.kv, theirs.dtype, theirs.layout) == (state.kv, state.dtype, state.layout)
-            if not alike or common < least:
+            if common < least:
                 continue
             ahead = common > theirs.length and other in self._reading
             reach = common if ahead else theirs.reach(common)

@@ -17,7 +17,7 @@ from ..doctor.verdict import usable_kernels
 from ..errors import InputError, one_line
 from ..loading.loader import account, open_model
 from ..loading.tensors import Entry, tensor_specs
-from ..media.projector import check_tensors, is_projector, media_beside, open_media, open_towers
+from ..media.projector import check_tensors, is_projector, media_beside, open_towers
 from ..memory import DEFAULT_CONTEXT, Needs, available_memory, kv_dtype
 from ..model.costs import PREFILL_CHUNK, kv_per_token, needs_of, own_attention, weights_per_token
 
@@ -110,8 +110,8 @@ def inspect(path: Path, context: int | None = None) -> Report | ProjectorReport:
         available,
         per_token,
         memory,
-        str(beside or ""),
-        sorted(open_media(beside, config).kinds) if beside else [],
+        str(beside.path) if beside else "",
+        sorted(beside.kinds) if beside else [],
     )
 
 

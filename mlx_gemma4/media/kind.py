@@ -1,18 +1,17 @@
-"""What some bytes are, by their first few: a picture, a sound or a video. Whether they can be read is not known here.
+"""What there is beside text: pictures, sounds and videos; and which of them some bytes are, by their first few.
 
-In: the beginning of a file. Out: "image", "audio", "video" or None. Knows no decoder.
+In: the beginning of a file. Out: "image", "audio", "video" or None. Knows no decoder, nor whether they
+can be read. Imports nothing heavy: the command line names these before a command runs.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from .projector import Media
+from typing import Literal
 
 Kind = Literal["image", "audio", "video"]
 KINDS: tuple[Kind, ...] = ("image", "audio", "video")
+BUDGETS = (70, 140, 280, 560, 1120)  # soft tokens of a picture, at most
 HEAD = 16  # bytes that decide
 
 _STARTS: dict[Kind, re.Pattern[bytes]] = {  # of ISO files ("ftyp") the brand decides
@@ -27,8 +26,3 @@ _STARTS: dict[Kind, re.Pattern[bytes]] = {  # of ISO files ("ftyp") the brand de
 def kind_of(head: bytes) -> Kind | None:
     """Return what a file that begins so is, or None."""
     return next((kind for kind in KINDS if _STARTS[kind].match(head)), None)
-
-
-def kinds_of(media: Media | None) -> tuple[Kind, ...]:
-    """Return what a model takes beside text, in the order of KINDS."""
-    return tuple(kind for kind in KINDS if media and kind in media.kinds)

@@ -17,11 +17,11 @@ import numpy as np
 
 from ..errors import InputError, one_line
 from .content import Content
+from .kind import BUDGETS
 
 if TYPE_CHECKING:
     from PIL import Image
 
-BUDGETS = (70, 140, 280, 560, 1120)  # soft tokens of a picture, at most
 USUAL = 280
 SIDE = 48  # pixels of a soft token
 MOST_PIXELS = 89_000_000  # of a picture; Pillow warns above

@@ -34,6 +34,7 @@ from ..model.soft import Encoded
 from . import frames, hearing, patches, picture, video, vision
 from .content import Content, content_of
 from .folder import read_folder
+from .kind import KINDS, Kind
 from .layers import Weights, by_layers
 
 log = logging.getLogger("mlx_gemma4")
@@ -97,7 +98,7 @@ class Media:
 
         Args:
             part: {"type": "image" | "audio" | "video", and under that name bytes or a path, or a Pillow image;
-                "tokens" of an image: one of `picture.BUDGETS`}.
+                "tokens" of an image: one of `kind.BUDGETS`}.
 
         Raises:
             InputError: there is no tower for it, it can't be decoded, or it is too large.
@@ -262,16 +263,20 @@ def read_towers(path: Path, config: Config) -> Weights:
     return found
 
 
-def media_beside(path: Path, config: Config) -> Path | None:
-    """Return the projector that lies beside a model's file and fits it, or the model's folder if that has towers.
+def kinds_of(media: Media | None) -> tuple[Kind, ...]:
+    """Return what a model takes beside text, in the order of KINDS."""
+    return tuple(kind for kind in KINDS if media and kind in media.kinds)
+
+
+def media_beside(path: Path, config: Config) -> Media | None:
+    """Open the projector that lies beside a model's file and fits it, or the model's folder if that has towers.
 
     If there is none, one level up is looked: repositories have folders for the parts of a split file.
     """
     near = [files_beside(path), files_beside(path, ".")]
     for file in [str(path)] if path.is_dir() else [each for some in near for each in best_projectors(some, path.name)]:
         try:
-            open_media(Path(file), config)
-            return Path(file)
+            return open_media(Path(file), config)
         except (InputError, OSError) as error:
             log.info("%s", error)
     return None

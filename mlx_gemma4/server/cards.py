@@ -7,7 +7,6 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -19,8 +18,8 @@ from ..config import Config
 from ..errors import InputError
 from ..files.repository import QUANT
 from ..loading.loader import open_model
-from ..media.kind import Kind, kinds_of
-from ..media.projector import media_beside, open_media
+from ..media.kind import Kind
+from ..media.projector import kinds_of, media_beside
 
 log = logging.getLogger(__name__)
 
@@ -114,19 +113,11 @@ def _read(name: str, path: Path, changed: float) -> Card | None:
                 next(reversed(QUANT.findall(path.name.upper())), None) or max(sizes, key=lambda type: sizes[type]),
                 template if isinstance(template, str) else "",
                 {key: x for key, x in metadata.items() if isinstance(x, bool | int | float | str)},
-                _media_beside(path, config),
+                kinds_of(media_beside(path, config)),
             )
     except InputError as error:
         log.warning("Left out of the list of models: %s", error)
         return None
-
-
-def _media_beside(path: Path, config: Config) -> tuple[Kind, ...]:
-    """What a model takes beside text, as the mmproj file beside it says."""
-    with suppress(InputError):
-        if found := media_beside(path, config):
-            return kinds_of(open_media(found, config))
-    return ()
 
 
 def _template_file(path: Path) -> str:

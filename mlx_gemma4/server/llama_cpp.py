@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from .. import __version__
 from ..conversation.reply import prompt_ids
-from ..media.kind import kinds_of
+from ..media.projector import kinds_of
 from . import fields
 from .completions import ChatRequest, read_chat
 from .endpoint import Endpoint

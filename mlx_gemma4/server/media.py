@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from ..conversation.language_model import LanguageModel, demo_path
-from ..media.kind import HEAD, Kind, kind_of, kinds_of
+from ..media.kind import BUDGETS, HEAD, Kind, kind_of
+from ..media.projector import kinds_of
 from . import fields
 from .engine import Engine
 from .fields import wrong
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 
 MOST = 32_000_000  # bytes of one
 MOST_REMOTE = 64_000_000, 30.0  # bytes and seconds for all pictures of a request that are on the web
-BUDGETS = 70, 140, 280, 560, 1120  # tokens of a picture
 _DETAIL = {"low": 70, "high": 1120, "original": 1120}
 WORDS: dict[Kind, str] = {  # types of parts, and the words for them
     "image": "pictures",

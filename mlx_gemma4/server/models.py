@@ -20,7 +20,7 @@ import mlx.core as mx
 from ..conversation.language_model import LanguageModel
 from ..errors import InputError
 from ..files.folder import delete_model, find_models, look_up
-from ..media.kind import kinds_of
+from ..media.projector import kinds_of
 from .cards import Card, card_of, cards
 from .engine import GAUGES, Engine
 from .metrics import Metrics

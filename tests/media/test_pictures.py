@@ -17,7 +17,8 @@ from PIL import Image
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.media import picture, video
 from mlx_gemma4.media.content import content_of
-from mlx_gemma4.media.picture import BUDGETS, decoded, fitted
+from mlx_gemma4.media.kind import BUDGETS
+from mlx_gemma4.media.picture import decoded, fitted
 
 
 def saved(image: Image.Image, form: str, **options: Any) -> bytes:

@@ -108,7 +108,9 @@ def test_metadata_that_cannot_be_is_refused(folder: Path) -> None:
 def test_a_folder_has_the_same_towers(folder: Path) -> None:
     with open_model(folder / "folder") as (config, _, _):
         assert config.hidden == config_of(folder).hidden
-    assert media_beside(folder / "folder", config) == folder / "folder"
+    found = media_beside(folder / "folder", config)
+    assert found is not None
+    assert found.path == folder / "folder"
     theirs = projector.read_towers(folder / "mmproj.gguf", config_of(folder))
     ours = projector.read_towers(folder / "folder", config_of(folder))
     assert ours.keys() == theirs.keys()
@@ -260,7 +262,7 @@ def test_the_projector_beside_a_model_is_taken(tmp_path: Path) -> None:
     shutil.copy(UV / "model.gguf", tmp_path / "part" / "model.gguf")
     found = media_beside(tmp_path / "part" / "model.gguf", config_of(UV))
     assert found is not None
-    assert found.resolve() == tmp_path / "mmproj-F16.gguf"
+    assert found.path.resolve() == tmp_path / "mmproj-F16.gguf"
     assert load(tmp_path / "model-Q4_0.gguf", draft=None, mmproj=None).media is None
     own = load(tmp_path / "model-Q4_0.gguf", draft=None, mmproj=UV / "mmproj.gguf").media
     assert own is not None
