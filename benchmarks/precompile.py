@@ -25,7 +25,7 @@ import mlx.core as mx
 from mlx_gemma4.doctor import sizes, verdict
 from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.execution import execution
-from mlx_gemma4.gpu import cuda_compiler, cuda_graph, render
+from mlx_gemma4.gpu import cuda_compiler, cuda_driver, cuda_graph, render
 from mlx_gemma4.gpu.recording import RecordedLaunch, Region
 from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.loading import loader
@@ -169,8 +169,8 @@ def main() -> int:
     cuda_compiler.keys_work = lambda: True  # type: ignore[assignment]
     trial = cuda_compiler.kernel(cuda_compiler.TRIAL, ["x"], ["y"], "y[threadIdx.x] = x[threadIdx.x] + 1;", "")
     trial([mx.arange(8, dtype=mx.int32)], (8, 1, 1), (8, 1, 1), [(8,)], [mx.int32])
-    for name in cuda_graph.TEXTS:
-        cuda_graph.module(name)
+    for text, name in ((cuda_driver.WHERE_TEXT, cuda_driver.WHERE), (cuda_graph.TAKE_TEXT, cuda_graph.TAKE)):
+        cuda_driver.module(text, name)
     failed = 0
     for name in options.models:
         run = Kernels(render.cuda_launcher, player=Compiler)

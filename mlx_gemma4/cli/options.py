@@ -385,14 +385,18 @@ def echo(line: str) -> None:
 
 @contextmanager
 def progress(what: str, unit: float, suffix: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a line on a terminal's stderr that counts up, from one second on until the end."""
-    start, shown = time.monotonic(), False
+    """Show a line on a terminal's stderr that counts up, from one second on until the end; of bytes, with seconds left."""
+    start, shown, first = time.monotonic(), False, (0.0, 0)
 
     def update(done: int, total: int) -> None:
-        nonlocal shown
-        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and time.monotonic() - start > 1:
+        nonlocal shown, first
+        now = time.monotonic()
+        first = first if first[0] else (now, done)
+        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and now - start > 1:
             digits = 1 if unit > 1 else 0
             line = f"{what} {done / unit:.{digits}f} of {total / unit:.{digits}f}{suffix}"
+            if unit > 1 and done > first[1]:
+                line += f", {(now - first[0]) / (done - first[1]) * (total - done):.0f} s left"
             click.echo(f"\r{line}\x1b[K", nl=False, err=True)
             shown = True
 

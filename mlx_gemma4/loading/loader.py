@@ -115,30 +115,37 @@ def read_weights(
     progress: Progress | None = None,
 ) -> dict[str, Weight]:
     """Read tensors, by name; those to be joined go by their target's. `scales`: names of factors, by whose they are."""
-    total, done = sum(source.entries[name].n_bytes for name in present), 0
-    weights: dict[str, Weight] = {}
+    total = sum(source.entries[name].n_bytes for name in present)
     parts_of = {part: target for target, parts in joined.items() for part in parts}
-    for name, spec in present.items():
-        target = parts_of.get(name, name)
-        if target in weights:
-            continue  # joined to an earlier tensor
-        parts = joined.get(target, [name])
-        weights[target] = source.read(parts, spec, holding, kernels)
-        if spec.role == "vector" and bool(mx.isnan(cast("mx.array", weights[target])).any()):
-            raise InputError(f"{source.name}: tensor {name} has values that are no numbers (NaN); download it again")
-        if any(part in scales for part in parts):
-            factors = _factors_of_rows(source, parts, present, scales)
-            weight = weights[target]
-            if isinstance(weight, Packed):
-                factors = row_factors(factors)
-                weights[target] = replace(weight, block_scales=factors)
-            else:
-                weights[target] = factors = cast("mx.array", weight).astype(mx.float32) * factors[..., None]
-            mx.eval(factors)
-        done += sum(source.entries[part].n_bytes for part in parts)
-        if progress:
-            progress(done, total)
-    pack.done()
+    vectors = [name for name, spec in present.items() if spec.role == "vector"]
+    # First, so that all are checked at once, before anything large is read.
+    weights: dict[str, Weight] = {name: source.read([name], present[name], holding, kernels) for name in vectors}
+    odd = [mx.isnan(cast("mx.array", weights[name])).any() for name in vectors]
+    mx.eval(odd)
+    for name in (name for name, nan in zip(vectors, odd, strict=True) if nan.item()):
+        raise InputError(f"{source.name}: tensor {name} has values that are no numbers (NaN); download it again")
+    done = sum(source.entries[name].n_bytes for name in vectors)
+    try:
+        for name, spec in present.items():
+            target = parts_of.get(name, name)
+            if target in weights:
+                continue  # a vector, or joined to an earlier tensor
+            parts = joined.get(target, [name])
+            weights[target] = source.read(parts, spec, holding, kernels)
+            if any(part in scales for part in parts):
+                factors = _factors_of_rows(source, parts, present, scales)
+                weight = weights[target]
+                if isinstance(weight, Packed):
+                    factors = row_factors(factors)
+                    weights[target] = replace(weight, block_scales=factors)
+                else:
+                    weights[target] = factors = cast("mx.array", weight).astype(mx.float32) * factors[..., None]
+                mx.eval(factors)
+            done += sum(source.entries[part].n_bytes for part in parts)
+            if progress:
+                progress(done, total)
+    finally:
+        pack.done()
     return weights
 
 

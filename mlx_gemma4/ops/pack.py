@@ -1,23 +1,26 @@
 """Packing on a GPU: a tensor's blocks go over as the file has them, and pack.metal rearranges them there.
 
 In: raw blocks in host memory, mapped files mostly. Out: `Packed`, to the bit as `formats.pack_on_cpu`, the reference.
-The host copies each byte twice (from the file's pages to a buffer, on all cores, and from there to MLX) and computes
-nothing. A large tensor goes in pieces, so that little is held beside the result: a few times PIECE.
+The host copies each byte once, on all cores, and computes nothing: from the file's pages into an array of MLX's on a Mac,
+on NVIDIA into pinned memory, from where it is sent into such an array. A large tensor goes in pieces, so that little is
+held beside the result: a few times PIECE.
 
 A wrong kernel here would spoil a model without a trace. So in every process each type's kernel first packs a few random
 blocks; a type whose kernel fails or differs from the reference is packed by the reference.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from math import prod
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from ..gpu.render import Kernel, Launcher, prepare, render
+from ..gpu.cuda_driver import Upload
+from ..gpu.render import Kernel, Launcher, cuda_launcher, prepare, render
 from ..memory import on_cpu
 from ..quant import formats
 from ..quant.formats import FORMATS, Packed, Shape
@@ -27,8 +30,11 @@ from .dispatch import Kernels
 from .op import OpKey
 from .packed import PLANES
 
+log = logging.getLogger("mlx_gemma4")
+
 PIECE = 1 << 25  # bytes of blocks that go over at once
 COPY = 1 << 21  # bytes that a thread of the host copies at once
+CACHED = 16 * PIECE  # most bytes of results of pieces that MLX keeps on NVIDIA: to free memory there takes long
 TRIAL = 333  # blocks
 
 Planes = dict[str, mx.array]  # by the names that `Packed` has for them
@@ -68,6 +74,33 @@ def done() -> None:
     """Free the buffers kept for packing."""
     _local.__dict__.clear()
     mx.clear_cache()
+
+
+class _Place(NamedTuple):
+    """Where PIECE bytes of blocks go: written by threads of the host, then read by a kernel."""
+
+    bytes: Bytes
+    array: mx.array | None = None  # has what is written there; None: MLX copies it
+    address: int = 0  # of the array on the GPU
+    upload: Upload | None = None  # sends it there
+
+
+def _places(launcher: Launcher) -> list[_Place]:
+    """Return places that take turns: while the kernel is at one, the host is at the other."""
+    if launcher is cuda_launcher:
+        try:
+            upload = Upload(PIECE)
+            return [_Place(upload.stage, *upload.array(PIECE), upload) for _ in range(2)]
+        except RuntimeError as error:
+            _tell(error)
+    elif formats.writes_show():
+        arrays = [mx.zeros(PIECE, mx.uint8) for _ in range(2)]
+        return [_Place(np.asarray(a), a) for a in arrays]
+    return [_Place(np.empty(PIECE, np.uint8))]
+
+
+def _tell(error: Exception) -> None:
+    log.warning("Weights go to the GPU by a slower way: %s", str(error))
 
 
 @cache
@@ -174,7 +207,7 @@ def _by_kernel(
         mx.eval(whole)
     for start in range(0, total, step):
         stop = min(start + step, total)
-        piece = _copied(slabs, start, stop)  # while the GPU is at the one before
+        piece = _copied(slabs, start, stop, launcher)  # while the GPU is at the one before
         if on_read is not None and len(parts) == 1:
             on_read(start, stop)
         if made:
@@ -191,8 +224,9 @@ def _by_kernel(
     shaped = {name: a.reshape(shapes.get(name, (*rows, -1))) for name, a in whole.items()}
     mx.eval(shaped)
     del made, whole
-    # On NVIDIA, MLX's cache has the blocks' memory, which is the host's too; a later result must not lie in it.
-    mx.clear_cache()
+    # On NVIDIA, what MLX copied of numpy's is the host's memory too, and a later result must not lie in it.
+    if _local.places[0].upload is None or mx.get_cache_memory() > CACHED:
+        mx.clear_cache()
     block_scales = formats.row_factors(mx.ones(rows)) if form.per_row else shaped.get("block_scales")
     return Packed(form, shape, shaped["codes"], shaped.get("group_scales"), block_scales)
 
@@ -215,22 +249,31 @@ def _slabs(parts: Sequence[np.ndarray]) -> list[Bytes]:
     return [np.ascontiguousarray(part).reshape(-1) for part in parts]
 
 
-def _copied(slabs: list[Bytes], start: int, stop: int) -> mx.array:
-    """Bytes [start, stop) of all slabs one after the other.
-
-    By way of a buffer that all cores fill: a file's pages come in slowly, and MLX copies on one.
-    """
-    if "stage" not in _local.__dict__:
-        _local.stage = np.empty(PIECE, np.uint8)
-    stage = cast(Bytes, _local.stage)
+def _copied(slabs: list[Bytes], start: int, stop: int, launcher: Launcher) -> mx.array:
+    """Bytes [start, stop) of all slabs one after the other, where a kernel reads them: until the call after next."""
+    if "places" not in _local.__dict__:
+        _local.places = _places(launcher)
+    _local.places.reverse()
+    place: _Place = _local.places[0]
     copies = list(_stretches(slabs, start, stop))
 
     def copy(i: int) -> None:
         stretch, at = copies[i]
-        np.copyto(stage[at : at + stretch.size], stretch)
+        np.copyto(place.bytes[at : at + stretch.size], stretch)
+        if place.upload:
+            place.upload.send(place.address + at, at, stretch.size)
 
-    in_threads(copy, range(len(copies)))
-    return mx.array(stage[: stop - start])
+    try:
+        in_threads(copy, range(len(copies)))
+        if place.upload:
+            place.upload.wait()
+    except RuntimeError as error:
+        if not place.upload:
+            raise
+        _tell(error)
+        _local.places = [_Place(np.empty(PIECE, np.uint8))]
+        return _copied(slabs, start, stop, launcher)
+    return mx.array(place.bytes[: stop - start]) if place.array is None else place.array[: stop - start]
 
 
 def _stretches(slabs: list[Bytes], start: int, stop: int) -> Iterator[tuple[Bytes, int]]:

@@ -233,7 +233,7 @@ class _Target:
     """The memory of a new MLX array, writable as `bytes` until `array` is called."""
 
     def __init__(self, shape: Shape, dtype: mx.Dtype) -> None:
-        self._array = mx.zeros(shape, dtype) if _writes_show() else None
+        self._array = mx.zeros(shape, dtype) if writes_show() else None
         self._view = np.empty(shape, _NUMPY[dtype]) if self._array is None else np.asarray(self._array)
         self.bytes = self._view.reshape(-1).view(np.uint8)
 
@@ -245,7 +245,7 @@ _NUMPY = {mx.uint32: np.uint32, mx.uint8: np.uint8, mx.float16: np.float16}
 
 
 @cache
-def _writes_show() -> bool:
+def writes_show() -> bool:
     """True if MLX's operations see values written to the numpy view of an array, as MLX documents.
 
     False on NVIDIA, where the host writes to an array's memory through page faults, which is slow.

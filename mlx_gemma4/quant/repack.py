@@ -9,7 +9,7 @@ operation on such rows, at the speed of numpy's SIMD loops and outside the inter
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -271,6 +271,17 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def in_threads(work: Callable[[int], None], starts: range) -> None:
-    """work(start) for each start, on all cores; numpy lets other threads run while it works on an array."""
-    for _ in map(work, starts) if len(starts) < 2 else _threads().map(work, starts):
-        pass
+    """work(start) for each start, on all cores; numpy lets other threads run while it works on an array.
+
+    When this is over, by an error or Ctrl-C too, no thread is at it: what they write to may be freed.
+    """
+    if len(starts) < 2:
+        for start in starts:
+            work(start)
+        return
+    under_way = [_threads().submit(work, start) for start in starts]
+    try:
+        for one in under_way:
+            one.result()
+    finally:
+        wait([one for one in under_way if not one.cancel()])

@@ -320,10 +320,11 @@ def test_wrong_flag_of_replies(flags: list[str], says: str, tmp_path: Path) -> N
 
 
 def test_loading_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """On a terminal, after a second: bytes, then kernels; the line is gone at the end."""
+    """On a terminal, after a second: bytes and seconds left, then kernels; the line is gone at the end."""
 
     def load(path: Any, *, progress: Any, preparing: Any, **_: Any) -> str:
         progress(10**9, 4 * 10**9)
+        progress(2 * 10**9, 4 * 10**9)
         preparing(3, 80)
         return "model"
 
@@ -335,5 +336,8 @@ def test_loading_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: py
     lm, _ = options.load_with_progress(str(MODEL), "full", draft_max=0)
     assert lm == "model"
     shown = capsys.readouterr().err
-    assert "\rLoading 1.0 of 4.0 GB\x1b[K\rPreparing kernels: 3 of 80\x1b[K" in shown
+    assert (
+        "\rLoading 1.0 of 4.0 GB\x1b[K\rLoading 2.0 of 4.0 GB, 4 s left\x1b[K\rPreparing kernels: 3 of 80\x1b[K"
+        in shown
+    )
     assert shown.endswith("\r\x1b[K")

@@ -204,5 +204,5 @@ def test_a_model_is_the_same(file: str, tmp_path: Path) -> None:
 def test_the_twin_where_the_host_must_not_write_to_arrays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = random_rows(name, 3, 5, 256)
     want = formats.pack_on_cpu(raw, name, (3, 5, 256))
-    monkeypatch.setattr(formats, "_writes_show", lambda: False)
+    monkeypatch.setattr(formats, "writes_show", lambda: False)
     same(formats.pack_on_cpu(raw, name, (3, 5, 256)), want)
