@@ -1,8 +1,8 @@
 """NVIDIA's driver, called beside MLX: where its arrays lie, and bytes of the host sent straight into them.
 
-In: MLX arrays. Out: their addresses on the GPU, as a kernel that gets them as arguments finds them; and `Upload`. What MLX
-itself makes of numpy's arrays on NVIDIA is managed memory, copied by one thread and moved page by page at the first
-launch that reads it: 1.4 to 1.7 GB/s on an H200 (2026-11-29).
+In: MLX arrays. Out: their addresses on the GPU, as a kernel finds them that gets them as arguments; and `Upload`. What
+MLX itself makes of numpy's arrays on NVIDIA is managed memory, copied by one thread and moved at the first launch that
+reads it: 1.4 to 1.7 GB/s on an H200 (2026-11-29).
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Upload:
         do("cuStreamCreate", byref(self._stream), 1)  # waits for no other stream
         do("cuMemHostAlloc", byref(self._memory), c_uint64(nbytes), 0)
         assert self._memory.value
-        self.stage = np.frombuffer((c_ubyte * nbytes).from_address(self._memory.value), np.uint8)
+        self.stage = np.ctypeslib.as_array((c_ubyte * nbytes).from_address(self._memory.value))
         tried, (array, address) = min(TRIED, nbytes), self.array(TRIED)
         self.stage[:tried] = np.random.default_rng(0).integers(0, 256, tried, np.uint8)
         self.send(address, 0, tried)

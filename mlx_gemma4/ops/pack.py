@@ -1,9 +1,9 @@
 """Packing on a GPU: a tensor's blocks go over as the file has them, and pack.metal rearranges them there.
 
 In: raw blocks in host memory, mapped files mostly. Out: `Packed`, to the bit as `formats.pack_on_cpu`, the reference.
-The host copies each byte once, on all cores, and computes nothing: from the file's pages into an array of MLX's on a Mac,
-on NVIDIA into pinned memory, from where it is sent into such an array. A large tensor goes in pieces, so that little is
-held beside the result: a few times PIECE.
+The host copies each byte once, on all cores, and computes nothing: from the file's pages into an array of MLX's on a
+Mac, on NVIDIA into pinned memory, from where it is sent into such an array. A large tensor goes in pieces, so that
+little is held beside the result: a few times PIECE.
 
 A wrong kernel here would spoil a model without a trace. So in every process each type's kernel first packs a few random
 blocks; a type whose kernel fails or differs from the reference is packed by the reference.

@@ -1,4 +1,4 @@
-"""Bytes sent to the GPU by NVIDIA's driver, which a fake plays in host memory: what is sent arrives at `wait`, not before."""
+"""Bytes sent to the GPU by NVIDIA's driver, which a fake plays in host memory: what is sent arrives at `wait` alone."""
 
 from __future__ import annotations
 
