@@ -5,7 +5,8 @@
 Each run is a process of its own, the programs in turns: load the file onto the GPU, read a token, choose the next, end.
 "Not cached": the system was told to let go of the file's pages, and how many it kept is shown; it keeps those of a file
 in memory (tmpfs), and there is nothing to measure then. Times are of the clock on the wall, medians; ours tells besides
-how much of it was loading.
+how much of it was loading, and where each of the fastest run's seconds went: `PARTS`. The tokenizer, which no other
+part waits for here, is made at the end where the file has one.
 """
 
 from __future__ import annotations
@@ -30,14 +31,63 @@ import numpy as np
 from mlx_gemma4.doctor.verdict import MLX, device_name
 from mlx_gemma4.measure.llama_bench import read_row
 
+# What is timed in a process of ours, by name: what it is, and the function, if it is one. Those that call another one of
+# the list don't count its time.
+PARTS = {
+    "start": "Python and the imports",
+    "gpu": "MLX's first use of the GPU",
+    "open": ("the header", "loading.loader:open_gguf"),
+    "copy": ("the file's bytes to where a kernel reads them", "ops.pack:_copied"),
+    "pack": ("the rest of packing", "ops.pack:pack_on_gpu"),
+    "read": ("other tensors", "loading.from_gguf:GGUFSource.read"),
+    "load": ("the rest of loading: accounting, memory's plan", "measure.bench:load_model"),
+    "compile": ("kernels that are not on disk, and finding those that are", "gpu.cuda_compiler:compile_all"),
+    "texts": ("what to compile", "doctor.ready:cuda_texts"),
+    "check": ("kernels without a verdict", "doctor.verdict:check_model"),
+    "warm": ("a first prompt and step", "doctor.ready:read_some"),
+    "token": "the prompt of one token",
+    "tokenizer": "the vocabulary",
+}
 OURS = """
-import sys
+import importlib, json, sys, time
+from functools import wraps
 from pathlib import Path
+parts, under_way = dict.fromkeys(json.loads(sys.argv[3]), 0.0), []
+
+def timed(name, function):
+    @wraps(function)
+    def call(*arguments, **named):
+        begun = time.perf_counter()
+        under_way.append(0.0)
+        try:
+            return function(*arguments, **named)
+        finally:
+            took, inside = time.perf_counter() - begun, under_way.pop()
+            parts[name] += took - inside
+            if under_way:
+                under_way[-1] += took
+    return call
+
 import mlx.core as mx
-from mlx_gemma4.measure.bench import load_subject
-subject = load_subject(Path(sys.argv[1]))
-mx.eval(mx.argmax(subject.model.forward(mx.array([1]), subject.model.new_state())))
-print(subject.load_time)
+from mlx_gemma4.files.gguf import open_gguf
+from mlx_gemma4.measure import bench
+from mlx_gemma4.tokens.tokenizer import Tokenizer
+for name, where in json.loads(sys.argv[3]).items():
+    if not isinstance(where, str):
+        module, _, path = where[1].partition(":")
+        owner, (*inner, function) = importlib.import_module("mlx_gemma4." + module), path.split(".")
+        for within in inner:
+            owner = getattr(owner, within)
+        setattr(owner, function, timed(name, getattr(owner, function)))
+parts["start"] = time.time() - float(sys.argv[2])
+timed("gpu", lambda: mx.eval(mx.zeros(8) + 1))()
+subject = bench.load_subject(Path(sys.argv[1]))
+model = subject.model
+timed("token", lambda: mx.eval(mx.argmax(model.forward(mx.array([1]), model.new_state()))))()
+with open_gguf(sys.argv[1]) as gguf:
+    if "tokenizer.ggml.tokens" in gguf.metadata:
+        timed("tokenizer", Tokenizer.from_gguf)(gguf.metadata)
+print(json.dumps({"load": subject.load_time, "parts": parts}))
 """
 THEIRS = ["-p", "1", "-n", "0", "-r", "1", "--no-warmup", "-ngl", "99", "-fa", "1", "-o", "jsonl"]
 
@@ -63,8 +113,8 @@ def cached(file: Path) -> float:
 
 
 def run(command: list[str]) -> tuple[float, str]:
-    """Seconds that a process takes, and what it writes."""
-    start = time.perf_counter()
+    """Seconds that a process takes, and what it writes. "NOW" in the command becomes the time."""
+    command, start = [str(time.time()) if word == "NOW" else word for word in command], time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
     if done.returncode:
@@ -79,7 +129,7 @@ def main() -> int:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    commands = {"mlx-gemma4": [sys.executable, "-c", OURS, str(options.file)]}
+    commands = {"mlx-gemma4": [sys.executable, "-c", OURS, str(options.file), "NOW", json.dumps(PARTS)]}
     if options.vs:
         commands["llama.cpp"] = [str(options.vs), "-m", str(options.file), *THEIRS]
 
@@ -90,7 +140,7 @@ def main() -> int:
     outputs = {name: run(command)[1] for name, command in commands.items()}
     for cold in (True, False):
         times: dict[str, list[float]] = {name: [] for name in commands}
-        loads = []
+        loads: list[dict[str, Any]] = []
         for _ in range(options.repetitions):
             for name, command in commands.items():
                 if cold:
@@ -99,15 +149,17 @@ def main() -> int:
                 seconds, output = run(command)
                 times[name].append(seconds)
                 if name == "mlx-gemma4":
-                    loads.append(float(output))
+                    loads.append({"seconds": seconds, **json.loads(output.splitlines()[-1])})
         row: dict[str, Any] = {"cached": round(kept, 3), "seconds": {n: round(median(t), 2) for n, t in times.items()}}
         row |= {
             "samples": {n: [round(t, 2) for t in ts] for n, ts in times.items()},
-            "load_time": round(median(loads), 2),
+            "load_time": round(median(load["load"] for load in loads), 2),
+            "parts": {name: round(s, 3) for name, s in min(loads, key=lambda load: load["seconds"])["parts"].items()},
         }
         rows.append(row)
         shown = ", ".join(f"{name} {median(t):.2f} s" for name, t in times.items())
-        print(f"{kept:4.0%} of the file cached: {shown}; loading {row['load_time']:.2f} s of ours", flush=True)
+        print(f"{kept:4.0%} of the file cached: {shown}; loading {row['load_time']:.2f} s of ours")
+        print("    ours: " + ", ".join(f"{name} {s:.2f}" for name, s in row["parts"].items() if s), flush=True)
     if options.json:
         words = [
             "python",

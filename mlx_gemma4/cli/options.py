@@ -385,7 +385,7 @@ def echo(line: str) -> None:
 
 @contextmanager
 def progress(what: str, unit: float, suffix: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a line on a terminal's stderr that counts up, after a second and until the end; of bytes, the seconds left."""
+    """Show a line on a terminal's stderr that counts up, after a second until the end; of bytes, the seconds left."""
     start, shown, first = time.monotonic(), False, (0.0, 0)
 
     def update(done: int, total: int) -> None:
