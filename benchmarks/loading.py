@@ -31,7 +31,7 @@ import numpy as np
 from mlx_gemma4.doctor.verdict import MLX, device_name
 from mlx_gemma4.measure.llama_bench import read_row
 
-# What is timed in a process of ours, by name: what it is, and the function, if it is one. Those that call another one of
+# What is timed in a process of ours, by name: what it is, and the function, if it is one. Those that call another of
 # the list don't count its time.
 PARTS = {
     "start": "Python and the imports",
