@@ -3,8 +3,10 @@
     python examples/make_synthetic.py 31b /tmp/31b.gguf [--type IQ2_XXS] [--tokenizer OTHER.gguf]
     python examples/make_synthetic.py 31b /tmp/mtp-31b.gguf --assistant [--spelling gemma4_assistant]
 
-The tensor types are those of llama.cpp's Q4_K_M mix, or with --type, one for all that it can hold; an assistant, which
-drafts for a model of the shape, is in Q8_0.
+The tensor types are those of llama.cpp's Q4_K_M mix; with --type, one for all that it can hold, or UD-Q4_K_XL: a mix of
+the kind that unsloth's files of that name are, where types differ within q, k and v and in some layers between gate and
+up (which layer has which differs from file to file; these are ours). An assistant, which drafts for a model of the
+shape, is in Q8_0.
 Random weights are repeated, so that 18 GB take seconds. `demo` is the shape of the built-in model.
 """
 
@@ -32,7 +34,23 @@ SCALES = {
     "Q4_K": ((0, 1 / 200), (2, 7.5 / 200)),
     "Q6_K": ((208, 1 / 1370),),
     "Q5_0": ((0, 1 / 9),),
+    "Q5_1": ((0, 1 / 9.2), (2, -15.5 / 9.2)),
+    "Q5_K": ((0, 1 / 400), (2, 15.5 / 400)),
     "Q8_0": ((0, 1 / 74),),
+}
+UD = "UD-Q4_K_XL"
+# Types of that mix: in most layers, in those that have more bits, and in every third one. Rows that are no multiple of
+# 256 have Q5_1 or Q8_0.
+UD_TYPES = {
+    "attn_q": ("IQ4_XS", "Q5_K", "IQ4_XS"),
+    "attn_k": ("Q5_K", "Q6_K", "Q5_K"),
+    "attn_v": ("Q6_K", "Q8_0", "Q6_K"),
+    "attn_output": ("Q5_K", "Q6_K", "Q5_K"),
+    "ffn_gate": ("Q4_K", "Q4_K", "Q4_K"),
+    "ffn_up": ("Q4_K", "Q4_K", "IQ4_XS"),
+    "ffn_down": ("Q5_K", "Q6_K", "Q5_K"),
+    "ffn_gate_up_exps": ("Q4_K", "Q5_K", "Q4_K"),
+    "ffn_down_exps": ("Q5_1", "Q8_0", "Q5_1"),
 }
 
 
@@ -155,7 +173,7 @@ def config_of(model: Shape) -> Config:
 
 def tensors(model: Shape, wanted: str | None = None) -> Tensors:
     """Return name -> (shape, type), in the order of a forward pass. wanted: a type for all quantized tensors that are
-    as wide as its blocks."""
+    as wide as its blocks, or UD."""
     config, chosen = config_of(model), cast(Tensors, {})
     n = len(config.layers)
     for name, spec in tensor_specs(config).items():
@@ -171,7 +189,11 @@ def tensors(model: Shape, wanted: str | None = None) -> Tensors:
             six = "token_embd" in name or (more_bits and ("ffn_down" in name or "attn_v" in name))
             by_256 = spec.shape[-1] % 256 == 0
             type = ("Q6_K" if six else "Q4_K") if by_256 else ("Q8_0" if six else "Q5_0")
-            if wanted and spec.shape[-1] % TYPES[wanted][1] == 0:
+            if wanted == UD:
+                part = name.removesuffix(".weight").split(".")[-1]
+                ud = UD_TYPES.get(part, ("Q6_K" if six else "Q5_K",) * 3)[1 if more_bits else 2 * (layer % 3 == 1)]
+                type = ud if by_256 else "Q8_0" if more_bits else "Q5_1"
+            elif wanted and spec.shape[-1] % TYPES[wanted][1] == 0:
                 type = wanted
         chosen[name] = (spec.shape, type)
     return chosen
@@ -291,7 +313,7 @@ if __name__ == "__main__":
     parser.add_argument("--assistant", action="store_true", help="write the shape's assistant")
     parser.add_argument("--spelling", choices=SPELLINGS, default="gemma4-assistant", help="of an assistant")
     simple = [name for name, form in FORMATS.items() if name in SCALES or not form.has_min]
-    parser.add_argument("--type", choices=simple, help="of all tensors as wide as its blocks")
+    parser.add_argument("--type", choices=[*simple, UD], help="of all tensors as wide as its blocks; or this mix")
     options = parser.parse_args()
     spelling = options.spelling if options.assistant else None
     write(options.shape, options.path, options.tokenizer, spelling, options.type)

@@ -26,11 +26,14 @@ def test_sizes_are_those_of_the_real_models(name: str, weights: float) -> None:
     assert sum(prod(shape) for shape, _ in made.values()) == pytest.approx(weights, rel=0.01)
 
 
+@pytest.mark.parametrize("type", [None, make_synthetic.UD])
 @pytest.mark.parametrize("name", ["12B", "E2B", "26B-A4B"])
-def test_a_small_one_loads_and_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_one_loads_and_runs(
+    name: str, type: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = replace(PUBLISHED[name], layers=4, hidden=256, ffn=512, every=2, shared=2 if name == "E2B" else 0)
     monkeypatch.setitem(PUBLISHED, name, small)
-    make_synthetic.write(name, tmp_path / "x.gguf")
+    make_synthetic.write(name, tmp_path / "x.gguf", type=type)
     with open_gguf(tmp_path / "x.gguf") as file:
         assert not [t.name for t in file.tensors.values() if not np.any(file.raw(t.name)[0])]
         model, _ = load_model(config_from_gguf(file.metadata, "x"), GGUFSource(file), "packed")

@@ -59,6 +59,28 @@ def test_replayed_steps_give_the_stock_logits(kind: str, tag: str, weights: str,
         assert a.shape == b.shape
 
 
+@pytest.mark.parametrize(
+    ("kind", "tag", "apart"), [("31b", "ud", 0), ("26b-a4b", "ud", 0), ("12b", "ud", 0), ("26b-a4b", "split-mix", 1)]
+)
+def test_a_mix_of_types_makes_no_step_longer(kind: str, tag: str, apart: int, tmp_path: Path) -> None:
+    """q, k and v of different types are launches that wait for the same one and not for each other: of those that do
+    wait for each other there are as many as in a file of one type, and one more where gate and up differ."""
+    chains, launches = [], []
+    for file in ("q8_0", tag):
+        _, replayed = both(kind, file, tmp_path)
+        state = replayed.new_state()
+        replayed.prefill(mx.array(prompts(kind)[0][:5]), state)
+        replayed.forward(mx.array([7]), state)
+        lengths: list[int] = []
+        for waits in dependencies(HostPlayer.made[-1].launches):
+            lengths.append(1 + max((lengths[i] for i in waits), default=0))
+        chains.append(max(lengths))
+        launches.append(len(lengths))
+    layers = len(replayed.config.layers)
+    assert chains[1] <= chains[0] + apart * layers
+    assert launches[1] <= launches[0] + (2 + 2 * apart) * layers
+
+
 @pytest.mark.parametrize("working", [64, 66, 512])
 def test_a_full_tail_is_sealed_and_others_see_their_own(
     working: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
