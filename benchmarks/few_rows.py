@@ -74,10 +74,13 @@ def tilings(rows: int, quick: bool) -> list[RowsTiling]:
 class Weight:
     """Copies of a random weight and what else its products take."""
 
-    def __init__(self, shape: tuple[int, ...], type: str, glu: bool, small: bool) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], type: str, glu: bool, small: bool, made: Callable[[], Any] | None = None
+    ) -> None:
+        """small: no copies. made: makes the weight in place of `ops.cases.weight`."""
         self.shape, self.type, self.glu = shape, type, glu
         self.experts, self.k = (shape[0] if len(shape) == 3 else 0), shape[-1]
-        first = weight(type, shape)
+        first = weight(type, shape) if made is None else made()
         assert isinstance(first, Packed)
         self.copies = [first]
         if not self.experts and not small:
@@ -92,7 +95,7 @@ class Weight:
         ]
         self.ids = [mx.array(i.astype(np.int32)) for i in ids]
         planes = [a for c in self.copies for a in (c.codes, c.group_scales, c.block_scales) if a is not None]
-        mx.eval(planes, self.x, *self.ids)
+        mx.eval([] if made else planes, self.x, *self.ids)
 
     def one(self) -> Call:
         """The mat-vec of one row."""
@@ -135,15 +138,19 @@ class Weight:
 
 def compile_all(calls: list[tuple[Call, mx.array]]) -> None:
     """Compile the kernels of many launches at once, on all cores."""
-    texts = {}
+    texts: dict[str, str] = {}
     for call, x in calls:
-        recording = Recording(Arena())
-        with recorded(recording):
-            call(recorder, x, 0)
-        for launch in recording.launches:
-            arguments = cuda_graph.text_arguments(launch)
-            texts[arguments] = launch.kernel.name
-    cuda_compiler.compile_all({cuda_graph.text(*a): name for a, name in texts.items()}, lambda: None)
+        note_texts(call, x, texts)
+    cuda_compiler.compile_all(texts, lambda: None)
+
+
+def note_texts(call: Call, x: mx.array, texts: dict[str, str]) -> None:
+    """Add the texts of what a call launches to `texts`, with their kernels' names."""
+    recording = Recording(Arena())
+    with recorded(recording):
+        call(recorder, x, 0)
+    for arguments in dict.fromkeys(map(cuda_graph.text_arguments, recording.launches)):
+        texts[cuda_graph.text(*arguments)] = arguments[0].name
 
 
 def seconds(call: Call, x: mx.array, n_bytes: float, launcher: Launcher) -> float:

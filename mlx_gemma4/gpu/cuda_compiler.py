@@ -41,6 +41,7 @@ _TYPES = {
     mx.bfloat16: "__nv_bfloat16",
     mx.int32: "int",
     mx.uint32: "unsigned int",
+    mx.uint16: "unsigned short",
     mx.uint8: "unsigned char",
 }
 

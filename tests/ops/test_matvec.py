@@ -23,6 +23,7 @@ from kernel_cases import exact, random, weight
 from mlx_gemma4.gpu import cuda_compiler, render
 from mlx_gemma4.ops import matvec
 from mlx_gemma4.ops.epilogue import Epilogue, Folded
+from mlx_gemma4.ops.packed import planes
 from mlx_gemma4.quant.formats import FORMATS, Packed
 
 LIMITS = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 1e-3}
@@ -231,6 +232,14 @@ def test_kernels_wait_for_their_inputs(file: Path) -> None:
         before = plain.rpartition("INPUTS_READY()")[0]
         read = set(re.findall(r"load\w*\((\w+)|(\w+)\[", before))
         assert not {n for pair in read for n in pair} & (inputs - UNWRITTEN)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_cuda_knows_the_types_of_planes(name: str) -> None:
+    """Of each array of a weight, so tables of 16 bits as well."""
+    made = {n: a for n, a in planes(weight(name, (8, 256))).items() if a is not None}
+    text = cuda_compiler.text("k", [*made], [], "", "", [a.dtype for a in made.values()], [])
+    assert all(n in text for n in made)
 
 
 # What cuda.h has as instructions of NVIDIA's, for the simulator.
