@@ -237,7 +237,7 @@ def test_kernels_wait_for_their_inputs(file: Path) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_cuda_knows_the_types_of_planes(name: str) -> None:
     """Of each array of a weight, so tables of 16 bits as well."""
-    made = {n: a for n, a in planes(weight(name, (8, 256))).items() if a is not None}
+    made = {n: a for n, a in planes(weight(name, 8, 256)[0]).items() if a is not None}
     text = cuda_compiler.text("k", [*made], [], "", "", [a.dtype for a in made.values()], [])
     assert all(n in text for n in made)
 
