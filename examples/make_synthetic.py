@@ -210,9 +210,10 @@ def stretch(name: str, shape: tuple[int, ...], type: str, rng: np.random.Generat
         gain = 0.05 if "ffn_gate_inp.weight" in name else 0.1
         values = rng.normal(0 if len(shape) > 1 else 1, gain, shape).astype("<f4")
         return (values * 0.05 if "_q_norm" in name or "_k_norm" in name else values).reshape(-1).view(np.uint8)
-    if type == "BF16":
-        values = rng.normal(0, shape[-1] ** -0.5, shape).astype("<f4").view("<u4") >> 16
-        return values.astype("<u2").reshape(-1).view(np.uint8)
+    if type in ("BF16", "F16"):
+        rows = rng.normal(0, shape[-1] ** -0.5, (min(prod(shape[:-1]), 3001), shape[-1]))
+        halves = rows.astype("<f2") if type == "F16" else (rows.astype("<f4").view("<u4") >> 16).astype("<u2")
+        return halves.reshape(-1).view(np.uint8)
     blocks = rng.integers(0, 256, (min(prod(shape) // size, 30011), block_bytes), np.uint8)
     if type not in SCALES:
         scale_blocks(type, blocks, rng.uniform(0.5, 1.5, len(blocks)) * shape[-1] ** -0.5)
@@ -313,7 +314,9 @@ if __name__ == "__main__":
     parser.add_argument("--assistant", action="store_true", help="write the shape's assistant")
     parser.add_argument("--spelling", choices=SPELLINGS, default="gemma4-assistant", help="of an assistant")
     simple = [name for name, form in FORMATS.items() if name in SCALES or not form.has_min]
-    parser.add_argument("--type", choices=[*simple, UD], help="of all tensors as wide as its blocks; or this mix")
+    parser.add_argument(
+        "--type", choices=[*simple, "F16", "BF16", UD], help="of all tensors as wide as its blocks; or this mix"
+    )
     options = parser.parse_args()
     spelling = options.spelling if options.assistant else None
     write(options.shape, options.path, options.tokenizer, spelling, options.type)

@@ -59,9 +59,13 @@ class GGUFSource:
             on_read = partial(self._file.release, first.name) if len(infos) == 1 and cuts[0] == Cut() else None
             weight = pack.pack_on_gpu(parts, first.type, shape, kernels, on_read)
         else:
-            raw = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-2)
             wide = spec.role == "vector" or holding == "dense" or (spec.role == "matrix" and on_cpu())
-            weight = formats.dense(raw, first.type, shape, mx.float32 if wide else None)
+            there = None if wide or first.type not in formats.FLOATS else pack.bytes_on_gpu(parts, kernels)
+            if there is None:
+                raw = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-2)
+                weight = formats.dense(raw, first.type, shape, mx.float32 if wide else None)
+            else:
+                weight = there.view(formats.FLOATS[first.type]).reshape(shape)
             mx.eval(weight)
         for name in names:
             self._file.release(name)

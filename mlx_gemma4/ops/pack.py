@@ -251,29 +251,55 @@ def _slabs(parts: Sequence[np.ndarray]) -> list[Bytes]:
 
 def _copied(slabs: list[Bytes], start: int, stop: int, launcher: Launcher) -> mx.array:
     """Bytes [start, stop) of all slabs one after the other, where a kernel reads them: until the call after next."""
+    place = _next_place(launcher)
+    if not _fill(place, slabs, start, stop, place.address):
+        return _copied(slabs, start, stop, launcher)
+    return mx.array(place.bytes[: stop - start]) if place.array is None else place.array[: stop - start]
+
+
+def bytes_on_gpu(parts: Sequence[np.ndarray], run: Kernels | None) -> mx.array | None:
+    """The bytes of tensors, joined as `pack_on_gpu` joins them: uint8, flat. None: MLX's own way is the only one."""
+    slabs = _slabs(parts)
+    total, place = sum(slab.size for slab in slabs), _next_place(run.launcher) if run else _Place(slabs[0])
+    if place.upload is None or total < COPY:
+        return None
+    whole, address = place.upload.array(total)
+    pieces = range(0, total, PIECE)
+    sent = all(_fill(place, slabs, at, min(at + PIECE, total), address + at) for at in pieces)
+    return whole if sent else None
+
+
+def _next_place(launcher: Launcher) -> _Place:
     if "places" not in _local.__dict__:
         _local.places = _places(launcher)
     _local.places.reverse()
     place: _Place = _local.places[0]
+    return place
+
+
+def _fill(place: _Place, slabs: list[Bytes], start: int, stop: int, address: int) -> bool:
+    """Copy bytes [start, stop) of all slabs to a place, and from there to an address. False: CUDA refuses, for good."""
     copies = list(_stretches(slabs, start, stop))
 
     def copy(i: int) -> None:
         stretch, at = copies[i]
         np.copyto(place.bytes[at : at + stretch.size], stretch)
         if place.upload:
-            place.upload.send(place.address + at, at, stretch.size)
+            place.upload.send(address + at, at, stretch.size)
 
     try:
-        in_threads(copy, range(len(copies)))
-        if place.upload:
-            place.upload.wait()
+        try:
+            in_threads(copy, range(len(copies)))
+        finally:
+            if place.upload:
+                place.upload.wait()  # after Ctrl-C too: the array may be freed
     except RuntimeError as error:
         if not place.upload:
             raise
         _tell(error)
         _local.places = [_Place(np.empty(PIECE, np.uint8))]
-        return _copied(slabs, start, stop, launcher)
-    return mx.array(place.bytes[: stop - start]) if place.array is None else place.array[: stop - start]
+        return False
+    return True
 
 
 def _stretches(slabs: list[Bytes], start: int, stop: int) -> Iterator[tuple[Bytes, int]]:

@@ -9,9 +9,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import make_synthetic
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -19,11 +21,14 @@ from kernel_cases import metal
 from recorded import HERE
 
 from mlx_gemma4.config import config_from_gguf
+from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.files.gguf import open_gguf
 from mlx_gemma4.gpu import cuda_driver
 from mlx_gemma4.gpu.cuda_driver import Upload
+from mlx_gemma4.loading import from_gguf
 from mlx_gemma4.loading.from_gguf import GGUFSource
 from mlx_gemma4.loading.loader import load_model
+from mlx_gemma4.loading.tensors import Spec
 from mlx_gemma4.ops import pack
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.quant import repack
@@ -47,6 +52,7 @@ class Driver:
             with self.lock:
                 self.calls[name] += 1
                 if self.calls[name] == self.refused.get(name):
+                    self.sent *= name != "cuStreamSynchronize"  # what was under way is lost
                     return 2
                 assert name in ("cuInit", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent") or (
                     threading.get_ident() in self.contexts
@@ -181,6 +187,45 @@ def test_bytes_that_arrive_elsewhere(driver: Driver, caplog: pytest.LogCaptureFi
     same(pack.pack_on_gpu([raw], "Q4_K", (4, 512), run), pack_on_cpu(raw, "Q4_K", (4, 512)))
     (line,) = warnings(caplog)
     assert line.endswith("what CUDA's driver is sent does not arrive in MLX's arrays")
+
+
+@pytest.mark.parametrize(("refused", "made"), [(0, 3), (4, 0), (8, 1)])
+def test_tensors_that_are_not_packed(
+    refused: int, made: int, driver: Driver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Alone and joined, in pieces with tails; MLX's own way for small ones, and for all once the driver has refused."""
+    monkeypatch.setattr(pack, "PIECE", 3000)
+    monkeypatch.setattr(pack, "COPY", 1000)
+    driver.refused["cuMemcpyHtoDAsync_v2"] = refused
+    rng, done = np.random.default_rng(0), []
+    for shapes in ([(33, 64)], [(20, 64), (7, 64)], [(5, 20, 64), (5, 7, 64)], [(2, 8)]):
+        parts = [rng.normal(size=shape).astype(np.float16).view(np.uint8) for shape in shapes]
+        got = pack.bytes_on_gpu(parts, Kernels(metal))
+        done.append(got is not None and np.array(got).tobytes() == np.concatenate(parts, axis=-2).tobytes())
+    assert done == [i < made for i in range(4)]
+    assert len(warnings(caplog)) == (refused > 0)
+    assert pack.bytes_on_gpu([blocks("Q8_0", 40, 512)], None) is None
+
+
+@pytest.mark.parametrize("type", ["F16", "BF16"])
+def test_a_file_of_floats(type: str, driver: Driver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As without the driver; norms go MLX's way."""
+    monkeypatch.setattr(from_gguf, "on_cpu", lambda: False)  # 16 bits are kept
+    monkeypatch.setattr(pack, "COPY", 100)
+    small = replace(PUBLISHED["26B-A4B"], layers=2, hidden=64, ffn=64, every=2, vocab=500, experts=4, expert_ffn=32)
+    monkeypatch.setitem(PUBLISHED, "26B-A4B", replace(small, experts_used=2))
+    make_synthetic.write("26B-A4B", tmp_path / "x.gguf", type=type)
+    found = []
+    for kernels in (Kernels(metal), None):
+        with open_gguf(tmp_path / "x.gguf") as gguf:
+            source = GGUFSource(gguf)
+            some = [name for name, entry in source.entries.items() if entry.type == type]
+            matrix = {name: Spec(source.entries[name].shape, "matrix") for name in some}
+            found.append({name: source.read([name], spec, "packed", kernels) for name, spec in matrix.items()})
+    assert len(some) > 10 and driver.nbytes > 50_000
+    for name in some:
+        a, b = (cast("mx.array", each[name]) for each in found)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape) and mx.array_equal(a, b).item(), name
 
 
 def test_an_upload_frees_what_it_has(driver: Driver) -> None:
