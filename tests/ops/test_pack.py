@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -120,6 +121,21 @@ def test_little_is_held_beside_the_result(monkeypatch: pytest.MonkeyPatch) -> No
     assert raw.nbytes > 20 * ROOM
     assert mx.get_peak_memory() - before < w.nbytes + 6 * ROOM
     same(w, formats.pack_on_cpu(raw, "Q8_0", shape))
+
+
+def test_the_host_copies_each_byte_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Mac, where numpy's views of MLX's arrays show: from the file to where the kernel reads, and no further."""
+    monkeypatch.setattr(pack, "PIECE", ROOM)
+    run, parts = Kernels(metal), [random_rows("Q4_K", n, 1024) for n in (300, 100)]
+    pack.pack_on_gpu([parts[0][:1]], "Q4_K", (1, 1024), run)  # the trial is over
+    copied: list[int] = []
+    copyto = np.copyto
+    monkeypatch.setattr(np, "copyto", lambda to, source: (copied.append(source.nbytes), copyto(to, source)))
+    monkeypatch.setattr(pack, "mx", SimpleNamespace(**{**vars(mx), "array": None}))  # which would copy again
+    pack.pack_on_gpu(parts, "Q4_K", (400, 1024), run)
+    monkeypatch.undo()
+    assert sum(copied) == sum(part.nbytes for part in parts) > 3 * ROOM
+    assert not run.off
 
 
 def ill(how: str) -> Any:
