@@ -182,13 +182,13 @@ def weight(type: str, shape: tuple[int, ...]) -> mx.array | Packed:
 
 
 @cache
-def _random_words() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 1 << 32, RANDOM_WORDS, np.uint32)
+def _random_words() -> mx.array:
+    return mx.array(np.random.default_rng(0).integers(0, 1 << 32, RANDOM_WORDS, np.uint32))
 
 
 def random_bytes(n: int) -> mx.array:
-    """uint8 [n], always the same for an n, and others for another."""
-    base = mx.array(np.roll(_random_words(), n)).view(mx.uint8)
+    """uint8 [n], always the same for an n, and others for another. Lazy: each load describes kernels by such arrays."""
+    base = mx.roll(_random_words(), n % RANDOM_WORDS).view(mx.uint8)
     return mx.tile(base, -(-n // base.size))[:n]
 
 

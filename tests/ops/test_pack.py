@@ -124,7 +124,7 @@ def test_little_is_held_beside_the_result(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_host_copies_each_byte_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a Mac, where numpy's views of MLX's arrays show: from the file to where the kernel reads, and no further."""
+    """As on a Mac, where numpy's views of MLX's arrays show: from the file to where the kernel reads."""
     monkeypatch.setattr(pack, "PIECE", ROOM)
     run, parts = Kernels(metal), [random_rows("Q4_K", n, 1024) for n in (300, 100)]
     pack.pack_on_gpu([parts[0][:1]], "Q4_K", (1, 1024), run)  # the trial is over
