@@ -1,6 +1,7 @@
 """Times a process from its start to a model's first token, ours and llama.cpp's, with the file cached and not.
 
     python benchmarks/loading.py FILE.gguf [--vs LLAMA-BENCH] [--repetitions 3] [--json OUT]
+    python benchmarks/loading.py FILE.gguf --piece 64 --copy 4 --threads 16   # other numbers than the program's
 
 Each run is a process of its own, the programs in turns: load the file onto the GPU, read a token, choose the next, end.
 "Not cached": the system was told to let go of the file's pages, and how many it kept is shown; it keeps those of a file
@@ -79,6 +80,11 @@ for name, where in json.loads(sys.argv[3]).items():
         for within in inner:
             owner = getattr(owner, within)
         setattr(owner, function, timed(name, getattr(owner, function)))
+from mlx_gemma4.ops import pack
+from mlx_gemma4.quant import repack
+tried = json.loads(sys.argv[4])
+pack.PIECE, pack.COPY = tried["piece"] or pack.PIECE, tried["copy"] or pack.COPY
+repack.THREADS = tried["threads"] or repack.THREADS
 parts["start"] = time.time() - float(sys.argv[2])
 timed("gpu", lambda: mx.eval(mx.zeros(8) + 1))()
 subject = bench.load_subject(Path(sys.argv[1]))
@@ -127,9 +133,15 @@ def main() -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--vs", type=Path, help="llama.cpp's llama-bench")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--piece", type=int, default=0, help="MB of blocks that go over at once; 0: as in ops/pack.py")
+    parser.add_argument("--copy", type=int, default=0, help="MB that a thread copies at once; 0: as there")
+    parser.add_argument("--threads", type=int, default=0, help="that copy; 0: as in quant/repack.py")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    commands = {"mlx-gemma4": [sys.executable, "-c", OURS, str(options.file), "NOW", json.dumps(PARTS)]}
+    tried = {"piece": options.piece << 20, "copy": options.copy << 20, "threads": options.threads}
+    commands = {
+        "mlx-gemma4": [sys.executable, "-c", OURS, str(options.file), "NOW", json.dumps(PARTS), json.dumps(tried)]
+    }
     if options.vs:
         commands["llama.cpp"] = [str(options.vs), "-m", str(options.file), *THEIRS]
 

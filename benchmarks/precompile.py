@@ -51,7 +51,7 @@ CHUNK = 1024
 def zeros(type: str, shape: tuple[int, ...]) -> Any:
     """Return a lazy weight of a GGUF type: it takes no memory unless it is evaluated."""
     if type not in formats.FORMATS:
-        return mx.zeros(shape, {"F32": mx.float32, "BF16": mx.bfloat16}[type])
+        return mx.zeros(shape, formats.FLOATS[type])
     f, (*rows, k) = formats.FORMATS[type], shape
     group_scales = mx.zeros((*rows, k // f.group * f.group_scale_bits // 8), mx.uint8) if f.group_scale_bits else None
     blocks = 1 if f.per_row else k // f.scale_block if f.scale_block else 0

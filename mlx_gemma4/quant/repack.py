@@ -21,6 +21,7 @@ from ..execution import cores
 
 Bytes = npt.NDArray[np.uint8]
 
+THREADS = 8  # at most
 STRIPE = 1 << 21  # codes a thread takes before it asks for more
 SPAN = 250_000  # codes rearranged at once: they stay in the L2 cache. No power of two, so rows share few cache sets
 
@@ -267,7 +268,7 @@ def rearrange(
 
 @cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(cores(), 8), thread_name_prefix="pack")
+    return ThreadPoolExecutor(min(cores(), THREADS), thread_name_prefix="pack")
 
 
 def in_threads(work: Callable[[int], None], starts: range) -> None:
