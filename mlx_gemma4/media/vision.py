@@ -26,6 +26,7 @@ PATCH = 16  # pixels
 POOL = SIDE // PATCH  # patches of a soft token, along each side
 THETA = 100.0  # base of the rotations' wavelengths
 SCORES = 1 << 26  # of attention, that are computed at once at most
+LAUNCH = 4e11  # operations of one launch on Metal at most: half a second on the slowest (docs/memory.md)
 HEADS = (64, 80, 128)  # head sizes of MLX's attention on Metal; others are padded with zeros. CUDA: multiples of 8
 
 
@@ -142,7 +143,8 @@ def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     if more:
         q, k, v = (mx.pad(each, [(0, 0), (0, 0), (0, more)]) for each in (q, k, v))
     q, k, v = (each.transpose(1, 0, 2)[None] for each in (q, k, v))
-    step = n if whole else max(SCORES // (heads * n), 1)
+    at_once = LAUNCH / (4 * n * heads * (size + more)) if on_metal() else n
+    step = max(int(at_once if whole else SCORES // (heads * n)), 1)
     starts = range(0, n, step)
     parts = [mx.fast.scaled_dot_product_attention(q[:, :, i : i + step], k, v, scale=1.0) for i in starts]
     return mx.concatenate(parts, axis=2)[0, ..., :size].transpose(1, 0, 2).reshape(n, -1)
