@@ -1,10 +1,11 @@
 """Times the towers that see, at full size with random weights: soft tokens of one picture, on this machine.
 
-    python benchmarks/pictures.py [--models 12B E2B 31B] [--tokens 280 1120] [--dtype bfloat16]
+    python benchmarks/pictures.py [--models 12B E2B 31B] [--tokens 280 1120] [--dtype bfloat16] [--eager]
 
 In: nothing. Out: a table, then all of it as JSON: ms to encode pixels that are there, the first time (libraries prepare
 themselves for each size) and the median of what fits in ENOUGH seconds after that, the memory that it takes beyond the
-weights, and ms to decode and resize a photo of 12 megapixels. On a CPU weights are fp32, as `load` makes them there.
+weights, and ms to decode and resize a photo of 12 megapixels. --eager: layers are not compiled as one, which on NVIDIA
+takes seconds once on a machine. On a CPU weights are fp32, as `load` makes them there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from io import BytesIO
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
@@ -88,8 +90,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["12B", "E2B", "31B"], choices=SIZES)
     parser.add_argument("--tokens", nargs="+", type=int, default=[280, 1120], choices=BUDGETS)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--eager", action="store_true")
     given = parser.parse_args()
-    figures: dict[str, Any] = {"machine": machine(), "dtype": "float32" if on_cpu() else given.dtype, "encode": []}
+    dtype = "float32" if on_cpu() else given.dtype
+    figures: dict[str, Any] = {"machine": machine(), "dtype": dtype, "eager": given.eager, "encode": []}
+    if given.eager:
+        patch.object(vision, "fused", lambda f, _: f).start()
     content = photo()
     print(f"{'model':<10}{'tokens':>8}{'ms':>12}{'first':>12}{'MB beside weights':>20}{'finite':>8}")
     for model in given.models:
