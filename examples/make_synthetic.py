@@ -2,11 +2,13 @@
 
     python examples/make_synthetic.py 31b /tmp/31b.gguf [--type IQ2_XXS] [--tokenizer OTHER.gguf]
     python examples/make_synthetic.py 31b /tmp/mtp-31b.gguf --assistant [--spelling gemma4_assistant]
+    python examples/make_synthetic.py 31b /tmp/mmproj-31b.gguf --mmproj [--type F16]
 
 The tensor types are those of llama.cpp's Q4_K_M mix; with --type, one for all that it can hold, or UD-Q4_K_XL: a mix of
 the kind that unsloth's files of that name are, where types differ within q, k and v and in some layers between gate and
 up (which layer has which differs from file to file; these are ours). An assistant, which drafts for a model of the
-shape, is in Q8_0.
+shape, is in Q8_0; a projector, which it sees and hears with, in BF16 or F16, with the types that llama.cpp's converter
+keeps in F32.
 Random weights are repeated, so that 18 GB take seconds. `demo` is the shape of the built-in model.
 """
 
@@ -21,10 +23,11 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from mlx_gemma4.config import Config, config_from_gguf
+from mlx_gemma4.config import Config, Reader, config_from_gguf
 from mlx_gemma4.doctor.published import PUBLISHED, Shape
 from mlx_gemma4.files.gguf import TENSOR_TYPES, open_gguf
-from mlx_gemma4.loading.tensors import tensor_specs
+from mlx_gemma4.loading.tensors import Entry, tensor_specs
+from mlx_gemma4.media.projector import TOWERS
 from mlx_gemma4.quant.formats import FORMATS, FP4, UE4M3, dense
 
 TYPES = {t.name: (number, t.block_size, t.block_bytes) for number, t in TENSOR_TYPES.items()}
@@ -129,6 +132,76 @@ SPELLINGS = {
 }
 
 
+@dataclass(frozen=True)
+class TowerShape:
+    """The shape of a tower that sees or hears; without an encoder it has no layers."""
+
+    type: str  # of TOWERS
+    width: int
+    ffn: int = 0
+    heads: int = 0
+    layers: int = 0
+    positions: int = 0
+    clipped: bool = False  # products have bounds
+    standardized: bool = False
+
+    @property
+    def kind(self) -> str:
+        return "audio" if TOWERS[self.type].kind == "audio" else "vision"
+
+
+SMALL = TowerShape("gemma4v", 768, 3072, 12, 16, 10240, clipped=True)
+LARGE = TowerShape("gemma4v", 1152, 4304, 16, 27, 10240, standardized=True)
+CONFORMER = TowerShape("gemma4a", 1024, 4096, 8, 12, clipped=True)
+PROJECTORS = {
+    "E2B": (SMALL, CONFORMER),
+    "E4B": (SMALL, CONFORMER),
+    "12B": (TowerShape("gemma4uv", 3840, positions=1120), TowerShape("gemma4ua", 640)),
+    "26B-A4B": (LARGE,),
+    "31B": (LARGE,),
+    "DEMO": (
+        TowerShape("gemma4v", 32, 48, 2, 2, 128, clipped=True),
+        TowerShape("gemma4a", 32, 128, 4, 2, clipped=True),
+    ),
+}
+
+
+def projector(hidden: int, towers: tuple[TowerShape, ...], type: str) -> tuple[dict[str, Any], Tensors]:
+    """Return the metadata of an mmproj file as llama.cpp's converter writes it, and name -> (shape, type) of tensors.
+
+    Args:
+        hidden: of the text model.
+        type: of matrices: BF16 or F16.
+    """
+    file_type = {"F16": 1, "BF16": 32}[type]
+    keys: dict[str, Any] = {"general.architecture": "clip", "general.type": "mmproj", "general.file_type": file_type}
+    chosen: Tensors = {}
+    for tower in towers:
+        sizes: dict[str, Any] = {
+            "projector_type": tower.type,
+            "projection_dim": hidden,
+            "embedding_length": tower.width,
+            "feed_forward_length": tower.ffn,
+            "block_count": tower.layers,
+            "attention.head_count": tower.heads,
+            "attention.layer_norm_epsilon": 1e-6,
+        }
+        if tower.kind == "vision":
+            sizes |= {"image_size": 224, "patch_size": 16, "image_mean": np.zeros(3), "image_std": np.ones(3)}
+        else:
+            sizes |= {"num_mel_bins": 128}
+        keys |= {f"clip.has_{tower.kind}_encoder": True} | {f"clip.{tower.kind}.{k}": v for k, v in sizes.items()}
+        entries = {"v.position_embd.weight": Entry((2, tower.positions, tower.width), "F32", 0)}
+        if tower.standardized:
+            entries |= {f"v.std_{name}": Entry((tower.width,), "F32", 0) for name in ("bias", "scale")}
+        for name, spec in TOWERS[tower.type].specs(Reader(sizes, "", tower.type), hidden, entries).items():
+            if spec.optional and not (tower.clipped and name.endswith(("_min", "_max"))):
+                continue
+            wide = spec.role == "vector" or "position" in name or (type == "BF16" and "patch_embd" in name)
+            chosen[name] = (spec.shape, "F32" if wide else type)
+    return keys, chosen
+
+
 def assistant(model: Shape, own: AssistantShape, spelling: str) -> tuple[dict[str, Any], Tensors]:
     """Return the metadata of an assistant for a model, and name -> (shape, type) of its tensors."""
     backbone, pre, post = SPELLINGS[spelling]
@@ -206,6 +279,8 @@ def stretch(name: str, shape: tuple[int, ...], type: str, rng: np.random.Generat
         return np.where(np.arange(shape[0]) < shape[0] // 4, 1, 1e30).astype("<f4").view(np.uint8)
     if type == "I32":
         return rng.permutation(shape[0]).astype("<i4").view(np.uint8)
+    if name.endswith(("_min", "_max")):  # bounds that nothing reaches
+        return np.array([-1e3 if name.endswith("_min") else 1e3], "<f4").view(np.uint8)
     if type == "F32":
         gain = 0.05 if "ffn_gate_inp.weight" in name else 0.1
         values = rng.normal(0 if len(shape) > 1 else 1, gain, shape).astype("<f4")
@@ -271,13 +346,20 @@ def write_value(out: BinaryIO, value: Any) -> None:
 
 
 def write(
-    model: str, path: Path, tokenizer: Path | None = None, spelling: str | None = None, type: str | None = None
+    model: str,
+    path: Path,
+    tokenizer: Path | None = None,
+    spelling: str | None = None,
+    type: str | None = None,
+    mmproj: bool = False,
 ) -> None:
-    """Write a file of the shape of a model in PUBLISHED or of DEMO, or with a spelling, of its assistant."""
+    """Write a file of the shape of a model in PUBLISHED or of DEMO, of its assistant (a spelling), or its projector."""
     like = DEMO if model == "DEMO" else PUBLISHED[model]
     keys, chosen = metadata(like, model.lower()), tensors(like, type)
     if spelling:
         keys, chosen = assistant(like, ASSISTANTS[model], spelling)
+    if mmproj:
+        keys, chosen = projector(like.hidden, PROJECTORS[model], type or "BF16")
     if tokenizer:
         with open_gguf(tokenizer) as other:
             keys |= {key: value for key, value in other.metadata.items() if key.startswith("tokenizer.")}
@@ -313,11 +395,14 @@ if __name__ == "__main__":
     parser.add_argument("--tokenizer", type=Path, help="a GGUF to copy the tokenizer from")
     parser.add_argument("--assistant", action="store_true", help="write the shape's assistant")
     parser.add_argument("--spelling", choices=SPELLINGS, default="gemma4-assistant", help="of an assistant")
+    parser.add_argument("--mmproj", action="store_true", help="write the shape's projector")
     simple = [name for name, form in FORMATS.items() if name in SCALES or not form.has_min]
     parser.add_argument(
         "--type", choices=[*simple, "F16", "BF16", UD], help="of all tensors as wide as its blocks; or this mix"
     )
     options = parser.parse_args()
+    if options.mmproj and options.type not in (None, "BF16", "F16"):
+        parser.error(f"--type {options.type} is no projector's; take BF16 or F16")
     spelling = options.spelling if options.assistant else None
-    write(options.shape, options.path, options.tokenizer, spelling, options.type)
+    write(options.shape, options.path, options.tokenizer, spelling, options.type, options.mmproj)
     print(f"{options.path}: {options.path.stat().st_size / 1e9:.2f} GB")

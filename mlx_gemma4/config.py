@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 from .errors import InputError
 
@@ -25,6 +25,7 @@ OTHERS = {
     ),
 }
 MAX_LAYERS = 1024  # far above any real model; a file that claims more is damaged
+Kind = Literal["image", "audio", "video"]  # what there is beside text
 SEEN = -(2**30)  # token ids below: rows of pictures; from there to -1: of sounds (model/soft.py)
 # Keys under the architecture's name that are read here, or say what is so in any case.
 _KNOWN = re.compile(

@@ -56,11 +56,12 @@ class Needs:
 
 @dataclass(frozen=True)
 class Room:
-    """The KV that somebody wants to have room for."""
+    """What somebody wants to have room for, beside the weights: KV, and what is read later."""
 
     context: int | None = None  # tokens; None: DEFAULT_CONTEXT, or fewer where that doesn't fit
     kind: str = "full"  # of `kv.quantization.KINDS`
     n_bytes: int = 0  # of all states together, at least
+    later: int = 0  # bytes that are taken later, by the towers of a projector
 
 
 SOME_ROOM = Room()
@@ -79,18 +80,23 @@ class MemoryPlan:
     reading: int = 0  # beside weights and KV while it is
     idle: int = 1 << 63  # that no other program uses
     limit: int = 1 << 63  # that this process may hold, earlier models included
+    later: int = 0  # of `Room`
 
     def describe(self) -> str:
         kind = "as packed quantized arrays" if self.holding == "packed" else "as fp32"
         return (
             f"weights {self.weights / 1e9:.2f} GB {kind}, KV of {self.context:,} tokens {self.kv / 1e9:.2f} GB, "
-            f"reading prompts {self.chunk} tokens at a time {self.reading / 1e9:.2f} GB; "
+            f"reading prompts {self.chunk} tokens at a time {self.reading / 1e9:.2f} GB{_gb_later(self.later)}; "
             f"{self.available / 1e9:.1f} GB of memory free"
         )
 
     @property
     def total(self) -> int:
-        return HEADROOM + self.weights + self.kv + self.reading
+        return HEADROOM + self.weights + self.kv + self.reading + self.later
+
+
+def _gb_later(n_bytes: int) -> str:
+    return f", its projector {n_bytes / 1e9:.2f} GB" if n_bytes else ""
 
 
 def make_plan(
@@ -112,13 +118,13 @@ def make_plan(
     """
     available, idle = available_memory(), idle_memory()
     most = min(room.context or DEFAULT_CONTEXT, needs.context)
-    beside = needs.beside(most, room.kind, needs.chunk, room.n_bytes)
+    beside = needs.beside(most, room.kind, needs.chunk, room.n_bytes) + room.later
     dense_fits = on_cpu() and dense + beside < available * 2 / 3
     holding: Holding = "dense" if wanted == "dense" or (wanted == "auto" and dense_fits) else "packed"
     weights = dense if holding == "dense" else packed
 
     def fits(context: int, chunk: int, memory: int, kind: str = room.kind) -> bool:
-        return weights + needs.beside(context, kind, chunk, room.n_bytes) <= memory
+        return weights + needs.beside(context, kind, chunk, room.n_bytes) + room.later <= memory
 
     contexts = [most]
     while room.context is None and contexts[-1] // 2 >= SHORTEST_CONTEXT:
@@ -130,7 +136,7 @@ def make_plan(
     context, chunk = found or (contexts[-1], SMALLEST_CHUNK)
     kv, reading = max(needs.kv(context, room.kind), room.n_bytes), needs.reading(context, room.kind, chunk)
     limit = available + mx.get_active_memory()
-    plan = MemoryPlan(holding, weights, available, context, kv, chunk, reading, idle, limit)
+    plan = MemoryPlan(holding, weights, available, context, kv, chunk, reading, idle, limit, room.later)
     if found:
         return plan
     ways = []
@@ -142,7 +148,8 @@ def make_plan(
     raise InputError(
         f"{source}: needs {plan.total / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are free "
         f"(weights {weights / 1e9:.1f} GB, KV of {context:,} tokens {kv / 1e9:.1f}, reading prompts {chunk} tokens at "
-        f"a time {reading / 1e9:.1f}); {', '.join([*ways, 'take a smaller quantization or close other programs'])}",
+        f"a time {reading / 1e9:.1f}{_gb_later(room.later)}); "
+        f"{', '.join([*ways, 'take a smaller quantization or close other programs'])}",
         exit_code=3,
     )
 
@@ -160,7 +167,7 @@ def limit_memory(plan: MemoryPlan) -> None:
     ram = int(info["memory_size"])
     mx.set_memory_limit(plan.limit)
     mx.set_cache_limit(min(CACHE, ram // 16))
-    wired = min(mx.get_active_memory() + plan.kv, int(info["max_recommended_working_set_size"]))
+    wired = min(mx.get_active_memory() + plan.kv + plan.later, int(info["max_recommended_working_set_size"]))
     wired = min(wired, ram - max(8 << 30, ram * 35 // 100))
     if wired > 0 and int(platform.mac_ver()[0].partition(".")[0] or 0) >= 15:
         mx.set_wired_limit(wired)

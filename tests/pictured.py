@@ -13,11 +13,12 @@ import numpy as np
 from scripted import REAL
 
 from mlx_gemma4 import LanguageModel
+from mlx_gemma4.config import Kind
 from mlx_gemma4.conversation.language_model import demo_path
 from mlx_gemma4.files.gguf import open_gguf
 from mlx_gemma4.media.projector import Media
 from mlx_gemma4.model.model import Model
-from mlx_gemma4.model.soft import Encoded, Kind
+from mlx_gemma4.model.soft import Encoded
 from mlx_gemma4.tokens.tokenizer import Tokenizer
 
 MARKERS = ("<|image>", "<|image|>", "<image|>", "<|audio>", "<|audio|>", "<audio|>", "<|video|>")
@@ -37,7 +38,7 @@ class FakeMedia(Media):
         self.path, self.hidden, self.kinds, self.encodings = Path("mmproj.gguf"), hidden, frozenset(kinds), 0
         self.kept: dict[bytes, Encoded] = {}
 
-    def encode(self, part: Mapping[str, Any]) -> list[Encoded | str]:
+    def encode(self, part: Mapping[str, Any], picture: Any = None) -> list[Encoded | str]:
         kind = cast(Kind, part["type"])
         content = part[kind]
         data = Path(content).read_bytes() if isinstance(content, str | Path) else bytes(content)

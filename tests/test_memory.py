@@ -327,3 +327,13 @@ def test_the_page_has_the_computed_tables(mac: Callable[..., None]) -> None:
     text = PAGE.read_text()
     for lines in tables():
         assert "\n".join(lines) in text, "put these into docs/memory.md:\n" + "\n".join(lines)
+
+
+def test_a_projector_has_room_beside_the_model(mac: Callable[..., None]) -> None:
+    """Its towers are read later, when the first picture comes."""
+    mac(32, 24)
+    made, alone = (plan("31B", 18.7, Room(8192, later=n)) for n in (int(1.2 * GB), 0))
+    assert made.total - alone.total == pytest.approx(1.2 * GB + made.reading - alone.reading)
+    assert "its projector 1.20 GB" in made.describe() and "projector" not in alone.describe()
+    with pytest.raises(InputError, match=r"its projector 6\.00 GB"):
+        plan("31B", 18.7, Room(8192, later=6 * GB))

@@ -13,10 +13,14 @@ import sys
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..config import Kind
 from ..errors import InputError, reason
-from ..media.kind import HEAD, Kind, kind_of
+from ..media.kind import HEAD, kind_of
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 KEPT = 64_000_000  # bytes of a file that a part holds; it need not be there any more, then
 _MOST = {"image": 280, "audio": 800, "video": 2600}  # tokens, unless more are asked for
@@ -74,18 +78,23 @@ def _kind_at(text: str) -> tuple[Kind, str] | None:
     return None
 
 
-def preview(part: dict[str, Any]) -> tuple[str, str]:
-    """Return a picture's size in words, and the codes that draw it small on this terminal, or nothing."""
-    if part["type"] != "image":
-        return "", ""
+def opened(part: dict[str, Any]) -> Image.Image | None:
+    """Return a picture that is attached, decoded; None: it is none. Raises InputError."""
     from ..media.content import content_of
     from ..media.picture import decoded
 
-    picture = decoded(content_of(part))
+    return decoded(content_of(part)) if part["type"] == "image" else None
+
+
+def preview(picture: Image.Image | None) -> tuple[str, str]:
+    """Return a picture's size in words, and the codes that draw it small on this terminal, or nothing."""
+    if picture is None:
+        return "", ""
     size = f" {picture.width}x{picture.height}"
     draw = _kitty if graphics() == "kitty" else _iterm if graphics() else None
     if draw is None:
         return size, ""
+    picture = picture.copy()
     picture.thumbnail((640, _ROWS * 20))
     file = BytesIO()
     picture.save(file, "PNG")

@@ -23,8 +23,8 @@ from ..conversation.reply import ReplyOptions
 from ..conversation.session import Session
 from ..errors import InputError
 from ..kv.state import total_nbytes
-from ..media.kind import KINDS
-from .attachments import attachment, dropped, preview, text_of
+from ..media.kind import KINDS, NO_EYES
+from .attachments import attachment, dropped, opened, preview, text_of
 from .options import SamplingOf
 
 
@@ -123,12 +123,12 @@ class Repl:
         lm = self.session.lm
         part = attachment(kind, name, f"/{kind}", self.env.image_tokens)
         if lm.media is None:
-            eyes = (
-                "the built-in model has no eyes and no ears" if lm.path == demo_path() else "no mmproj file is loaded"
-            )
-            raise InputError(f"/{kind} {name}: {eyes}; start with --model FILE --mmproj FILE")
-        tokens = sum(len(piece.ids) for piece in lm.media.encode(part) if not isinstance(piece, str))
-        size, codes = preview(part)
+            why = NO_EYES if lm.path == demo_path() else "no mmproj file is loaded; start with --mmproj FILE"
+            raise InputError(f"/{kind} {name}: {why}")
+        picture = opened(part)
+        pieces = lm.media.encode(part, picture)
+        tokens = sum(len(piece.ids) for piece in pieces if not isinstance(piece, str))
+        size, codes = preview(picture)
         if self.env.draw and codes:
             self.env.draw(codes)
         self.env.echo(f"[{kind}] {part['name']}{size}, {_counted(tokens, 'token')}")

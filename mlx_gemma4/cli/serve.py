@@ -174,7 +174,7 @@ def serve(
         """The settings for a model, beside others that may still take as many bytes as `promised`."""
         one = PrefixCache(lm.model, kv=kv).most_bytes(min(lm.config.context, planned or DEFAULT_CONTEXT))
         # Half of what prompts leave free, but enough for one.
-        most = max_kv_bytes or max((available_memory() - lm.plan.reading - promised) // 2, one)
+        most = max_kv_bytes or max((available_memory() - lm.plan.reading - lm.plan.later - promised) // 2, one)
         together = parallel or min(max(4, most // one), MAX_BATCH)
         return replace(settings, model_name=name, parallel=together, max_kv_bytes=most)
 

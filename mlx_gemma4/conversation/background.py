@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from ..media.layers import go_on
+
 T = TypeVar("T")
 OnPrompt = Callable[[int, int], None]  # called with (tokens read, tokens in all)
 
@@ -29,14 +31,17 @@ async def in_thread(
     """
     loop, left = asyncio.get_running_loop(), threading.Event()
 
-    def check(done: int, total: int) -> None:
+    def still_here() -> None:
         if left.is_set():
             raise _Left
+
+    def check(done: int, total: int) -> None:
+        still_here()
         if on_prompt:
             on_prompt(done, total)
 
     items = start(check)
-    with ThreadPoolExecutor(1, "reply") as thread:
+    with ThreadPoolExecutor(1, "reply", go_on.set, (still_here,)) as thread:
         try:
             while (item := await loop.run_in_executor(thread, next, items, None)) is not None:
                 yield item

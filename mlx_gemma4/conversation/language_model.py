@@ -183,6 +183,7 @@ def load(
         renderer.start()  # while the weights are read
         config = config.keep_to(context)
         media = _media(mmproj, path, config) if shard is None else None
+        room = replace(room, later=media.unread if media else 0)
         model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room, shard)
     assistant = _assistant(draft, path, model) if draft_max else None
     make_ready(model, preparing, assistant)

@@ -13,9 +13,10 @@ from typing import Any
 
 from ..chat_format.messages import MEDIA, media_parts
 from ..chat_format.template import Message
+from ..config import Kind
 from ..errors import InputError
 from ..media.projector import Media
-from ..model.soft import Encoded, Kind, SoftTokens, soft_ids
+from ..model.soft import Encoded, SoftTokens, soft_ids
 from ..tokens.tokenizer import Tokenizer
 
 _MARK = re.compile(r"\{(image|audio|video)\}")

@@ -96,8 +96,9 @@ def inspect(path: Path, context: int | None = None) -> Report | ProjectorReport:
     weights, available = sum(used.values()), available_memory()
     per_token = weights_per_token(config, used)
     needs = needs_of(config, kv_dtype(), PREFILL_CHUNK, own_attention(usable_kernels()))
-    memory = [_memory(config, needs, kv, context, weights, available, per_token) for kv in needs.kinds]
     beside = media_beside(path, config)
+    held = weights + (beside.unread if beside else 0)
+    memory = [_memory(config, needs, kv, context, held, available, per_token) for kv in needs.kinds]
     return Report(
         str(path),
         sum(e.n_bytes for e in entries.values()),

@@ -7,6 +7,7 @@ products are numpy's, which take a fortieth of the time of MLX's there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +18,9 @@ from ..ops.cores import product
 
 Weights = Mapping[str, mx.array]  # of a tower, by GGUF name: vectors fp32, matrices [N, K] fp32, fp16 or bf16
 Linear = Callable[[mx.array, mx.array], mx.array]
+
+# Raises where nobody waits any more for what this thread encodes.
+go_on: ContextVar[Callable[[], None]] = ContextVar("go_on", default=lambda: None)
 
 EPS = 1e-6  # of every RMS norm in towers
 LARGE = 16384.0  # fp16 holds up to 65504
@@ -60,9 +64,11 @@ def project(x: mx.array, w: mx.array, linear: Linear = linear) -> mx.array:
 
 
 def by_layers(layers: Iterator[mx.array]) -> mx.array:
-    """Compute what a tower yields, and return the last. Between two layers others may execute: replies go on."""
+    """Compute what a tower yields, and return the last. Between two layers others may execute, so that replies go on,
+    and `go_on` is asked."""
     made = before = None
     while True:
+        go_on.get()()
         with execution():
             x = next(layers, None)
             if x is None:

@@ -64,13 +64,19 @@ def rows(read: Reader, weights: Weights, pixels: np.ndarray) -> Iterator[mx.arra
 
 def embedded(weights: Weights, pixels: np.ndarray) -> mx.array:
     """Return the patches of a picture before the projection: fp32 [n, width], row by row."""
-    down, across = pixels.shape[0] // SIDE, pixels.shape[1] // SIDE
-    patches = pixels.reshape(down, SIDE, across, SIDE, 3).transpose(0, 2, 4, 1, 3).reshape(down * across, -1)
-    # Their mean is taken off exactly, which the norm does not see: fp32 sums of 6,912 numbers would be 1e-3 off.
-    centered = (patches - patches.mean(axis=-1, keepdims=True)) / 255
-    x = _norm(weights, 1, mx.array(centered.astype(np.float32)))
+    patches = cut(pixels, SIDE)
+    # Their mean is taken off first, which the norm does not see: its own fp32 sums of 6,912 fractions would be 1e-3
+    # off; those of whole numbers, below 2^24, are exact.
+    x = _norm(weights, 1, (patches - patches.sum(axis=-1, keepdims=True) / patches.shape[-1]) / 255)
     x = _norm(weights, 2, linear(x, weights["v.patch_embd.weight"]) + weights["v.patch_embd.bias"])
-    return _norm(weights, 3, x + place(weights["v.position_embd.weight"], down, across))
+    return _norm(weights, 3, x + place(weights["v.position_embd.weight"], *(n // SIDE for n in pixels.shape[:2])))
+
+
+def cut(pixels: np.ndarray, side: int) -> mx.array:
+    """Return a picture's squares, fp32 [n, 3 * side * side] from 0 to 255: by row, each in the order of the weights."""
+    down, across = pixels.shape[0] // side, pixels.shape[1] // side
+    squares = mx.array(pixels).reshape(down, side, across, side, 3).transpose(0, 2, 4, 1, 3)
+    return squares.astype(mx.float32).reshape(down * across, -1)
 
 
 def _norm(weights: Weights, i: int, x: mx.array) -> mx.array:

@@ -14,14 +14,15 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import mlx.core as mx
 import numpy as np
 
-from ..config import Config, Reader
+from ..config import Config, Kind, Reader
 from ..errors import InputError
 from ..execution import execution
 from ..files.gguf import open_gguf
@@ -31,14 +32,20 @@ from ..loading.loader import check_present
 from ..loading.tensors import Entry, Source, Spec
 from ..memory import on_cpu
 from ..model.soft import Encoded
-from . import frames, hearing, patches, picture, video, vision
+from . import frames, hearing, patches, video, vision
 from .content import Content, content_of
 from .folder import read_folder
-from .kind import KINDS, Kind
+from .kind import KINDS
 from .layers import Weights, by_layers
+from .picture import budget
+from .picture import inputs as picture_inputs
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 log = logging.getLogger("mlx_gemma4")
 
+WIDE = ("F32", "mlx.core.float32")  # types of 4 bytes; others are held in 2 on a GPU
 KEPT = 256 << 20  # bytes of rows kept for content that comes again
 
 Pieces = list[Encoded | str]
@@ -60,8 +67,8 @@ class Tower:
 SOUND = re.compile(r"(mm\.)?a\.")  # how names of tensors begin that hear
 IMAGE, AUDIO = "mm.input_projection.weight", "mm.a.input_projection.weight"
 TOWERS = {
-    "gemma4uv": Tower("image", IMAGE, patches.specs, picture.inputs, patches.rows),
-    "gemma4v": Tower("image", IMAGE, vision.specs, picture.inputs, vision.rows),
+    "gemma4uv": Tower("image", IMAGE, patches.specs, picture_inputs, patches.rows),
+    "gemma4v": Tower("image", IMAGE, vision.specs, picture_inputs, vision.rows),
     "gemma4ua": Tower("audio", AUDIO, frames.specs, frames.inputs, frames.rows),
     "gemma4a": Tower("audio", AUDIO, hearing.specs, hearing.inputs, hearing.rows),
 }
@@ -82,8 +89,8 @@ class OpenTower:
 class Media:
     """The towers of one file, for one text model; read when first needed. Any thread may call it."""
 
-    def __init__(self, path: Path, config: Config, towers: list[OpenTower]) -> None:
-        self.path = path
+    def __init__(self, path: Path, config: Config, towers: list[OpenTower], n_bytes: int) -> None:
+        self.path, self._n_bytes = path, n_bytes
         self._config, self._mark = config, b""  # of the weights, once they are read
         self._towers = {each.tower.kind: each for each in towers}
         images = {"image", "video"} if "image" in self._towers else set()
@@ -93,12 +100,13 @@ class Media:
         self._guard = threading.Lock()  # of _kept
         self._encoding = threading.Lock()  # one thread encodes at a time
 
-    def encode(self, part: Mapping[str, Any]) -> Pieces:
+    def encode(self, part: Mapping[str, Any], picture: Image.Image | None = None) -> Pieces:
         """Return what stands for a content part in a prompt: texts, control tokens among them, and soft tokens.
 
         Args:
             part: {"type": "image" | "audio" | "video", and under that name bytes or a path, or a Pillow image;
                 "tokens" of an image: one of `kind.BUDGETS`}.
+            picture: what that image is decoded, where somebody has done so.
 
         Raises:
             InputError: there is no tower for it, it can't be decoded, or it is too large.
@@ -110,9 +118,16 @@ class Media:
             raise InputError(f"{self.path}: this projector takes {takes}, no {kind}{hint}; leave it out")
         content = content_of(part)
         self.load()
-        asked = f" {kind} {picture.budget(part) if kind == 'image' else ''} ".encode()
+        asked = f" {kind} {budget(part) if kind == 'image' else ''} ".encode()
         key = hashlib.sha256(self._mark + asked + content.digest()).digest()
+        if picture is not None:
+            content = replace(content, source=picture)
         return self._found(key) or self._encoded(kind, content, part, key)
+
+    @property
+    def unread(self) -> int:
+        """Bytes that the weights will take; 0 once they are read."""
+        return self._n_bytes if self._weights is None else 0
 
     def load(self) -> None:
         """Read the towers' weights now. Raises InputError."""
@@ -246,7 +261,9 @@ def open_media(path: Path, config: Config) -> Media:
         low = sorted({source.entries[n].type for n in wanted if SOUND.match(n) and source.entries[n].quantized})
         if low:
             log.warning("%s: what hears is quantized (%s) and mishears; take the file in BF16", path, ", ".join(low))
-        return Media(path, config, towers)
+        narrow = {n for n, spec in wanted.items() if spec.role != "vector" and source.entries[n].type not in WIDE}
+        n_bytes = sum(prod(s.shape) * (2 if n in narrow and not on_cpu() else 4) for n, s in wanted.items())
+        return Media(path, config, towers, n_bytes)
 
 
 def read_towers(path: Path, config: Config) -> Weights:

@@ -7,25 +7,27 @@ its tanh form included (llama.cpp takes another); layouts: those of the GGUF, a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
 
 from ..config import MAX_LAYERS, Reader
 from ..loading.tensors import Entry, Spec
-from ..memory import on_cpu
+from ..memory import on_cpu, on_metal
 from ..ops.cores import product
-from ..ops.stock import fused, fused_geglu
+from ..ops.stock import fused, geglu
 from .layers import EPS, Weights, clipped_linear, linear, project
-from .patches import place, positions
+from .patches import cut, place, positions
 from .picture import SIDE
 
 PATCH = 16  # pixels
 POOL = SIDE // PATCH  # patches of a soft token, along each side
 THETA = 100.0  # base of the rotations' wavelengths
 SCORES = 1 << 26  # of attention, that are computed at once at most
-HEADS = (64, 80, 128)  # head sizes of MLX's attention on a GPU; others are padded with zeros
+LAUNCH = 4e11  # operations of one launch on Metal at most: half a second on the slowest (docs/memory.md)
+HEADS = (64, 80, 128)  # head sizes of MLX's attention on Metal; others are padded with zeros. CUDA: multiples of 8
 
 
 def specs(read: Reader, hidden: int, entries: Mapping[str, Entry]) -> dict[str, Spec]:
@@ -78,9 +80,8 @@ def rows(read: Reader, weights: Weights, pixels: np.ndarray) -> Iterator[mx.arra
 def embedded(weights: Weights, pixels: np.ndarray) -> mx.array:
     """Return a picture's patches with their positions, fp32 [rows * columns, width], row by row."""
     down, across = pixels.shape[0] // PATCH, pixels.shape[1] // PATCH
-    patches = pixels.reshape(down, PATCH, across, PATCH, 3).transpose(0, 2, 4, 1, 3).reshape(down * across, -1)
     w = weights["v.patch_embd.weight"]
-    x = linear(2 * (mx.array(patches).astype(mx.float32) / 255) - 1, w.reshape(w.shape[0], -1))
+    x = linear(2 * (cut(pixels, PATCH) / 255) - 1, w.reshape(w.shape[0], -1))
     return x + place(weights["v.position_embd.weight"], down, across)
 
 
@@ -97,23 +98,30 @@ def layer(
     weights: Weights, name: str, heads: tuple[int, int], x: mx.array, turns: tuple[mx.array, mx.array]
 ) -> mx.array:
     """Return the residual fp32 [n, width] after the layer whose weights are NAME..; `heads`: their number and size."""
+    own = {key.removeprefix(name): w for key, w in weights.items() if key.startswith(name)}
+    return _layer_of(heads, on_cpu())(own, x, *turns)
 
-    def norm(x: mx.array, which: str) -> mx.array:
-        return mx.fast.rms_norm(x, weights[f"{name}{which}.weight"], EPS)
 
-    def through(x: mx.array, which: str) -> mx.array:
-        return clipped_linear(x, weights, name + which)
+@cache
+def _layer_of(heads: tuple[int, int], cpu: bool) -> Callable[..., mx.array]:
+    """Return a layer with so many heads of a size: on a GPU what stands between its products is a launch each."""
 
-    u = norm(x, "ln1")
-    q, k, v = (through(u, f"attn_{which}").reshape(-1, *heads) for which in "qkv")
-    rotate = fused(_rotated, not on_cpu())
-    q, k = rotate(norm(q, "attn_q_norm"), *turns), rotate(norm(k, "attn_k_norm"), *turns)
-    dtype = weights[f"{name}attn_q.weight"].dtype
-    a = attention(*(each.astype(dtype) for each in (q, k, mx.fast.rms_norm(v, None, EPS))))
-    x = x + norm(through(a.astype(mx.float32), "attn_out"), "attn_post_norm")
-    u = norm(x, "ln2")
-    u = through(fused_geglu(through(u, "ffn_gate"), through(u, "ffn_up")), "ffn_down")
-    return x + norm(u, "ffn_post_norm")
+    def run(own: dict[str, mx.array], x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+        def norm(x: mx.array, which: str) -> mx.array:
+            return mx.fast.rms_norm(x, own[f"{which}.weight"], EPS)
+
+        u = norm(x, "ln1")
+        q, k, v = (clipped_linear(u, own, f"attn_{which}").reshape(-1, *heads) for which in "qkv")
+        q, k = (_rotated(norm(each, f"attn_{which}_norm"), cos, sin) for each, which in ((q, "q"), (k, "k")))
+        dtype = own["attn_q.weight"].dtype
+        a = attention(*(each.astype(dtype) for each in (q, k, mx.fast.rms_norm(v, None, EPS))))
+        x = x + norm(clipped_linear(a.astype(mx.float32), own, "attn_out"), "attn_post_norm")
+        u = norm(x, "ln2")
+        gate, up = (clipped_linear(u, own, f"ffn_{which}") for which in ("gate", "up"))
+        u = clipped_linear(geglu(gate, up), own, "ffn_down")
+        return x + norm(u, "ffn_post_norm")
+
+    return fused(run, not cpu)
 
 
 def _rotated(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
@@ -129,9 +137,14 @@ def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     if on_cpu():
         each = [_head_on_cpu(*(np.asarray(part[:, i]) for part in (q, k, v))) for i in range(heads)]
         return mx.array(np.concatenate(each, axis=-1))
-    more = next((known for known in HEADS if known >= size), size) - size
-    q, k, v = (mx.pad(each, [(0, 0), (0, 0), (0, more)]).transpose(1, 0, 2)[None] for each in (q, k, v))
-    step = max(SCORES // (heads * n), 1)
+    # On Metal MLX has kernels for some sizes alone; what has none makes a matrix of scores, here a piece at a time.
+    more = next((known for known in HEADS if known >= size), size) - size if on_metal() else 0
+    whole = size + more <= HEADS[-1] and (on_metal() or (q.dtype != mx.float32 and size % 8 == 0))
+    if more:
+        q, k, v = (mx.pad(each, [(0, 0), (0, 0), (0, more)]) for each in (q, k, v))
+    q, k, v = (each.transpose(1, 0, 2)[None] for each in (q, k, v))
+    at_once = LAUNCH / (4 * n * heads * (size + more)) if on_metal() else n
+    step = max(int(at_once if whole else SCORES // (heads * n)), 1)
     starts = range(0, n, step)
     parts = [mx.fast.scaled_dot_product_attention(q[:, :, i : i + step], k, v, scale=1.0) for i in starts]
     return mx.concatenate(parts, axis=2)[0, ..., :size].transpose(1, 0, 2).reshape(n, -1)

@@ -12,16 +12,14 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 from weakref import WeakValueDictionary
 
 import mlx.core as mx
 import numpy as np
 
-from ..config import SEEN
+from ..config import SEEN, Kind
 from ..errors import InputError
-
-Kind = Literal["image", "video", "audio"]
 
 
 @dataclass(frozen=True, eq=False)

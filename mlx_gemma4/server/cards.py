@@ -14,11 +14,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..config import Config
+from ..config import Config, Kind
 from ..errors import InputError
 from ..files.repository import QUANT
 from ..loading.loader import open_model
-from ..media.kind import Kind
 from ..media.projector import kinds_of, media_beside
 
 log = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ from ..generation.prefix import PrefixCache
 from ..generation.sampling import Token
 from ..generation.scheduler import Scheduler
 from ..kv.state import KVState
+from ..media.layers import go_on
 from .metrics import Metrics
 from .settings import Settings
 from .stored import Stored
@@ -106,6 +107,11 @@ class Job:
         """Stop as soon as possible. Does nothing to a job that is done."""
         self.cancelled = True
         self.engine.forget(self)
+
+    def check(self) -> None:
+        """Leave its thread if it was cancelled."""
+        if self.cancelled:
+            raise _Cancelled
 
     def cancelled_error(self) -> ApiError:
         """The error of a cancelled job, for a client that may still listen."""
@@ -261,6 +267,7 @@ class Engine:
                 job = self._waiting.popleft()
                 self._running.add(job)
                 job.waiting = False
+            go_on.set(job.check)  # while its pictures and sounds are encoded
             end: Exception | None = None
             start = time.monotonic()
             try:
@@ -287,8 +294,7 @@ class Engine:
         with closing(self._chunks(job, choice, request)) as chunks:
             for chunk in chunks:
                 first, reply, token = reply is None, chunk.reply, chunk.token
-                if job.cancelled:
-                    raise _Cancelled
+                job.check()
                 if first and not choice:
                     self.metrics.first_token.observe(time.monotonic() - job.submitted)
                 inside = self._channels.get(token.id, inside) if token else inside
@@ -309,8 +315,7 @@ class Engine:
         """Yield one reply's chunks. While the KV budget has no room for it beside others, wait until one is done."""
 
         def reading(done: int, total: int) -> None:
-            if job.cancelled:
-                raise _Cancelled
+            job.check()
             job.post(Update(choice, reading=(done, total)))
 
         prompt: Any = request.prompt

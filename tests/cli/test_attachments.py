@@ -203,6 +203,15 @@ def test_the_built_in_model_has_no_eyes(repl: Repl, cat: Path) -> None:
         repl.take(f"/image {cat}")
 
 
+def test_a_picture_is_decoded_once(repl: Repl, cat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda *args, **rest: opened.append(args) or real(*args, **rest))
+    repl.take(f"/image {cat}")
+    repl.take("What is it?")
+    assert len(opened) == 1
+
+
 def test_a_saved_conversation_goes_on_without_the_file(repl: Repl, heard: Heard, cat: Path, tmp_path: Path) -> None:
     repl.take(f"/image {cat}")
     repl.take("What is it?")
@@ -245,7 +254,7 @@ def test_thumbnails_where_terminals_show_them(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    size, codes = attachments.preview(attachments.attachment("image", str(cat), "/image"))
+    size, codes = attachments.preview(attachments.opened(attachments.attachment("image", str(cat), "/image")))
     assert size == " 96x48"
     if how == "kitty":
         pieces = re.findall(r"\x1b_G([^;]*);([^\x1b]*)\x1b\\", codes)

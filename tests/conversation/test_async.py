@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Generator
 
+import mlx.core as mx
 import pytest
 from scripted import GREEDY, SHORT, TALE, Actor, ids_of, user
 
 import mlx_gemma4
 from mlx_gemma4 import InputError, LanguageModel, Session, astream, chat, prompt_ids
+from mlx_gemma4.conversation.background import in_thread
+from mlx_gemma4.media.layers import by_layers
 
 
 def test_async_is_the_same(lm: LanguageModel) -> None:
@@ -99,3 +103,29 @@ def test_cancelling_a_long_prompt(lm: LanguageModel, monkeypatch: pytest.MonkeyP
     length = asyncio.run(main())
     assert 0 < length < len(prompt_ids(lm, user((TALE + " ") * 10)))
     assert length % 256 == 0
+
+
+def test_leaving_ends_a_tower_between_two_layers() -> None:
+    """Of what is encoded for a reply that nobody waits for."""
+    ended = []
+
+    def endless(check: object) -> Generator[int, None, None]:
+        try:
+            yield 1
+            by_layers(mx.zeros(1) for _ in range(10**9))
+        finally:
+            ended.append(True)
+
+    async def main() -> None:
+        async def consume() -> None:
+            async for _ in in_thread(endless):
+                pass
+
+        task = asyncio.create_task(consume())
+        await asyncio.sleep(0.2)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait_for(task, 20)
+
+    asyncio.run(main())
+    assert ended

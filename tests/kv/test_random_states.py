@@ -14,11 +14,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from pictured import encoded
 from plain_state import LAYOUTS, PlainState, read, same_contents, small_model, some_tokens
 
+from mlx_gemma4.config import Kind
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.generation.prefix import PrefixCache
 from mlx_gemma4.kv.segments import SegmentLayout
 from mlx_gemma4.kv.state import KVState, total_nbytes
-from mlx_gemma4.model.soft import Encoded, Kind
+from mlx_gemma4.model.soft import Encoded
 
 pytestmark = pytest.mark.slow
 

@@ -10,12 +10,15 @@ import make_synthetic
 import mlx.core as mx
 import numpy as np
 import pytest
+from hearing import wav_of as wav
+from PIL import Image
 
 from mlx_gemma4.config import config_from_gguf
 from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.files.gguf import open_gguf
 from mlx_gemma4.loading.from_gguf import GGUFSource
 from mlx_gemma4.loading.loader import load_model
+from mlx_gemma4.media.projector import open_media
 
 
 @pytest.mark.parametrize(
@@ -40,3 +43,25 @@ def test_a_small_one_loads_and_runs(
     logits = np.array(model.forward(mx.array([5, 6000, 70000]), model.new_state()))
     assert np.isfinite(logits).all()
     assert logits.std() > 0.01
+
+
+@pytest.mark.parametrize(("name", "weights"), [("31B", 569.6e6), ("26B-A4B", 569.6e6), ("E2B", 167.4e6 + 305.6e6)])
+def test_projectors_are_of_the_size_of_the_real_ones(name: str, weights: float) -> None:
+    _, made = make_synthetic.projector(PUBLISHED[name].hidden, make_synthetic.PROJECTORS[name], "BF16")
+    assert sum(prod(shape) for key, (shape, _) in made.items() if "input_proj" not in key) == pytest.approx(
+        weights, 0.01
+    )
+
+
+@pytest.mark.parametrize("type", ["BF16", "F16"])
+def test_a_projector_loads_and_encodes(type: str, tmp_path: Path) -> None:
+    make_synthetic.write("DEMO", tmp_path / "mmproj.gguf", type=type, mmproj=True)
+    media = open_media(tmp_path / "mmproj.gguf", make_synthetic.config_of(make_synthetic.DEMO))
+    assert media.kinds == {"image", "video", "audio"}
+    for part in (
+        {"type": "image", "image": Image.new("RGB", (60, 90), "red"), "tokens": 70},
+        {"type": "audio", "audio": wav(1.0)},
+    ):
+        _, encoded, _ = media.encode(part)
+        rows = np.array(encoded.rows)  # type: ignore[union-attr]
+        assert np.isfinite(rows).all() and rows.std() > 0.1, part["type"]

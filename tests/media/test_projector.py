@@ -29,8 +29,10 @@ from mlx_gemma4.errors import InputError
 from mlx_gemma4.execution import execution
 from mlx_gemma4.loading.loader import open_model
 from mlx_gemma4.measure.inspection import ProjectorReport, inspect, lines
-from mlx_gemma4.media import projector
+from mlx_gemma4.media import layers, projector
+from mlx_gemma4.media.content import Content
 from mlx_gemma4.media.layers import by_layers
+from mlx_gemma4.media.picture import decoded
 from mlx_gemma4.media.projector import media_beside, open_media
 from mlx_gemma4.model.soft import Encoded
 
@@ -307,3 +309,51 @@ def test_bad_projectors_are_refused_by_inspect(tmp_path: Path) -> None:
     for edit in edits:
         with pytest.raises(InputError, match="missing"):
             inspect(odd(UV / "mmproj.gguf", tmp_path / "a.gguf", edit=edit))
+
+
+@pytest.mark.parametrize("kind", ["uv", "v", "v31", "ua", "a"])
+def test_what_the_weights_will_take_is_known_before(kind: str) -> None:
+    media = open_media(HERE / "media" / kind / "mmproj.gguf", config_of(HERE / "media" / kind))
+    assert media.unread == sum(weight.nbytes for weight in projector.read_towers(media.path, media._config).values())
+    media.load()
+    assert media.unread == 0
+
+
+def test_a_model_leaves_room_for_its_projector() -> None:
+    lm = load(V / "model.gguf", draft=None)
+    assert lm.media is not None and lm.plan.later == lm.media.unread > 0
+    assert load(V / "model.gguf", draft=None, mmproj=None).plan.later == 0
+
+
+def test_encoding_ends_between_two_layers_where_nobody_waits() -> None:
+    left = 3
+
+    def still_here() -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise TimeoutError
+
+    media = open_media(V / "mmproj.gguf", config_of(V))
+    token = layers.go_on.set(still_here)
+    try:
+        with pytest.raises(TimeoutError):
+            media.encode(picture())
+        with pytest.raises(TimeoutError):
+            by_layers(mx.zeros(1) for _ in range(10**9))
+    finally:
+        layers.go_on.reset(token)
+    assert len(media.encode(picture())) == 3  # the next one finds nothing locked
+
+
+def test_a_picture_that_is_decoded_is_taken_as_it_is(tmp_path: Path) -> None:
+    """With the same name in prompts: it is the file that is asked about."""
+    drawn = np.maximum(drawing(60, 90), 0).astype(np.uint8)
+    Image.fromarray(drawn).save(tmp_path / "a.png")
+    part = {"type": "image", "image": (tmp_path / "a.png").read_bytes(), "tokens": 70}
+    ids = []
+    for given in (None, decoded(Content("a.png", tmp_path / "a.png"))):
+        _, made, _ = open_media(UV / "mmproj.gguf", config_of(UV)).encode(part, given)
+        assert isinstance(made, Encoded)
+        ids.append(made.ids)
+    assert ids[0] == ids[1]

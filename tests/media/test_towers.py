@@ -89,14 +89,16 @@ def test_each_stage_is_that_of_the_reference(kind: str, size: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "off"), [(mx.float32, 1e-4), (mx.float16, 0.02), (mx.bfloat16, 0.2)])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_way_of_a_gpu(kind: str, dtype: mx.Dtype, off: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products in the weights' type, heads padded, scores in pieces: the same operations, on this CPU."""
+@pytest.mark.parametrize(("kind", "metal"), [*((kind, False) for kind in KINDS), ("v31", True)])
+def test_the_way_of_a_gpu(kind: str, metal: bool, dtype: mx.Dtype, off: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in the weights' type, heads padded (Metal), scores in pieces (fp32 elsewhere): the same operations, on
+    this CPU."""
     arrays, about = recorded(kind)
     weights = dict(projector.read_towers(folder(kind) / "mmproj.gguf", config_of(kind)))
     weights = {name: w.astype(dtype) if w.ndim > 1 and "position" not in name else w for name, w in weights.items()}
     for module in (layers, vision):
         monkeypatch.setattr(module, "on_cpu", lambda: False)
+    monkeypatch.setattr(vision, "on_metal", lambda: metal)
     monkeypatch.setattr(vision, "fused", lambda f, _: f)  # which calls a compiler
     monkeypatch.setattr(vision, "SCORES", 20_000)
     with open_gguf(folder(kind) / "mmproj.gguf") as gguf:

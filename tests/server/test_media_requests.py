@@ -10,17 +10,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import httpx
+import mlx.core as mx
 import pytest
+from pictured import FakeMedia, seeing
 from recorded import HERE
 from serving import Serving, serving, until
 
 from mlx_gemma4.conversation.language_model import LanguageModel, load
 from mlx_gemma4.media.kind import kind_of
+from mlx_gemma4.media.layers import by_layers
+from mlx_gemma4.model.soft import Encoded
 from mlx_gemma4.server import anthropic, completions, fields, media, ollama, remote, responses, stored
 from mlx_gemma4.server.settings import Settings
 from mlx_gemma4.server.wire import ApiError
@@ -391,3 +396,20 @@ def test_few_large_bodies_are_held_at_a_time(lm: LanguageModel, monkeypatch: pyt
             ).is_success
         assert httpx.post(running.url + CHAT, json=body, timeout=60).status_code == 400  # over the context
         assert until(lambda: models.large == 0, 60)
+
+
+def test_who_goes_away_ends_the_tower_under_way(lm: LanguageModel) -> None:
+    seer = seeing(lm)
+
+    class Slow(FakeMedia):
+        def encode(self, part: Any, picture: Any = None) -> list[Encoded | str]:
+            self.encodings += 1
+            by_layers(mx.zeros(1) for _ in range(10**9))
+            return []
+
+    slow = Slow(lm.config.hidden)
+    with serving(replace(seer, media=slow), Settings(parallel=1)) as running:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(running.url + CHAT, json=ASKED[CHAT], timeout=0.5)
+        assert slow.encodings == 1
+        assert until(lambda: running.engine.load == (0, 0))
