@@ -106,6 +106,12 @@ class Idle:
     def best(self, _: int) -> list[int]:
         return [0] * cuda_graph.ROWS
 
+    def box(self, nbytes: int) -> tuple[int, list[int]]:
+        raise RuntimeError("there is one process")
+
+    def opened(self, handle: Sequence[int]) -> int:
+        raise RuntimeError("there is one process")
+
     def write(self, *_: Any) -> None: ...
     def wait(self) -> None: ...
     def forget(self) -> None: ...

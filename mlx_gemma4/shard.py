@@ -7,10 +7,10 @@ Knows no weights. docs/several-macs.md says what is split and how.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import mlx.core as mx
 
@@ -48,6 +48,11 @@ class Part:
     split: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
     @property
+    def records(self) -> bool:
+        """True if steps may be recorded: they add up over ranks, and hand nothing on."""
+        return self.shard.kind == "tensor"
+
+    @property
     def receives(self) -> bool:
         """True if the residual comes from the rank before."""
         return self.shard.kind == "layers" and self.shard.rank > 0
@@ -59,14 +64,25 @@ class Part:
 
     def sums(self, *arrays: mx.array) -> list[mx.array]:
         """Return the sums over all ranks of arrays [T, any], in one collective."""
-        total = mx.distributed.all_sum(mx.concatenate([*arrays], axis=-1), group=self.shard.group, stream=_stream())
+        joined = mx.concatenate([*arrays], axis=-1)
+        total = mx.distributed.all_sum(joined, group=self.shard.group, stream=collective_stream())
         stops = [0, *accumulate(a.shape[-1] for a in arrays)]
         return [total[..., start:stop] for start, stop in pairwise(stops)]
 
-    def here(self, ids: mx.array) -> tuple[mx.array, mx.array]:
-        """Return rows for ids int [T] in a table that ranks share, int [T], and if they are there, bool [T, 1]."""
-        there = (ids >= self.rows.start) & (ids < self.rows.stop)
-        return mx.where(there, ids - self.rows.start, 0), there[:, None]
+    def sums_with_experts(self, x: mx.array, outputs: mx.array, share: mx.array) -> list[mx.array]:
+        """Return the sums of x [T, K] and of experts' outputs [T, used, K] times their shares [T, used], as `sums`."""
+        return self.sums(x, (share[:, None] @ outputs).squeeze(1))
+
+    def agreed(self, ok: bool) -> bool:
+        """Return True if it is so on all ranks."""
+        everywhere = mx.distributed.all_min(
+            mx.array([ok], mx.int32), group=self.shard.group, stream=collective_stream()
+        )
+        return bool(everywhere.item())
+
+    def everyones(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Return the numbers, of 32 bits, of each rank."""
+        return cast("list[list[int]]", self._all(mx.array([*numbers], mx.int32)).tolist())
 
     def gathered(self, logits: mx.array) -> mx.array:
         """Return logits of the whole vocabulary, [T, vocab], of those here, [T, rows]: the same on each rank."""
@@ -86,22 +102,22 @@ class Part:
 
     def _all(self, x: mx.array) -> mx.array:
         """Return x of each rank, [ranks, *x.shape]."""
-        return mx.distributed.all_gather(x[None], group=self.shard.group, stream=_stream())
+        return mx.distributed.all_gather(x[None], group=self.shard.group, stream=collective_stream())
 
     def receive(self, tokens: int, hidden: int) -> mx.array:
         """Return the residual after the layers of the rank before, fp32 [T, hidden]."""
         shape, source = (tokens, hidden), self.shard.rank - 1
-        return mx.distributed.recv(shape, mx.float32, source, group=self.shard.group, stream=_stream())
+        return mx.distributed.recv(shape, mx.float32, source, group=self.shard.group, stream=collective_stream())
 
     def hand_on(self, x: mx.array) -> mx.array:
         """Return the residual x, fp32 [T, hidden]; evaluated, it goes to the next rank."""
-        return mx.distributed.send(x, self.shard.rank + 1, group=self.shard.group, stream=_stream())
+        return mx.distributed.send(x, self.shard.rank + 1, group=self.shard.group, stream=collective_stream())
 
     def of_last(self, x: mx.array, sent: mx.array | None = None) -> mx.array:
         """Return x [T, hidden] of the last rank; `sent`: what another has handed on, after which it adds nothing."""
         return self.sums(x if sent is None else mx.depends(mx.zeros_like(x), sent))[0]
 
 
-def _stream() -> Any:
+def collective_stream() -> Any:
     """Collectives run on the CPU, all on one stream, so in the order in which they are scheduled; NCCL's on the GPU."""
     return host_stream() if on_cpu() or mx.metal.is_available() else None

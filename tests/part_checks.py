@@ -17,6 +17,7 @@ from typing import Any, Literal
 import make_synthetic
 import mlx.core as mx
 import numpy as np
+from host_player import HostPlayer
 from kernel_cases import metal
 from kernel_models import Counting
 from recorded import KINDS, kl, path, prompts
@@ -29,6 +30,7 @@ from mlx_gemma4.memory import Holding
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.op import OpKey
+from mlx_gemma4.ops.sample import Draw
 from mlx_gemma4.shard import Kind, Shard
 
 Found = dict[str, Any]
@@ -235,6 +237,33 @@ def kernels(folder: Path) -> Found:
             step.token()
             counts = {"launches": launcher.launches, "made": made, "drawn": dict(collectives - before)}
             found[f"{name} {split}"] = others({**counts, "layers": len(model.config.layers)})
+    return found
+
+
+def replayed() -> Found:
+    """Recorded steps, alone and in a batch, whose sums the ranks exchange over memory that they share."""
+    found: Found = {}
+    for kind, tag in (("12b", "q8_0"), ("26b-a4b", "q8_0"), ("31b", "q4_k_m"), ("e2b", "q8_0"), ("gemma3", "q8_0")):
+        players = len(HostPlayer.made)
+
+        def calls(model: Model) -> list[mx.array]:
+            state = model.new_state()
+            model.prefill(mx.array([*range(60, 70)]), state)
+            if model.part:
+                kernels = Kernels(metal, UNPACKED, player=HostPlayer)
+                model = Model(model.config, model.weights, kernels, part=model.part)
+            logits = [model.step(t, state).logits() for t in (70, 71)]
+            first = model.step(72, state)
+            second = model.step(first, state, Draw(0.8, 20, seed=5))
+            logits += [second.logits(), model.step(second.token(), state).logits()]
+            states = [state, state.fork()]
+            step = model.batch([80, 81], states)
+            logits += [model.batch(step, states).logits()]
+            return [*logits, model.step(82, states[1]).logits()]
+
+        found[kind] = compared(path(kind, tag, Path()), calls, SPLITS[:1], weights="packed")
+        made = HostPlayer.made[players:]
+        found[kind]["players"] = others({"steps": [len(player.tokens) for player in made]})
     return found
 
 

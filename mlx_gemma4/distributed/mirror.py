@@ -18,17 +18,30 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import InputError
-from ..execution import execution, host_stream
+from ..execution import execution
 from ..kv.quantization import allowed_kinds, check_kind
 from ..kv.segments import SegmentLayout
 from ..kv.state import KVState, Mark
 from ..model.batch import check_batch
+from ..model.batch_replay import ReplayedBatch
 from ..model.forward import run_layers
 from ..model.model import Model
+from ..model.replay import ReplayedStep
 from ..model.soft import SoftRows
-from ..model.step import BatchStep, LazyBatchStep, LazyStep, NextToken, Step, Tokens, ids_of, tokens_as_array
-from ..ops.dispatch import REPLAY
+from ..model.step import (
+    BatchStep,
+    LazyBatchStep,
+    LazyStep,
+    NextToken,
+    Step,
+    Tokens,
+    ids_of,
+    known,
+    known_tokens,
+    tokens_as_array,
+)
 from ..ops.sample import LIKELIEST, Draw
+from ..shard import collective_stream
 from .link import Follower, Leader, Message
 
 CHECKED = 256  # tokens of a state after which ranks compare what they have made of it
@@ -55,9 +68,9 @@ def call(model: Model, op: str, shared: mx.array, states: Sequence[KVState], on_
         made = model.check(given["tokens"], states[0])
         mx.async_eval(made, states[0].arrays)
     elif op == "step":
-        made = model.step(shared[0], states[0], **given)
+        made = model.step(shared[0], states[0], **given, replay=False)
     else:
-        made = model.batch(shared, states, **given)
+        made = model.batch(shared, states, **given, replay=False)
     for state, was in zip(states, before, strict=True):
         if state.length // CHECKED > was // CHECKED:
             # What all layers make of one more token depends on all that the state holds.
@@ -68,10 +81,16 @@ def call(model: Model, op: str, shared: mx.array, states: Sequence[KVState], on_
     return made
 
 
+def replay_step(model: Model, token: NextToken, state: KVState, draw: Draw) -> Step:
+    """Start a replayed step on any rank: one whose replay rank 0 has decided on."""
+    assert model.replayer is not None
+    return model.replayer.start(token, state, draw) or model.step(token, state, draw, replay=False)
+
+
 def _shared(ids: mx.array, group: mx.distributed.Group) -> mx.array:
     """Return rank 0's ids on all ranks, under way; the others give zeros."""
     mx.async_eval(ids)  # before: so that what follows is the same graph on all ranks
-    shared = mx.distributed.all_sum(ids, group=group, stream=host_stream())
+    shared = mx.distributed.all_sum(ids, group=group, stream=collective_stream())
     mx.async_eval(shared)
     return shared
 
@@ -82,16 +101,15 @@ def _refuse(soft: SoftRows | None) -> None:
 
 
 class LedModel(Model):
-    """Rank 0's model: followers hear of each call before it is made here. Steps are not replayed."""
+    """Rank 0's model: followers hear of each call before it is made here."""
 
     def __init__(self, model: Model, leader: Leader) -> None:
         self.__dict__.update(vars(model))
         self.inner, self.leader, self.keys = model, leader, count()
         self.sums: dict[int, tuple[int, mx.array]] = {}  # of the latest checks, by number
         self.checks = count()
+        self.started: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # replayed steps' numbers
         leader.on_checked = self._compare
-        if model.kernels:
-            model.kernels.off |= {REPLAY}
 
     @property
     def loaded(self) -> NoReturn:  # type: ignore[override]
@@ -161,20 +179,56 @@ class LedModel(Model):
             made: tuple[mx.array, mx.array] = self._call("check", mx.array([*ids]), [state], tokens=[*ids])
             return made
 
-    def step(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST) -> Step:
+    def step(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST, *, replay: bool = True) -> Step:
         with execution():
             state.check_room(1)
             key = next(self.keys)
+            if replay and self.replays and draw.in_kernel and self.replayer and self.replayer.takes(state):
+                token = self._told_replay("replay", token, key, [state], [draw])
+                replayed: Step = self._replayed(replay_step(self.inner, token, state, draw), key, [draw])
+                return replayed
             step: LazyStep = self._call("step", ids_of(token), [state], mine={"draw": draw}, key=key)
             step.batch = LedStep(step.batch, self.leader, key, [draw])
             return step
 
-    def batch(self, tokens: Tokens, states: Sequence[KVState], draws: Sequence[Draw] | None = None) -> BatchStep:
+    def batch(
+        self,
+        tokens: Tokens,
+        states: Sequence[KVState],
+        draws: Sequence[Draw] | None = None,
+        *,
+        replay: bool = True,
+    ) -> BatchStep:
         with execution():
             check_batch(tokens, states)
+            draws = draws or [LIKELIEST] * len(states)
             key = next(self.keys)
+            if replay and self.batcher and self.batcher.replays(len(states), draws):
+                tokens = self._told_replay("replay_batch", tokens, key, states, draws)
+                replayed: BatchStep = self._replayed(self.inner.batch(tokens, states, draws), key, draws)
+                return replayed
             step = self._call("batch", tokens_as_array(tokens), states, mine={"draws": draws}, key=key)
-            return LedStep(step, self.leader, key, draws or [])
+            return LedStep(step, self.leader, key, draws)
+
+    def _told_replay(self, op: str, token: Any, key: int, states: Sequence[KVState], draws: Sequence[Draw]) -> Any:
+        """Tell of a replayed step; return its token or tokens: another such step, or what is known of them."""
+        before = self.started.get(token) if isinstance(token, ReplayedStep | ReplayedBatch) else None
+        if before is None:
+            token = known(token) if op == "replay" else known_tokens(token)
+        given = {"token": token if before is None else None, "before": before, "draws": [[*draw] for draw in draws]}
+        self.leader.tell(op, *map(key_of, states), key=key, **given)
+        return token
+
+    def _replayed(self, step: Any, key: int, draws: Sequence[Draw]) -> Any:
+        """Return a step that the others have under its key. Where it was not replayed, they gather what it is asked."""
+        if isinstance(step, LazyStep):
+            step.batch = LedStep(step.batch, self.leader, key, draws)
+        elif isinstance(step, LazyBatchStep):
+            step = LedStep(step, self.leader, key, draws)
+        else:
+            self.started[step] = key
+            weakref.finalize(step, self.leader.dropped.append, key).atexit = False
+        return step
 
     def _call(
         self,
@@ -290,8 +344,6 @@ def key_of(state: KVState) -> int:
 
 def follow(model: Model, follower: Follower, states: dict[int, KVState] | None = None) -> None:
     """Make rank 0's calls on this rank's shard until it is done. `states`: by key, those that rank 0 has."""
-    if model.kernels:
-        model.kernels.off |= {REPLAY}
     states = {} if states is None else states
     steps: dict[int, Step | BatchStep] = {}
     checks = count()
@@ -314,6 +366,15 @@ def follow(model: Model, follower: Follower, states: dict[int, KVState] | None =
             if op == "prefill":  # as rank 0 does
                 mx.eval(states[keys[0]].arrays)
                 mx.clear_cache()
+        elif op in ("replay", "replay_batch"):
+            before, draws = message["before"], [Draw(*draw) for draw in message["draws"]]
+            token: Any = message["token"] if before is None else steps[before]
+            some = [states[key] for key in keys]
+            with execution():
+                if op == "replay":
+                    steps[message["key"]] = replay_step(model, token, some[0], draws[0])
+                else:
+                    steps[message["key"]] = model.batch(token, some, draws)
         elif op in ("logits", "drawn"):
             step = steps[keys[0]]
             step = step.batch if isinstance(step, LazyStep) else step

@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from ..errors import InputError
 from ..execution import execution
+from ..shard import collective_stream
 
 
 class Place(NamedTuple):
@@ -64,6 +65,6 @@ def from_first(group: mx.distributed.Group, numbers: list[int]) -> list[int]:
     """Return rank 0's numbers, of 31 bits, on all ranks; the others give as many."""
     with execution():
         given = mx.array(numbers if group.rank() == 0 else [0] * len(numbers), mx.int32)
-        sums = mx.distributed.all_sum(given, group=group, stream=mx.cpu)
+        sums = mx.distributed.all_sum(given, group=group, stream=collective_stream())
         mx.eval(sums)
     return cast("list[int]", sums.tolist())

@@ -13,9 +13,10 @@ from typing import NamedTuple, cast
 import mlx.core as mx
 
 from ..config import Config
-from ..execution import execution, host_stream
+from ..execution import execution
 from ..memory import on_cpu
 from ..model.costs import kv_per_token, weights_per_token
+from ..shard import collective_stream
 
 LAUNCHES, MORE_LAUNCHES = 8, 4  # of a layer's decode step; more with experts or per-layer embeddings
 REPLICATED = ("norm", "scale", "ffn_gate_inp", "inp_gate", ".proj.", "per_layer_model_proj")  # in names of tensors
@@ -122,12 +123,12 @@ def measure_link(group: mx.distributed.Group) -> Link:
 
     def seconds(n_bytes: int, rounds: int) -> float:
         x = mx.zeros(n_bytes // 4)
-        return _best_time(lambda: mx.distributed.all_sum(x, group=group, stream=host_stream()), rounds)
+        return _best_time(lambda: mx.distributed.all_sum(x, group=group, stream=collective_stream()), rounds)
 
     small, large, n = 256, 4 << 20, group.size()
     with execution():
         both = mx.array([seconds(small, 50), seconds(large, 10)]) / n
-        both = mx.distributed.all_sum(both, group=group, stream=host_stream())
+        both = mx.distributed.all_sum(both, group=group, stream=collective_stream())
         latency, whole = cast("list[float]", both.tolist())
     return Link(latency, 2 * (n - 1) / n * large / max(whole - latency, 1e-9))
 

@@ -78,6 +78,12 @@ def gather(place: Place, path: Path, name: str, split: Split, given: dict[str, A
     """
     if _leading:
         raise InputError("several ranks run one model, and this process has loaded one; start another process")
+    if place.backend == "nccl":
+        if split == "layers":
+            raise InputError(
+                "--split layers: MLX sends no messages over NCCL; leave it out, or start with --backend ring"
+            )
+        split = "tensor"
     leader = Leader(place)
     _leading.append(leader)
     atexit.register(leader.close)

@@ -219,7 +219,7 @@ def check_model(model: Model, wanted: Sequence[Check], done: Callable[[], None])
     passed = [c for c in usable if c.key + mark in known.checked]
     new = [c for c in usable if c.key + mark not in known.checked]
     steps = f"replay: {len(model.config.layers)} layers of {model.config.hidden}"
-    replays = model.replays and steps not in known.checked
+    replays = model.replays and (steps not in known.checked or model.part is not None)  # ranks check together
     if not new and not replays:
         return passed
     failed: dict[str, str] = {}
@@ -238,12 +238,15 @@ def check_model(model: Model, wanted: Sequence[Check], done: Callable[[], None])
         model.kernels.off |= frozenset(map(OpKey.parse, failed))
         if replays:
             if wrong := _replay_trouble(model):
-                failed["replay"] = known.failed["replay"] = wrong
+                failed["replay"] = wrong
                 model.kernels.off |= {REPLAY}
-            known.checked.add(steps)
+            if model.part is None:  # else it is the ranks', not this machine's
+                known.checked.add(steps)
+                known.failed |= {"replay": wrong} if wrong else {}
     finally:
         remember(known)  # also after Ctrl-C
-    log.warning("Checking this machine's kernels (first run) ... %s", switched_off(failed) if failed else "ok")
+    if new or failed or model.part is None:
+        log.warning("Checking this machine's kernels (first run) ... %s", switched_off(failed) if failed else "ok")
     return passed
 
 
@@ -262,8 +265,8 @@ def _replay_trouble(model: Model) -> str:
     The second step takes the token of the first, which the host has not seen yet.
     """
     assert model.kernels is not None
-    apart = Model(model.config, model.weights, replace(model.kernels, player=None))
-    ids = [model.config.vocab // n for n in range(2, 6)]
+    apart = Model(model.config, model.weights, replace(model.kernels, player=None), part=model.part)
+    ids, wrong = [model.config.vocab // n for n in range(2, 6)], ""
     try:
         state = apart.new_state()
         for i in ids[1:]:  # one at a time: several at once would compile other kernels
@@ -276,9 +279,11 @@ def _replay_trouble(model: Model) -> str:
         want = apart.forward(mx.array([token]), fork)
         with execution():
             worst: Any = (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item()
+        wrong = "" if worst <= AGREE else "gives wrong numbers"
     except Exception as error:  # anything that a driver refuses
-        return f"fails: {reason_of(error)}"
-    return "" if worst <= AGREE else "gives wrong numbers"
+        wrong = f"fails: {reason_of(error)}"
+    everywhere = model.part is None or model.part.agreed(not wrong)
+    return wrong if everywhere else wrong or "fails on another rank"
 
 
 def switched_off(failed: dict[str, str]) -> str:

@@ -55,6 +55,12 @@ class _Node(ctypes.Structure):
     )
 
 
+class _Handle(ctypes.Structure):
+    """CUipcMemHandle of cuda.h, which CUDA takes by value."""
+
+    _fields_ = (("numbers", c_int * 16),)
+
+
 @dataclass(frozen=True)
 class Call:
     """A launch as CUDA takes it."""
@@ -143,6 +149,27 @@ class Player:
             to, size = c_uint64(self._base + region.start), c_uint64(region.nbytes)
             do("cuMemcpyDtoDAsync_v2", to, c_uint64(at), size, self._stream)
         self.wait()
+
+    def box(self, nbytes: int) -> tuple[int, list[int]]:
+        """Take memory, all zeros, that other processes of this machine may write to, until this process ends.
+
+        Returns:
+            Its address, and what `opened` takes in those processes: 16 numbers of 32 bits.
+        """
+        _enter()
+        at, handle = c_uint64(), _Handle()
+        _do("cuMemAlloc_v2", byref(at), c_uint64(nbytes))
+        _do("cuMemsetD8_v2", at, c_ubyte(0), c_uint64(nbytes))
+        _do("cuCtxSynchronize")
+        _do("cuIpcGetMemHandle", byref(handle), at)
+        return at.value, list(handle.numbers)
+
+    def opened(self, handle: Sequence[int]) -> int:
+        """Return the address here of another process's `box`."""
+        _enter()
+        at = c_uint64()
+        _do("cuIpcOpenMemHandle_v2", byref(at), _Handle((c_int * 16)(*handle)), c_uint(1))  # peers are let in as needed
+        return at.value
 
     def start(self, numbers: np.ndarray, chained: bool) -> int:
         """Make all launches, after those of the start before; return at once, with the argument for `best`.

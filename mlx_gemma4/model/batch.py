@@ -108,24 +108,28 @@ class Batcher:
 
         self._traceable, self._traced = traceable, traced
 
-    def start(self, tokens: Tokens, states: Sequence[KVState], draws: Sequence[Draw]) -> BatchStep:
-        """Start a step that reads a token into each of B states, and draws the next of each."""
+    def start(self, tokens: Tokens, states: Sequence[KVState], draws: Sequence[Draw], replay: bool = True) -> BatchStep:
+        """Start a step that reads a token into each of B states, and draws the next of each. `replay`: if it may be."""
         together = [n for n, state in enumerate(states) if self.pool.takes(state)]
         if len(together) == len(states):
-            return self._together(tokens, states, draws)
+            return self._together(tokens, states, draws, replay)
         ids = tokens_as_array(tokens)
         rows = {n: self._alone(ids[n : n + 1], s) for n, s in enumerate(states) if n not in together}
         if together:
             some = [states[n] for n in together], [draws[n] for n in together]
-            logits = self._together(ids[mx.array(together)], *some).logits()
+            logits = self._together(ids[mx.array(together)], *some, replay).logits()
             rows |= {n: logits[i : i + 1] for i, n in enumerate(together)}
         return LazyBatchStep(mx.concatenate([rows[n] for n in range(len(states))]), draws, self._run)
 
-    def _together(self, tokens: Tokens, states: Sequence[KVState], draws: Sequence[Draw]) -> BatchStep:
+    def replays(self, states: int, draws: Sequence[Draw]) -> bool:
+        """Return True if a step for so many states with these draws is replayed, should the pool take them."""
+        return self._replayer.replays(rows_for(states)) and all(draw.in_kernel for draw in draws)
+
+    def _together(self, tokens: Tokens, states: Sequence[KVState], draws: Sequence[Draw], replay: bool) -> BatchStep:
         run, pool, rows = self._run, self.pool, rows_for(len(states))
         tables, pieces = self.places(states, rows)
         key = (run.off, rows, *(table.shape[1] for table in tables.values()), *pieces.items())
-        if self._model.part is None and self._replayer.replays(rows) and all(draw.in_kernel for draw in draws):
+        if replay and self.replays(len(states), draws):
             if self._last is not None:
                 self._wait(False)
 

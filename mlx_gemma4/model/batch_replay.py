@@ -23,6 +23,7 @@ from ..ops import stock
 from ..ops.dispatch import REPLAY, Kernels
 from ..ops.sample import LIKELIEST, SAMPLE, WORDS, Draw
 from .decode import Attend, Constants, forward
+from .exchange import Exchange, exchange_for
 from .step import RowStep, Tokens, known_tokens
 from .weights import Loaded
 
@@ -73,13 +74,15 @@ class BatchReplayer:
         self._finished = mx.compile(lambda logits: stock.softcap(logits, model.config.softcap))
         self._kept: dict[Key, Recorded] = {}
         self._players: dict[int, Player] = {}  # by rows
+        self._exchanges: dict[int, Exchange | None] = {}  # by rows, with other ranks, of a part
         self._started: deque[ReplayedBatch] = deque()  # the latest steps, those whose tokens their player still keeps
         self._broken: set[int] = set()  # rows of steps that can't be replayed here
 
     def replays(self, rows: int) -> bool:
         """Return True if steps of so many rows are replayed."""
-        run = self._run
-        return run.player is not None and REPLAY not in run.off and not run.eager and rows not in self._broken
+        run, part = self._run, self._model.part
+        known = rows not in self._broken and (part is None or part.records)
+        return known and run.player is not None and REPLAY not in run.off and not run.eager
 
     def start(
         self,
@@ -116,6 +119,8 @@ class BatchReplayer:
             ids[: len(states)] = numbers
         drawing = [draw._replace(softcap=self._model.config.softcap).numbers for draw in draws]
         drawing += [LIKELIEST.numbers] * (rows - len(states))
+        if exchange := self._exchanges.get(rows):
+            drawing.append(exchange.next_flags())
         uploaded = np.concatenate([ids, *(table.reshape(-1) for table in tables.values()), *drawing]).astype(np.int32)
         step = ReplayedBatch(self, made, made.player.start(uploaded, chained), states)
         self._started.append(step)
@@ -153,12 +158,18 @@ class BatchReplayer:
             mx.eval(self._started[-1].array)
 
     def _try_to_record(self, rows: int, tables: dict[bool, np.ndarray], key: Key, attend: OverPages) -> Recorded | None:
+        wrong: Exception | None = None
         try:
             self._kept = {k: kept for k, kept in self._kept.items() if kept.player is not self._players.get(rows)}
             self._kept[key] = self._record(rows, tables, attend)
         except Exception as error:  # an operation that runs as its reference, a driver too old ..
+            wrong = error
+        if exchange := self._exchanges.get(rows):
+            wrong = exchange.agreed(wrong)
+        if wrong is not None:
+            self._kept.pop(key, None)
             self._broken.add(rows)
-            log.debug("Batches of %d are not replayed: %s: %s", rows, type(error).__name__, error)
+            log.debug("Batches of %d are not replayed: %s: %s", rows, type(wrong).__name__, wrong)
             return None
         return self._kept[key]
 
@@ -166,18 +177,23 @@ class BatchReplayer:
         """Record a step of so many rows. Raises whatever prevents that."""
         assert self._run.player is not None
         player = self._players[rows] = self._players.get(rows) or self._run.player()
+        if rows not in self._exchanges:
+            self._exchanges[rows] = exchange_for(self._model, player, rows)
+        exchange = self._exchanges[rows]
         arena = Arena()
         recording = Recording(arena)
-        # The first buffer, at the arena's beginning: tokens, their places, how the next ones are drawn.
-        size = rows * (1 + WORDS) + sum(table.size for table in tables.values())
-        numbers: Any = recording.buffer((size,), mx.int32)
+        # The first buffer, at the arena's beginning: tokens, places, how the next ones are drawn; exchanges' flags.
+        stop = rows * (1 + WORDS) + sum(table.size for table in tables.values())
+        numbers: Any = recording.buffer((stop + (exchange.flags if exchange else 0),), mx.int32)
         places, at = {}, rows
         for kind, table in tables.items():
             places[kind] = numbers[at : at + table.size].reshape(*table.shape)
             at += table.size
         run: Any = Kernels(recorder, self._run.off, strict=True)
         with recorded(recording):
-            logits: Any = forward(self._model, run, self._constants, numbers[:rows], attend(run, places))[0]
-            best = run(SAMPLE, logits, numbers[at:].reshape(rows, WORDS))
+            model = exchange.recorded(self._model, run, numbers[stop:]) if exchange else self._model
+            logits: Any = forward(model, run, self._constants, numbers[:rows], attend(run, places))[0]
+            logits = model.part.gathered(logits) if model.part else logits
+            best = run(SAMPLE, logits, numbers[at:stop].reshape(rows, WORDS))
         player.load(recording.launches, arena.nbytes, numbers.size, best.region)
         return Recorded(player, logits.region)

@@ -23,10 +23,12 @@ from ..ops.choose import TOP_K
 from ..ops.dispatch import Kernels
 from ..ops.embed import EMBED, PLE_INPUTS
 from ..ops.epilogue import FP32, SHRINK, Epilogue, Folded
+from ..ops.few_rows import MAX_ROWS
 from ..ops.norms import ADD_NORM, NormOptions
 from ..ops.qkv import QKV_POST, ROTATIONS, QKVArrays, QKVOptions
 from ..ops.quantized_attention import QUANTIZED_ATTENTION
-from .forward import both_summed, rows_by_rank, summed
+from ..ops.stock import Weight
+from .forward import rows_by_rank, summed
 from .spans import Places, Spans, in_sight, numbers_at, placed, spans_of
 from .weights import Layer, Loaded
 
@@ -166,10 +168,14 @@ def _inputs(run: Kernels, model: Loaded, ids: mx.array) -> tuple[mx.array, list[
         x = run(EMBED, ids, w.token_embd, math.sqrt(c.hidden))
     else:
         tables = [w.token_embd] if own is None else [w.token_embd, own]
-        x, *rows = rows_by_rank(part, ids, tables, lambda ids, table: run(EMBED, ids, table, 1.0))
-        x = x * math.sqrt(c.hidden)
-        if rows:
-            own, ids = rows[0], mx.arange(ids.size, dtype=mx.int32)
+        factors = {id(w.token_embd): math.sqrt(c.hidden)}
+
+        def look(ids: mx.array, table: Weight, rows: range | None) -> mx.array:
+            return run(EMBED, ids, table, factors.get(id(table), 1.0), rows=rows)
+
+        x, *found = rows_by_rank(part, ids, tables, look)
+        if found:
+            own, ids = found[0], mx.arange(MAX_ROWS, dtype=mx.int32)[: ids.size]
     if own is None or w.per_layer_model_proj is None:
         return x, []
     assert w.per_layer_proj_norm is not None
@@ -181,9 +187,14 @@ def _inputs(run: Kernels, model: Loaded, ids: mx.array) -> tuple[mx.array, list[
 def _summed_experts(model: Loaded, i: int, m: mx.array, experts: Experts) -> tuple[mx.array, Experts]:
     """Return the dense MLP's output and what add_norm takes of experts in layer i, both summed over ranks in one go."""
     outputs, share, norm1, norm2 = experts
-    mixed = (share[:, None] @ outputs).squeeze(1)  # [T, hidden]
-    m, mixed = both_summed(model, i, m, mixed)
-    return m, (mixed[:, None], mx.ones((mixed.shape[0], 1)), norm1, norm2)
+    part = model.part
+    assert part is not None
+    if i not in part.split["experts"]:  # whole on each rank
+        return summed(model, "mlp", i, m), experts
+    both, mixed = part.sums_with_experts(m, outputs, share)
+    m = both if i in part.split["mlp"] else m
+    ones = mx.ones((MAX_ROWS, 1))[: m.shape[0]]  # MLX keeps less than 4 numbers in the host's memory (CUDA)
+    return m, (mixed.reshape(-1, 1, mixed.shape[-1]), ones, norm1, norm2)
 
 
 def _attention(run: Kernels, model: Loaded, i: int, h: mx.array, attend: Attend) -> mx.array:

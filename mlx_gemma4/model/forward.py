@@ -91,13 +91,18 @@ def inputs(m: Loaded, ids: mx.array, soft: SoftRows | None = None) -> tuple[mx.a
 
 
 def rows_by_rank(
-    part: Part | None, ids: mx.array, tables: Sequence[Weight], look: Callable[[mx.array, Weight], mx.array]
+    part: Part | None,
+    ids: mx.array,
+    tables: Sequence[Weight],
+    look: Callable[[mx.array, Weight, range | None], mx.array],
 ) -> list[mx.array]:
-    """Return what `look` finds of tokens, int [T], in tables, fp32 [T, K] each; of tables in parts, in one sum."""
+    """Return what `look` finds of tokens, int [T], in tables, fp32 [T, K] each; of tables in parts, in one sum.
+
+    look: (ids, table, `stock.embed`'s `rows`).
+    """
     if part is None or part.shard.kind == "layers":
-        return [look(ids, table) for table in tables]
-    here, there = part.here(ids)
-    return part.sums(*(mx.where(there, look(here, table), 0) for table in tables))
+        return [look(ids, table, None) for table in tables]
+    return part.sums(*(look(ids, table, part.rows) for table in tables))
 
 
 def summed(m: Loaded, what: str, i: int, x: mx.array) -> mx.array:

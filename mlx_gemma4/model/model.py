@@ -81,7 +81,7 @@ class Model:
         self._step = make_step(self.loaded, kernels) if kernels else None
         plain = not kernels and on_cpu() and part is None  # a part's sums are forward.py's
         self._numpy_step = NumpyStep(self.loaded) if plain else None
-        replayable = kernels and kernels.player and can_step(config, 1) and part is None
+        replayable = kernels and kernels.player and can_step(config, 1) and (part is None or part.records)
         self.replayer = Replayer(self.loaded, kernels) if kernels and replayable else None
 
     def new_state(
@@ -178,8 +178,8 @@ class Model:
         """
         with execution() as outermost:
             state.check_room(ids.size)
-            if ids.size == 1 and self.replays and soft is None:
-                logits = self._start(int(ids), state).logits()[None]
+            if ids.size == 1 and self.replays and soft is None and self.part is None:
+                logits = self.step(int(ids), state).logits()[None]
             else:
                 logits = self._whole(self._read(ids, state, ids.size if all_logits else 1, soft))
             logits = logits if all_logits else logits[-1]
@@ -195,11 +195,14 @@ class Model:
         """
         return self.replayer is not None and self.replayer.replays and not (self.kernels and self.kernels.eager)
 
-    def step(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST) -> Step:
-        """Start `forward` of one token, whose logits, or the token that `draw` takes from them, are asked for later."""
+    def step(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST, *, replay: bool = True) -> Step:
+        """Start `forward` of one token, whose logits, or the token that `draw` takes from them, are asked for later.
+
+        `replay`: False: launch by launch, though steps are replayed.
+        """
         with execution():
             state.check_room(1)
-            return self._start(token, state, draw)
+            return self._start(token, state, draw, replay)
 
     def batch_step(self, tokens: mx.array | Sequence[int], states: Sequence[KVState]) -> mx.array:
         """Read one token into each of several states of this model, all in one step.
@@ -220,7 +223,14 @@ class Model:
                 mx.async_eval(logits, [a for state in states if not state.borrower for a in state.arrays])
         return logits
 
-    def batch(self, tokens: Tokens, states: Sequence[KVState], draws: Sequence[Draw] | None = None) -> BatchStep:
+    def batch(
+        self,
+        tokens: Tokens,
+        states: Sequence[KVState],
+        draws: Sequence[Draw] | None = None,
+        *,
+        replay: bool = True,
+    ) -> BatchStep:
         """Start `batch_step`, whose logits, or the tokens that `draws` take from them, are asked for later.
 
         A batch may start each step with the one before, whose tokens the host need not know yet; then the logits of
@@ -228,12 +238,13 @@ class Model:
 
         Args:
             draws: B of them; None: the likeliest tokens.
+            replay: as of `step`.
         """
         with execution():
             check_batch(tokens, states)
             draws = draws or [LIKELIEST] * len(states)
             if self.batcher:
-                step = self.batcher.start(tokens, states, draws)
+                step = self.batcher.start(tokens, states, draws, replay)
             elif numpy := self._numpy(states):
                 step = LazyBatchStep(numpy.run(known_tokens(tokens), states)[0], draws)
             else:
@@ -247,9 +258,11 @@ class Model:
         """Return logits of the whole vocabulary."""
         return logits if self.part is None else self.part.gathered(logits)
 
-    def _start(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST) -> Step:
-        replays = self.replayer and self.replays and draw.in_kernel
-        replayed = self.replayer.start(token, state, draw) if self.replayer and replays else None
+    def _start(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST, replay: bool = True) -> Step:
+        replays = replay and self.replays and draw.in_kernel
+        replayed = None
+        if self.replayer and replays and self.replayer.takes(state):
+            replayed = self.replayer.start(token, state, draw)
         return replayed or LazyStep(self._read(ids_of(token), state, 1)[0], draw, self.kernels, self.part)
 
     def most_checked(self, state: KVState) -> int:

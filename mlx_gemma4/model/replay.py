@@ -24,6 +24,7 @@ from ..ops import stock
 from ..ops.dispatch import REPLAY, Kernels
 from ..ops.sample import SAMPLE, WORDS, Draw
 from .decode import Constants, forward, inputs_of, over_parts, with_room
+from .exchange import Exchange, exchange_for
 from .spans import Spans, placed
 from .step import NextToken, known
 from .weights import Loaded
@@ -64,6 +65,7 @@ class Replayer:
         self._constants = Constants.of(model)
         self._finished = mx.compile(lambda logits: stock.softcap(logits, model.config.softcap).squeeze(0))
         self._player: Player | None = None
+        self._exchange: Exchange | None = None  # with other ranks, of a part
         self._arena = Arena()
         self._last: weakref.ref[KVState] | None = None  # the state that stepped last, whichever way
         self._switches = 0  # between states, since one stepped twice in a row
@@ -80,15 +82,17 @@ class Replayer:
         """False once recording has failed, or where `doctor` has switched it off."""
         return not self._broken and REPLAY not in self._run.off
 
-    def start(self, token: NextToken, state: KVState, draw: Draw) -> ReplayedStep | None:
-        """Start a replayed step; None: it is to be done the other way.
+    def takes(self, state: KVState) -> bool:
+        """Return True if a step of this state is to be replayed; to be asked before each step.
 
         Recording costs too much where states take turns: one is taken on when it steps twice in a row.
         """
         last, self._last = None if self._last is None else self._last(), weakref.ref(state)
         self._switches = 0 if last is None or last is state else self._switches + 1
-        if self._switches > 1:
-            return None
+        return self._switches <= 1
+
+    def start(self, token: NextToken, state: KVState, draw: Draw) -> ReplayedStep | None:
+        """Start a replayed step; None: it is to be done the other way."""
         ready = state.borrower is self and state.length < self._until
         before = self._started[-1] if ready and self._started and token is self._started[-1] else None
         number = 0
@@ -101,7 +105,8 @@ class Replayer:
         if len(self._started) == STARTS - 1:
             self._started.popleft().token()
         drawing = draw._replace(softcap=self._model.config.softcap).numbers
-        numbers = np.concatenate([[number], self._spans.at(state.length), drawing]).astype(np.int32)
+        flags = [self._exchange.next_flags()] if self._exchange else []
+        numbers = np.concatenate([[number], self._spans.at(state.length), drawing, *flags]).astype(np.int32)
         started = ReplayedStep(self, self._player, self._player.start(numbers, before is not None))
         self._started.append(started)
         state.advance(before or number)
@@ -142,24 +147,32 @@ class Replayer:
             self._player.forget()
 
     def _try_to_take_on(self, state: KVState) -> bool:
+        wrong: Exception | None = None
         try:
             self.take_on(state)
         except Exception as error:  # an operation that runs as its reference, a driver too old ..
+            wrong = error
+        if self._exchange is not None:
+            wrong = self._exchange.agreed(wrong)
+        if wrong is not None:
             self._broken = True
-            log.debug("Decode steps are not replayed: %s: %s", type(error).__name__, error)
-        return not self._broken
+            self.settle()  # where another rank could not
+            log.debug("Decode steps are not replayed: %s: %s", type(wrong).__name__, wrong)
+        return wrong is None
 
     def take_on(self, state: KVState) -> None:
         """Record the steps of a state, until its tail is full, and copy its tails. Raises whatever prevents that."""
         self.settle()
         assert self._run.player is not None
         player = self._player = self._player or self._run.player()
+        exchange = self._exchange = self._exchange or exchange_for(self._model, player, 1)
         layers = with_room(self._model, state)
         inputs, spans = inputs_of(self._model, layers, 1)
         self._arena.reset()
         recording = Recording(self._arena)
-        # The first buffer, at the arena's beginning: the token, its spans, how the next one is drawn.
-        numbers: Any = recording.buffer((1 + spans.size + WORDS,), mx.int32)
+        # The first buffer, at the arena's beginning: the token, its spans, how the next one is drawn; exchanges' flags.
+        stop = 1 + spans.size + WORDS
+        numbers: Any = recording.buffer((stop + (exchange.flags if exchange else 0),), mx.int32)
         room, tails = _working(state, layers), {}
         for i, kv in layers.items():
             (_, heads, _, dim), dtype = kv.tail_keys.shape, kv.tail_keys.dtype
@@ -169,9 +182,11 @@ class Replayer:
         buffers: Any = {**inputs, "tails": tails}
         with recorded(recording):
             places = placed(numbers[1 : 1 + spans.size], spans.lengths)
-            attend, _ = over_parts(self._model, run, buffers, places, 1)
-            logits: Any = forward(self._model, run, self._constants, numbers[:1], attend)[0]
-            best = run(SAMPLE, logits, numbers[1 + spans.size :].reshape(1, WORDS))
+            model = exchange.recorded(self._model, run, numbers[stop:]) if exchange else self._model
+            attend, _ = over_parts(model, run, buffers, places, 1)
+            logits: Any = forward(model, run, self._constants, numbers[:1], attend)[0]
+            logits = model.part.gathered(logits) if model.part else logits
+            best = run(SAMPLE, logits, numbers[1 + spans.size : stop].reshape(1, WORDS))
         self._logits, self._tails = logits.region, {i: (k.region, v.region) for i, (k, v) in tails.items()}
         player.load(recording.launches, self._arena.nbytes, numbers.size, best.region)
         count = next(iter(layers.values())).count  # of all

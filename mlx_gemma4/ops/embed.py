@@ -24,20 +24,34 @@ def _table(table: mx.array | Packed) -> tuple[dict[str, Any], dict[str, mx.array
     return {"PACKED": 0, "K": k}, {**dict.fromkeys(PLANES), "codes": table}
 
 
-def embed(launcher: Launcher, ids: mx.array, table: Weight, factor: float, *, out: mx.Dtype = mx.float32) -> Any:
-    """Rows of a table [V, K] for ids int32 [T], times a factor: [T, K] in `out`."""
+def embed(
+    launcher: Launcher,
+    ids: mx.array,
+    table: Weight,
+    factor: float,
+    *,
+    rows: range | None = None,
+    out: mx.Dtype = mx.float32,
+) -> Any:
+    """Rows of a table [V, K] for ids int32 [T], times a factor: [T, K] in `out`.
+
+    `rows`: of a larger table, those that this one has; others give zeros.
+    """
     if isinstance(table, Affine):
-        return embed_reference(ids, table, factor, out=out)
+        return embed_reference(ids, table, factor, rows=rows, out=out)
     k = table.shape[-1]
     defines, arrays = _table(table)
-    kernel = render("embed", "embed.metal", out, defines | {"U": out, "FACTOR": factor}, absent(arrays))
+    defines |= {"U": out, "FACTOR": factor, "FIRST": rows.start if rows else 0, "STOP": rows.stop if rows else 0}
+    kernel = render("embed", "embed.metal", out, defines, absent(arrays))
     launch = prepare(launcher, kernel, (-(-k // 256), ids.size, 1), 256, ((ids.size, k), out))
     return launch.by_name({"ids": ids, **arrays})[0]
 
 
-def embed_reference(ids: mx.array, table: Weight, factor: float, *, out: mx.Dtype = mx.float32) -> mx.array:
+def embed_reference(
+    ids: mx.array, table: Weight, factor: float, *, rows: range | None = None, out: mx.Dtype = mx.float32
+) -> mx.array:
     """`embed` in stock MLX."""
-    return (stock.embed(ids, table) * factor).astype(out)
+    return (stock.embed(ids, table, rows) * factor).astype(out)
 
 
 EMBED = Op("embed", embed, embed_reference)

@@ -128,8 +128,11 @@ def expert_linear(x: mx.array, w: Weight, chosen: mx.array) -> mx.array:
     return out.squeeze(-2).astype(x.dtype)
 
 
-def embed(ids: mx.array, table: Weight) -> mx.array:
-    """Rows of a table [V, K], fp32 [T, K], for ids int [T]."""
+def embed(ids: mx.array, table: Weight, rows: range | None = None) -> mx.array:
+    """Rows of a table [V, K], fp32 [T, K], for ids int [T]. `rows`: of a larger table, those of this; others are 0."""
+    if rows is not None:
+        there = (ids >= rows.start) & (ids < rows.stop)
+        return mx.where(there[:, None], embed(mx.where(there, ids - rows.start, 0), table), 0)
     if isinstance(table, mx.array):
         return table[ids].astype(mx.float32)
     if isinstance(table, Affine):

@@ -1,0 +1,364 @@
+"""Measures a model on two GPUs of this machine beside one, over NCCL, and holds its tokens to those of one.
+
+    python benchmarks/two_gpus.py [FILE.gguf ..] [--json OUT.json] [--parts sums,equal,led,one,two] [--limit 60]
+
+Starts its ranks itself, each part of the work in processes of its own with a time limit. Parts: `sums`, what a sum
+over ranks takes by NCCL and in a recorded step; `equal`, greedy tokens of the built-in model and of the tests'
+fixtures, whole and in two parts; `led`, `generate` as `mlx.launch` starts it; and for each FILE `one` and `two` GPUs:
+prompts, and decoding behind them. `profile` shows where a step's time goes (with PyTorch). The exit code is 1 where
+tokens differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+import mlx_gemma4
+from mlx_gemma4.distributed import team
+from mlx_gemma4.distributed.hosts import free_port, read_hosts
+from mlx_gemma4.distributed.place import group_of, placed
+from mlx_gemma4.doctor.ready import make_ready
+from mlx_gemma4.doctor.verdict import MLX, device_name, usable_kernels
+from mlx_gemma4.execution import execution
+from mlx_gemma4.generation.decoding import Statistics
+from mlx_gemma4.generation.loop import generate_tokens
+from mlx_gemma4.generation.sampling import Sampling
+from mlx_gemma4.gpu.recording import Arena, Recording, recorded, recorder
+from mlx_gemma4.loading.loader import load_model, open_model
+from mlx_gemma4.measure.bench import random_ids, size_label
+from mlx_gemma4.memory import on_cpu
+from mlx_gemma4.model.exchange import Exchange
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.ops.exchange import exchange_sum
+from mlx_gemma4.shard import Part, Shard, collective_stream
+
+GREEDY = Sampling(temperature=0)
+HERE = "127.0.0.1"
+ROOT = Path(__file__).parents[1]
+FIXTURES = [f"{kind}-q8_0" for kind in ("e2b", "e4b", "12b", "26b-a4b", "31b", "gemma3")]
+TOKENS = 200  # that are compared
+REPLY, ROUNDS = 96, 3  # tokens of a reply that is timed; replies, of which the first warms up
+SUMS = 120  # of a step of 60 layers
+TOLD = "TWO_GPUS "  # before a line of results
+
+
+# ---- in a rank
+
+
+def shard_here() -> tuple[Shard, mx.distributed.Group]:
+    place = placed()
+    assert place, "this part runs in ranks"
+    group = group_of(place.backend)
+    return Shard(place.rank, place.size, "tensor", group), group
+
+
+def model_of(path: Path | None, shard: Shard | None) -> Model:
+    if path is None:
+        return mlx_gemma4.load(shard=shard, draft=None, mmproj=None).model
+    with open_model(path) as (config, source, _):  # synthetic ones have no tokenizer
+        model, _ = load_model(config, source, kernels=usable_kernels(), shard=shard)
+    make_ready(model)
+    return model
+
+
+def sums() -> Any:
+    """Microseconds of sums: by MLX, one alone and in a chain; in a recorded step, with nothing between them."""
+    shard, group = shard_here()
+    found: dict[str, Any] = {}
+    for rows, rounds in ((1, SUMS), (512, 20)):
+        x = mx.ones((rows, 5376))
+        alone, chain = [], []
+        with execution():
+            for _ in range(10):
+                start = time.perf_counter()
+                mx.eval(mx.distributed.all_sum(x, group=group, stream=collective_stream()))
+                alone.append(time.perf_counter() - start)
+            for _ in range(5):
+                start, y = time.perf_counter(), x
+                for _ in range(rounds):
+                    y = mx.distributed.all_sum(y * 0.5, group=group, stream=collective_stream())
+                mx.eval(y)
+                chain.append((time.perf_counter() - start) / rounds)
+        found[f"mlx, {rows} rows"] = {"alone_us": min(alone) * 1e6, "chained_us": min(chain) * 1e6}
+    kernels = usable_kernels()
+    if kernels is None or kernels.player is None:
+        return found
+    part = Part(shard, 1000, range(500), range(1))
+    for rows in (1, 8):
+        with execution():
+            found[f"recorded, {rows} rows"] = recorded_sums(part, kernels.player(), rows)
+    return found
+
+
+def recorded_sums(part: Part, player: Any, rows: int) -> Any:
+    """Microseconds of each of SUMS sums of a recorded step, and if they are right."""
+    exchange = Exchange.of(part, player, rows * 5376, SUMS)
+    recording = Recording(Arena())
+    flags, result = recording.buffer((SUMS,), mx.int32), recording.buffer((rows, 5376), mx.float32)
+    first = result
+    with recorded(recording):
+        for i in range(SUMS):
+            result = exchange_sum(recorder, result, flags[i : i + 1], exchange.boxes, result if i else None)
+    player.load(recording.launches, recording.arena.nbytes, SUMS, flags[:1].region)
+    player.write([first.region], [mx.full((rows, 5376), 2.0**-100) * (1 + part.shard.rank)])
+    exchange.used, times = SUMS, []
+    for n in range(8):
+        part.agreed(True)  # all begin together
+        start = time.perf_counter()
+        player.start(exchange.next_flags(), False)
+        player.wait()
+        times.append(time.perf_counter() - start)
+        if n == 0:  # each sum doubles all but the first, which adds 1 and 2
+            made = np.array(player.read(result.region))
+    right = bool((made == 3 * 2.0 ** (SUMS - 1 - 100)).all())
+    return {"us": min(times) / SUMS * 1e6, "right": right, "made": float(made.flat[0])}
+
+
+def equal() -> Any:
+    """Greedy tokens of small models, whole on this rank and in parts: how many are equal before the first other."""
+    shard, _ = shard_here()
+    fixtures = {name: ROOT / "tests" / "fixtures" / f"{name}.gguf" for name in FIXTURES}
+    found: dict[str, Any] = {}
+    for name, path in {"built-in": None, **fixtures}.items():
+        tokens, replayed, seconds = [], [], []
+        for given in (None, shard):
+            start = time.perf_counter()
+            model = alone(path) if given is None else model_of(path, given)
+            state = model.new_state()
+            ids = [2, *random_ids(model, 40)]
+            tokens.append([t.id for t in generate_tokens(model, state, ids, GREEDY, TOKENS)])
+            replayed.append(model.replays)
+            seconds.append(time.perf_counter() - start)
+        same = next((i for i, (a, b) in enumerate(zip(*tokens, strict=True)) if a != b), TOKENS)
+        found[name] = {"equal": same, "of": TOKENS, "replayed": replayed, "seconds": seconds}
+        if same < TOKENS and shard.rank == 0:
+            found[name]["tokens"] = [t[max(0, same - 1) : same + 3] for t in tokens]
+        if shard.rank == 0:
+            print(f"{name}: {same} of {TOKENS} equal, replayed {replayed}", flush=True)
+    return found
+
+
+def alone(path: Path | None) -> Model:
+    """A whole model in a rank's process."""
+    rank = os.environ.pop("MLX_RANK")
+    try:
+        return model_of(path, None)
+    finally:
+        os.environ["MLX_RANK"] = rank
+
+
+def led(path: Path) -> Model:
+    """Rank 0's model, which leads; in other ranks this makes its calls, and ends with it."""
+    place = placed()
+    if place is None:
+        return model_of(path, None)
+    if place.rank:
+        team.follow_rank_0(place, Path, lambda path, shard, _: model_of(path, shard))
+    return team.lead(model_of(path, team.gather(place, path, str(path.absolute()), "tensor", {})))
+
+
+def speed(file: str, prompts: str, depth: str) -> Any:
+    """Tokens a second of prompts, and of replies behind `depth` tokens and behind the longest prompt."""
+    start = time.perf_counter()
+    model = led(Path(file))
+    found: dict[str, Any] = {"load_s": time.perf_counter() - start, "prompt": {}, "decode": {}, "samples": {}}
+    lengths = [int(n) for n in prompts.split(",")]
+
+    def show(what: str, n: int, rates: list[float]) -> None:
+        found[what][n], found["samples"][f"{what} {n}"] = median(rates), rates
+        found["replays"] = model.replays
+        print(TOLD + json.dumps(found), flush=True)  # what there is, should time run out
+
+    def read(n: int) -> tuple[Any, float]:
+        state, s = model.new_state(), Statistics()
+        for _ in generate_tokens(model, state, random_ids(model, n), GREEDY, 1, statistics=s):
+            pass
+        return state, s.prompt_rate
+
+    def decode(state: Any) -> list[float]:
+        rates = []
+        for _ in range(ROUNDS):
+            s = Statistics()
+            for _ in generate_tokens(model, state, [*state.tokens, 7], GREEDY, REPLY + 1, statistics=s):
+                pass
+            rates.append(s.reply_rate)
+        return rates[1:]
+
+    for n in lengths[:-1]:
+        show("prompt", n, [read(n)[1] for _ in range(3)][1:])
+    show("decode", int(depth), decode(read(int(depth))[0]))
+    state, rate = read(lengths[-1])
+    show("prompt", lengths[-1], [rate])
+    show("decode", lengths[-1], decode(state))
+    return found
+
+
+def profiled(file: str, depth: str) -> Any:
+    """Where a step's time goes on this GPU: microseconds a token by kernel, without the gaps between them."""
+    import step_profile  # PyTorch
+
+    model = led(Path(file))
+    state = model.new_state()
+    for _ in generate_tokens(model, state, random_ids(model, int(depth)), GREEDY, 1):
+        pass
+    return step_profile.summary(step_profile.records(model, state, 1))
+
+
+def rank_main(part: str, *given: str) -> None:
+    if os.environ.get("TWO_GPUS_BACKEND") == "ring":  # to try the script without GPUs
+        mx.set_default_device(mx.cpu)
+    makers: dict[str, Any] = {"sums": sums, "equal": equal, "speed": speed, "profile": profiled}
+    found = makers[part](*given)
+    found = found if part != "speed" else {**found, "peak_gb": mx.get_peak_memory() / 1e9}
+    print(TOLD + json.dumps(found), flush=True)
+
+
+# ---- the whole
+
+
+def environments(ranks: int, backend: str, folder: Path) -> list[dict[str, str]]:
+    """What ranks are started with, as `mlx.launch -n 2 --backend ..` would; each sees one GPU."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MLX_RANK")}
+    env |= {"TWO_GPUS_BACKEND": backend, "PYTHONUNBUFFERED": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), env.get("PYTHONPATH", "")])
+    if ranks == 1:
+        return [env | {"CUDA_VISIBLE_DEVICES": "0"}]
+    port = free_port(read_hosts(",".join([HERE] * ranks)))
+    if backend == "ring":
+        (folder / "ring.json").write_text(json.dumps([[f"{HERE}:{port + i}"] for i in range(ranks)]))
+        return [env | {"MLX_HOSTFILE": str(folder / "ring.json"), "MLX_RANK": str(i)} for i in range(ranks)]
+    env |= {"NCCL_HOST_IP": HERE, "NCCL_PORT": str(port), "MLX_WORLD_SIZE": str(ranks)}
+    return [env | {"MLX_RANK": str(i), "CUDA_VISIBLE_DEVICES": str(i)} for i in range(ranks)]
+
+
+def run(command: list[str], ranks: int, backend: str, limit: float) -> dict[str, Any]:
+    """Run a command in so many ranks; return rank 0's exit code, seconds, lines and last results."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        outs = [(folder / f"out{i}").open("w+") for i in range(ranks)]
+        errs = [(folder / f"err{i}").open("w+") for i in range(ranks)]
+        started = [
+            subprocess.Popen([sys.executable, *command], env=env, stdout=out, stderr=err, stdin=subprocess.DEVNULL)
+            for env, out, err in zip(environments(ranks, backend, folder), outs, errs, strict=True)
+        ]
+        late = False
+        while any(p.poll() is None for p in started):
+            late = time.perf_counter() - start > limit
+            if late or any(p.poll() for p in started):  # one has failed: the others wait for it
+                time.sleep(0 if late else 3)
+                break
+            time.sleep(0.05)
+        for process in started:
+            process.kill()
+            process.wait()
+        said = [Path(file.name).read_text() for file in (*outs, *errs)]
+    told = [line for line in said[0].splitlines() if line.startswith(TOLD)]
+    result: dict[str, Any] = {"seconds": time.perf_counter() - start, "late": late}
+    result["code"] = [p.returncode for p in started]
+    result["found"] = json.loads(told[-1].removeprefix(TOLD)) if told else None
+    result["out"] = "\n".join(line for line in said[0].splitlines() if not line.startswith(TOLD))
+    result["err"] = ["\n".join(text.splitlines()[-12:]) for text in said[ranks:]]
+    return result
+
+
+def show(name: str, result: dict[str, Any]) -> None:
+    print(f"--- {name}: {result['seconds']:.1f} s, exit codes {result['code']}{', too late' * result['late']}")
+    print(result["out"] or json.dumps(result["found"]), flush=True)
+    if result["late"] or any(result["code"]) or result["found"] is None:
+        print("\n".join(f"rank {i}: {text}" for i, text in enumerate(result["err"]) if text), flush=True)
+
+
+def cells_of(model: str, one: Any, two: Any) -> list[dict[str, Any]]:
+    """The cells of docs/benchmarks: tokens a second of one GPU and of two."""
+    cells = []
+    for what in ("prompt", "decode"):
+        for n, rate in (two or {}).get(what, {}).items():
+            before = (one or {}).get(what, {}).get(n)
+            cell = {"kind": "two-gpus", "what": what, "model": model, "context": int(n), "kv": "full", "ours": rate}
+            cells.append(cell | {"one": before, "ratio": rate / before if before else None})
+    return cells
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("files", type=Path, nargs="*")
+    parser.add_argument("--parts", default="sums,equal,led,one,two")
+    parser.add_argument("--prompts", default="2048,32768")
+    parser.add_argument("--depth", default="512")
+    parser.add_argument("--limit", type=float, default=60, help="seconds of a part")
+    parser.add_argument("--backend", choices=("nccl", "ring"), default="nccl")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    parts, wrong = options.parts.split(","), False
+    report: dict[str, Any] = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "chip": None}
+    report |= {"versions": {"mlx": MLX}, "command": " ".join(["python", *sys.argv]), "cells": [], "parts": {}}
+
+    def go(name: str, command: list[str], ranks: int) -> Any:
+        result = run(command, ranks, options.backend, options.limit)
+        show(name, result)
+        report["parts"][name] = result
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=1))
+        return result["found"]
+
+    me = str(Path(__file__))
+    if "sums" in parts:
+        go("sums", [me, "--rank", "sums"], 2)
+    if "equal" in parts:
+        found = go("equal", [me, "--rank", "equal"], 2) or {}
+        wrong |= not found or any(row["equal"] < row["of"] for row in found.values())
+    if "led" in parts:
+        asked = [
+            "-m",
+            "mlx_gemma4",
+            "generate",
+            "--prompt",
+            "Tell me a tale of a fox.",
+            "--temperature",
+            "0",
+            "-n",
+            "96",
+        ]
+        texts = []
+        for ranks in (1, 2):
+            result = run(asked, ranks, options.backend, options.limit)
+            show(f"generate on {ranks}", result | {"found": result["out"]})
+            texts.append(result["out"])
+        report["led"] = texts
+        wrong |= texts[0] != texts[1] or not texts[0]
+        print("generate gives the same text" if texts[0] == texts[1] else "generate gives ANOTHER text", flush=True)
+    for file in options.files:
+        given = [me, "--rank", "speed", str(file), options.prompts, options.depth]
+        one = go(f"{file.name} on one", given, 1) if "one" in parts else None
+        two = go(f"{file.name} on two", given, 2) if "two" in parts else None
+        report["cells"] += cells_of(size_label(file.stem), one, two)
+        for ranks in (1, 2) if "profile" in parts else ():
+            go(f"{file.name}: profile on {ranks}", [me, "--rank", "profile", str(file), options.depth], ranks)
+    report["chip"] = f"2 x {device_name()}" if not on_cpu() else "2 x CPU"
+    for cell in report["cells"]:
+        ratio = f"{cell['ratio']:.2f} times one's {cell['one']:.1f}" if cell["ratio"] else ""
+        print(f"{cell['model']} {cell['what']} {cell['context']}: {cell['ours']:.1f} tokens/s {ratio}")
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1))
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--rank"]:
+        rank_main(*sys.argv[2:])
+    else:
+        sys.exit(main())

@@ -1,0 +1,112 @@
+"""What ranks exchange within recorded steps: sums and logits, by kernels over memory that their GPUs share.
+
+In: a rank's `Part`, a `Player`. Out: the model as a recording runs it, whose collectives are launches like all others,
+and the flags that each start of the recording uploads. What MLX's engine does for a step that is launched one by one,
+1.1 ms of a 31B's, is done here in a third of it; ranks that are not on one machine have steps of that kind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..gpu.recording import Player
+from ..ops.dispatch import Kernels
+from ..ops.exchange import Boxes, exchange_rows, exchange_sum
+from ..shard import Part
+from .weights import Loaded
+
+
+@dataclass
+class Exchange:
+    """The exchanges of one player's steps, which all ranks start in the same order."""
+
+    part: Part
+    boxes: Boxes
+    flags: int  # that a start uploads: at least as many as a step has exchanges
+    used: int = 0  # by a step, once it is recorded
+    _next: int = 1
+    _tried: bool = False
+
+    @classmethod
+    def of(cls, part: Part, player: Player, room: int, flags: int) -> Exchange:
+        """Make boxes for so many numbers at once, on all ranks together. Raises RuntimeError on all, if one can't."""
+        size, rank = part.shard.size, part.shard.rank
+        trouble, mine, handle, addresses = "", 0, [0] * 16, list[int]()
+        try:
+            mine, handle = player.box(2 * size * room * 8)
+        except RuntimeError as error:
+            trouble = str(error)
+        handles = part.everyones(handle)
+        try:
+            addresses = [mine if i == rank else player.opened(handle) for i, handle in enumerate(handles)]
+        except RuntimeError as error:
+            trouble = trouble or str(error)
+        if not part.agreed(not trouble):
+            raise RuntimeError(trouble or "another rank's GPU shares no memory with this one's")
+        rows_of = np.zeros((max(4, size), 2), np.uint32)  # MLX keeps less in the host's memory (CUDA)
+        rows_of[:size] = np.array(addresses, np.uint64).view(np.uint32).reshape(size, 2)
+        return cls(part, Boxes(mx.array(rows_of), rank, size, room), flags)
+
+    def recorded(self, model: Loaded, run: Kernels, flags: Any) -> Loaded:
+        """Return the model as a recording runs it, given the buffer that has a start's flags, int32 [self.flags]."""
+        self.used = 0
+        held = {f.name: getattr(self.part, f.name) for f in fields(Part)}
+        return replace(model, part=RecordedPart(**held, run=run, flags_at=flags, exchange=self))
+
+    def next_flags(self) -> np.ndarray:
+        """Return the flags of the next start, int32 [self.flags]."""
+        flags = (np.arange(self._next, self._next + self.flags) & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
+        self._next += self.used
+        return flags
+
+    def agreed(self, error: Exception | None) -> Exception | None:
+        """Return what keeps steps from being recorded, on whichever rank it is: they ask each other the first time.
+
+        Raises what happens later: the others go on with recorded steps, so this rank has to end.
+        """
+        if self._tried and error is not None:
+            raise error
+        if not self._tried and not self.part.agreed(error is None):
+            error = error or RuntimeError("another rank can't record steps")
+        self._tried = True
+        return error
+
+
+def exchange_for(model: Loaded, player: Player, rows: int) -> Exchange | None:
+    """Return what a model's steps of so many rows exchange with, as `Exchange.of` does; None: the model is whole."""
+    c, table = model.config, model.weights.per_layer_token_embd
+    if model.part is None:
+        return None
+    widest = max(-(-c.vocab // model.part.shard.size), 2 * c.hidden, 0 if table is None else table.shape[-1])
+    return Exchange.of(model.part, player, rows * widest, 3 * len(c.layers) + 4)
+
+
+@dataclass(frozen=True)
+class RecordedPart(Part):
+    """A part whose collectives are launches of the recording that is being made, one after the other."""
+
+    run: Kernels = field(kw_only=True)
+    flags_at: Any = field(kw_only=True)
+    exchange: Exchange = field(kw_only=True)
+    before: list[Any] = field(default_factory=list, kw_only=True)  # the latest result
+
+    def sums(self, *arrays: Any) -> list[Any]:
+        return [self._made(exchange_sum, a) for a in arrays]
+
+    def sums_with_experts(self, x: Any, outputs: Any, share: Any) -> list[Any]:
+        both = self._made(exchange_sum, x, (outputs, share))
+        return [both[0], both[1]]
+
+    def gathered(self, logits: Any) -> Any:
+        return self._made(exchange_rows, logits, self.vocab)
+
+    def _made(self, kernel: Any, x: Any, *rest: Any) -> Any:
+        at, after = self.exchange.used, self.before[0] if self.before else None
+        made = kernel(self.run.launcher, x, self.flags_at[at : at + 1], self.exchange.boxes, after, *rest)
+        self.before[:] = [made]
+        self.exchange.used = at + 1
+        return made
