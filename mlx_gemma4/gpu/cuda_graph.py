@@ -97,7 +97,7 @@ class Player:
         self._stream, self._numbers, self._tokens = c_void_p(), c_void_p(), c_void_p()
         _enter()
         _do("cuStreamCreate", byref(self._stream), 1)  # waits for no other stream
-        _do("cuMemHostAlloc", byref(self._tokens), c_uint64(4 * ROWS * STARTS), 0)
+        _do("cuMemHostAlloc", byref(self._tokens), c_uint64(4 * 2 * ROWS * STARTS), 0)
         self._done = [c_void_p() for _ in range(STARTS)]  # events
         for event in self._done:
             _do("cuEventCreate", byref(event), 2)  # no timing
@@ -105,7 +105,7 @@ class Player:
         _do("cuDeviceGetAttribute", byref(major), 75, 0)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
         self._early = major.value >= 9  # launches may begin before what they wait for ends
         self._starts = 0
-        self._best, self._rows = 0, 1  # address and number of the likeliest tokens
+        self._best, self._rows, self._words = 0, 1, 1  # of what starts leave: address, tokens, words in all
         self._arena = mx.zeros(0, mx.uint8)
         self._base = 0  # address of the arena
         self._graph, self._executable = c_void_p(), c_void_p()
@@ -123,7 +123,7 @@ class Player:
         Args:
             nbytes: of the arena.
             numbers: count of int32 numbers that each `start` writes to the arena's beginning.
-            best: where the launches leave tokens, int32 [up to ROWS].
+            best: where the launches leave tokens, int32 [up to ROWS], or [2, up to ROWS] with other words behind them.
         """
         _enter()
         self.wait()
@@ -135,7 +135,7 @@ class Player:
                 _do("cuMemFreeHost", self._numbers)
             _do("cuMemHostAlloc", byref(self._numbers), c_uint64(4 * numbers * STARTS), 0)
             self._room = numbers
-        self._best, self._rows = self._base + best.start, best.nbytes // 4
+        self._best, self._rows, self._words = self._base + best.start, best.shape[-1], best.nbytes // 4
         arrays = {id(a): a for launch in launches for a in launch.inputs if isinstance(a, mx.array)}
         self._arrays = list(arrays.values())
         addresses = dict(zip(arrays, self._find(self._arrays), strict=True))
@@ -157,6 +157,12 @@ class Player:
             _do("cuMemcpyDtoDAsync_v2", to, c_uint64(at), size, self._stream)
         self.wait()
 
+    def copy(self, to: Region, other: Player, of: Region) -> None:
+        """Copy what another player's latest start, whose end has been waited for, has left, before the next start."""
+        _enter()
+        at, there = c_uint64(self._base + to.start), c_uint64(other._base + of.start)
+        _do("cuMemcpyDtoDAsync_v2", at, there, c_uint64(of.nbytes), self._stream)
+
     def start(self, numbers: np.ndarray, chained: bool) -> int:
         """Make all launches, after those of the start before; return at once, with the argument for `best`.
 
@@ -175,17 +181,17 @@ class Player:
         size = c_uint64(numbers.nbytes - skip)
         _do("cuMemcpyHtoDAsync_v2", c_uint64(self._base + skip), c_void_p(at + skip), size, self._stream)
         _do("cuGraphLaunch", self._executable, self._stream)
-        left = c_void_p(self._tokens.value + 4 * ROWS * slot)  # type: ignore[operator]
-        _do("cuMemcpyDtoHAsync_v2", left, c_uint64(self._best), c_uint64(4 * self._rows), self._stream)
+        left = c_void_p(self._tokens.value + 4 * 2 * ROWS * slot)  # type: ignore[operator]
+        _do("cuMemcpyDtoHAsync_v2", left, c_uint64(self._best), c_uint64(4 * self._words), self._stream)
         _do("cuEventRecord", self._done[slot], self._stream)
         return slot
 
     def best(self, start: int) -> list[int]:
-        """Wait for one of the latest `STARTS` starts, and return the tokens that it left."""
+        """Wait for one of the latest `STARTS` starts, and return the words that it left, tokens first."""
         _enter()
         _do("cuEventSynchronize", self._done[start])
-        left = ctypes.c_int32 * self._rows
-        return list(left.from_address(self._tokens.value + 4 * ROWS * start))  # type: ignore[operator]
+        left = ctypes.c_int32 * self._words
+        return list(left.from_address(self._tokens.value + 4 * 2 * ROWS * start))  # type: ignore[operator]
 
     def wait(self) -> None:
         """Wait until all that was started is done."""

@@ -312,7 +312,7 @@ class KVState:
         if isinstance(to, Mark) and self._marks.get(to.position) is not to:
             raise InputError(f"the mark at {to.position} is not one of this state's, or was rewound past")
         position = to.position if isinstance(to, Mark) else to
-        if self.borrower is not None and position < self._length and self.borrower.rewinds(position):
+        if self.borrower is not None and position <= self._length and self.borrower.rewinds(position):
             self._know_tokens()
             del self._tokens[position:]
             self._length, self._marks = position, {p: m for p, m in self._marks.items() if p <= position}

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -323,6 +323,12 @@ class Model:
             for state, some in zip(states, ids, strict=True):
                 state.check_room(len(some))
             return self.batcher.check(ids, states, draws)
+
+    def seat(self, state: KVState) -> None:
+        """Have a state's next steps made as those of `replayed_check` are, if memory allows."""
+        if self.batcher is not None:
+            with execution(), suppress(RuntimeError, ValueError):
+                self.batcher.pool.seat(state)
 
     @property
     def recordings(self) -> int:
