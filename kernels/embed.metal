@@ -71,15 +71,19 @@ METAL_FUNC float weight(const thread Row& from, int k) {
 #define WEIGHT(row, k) float(codes[row + ulong(k)])
 #endif
 
-// kernel: embed(ids, codes, group_scales?, block_scales?, grid?) -> (out)
-// out[t, k] = table[ids[t], k] FACTOR. ids int32 [tokens], table [V, K], out [tokens, K] in U.
-// Threads: one an element, threadgroup of 256, grid (256 ceil(K / 256), tokens, 1). Reads a row once.
+// kernel: embed(ids, codes, group_scales?, block_scales?, grid?, behind?) -> (out)
+// out[t, k] = table[ids[t], k] FACTOR, and behind it out[t, K + j] = behind[t, j]. ids int32 [tokens], table [V, K],
+// behind [tokens, BEHIND], out [tokens, K + BEHIND] in U.
+// Threads: one an element, threadgroup of 256, grid (256 ceil((K + BEHIND) / 256), tokens, 1). Reads a row once.
 const int k = int(threadgroup_position_in_grid.x) * 256 + int(thread_index_in_threadgroup);
 const int t = int(threadgroup_position_in_grid.y);
 if (k < K) {
   ROW(row, ids[t])
-  out[t * K + k] = U(WEIGHT(row, k) * FACTOR);
+  out[t * (K + BEHIND) + k] = U(WEIGHT(row, k) * FACTOR);
 }
+#if BEHIND
+else if (k < K + BEHIND) out[t * (K + BEHIND) + k] = U(behind[t * BEHIND + k - K]);
+#endif
 
 // kernel: ple_inputs(ids, proj, norm, codes, group_scales?, block_scales?, grid?) -> (out)
 // The per-layer embeddings: what each layer adds for the token itself.

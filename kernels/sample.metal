@@ -226,9 +226,9 @@ if (temperature == 0.0f || k == 0) {
   for (int i = all + me; i < k; i += 32 * SG) ids[at + i] = -1;
 }
 
-// kernel: sample_merge(values, ids, draws) -> (token)
+// kernel: sample_merge(values, ids, draws, before?) -> (token)
 // The choice among the pieces' candidates: token int32 [rows], or with LEADS [2, rows], of which the second row has the
-// bits of leads. One threadgroup a row, 32 SG EACH candidates at most, grid (32 SG, rows, 1). Candidates need no order:
+// bits of leads. With BEFORE, of one row, the tokens before int32 [n] stand before it. One threadgroup a row, 32 SG EACH candidates at most, grid (32 SG, rows, 1). Candidates need no order:
 // each thread finds the sum of those before its own.
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int me = int(thread_index_in_threadgroup), row = int(threadgroup_position_in_grid.y);
@@ -314,4 +314,10 @@ if (me == 0)
 #else
 best_group(best, best_id, room, places, SG, sg, lane);
 #endif
+#if BEFORE
+const int earlier = int(before_shape[0]);
+if (me < earlier) token[me] = before[me];
+if (me == 0) token[earlier] = best_id;
+#else
 if (me == 0) token[row] = best_id;
+#endif

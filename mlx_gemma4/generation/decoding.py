@@ -301,6 +301,7 @@ class Decoding:
         """Have the reply's steps replayed from the first on in the way in which those that check drafts are, if any."""
         replayed = self.model.checks_replayed(self.state)
         drafting.dear = self.model.replays and not replayed
+        drafting.modelled = not drafting.dear
         if replayed and (self.model.recordings or drafting.drafts.drafter):
             drafting.least_alike = min(NGRAM, drafting.least_alike)
             self.model.seat(self.state)

@@ -225,7 +225,8 @@ class Drafting:
         self.drafts, self.lookup = drafts, Lookup()
         self.hidden: Hidden | None = None  # which the next token was made from
         self.least_alike = drafts.least_alike
-        self.dear = False  # its steps are replayed, but not those that check: no model drafts, no time is learned
+        self.dear = False  # its steps are replayed, but not those that check: no time is learned
+        self.modelled = True  # the model drafts, as long as it can here
         self._probes = False
 
     def ready(self, tokens: Sequence[int]) -> bool:
@@ -247,9 +248,13 @@ class Drafting:
             return None
         if kind == "model" and drafter is not None:
             hidden, self.hidden = self.hidden, None
+            if isinstance(hidden, HiddenRow) and not hidden.there:
+                hidden = None
             if hidden is None and drafter.needs_hidden:
                 return Proposal([], kind)
-            return Proposal(drafter.draft(tokens, state, hidden, count, sampler.following(count)), kind)
+            drafted = drafter.draft(tokens, state, hidden, count, sampler.following(count))
+            self.modelled = self.modelled and (bool(drafted) or hidden is None)
+            return Proposal(drafted, kind) if drafted else None
         found = self.lookup.draft(tokens, count)
         return Proposal(found, kind) if found else None
 
@@ -258,9 +263,9 @@ class Drafting:
         alike = self.lookup.search(tokens)
         alike = alike if alike >= self.least_alike else 0
         kind = f"alike {1 << alike.bit_length() - 1}" if alike else ""
-        if self.drafts.drafter is None or self.dear or alike >= SURE or (kind and not self.drafts.depth("model")):
+        if self.drafts.drafter is None or not self.modelled or alike >= SURE:
             return kind
-        return "model"
+        return kind if kind and not self.drafts.depth("model") else "model"
 
 
 class Check(NamedTuple):

@@ -6,26 +6,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import make_synthetic
 import mlx.core as mx
 import numpy as np
 import pytest
-from constraints import Alternating
 from drafters import Knowing
 from host_player import HostPlayer
 from kernel_cases import metal
 from recorded import path, prompts
 
 from mlx_gemma4 import Sampling, load
-from mlx_gemma4.generation import drafting
+from mlx_gemma4.conversation.language_model import demo_path
 from mlx_gemma4.generation.decoding import Statistics
 from mlx_gemma4.generation.drafting import MOST, Drafts
 from mlx_gemma4.generation.loop import generate_tokens
-from mlx_gemma4.model import decode
+from mlx_gemma4.loading.assistant import load_assistant
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.ops import dispatch, matvec, paged
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.op import OpKey
-from mlx_gemma4.ops.sample import LIKELIEST, Draw
+from mlx_gemma4.ops.sample import Draw
 from mlx_gemma4.ops.tuning import this_gpu
 
 GREEDY = Sampling(temperature=0)
@@ -122,3 +122,33 @@ def test_greedy_replies_are_as_without_drafts(kind: str, depth: int, tmp_path: P
         assert statistics.drafted_tokens >= depth and statistics.accepted_tokens >= 7 * (right == 1)
         assert all(before < len(prompt) for before in stepped) and {n for n, _ in starts()} <= {1, 2, 4, 8}
         assert all(p.loads <= 3 for p in HostPlayer.made), "recorded twice in a reply"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spelling", ["gemma4-assistant", "gemma4_assistant"])
+def test_an_assistants_drafts_are_replayed(spelling: str, tmp_path: Path) -> None:
+    """A dense head and centroids; the hidden row where the target's step left it, or as an array; drawn and not."""
+    file = tmp_path / "mtp.gguf"
+    make_synthetic.write("DEMO", file, spelling=spelling)
+    plain = load(demo_path(), weights="packed", draft=None).model
+    HostPlayer.made.clear()
+    replayed = Model(plain.config, plain.weights, Kernels(metal, OFF, player=HostPlayer), plain.plan)
+    theirs, mine = (load_assistant(file, model) for model in (plain, replayed))
+    ids = [2, *np.random.default_rng(3).integers(300, 4000, 40).tolist()]
+    one, several = plain.new_state(), replayed.new_state()
+    for state in (one, several):
+        plain.prefill(mx.array(ids[:-4]), state)
+    rows = plain.check(ids[-4:-1], one)[1]
+    step = replayed.replayed_check([ids[-4:-1]], [several])
+    assert step is not None
+    step.tokens()
+    for draws in ([], [Draw(1.0, 40, 0.95, seed=7), Draw(1.0, 40, 0.95, seed=7, position=1)]):
+        want = theirs.draft(ids, one, rows[2], 3, draws)
+        assert mine.draft(ids, several, step.hidden(2), 3, draws) == want
+        assert mine.draft(ids, several, rows[2], 3, draws) == want
+    assert len(HostPlayer.made) == 2 and HostPlayer.made[1].loads == 1 and len(HostPlayer.made[1].tokens) == 4
+    assert replayed.batcher is not None and replayed.batcher.holds(several) and step.hidden(0).there
+    np.testing.assert_allclose(np.array(step.hidden(1).array()), np.array(rows[1]), atol=1e-2)
+    replayed.step(5, several)
+    replayed.replayed_check([[5, 6, 7]], [several])
+    assert not step.hidden(0).there
