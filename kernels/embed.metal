@@ -71,22 +71,26 @@ METAL_FUNC float weight(const thread Row& from, int k) {
 #define WEIGHT(row, k) float(codes[row + ulong(k)])
 #endif
 
-// kernel: embed(ids, codes, group_scales?, block_scales?, grid?) -> (out)
-// out[t, k] = table[ids[t], k] FACTOR. ids int32 [tokens], table [V, K], out [tokens, K] in U. Where STOP is not 0, the
-// table has the rows FIRST to STOP of a larger one, and others give zeros.
-// Threads: one an element, threadgroup of 256, grid (256 ceil(K / 256), tokens, 1). Reads a row once.
+// kernel: embed(ids, codes, group_scales?, block_scales?, grid?, behind?) -> (out)
+// out[t, k] = table[ids[t], k] FACTOR, and behind it out[t, K + j] = behind[t, j]. ids int32 [tokens], table [V, K],
+// behind [tokens, BEHIND], out [tokens, K + BEHIND] in U. Where STOP is not 0, the table has the rows FIRST to STOP of a
+// larger one, and others give zeros.
+// Threads: one an element, threadgroup of 256, grid (256 ceil((K + BEHIND) / 256), tokens, 1). Reads a row once.
 const int k = int(threadgroup_position_in_grid.x) * 256 + int(thread_index_in_threadgroup);
 const int t = int(threadgroup_position_in_grid.y);
 if (k < K) {
 #if STOP
   const bool there = ids[t] >= FIRST && ids[t] < STOP;
   ROW(row, there ? ids[t] - FIRST : 0)
-  out[t * K + k] = there ? U(WEIGHT(row, k) * FACTOR) : U(0);
+  out[t * (K + BEHIND) + k] = there ? U(WEIGHT(row, k) * FACTOR) : U(0);
 #else
   ROW(row, ids[t])
-  out[t * K + k] = U(WEIGHT(row, k) * FACTOR);
+  out[t * (K + BEHIND) + k] = U(WEIGHT(row, k) * FACTOR);
 #endif
 }
+#if BEHIND
+else if (k < K + BEHIND) out[t * (K + BEHIND) + k] = U(behind[t * BEHIND + k - K]);
+#endif
 
 // kernel: ple_inputs(ids, proj, norm, codes, group_scales?, block_scales?, grid?) -> (out)
 // The per-layer embeddings: what each layer adds for the token itself.

@@ -4,7 +4,8 @@
 // temperature (0: the likeliest token), top_k (0: all, else up to MOST), the bits of top_p and min_p, two words of a
 // seed, position, the bits of the softcap that the logits still lack (0: none). A draw is the largest logit /
 // temperature + noise (the Gumbel-max trick), where the noise follows from seed, position and token alone.
-// Rendered: SG simdgroups a threadgroup, EACH numbers a thread, MOST.
+// Rendered: SG simdgroups a threadgroup, EACH numbers a thread, MOST; LEADS: of rows of temperature 0, by how much the
+// likeliest token's logit, after any softcap, is above the next best is told too.
 // uses: best.metal
 
 #define LAUNCH_BOUNDS __launch_bounds__(32 * SG)  // for CUDA
@@ -111,10 +112,41 @@ METAL_FUNC float max_group(float v, threadgroup float* room, int sg, int lane) {
   return v;
 }
 
+#if LEADS
+// `best_group` that also finds the second best, which may equal the best.
+METAL_FUNC void two_lane(thread float& a, thread int& i, thread float& second) {
+  UNROLL
+  for (int m = 16; m > 0; m /= 2) {
+    const float b = simd_shuffle_xor(a, ushort(m));
+    const int j = simd_shuffle_xor(i, ushort(m));
+    second = max(max(second, simd_shuffle_xor(second, ushort(m))), min(a, b));
+    better(a, i, b, j);
+  }
+}
+METAL_FUNC void two_group(
+    thread float& a, thread int& i, thread float& second, threadgroup float* values, threadgroup int* places,
+    threadgroup float* seconds, int simdgroup, int lane) {
+  two_lane(a, i, second);
+  if (lane == 0) {
+    values[simdgroup] = a;
+    places[simdgroup] = i;
+    seconds[simdgroup] = second;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (simdgroup == 0) {
+    a = lane < SG ? values[lane] : NOTHING;
+    i = lane < SG ? places[lane] : 0x7FFFFFFF;
+    second = lane < SG ? seconds[lane] : NOTHING;
+    two_lane(a, i, second);
+  }
+}
+#endif
+
 // kernel: sample_pieces(logits, draws) -> (values, ids)
 // Of each piece of a row, 32 SG EACH logits, the top_k largest, ids of -1 behind them if it has fewer. Without top_k
-// and for temperature 0 the choice itself: its logit, id, and noise as the second value. logits [rows, V] in T, values
-// fp32 and ids int32 [rows, pieces, MOST]. Grid (32 SG pieces, rows, 1). Reads the logits once.
+// and for temperature 0 the choice itself: its logit, id, and as the second value its noise, or the next best logit with
+// LEADS. logits [rows, V] in T, values fp32 and ids int32 [rows, pieces, MOST]. Grid (32 SG pieces, rows, 1). Reads the
+// logits once.
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int me = int(thread_index_in_threadgroup), row = int(threadgroup_position_in_grid.y);
 const int piece = int(threadgroup_position_in_grid.x), pieces = int(threadgroups_per_grid.x), V = logits_shape[1];
@@ -147,11 +179,25 @@ if (temperature == 0.0f || k == 0) {
     UNROLL
     for (int i = 0; i < EACH; i++) logit[i] = (logit[i] - top) / temperature + noise(key, id[i]);
   }
+#if LEADS
+  threadgroup float seconds[SG];
+  float second = NOTHING;
+#endif
   UNROLL
   for (int i = 0; i < EACH; i++) {
-    if (id[i] < V) better(best, best_id, logit[i], id[i]);
+    if (id[i] < V) {
+#if LEADS
+      second = max(second, min(best, logit[i]));
+#endif
+      better(best, best_id, logit[i], id[i]);
+    }
   }
+#if LEADS
+  two_group(best, best_id, second, room, places, seconds, sg, lane);
+  if (me == 0 && temperature == 0.0f) values[at + 1] = second;
+#else
   best_group(best, best_id, room, places, SG, sg, lane);
+#endif
   if (me == 0) {
     if (temperature != 0.0f) {
       best = max(NOTHING, capped(float(logits[ulong(row) * ulong(V) + ulong(best_id)]), cap));
@@ -180,9 +226,10 @@ if (temperature == 0.0f || k == 0) {
   for (int i = all + me; i < k; i += 32 * SG) ids[at + i] = -1;
 }
 
-// kernel: sample_merge(values, ids, draws) -> (token)
-// The choice among the pieces' candidates: token int32 [rows]. One threadgroup a row, 32 SG EACH candidates at most,
-// grid (32 SG, rows, 1). Candidates need no order: each thread finds the sum of those before its own.
+// kernel: sample_merge(values, ids, draws, before?) -> (token)
+// The choice among the pieces' candidates: token int32 [rows], or with LEADS [2, rows], of which the second row has the
+// bits of leads. With BEFORE, of one row, the tokens before int32 [n] stand before it. One threadgroup a row, 32 SG EACH candidates at most, grid (32 SG, rows, 1). Candidates need no order:
+// each thread finds the sum of those before its own.
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int me = int(thread_index_in_threadgroup), row = int(threadgroup_position_in_grid.y);
 const int pieces = values_shape[1], at = row * pieces * MOST;
@@ -195,6 +242,10 @@ threadgroup float weight[MOST];
 threadgroup int name[MOST];
 float best = NOTHING;
 int best_id = 0x7FFFFFFF;
+#if LEADS
+threadgroup float seconds[SG];
+float second = NOTHING;
+#endif
 if (temperature == 0.0f || k == 0) {
   float top = NOTHING;
   if (temperature != 0.0f) {
@@ -204,6 +255,9 @@ if (temperature == 0.0f || k == 0) {
   for (int p = me; p < pieces; p += 32 * SG) {
     float value = values[at + p * MOST];
     if (temperature != 0.0f) value = (value - top) / temperature + values[at + p * MOST + 1];
+#if LEADS
+    else second = max(max(second, values[at + p * MOST + 1]), min(best, value));
+#endif
     better(best, best_id, value, ids[at + p * MOST]);
   }
 } else {
@@ -252,5 +306,18 @@ if (temperature == 0.0f || k == 0) {
     }
   }
 }
+#if LEADS
+two_group(best, best_id, second, room, places, seconds, sg, lane);
+if (me == 0)
+  token[int(threadgroups_per_grid.y) + row] =
+      as_type<int>(temperature == 0.0f ? capped(best, cap) - capped(second, cap) : -NOTHING);
+#else
 best_group(best, best_id, room, places, SG, sg, lane);
+#endif
+#if BEFORE
+const int earlier = int(before_shape[0]);
+if (me < earlier) token[me] = before[me];
+if (me == 0) token[earlier] = best_id;
+#else
 if (me == 0) token[row] = best_id;
+#endif

@@ -178,6 +178,12 @@ def device_info() -> dict[str, Any]:
     return mx.device_info()
 
 
+def memory_size() -> int:
+    """Return the bytes of memory of the device that MLX computes on; 0: unknown."""
+    info = device_info()
+    return int(info.get("total_memory", info.get("memory_size", 0)))
+
+
 def on_cpu() -> bool:
     """True if MLX computes on the CPU."""
     return mx.default_device().type == mx.DeviceType.cpu

@@ -8,7 +8,6 @@ import os
 import struct
 import tempfile
 from collections.abc import Sequence
-from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -65,7 +64,8 @@ class HostPlayer:
     def start(self, numbers: np.ndarray, chained: bool) -> int:
         assert self.loaded and numbers.dtype == np.int32 and numbers.size == self.numbers
         if chained:
-            numbers = np.concatenate([self._at(self.best_region), numbers[prod(self.best_region.shape) :]])
+            tokens = self.best_region.shape[-1]
+            numbers = np.concatenate([self._at(self.best_region).reshape(-1)[:tokens], numbers[tokens:]])
         self.chained += chained
         self.arena[: numbers.nbytes] = numbers.view(np.uint8)
         for launch in self.launches:
@@ -86,7 +86,7 @@ class HostPlayer:
                     self._at(region)[..., count, :] = np.array(a)[..., count, :]
                 else:
                     self._at(region)[...] = np.array(a)
-        self.tokens.append(self._at(self.best_region).tolist())
+        self.tokens.append(self._at(self.best_region).reshape(-1).tolist())
         return len(self.tokens) - 1
 
     def best(self, start: int) -> list[int]:
@@ -94,6 +94,9 @@ class HostPlayer:
         return self.tokens[start]
 
     def wait(self) -> None: ...
+
+    def copy(self, to: Region, other: HostPlayer, of: Region) -> None:
+        self._at(to)[...] = other._at(of)
 
     def read(self, region: Region) -> mx.array:
         return mx.array(self._at(region).copy())

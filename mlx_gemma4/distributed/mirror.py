@@ -203,7 +203,7 @@ class LedModel(Model):
             check_batch(tokens, states)
             draws = draws or [LIKELIEST] * len(states)
             key = next(self.keys)
-            if replay and self.batcher and self.batcher.replays(len(states), draws):
+            if replay and self.batcher and self.batcher.steps_replayed(len(states), draws):
                 tokens = self._told_replay("replay_batch", tokens, key, states, draws)
                 replayed: BatchStep = self._replayed(self.inner.batch(tokens, states, draws), key, draws)
                 return replayed

@@ -92,7 +92,18 @@ def assistant_sizes(assistant: Assistant) -> Sizes:
         heads.append(Heads(shape.heads, shape.kv_heads, shape.head_dim, window, "", has_kv=False))
     usable = tuple(used for p in products for used in _as_launched(p))
     experts = (assistant.config.centroids, assistant.config.centroids_used)
-    return Sizes(c.hidden, 0, tuple(heads), usable, "", experts=experts[0], used=experts[1])
+    target, tokens = assistant.target, w.decoder.output.shape[1] if w.ordering is not None else 0
+    return Sizes(
+        c.hidden,
+        0,
+        tuple(heads),
+        usable,
+        _type(target.weights.token_embd),
+        experts=experts[0],
+        used=experts[1],
+        centroid_tokens=tokens,
+        target_hidden=target.config.hidden,
+    )
 
 
 def outer_products(w: Weights) -> list[Product]:

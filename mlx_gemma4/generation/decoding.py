@@ -21,13 +21,14 @@ import numpy as np
 from ..errors import InputError
 from ..execution import execution
 from ..kv.state import KVState
+from ..model.batch_replay import ReplayedBatch
 from ..model.model import Model
-from ..model.step import Step, ids_of
+from ..model.step import RowStep, Step, ids_of, known
 from ..ops.dispatch import REPLAY
 from ..ops.sample import LIKELIEST
-from .drafting import Check, Drafting, lead
+from .drafting import NGRAM, Check, Drafting, Hidden, lead
 from .prompt import give_back, read_chunk
-from .sampling import Sample, Sampler, Token, choose_in_turn
+from .sampling import Sample, Sampler, Token, choose_in_turn, draws_in_turn
 
 log = logging.getLogger("mlx_gemma4")
 
@@ -98,13 +99,14 @@ class Decoding:
     drafting: Drafting | None = None
     produced: int = 0  # tokens received
     first: float = 0.0  # when the first was there
-    chosen: Sample | Step | None = None  # the next token, before it is received
+    chosen: Sample | Step | int | None = None  # the next token, before it is received
     step: Step | None = None  # or what it is to be chosen from
     check: Check | None = None  # or the step that checks drafts of it
     accepted: deque[Token] = field(default_factory=deque)  # by that, and read, but not yet received
     known: bool = False  # the token chosen next is on the host
     sure: bool = True  # False: it is to be read by a step of its own
     since: float = 0.0  # when the latest step of one token could start; 0: unknown
+    recordings: int = 0  # `Model.recordings` then
     stopped: bool = False  # it is complete
 
     def __post_init__(self) -> None:
@@ -135,6 +137,8 @@ class Decoding:
 
     def turn(self) -> Token | None:
         """Receive the next token, the one after it started; None: that was a stop token."""
+        if self.drafting and not self.produced:
+            self.begin_drafting(self.drafting)
         if self.check is not None:
             self.settle_check(self.check)
         if self.accepted:
@@ -148,6 +152,8 @@ class Decoding:
     def _undrafted(self) -> Token:
         # A step starts before its token is known to the host, where that can be.
         self.known, self.sure = False, True
+        if self.drafting:
+            self.drafting.hidden = None
         pipelined = self.constraint is None and (self.in_step or not self.model.replays)
         token = self._pipelined() if pipelined else self._one_by_one()
         self.timed(time.perf_counter())
@@ -175,10 +181,10 @@ class Decoding:
 
         The caller has the token while the device runs the step; then, under a constraint, the mask is made.
         """
-        sample, token = self.received()
+        chosen, token = self.received()
         last = self.is_last(token)
         try:
-            self.step = self.read(sample, last=last)
+            self.step = self.read(chosen, last=last)
             if self.step is not None and not self.model.replays:
                 with execution():
                     mx.async_eval(self.step.logits())
@@ -194,7 +200,7 @@ class Decoding:
             return self.chosen
         try:
             if self.chosen is not None:
-                return Sample(mx.array(self.chosen.token()))
+                return Sample(mx.array(known(self.chosen)))
             assert self.step is not None
             return self.sample(self.step)
         except FAILURES as error:
@@ -212,7 +218,7 @@ class Decoding:
         """Return the tokens that the constraint lets come next; None: any."""
         return None if self.constraint is None else self.constraint.mask()
 
-    def read(self, chosen: Sample | Step, *, last: bool) -> Step | None:
+    def read(self, chosen: Sample | Step | int, *, last: bool) -> Step | None:
         """Start the step that reads a chosen token; None after the last, whose logits nobody wants."""
         token = chosen.token if isinstance(chosen, Sample) else chosen
         with execution():
@@ -232,20 +238,21 @@ class Decoding:
             mx.async_eval(sample)
         return sample
 
-    def receive(self, chosen: Sample | Step) -> Token:
+    def receive(self, chosen: Sample | Step | int) -> Token:
         """Wait for a chosen token."""
-        token = chosen.on_host() if isinstance(chosen, Sample) else Token(chosen.token())
+        token = chosen.on_host() if isinstance(chosen, Sample) else Token(known(chosen))
         self.count(token)
         return token
 
-    def received(self) -> tuple[Sample, Token]:
+    def received(self) -> tuple[Sample | int, Token]:
         """Receive the next token; return it, and what was chosen: anew where its evaluation has failed."""
-        sample = self.next_token()
+        chosen = self.next_token() if self.chosen is None else self.chosen
         try:
-            return sample, self.receive(sample)
+            token = self.receive(chosen)
         except FAILURES as error:
-            sample = self.sample(self.again(error))
-            return sample, self.receive(sample)
+            chosen = self.sample(self.again(error))
+            token = self.receive(chosen)
+        return chosen if isinstance(chosen, Sample) else token.id, token
 
     def count(self, token: Token) -> None:
         """Count a token that the host has received."""
@@ -260,8 +267,11 @@ class Decoding:
 
     def _drafted(self, drafting: Drafting) -> Token:
         """Receive the next token, and start the step that reads it with drafts of those after it, if any are made."""
-        sample, token = self.received()
-        self.chosen = self.step = None
+        of = self.chosen or self.step
+        if isinstance(of, RowStep) and isinstance(of.of, ReplayedBatch):
+            drafting.hidden = of.of.hidden(of.row)
+        chosen, token = self.received()
+        of = self.chosen = self.step = None  # nobody has that step any more: its logits need not be kept
         self.known, last = False, self.is_last(token)
         try:
             if not last and self.start_check(drafting):
@@ -272,7 +282,7 @@ class Decoding:
         try:
             in_step = self.in_step
             # A stop token is read as where nobody drafts: there its step starts before it is known.
-            step = self.read(sample, last=last if self.constraint else self.produced == self.max_tokens)
+            step = self.read(chosen, last=last if self.constraint else self.produced == self.max_tokens)
             if last or step is None:
                 return token
             if in_step:
@@ -287,9 +297,18 @@ class Decoding:
         self.since = time.perf_counter()
         return token
 
+    def begin_drafting(self, drafting: Drafting) -> None:
+        """Have the reply's steps replayed from the first on in the way in which those that check drafts are, if any."""
+        replayed = self.model.checks_replayed(self.state)
+        drafting.dear = self.model.replays and not replayed
+        drafting.modelled = not drafting.dear
+        if replayed and (self.model.recordings or drafting.drafts.drafter):
+            drafting.least_alike = min(NGRAM, drafting.least_alike)
+            self.model.seat(self.state)
+
     def start_check(self, drafting: Drafting) -> bool:
         """Start the step that reads the latest token with drafts, and chooses after each; False: none are worth it."""
-        start, before = time.perf_counter(), self.state.length
+        start, before, recordings = time.perf_counter(), self.state.length, self.model.recordings
         most = min(self.max_tokens - self.produced, self.model.most_checked(self.state)) - 1
         drafts = drafting.propose(self.ids, self.state, most, self.sampler)
         if drafts is None:
@@ -303,16 +322,30 @@ class Decoding:
         if not masks or (drafts.tokens and not tokens):
             return False
         drafts = drafts._replace(tokens=tokens)
+        ids, hidden = [self.ids[-1], *tokens], cast("Callable[[int], Hidden]", None)
         with execution():
-            logits, hidden = self.model.check([self.ids[-1], *tokens], self.state)
+            draws, after = draws_in_turn(self.sampler, len(ids)) if self.in_step else ([], [])
+            replayed = self.model.replayed_check([ids], [self.state], draws)
+            if replayed is not None:
+                drafting.least_alike, hidden = min(NGRAM, drafting.least_alike), replayed.hidden
+        self.statistics.drafted_tokens += len(tokens)
+        if replayed is not None and draws:
+            self.check = Check(drafts, replayed, after, None, hidden, before, start, recordings)
+            return True
+        with execution():
+            if replayed is not None:
+                logits = replayed.logits()
+            else:
+                logits, rows_after = self.model.check(ids, self.state)
+                mx.async_eval(rows_after)
+                hidden = rows_after.__getitem__
             samples, samplers = choose_in_turn(self.sampler, logits, masks)
             leads = None
             if self.model.kernels is not None and self.sampler.sampling.temperature == 0:
                 rows = zip([self.sampler, *samplers], logits, masks, samples, strict=False)
                 leads = mx.stack([lead(sampler.altered(row, mask), each.token) for sampler, row, mask, each in rows])
-            mx.async_eval(samples, *([] if leads is None else [leads]), hidden)
-        self.check = Check(drafts, samples, samplers, leads, hidden, before, start)
-        self.statistics.drafted_tokens += len(tokens)
+            mx.async_eval(samples, *([] if leads is None else [leads]))
+        self.check = Check(drafts, samples, samplers, leads, hidden, before, start, recordings)
         return True
 
     def settle_check(self, check: Check) -> None:
@@ -320,13 +353,14 @@ class Decoding:
         assert self.drafting is not None
         self.check = None
         try:
-            tokens = [sample.on_host() for sample in check.samples]
+            tokens = check.tokens()
             right, unsure = check.taken([token.id for token in tokens])
         except FAILURES as error:
             self.step = self.without_drafts(error)
             return
         rows, drafts = len(tokens), self.drafting.drafts
-        drafts.took(rows, time.perf_counter() - check.start)
+        if self.model.recordings == check.recordings and not self.drafting.dear:
+            drafts.took(rows, time.perf_counter() - check.start)
         if rows > 1:
             drafts.found(check.drafts.kind, right, rows - 1)
         last = min(right, unsure - 1)  # the row whose token comes next
@@ -336,9 +370,11 @@ class Decoding:
             self.step = self.model.step(self.ids[-1], self.state)
             return
         self.accepted.extend(tokens[:last])
-        self.chosen, self.sampler = check.samples[last], check.samplers[last]
+        replayed = isinstance(check.samples, ReplayedBatch)
+        self.chosen = tokens[last].id if replayed else cast("list[Sample]", check.samples)[last]
+        self.sampler = check.samplers[last]
         self.known = self.sure = unsure > right
-        self.drafting.hidden = check.hidden[last] if self.sure else None
+        self.drafting.hidden = check.hidden(last) if self.sure else None
 
     def settled(self) -> list[Token]:
         """Receive the tokens that a check of drafts has found; then the reply may step beside others."""
@@ -370,7 +406,8 @@ class Decoding:
 
     def timed(self, now: float) -> None:
         """Learn what a step of one token takes, from one to the next."""
-        if self.drafting and self.since:
+        before, self.recordings = self.recordings, self.model.recordings
+        if self.drafting and self.since and before == self.recordings:
             self.drafting.drafts.took(1, now - self.since)
         self.since = now
 

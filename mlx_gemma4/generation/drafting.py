@@ -9,19 +9,20 @@ docs/drafting.md says what is measured, what that promises, and where it ends.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias, cast
 
 import mlx.core as mx
 
 from ..kv.state import KVState
+from ..model.batch_replay import HiddenRow, ReplayedBatch
 from ..model.decode import MAX_CHECKED
 from ..ops.sample import Draw
 from ..paths import keep, kept
-from .sampling import Sample, Sampler
+from .sampling import Sample, Sampler, Token
 
 log = logging.getLogger("mlx_gemma4")
 
@@ -42,6 +43,9 @@ KEEP_EVERY = 32  # steps with drafts, after which what was learned is written
 MODELS_KEPT = 32
 
 
+Hidden: TypeAlias = "mx.array | HiddenRow"  # an array: fp32 [hidden]
+
+
 class Drafter(Protocol):
     """A model that guesses the next tokens of one sequence at a time."""
 
@@ -53,7 +57,7 @@ class Drafter(Protocol):
         self,
         tokens: Sequence[int],
         state: KVState,
-        hidden: mx.array | None,
+        hidden: Hidden | None,
         count: int,
         draws: Sequence[Draw] = (),
     ) -> list[int]:
@@ -62,8 +66,7 @@ class Drafter(Protocol):
         Args:
             tokens: all of the sequence; the last one is not read yet.
             state: of the target, which has read all but the last token. Must stay as it is.
-            hidden: the target's hidden row after its last norm, which the head made the last token from: fp32
-                [hidden]. None: unknown.
+            hidden: the target's hidden row after its last norm, which the head made the last token from. None: unknown.
             draws: how the target will draw each of these tokens; empty: in another way. A drafter that draws from
                 its own logits by the same numbers agrees with the target more often than one that takes its likeliest.
         """
@@ -125,8 +128,8 @@ class Drafts:
             most: drafts of a step, at most; more than MOST count as MOST.
             drafter: a model that drafts where repetition has nothing better to say.
             depth: always so many, whatever is measured.
-            least_alike: tokens alike from which on repetition drafts. More than NGRAM where a step that checks is
-                followed by a dear one: on NVIDIA steps are recorded anew.
+            least_alike: tokens alike from which on repetition drafts, until a step that checks has been recorded. More
+                than NGRAM on NVIDIA, where that takes as long as some ten steps.
             row: what each more row is taken to cost, of a step, until it is measured.
         """
         self.most, self.drafter, self.fixed = min(most, MOST), drafter, depth
@@ -220,7 +223,10 @@ class Drafting:
 
     def __init__(self, drafts: Drafts) -> None:
         self.drafts, self.lookup = drafts, Lookup()
-        self.hidden: mx.array | None = None  # which the next token was made from
+        self.hidden: Hidden | None = None  # which the next token was made from
+        self.least_alike = drafts.least_alike
+        self.dear = False  # its steps are replayed, but not those that check: no time is learned
+        self.modelled = True  # the model drafts, as long as it can here
         self._probes = False
 
     def ready(self, tokens: Sequence[int]) -> bool:
@@ -242,43 +248,54 @@ class Drafting:
             return None
         if kind == "model" and drafter is not None:
             hidden, self.hidden = self.hidden, None
+            if isinstance(hidden, HiddenRow) and not hidden.there:
+                hidden = None
             if hidden is None and drafter.needs_hidden:
                 return Proposal([], kind)
-            return Proposal(drafter.draft(tokens, state, hidden, count, sampler.following(count)), kind)
+            drafted = drafter.draft(tokens, state, hidden, count, sampler.following(count))
+            self.modelled = self.modelled and (bool(drafted) or hidden is None)
+            return Proposal(drafted, kind) if drafted else None
         found = self.lookup.draft(tokens, count)
         return Proposal(found, kind) if found else None
 
     def _kind(self, tokens: Sequence[int]) -> str:
         """Return whose drafts are to be had: the model's, or those of repetition by how much is alike; "": none."""
         alike = self.lookup.search(tokens)
-        alike = alike if alike >= self.drafts.least_alike else 0
+        alike = alike if alike >= self.least_alike else 0
         kind = f"alike {1 << alike.bit_length() - 1}" if alike else ""
-        if self.drafts.drafter is None or alike >= SURE or (kind and not self.drafts.depth("model")):
+        if self.drafts.drafter is None or not self.modelled or alike >= SURE:
             return kind
-        return "model"
+        return kind if kind and not self.drafts.depth("model") else "model"
 
 
 class Check(NamedTuple):
     """A step that checks drafts, under way."""
 
     drafts: Proposal
-    samples: list[Sample]  # of each row: what would be chosen there
+    samples: list[Sample] | ReplayedBatch  # of each row: what would be chosen there, or the step that draws it
     samplers: list[Sampler]  # as they are after each
-    leads: mx.array | None  # of each row's token before the next best, fp32; None: rows are exact
-    hidden: mx.array  # fp32 [rows, hidden]
+    leads: mx.array | None  # of each row's token before the next best, fp32; None: rows are exact, or the step says it
+    hidden: Callable[[int], Hidden]  # of a row
     before: int  # length of the state
     start: float  # seconds
+    recordings: int  # `Model.recordings` then
+
+    def tokens(self) -> list[Token]:
+        """Return each row's token. Waits for the device."""
+        if isinstance(self.samples, ReplayedBatch):
+            return [Token(token) for token in self.samples.tokens()]
+        return [sample.on_host() for sample in self.samples]
 
     def taken(self, tokens: Sequence[int]) -> tuple[int, int]:
         """Return how many drafts were right, and the first row that is too close to call, at most one past those."""
-        right = 0
+        right, leads = 0, cast("list[float]", [])
         while right < len(self.drafts.tokens) and tokens[right] == self.drafts.tokens[right]:
             right += 1
-        unsure = right + 1
-        if self.leads is not None:
-            leads: list[float] = self.leads[: right + 1].tolist()  # type: ignore[assignment]
-            unsure = next((i for i, lead in enumerate(leads) if lead < NEAR), unsure)
-        return right, unsure
+        if isinstance(self.samples, ReplayedBatch):
+            leads = self.samples.leads()
+        elif self.leads is not None:
+            leads = cast("list[float]", self.leads.tolist())
+        return right, next((i for i, lead in enumerate(leads[: right + 1]) if lead < NEAR), right + 1)
 
 
 def lead(logits: mx.array, token: mx.array) -> mx.array:

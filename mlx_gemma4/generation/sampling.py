@@ -214,6 +214,16 @@ def choose_in_turn(
     return samples, after
 
 
+def draws_in_turn(sampler: Sampler, n: int) -> tuple[list[Draw], list[Sampler]]:
+    """Return how the next n tokens are drawn, and the sampler as it is after each. The given one stays as it is."""
+    draws, after = [], []
+    for _ in range(n):
+        sampler = copy.copy(sampler)
+        draws.append(sampler.draw())
+        after.append(sampler)
+    return draws, after
+
+
 def penalise(logits: mx.array, recent: mx.array, penalty: float) -> mx.array:
     """Make recent tokens less likely (Keskar et al., arXiv:1909.05858). logits [vocab], recent int [n]."""
     chosen = logits[recent]

@@ -90,7 +90,7 @@ class Player:
         self._stream, self._numbers, self._tokens = c_void_p(), c_void_p(), c_void_p()
         enter()
         do("cuStreamCreate", byref(self._stream), 1)  # waits for no other stream
-        do("cuMemHostAlloc", byref(self._tokens), c_uint64(4 * ROWS * STARTS), 0)
+        do("cuMemHostAlloc", byref(self._tokens), c_uint64(4 * 2 * ROWS * STARTS), 0)
         self._done = [c_void_p() for _ in range(STARTS)]  # events
         for event in self._done:
             do("cuEventCreate", byref(event), 2)  # no timing
@@ -98,7 +98,7 @@ class Player:
         do("cuDeviceGetAttribute", byref(major), 75, 0)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
         self._early = major.value >= 9  # launches may begin before what they wait for ends
         self._starts = 0
-        self._best, self._rows = 0, 1  # address and number of the likeliest tokens
+        self._best, self._rows, self._words = 0, 1, 1  # of what starts leave: address, tokens, words in all
         self._arena = mx.zeros(0, mx.uint8)
         self._base = 0  # address of the arena
         self._graph, self._executable = c_void_p(), c_void_p()
@@ -116,7 +116,7 @@ class Player:
         Args:
             nbytes: of the arena.
             numbers: count of int32 numbers that each `start` writes to the arena's beginning.
-            best: where the launches leave tokens, int32 [up to ROWS].
+            best: where the launches leave tokens, int32 [up to ROWS], or [2, up to ROWS] with other words behind them.
         """
         enter()
         self.wait()
@@ -128,7 +128,7 @@ class Player:
                 do("cuMemFreeHost", self._numbers)
             do("cuMemHostAlloc", byref(self._numbers), c_uint64(4 * numbers * STARTS), 0)
             self._room = numbers
-        self._best, self._rows = self._base + best.start, best.nbytes // 4
+        self._best, self._rows, self._words = self._base + best.start, best.shape[-1], best.nbytes // 4
         arrays = {id(a): a for launch in launches for a in launch.inputs if isinstance(a, mx.array)}
         self._arrays = list(arrays.values())
         found = dict(zip(arrays, addresses(self._arrays), strict=True))
@@ -156,20 +156,26 @@ class Player:
         Returns:
             Its address, and what `opened` takes in those processes: 16 numbers of 32 bits.
         """
-        _enter()
+        enter()
         at, handle = c_uint64(), _Handle()
-        _do("cuMemAlloc_v2", byref(at), c_uint64(nbytes))
-        _do("cuMemsetD8_v2", at, c_ubyte(0), c_uint64(nbytes))
-        _do("cuCtxSynchronize")
-        _do("cuIpcGetMemHandle", byref(handle), at)
+        do("cuMemAlloc_v2", byref(at), c_uint64(nbytes))
+        do("cuMemsetD8_v2", at, c_ubyte(0), c_uint64(nbytes))
+        do("cuCtxSynchronize")
+        do("cuIpcGetMemHandle", byref(handle), at)
         return at.value, list(handle.numbers)
 
     def opened(self, handle: Sequence[int]) -> int:
         """Return the address here of another process's `box`."""
-        _enter()
+        enter()
         at = c_uint64()
-        _do("cuIpcOpenMemHandle_v2", byref(at), _Handle((c_int * 16)(*handle)), c_uint(1))  # peers are let in as needed
+        do("cuIpcOpenMemHandle_v2", byref(at), _Handle((c_int * 16)(*handle)), c_uint(1))  # peers are let in as needed
         return at.value
+
+    def copy(self, to: Region, other: Player, of: Region) -> None:
+        """Copy what another player's latest start, whose end has been waited for, has left, before the next start."""
+        enter()
+        at, there = c_uint64(self._base + to.start), c_uint64(other._base + of.start)
+        do("cuMemcpyDtoDAsync_v2", at, there, c_uint64(of.nbytes), self._stream)
 
     def start(self, numbers: np.ndarray, chained: bool) -> int:
         """Make all launches, after those of the start before; return at once, with the argument for `best`.
@@ -189,17 +195,17 @@ class Player:
         size = c_uint64(numbers.nbytes - skip)
         do("cuMemcpyHtoDAsync_v2", c_uint64(self._base + skip), c_void_p(at + skip), size, self._stream)
         do("cuGraphLaunch", self._executable, self._stream)
-        left = c_void_p(self._tokens.value + 4 * ROWS * slot)  # type: ignore[operator]
-        do("cuMemcpyDtoHAsync_v2", left, c_uint64(self._best), c_uint64(4 * self._rows), self._stream)
+        left = c_void_p(self._tokens.value + 4 * 2 * ROWS * slot)  # type: ignore[operator]
+        do("cuMemcpyDtoHAsync_v2", left, c_uint64(self._best), c_uint64(4 * self._words), self._stream)
         do("cuEventRecord", self._done[slot], self._stream)
         return slot
 
     def best(self, start: int) -> list[int]:
-        """Wait for one of the latest `STARTS` starts, and return the tokens that it left."""
+        """Wait for one of the latest `STARTS` starts, and return the words that it left, tokens first."""
         enter()
         do("cuEventSynchronize", self._done[start])
-        left = ctypes.c_int32 * self._rows
-        return list(left.from_address(self._tokens.value + 4 * ROWS * start))  # type: ignore[operator]
+        left = ctypes.c_int32 * self._words
+        return list(left.from_address(self._tokens.value + 4 * 2 * ROWS * start))  # type: ignore[operator]
 
     def wait(self) -> None:
         """Wait until all that was started is done."""

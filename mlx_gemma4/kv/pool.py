@@ -37,6 +37,7 @@ class Seat:
     first: dict[bool, int]  # the page of the sequence that stands first there
     start: dict[bool, int]  # position of the first token that is there
     segments: dict[int, list[weakref.ref[Segment]]] = field(default_factory=dict)  # by layer; others may share them
+    joined: int = 0  # length of the state then
 
     @property
     def nbytes(self) -> int:
@@ -53,11 +54,18 @@ class Seat:
         """Give the pages back, with nothing kept of them."""
         self.pool.free(self)
 
+    def rewinds(self, position: int) -> bool:
+        """True for what was written here since it joined, as far as pages are kept for (`Pool._first`)."""
+        state = self.state()
+        return state is not None and max(self.joined, state.length - state.layout.tail) <= position
+
 
 class Pool:
     """Pages of all layers with keys and values of their own. To be used under the execution lock."""
 
-    def __init__(self, config: Config, dtype: mx.Dtype, fill: Fill, page: int, idle: Callable[[bool], None]) -> None:
+    def __init__(
+        self, config: Config, dtype: mx.Dtype, fill: Fill, page: int, idle: Callable[[bool], None], kept: int = 0
+    ) -> None:
         """
         Args:
             dtype: of keys and values.
@@ -65,8 +73,9 @@ class Pool:
             page: tokens of one.
             idle: waits until nothing reads or writes the pool; called before states join or leave, with True before
                 its arrays go or others take their place.
+            kept: bytes of arrays, at most, that stay when the last state leaves, and with them what was recorded.
         """
-        self.config, self.dtype, self.page = config, dtype, page
+        self.config, self.dtype, self.page, self.kept = config, dtype, page, kept
         self._fill, self._idle = fill, idle
         self.layers = [i for i, shape in enumerate(config.layers) if shape.kv_layer == i]
         self.kinds = list(dict.fromkeys(config.layers[i].sliding for i in self.layers))
@@ -87,13 +96,13 @@ class Pool:
         """Return True if a state's keys and values can be in pages: those in full precision."""
         return state.kv == "full" and state.dtype == self.dtype
 
-    def seat(self, state: KVState) -> Seat:
-        """Return a state's pages with room for its next token; a state that has none joins."""
+    def seat(self, state: KVState, tokens: int = 1) -> Seat:
+        """Return a state's pages with room for its next tokens; a state that has none joins."""
         seat = self._seats.get(id(state))
         if seat is None or state.borrower is not seat:
             seat = self._join(state)
         for kind in self.kinds:
-            first, needed = self._first(kind, state), state.length // self.page + 1
+            first, needed = self._first(kind, state), (state.length + tokens - 1) // self.page + 1
             while seat.first[kind] < first and seat.pages[kind]:
                 self._free[kind].append(seat.pages[kind].pop(0))
                 seat.first[kind] += 1
@@ -144,24 +153,27 @@ class Pool:
             state.take_back(layers)
 
     def free(self, seat: Seat) -> None:
-        """Take a seat's pages back; the last one to go takes the pool along."""
+        """Take a seat's pages back; the last one to go takes the pool along, if it is large."""
+        self._vacate(seat)
+        if not self._seats and self.nbytes > self.kept:
+            self._idle(True)
+            self.arrays = {}
+            self._free = {kind: [] for kind in self.kinds}
+
+    def _vacate(self, seat: Seat | None = None) -> None:
+        """Take back the pages of a seat, and of states that are no more."""
         for key, other in list(self._seats.items()):
             if other is seat or other.state() is None:
                 del self._seats[key]
                 for kind, pages in other.pages.items():
                     self._free[kind] += pages
                     other.pages[kind] = []
-        if not self._seats:
-            self._idle(True)
-            self.arrays = {}
-            self._free = {kind: [] for kind in self.kinds}
 
     def _join(self, state: KVState) -> Seat:
         layers = state.layers  # whoever else has it settles
         self._idle(False)
-        for other in [s for s in self._seats.values() if s.state() is None]:
-            self.free(other)
-        seat = Seat(self, weakref.ref(state), {kind: [] for kind in self.kinds}, {}, {})
+        self._vacate()
+        seat = Seat(self, weakref.ref(state), {kind: [] for kind in self.kinds}, {}, {}, joined=state.length)
         try:
             self._move_in(seat, layers, state)
         except BaseException:  # too little memory, or a kernel that fails here

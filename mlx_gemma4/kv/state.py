@@ -36,6 +36,9 @@ class Borrower(Protocol):
     def forget(self) -> None:
         """Let go of the state without checking anything in."""
 
+    def rewinds(self, position: int) -> bool:
+        """Return True if what was checked out goes on from there as it is, when the state is so long again."""
+
     @property
     def nbytes(self) -> int:
         """Bytes of what the state has there that it does not hold itself."""
@@ -309,6 +312,11 @@ class KVState:
         if isinstance(to, Mark) and self._marks.get(to.position) is not to:
             raise InputError(f"the mark at {to.position} is not one of this state's, or was rewound past")
         position = to.position if isinstance(to, Mark) else to
+        if self.borrower is not None and position <= self._length and self.borrower.rewinds(position):
+            self._know_tokens()
+            del self._tokens[position:]
+            self._length, self._marks = position, {p: m for p, m in self._marks.items() if p <= position}
+            return
         self._require(position, "rewind")
         if position == self._length:
             return

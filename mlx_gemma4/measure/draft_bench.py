@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import mean, median
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
 from ..execution import execution
-from ..generation.drafting import MOST, Drafter
+from ..generation.drafting import MOST, Drafter, Hidden
 from ..kv.state import KVState
 from ..model.model import Model
 from .bench import fill, random_ids, reply_rate
@@ -80,20 +80,29 @@ def run_steps(
 ) -> tuple[int, int, float]:
     """Make at least `reply` tokens; return how many, in how many steps, and in how many seconds."""
     chance, tokens = random.Random(drafts), [*state.tokens, *random_ids(model, 1)]
-    before, steps, hidden = state.length, 0, None
+    before, steps, hidden = state.length, 0, cast("Hidden | None", None)
     start = time.perf_counter()
     while state.length < before + reply:
         count = min(drafts, model.most_checked(state) - 1)
         guessed = random_ids(model, count) if drafter is None else drafter.draft(tokens, state, hidden, count)
-        with execution():
-            logits, rows = model.check([tokens[-1], *guessed], state)
-            best = mx.argmax(logits, axis=1)
-            mx.async_eval(best, rows)
-        best.tolist()
+        rows = checked(model, [tokens[-1], *guessed], state)
         right = 0
         while right < len(guessed) and chance.random() < share:
             right += 1
-        hidden, steps = rows[right], steps + 1
+        hidden, steps = rows(right), steps + 1
         tokens += [*guessed[:right], *random_ids(model, 1)]
         state.rewind(len(tokens) - 1)
     return state.length - before, steps, time.perf_counter() - start
+
+
+def checked(model: Model, tokens: Sequence[int], state: KVState) -> Callable[[int], Hidden]:
+    """Check tokens as a reply does, wait until the likeliest after each are known, and return the rows they are of."""
+    if replayed := model.replayed_check([tokens], [state]):
+        replayed.tokens()
+        return replayed.hidden
+    with execution():
+        logits, rows = model.check(tokens, state)
+        best = mx.argmax(logits, axis=1)
+        mx.async_eval(best, rows)
+    best.tolist()
+    return rows.__getitem__

@@ -18,14 +18,16 @@ import mlx.core as mx
 from ..config import Config
 from ..execution import execution
 from ..kv.state import KVState
-from ..ops.choose import TOP_K
-from ..ops.dispatch import ALL, references
+from ..ops.choose import SPREAD, TOP_K
+from ..ops.dispatch import ALL, Kernels, references
 from ..ops.embed import EMBED
 from ..ops.epilogue import FP32, Folded
 from ..ops.qkv import QKV_POST, ROTATIONS, QKVArrays, QKVOptions
-from ..ops.sample import SAMPLE, Draw, draws_of
+from ..ops.sample import LIKELIEST, SAMPLE, Draw, draws_of
 from ..ops.stock import Weight
+from .batch_replay import HiddenRow
 from .decode import TRACES, Attend, Constants, Inputs, attend_parts, can_step, inputs_of, through_layers
+from .draft_replay import ReplayedDrafts
 from .forward import rope_wavelengths
 from .model import Model
 from .spans import numbers_at, placed
@@ -102,14 +104,15 @@ class Assistant:
         self.loaded = Loaded(own, weights.decoder, target.kv_dtype, waves, target.kernels)
         in_kernels = can_step(own, 1) and can_step(target.config, 1)
         self.run = target.kernels if target.kernels and in_kernels else references()
-        self._constants = Constants.of(self.loaded)
+        self.constants = Constants.of(self.loaded)
+        self._replayer = ReplayedDrafts(self, target.batcher) if target.batcher and target.replayer else None
         self._traced = lru_cache(TRACES)(lambda _, count: mx.compile(partial(self.drafted, count)))
 
     def draft(
         self,
         tokens: Sequence[int],
         state: KVState,
-        hidden: mx.array | None,
+        hidden: mx.array | HiddenRow | None,
         count: int,
         draws: Sequence[Draw] = (),
     ) -> list[int]:
@@ -118,16 +121,22 @@ class Assistant:
         Args:
             tokens: all so far, of which the last is not in `state` yet.
             state: the target's, of all tokens but the last. It stays as it is.
-            hidden: fp32 [H], the target's after its last norm, which the head made the last token from.
-            draws: how to draw each token from the assistant's logits; empty: the likeliest.
+            hidden: the target's after its last norm, which the head made the last token from; an array: fp32 [H].
+            draws: how to draw each token from the assistant's logits, the likeliest after those.
         """
         if hidden is None or not count or not state.length:
             return []
-        run, draws = self.run, draws[:count]
+        run, draws = self.run, [_drawn_in_kernel(draw) for draw in draws[:count]]
+        draws += [LIKELIEST] * (count - len(draws) if draws else 0)
+        if self._replayer is not None:
+            replayed = self._replayer.draft(tokens[-1], state, hidden, draws or count)
+            if replayed is not None:
+                return replayed
         with execution():
+            hidden = hidden.array() if isinstance(hidden, HiddenRow) else hidden
             inputs, drawn = self.inputs(state), [draws_of(draws)] if draws else []
             shapes = (tuple(k.shape for k, _ in segments) for segments in inputs["segments"].values())
-            lazy = not draws or (all(draw.in_kernel for draw in draws) and run.off.isdisjoint((SAMPLE.key, ALL)))
+            lazy = not draws or run.off.isdisjoint((SAMPLE.key, ALL))
             traced = run.traced and not run.eager and lazy
             made = self._traced((run.off, len(draws), *shapes), count) if traced else partial(self.drafted, count)
             drafted = made(mx.array([tokens[-1]], mx.int32), hidden[None], inputs, *drawn)
@@ -150,36 +159,44 @@ class Assistant:
         Args:
             ids: int32 [1], the last token.
             hidden: fp32 [1, H].
-            draws: int32 [count or fewer, ..], of `draws_of`.
+            draws: int32 [count, ..], of `draws_of`; None: the likeliest.
         """
-        attend, found = self.attention(inputs), []
+        return self.tokens(self.run, count, ids, hidden, self.attention(inputs), draws)
+
+    def tokens(
+        self, run: Kernels, count: int, ids: mx.array, hidden: mx.array, attend: Attend, draws: mx.array | None
+    ) -> mx.array:
+        """`drafted`, of any keys and values; recorded if it has draws."""
+        found: mx.array | None = None
         for i in range(count):
-            h = self.step(ids, hidden, attend)
-            logits, tokens = self.scores(h)
-            if draws is not None and i < draws.shape[0]:
-                ids = self.run(SAMPLE, spread(logits, tokens, self.target.config.vocab), draws[i : i + 1])
+            h = self.step(run, ids, hidden, attend)
+            logits = self.scores(run, h)
+            if draws is None:
+                ids = mx.argmax(logits, axis=-1).astype(mx.int32)
+                found = ids if found is None else mx.concatenate([found, ids])
             else:
-                best = mx.argmax(logits, axis=-1).astype(mx.int32)
-                ids = best if tokens is None else tokens[best]
-            hidden = self.run.product(h, self.weights.post_projection, FP32)
-            found.append(ids)
-        return mx.concatenate(found)
+                found = run(SAMPLE, logits, draws[i : i + 1], before=found)
+                ids = found[i : i + 1]
+            if i + 1 < count:
+                hidden = run.product(h, self.weights.post_projection, FP32)
+        assert found is not None
+        return found
 
-    def step(self, ids: mx.array, hidden: mx.array, attend: Attend) -> mx.array:
+    def step(self, run: Kernels, ids: mx.array, hidden: mx.array, attend: Attend) -> mx.array:
         """Return the assistant's hidden state after its last norm, [1, h], of a token [1] and a hidden state [1, H]."""
-        run, target = self.run, self.target
-        embedded = run(EMBED, ids, target.weights.token_embd, math.sqrt(target.config.hidden))
-        x = run.product(mx.concatenate([embedded, hidden], axis=1), self.weights.pre_projection, FP32)
-        return through_layers(self.loaded, run, self._constants, x, attend)
+        target = self.target
+        joined = run(EMBED, ids, target.weights.token_embd, math.sqrt(target.config.hidden), behind=hidden)
+        x = run.product(joined, self.weights.pre_projection, FP32)
+        return through_layers(self.loaded, run, self.constants, x, attend)
 
-    def scores(self, h: mx.array) -> tuple[mx.array, mx.array | None]:
-        """Return the logits of a hidden state [1, h], fp32 [1, n], and the n tokens that they are of; None: of all."""
-        run, w = self.run, self.weights
+    def scores(self, run: Kernels, h: mx.array) -> mx.array:
+        """Return the logits of a hidden state [1, h], fp32 [1, vocab]."""
+        w = self.weights
         if w.centroids is None or w.ordering is None:
-            return run.product(h, w.decoder.output, FP32), None
+            return run.product(h, w.decoder.output, FP32)
         near, _ = run(TOP_K, run.product(h, w.centroids, FP32), self.config.centroids_used)  # [1, used]
-        logits = run.product(h, w.decoder.output, FP32, Folded(ids=near[0]))  # [used, tokens of a centroid]
-        return logits.reshape(1, -1), w.ordering.reshape(self.config.centroids, -1)[near[0]].reshape(-1)
+        near = near.reshape(-1)
+        return run(SPREAD, run.product(h, w.decoder.output, FP32, Folded(ids=near)), near, w.ordering)
 
     def attention(self, inputs: Inputs) -> Attend:
         """Return the attention of a draft's layers to what `inputs` gives."""
@@ -195,8 +212,6 @@ class Assistant:
         return attend
 
 
-def spread(logits: mx.array, tokens: mx.array | None, vocab: int) -> mx.array:
-    """Return the logits [1, vocab] of all tokens, where only some have been scored: others get the lowest less 1."""
-    if tokens is None:
-        return logits
-    return mx.put_along_axis(mx.broadcast_to(logits.min() - 1, (1, vocab)), tokens[None], logits, axis=1)
+def _drawn_in_kernel(draw: Draw) -> Draw:
+    """Return a draw by the same numbers, without filters that no kernel makes."""
+    return draw if draw.in_kernel else draw._replace(top_k=0, top_p=1.0, min_p=0.0)

@@ -1,13 +1,15 @@
-"""A step for several states at once: each reads one token of its own.
+"""A step for several states at once: each reads one token of its own, or several that are checked.
 
 In: a token and a `KVState` for each reply. Out: logits of all, row by row. Who is in a batch may change from step to
 step. On a CPU stock operations take all rows at once, RoPE and attention state by state (forward.py). On a GPU it is
 the pass of decode.py with a row for each state, whose keys and values lie in pages of one pool (kv/pool.py) that
-kernels write in place: as many launches as for one state. States that the pool does not take step alone.
+kernels write in place: as many launches as for one state. States that the pool does not take step alone. Where it is
+replayed, a state may have several rows: all are written before any attends, and each sees up to itself.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -17,20 +19,22 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import InputError
-from ..kv.pool import Pair, Pool
+from ..kv.pool import Pair, Pool, Seat
 from ..kv.state import KVState
+from ..memory import memory_size
 from ..ops import paged, stock
 from ..ops.dispatch import Kernels
 from ..ops.paged import FILL_PAGES, PAGED_ATTENTION
 from ..ops.qkv import QKV_POST, ROTATIONS, QKVArrays, QKVOptions
-from ..ops.sample import Draw
-from .batch_replay import BatchReplayer
+from ..ops.sample import LIKELIEST, Draw
+from .batch_replay import BatchReplayer, Key, ReplayedBatch
 from .decode import TRACES, Attend, Constants, forward
 from .forward import head, run_layers
 from .step import BatchStep, LazyBatchStep, Tokens, count_of, tokens_as_array
 from .weights import Loaded
 
 MAX_BATCH = 32  # states of a step
+KEPT = 32  # of the GPU's memory: how small a pool is that stays when the last state leaves
 Alone = Callable[[mx.array, KVState], mx.array]  # (ids int [1], state) -> logits [1, vocab], the whole
 
 
@@ -93,9 +97,12 @@ class Batcher:
     def __init__(self, model: Loaded, run: Kernels, alone: Alone) -> None:
         self._model, self._run, self._alone = model, run, alone
         self._constants = Constants.of(model)
+        self.recordings = 0  # so far
         self._last: mx.array | None = None  # logits of the latest step that was not replayed
-        self._replayer = BatchReplayer(model, run, self._constants)
-        self.pool = Pool(model.config, model.kv_dtype, self._fill, paged.PAGE, self._wait)
+        self.replayer = BatchReplayer(model, run, self._constants, self.note_recording)
+        kept = memory_size() // KEPT if run.player else 0
+        self.pool = Pool(model.config, model.kv_dtype, self._fill, paged.PAGE, self._wait, kept)
+        self.on_moving: list[Callable[[], None]] = []  # called before the pool's arrays go, beside the replayer
 
         def traceable(pieces: dict[bool, int], ids: mx.array, inputs: Inputs) -> tuple[mx.array, dict[int, Pair]]:
             attend, moved = over_pages(model, run, inputs, pieces)
@@ -121,25 +128,68 @@ class Batcher:
             rows |= {n: logits[i : i + 1] for i, n in enumerate(together)}
         return LazyBatchStep(mx.concatenate([rows[n] for n in range(len(states))]), draws, self._run)
 
-    def replays(self, states: int, draws: Sequence[Draw]) -> bool:
+    def note_recording(self) -> None:
+        """Count a recording over the pool's arrays."""
+        self.recordings += 1
+
+    def replays(self, rows: int, state: KVState) -> bool:
+        """Return True if steps of so many rows, some of them this state's, are replayed."""
+        return self._model.part is None and self.pool.takes(state) and self.replayer.replays(rows_for(rows))
+
+    def holds(self, state: KVState) -> bool:
+        """Return True if a state is in the pool."""
+        return isinstance(state.borrower, Seat) and state.borrower.pool is self.pool
+
+    def check(
+        self, ids: Sequence[Sequence[int]], states: Sequence[KVState], draws: Sequence[Draw] = ()
+    ) -> ReplayedBatch | None:
+        """Start a replayed step in which each state reads some tokens, one behind the other; None: not here.
+
+        Args:
+            ids: of each of the states, MAX_BATCH tokens at most in all.
+            draws: of the token after each of these, `in_kernel`; (): the likeliest.
+        """
+        tokens = [token for some in ids for token in some]
+        of_rows = [state for state, some in zip(states, ids, strict=True) for _ in some]
+        if not all(self.replays(len(tokens), state) for state in states):
+            return None
+        return self._replayed(tokens, of_rows, draws or [LIKELIEST] * len(tokens), *self._keyed(of_rows))
+
+    def _keyed(self, states: Sequence[KVState]) -> tuple[Key, dict[bool, np.ndarray], dict[bool, int]]:
+        """Return the places of rows, their pieces, and what a step of them depends on beside the pool's arrays."""
+        rows = rows_for(len(states))
+        tables, pieces = self.places(states, rows)
+        return (self._run.off, rows, *(t.shape[1] for t in tables.values()), *pieces.items()), tables, pieces
+
+    def _replayed(
+        self,
+        tokens: Tokens,
+        states: Sequence[KVState],
+        draws: Sequence[Draw],
+        key: Key,
+        tables: dict[bool, np.ndarray],
+        pieces: dict[bool, int],
+    ) -> ReplayedBatch | None:
+        if self._last is not None:
+            self._wait(False)
+
+        def attend(recording: Kernels, places: dict[bool, Any]) -> Attend:
+            return over_pages(self._model, recording, {"places": places, "pool": self.pool.arrays}, pieces)[0]
+
+        return self.replayer.start(tokens, states, draws, tables, key, attend)
+
+    def steps_replayed(self, states: int, draws: Sequence[Draw]) -> bool:
         """Return True if a step for so many states with these draws is replayed, should the pool take them."""
-        return self._replayer.replays(rows_for(states)) and all(draw.in_kernel for draw in draws)
+        return self.replayer.replays(rows_for(states)) and all(draw.in_kernel for draw in draws)
 
     def _together(self, tokens: Tokens, states: Sequence[KVState], draws: Sequence[Draw], replay: bool) -> BatchStep:
         run, pool, rows = self._run, self.pool, rows_for(len(states))
-        tables, pieces = self.places(states, rows)
-        key = (run.off, rows, *(table.shape[1] for table in tables.values()), *pieces.items())
-        if replay and self.replays(len(states), draws):
-            if self._last is not None:
-                self._wait(False)
-
-            def attend(recording: Kernels, places: dict[bool, Any]) -> Attend:
-                return over_pages(self._model, recording, {"places": places, "pool": pool.arrays}, pieces)[0]
-
-            step = self._replayer.start(tokens, states, draws, tables, key, attend)
+        key, tables, pieces = self._keyed(states)
+        if replay and self.steps_replayed(len(states), draws):
+            step = self._replayed(tokens, states, draws, key, tables, pieces)
             if step is not None:
                 return step
-        self._replayer.wait()
+        self.replayer.wait()
         ids = tokens_as_array(tokens)
         if self._last is not None:  # steps write in place: this one is to follow, whatever its tokens come of
             ids = ids + (self._last[0, 0] > mx.inf).astype(mx.int32)
@@ -157,21 +207,25 @@ class Batcher:
         return LazyBatchStep(self._last, draws, run, self._model.part)
 
     def places(self, states: Sequence[KVState], rows: int) -> tuple[dict[bool, np.ndarray], dict[bool, int]]:
-        """Return a step's places by kind of layer, int32 [rows, ..], and its pieces. States without pages join."""
+        """Return a step's places by kind of layer, int32 [rows, ..], and its pieces. States without pages join.
+
+        `states`: of rows; one that has several reads as many tokens, one behind the other.
+        """
         pool, c = self.pool, self._model.config
-        seats = [pool.seat(state) for state in states]
+        count = Counter(map(id, states))
+        seats = [pool.seat(state, count[id(state)]) for state in states]
+        ahead = [sum(other is state for other in states[:n]) for n, state in enumerate(states)]
+        lengths = [state.length + more for state, more in zip(states, ahead, strict=True)]
         tables, pieces = {}, {}
         for kind in pool.kinds:
             shape = next(layer for layer in c.layers if layer.sliding == kind)
-            room = paged.page_room(max(pool.most_pages(kind, state.length) for state in states))
+            room = paged.page_room(max(pool.most_pages(kind, length) for length in lengths))
             pieces[kind] = paged.pieces_for(rows, shape.heads, shape.kv_heads, room, pool.page)
-            seen = [
-                pool.row(*pair) for pair in zip(seats, [kind] * len(seats), (s.length for s in states), strict=True)
-            ]
+            seen = [pool.row(seat, kind, length) for seat, length in zip(seats, lengths, strict=True)]
             share = paged.share_for(max(stop for _, stop, _ in seen), pieces[kind])
             table = np.zeros((rows, paged.PAGES + room), np.int32)
             for n, (first, stop, pages) in enumerate(seen):
-                table[n] = paged.place_row(states[n].length, first, stop, pages, room, share)
+                table[n] = paged.place_row(lengths[n], first, stop, pages, room, share)
             for n in range(len(states), rows):  # without a state: each has a place of its own in page 0
                 table[n] = paged.place_row(0, n, n + 1, [0], room, share)
             tables[kind] = table
@@ -187,6 +241,8 @@ class Batcher:
             with suppress(RuntimeError, ValueError):  # one that has failed is told to who asks for its logits
                 mx.eval(last)
         if moving:
-            self._replayer.forget()
+            self.replayer.forget()
+            for forget in self.on_moving:
+                forget()
         else:
-            self._replayer.wait()
+            self.replayer.wait()

@@ -1,6 +1,7 @@
-"""Steps for several states on an NVIDIA GPU, recorded once for a number of rows and replayed: one launch for the host.
+"""Steps over a pool's pages on an NVIDIA GPU, recorded once for a number of rows and replayed: one launch for the host.
 
 In: the pass of decode.py over a pool of pages (batch.py), and a `Player` for each number of rows. Out: `BatchStep`s.
+Rows are different states' tokens, or several of a state's, one behind the other: drafts that are checked.
 Who is in the batch and where its pages are is told by numbers that each start uploads, so states join and leave without
 a new recording: one is made where the pool's arrays have moved, or a row needs more places for its pages.
 """
@@ -8,10 +9,11 @@ a new recording: one is made where the pool's arrays have moved, or a row needs 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
@@ -33,21 +35,47 @@ OverPages = Callable[[Kernels, dict[bool, Any]], Attend]  # (run, places by kind
 Key = tuple[Any, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Recorded:
-    """A player that has been loaded with a step, and where that leaves logits."""
+    """A player that has been loaded with a step, and where that leaves what it makes."""
 
     player: Player
+    rows: int
     logits: Region  # fp32 [rows, vocab], before any softcap
+    hidden: Region  # [rows, hidden], what the head reads, in the KV's dtype
+    starts: int = 0  # so far; what a start has left is there until the next
+
+
+class HiddenRow(NamedTuple):
+    """A row that a replayed step's head has read, where the step left it."""
+
+    of: Recorded
+    row: int
+    start: int
+
+    @property
+    def there(self) -> bool:
+        """False once another step has gone over it."""
+        return self.of.starts == self.start
+
+    def array(self) -> mx.array:
+        """Return a copy, fp32 [hidden]."""
+        return self.of.player.read(self.region)[0].astype(mx.float32)
+
+    @property
+    def region(self) -> Region:
+        """Its place, [1, hidden]."""
+        start, allocation, (_, width), dtype = self.of.hidden
+        return Region(start + self.row * width * dtype.size, allocation, (1, width), dtype)
 
 
 class ReplayedBatch:
-    """A replayed step that is under way, or done. All but `tokens` under the execution lock."""
+    """A replayed step that is under way, or done. All but `tokens` and `leads` under the execution lock."""
 
     def __init__(self, replayer: BatchReplayer, of: Recorded, start: int, states: Sequence[KVState]) -> None:
-        self._replayer, self.of, self._start = replayer, of, start
-        self.states = list(states)
-        self._tokens: list[int] | None = None
+        self._replayer, self.of, self._start, self._number = replayer, of, start, of.starts
+        self.states = list(states)  # of rows
+        self._left: list[int] | None = None
         self.array: mx.array | None = None  # a copy of the logits, once somebody has asked for them
 
     @property
@@ -55,9 +83,21 @@ class ReplayedBatch:
         return len(self.states)
 
     def tokens(self) -> list[int]:
-        if self._tokens is None:
-            self._tokens = self.of.player.best(self._start)[: self.rows]
-        return self._tokens
+        return self._words()[: self.rows]
+
+    def leads(self) -> list[float]:
+        """Return by how much each row's likeliest token is above the next; of a step of one row []: it is plain."""
+        words = self._words()[self.of.rows :][: self.rows]
+        return cast("list[float]", np.array(words, np.int32).view(np.float32).tolist())
+
+    def _words(self) -> list[int]:
+        if self._left is None:
+            self._left = self.of.player.best(self._start)
+        return self._left
+
+    def hidden(self, row: int) -> HiddenRow:
+        """Return the row that the head has read there."""
+        return HiddenRow(self.of, row, self._number)
 
     def logits(self) -> mx.array:
         if self.array is None:
@@ -69,13 +109,15 @@ class ReplayedBatch:
 class BatchReplayer:
     """A model's recorded steps for several states. To be called under the execution lock."""
 
-    def __init__(self, model: Loaded, run: Kernels, constants: Constants) -> None:
-        self._model, self._run, self._constants = model, run, constants
+    def __init__(self, model: Loaded, run: Kernels, constants: Constants, on_recorded: Callable[[], None]) -> None:
+        self._model, self._run, self._constants, self.on_recorded = model, run, constants, on_recorded
         self._finished = mx.compile(lambda logits: stock.softcap(logits, model.config.softcap))
         self._kept: dict[Key, Recorded] = {}
         self._players: dict[int, Player] = {}  # by rows
         self._exchanges: dict[int, Exchange | None] = {}  # by rows, with other ranks, of a part
-        self._started: deque[ReplayedBatch] = deque()  # the latest steps, those whose tokens their player still keeps
+        # The latest steps, those whose tokens their player still keeps. One that nobody has any more is asked nothing.
+        self._started: deque[weakref.ref[ReplayedBatch]] = deque()
+        self._latest: Recorded | None = None  # what they are starts of
         self._broken: set[int] = set()  # rows of steps that can't be replayed here
 
     def replays(self, rows: int) -> bool:
@@ -96,24 +138,25 @@ class BatchReplayer:
         """Start a replayed step over these places; None: it is to be done the other way.
 
         Args:
+            states: of rows, in order; one that has several of them stands there as often, and `tokens` are known.
             draws: of the next tokens, each `in_kernel`.
             tables: places by kind of layer, int32 [rows, ..].
             key: what a recording depends on beside the pool's arrays (`forget`).
             attend: what is recorded of attention.
         """
         rows = len(next(iter(tables.values())))
-        last = self._started[-1] if self._started else None
+        last = self._started[-1]() if self._started else None
         chained = last is not None and tokens is last and last.of is self._kept.get(key) and last.states == [*states]
         if not chained:
             numbers = known_tokens(tokens)
             self._keep_logits()
-            if last is not None and last.of is not self._kept.get(key):  # another stream
+            if self._latest is not None and self._latest is not self._kept.get(key):  # another stream
                 self.wait()
         made = self._kept.get(key) or self._try_to_record(rows, tables, key, attend)
         if made is None:
             return None
-        if len(self._started) == STARTS - 1:
-            self._started.popleft().tokens()
+        if len(self._started) == STARTS - 1 and (oldest := self._started.popleft()()) is not None:
+            oldest.tokens()
         ids = np.zeros(rows, np.int32)
         if not chained:
             ids[: len(states)] = numbers
@@ -122,15 +165,17 @@ class BatchReplayer:
         if exchange := self._exchanges.get(rows):
             drawing.append(exchange.next_flags())
         uploaded = np.concatenate([ids, *(table.reshape(-1) for table in tables.values()), *drawing]).astype(np.int32)
+        made.starts += 1
         step = ReplayedBatch(self, made, made.player.start(uploaded, chained), states)
-        self._started.append(step)
+        self._started.append(weakref.ref(step))
+        self._latest = made
         for n, state in enumerate(states):
             state.advance(RowStep(last, n) if chained and last is not None else int(ids[n]))
         return step
 
     def finish(self, step: ReplayedBatch) -> None:
         """Wait for the latest step, and give it its logits."""
-        if self._started and self._started[-1] is step and step.array is None:
+        if self._started and self._started[-1]() is step and step.array is None:
             step.of.player.wait()
             step.array = self._finished(step.of.player.read(step.of.logits))[: step.rows]
 
@@ -138,10 +183,12 @@ class BatchReplayer:
         """Wait until no step is under way. Their tokens and logits stay."""
         with execution():
             self._keep_logits()
-            for step in self._started:
-                step.tokens()
-            if self._started:
-                self._started[-1].of.player.wait()
+            for ref in self._started:
+                if (step := ref()) is not None:
+                    step.tokens()
+            if self._latest is not None:
+                self._latest.player.wait()
+            self._latest = None
             self._started.clear()
 
     def forget(self) -> None:
@@ -149,19 +196,24 @@ class BatchReplayer:
         self.wait()
         for player in self._players.values():
             player.forget()
-        self._kept.clear()
+        self._drop([*self._kept])
+
+    def _drop(self, keys: Sequence[Key]) -> None:
+        for key in keys:
+            self._kept.pop(key).starts += 1  # what it left is gone
 
     def _keep_logits(self) -> None:
         """Copy the latest step's logits, which somebody may still ask for, before their memory is written again."""
-        if self._started:
-            self.finish(self._started[-1])
-            mx.eval(self._started[-1].array)
+        if self._started and (step := self._started[-1]()) is not None:
+            self.finish(step)
+            mx.eval(step.array)
 
     def _try_to_record(self, rows: int, tables: dict[bool, np.ndarray], key: Key, attend: OverPages) -> Recorded | None:
         wrong: Exception | None = None
         try:
-            self._kept = {k: kept for k, kept in self._kept.items() if kept.player is not self._players.get(rows)}
+            self._drop([k for k, kept in self._kept.items() if kept.rows == rows])
             self._kept[key] = self._record(rows, tables, attend)
+            self.on_recorded()
         except Exception as error:  # an operation that runs as its reference, a driver too old ..
             wrong = error
         if exchange := self._exchanges.get(rows):
@@ -192,8 +244,10 @@ class BatchReplayer:
         run: Any = Kernels(recorder, self._run.off, strict=True)
         with recorded(recording):
             model = exchange.recorded(self._model, run, numbers[stop:]) if exchange else self._model
-            logits: Any = forward(model, run, self._constants, numbers[:rows], attend(run, places))[0]
-            logits = model.part.gathered(logits) if model.part else logits
-            best = run(SAMPLE, logits, numbers[at:stop].reshape(rows, WORDS))
+            made: Any = forward(model, run, self._constants, numbers[:rows], attend(run, places))
+            logits, hidden = made
+            if model.part:
+                logits = model.part.gathered(logits)
+            best: Any = run(SAMPLE, logits, numbers[at:stop].reshape(rows, WORDS), leads=rows > 1)
         player.load(recording.launches, arena.nbytes, numbers.size, best.region)
-        return Recorded(player, logits.region)
+        return Recorded(player, rows, logits.region, hidden.region)

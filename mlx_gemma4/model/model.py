@@ -11,7 +11,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -32,13 +32,26 @@ from ..ops.quantize_kv import QUANTIZE_KV
 from ..ops.sample import LIKELIEST, Draw
 from ..shard import Part
 from .batch import Batcher, check_batch, stock_step
+from .batch_replay import ReplayedBatch
 from .costs import largest_chunk
 from .decode import MAX_CHECKED, can_step, make_step
 from .forward import head, logits_of, rope_wavelengths, run_layers
 from .numpy_step import NumpyStep, numpy_steps
 from .replay import Replayer
 from .soft import SoftRows, SoftTokens
-from .step import BatchStep, LazyBatchStep, LazyStep, NextToken, Step, Tokens, ids_of, known_tokens, tokens_as_array
+from .step import (
+    BatchStep,
+    LazyBatchStep,
+    LazyStep,
+    NextToken,
+    RowStep,
+    Step,
+    Tokens,
+    ids_of,
+    known,
+    known_tokens,
+    tokens_as_array,
+)
 from .weights import Loaded, Weights
 
 log = logging.getLogger("mlx_gemma4")
@@ -259,14 +272,20 @@ class Model:
         return logits if self.part is None else self.part.gathered(logits)
 
     def _start(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST, replay: bool = True) -> Step:
-        replays = replay and self.replays and draw.in_kernel
+        replays = replay and draw.in_kernel
+        if self.batcher and replays and self.batcher.holds(state) and self.batcher.replays(1, state):
+            alone = isinstance(token, RowStep) and token.of.rows == 1
+            tokens: Tokens = token.of if isinstance(token, RowStep) and alone else [known(token)]
+            return RowStep(self.batcher.start(tokens, [state], [draw]), 0)
         replayed = None
-        if self.replayer and replays and self.replayer.takes(state):
+        if self.replayer and replays and self.replays and self.replayer.takes(state):
             replayed = self.replayer.start(token, state, draw)
         return replayed or LazyStep(self._read(ids_of(token), state, 1)[0], draw, self.kernels, self.part)
 
     def most_checked(self, state: KVState) -> int:
-        """Return how many tokens `check` takes next: up to MAX_CHECKED, and none beyond the state's tail."""
+        """Return how many tokens are checked next: up to MAX_CHECKED, and by `check` none beyond the state's tail."""
+        if self.checks_replayed(state):
+            return MAX_CHECKED
         return min(MAX_CHECKED, state.layout.tail - state.length % state.layout.tail)
 
     def check(self, ids: Sequence[int], state: KVState) -> tuple[mx.array, mx.array]:
@@ -295,6 +314,39 @@ class Model:
             if outermost or self.part:
                 mx.async_eval(logits, hidden, state.arrays)
         return logits, hidden
+
+    def checks_replayed(self, state: KVState, rows: int = MAX_CHECKED) -> bool:
+        """Return True if steps that check drafts of this state are replayed, and so are its others from then on."""
+        return self.batcher is not None and self.replays and self.batcher.replays(rows, state)
+
+    def replayed_check(
+        self, ids: Sequence[Sequence[int]], states: Sequence[KVState], draws: Sequence[Draw] = ()
+    ) -> ReplayedBatch | None:
+        """Start a replayed step that does what `check` does for each of several states; None: `check` is the way.
+
+        From then on these states step in the pool until anybody looks at their layers, and `rewind` costs nothing.
+
+        Args:
+            ids: of each of the states, MAX_CHECKED at most each, and MAX_BATCH in all.
+            draws: of the tokens after each of these, all `in_kernel`; (): the likeliest.
+        """
+        if self.batcher is None or not self.replays:
+            return None
+        with execution():
+            for state, some in zip(states, ids, strict=True):
+                state.check_room(len(some))
+            return self.batcher.check(ids, states, draws)
+
+    def seat(self, state: KVState) -> None:
+        """Have a state's next steps made as those of `replayed_check` are, if memory allows."""
+        if self.batcher is not None:
+            with execution(), suppress(RuntimeError, ValueError):
+                self.batcher.pool.seat(state)
+
+    @property
+    def recordings(self) -> int:
+        """Steps over the pool recorded so far: what includes one takes far longer than it will."""
+        return self.batcher.recordings if self.batcher else 0
 
     def _one(self, token: int, state: KVState) -> tuple[mx.array, mx.array]:
         """Return logits after a token, [1, vocab] (of a part, those of its rows), and the head's input, [1, hidden]."""

@@ -140,6 +140,9 @@ class Replayer:
             self.forget()
             mx.eval(state.arrays)  # before their memory is written again
 
+    def rewinds(self, position: int) -> bool:
+        return False  # whoever rewinds drafts, and is in the pool (batch.py)
+
     def forget(self, _: object = None) -> None:
         """Let go of the state whose tails were checked out, and of what it may have shared with others."""
         self._owner = self._spans = None

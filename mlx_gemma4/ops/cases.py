@@ -88,6 +88,8 @@ class Sizes:
     scale: float = 1.0  # of attention's scores
     lengths: tuple[int, ...] = ()  # contexts at which to check global attention
     rows: int | None = None  # quick checks: the most rows of a weight to make, launched as all of them would be
+    centroid_tokens: int = 0  # an assistant's, of whose `experts` centroids so many are `used`
+    target_hidden: int = 0  # of what an assistant reads behind its target's embedding
 
     @property
     def packed(self) -> tuple[Product, ...]:

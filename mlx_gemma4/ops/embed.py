@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..gpu.render import DEVICE_ELEMENTS, Launcher, absent, prepare, render
 from ..quant.formats import Packed
 from . import stock
-from .cases import EPS, Case, Check, Sizes, case, cases, norm_weight, normal, weight
+from .cases import EPS, Case, Check, Sizes, case, cases, norm_weight, normal, state_dtype, weight
 from .op import Op
 from .packed import PLANES, format_defines, planes
 from .stock import Affine, Weight
@@ -32,26 +32,36 @@ def embed(
     *,
     rows: range | None = None,
     out: mx.Dtype = mx.float32,
+    behind: mx.array | None = None,
 ) -> Any:
-    """Rows of a table [V, K] for ids int32 [T], times a factor: [T, K] in `out`.
+    """Rows of a table [V, K] for ids int32 [T], times a factor: [T, K] in `out`; [T, K + K'] with [T, K'] behind.
 
     `rows`: of a larger table, those that this one has; others give zeros.
     """
     if isinstance(table, Affine):
-        return embed_reference(ids, table, factor, rows=rows, out=out)
-    k = table.shape[-1]
-    defines, arrays = _table(table)
-    defines |= {"U": out, "FACTOR": factor, "FIRST": rows.start if rows else 0, "STOP": rows.stop if rows else 0}
+        return embed_reference(ids, table, factor, rows=rows, out=out, behind=behind)
+    more = 0 if behind is None else behind.shape[1]
+    k, (defines, arrays) = table.shape[-1] + more, _table(table)
+    arrays |= {"behind": behind}
+    defines |= {"U": out, "FACTOR": factor, "BEHIND": more}
+    defines |= {"FIRST": rows.start if rows else 0, "STOP": rows.stop if rows else 0}
     kernel = render("embed", "embed.metal", out, defines, absent(arrays))
     launch = prepare(launcher, kernel, (-(-k // 256), ids.size, 1), 256, ((ids.size, k), out))
     return launch.by_name({"ids": ids, **arrays})[0]
 
 
 def embed_reference(
-    ids: mx.array, table: Weight, factor: float, *, rows: range | None = None, out: mx.Dtype = mx.float32
+    ids: mx.array,
+    table: Weight,
+    factor: float,
+    *,
+    rows: range | None = None,
+    out: mx.Dtype = mx.float32,
+    behind: mx.array | None = None,
 ) -> mx.array:
     """`embed` in stock MLX."""
-    return (stock.embed(ids, table, rows) * factor).astype(out)
+    made = (stock.embed(ids, table, rows) * factor).astype(out)
+    return made if behind is None else mx.concatenate([made, behind.astype(out)], axis=1)
 
 
 EMBED = Op("embed", embed, embed_reference)
@@ -104,8 +114,14 @@ def embed_cases(s: Sizes) -> Iterator[Check]:
         table, ids = weight(s.table, (100, s.hidden)), mx.arange(77, 77 + tokens, dtype=mx.int32)
         return case(EMBED, tokens * (table.nbytes // 100 + 4 * s.hidden), ids, table, s.hidden**0.5)
 
-    for tokens in TOKENS if s.table else ():
+    def make_behind(dtype: mx.Dtype) -> Case:
+        table, behind = weight(s.table, (100, s.target_hidden)), normal(1, s.target_hidden, dtype=dtype)
+        return case(EMBED, table.nbytes // 100, mx.array([77], mx.int32), table, s.hidden**0.5, behind=behind)
+
+    for tokens in TOKENS if s.table and not s.target_hidden else ():
         yield Check(EMBED.key, f"{s.table} {s.hidden}, T={tokens}", partial(make, tokens))
+    for dtype in {state_dtype(): 0, mx.float32: 0} if s.table and s.target_hidden else ():
+        yield Check(EMBED.key, f"{s.table} {s.target_hidden}, {dtype} behind", partial(make_behind, dtype))
 
 
 @cases

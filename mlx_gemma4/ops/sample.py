@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -56,31 +57,56 @@ def draws_of(draws: Sequence[Draw]) -> mx.array:
     return mx.array(np.stack([draw.numbers for draw in draws]))
 
 
-def sample(launcher: Launcher, logits: mx.array, draws: mx.array) -> Any:
+def sample(
+    launcher: Launcher, logits: mx.array, draws: mx.array, *, leads: bool = False, before: mx.array | None = None
+) -> Any:
     """A token for each row.
 
     Args:
         logits: [B, V].
         draws: int32 [B, WORDS], of `draws_of`, each `in_kernel`.
+        leads: say by how much the likeliest token's logit is above the next best, after any softcap; a large number
+            where the temperature is not 0.
+        before: int32 [n], n up to 32, tokens that stand before that of one row.
 
     Returns:
-        int32 [B]. Of equal logits, which top_k compares before any softcap, the lowest token comes first.
+        int32 [B], with `leads` [2, B], of which the second row has the bits of fp32. Of equal logits, which top_k
+        compares before any softcap, the lowest token comes first.
     """
     rows, n = logits.shape
     pieces = -(-n // (32 * SG * EACH))
-    first = render("sample_pieces", "sample.metal", logits.dtype, {"MOST": MOST, "SG": SG, "EACH": EACH})
+    first = render(
+        "sample_pieces", "sample.metal", logits.dtype, {"MOST": MOST, "SG": SG, "EACH": EACH, "LEADS": leads}
+    )
     shape = (rows, pieces, MOST)
     made = prepare(launcher, first, (pieces, rows, 1), 32 * SG, (shape, mx.float32), (shape, mx.int32))(logits, draws)
     sg = max(MOST // 32, min(32, -(-pieces * MOST // (32 * EACH))))  # a thread for each candidate that is left
     each = -(-pieces * MOST // (32 * sg))
-    second = render("sample_merge", "sample.metal", logits.dtype, {"MOST": MOST, "SG": sg, "EACH": each})
-    return prepare(launcher, second, (1, rows, 1), 32 * sg, ((rows,), mx.int32))(*made, draws)[0]
+    second = render(
+        "sample_merge",
+        "sample.metal",
+        logits.dtype,
+        {"MOST": MOST, "SG": sg, "EACH": each, "LEADS": leads, "BEFORE": before is not None},
+        ["before"] * (before is None),
+    )
+    left = (2, rows) if leads else (rows + (0 if before is None else before.size),)
+    launch = prepare(launcher, second, (1, rows, 1), 32 * sg, (left, mx.int32))
+    return launch(*made, draws, *([] if before is None else [before]))[0]
 
 
-def sample_reference(logits: mx.array, draws: mx.array) -> mx.array:
+def sample_reference(
+    logits: mx.array, draws: mx.array, *, leads: bool = False, before: mx.array | None = None
+) -> mx.array:
     """`sample` in stock MLX, for any draws."""
     rows = [_FORMAT.unpack(row.tobytes()) for row in np.array(draws)]
-    return mx.stack([_drawn(logits[i], *row) for i, row in enumerate(rows)]).astype(mx.int32)
+    tokens = mx.stack([_drawn(logits[i], *row) for i, row in enumerate(rows)]).astype(mx.int32)
+    if not leads:
+        return tokens if before is None else mx.concatenate([before, tokens])
+    two = [
+        stock.softcap(x.astype(mx.float32), row[-1]) for x, row in zip(mx.topk(logits, 2, axis=-1), rows, strict=True)
+    ]
+    found = [mx.array(3e38) if row[0] else x.max() - x.min() for x, row in zip(two, rows, strict=True)]
+    return mx.stack([tokens, mx.stack(found).view(mx.int32)])
 
 
 SAMPLE = Op("sample", sample, sample_reference)
@@ -176,8 +202,13 @@ def sample_cases(s: Sizes) -> Iterator[Check]:
         Draw(1.5, MOST, 1.0, 0.01, 7, softcap=30.0),
     )
 
-    def make() -> Case:
-        return case(SAMPLE, 4 * len(kinds) * s.vocab, normal(len(kinds), s.vocab) * 3, draws_of(kinds))
+    def make(of: Sequence[Draw], leads: bool, before: mx.array | None = None) -> Case:
+        logits, draws = normal(len(of), s.vocab) * 3, draws_of(of)
+        return case(SAMPLE, 4 * logits.size, logits, draws, leads=leads, before=before)
 
     if s.vocab:
-        yield Check(SAMPLE.key, f"{s.vocab}", make)
+        yield Check(SAMPLE.key, f"{s.vocab}", partial(make, kinds, False))
+        yield Check(SAMPLE.key, f"{s.vocab}, leads", partial(make, (LIKELIEST, kinds[2]), True))
+        yield Check(
+            SAMPLE.key, f"{s.vocab}, behind others", partial(make, kinds[1:2], False, mx.array([5, 7], mx.int32))
+        )

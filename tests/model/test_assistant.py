@@ -21,7 +21,7 @@ from mlx_gemma4.kv.segments import SegmentLayout
 from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.loading.assistant import load_assistant
 from mlx_gemma4.loading.loader import load_model, open_model
-from mlx_gemma4.model.assistant import Assistant, kv_layers, spread
+from mlx_gemma4.model.assistant import Assistant, kv_layers
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.op import OpKey
@@ -50,8 +50,7 @@ def steps(a: Assistant, ids: list[int], state: KVState, hidden: mx.array, count:
     """Logits [vocab] of each step of a draft."""
     attend, token, row, made = a.attention(a.inputs(state)), mx.array([ids[-1]], mx.int32), hidden[None], []
     for _ in range(count):
-        h = a.step(token, row, attend)
-        logits = spread(*a.scores(h), a.target.config.vocab)
+        logits = a.scores(a.run, h := a.step(a.run, token, row, attend))
         made.append(np.array(logits[0]))
         token, row = mx.argmax(logits, axis=-1).astype(mx.int32), a.run.product(h, a.weights.post_projection)
     return made
@@ -148,7 +147,7 @@ def test_kernels_draft_what_references_draft(spelling: str, tmp_path: Path) -> N
 def test_traced_drafts_are_those_built_anew(kv: str, tmp_path: Path) -> None:
     """Before a tail is full, when it is, and once it is sealed; operations as references, which MLX can trace."""
     names = ("embed", "rotations", "qkv_post", "attention", "quantized_attention", "add_norm", "matvec", "dense")
-    off = frozenset(map(OpKey, (*names, "top_k", "expand", "few_rows")))
+    off = frozenset(map(OpKey, (*names, "top_k", "spread", "expand", "few_rows")))
     plain = demo_pair(tmp_path, "gemma4_assistant")
     target = Model(plain.target.config, plain.target.weights, Kernels(metal, off, traced=True))
     traced = Assistant(plain.config, plain.weights, target)

@@ -185,3 +185,23 @@ def test_a_skipped_token_is_as_one_drawn() -> None:
     for _ in range(3):
         other.skip(int(one(logits).token))
     assert [int(one(logits).token) for _ in range(5)] == [int(other(logits).token) for _ in range(5)]
+
+
+@pytest.mark.parametrize("vocab", [5, 300, 2049, 9000])
+@pytest.mark.parametrize("ties", [False, True], ids=["apart", "ties"])
+def test_leads(vocab: int, ties: bool) -> None:
+    """By how much a greedy row's best is above the next, which may be as good; rows that are drawn have none."""
+    some = [LIKELIEST, Draw(1.0, 64, 0.95, seed=6), LIKELIEST._replace(softcap=4.0), LIKELIEST, Draw(1.3, seed=5)]
+    logits, draws = random_logits(len(some), vocab, ties), draws_of(some)
+    logits[3, vocab // 2] = logits[3].max() + 0.25
+    got, want = (
+        np.array(a)
+        for a in (SAMPLE.kernel(metal, logits, draws, leads=True), SAMPLE.reference(logits, draws, leads=True))
+    )
+    assert got[0].tolist() == want[0].tolist() == SAMPLE.kernel(metal, logits, draws).tolist()
+    leads = got[1].view(np.float32)
+    np.testing.assert_allclose(leads, want[1].view(np.float32), rtol=1e-5, atol=1e-6)
+    top = np.sort(np.array(logits), axis=1)[:, -2:]
+    assert (
+        leads[0] == top[0, 1] - top[0, 0] and leads[3] == np.float32(0.25) + np.float32(0) and min(leads[[1, 4]]) > 1e38
+    )
