@@ -5,7 +5,7 @@
 //   SCALED   rows have a scale each (halve.metal), else 1.
 //   GLU      W is gate over up, [2F, K]: y[t, f] = gelu(gate row f) * (up row f), both in one lane.
 //   TIMES    y[t, n] = gelu(row n) * times[t, n].
-//   FACTOR   multiplies each result.
+//   GROW     multiplies x, FACTOR each result.
 //   EXPERTS  W is [E, N, K]. Threadgroup y of the grid takes tile y of `tiles`, int32 [.., 3]: expert, first and one
 //            past the last of `order`, at most TOKENS. Row order[i] of y is of row order[i] / USED of x.
 //
@@ -376,9 +376,9 @@ for (int f = 0; f < OUTS * NB; f++) {
       const int t = n * 8 + lane_t * 2 + i % 2, out = first_out + b * 16 + i / 2 * 8 + lane_g;
       if (t < tokens && out < outs) {
 #if SCALED
-        const float factor = scale[X_ROW(t)];
+        const float factor = scale[X_ROW(t)] * GROW;
 #else
-        const float factor = 1.0f;
+        const float factor = GROW;
 #endif
         float value = acc[b][n][i] * factor;
         if (GLU) value = gelu(value) * (acc[GLU ? b + OUTS : b][n][i] * factor);

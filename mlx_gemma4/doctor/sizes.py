@@ -99,7 +99,7 @@ def outer_products(w: Weights) -> list[Product]:
     """Return the products outside of layers: with the head, and what makes inputs of per-layer embeddings."""
     projection = w.per_layer_model_proj
     head = Product(_type(w.output), w.output.shape, narrow=True)
-    return [head] if projection is None else [head, Product(_type(projection), projection.shape)]
+    return [head] if projection is None else [head, Product(_type(projection), projection.shape, narrow_out=True)]
 
 
 def layer_products(layer: Layer, used: int, hidden: int) -> dict[str, Product]:
@@ -109,8 +109,8 @@ def layer_products(layer: Layer, used: int, hidden: int) -> dict[str, Product]:
         "ffn_gate_up": {"glu": True, "factor": SHRINK, "narrow": True, "narrow_out": True},
         "ffn_gate": {"times": True, "factor": SHRINK, "narrow": True, "narrow_out": True},
         "ffn_up": {"narrow": True, "narrow_out": True},
-        "inp_gate": {"times": True},
-        "proj": {},
+        "inp_gate": {"times": True, "factor": SHRINK, "narrow": True, "narrow_out": True, "given": SHRINK},
+        "proj": {"narrow": True},
         "ffn_gate_inp": {"norm": True, "factor": hidden**-0.5},
         "ffn_gate_up_exps": {"norm": True, "glu": True, "factor": SHRINK, "used": used, "narrow_out": True},
         "ffn_gate_exps": {"norm": True, "times": True, "factor": SHRINK, "used": used, "narrow_out": True},
