@@ -20,7 +20,7 @@
 //
 // Memory. Every byte of the planes is read once; x once for each 16 BLOCKS rows, mostly from the cache; y written once.
 //
-// Rendered before: T (half), U (of y), a format with CHUNK 32, TOKENS, BLOCKS, SPLIT, TAIL (K is no
+// Rendered before: T (half), U (of y), a format with CHUNK 32, TOKENS, BLOCKS, SPLIT, FOLD, TAIL (K is no
 // multiple of 128), and the variants' names.
 // uses: matrix.metal
 // uses: packed.metal
@@ -232,7 +232,7 @@ COPY_X(0)
 #else
 #define LOAD_PAIRS(n, at, half, pairs) load_pairs(from[n][0] + at, from[n][X_ROWS - 1] + at, half, which, pairs);
 #endif
-#if HAS_MIN
+#if SUMMED
 // Adds the sums of x over a chunk's groups: 8 pairs of them.
 #define ADD_SUMS(sums, half, pairs)                                                                \
   UNROLL for (int p = 0; p < 8; p += 2)                                                            \
@@ -318,13 +318,13 @@ for (int step = 0; step < steps; step++) {
                                   GROUPS == 2 ? scale1.mins[GROUPS - 1] : 0u};
 #if AFTER
             float low[4] = {0, 0, 0, 0};
-            if (HAS_MIN) multiply(low, mins, group_sums[n][0], GROUPS == 2 ? group_sums[n][GROUPS - 1] : 0u);
+            if (SUMMED) multiply(low, mins, group_sums[n][0], GROUPS == 2 ? group_sums[n][GROUPS - 1] : 0u);
             UNROLL
             for (int i = 0; i < 4; i++) {
               acc[b][n][i] += (i < 2 ? scale0.d : scale1.d) * dots[TURNS == 1 ? 0 : b][n][i];
-              if (HAS_MIN) acc[b][n][i] -= (i < 2 ? scale0.m : scale1.m) * low[i];
+              if (SUMMED) acc[b][n][i] -= (i < 2 ? scale0.m : scale1.m) * low[i];
             }
-#elif HAS_MIN
+#elif SUMMED
             multiply(acc[b][n], mins, group_sums[n][0], 0u);
 #endif
           }

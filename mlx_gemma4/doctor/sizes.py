@@ -57,8 +57,8 @@ def sizes_of(model: Model) -> Sizes:
     usable = [used for p in products for used in _as_launched(p)]
     packed = [p for p in usable if p.type in FORMATS]
     short = [Product(p.type, p.shape, narrow=True, used=p.used, own_x=p.used > 0) for p in packed]  # short prompts
-    if this_gpu().few_rows_from > 2:  # drafts and batches of two tokens take the mat-vec
-        usable += [replace(p, tokens=matvec.MAX_TOKENS) for p in packed if not p.used]
+    for tokens in (2, matvec.MAX_TOKENS):  # drafts and batches
+        usable += [replace(p, tokens=tokens) for p in packed if not p.used and matvec.takes(p.shape, tokens)]
     ple_table = "" if w.per_layer_token_embd is None else _type(w.per_layer_token_embd)
     experts = (c.experts, c.experts_used if c.experts else 0)
     tables = (_type(w.token_embd), ple_table)
