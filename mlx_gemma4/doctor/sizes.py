@@ -21,7 +21,6 @@ from ..model.weights import Layer, Weights
 from ..ops import matvec
 from ..ops.cases import ALL_CASES, Check, Heads, Product, Sizes
 from ..ops.epilogue import SHRINK
-from ..ops.tuning import this_gpu
 from ..quant.formats import FLOATS, FORMATS, Packed
 
 for _module in pkgutil.iter_modules(ops.__path__):
