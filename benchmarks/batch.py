@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import mlx_gemma4
 from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.measure.bench import load_subject
 from mlx_gemma4.model.model import Model
+from mlx_gemma4.ops import tuning
 
 WARM = 8  # steps before those that are measured
 TIE = 0.02  # between logits, of their spread: what rounding may turn round
@@ -68,9 +70,12 @@ def main() -> int:
     parser.add_argument("--parallel", default="1,2,4,8,16,32")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--tuning", nargs="*", default=[], help="NUMBER=VALUE, of `ops.tuning.Tuning`, for a try")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     model = load_subject(options.file).model if options.file else mlx_gemma4.load().model
+    changed: Any = {name: int(value) for name, value in (given.split("=") for given in options.tuning)}
+    tuning.use(replace(tuning.this_gpu(), **changed))
     chance = np.random.default_rng(0)
     sizes = [int(n) for n in options.parallel.split(",")]
     prompts, first = [], [int(i) for i in chance.integers(3, model.config.vocab, max(sizes))]

@@ -53,6 +53,9 @@ def weights(model: str) -> Iterator[tuple[str, tuple[int, ...], bool, list[str]]
     types = ["Q4_K", "Q6_K"] if s.hidden % 256 == 0 else ["Q4_K", "Q5_0", "Q8_0"]
     yield "attn sliding", (s.heads * dims[0] + 2 * kv[0] * dims[0], s.hidden), False, ["Q4_K"]
     yield "attn output", (s.hidden, s.heads * dims[0]), False, ["Q4_K"]
+    if s.ple:
+        yield "layer gate", (s.ple, s.hidden), False, ["Q4_K"]
+        yield "layer projection", (s.hidden, s.ple), False, ["Q4_K"]
     rare = ["Q5_K", "Q8_0", "Q4_0", "IQ4_XS"] if model == "31B" else []
     yield "gate up", (2 * s.ffn, s.hidden), True, ["Q4_K", *rare]
     yield "down", (s.hidden, s.ffn), False, ["Q4_K", "Q6_K"] if s.ffn % 256 == 0 else ["Q8_0", "Q5_0"]
@@ -68,7 +71,9 @@ def tilings(rows: int, quick: bool) -> list[RowsTiling]:
     likely = {8: [(2, 4), (2, 8), (3, 8)], 16: [(4, 4), (4, 8), (2, 3)], 32: [(2, 3), (2, 4)]}[rows]
     every = likely if quick else itertools.product((1, 2, 3, 4), (1, 2, 3, 4, 6, 8, 12))
     made = [RowsTiling(*sizes) for sizes in every]
-    return [t for t in made if t.room(rows, FORMATS["IQ4_NL"]) <= ROOM and t.blocks * rows <= 64]
+    made += [RowsTiling(*sizes, fold=True) for sizes in itertools.product((2, 4), (2, 3, 4, 6, 8)) if rows > 8]
+    most = {False: 64, True: 128}  # registers
+    return [t for t in made if t.room(rows, FORMATS["IQ4_NL"]) <= ROOM and t.blocks * rows <= most[t.fold]]
 
 
 class Weight:
@@ -211,13 +216,13 @@ def tune(name: str, made: Weight, options: argparse.Namespace, launcher: Launche
             took = timed(made.several(rows, fastest), rows)
             show(rows, took, f"{_brief(fastest)}")
             old = timed(made.several(rows, None, mat_vec=True), rows)
-            show(rows, old, f"the mat-vec of up to {MAX_TOKENS}")
+            show(rows, old, f"the mat-vec of {2 if rows == 2 else f'up to {MAX_TOKENS}'}")
             line["rows"].append({"rows": rows, "few": took, "matvec": old})
     return line
 
 
 def _brief(t: RowsTiling | None) -> str:
-    return f"{t.blocks}x{t.split}" if t else ""
+    return f"{t.blocks}x{t.split}" + " folded" * t.fold if t else ""
 
 
 def _rows_by_matvec(launcher: Launcher, made: Weight, rows: int) -> mx.array:

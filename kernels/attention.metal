@@ -17,8 +17,10 @@
 //      memory meets KEYS keys and a piece of k meets ROWS queries;
 //   2. softmax: a simdgroup takes whole rows, keeps their running maximum and sum;
 //   3. values: a thread owns 8 columns of all rows, and every KEY_GROUPS-th token.
-// Most pieces are one block, whose time is a chain of waits: for q and spans, for k, for v. So all loads of a step are
-// issued together; a simdgroup_barrier keeps them so: without it NVIDIA's compiler waits after every four.
+// Most pieces are one block, whose time is a chain of waits: for spans, for k, for v, for q. So all loads of a step are
+// issued together; a simdgroup_barrier keeps them so: without it NVIDIA's compiler waits after every four. And what
+// no launch of a step writes is read before INPUTS_READY: the numbers that tell which tokens are a piece's and, with
+// EARLY, the first block's keys and values, of all tokens but the queries' own. A block with one of these is loaded again.
 // Each piece leaves its unnormalised sum and (maximum, sum of exponentials) to `merge`, zeros and UNSEEN if no token of
 // it is in use. Sums, maxima and exponentials are fp32, with powers of 2 instead of e.
 //
@@ -37,7 +39,7 @@
 // The sums of a piece without tokens count for nothing, whatever they are.
 #define ADDED(weight, value) ((weight) > 0.0f ? (weight) * (value) : 0.0f)
 #define TURNS ((BLOCK + KEY_GROUPS - 1) / KEY_GROUPS)
-// Loads issued together: chunks of KEYS tokens, and tokens; with EAGER the first values even before the softmax.
+// Loads issued together: chunks of KEYS tokens, and tokens; with EARLY a block's first keys and values before all else.
 // As many as registers hold: Apple GPUs have fewer per thread, and fp32 takes twice as many.
 #ifndef EAGER
 #if defined(CUDA) && !T_FLOAT
@@ -49,7 +51,7 @@
 #define K_AHEAD (EAGER ? 4 : 2)
 #define V_MOST (EAGER && ROWS <= 4 ? 16 : 8)
 #define V_AHEAD (TURNS < V_MOST ? TURNS : V_MOST)
-#define V_EARLY (EAGER && ROWS <= 4)
+#define EARLY (EAGER && ROWS <= 4)
 
 // Eight numbers in their type in memory, so that few registers wait for them.
 #if T_FLOAT
@@ -87,6 +89,25 @@ METAL_FUNC void widen(Eight e, thread float* v) {
 }
 #endif
 
+#ifdef D  // for `attention`
+// Load some of the keys that a lane scores, KEYS from `token` on: pieces `ahead` to ahead + 8 K_AHEAD of each. A token
+// past the last of the block is a copy of that, whose scores are never used.
+METAL_FUNC void load_keys(const device T* k, int last, int token, int ahead, int lane, thread Eight* keys) {
+  UNROLL
+  for (int a = 0; a < K_AHEAD; a++) {
+    const int c = min(ahead + a * 8 + lane % 8, CHUNKS - 1);
+    UNROLL
+    for (int i = 0; i < KEYS; i++) keys[a * KEYS + i] = eight(k + min(token + i * 4, last) * D + c * 8);
+  }
+}
+
+// Load a thread's columns of V_AHEAD values, of every KEY_GROUPS-th token from `token` on; past the last, again copies.
+METAL_FUNC void load_values(const device T* v, int last, int token, thread Eight* values) {
+  UNROLL
+  for (int a = 0; a < V_AHEAD; a++) values[a] = eight(v + min(token + a * KEY_GROUPS, last) * D);
+}
+#endif
+
 // kernel: attention(q, spans?, cut?, k0?, v0?, k1?, v1?, k2?, v2?, k3?, v3?, k4?, v4?, k5?, v5?, k6?, v6?, k7?, v7?, places?, pool_k?, pool_v?) -> (sums, stats)
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int thread_index = int(thread_index_in_threadgroup);
@@ -101,6 +122,7 @@ const Piece mine = {pool_k, pool_v, max(place[PLACE_FROM], piece * place[PLACE_S
                     min(place[PLACE_TO], (piece + 1) * place[PLACE_SHARE]), 0, place[PLACE_TO]};
 const int window = mine.total - place[PLACE_FROM];
 if (mine.from >= mine.to) {
+  INPUTS_READY();  // a launch ends behind those before it
   if (thread_index < ROWS && first_row + thread_index < GQA) {
     const int query = sequence * heads + g * GQA + first_row + thread_index;
     stats[(query * pieces + piece) * 2] = UNSEEN;
@@ -114,6 +136,31 @@ const int tokens = q_shape[0], window = cut[WINDOW_AT];
 const Part parts[MAX_PARTS] = {{k0, v0}, {k1, v1}, {k2, v2}, {k3, v3}, {k4, v4}, {k5, v5}, {k6, v6}, {k7, v7}};
 const Piece mine = find_piece(parts, spans, cut, piece, g, D);
 #endif
+
+#if PAGED  // blocks end where pages do
+#define END_OF_BLOCK(start) ((start) / BLOCK + 1) * BLOCK
+#define AT(start) paged(place, start, g, kv_heads, D)
+#else
+#define END_OF_BLOCK(start) (start) + BLOCK
+#define AT(start) ulong(start) * D
+#endif
+const int key_group = thread_index / CHUNKS, column = thread_index % CHUNKS * 8;
+const int first_key = min(key_group, KEY_GROUPS - 1);  // the sums of threads in an incomplete group are never used
+const int token = sg * 4 * KEYS + lane / 8;            // the first that this lane scores
+int start = mine.from, n = min(END_OF_BLOCK(start), mine.to) - start;  // a block, of n tokens
+const device T* k = mine.k + AT(start);
+const device T* v = mine.v + AT(start) + column;
+Eight keys[K_AHEAD * KEYS], values[V_AHEAD];
+const int old = min(n, mine.total - tokens - mine.before - start);  // tokens of it that are not the queries' own
+if (EARLY && old > 0) {
+  load_keys(k, old - 1, token, 0, lane, keys);
+  load_values(v, old - 1, first_key, values);
+}
+INPUTS_READY();
+if (EARLY && old < n) {
+  load_keys(k, n - 1, token, 0, lane, keys);
+  load_values(v, n - 1, first_key, values);
+}
 
 // q, fp32, as float4s: the first halves of all chunks of 8, then the second; later the sums of HELD groups of threads.
 constexpr int OF_GROUP = ROWS * D / 4;
@@ -155,47 +202,20 @@ for (int r = 0; r < ROWS; r++) {
   UNROLL
   for (int j = 0; j < 8; j++) acc[r][j] = 0;
 }
-const int key_group = thread_index / CHUNKS, column = thread_index % CHUNKS * 8;
-const int first_key = min(key_group, KEY_GROUPS - 1);  // the sums of threads in an incomplete group are never used
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-#if PAGED  // blocks end where pages do
-#define END_OF_BLOCK(start) ((start) / BLOCK + 1) * BLOCK
-#else
-#define END_OF_BLOCK(start) (start) + BLOCK
-#endif
-for (int start = mine.from; start < mine.to; start = END_OF_BLOCK(start)) {
-  const int n = min(END_OF_BLOCK(start), mine.to) - start;
-#if PAGED
-  const ulong at = paged(place, start, g, kv_heads, D);
-#else
-  const ulong at = ulong(start) * D;
-#endif
-  // A thread loads the values of every KEY_GROUPS-th token from `first_key` on; past the end of the block, the last.
-  const device T* v = mine.v + at + first_key * D + column;
-  const int v_last = (n - 1 - first_key) * D;
-  Eight values[V_AHEAD];
-
-  // 1. Scores. A token past the end of the block is a copy of another, whose scores are never used.
+while (n > 0) {
+  // 1. Scores.
   if (sg * 4 * KEYS < n) {
-    const device T* k = mine.k + at;
-    int offset[KEYS];
     float s[KEYS][ROWS];
     UNROLL
     for (int i = 0; i < KEYS; i++) {
-      offset[i] = min(sg * 4 * KEYS + i * 4 + lane / 8, n - 1) * D;
       UNROLL
       for (int r = 0; r < ROWS; r++) s[i][r] = 0;
     }
 #pragma unroll 1
     for (int ahead = 0; ahead < CHUNKS; ahead += 8 * K_AHEAD) {
-      Eight loaded[K_AHEAD][KEYS];
-      UNROLL
-      for (int a = 0; a < K_AHEAD; a++) {
-        const int c = min(ahead + a * 8 + lane % 8, CHUNKS - 1);
-        UNROLL
-        for (int i = 0; i < KEYS; i++) loaded[a][i] = eight(k + offset[i] + c * 8);
-      }
+      if (!EARLY || ahead > 0) load_keys(k, n - 1, token, ahead, lane, keys);
       simdgroup_barrier(mem_flags::mem_none);
       UNROLL
       for (int a = 0; a < K_AHEAD; a++) {
@@ -203,7 +223,7 @@ for (int start = mine.from; start < mine.to; start = END_OF_BLOCK(start)) {
         if (CHUNKS % (8 * K_AHEAD) == 0 || c < CHUNKS) {
           float kv[KEYS][8];
           UNROLL
-          for (int i = 0; i < KEYS; i++) widen(loaded[a][i], kv[i]);
+          for (int i = 0; i < KEYS; i++) widen(keys[a * KEYS + i], kv[i]);
           UNROLL
           for (int r = 0; r < ROWS; r++) {
             const float4 x = room[r * (D / 4) + c], y = room[r * (D / 4) + CHUNKS + c];
@@ -227,13 +247,9 @@ for (int start = mine.from; start < mine.to; start = END_OF_BLOCK(start)) {
       UNROLL
       for (int r = 0; r < ROWS; r++) {
         const float value = sum_lanes(s[i][r], 8);
-        if (lane % 8 == r % 8) scores[r * BLOCK + sg * 4 * KEYS + i * 4 + lane / 8] = value;
+        if (lane % 8 == r % 8) scores[r * BLOCK + token + i * 4] = value;
       }
     }
-  }
-  if (V_EARLY) {
-    UNROLL
-    for (int a = 0; a < V_AHEAD; a++) values[a] = eight(v + min(a * KEY_GROUPS * D, v_last));
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -278,10 +294,7 @@ for (int start = mine.from; start < mine.to; start = END_OF_BLOCK(start)) {
   }
 #pragma unroll 1
   for (int ahead = 0; ahead < n; ahead += KEY_GROUPS * V_AHEAD) {
-    if (!V_EARLY || ahead > 0) {
-      UNROLL
-      for (int a = 0; a < V_AHEAD; a++) values[a] = eight(v + min((ahead + a * KEY_GROUPS) * D, v_last));
-    }
+    if (!EARLY || ahead > 0) load_values(v, n - 1, first_key + ahead, values);
     simdgroup_barrier(mem_flags::mem_none);
     UNROLL
     for (int a = 0; a < V_AHEAD; a++) {
@@ -295,6 +308,15 @@ for (int start = mine.from; start < mine.to; start = END_OF_BLOCK(start)) {
         for (int j = 0; j < 8; j++) acc[r][j] += weight * value[j];
       }
     }
+  }
+
+  start = END_OF_BLOCK(start);
+  n = min(END_OF_BLOCK(start), mine.to) - start;
+  if (n > 0) {
+    k = mine.k + AT(start);
+    v = mine.v + AT(start) + column;
+    if (EARLY) load_keys(k, n - 1, token, 0, lane, keys);
+    if (EARLY) load_values(v, n - 1, first_key, values);
   }
 }
 

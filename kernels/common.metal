@@ -26,7 +26,8 @@ METAL_FUNC void load4(const device float* p, thread float* v) {
   v[3] = a.w;
 }
 
-// Before INPUTS_READY a kernel may read only what no launch of a step writes: weights. On NVIDIA a launch may begin
+// Before INPUTS_READY a kernel may read only what no launch of a step writes: weights, keys and values of earlier
+// tokens, the numbers that are uploaded for a step (tests/gpu/test_early.py names them). On NVIDIA a launch may begin
 // while the one before it ends, and waits here (cuda.h); a kernel without INPUTS_READY waits before it does anything.
 #ifndef INPUTS_READY
 #define INPUTS_READY()

@@ -1,6 +1,6 @@
 // Rows of an unpacked weight times a few tokens: y[t, n] = sum over k of W[n, k] x[t, k], in fp32.
 // With NORM x is RMS-normalised on the way in: x[k] norm[k] / sqrt(mean(x²) + EPS).
-// With TIMES y is gelu(y) times[t, n]. The result goes out times FACTOR.
+// With TIMES y is gelu(y) times[t, n]. x goes in times GROW, the result goes out times FACTOR.
 //
 // Threads. SPLIT simdgroups take ROWS neighbouring rows for TOKENS tokens, of which those that are missing are copies of
 // the last; a lane 8 neighbouring weights of each row per step; SG simdgroups a threadgroup, grid
@@ -8,8 +8,8 @@
 //
 // Memory. W once in TOKENS tokens, 16 or 32 bytes a lane; x and norm once in ROWS rows, from the cache; y once.
 //
-// Rendered before: T (dtype of x and times), U and U_HALF (of y), W_TYPE, TOKENS, SG, SPLIT, ROWS, EPS, NORM, FACTOR,
-// TIMES.
+// Rendered before: T (dtype of x and times), U and U_HALF (of y), W_TYPE, TOKENS, SG, SPLIT, ROWS, EPS, NORM, GROW,
+// FACTOR, TIMES.
 
 // kernel: dense(x, w, norm?, times?) -> (y)
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
@@ -74,7 +74,7 @@ if (lane == 0 && part == 0) {
     UNROLL
     for (int r = 0; r < ROWS; r++) {
       const int at = (first + t) * N + n + r;
-      float value = NORM ? sum[t][r] * rsqrt(squares[t] / float(K) + EPS) : sum[t][r];
+      float value = sum[t][r] * ((NORM ? rsqrt(squares[t] / float(K) + EPS) : 1.0f) * GROW);
 #if TIMES
       if (n + r < N) value = gelu(value) * float(times[at]);
 #endif

@@ -5,7 +5,7 @@
 //   SCALED   rows have a scale each (halve.metal), else 1.
 //   GLU      W is gate over up, [2F, K]: y[t, f] = gelu(gate row f) * (up row f), both in one lane.
 //   TIMES    y[t, n] = gelu(row n) * times[t, n].
-//   FACTOR   multiplies each result.
+//   GROW     multiplies x, FACTOR each result.
 //   EXPERTS  W is [E, N, K]. Threadgroup y of the grid takes tile y of `tiles`, int32 [.., 3]: expert, first and one
 //            past the last of `order`, at most TOKENS. Row order[i] of y is of row order[i] / USED of x.
 //
@@ -20,7 +20,7 @@
 //
 // Memory. Every byte of the planes is read once; x once for each 16 BLOCKS rows, mostly from the cache; y written once.
 //
-// Rendered before: T (half), U (of y), a format with CHUNK 32, TOKENS, BLOCKS, SPLIT, TAIL (K is no
+// Rendered before: T (half), U (of y), a format with CHUNK 32, TOKENS, BLOCKS, SPLIT, FOLD, TAIL (K is no
 // multiple of 128), and the variants' names.
 // uses: matrix.metal
 // uses: packed.metal
@@ -232,7 +232,7 @@ COPY_X(0)
 #else
 #define LOAD_PAIRS(n, at, half, pairs) load_pairs(from[n][0] + at, from[n][X_ROWS - 1] + at, half, which, pairs);
 #endif
-#if HAS_MIN
+#if SUMMED
 // Adds the sums of x over a chunk's groups: 8 pairs of them.
 #define ADD_SUMS(sums, half, pairs)                                                                \
   UNROLL for (int p = 0; p < 8; p += 2)                                                            \
@@ -318,13 +318,13 @@ for (int step = 0; step < steps; step++) {
                                   GROUPS == 2 ? scale1.mins[GROUPS - 1] : 0u};
 #if AFTER
             float low[4] = {0, 0, 0, 0};
-            if (HAS_MIN) multiply(low, mins, group_sums[n][0], GROUPS == 2 ? group_sums[n][GROUPS - 1] : 0u);
+            if (SUMMED) multiply(low, mins, group_sums[n][0], GROUPS == 2 ? group_sums[n][GROUPS - 1] : 0u);
             UNROLL
             for (int i = 0; i < 4; i++) {
               acc[b][n][i] += (i < 2 ? scale0.d : scale1.d) * dots[TURNS == 1 ? 0 : b][n][i];
-              if (HAS_MIN) acc[b][n][i] -= (i < 2 ? scale0.m : scale1.m) * low[i];
+              if (SUMMED) acc[b][n][i] -= (i < 2 ? scale0.m : scale1.m) * low[i];
             }
-#elif HAS_MIN
+#elif SUMMED
             multiply(acc[b][n], mins, group_sums[n][0], 0u);
 #endif
           }
@@ -376,9 +376,9 @@ for (int f = 0; f < OUTS * NB; f++) {
       const int t = n * 8 + lane_t * 2 + i % 2, out = first_out + b * 16 + i / 2 * 8 + lane_g;
       if (t < tokens && out < outs) {
 #if SCALED
-        const float factor = scale[X_ROW(t)];
+        const float factor = scale[X_ROW(t)] * GROW;
 #else
-        const float factor = 1.0f;
+        const float factor = GROW;
 #endif
         float value = acc[b][n][i] * factor;
         if (GLU) value = gelu(value) * (acc[GLU ? b + OUTS : b][n][i] * factor);

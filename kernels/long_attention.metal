@@ -77,9 +77,17 @@ threadgroup float shrink[ROWS];                 // factor of a query's old sums 
 const device half* k = mine.k + ulong(from) * D;
 const device half* v = mine.v + ulong(from) * D;
 uint words[2][4 * BATCH];
-if (from < to) {
-  load_batch(k, v, min(BLOCK, to - from), 0, sg, lane, words[0]);
+#define LOAD_FIRST                                                \
+  load_batch(k, v, min(BLOCK, to - from), 0, sg, lane, words[0]); \
   load_batch(k, v, min(BLOCK, to - from), 1, sg, lane, words[1]);
+// Before the launch that computes q has ended, where the block has none of the queries' own tokens, which that writes.
+const bool early = min(BLOCK, to - from) <= mine.total - tokens - mine.before - from;
+if (from < to && early) {
+  LOAD_FIRST
+}
+INPUTS_READY();
+if (from < to && !early) {
+  LOAD_FIRST
 }
 
 // A product takes 4 of a lane's 8 numbers: two for its first 8 rows, two for the other 8.

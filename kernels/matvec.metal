@@ -5,7 +5,7 @@
 //            summed beside the products and divide the result at the end: x is read once.
 //   GLU      W is gate over up, [2F, K]: y[t, f] = gelu(gate row f) * (up row f), both in one lane.
 //   TIMES    y[t, n] = gelu(row n) * times[t, n].
-//   FACTOR   multiplies each result.
+//   GROW     multiplies x, FACTOR each result.
 //   EXPERTS  W is [E, N, K]; row block z of the grid takes expert ids[z] and writes y[z]; x is shared
 //            or, with EXPERT_X, x[z].
 //
@@ -406,7 +406,7 @@ if (part == 0 && col == 0) {
   UNROLL
   for (int t = 0; t < TOKENS; t++) {
     if (t >= tokens) break;
-    const float normed = NORM ? rsqrt(squares[t] / float(K) + EPS) : 1.0f;
+    const float normed = (NORM ? rsqrt(squares[t] / float(K) + EPS) : 1.0f) * GROW;
     UNROLL
     for (int r = 0; r < OUTS; r++) {
       const int n = first + r * APART;

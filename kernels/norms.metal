@@ -1,6 +1,6 @@
 // The residual connection with the norms around it, in one launch:
 //   c = h,  or with BRANCHES  c = rms(h) norm1 + rms(e) norm2,  e = sum over i < USED of share[i] experts[i]
-//   y = (x + rms(c) post) scale,    normed = rms(y) next
+//   y = (x + rms(c) post) scale,    normed = rms(y) next,  or with COPIES  y COPIED
 // with rms(a) = a / sqrt(mean(a²) + EPS), of h and e with EPS_H. x and y [tokens, K] in dtype R, h and experts
 // [tokens USED, K] in T, normed in U.
 //
@@ -9,7 +9,8 @@
 //
 // Memory. Everything read once and written once, 16 bytes a lane.
 //
-// Rendered before: T, R, U, K, SG, EPS, EPS_H, BRANCHES, USED, SCALED (scale is there), NEXT (next is there).
+// Rendered before: T, R, U, K, SG, EPS, EPS_H, BRANCHES, USED, SCALED (scale is there), NEXT (next is there),
+// COPIES, COPIED.
 
 #define STEPS ((K + 256 * SG - 1) / (256 * SG))
 // For each i, the thread's 8 elements of step i, from element `at`.
@@ -99,5 +100,11 @@ EACH_STEP {
   UNROLL
   for (int j = 0; j < 8; j++) n[i][j] = WITHIN_U(n[i][j] * c[i][j] * next_factor);
   store8(normed + row + at, n[i]);
+}
+#elif COPIES
+EACH_STEP {
+  UNROLL
+  for (int j = 0; j < 8; j++) c[i][j] = WITHIN_U(c[i][j] * COPIED);
+  store8(normed + row + at, c[i]);
 }
 #endif

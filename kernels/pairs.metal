@@ -4,11 +4,18 @@
 // pair i of a chunk is of its codes (i / APART * 2 APART + i % APART) and APART further on.
 //
 // Exactness. Of k-quants a pair is code * scale as whole numbers that fp16 holds; their blocks' fp16 d is for after the
-// product, of 128 weights or 256. Of other types it is d * (code - OFFSET), rounded to fp16 once.
+// product, of 128 weights or 256. Of other types, and with FOLD, it is d * (code - OFFSET), rounded to fp16 once or twice.
 //
-// Rendered before: a format with CHUNK 32, as for packed.metal, which stands before this. Needs matrix.metal.
+// Rendered before: a format with CHUNK 32, as for packed.metal, which stands before this; FOLD. Needs matrix.metal.
 
-#define AFTER (SCALE_BLOCK == 256 || ROW_SCALE)  // d, or a row's factor, comes after the product
+// With FOLD also of k-quants, mins and all: what many rows of x would do after each product is done before.
+#if FOLD && (GROUP_SCALE_SCALE_MIN || GROUP_SCALE_INT8 || GROUP_SCALE_SCALE_32)
+#define FOLDED 1
+#else
+#define FOLDED 0
+#endif
+#define AFTER (!FOLDED && (SCALE_BLOCK == 256 || ROW_SCALE))  // d, or a row's factor, comes after the product
+#define SUMMED (HAS_MIN && !FOLDED)                           // mins meet sums of x
 #define GROUPS (GROUP == 16 ? 2 : 1)          // scales of a chunk
 #define RUN (16 / BITS)                       // codes in 16 bits
 #define VALUED (HAS_LUT || RULE)              // codes are not numbers to multiply with
@@ -101,17 +108,24 @@ METAL_FUNC void scale_of(const thread Chunk& chunk, thread Scale& s) {
     const uint f = field >> (GROUP_SCALE_BITS * i);
     // 1024 + scale, 1024 + min as halves, less 1024
     const uint two = add_halves((f & mask) | (f << (16 - bits) & mask << 16) | 0x64006400u, 0xE400E400u);
+#if FOLDED
+    const uint scaled = mul_halves(two, top);
+    s.by[i] = both_firsts(scaled);
+    s.add[i] = both_seconds(scaled) ^ 0x80008000u;
+  }
+#else
     s.by[i] = both_firsts(two);
     s.mins[i] = both_seconds(two);
     s.add[i] = mul_halves(s.by[i], both(half(-1024.0f)));
     s.by_high[i] = mul_halves(s.by[i], both(half(1.0f / float(1 << BITS))));
     s.add_high[i] = mul_halves(s.add[i], both(half(1.0f / float(1 << BITS))));
   }
+#endif
 #elif GROUP_SCALE_INT8
   // bytes as 1024 + 128 + scale
-  const uint two = add_halves((((field & 0xFFu) | (field & 0xFF00u) << 8) ^ 0x00800080u) | 0x64006400u, 0xE480E480u);
+  uint two = add_halves((((field & 0xFFu) | (field & 0xFF00u) << 8) ^ 0x00800080u) | 0x64006400u, 0xE480E480u);
 #elif GROUP_SCALE_SCALE_32
-  const uint two = add_halves((field & 63u) | (field << 10 & 63u << 16) | 0x64006400u, 0xE420E420u);
+  uint two = add_halves((field & 63u) | (field << 10 & 63u << 16) | 0x64006400u, 0xE420E420u);
 #elif GROUP_SCALE_UE4M3 || GROUP_SCALE_ODD
   UNROLL
   for (int i = 0; i < GROUPS; i++) {
@@ -136,6 +150,7 @@ METAL_FUNC void scale_of(const thread Chunk& chunk, thread Scale& s) {
   if (HAS_MIN) s.mins[0] = both_seconds(top);
 #endif
 #if GROUP_SCALE_INT8 || GROUP_SCALE_SCALE_32
+  if (FOLDED) two = mul_halves(two, both_firsts(top));
   UNROLL
   for (int i = 0; i < GROUPS; i++) {
     // Of groups of 16, pairs have one code in each where they are far apart.
@@ -167,7 +182,14 @@ METAL_FUNC uint weight_pair(
   return mul_halves(add_halves((u & 0xFFu) | (u & 0xFF00u) << 8 | raised, raised + 0x80808080u), s.by[group]);
 #elif HAS_LUT
   return mul_halves(table[m[q / 4] >> (q % 4 * 8) & 0xFFu], s.by[group]);
-#elif WHOLE
+#elif FOLDED && HAS_MIN
+  // 1024 + code * 2^place, or 2^BITS + code, to code
+  const bool high = IN_PLACE && place_of(q) != 0;
+  const half part = half(1.0f / float(1 << BITS)), less = half(IN_PLACE ? -1024.0f : -float(1 << BITS));
+  const uint raised = raised_pair(m, q, ones);
+  const uint code = high ? fma_halves(raised, both(part), both(half(-1024.0f * float(part)))) : add_halves(raised, both(less));
+  return fma_halves(code, s.by[group], s.add[group]);
+#elif WHOLE && !FOLDED
   const bool high = IN_PLACE && place_of(q) != 0;
   return fma_halves(raised_pair(m, q, ones), high ? s.by_high[group] : s.by[group], high ? s.add_high[group] : s.add[group]);
 #else

@@ -15,7 +15,8 @@
 //
 // Memory. Products are read once, results written once; all rows of both tails are read, the used ones written. A
 // layer's weights evict all this from the cache before the next layer, so waiting for it takes most of the time. A
-// thread waits once: it loads all that it may need together, a row of the tails before it knows count.
+// thread waits once: it loads all that it may need together, a row of the tails before it knows count; norms, count and
+// places even before the inputs are ready.
 //
 // Rendered before: T (dtype of the products), C (of q', k', v'), C_BYTES, H, G, D, EPS, KV, JOINED_K, JOINED_V,
 // V_IS_K, VALUE_NORM, POOL, PAGE.
@@ -99,6 +100,9 @@ if (group < head_groups) {
   EACH_STEP {
     load4(norm + i, low_norm[p]);
     load4(norm + i + D / 2, high_norm[p]);
+  }
+  INPUTS_READY();
+  EACH_STEP {
     load4(rope + t * D + i, cosine[p]);
     load4(rope + t * D + i + D / 2, sine[p]);
   }
@@ -143,6 +147,7 @@ if (group < head_groups) {
 }
 #if KV && !POOL
 else {
+  INPUTS_READY();
   constexpr int ROW = D * C_BYTES / 16;  // pieces of 16 bytes
   const int pieces = G * room * ROW;
   const int i = (group - head_groups) * 128 + int(thread_index_in_threadgroup), at = min(i, pieces - 1);

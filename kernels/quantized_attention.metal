@@ -408,6 +408,9 @@ constexpr int AHEAD = 4;  // Apple GPUs have fewer registers per thread
 #endif
 float first[AHEAD][4], tail_first[4] = {0, 0, 0, 0}, back[4];
 UNROLL
+for (int j = 0; j < 4; j++) back[j] = rotation[D + column + j] / D;
+INPUTS_READY();
+UNROLL
 for (int a = 0; a < AHEAD; a++) {
   UNROLL
   for (int j = 0; j < 4; j++) first[a][j] = 0;
@@ -417,8 +420,6 @@ if (group < tail_pieces) load4(plain + group * D, tail_first);
 const float m = i < pieces ? stats[(start + i) * 2] : UNSEEN, l = i < pieces ? stats[(start + i) * 2 + 1] : 0.0f;
 const float tail_m = i < tail_pieces ? tail_stats[(tail_start + i) * 2] : UNSEEN;
 const float tail_l = i < tail_pieces ? tail_stats[(tail_start + i) * 2 + 1] : 0.0f;
-UNROLL
-for (int j = 0; j < 4; j++) back[j] = rotation[D + column + j] / D;
 simdgroup_barrier(mem_flags::mem_none);  // without it NVIDIA's compiler waits for stats first
 
 threadgroup float tops[SG];

@@ -7,17 +7,18 @@ import mmap
 import os
 import struct
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import exchange_host
 import mlx.core as mx
 import numpy as np
-from kernel_cases import metal
+from kernel_cases import POOL, metal, to_mlx
+from metal_sim import kernel as simulator
 
 from mlx_gemma4.gpu.recording import IN_PLACE, RecordedLaunch, Region
-from mlx_gemma4.gpu.render import build
+from mlx_gemma4.gpu.render import DEVICE_ELEMENTS, build
 from mlx_gemma4.model.replay import STARTS
 
 
@@ -68,13 +69,15 @@ class HostPlayer:
             numbers = np.concatenate([self._at(self.best_region).reshape(-1)[:tokens], numbers[tokens:]])
         self.chained += chained
         self.arena[: numbers.nbytes] = numbers.view(np.uint8)
+        self.begin()
         for launch in self.launches:
             if launch.kernel.name.startswith("exchange_"):
-                inputs = [np.array(a) if isinstance(a, mx.array) else self._at(a) for a in launch.inputs]
-                exchange_host.run(launch, inputs, self._at(launch.outputs[0]))
+                given = [np.array(a) if isinstance(a, mx.array) else self._at(a) for a in launch.inputs]
+                exchange_host.run(launch, given, self._at(launch.outputs[0]))
                 continue
-            done = build(metal, launch.kernel)(
-                inputs=[a if isinstance(a, mx.array) else mx.array(self._at(a)) for a in launch.inputs],
+            inputs = [a if isinstance(a, mx.array) else mx.array(self._at(a)) for a in launch.inputs]
+            done = self.kernel(launch, inputs)(
+                inputs=inputs,
                 grid=launch.grid,
                 threadgroup=launch.threadgroup,
                 output_shapes=[region.shape for region in launch.outputs],
@@ -89,6 +92,14 @@ class HostPlayer:
         self.tokens.append(self._at(self.best_region).reshape(-1).tolist())
         return len(self.tokens) - 1
 
+    def begin(self) -> None:
+        """Called before a step's launches."""
+
+    def kernel(self, launch: RecordedLaunch, inputs: Sequence[mx.array]) -> Callable[..., Sequence[mx.array]]:
+        """Return what makes a launch with these inputs."""
+        made: Callable[..., Sequence[mx.array]] = build(metal, launch.kernel)
+        return made
+
     def best(self, start: int) -> list[int]:
         assert len(self.tokens) - start <= STARTS
         return self.tokens[start]
@@ -101,7 +112,58 @@ class HostPlayer:
     def read(self, region: Region) -> mx.array:
         return mx.array(self._at(region).copy())
 
-    def _at(self, region: Any) -> np.ndarray:
+    def _at(self, region: Any, memory: np.ndarray | None = None) -> np.ndarray:
         names = {mx.float32: np.float32, mx.float16: np.float16, mx.int32: np.int32, mx.uint32: np.uint32}
-        piece = self.arena[region.start : region.start + region.nbytes]
+        memory = self.arena if memory is None else memory
+        piece = memory[region.start : region.start + region.nbytes]
         return piece.view(names[region.dtype]).reshape(region.shape)
+
+
+class EarlyPlayer(HostPlayer):
+    """Each launch begins before all others of its step, as on NVIDIA it may.
+
+    Until INPUTS_READY (kernels/cuda.h), which it comes to first of all unless its text says where, a threadgroup finds
+    no number in whatever the step's launches write.
+    """
+
+    def begin(self) -> None:
+        self.at_first = self.arena.copy()
+        named = [(n, a) for x in self.launches for n, a in zip(x.kernel.inputs, x.inputs, strict=True)]
+        self.pools = {id(a): np.array(a) for n, a in named if n in POOL}
+
+    def kernel(self, launch: RecordedLaunch, inputs: Sequence[mx.array]) -> Callable[..., Sequence[mx.array]]:
+        kernel, blobs, at, lines = launch.kernel, [], 0, ["", ""]
+        for name, where, array in zip(kernel.inputs, launch.inputs, inputs, strict=True):
+            if isinstance(where, mx.array) and id(where) not in self.pools:
+                continue
+            if array.size < DEVICE_ELEMENTS:  # in the constant address space, where nothing can be written
+                continue
+            now = np.array(array)
+            then = self.pools[id(where)] if isinstance(where, mx.array) else self._at(where, self.at_first)
+            words = f"u{now.itemsize}"
+            early = np.where(now.view(words) != then.view(words), np.array(-1).astype(words), now.view(words))
+            if (early == now.view(words)).all():
+                continue
+            for moment, content in enumerate((early, now)):
+                blobs.append(np.frombuffer(content.tobytes(), np.uint32))
+                lines[moment] += (
+                    f"for (uint i = 0; i < {blobs[-1].size}; i++) ((device uint*){name})[i] = moments[{at} + i];\n"
+                )
+                at += blobs[-1].size
+        moments = np.concatenate([*blobs, np.zeros(8, np.uint32)])
+        first, ready = (
+            f"threadgroup_barrier(mem_flags::mem_device);\nif (thread_index_in_threadgroup == 0) {{\n{copies}}}\n"
+            "threadgroup_barrier(mem_flags::mem_device);\n"
+            for copies in lines
+        )
+        source = kernel.source if "INPUTS_READY();" in kernel.source else f"INPUTS_READY();\n{kernel.source}"
+        made = simulator(
+            name=f"early_{kernel.name}",
+            input_names=[*kernel.inputs, "moments"],
+            output_names=list(kernel.outputs),
+            source=first + source.replace("INPUTS_READY();", ready),
+            header=kernel.header.replace("#define EAGER 0\n", "#define EAGER 1\n"),  # as for CUDA
+            in_place=kernel.inputs,
+            seed=2,
+        )
+        return lambda inputs, **arguments: list(map(to_mlx, made(inputs=[*inputs, mx.array(moments)], **arguments)))

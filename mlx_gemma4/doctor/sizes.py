@@ -21,7 +21,6 @@ from ..model.weights import Layer, Weights
 from ..ops import matvec
 from ..ops.cases import ALL_CASES, Check, Heads, Product, Sizes
 from ..ops.epilogue import SHRINK
-from ..ops.tuning import this_gpu
 from ..quant.formats import FLOATS, FORMATS, Packed
 
 for _module in pkgutil.iter_modules(ops.__path__):
@@ -57,8 +56,8 @@ def sizes_of(model: Model) -> Sizes:
     usable = [used for p in products for used in _as_launched(p)]
     packed = [p for p in usable if p.type in FORMATS]
     short = [Product(p.type, p.shape, narrow=True, used=p.used, own_x=p.used > 0) for p in packed]  # short prompts
-    if this_gpu().few_rows_from > 2:  # drafts and batches of two tokens take the mat-vec
-        usable += [replace(p, tokens=matvec.MAX_TOKENS) for p in packed if not p.used]
+    for tokens in (2, matvec.MAX_TOKENS):  # drafts and batches
+        usable += [replace(p, tokens=tokens) for p in packed if not p.used and matvec.takes(p.shape, tokens)]
     ple_table = "" if w.per_layer_token_embd is None else _type(w.per_layer_token_embd)
     experts = (c.experts, c.experts_used if c.experts else 0)
     tables = (_type(w.token_embd), ple_table)
@@ -110,7 +109,7 @@ def outer_products(w: Weights) -> list[Product]:
     """Return the products outside of layers: with the head, and what makes inputs of per-layer embeddings."""
     projection = w.per_layer_model_proj
     head = Product(_type(w.output), w.output.shape, narrow=True)
-    return [head] if projection is None else [head, Product(_type(projection), projection.shape)]
+    return [head] if projection is None else [head, Product(_type(projection), projection.shape, narrow_out=True)]
 
 
 def layer_products(layer: Layer, used: int, hidden: int) -> dict[str, Product]:
@@ -120,8 +119,8 @@ def layer_products(layer: Layer, used: int, hidden: int) -> dict[str, Product]:
         "ffn_gate_up": {"glu": True, "factor": SHRINK, "narrow": True, "narrow_out": True},
         "ffn_gate": {"times": True, "factor": SHRINK, "narrow": True, "narrow_out": True},
         "ffn_up": {"narrow": True, "narrow_out": True},
-        "inp_gate": {"times": True},
-        "proj": {},
+        "inp_gate": {"times": True, "factor": SHRINK, "narrow": True, "narrow_out": True, "given": SHRINK},
+        "proj": {"narrow": True},
         "ffn_gate_inp": {"norm": True, "factor": hidden**-0.5},
         "ffn_gate_up_exps": {"norm": True, "glu": True, "factor": SHRINK, "used": used, "narrow_out": True},
         "ffn_gate_exps": {"norm": True, "times": True, "factor": SHRINK, "used": used, "narrow_out": True},

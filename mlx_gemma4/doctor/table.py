@@ -71,8 +71,9 @@ def sizes_of_shape(m: Shape) -> Sizes:
         products.append(Product("Q5_0" if ffn % 256 else "Q6_K", (m.hidden, ffn), narrow=True))
     if m.ple:
         heads += [replace(h, joined="", has_kv=False) for h in heads]
-        products += [Product("Q4_K", (m.ple, m.hidden), times=True), Product("Q4_K", (m.hidden, m.ple))]
-        products.append(Product("BF16", (m.layers * m.ple, m.hidden)))
+        gate = Product("Q4_K", (m.ple, m.hidden), times=True, factor=SHRINK, narrow=True, narrow_out=True, given=SHRINK)
+        products += [gate, Product("Q4_K", (m.hidden, m.ple), narrow=True)]
+        products.append(Product("BF16", (m.layers * m.ple, m.hidden), narrow_out=True))
     if m.experts:
         up, down = (m.experts, 2 * m.expert_ffn, m.hidden), (m.experts, m.hidden, m.expert_ffn)
         products.append(Product("F32", (m.experts, m.hidden), norm=True, factor=m.hidden**-0.5))

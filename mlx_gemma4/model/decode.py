@@ -151,8 +151,8 @@ def through_layers(
             m, experts = _summed_experts(model, i, m, experts)
         if per_layer:
             assert layer.post_norm is not None
-            x, _ = run(ADD_NORM, x, m, norm, NormOptions(eps, shrunk=shrunk))
-            m, norm, shrunk = _per_layer(run, layer, x, per_layer[i]), layer.post_norm, 1.0
+            x, h = run(ADD_NORM, x, m, norm, NormOptions(eps, shrunk=shrunk, out=out, copied=SHRINK))
+            m, norm = _per_layer(run, layer, h, per_layer[i]), layer.post_norm
         following, scale = w.layers[i + 1].attn_norm if i + 1 < len(w.layers) else w.output_norm, constants.scales[i]
         x, h = run(ADD_NORM, x, m, norm, NormOptions(eps, following, scale, experts, shrunk, out))
     if part and part.shard.kind == "layers":
@@ -179,7 +179,7 @@ def _inputs(run: Kernels, model: Loaded, ids: mx.array) -> tuple[mx.array, list[
     if own is None or w.per_layer_model_proj is None:
         return x, []
     assert w.per_layer_proj_norm is not None
-    projected = run.product(x, w.per_layer_model_proj)
+    projected = run.product(x, w.per_layer_model_proj, Epilogue(out=model.kv_dtype))
     made = run(PLE_INPUTS, ids, projected, w.per_layer_proj_norm, own, c.hidden**-0.5, eps=c.eps)  # [layers, T, P]
     return x, [made[i : i + 1].reshape(*made.shape[1:]) for i in range(len(w.layers))]  # made[i] would gather
 
@@ -259,10 +259,14 @@ def _mlp(run: Kernels, layer: Layer, h: mx.array) -> mx.array:
     return run.product(product, layer.ffn_down, FP32)
 
 
-def _per_layer(run: Kernels, layer: Layer, x: mx.array, p: mx.array) -> mx.array:
-    """Return what the layer's embedding of the tokens, p [T, P], adds to the residual x, before its norm."""
+def _per_layer(run: Kernels, layer: Layer, h: mx.array, p: mx.array) -> mx.array:
+    """Return SHRINK times what the layer's embedding of the tokens, p [T, P], adds to the residual, before its norm.
+
+    h [T, hidden] is SHRINK times the residual.
+    """
     assert layer.inp_gate is not None and layer.proj is not None
-    return run.product(run.product(x, layer.inp_gate, folded=Folded(times=p)), layer.proj)
+    gated = run.product(h, layer.inp_gate, Epilogue(factor=SHRINK, given=SHRINK), Folded(times=p))
+    return run.product(gated, layer.proj, FP32)
 
 
 def _experts(run: Kernels, model: Loaded, layer: Layer, x: mx.array) -> Experts:

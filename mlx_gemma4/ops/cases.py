@@ -44,10 +44,12 @@ class Product:
     tokens: int = 1
     narrow: bool = False  # input in the dtype of KV states, else fp32
     narrow_out: bool = False  # the result likewise
+    given: float = 1.0  # `Epilogue.given`
 
     def __str__(self) -> str:
         folded = ["fp32"] if self.type in FORMATS and not (self.narrow or self.norm or self.used) else []
         folded += [name for name in ("norm", "glu", "times") if getattr(self, name)]
+        folded += ["shrunk"] if self.given != 1 else []
         used = [f"{self.used} used"] if self.used else []
         tokens = [f"T={self.tokens}"] if self.tokens > 1 else []
         return " ".join(["x".join(map(str, self.shape)), *used, *folded, *tokens])
@@ -236,5 +238,5 @@ def product_arguments(p: Product, made: tuple[int, ...]) -> tuple[mx.array, Epil
     )
     if ids is not None and p.tokens == 1:
         ids = ids[0]
-    x = normal(*(rows if p.own_x else (p.tokens,)), k, dtype=dtype)
-    return x, Epilogue(p.glu, p.factor, out, EPS), Folded(norm, times, ids)
+    x = (normal(*(rows if p.own_x else (p.tokens,)), k) * p.given).astype(dtype)
+    return x, Epilogue(p.glu, p.factor, out, EPS, p.given), Folded(norm, times, ids)

@@ -54,7 +54,7 @@ def dense(
     arrays = {"x": x, "w": w, "norm": norm, "times": times}
     defines = {**result_defines(out), "W_TYPE": w.dtype, "SG": 4, "SPLIT": split, "ROWS": rows, "EPS": epilogue.eps}
     defines["TOKENS"] = together
-    defines |= {"FACTOR": float(epilogue.factor), "NORM": norm is not None, "TIMES": times is not None}
+    defines |= {**epilogue.factors, "NORM": norm is not None, "TIMES": times is not None}
     kernel = render("dense", "dense.metal", x.dtype, defines, absent(arrays))
     groups = (-(-n * split // (4 * rows)), -(-tokens // together), 1)
     return prepare(launcher, kernel, groups, 128, ((tokens, n), out)).by_name(arrays)[0]

@@ -29,7 +29,7 @@ from .few_rows import FEW_ROWS, MAX_ROWS, few_rows
 from .grouped import GROUPED, grouped, grouped_reference
 from .halve import HALVE
 from .long_attention import long_attention_pieces
-from .matvec import MATVEC, matvec
+from .matvec import MATVEC, matvec, takes
 from .op import Op, OpKey, P, R
 from .packed import is_readable
 from .parts import MERGE, KVPart, shapes_of
@@ -145,7 +145,7 @@ class Kernels:
         reference = partial(product_reference, x, w, epilogue, folded)
         rows, ids = x.shape[0], folded.ids
         if isinstance(w, Packed) and is_readable(w) and rows <= MAX_ROWS:
-            if (ids is not None and ids.ndim == 2) or (ids is None and rows >= this_gpu().few_rows_from):
+            if (ids is not None and ids.ndim == 2) or (ids is None and not takes(w.shape, rows)):
                 return self._few_rows(x, w, epilogue, folded, reference)
             kernel = partial(matvec, self.launcher, x, w, epilogue, folded)
             return self.attempt(kernel, reference, _key(MATVEC, w))

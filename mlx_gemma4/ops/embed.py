@@ -129,7 +129,7 @@ def ple_inputs_cases(s: Sizes) -> Iterator[Check]:
     def make(tokens: int) -> Case:
         width = s.layers * s.ple
         table, ids = weight(s.ple_table, (100, width)), mx.arange(77, 77 + tokens, dtype=mx.int32)
-        arrays = (ids, normal(tokens, width), norm_weight(s.ple), table)
+        arrays = (ids, normal(tokens, width, dtype=state_dtype()), norm_weight(s.ple), table)
         return case(PLE_INPUTS, tokens * (table.nbytes // 100 + 8 * width), *arrays, s.hidden**-0.5, eps=EPS)
 
     for tokens in TOKENS if s.ple_table else ():

@@ -18,6 +18,12 @@ class Epilogue(NamedTuple):
     factor: float = 1.0  # of the result
     out: mx.Dtype | None = None  # of the result, x's by default; what fp16 can't hold becomes its largest number
     eps: float = 1e-6  # of the norm of x, where there is one
+    given: float = 1.0  # x is so many times its true value
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """Constants of kernels: what multiplies x, and each result."""
+        return {"GROW": 1 / self.given, "FACTOR": float(self.factor)}
 
 
 class Folded(NamedTuple):
@@ -46,6 +52,7 @@ def product_reference(x: mx.array, w: Weight, epilogue: Epilogue = PLAIN, folded
         shared = h.shape[0] == 1
         chosen = ids[None] if shared else ids[:, None]
         y = stock.expert_linear(h[:, None], w, chosen)[0 if shared else slice(None), slice(None) if shared else 0]
+    y = y / epilogue.given
     if epilogue.glu:
         y = stock.geglu(*mx.split(y, 2, axis=-1))
     if times is not None:

@@ -34,6 +34,7 @@ class RowsTiling:
 
     blocks: int  # of 16 rows of the weight, a simdgroup; with glu an even number
     split: int  # simdgroups that share the rows
+    fold: bool = False  # k-quants' scales and mins are multiplied in before the product, as halves
 
     def room(self, rows: int, fmt: Format) -> int:
         """Bytes of threadgroup memory, for sums, or on CUDA for x before, and for a table."""
@@ -49,14 +50,15 @@ def rows_tiling(
         used: experts of a token; two tokens at least are sure to fill so many tiles.
     """
     gpu = gpu or this_gpu()
-    blocks = 4 if rows == 16 and gpu.measured else 2
+    fold = rows >= gpu.fold_from
+    blocks = 4 if (rows == 16 and gpu.measured) or (rows == 32 and fold) else 2
     few = n * max(1, 2 * used) < 48 * blocks * gpu.cores  # threadgroups: more simdgroups in each
     split = 8 if few and rows < 32 and RowsTiling(blocks, 8).room(rows, fmt) <= ROOM else 4
     if split == 8 and rows <= 8 and gpu.measured and not glu and not used:
         blocks = 3
     # The simdgroups should have as many stretches of a row each, and several.
     stretches = -(-k // 128)
-    fit = [RowsTiling(blocks, s) for s in range(min(split, max(1, stretches // 2)), 0, -1)]
+    fit = [RowsTiling(blocks, s, fold) for s in range(min(split, max(1, stretches // 2)), 0, -1)]
     even = (t for t in fit if stretches / (-(-stretches // t.split) * t.split) > EVEN)
     return next(t for t in even if t.room(rows, fmt) <= ROOM)
 
@@ -116,7 +118,7 @@ def _prepared(
     config = config or rows_tiling(fmt, n, k, rows, used, glu)
     defines: dict[str, Any] = format_defines(fmt, 32, k)
     defines |= {field.upper(): value for field, value in asdict(config).items()}
-    defines |= {"TOKENS": rows, "FACTOR": float(epilogue.factor), "TAIL": k % 128 > 0}
+    defines |= {"TOKENS": rows, **epilogue.factors, "TAIL": k % 128 > 0}
     defines |= {"GLU": glu, "TIMES": times is not None, "SCALED": scaled, "EXPERTS": used > 0}
     defines |= {"USED": 1 if each else max(used, 1), **result_defines(out)}
     there = {"scale": scaled, "order": used, "tiles": used, "times": times is not None}

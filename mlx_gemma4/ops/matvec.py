@@ -31,10 +31,10 @@ def tiling(fmt: Format, n: int, k: int, tokens: int = 1, gpu: Tuning | None = No
     serve several rows. docs/kernels.md has the measurements.
     """
     gpu = gpu or this_gpu()
-    if tokens == 1 and (found := gpu.tilings.get((fmt.name, n, k))):
+    if (found := gpu.tilings.get((fmt.name, n, k))) and tokens <= (2 if found.rows <= 4 else 1):
         return found
     chunks = -(-k // 32)
-    if tokens == 1 and n * k >= gpu.large_weights and n < gpu.head_rows:
+    if tokens <= 2 and n * k >= gpu.large_weights and n < gpu.head_rows:
         lanes, most = 32 if chunks >= 256 else 16 if chunks >= 32 else 8, 6 if 8192 <= n < 20000 else 4
         for split in (1, 2, 3, 4, 6, 8):
             steps, enough = chunks / (lanes * split), n * split * lanes >= 128 * gpu.busy_simdgroups
@@ -53,8 +53,14 @@ def tiling(fmt: Format, n: int, k: int, tokens: int = 1, gpu: Tuning | None = No
         lanes, rows = 16, 4 if by_table else 2
         split = max((1, 2, 3, 4, 6, 8), key=lambda s: _worth(gpu, n, chunks, lanes, rows, s))
     if tokens > 1:  # each row's sums take as many registers again
-        rows = 4
+        rows = min(rows, 4) if tokens == 2 else 4
     return Tiling(lanes, rows, split, simdgroups=split)
+
+
+def takes(shape: tuple[int, ...], rows: int) -> bool:
+    """Return True if the mat-vec of a weight of this shape is faster than few_rows.py for so many rows of x."""
+    gpu = this_gpu()
+    return rows < gpu.few_rows_from or (rows == 2 and math.prod(shape) <= gpu.pair_weights)
 
 
 def tiling_key(p: Product) -> TilingKey:
@@ -114,7 +120,7 @@ def _prepared(
 ) -> Launch:
     (n, k), fmt, (norm, times), glu = shape, FORMATS[name], there, epilogue.glu
     tokens, experts, out = 1 if slots else rows, slots or 1, epilogue.out or dtype
-    held = 1 if tokens == 1 else MAX_TOKENS  # by a threadgroup: few texts serve any number of tokens
+    held = tokens if tokens <= 2 else MAX_TOKENS  # by a threadgroup: few texts serve any number of tokens
     config = config or tiling(fmt, n * experts, k, held)
     while k % config.chunk or (fmt.rule and config.chunk > 32):
         config = replace(config, chunk=config.chunk // 2)
@@ -126,7 +132,7 @@ def _prepared(
     # Two steps of x in threadgroup memory, of which Metal has 32 KB, and a grid.
     room = 2 * 4 * held * config.lanes * config.split * config.chunk + fmt.table_bytes
     defines["STAGE"] = (norm or dtype == mx.float32) and room <= 30 << 10
-    defines |= {"TOKENS": held, "EPS": epilogue.eps, "FACTOR": float(epilogue.factor), **result_defines(out)}
+    defines |= {"TOKENS": held, "EPS": epilogue.eps, **epilogue.factors, **result_defines(out)}
     defines |= {"GLU": glu, "TIMES": times, "NORM": norm, "EXPERTS": slots > 0, "EXPERT_X": slots > 0 and rows > 1}
     missing = [plane for plane, there in (("norm", norm), ("ids", slots), ("times", times)) if not there]
     kernel = render("matvec", "matvec.metal", dtype, defines, [*absent_planes(fmt), *missing])

@@ -28,6 +28,7 @@ class NormOptions(NamedTuple):
     shrunk: float = 1.0  # h and the experts' outputs are so many times their true value, which their norms' eps follows
     # Of the second result, h's by default. What fp16 can't hold becomes the largest number that it can.
     out: mx.Dtype | None = None
+    copied: float = 0.0  # without next_norm: so many times the residual are the second result
 
 
 def add_norm(launcher: Launcher, x: mx.array, h: mx.array, post: mx.array, options: NormOptions) -> tuple[Any, Any]:
@@ -39,9 +40,9 @@ def add_norm(launcher: Launcher, x: mx.array, h: mx.array, post: mx.array, optio
         post: fp32 [K].
 
     Returns:
-        the new residual [T, K] in x's dtype; rms of it times next_norm, without next_norm the residual again.
+        the new residual [T, K] in x's dtype; rms of it times next_norm, or it times `copied`, or itself again.
     """
-    eps, next_norm, scale, experts, shrunk, out = options
+    eps, next_norm, scale, experts, shrunk, out, copied = options
     (tokens, k), out = x.shape, out or h.dtype
     simdgroups = min(32, -(-k // 256))
     outputs, share, norm1, norm2 = experts or (None,) * 4
@@ -50,7 +51,8 @@ def add_norm(launcher: Launcher, x: mx.array, h: mx.array, post: mx.array, optio
     defines: dict[str, Any] = {"R": x.dtype, "K": k, "SG": simdgroups, "EPS": eps, "EPS_H": eps * shrunk**2}
     defines |= {"BRANCHES": outputs is not None, "USED": 0 if outputs is None else outputs.shape[1]}
     defines |= {"SCALED": scale is not None, **result_defines(out), "NEXT": next_norm is not None}
-    missing = absent(arrays) + (["normed"] if next_norm is None else [])
+    defines |= {"COPIES": copied > 0, "COPIED": float(copied)}
+    missing = absent(arrays) + (["normed"] if next_norm is None and not copied else [])
     kernel = render("add_norm", "norms.metal", h.dtype, defines, missing)
     results = ((tokens, k), x.dtype), ((tokens, k), out)
     launch = prepare(launcher, kernel, (1, tokens, 1), 32 * simdgroups, *results[: len(kernel.outputs)])
@@ -60,7 +62,7 @@ def add_norm(launcher: Launcher, x: mx.array, h: mx.array, post: mx.array, optio
 
 def add_norm_reference(x: mx.array, h: mx.array, post: mx.array, options: NormOptions) -> tuple[mx.array, mx.array]:
     """`add_norm` in stock MLX."""
-    eps, next_norm, scale, experts, shrunk, out = options
+    eps, next_norm, scale, experts, shrunk, out, copied = options
     c = h.astype(mx.float32)
     if experts is not None:
         outputs, share, norm1, norm2 = experts
@@ -70,7 +72,9 @@ def add_norm_reference(x: mx.array, h: mx.array, post: mx.array, options: NormOp
     if scale is not None:
         y = y * scale[:1]
     new = y.astype(x.dtype)
-    return new, new if next_norm is None else stock.within(stock.rms_norm(y, next_norm, eps), out or h.dtype)
+    if next_norm is None:
+        return new, stock.within(y * copied, out or h.dtype) if copied else new
+    return new, stock.within(stock.rms_norm(y, next_norm, eps), out or h.dtype)
 
 
 ADD_NORM = Op("add_norm", add_norm, add_norm_reference)
@@ -81,18 +85,19 @@ def add_norm_cases(s: Sizes) -> Iterator[Check]:
     k = s.hidden
 
     def make(scaled: bool, used: int, shrunk: float, following: bool) -> Case:
+        # What a per-layer embedding's product takes follows where no norm does.
         # [4]: MLX keeps less than that in the host's memory (CUDA)
         scale, experts = mx.full((4,), 0.37) if scaled else None, None
         if used:
             experts = normal(1, used, k), mx.softmax(normal(1, used), axis=-1), norm_weight(k), norm_weight(k)
-        out = state_dtype() if following else None
-        options = NormOptions(EPS, norm_weight(k) if following else None, scale, experts, shrunk, out)
+        follow = {"next_norm": norm_weight(k)} if following else {"copied": SHRINK}
+        options = NormOptions(EPS, scale=scale, experts=experts, shrunk=shrunk, out=state_dtype(), **follow)
         n_bytes = 4 * k * (5 + (used + 2 if used else 0)) + state_dtype().size * k
         return case(ADD_NORM, n_bytes, normal(1, k) * 20, normal(1, k), norm_weight(k), options)
 
     # After attention; after the MLP, where the layer may have a scale, experts, or an embedding's share to come.
     kinds = [(False, 0, 1.0, True), (False, 0, SHRINK, True), (True, s.used, SHRINK, True), (True, 0, SHRINK, True)]
-    kinds += [(False, 0, SHRINK, False), (True, 0, 1.0, True), (False, 0, 1.0, True)] if s.ple else []
+    kinds += [(False, 0, SHRINK, False)] if s.ple else []
     for scaled, used, shrunk, following in dict.fromkeys(kinds) if k else ():
         shape = f"{k}" + ", scaled" * scaled + f", {used} experts" * (used > 0) + ", shrunk" * (shrunk != 1)
         shape += ", last" * (not following)

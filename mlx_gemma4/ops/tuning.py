@@ -56,6 +56,8 @@ class Tuning:
     tilings: Mapping[TilingKey, Tiling] = field(default_factory=dict, hash=False)  # that `tune` found better
     # products of a few rows: `few_rows.rows_tiling`
     few_rows_from: int = 2  # rows of x from which on it is faster than the mat-vec
+    pair_weights: int = 20 << 20  # of a matrix up to which the mat-vec takes two rows; a guess
+    fold_from: int = 64  # rows of x from which on scales are folded into weights; more than 32: never
     # attention
     attention_threadgroups: int = 384  # that share the keys and values of a layer
     quantized_threadgroups: int = 396  # the same over quantized keys and values: three a core

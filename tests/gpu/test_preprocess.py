@@ -20,10 +20,10 @@ from mlx_gemma4.gpu.preprocess import lean, macros_of, value
 from mlx_gemma4.ops import cases
 
 CUDA = macros_of(render._text("cuda.h"))
-# Bytes of the longest text of a kernel; before, with comments and all branches: matvec 25,134, attention 22,438.
+# Bytes of the longest text of a kernel; before, with comments and all branches: matvec 25,134, attention 23,722.
 MOST = {
     "matvec": 12_500,
-    "attention": 13_000,
+    "attention": 13_500,
     "few_rows": 17_000,
     "grouped": 11_500,
     "long_attention": 13_000,

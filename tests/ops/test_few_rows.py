@@ -69,6 +69,16 @@ def test_tilings(config: RowsTiling, rows: int) -> None:
 
 
 @LAUNCHERS
+@pytest.mark.parametrize("name", [name for name, f in FORMATS.items() if f.scale_block == 256 and not f.rule])
+def test_scales_before_the_product(name: str, launcher: Any) -> None:
+    """Scales and mins go into weights, which are rounded to fp16."""
+    w, values = weight(name, 69, 768)
+    for config, rows in ((RowsTiling(4, 2, True), 31), (RowsTiling(2, 1, True), 16)):
+        x = random(8, rows, 768, dtype=mx.float16)
+        near(few_rows(launcher, x, w, FP32, config=config), exact(x) @ values.T)
+
+
+@LAUNCHERS
 @pytest.mark.parametrize(("name", "k"), [("Q4_K", 2816), ("Q6_K", 5376), ("Q5_0", 704), ("Q8_0", 2112), ("Q5_1", 96)])
 def test_lengths_of_real_rows(name: str, k: int, launcher: Any) -> None:
     """In the tiling that is chosen; 704, 2112 and 96 are no multiples of 128."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import metal_sim
@@ -192,46 +191,6 @@ def test_cuda_text_keeps_threadgroup_memory_shared() -> None:
         assert declared == re.findall(r"(?m)^\s*__shared__ \w+ (\w+)(?:\[.*\])*;", cuda)
         assert not re.search(r"\b(threadgroup|device|constant|thread)\s", cuda)
     assert "__shared__ float4 staged" in render.to_cuda(render._text("matvec.metal"))
-
-
-KERNEL_FILES = sorted((Path(__file__).parents[2] / "kernels").glob("*.metal"))
-# What no launch of a step writes, so that a kernel may read it before its inputs are there: weights, how a layer turns
-# its vectors, and keys and values in codes, which are sealed between steps.
-UNWRITTEN = {
-    "codes",
-    "group_scales",
-    "block_scales",
-    "grid",
-    "norm",
-    "post",
-    "next",
-    "norm1",
-    "norm2",
-    "scale",
-    "lengths",
-}
-UNWRITTEN |= {"rotation", *(f"{what}{i}" for what in "cs" for i in range(7))}
-
-
-@pytest.mark.parametrize("file", KERNEL_FILES, ids=lambda f: f.stem)
-def test_kernels_wait_for_their_inputs(file: Path) -> None:
-    """On CUDA each waits first of all, or where its text says; until then it reads what is UNWRITTEN alone."""
-    for entry in re.findall(r"(?m)^// kernel: (\w+)\(", file.read_text()):
-        body = next(
-            k for k in re.split(r"(?m)^(?=// kernel: )", file.read_text()) if k.startswith(f"// kernel: {entry}(")
-        )
-        declared = re.match(r"// kernel: \w+\((.*?)\)", body)
-        assert declared
-        inputs = {n.strip().rstrip("?") for n in declared[1].split(",")}
-        arrays = [n for n in sorted(inputs) if n]
-        types, ranks = [mx.float32] * (len(arrays) + 1), [1] * len(cuda_compiler.shaped_inputs(tuple(arrays), body))
-        text = cuda_compiler.text("k", arrays, ["out"], render.to_cuda(body), render._text("cuda.h"), types, ranks)
-        code = text[text.index('extern "C"') :]
-        assert code.index("LAUNCH_NEXT()") < code.index("INPUTS_READY()")
-        plain = re.sub(r"#if EXPERTS\n.*?#endif", "", re.sub(r"(?m)//.*$", "", body), flags=re.DOTALL)
-        before = plain.rpartition("INPUTS_READY()")[0]
-        read = set(re.findall(r"load\w*\((\w+)|(\w+)\[", before))
-        assert not {n for pair in read for n in pair} & (inputs - UNWRITTEN)
 
 
 @pytest.mark.parametrize("name", FORMATS)
