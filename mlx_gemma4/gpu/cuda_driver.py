@@ -110,16 +110,16 @@ class Upload:
         do("cuMemHostAlloc", byref(self._memory), c_uint64(nbytes), 0)
         assert self._memory.value
         self.stage = np.ctypeslib.as_array((c_ubyte * nbytes).from_address(self._memory.value))
-        tried, (array, address) = min(TRIED, nbytes), self.array(TRIED)
+        tried, (array, address) = min(TRIED, nbytes), self.array((TRIED,))
         self.stage[:tried] = np.random.default_rng(0).integers(0, 256, tried, np.uint8)
         self.send(address, 0, tried)
         self.wait()
         if not mx.array_equal(array[:tried], mx.array(self.stage[:tried])).item():
             raise RuntimeError("what CUDA's driver is sent does not arrive in MLX's arrays")
 
-    def array(self, nbytes: int) -> tuple[mx.array, int]:
-        """Return a new array, uint8 [nbytes], and its address. The host must not read it: MLX would move it."""
-        made = mx.zeros(nbytes, mx.uint8)
+    def array(self, shape: tuple[int, ...], dtype: mx.Dtype = mx.uint8) -> tuple[mx.array, int]:
+        """Return a new array, and its address. The host must not read it: MLX would move it."""
+        made = mx.zeros(shape, dtype)
         return made, addresses([made])[0]
 
     def send(self, address: int, at: int, nbytes: int) -> None:

@@ -60,12 +60,10 @@ class GGUFSource:
             weight = pack.pack_on_gpu(parts, first.type, shape, kernels, on_read)
         else:
             wide = spec.role == "vector" or holding == "dense" or (spec.role == "matrix" and on_cpu())
-            there = None if wide or first.type not in formats.FLOATS else pack.bytes_on_gpu(parts, kernels)
-            if there is None:
-                raw = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-2)
-                weight = formats.dense(raw, first.type, shape, mx.float32 if wide else None)
-            else:
-                weight = there.view(formats.FLOATS[first.type]).reshape(shape)
+            kept = not wide and first.type in formats.FLOATS
+            sent = pack.floats_on_gpu(parts, first.type, shape, kernels) if kept else None
+            raw = parts[0] if len(parts) == 1 or sent is not None else np.concatenate(parts, axis=-2)
+            weight = formats.dense(raw, first.type, shape, mx.float32 if wide else None) if sent is None else sent
             mx.eval(weight)
         for name in names:
             self._file.release(name)

@@ -90,7 +90,7 @@ def _places(launcher: Launcher) -> list[_Place]:
     if launcher is cuda_launcher:
         try:
             upload = Upload(PIECE)
-            return [_Place(upload.stage, *upload.array(PIECE), upload) for _ in range(2)]
+            return [_Place(upload.stage, *upload.array((PIECE,)), upload) for _ in range(2)]
         except RuntimeError as error:
             _tell(error)
     elif formats.writes_show():
@@ -257,13 +257,13 @@ def _copied(slabs: list[Bytes], start: int, stop: int, launcher: Launcher) -> mx
     return mx.array(place.bytes[: stop - start]) if place.array is None else place.array[: stop - start]
 
 
-def bytes_on_gpu(parts: Sequence[np.ndarray], run: Kernels | None) -> mx.array | None:
-    """The bytes of tensors, joined as `pack_on_gpu` joins them: uint8, flat. None: MLX's own way is the only one."""
+def floats_on_gpu(parts: Sequence[np.ndarray], type: str, shape: Shape, run: Kernels | None) -> mx.array | None:
+    """Tensors of a type in FLOATS, joined as `pack_on_gpu` joins them. None: MLX's own way is the only one."""
     slabs = _slabs(parts)
     total, place = sum(slab.size for slab in slabs), _next_place(run.launcher) if run else _Place(slabs[0])
     if place.upload is None or total < COPY:
         return None
-    whole, address = place.upload.array(total)
+    whole, address = place.upload.array(shape, formats.FLOATS[type])
     pieces = range(0, total, PIECE)
     sent = all(_fill(place, slabs, at, min(at + PIECE, total), address + at) for at in pieces)
     return whole if sent else None

@@ -271,8 +271,9 @@ def dense(raw: np.ndarray, type: str, shape: Shape, dtype: mx.Dtype | None = mx.
     """
     if type in FLOATS:
         bits = np.dtype("<u4" if type == "F32" else "<u2")
-        whole = mx.array(np.require(np.ascontiguousarray(raw).reshape(-1).view(bits), requirements="A"))
-        out = whole.view(FLOATS[type]).reshape(shape)
+        # Of this shape already, as MLX's arrays have at most 2^31 - 1 numbers along an axis.
+        whole = np.ascontiguousarray(raw).reshape(-1).view(bits).reshape(shape)
+        out = mx.array(np.require(whole, requirements="A")).view(FLOATS[type])
     else:
         out = dequantize(pack_on_cpu(raw, type, shape))
     return out if dtype is None else out.astype(dtype)

@@ -95,12 +95,17 @@ class Driver:
         self.sent.clear()
 
 
+def address(a: mx.array) -> int:
+    mx.eval(a)
+    return int(np.asarray(a.view(mx.uint8)).ctypes.data)
+
+
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     """The driver of a machine whose GPU is the Metal simulator."""
     fake = Driver()
     monkeypatch.setattr(cuda_driver, "driver", lambda: fake)
-    monkeypatch.setattr(cuda_driver, "addresses", lambda arrays: [np.asarray(a).ctypes.data for a in arrays])
+    monkeypatch.setattr(cuda_driver, "addresses", lambda arrays: [address(a) for a in arrays])
     monkeypatch.setattr(pack, "cuda_launcher", metal)
     cuda_driver._context.cache_clear()
     pack.done()
@@ -200,11 +205,12 @@ def test_tensors_that_are_not_packed(
     rng, done = np.random.default_rng(0), []
     for shapes in ([(33, 64)], [(20, 64), (7, 64)], [(5, 20, 64), (5, 7, 64)], [(2, 8)]):
         parts = [rng.normal(size=shape).astype(np.float16).view(np.uint8) for shape in shapes]
-        got = pack.bytes_on_gpu(parts, Kernels(metal))
-        done.append(got is not None and np.array(got).tobytes() == np.concatenate(parts, axis=-2).tobytes())
+        want = np.concatenate(parts, axis=-2).view(np.float16)
+        got = pack.floats_on_gpu(parts, "F16", want.shape, Kernels(metal))
+        done.append(got is not None and got.shape == want.shape and np.array_equal(np.array(got), want))
     assert done == [i < made for i in range(4)]
     assert len(warnings(caplog)) == (refused > 0)
-    assert pack.bytes_on_gpu([blocks("Q8_0", 40, 512)], None) is None
+    assert pack.floats_on_gpu(parts, "F16", want.shape, None) is None
 
 
 @pytest.mark.parametrize("type", ["F16", "BF16"])
@@ -230,7 +236,7 @@ def test_a_file_of_floats(type: str, driver: Driver, monkeypatch: pytest.MonkeyP
 
 def test_an_upload_frees_what_it_has(driver: Driver) -> None:
     upload = Upload(5000)
-    array, address = upload.array(5000)
+    array, address = upload.array((5000,))
     upload.stage[:] = 1
     upload.send(address + 4000, 3000, 1000)
     upload.wait()
