@@ -17,6 +17,7 @@ from mlx_gemma4.gpu.recording import RecordedLaunch
 from mlx_gemma4.gpu.render import Kernel
 
 BEFORE = """
+#include <sched.h>
 #include <string.h>
 typedef unsigned uint;
 typedef unsigned long ulong;
@@ -43,6 +44,7 @@ def _function(kernel: Kernel) -> ctypes._CFuncPtr:
         line for line in kernel.header.splitlines() if line.startswith("#define ") and "(" not in line
     )
     helpers = kernel.header[kernel.header.index("METAL_FUNC volatile device") :].split("[[max_total")[0]
+    helpers = helpers.replace("do word", "do sched_yield(), word")  # ranks may be more than this machine's cores
     names = ", ".join(f"{TYPES.get(name, 'const float*')} {name}" for name in (*kernel.inputs, *kernel.outputs))
     loops = "for (int g = 0; g < groups; g++) for (int t = 0; t < threads; t++)"
     here = "const Position threadgroup_position_in_grid = {g}; const int thread_index_in_threadgroup = t;"

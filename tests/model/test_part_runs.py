@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.sim]
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 1800  # seconds: far more than an idle machine needs
-CHECKS = ("fixtures", "quantized", "folders", "memory", "demo", "long", "traced", "kernels")
+CHECKS = ("fixtures", "quantized", "folders", "memory", "demo", "long", "traced", "kernels", "replayed")
 
 
 def run(size: int, folder: Path, *checks: str) -> Any:
@@ -135,6 +135,15 @@ def test_steps_in_kernels_do(two: Any, name: str) -> None:
     for found in two["kernels"][f"{name} logits"].values():
         assert found["worst"] <= 1e-2
         assert abs(found["kl"]) <= 2e-6
+
+
+@pytest.mark.parametrize("kind", ["12b", "26b-a4b", "31b", "e2b", "gemma3"])
+def test_recorded_steps_do(two: Any, kind: str) -> None:
+    """Six of one state and two of a batch, all recorded, though the last one's state came out of the batch's pages."""
+    found = two["replayed"][kind]
+    assert found["players"] == [{"steps": [6, 2]}] * 2
+    assert found["tensor"]["worst"] <= 1e-2
+    assert abs(found["tensor"]["kl"]) <= 2e-6
 
 
 @pytest.mark.parametrize("name", ["26B-A4B", "E2B"])
