@@ -105,7 +105,9 @@ class Assistant:
         in_kernels = can_step(own, 1) and can_step(target.config, 1)
         self.run = target.kernels if target.kernels and in_kernels else references()
         self.constants = Constants.of(self.loaded)
-        self._replayer = ReplayedDrafts(self, target.batcher) if target.batcher and target.replayer else None
+        self._replayer: ReplayedDrafts | None = None
+        if target.batcher and target.replayer:
+            self._replayer = ReplayedDrafts(self.loaded, self.run, config.target_hidden, self.tokens, target.batcher)
         self._traced = lru_cache(TRACES)(lambda _, count: mx.compile(partial(self.drafted, count)))
 
     def draft(

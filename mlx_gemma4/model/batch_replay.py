@@ -35,6 +35,29 @@ OverPages = Callable[[Kernels, dict[bool, Any]], Attend]  # (run, places by kind
 Key = tuple[Any, ...]
 
 
+def numbers_of(ids: Sequence[int], tables: dict[bool, np.ndarray], draws: Sequence[Draw]) -> np.ndarray:
+    """Return what a start uploads, int32: tokens, their places, how the next ones are drawn."""
+    numbers = [np.array(ids), *(table.reshape(-1) for table in tables.values()), *(draw.numbers for draw in draws)]
+    return np.concatenate(numbers).astype(np.int32)
+
+
+def upload_room(
+    recording: Recording, tokens: int, tables: dict[bool, np.ndarray], draws: int, flags: int = 0
+) -> tuple[Any, Any, dict[bool, Any], Any, Any]:
+    """Return a recording's first buffer, at the arena's beginning, and its parts as `numbers_of` has them.
+
+    Behind these are so many `flags` of exchanges with other ranks.
+    """
+    size = tokens + draws * WORDS + sum(table.size for table in tables.values()) + flags
+    numbers: Any = recording.buffer((size,), mx.int32)
+    places, at = {}, tokens
+    for kind, table in tables.items():
+        places[kind] = numbers[at : at + table.size].reshape(*table.shape)
+        at += table.size
+    stop = at + draws * WORDS
+    return numbers, numbers[:tokens], places, numbers[at:stop].reshape(draws, WORDS), numbers[stop:]
+
+
 @dataclass(eq=False)
 class Recorded:
     """A player that has been loaded with a step, and where that leaves what it makes."""
@@ -157,20 +180,17 @@ class BatchReplayer:
             return None
         if len(self._started) == STARTS - 1 and (oldest := self._started.popleft()()) is not None:
             oldest.tokens()
-        ids = np.zeros(rows, np.int32)
-        if not chained:
-            ids[: len(states)] = numbers
-        drawing = [draw._replace(softcap=self._model.config.softcap).numbers for draw in draws]
-        drawing += [LIKELIEST.numbers] * (rows - len(states))
+        ids = [0] * rows if chained else [*numbers, *[0] * (rows - len(states))]
+        drawing = [draw._replace(softcap=self._model.config.softcap) for draw in draws]
+        uploaded = numbers_of(ids, tables, [*drawing, *[LIKELIEST] * (rows - len(states))])
         if exchange := self._exchanges.get(rows):
-            drawing.append(exchange.next_flags())
-        uploaded = np.concatenate([ids, *(table.reshape(-1) for table in tables.values()), *drawing]).astype(np.int32)
+            uploaded = np.concatenate([uploaded, exchange.next_flags()]).astype(np.int32)
         made.starts += 1
         step = ReplayedBatch(self, made, made.player.start(uploaded, chained), states)
         self._started.append(weakref.ref(step))
         self._latest = made
         for n, state in enumerate(states):
-            state.advance(RowStep(last, n) if chained and last is not None else int(ids[n]))
+            state.advance(RowStep(last, n) if chained and last is not None else ids[n])
         return step
 
     def finish(self, step: ReplayedBatch) -> None:
@@ -234,20 +254,16 @@ class BatchReplayer:
         exchange = self._exchanges[rows]
         arena = Arena()
         recording = Recording(arena)
-        # The first buffer, at the arena's beginning: tokens, places, how the next ones are drawn; exchanges' flags.
-        stop = rows * (1 + WORDS) + sum(table.size for table in tables.values())
-        numbers: Any = recording.buffer((stop + (exchange.flags if exchange else 0),), mx.int32)
-        places, at = {}, rows
-        for kind, table in tables.items():
-            places[kind] = numbers[at : at + table.size].reshape(*table.shape)
-            at += table.size
+        numbers, ids, places, draws, flags = upload_room(
+            recording, rows, tables, rows, exchange.flags if exchange else 0
+        )
         run: Any = Kernels(recorder, self._run.off, strict=True)
         with recorded(recording):
-            model = exchange.recorded(self._model, run, numbers[stop:]) if exchange else self._model
-            made: Any = forward(model, run, self._constants, numbers[:rows], attend(run, places))
+            model = exchange.recorded(self._model, run, flags) if exchange else self._model
+            made: Any = forward(model, run, self._constants, ids, attend(run, places))
             logits, hidden = made
             if model.part:
                 logits = model.part.gathered(logits)
-            best: Any = run(SAMPLE, logits, numbers[at:stop].reshape(rows, WORDS), leads=rows > 1)
+            best: Any = run(SAMPLE, logits, draws, leads=rows > 1)
         player.load(recording.launches, arena.nbytes, numbers.size, best.region)
         return Recorded(player, rows, logits.region, hidden.region)

@@ -7,8 +7,8 @@ target's own replayed step has left it (batch_replay.py). Out: tokens. A draft h
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -20,15 +20,16 @@ from ..ops import paged
 from ..ops.dispatch import Kernels
 from ..ops.paged import PAGED_ATTENTION
 from ..ops.qkv import QKV_POST, ROTATIONS, QKVArrays, QKVOptions
-from ..ops.sample import LIKELIEST, WORDS, Draw
+from ..ops.sample import LIKELIEST, Draw
 from .batch import Batcher
-from .batch_replay import HiddenRow
+from .batch_replay import HiddenRow, numbers_of, upload_room
 from .decode import Attend
-
-if TYPE_CHECKING:
-    from .assistant import Assistant
+from .weights import Loaded
 
 log = logging.getLogger("mlx_gemma4")
+
+# (run, drafts, ids [1], hidden [1, H], attention, draws) -> tokens, int32 [drafts]
+Tokens = Callable[[Kernels, int, Any, Any, Attend, Any], Any]
 
 
 class _Recorded(NamedTuple):
@@ -39,8 +40,9 @@ class _Recorded(NamedTuple):
 class ReplayedDrafts:
     """An assistant's recorded drafts."""
 
-    def __init__(self, assistant: Assistant, batcher: Batcher) -> None:
-        self._assistant, self._batcher = assistant, batcher
+    def __init__(self, own: Loaded, run: Kernels, hidden: int, tokens: Tokens, batcher: Batcher) -> None:
+        """`own`: the assistant's layers. `hidden`: the width of its target's rows. `batcher`: the target's."""
+        self._own, self._run, self._hidden, self._make, self._batcher = own, run, hidden, tokens, batcher
         self._players: dict[int, Player] = {}  # by number of drafts
         self._kept: dict[Any, _Recorded] = {}
         self._broken = False  # they can't be replayed here
@@ -58,15 +60,13 @@ class ReplayedDrafts:
         batcher = self._batcher
         if not batcher.holds(state) or not batcher.replays(1, state):
             return None
-        if self._broken:
-            return []
         draws = [LIKELIEST] * draws if isinstance(draws, int) else draws
         with execution():
             batcher.replayer.wait()
             tables, pieces = batcher.places([state], 1)
             for table in tables.values():
                 table[:, paged.TO] -= 1  # of its own token the target has no keys yet
-            key = (self._assistant.run.off, len(draws), *(t.shape[1] for t in tables.values()), *pieces.items())
+            key = (self._run.off, len(draws), *(t.shape[1] for t in tables.values()), *pieces.items())
             made = self._kept.get(key) or self._try_to_record(key, len(draws), tables, pieces)
             if made is None:
                 return []
@@ -74,8 +74,7 @@ class ReplayedDrafts:
                 made.player.copy(made.hidden, hidden.of.player, hidden.region)
             else:
                 made.player.write([made.hidden], [hidden[None].astype(made.hidden.dtype)])
-            numbers = [np.array([token]), *(t.reshape(-1) for t in tables.values()), *(d.numbers for d in draws)]
-            start = made.player.start(np.concatenate(numbers).astype(np.int32), False)
+            start = made.player.start(numbers_of([token], tables, draws), False)
         return made.player.best(start)
 
     def _forget(self) -> None:
@@ -86,46 +85,39 @@ class ReplayedDrafts:
     def _try_to_record(
         self, key: Any, count: int, tables: dict[bool, np.ndarray], pieces: dict[bool, int]
     ) -> _Recorded | None:
+        if self._broken:
+            return None
+        self._kept = {k: kept for k, kept in self._kept.items() if kept.player is not self._players.get(count)}
         try:
-            player = self._players.get(count)
-            self._kept = {k: kept for k, kept in self._kept.items() if kept.player is not player}
             self._kept[key] = self._record(count, tables, pieces)
-            self._batcher.note_recording()
         except Exception as error:  # an operation that runs as its reference, a driver too old ..
             self._broken = True
             log.debug("Drafts are not replayed: %s: %s", type(error).__name__, error)
             return None
+        self._batcher.note_recording()
         return self._kept[key]
 
     def _record(self, count: int, tables: dict[bool, np.ndarray], pieces: dict[bool, int]) -> _Recorded:
         """Record so many drafts. Raises whatever prevents that."""
-        assistant = self._assistant
-        assert assistant.run.player is not None
-        player = self._players[count] = self._players.get(count) or assistant.run.player()
+        assert self._run.player is not None
+        player = self._players[count] = self._players.get(count) or self._run.player()
         recording = Recording(arena := Arena())
-        # The first buffer, at the arena's beginning: the token, its places, how the drafts are drawn.
-        size = 1 + count * WORDS + sum(table.size for table in tables.values())
-        numbers: Any = recording.buffer((size,), mx.int32)
-        hidden: Any = recording.buffer((1, assistant.config.target_hidden), assistant.target.kv_dtype)
-        places, at = {}, 1
-        for kind, table in tables.items():
-            places[kind] = numbers[at : at + table.size].reshape(*table.shape)
-            at += table.size
-        run: Any = Kernels(recorder, assistant.run.off, strict=True)
+        numbers, ids, places, draws, _ = upload_room(recording, 1, tables, count)
+        hidden: Any = recording.buffer((1, self._hidden), self._own.kv_dtype)
+        run: Any = Kernels(recorder, self._run.off, strict=True)
         with recorded(recording):
-            attend, draws = self._over_pages(run, places, pieces), numbers[at:].reshape(count, WORDS)
-            best: Any = assistant.tokens(run, count, numbers[:1], hidden, attend, draws)
+            best = self._make(run, count, ids, hidden, self._over_pages(run, places, pieces), draws)
         player.load(recording.launches, arena.nbytes, numbers.size, best.region)
         return _Recorded(player, hidden.region)
 
     def _over_pages(self, run: Kernels, places: dict[bool, Any], pieces: dict[bool, int]) -> Attend:
         """Return the attention of a draft's layers to the target's pages."""
-        assistant, pool, c = self._assistant, self._batcher.pool, self._assistant.loaded.config
-        waves = assistant.loaded.wavelengths.items()
+        own, pool, c = self._own, self._batcher.pool, self._own.config
+        waves = own.wavelengths.items()
         rope = {kind: run(ROTATIONS, places[kind], lengths, tokens=1, by_row=True) for kind, lengths in waves}
 
         def attend(i: int, q: mx.array, k: mx.array | None, v: mx.array | None, options: QKVOptions) -> mx.array:
-            shape, norm = c.layers[i], assistant.weights.decoder.layers[i].attn_q_norm
+            shape, norm = c.layers[i], own.weights.layers[i].attn_q_norm
             q, _, _ = run(QKV_POST, QKVArrays(q, None, None, norm, None, rope[shape.sliding]), options)
             of, kind = pool.arrays[shape.kv_layer], shape.sliding
             return run(PAGED_ATTENTION, q, of, places[kind], scale=c.attention_scale, pieces=pieces[kind])
