@@ -87,7 +87,7 @@ def first_logits(a: Assistant, ids: list[int], hidden: np.ndarray) -> np.ndarray
     state = a.target.new_state()
     a.target.prefill(mx.array(ids[:-1]), state)
     h = a.step(a.run, mx.array(ids[-1:], mx.int32), mx.array(hidden)[None], a.attention(a.inputs(state)))
-    return np.array(a.scores(a.run, h))[0]
+    return np.array(a.scores(a.run, h))
 
 
 @pytest.mark.parametrize(("kind", "spelling"), [("12b", s) for s in SPELLINGS] + [("e2b", "gemma4_assistant")])
