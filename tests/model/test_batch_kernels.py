@@ -67,6 +67,8 @@ def test_launches_do_not_grow_with_states(kind: str, tmp_path: Path, monkeypatch
         mx.eval(fused.batch_step([5] * n, states) if n else fused.forward(mx.array([5]), states[0]))
         found.append(counting.launches.copy())
     alone, two, six = found
+    for counted in (two, six):  # two rows of a small weight go through the mat-vec
+        counted["few_rows"] += counted.pop("matvec", 0)
     assert two == six
     assert alone.total() <= two.total() <= alone.total() + 3 * len(fused.config.layers)
 

@@ -109,6 +109,8 @@ def test_gelu_times(launcher: Any) -> None:
     x, times = random(9, 11, 512), random(10, 11, 40)
     got = few_rows(launcher, x, w, folded=Folded(times=times), config=RowsTiling(1, 2))
     near(got, gelu(exact(x) @ values.T) * exact(times), 1e-3)
+    given = few_rows(launcher, (x / 16).astype(mx.float16), w, FP32._replace(given=1 / 16), Folded(times=times))
+    near(given, gelu(exact(x) @ values.T) * exact(times), 1e-3)
 
 
 @LAUNCHERS

@@ -89,6 +89,23 @@ def test_configurations(config: matvec.Tiling, launcher: render.Launcher) -> Non
     close(matvec.matvec(launcher, x, w, config=config), exact(x) @ values.T, mx.float16)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_two_rows(name: str, launcher: render.Launcher) -> None:
+    """In a text of their own and the tiling of one, also where x is given as a part of it."""
+    w, values = weight(name, 45, 1280)
+    x, times = random(5, 2, 1280, dtype=mx.float16), random(6, 2, 45, dtype=mx.float16)
+    close(matvec.matvec(launcher, x, w), exact(x) @ values.T, mx.float16)
+    part = Epilogue(factor=1 / 16, out=mx.float32, given=1 / 4)
+    want = gelu(4 * exact(x) @ values.T) * exact(times) / 16
+    close(matvec.matvec(launcher, x, w, part, Folded(times=times)), want, mx.float32)
+
+
+def test_the_tiling_of_one_row_serves_two() -> None:
+    for n, k in ((2560, 1536), (1536, 12288), (24576, 1536), (43008, 5376)):
+        one, two = (matvec.tiling(FORMATS["Q4_K"], n, k, tokens) for tokens in (1, 2))
+        assert one == two
+
+
 @pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "IQ4_XS"])
 def test_short_rows_narrow_the_loads(name: str, launcher: render.Launcher) -> None:
     """An odd number of 32s: chunks of 64 do not fit, nor 16-byte loads."""

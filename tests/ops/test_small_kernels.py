@@ -277,20 +277,21 @@ def add_norm(
     share = mx.softmax(normal(tokens, 3, seed=6), axis=-1)
     kwargs: dict[str, Any] = {
         "next": {"next_norm": next_norm},
+        "copy": {"copied": 1 / 16},
         "scale": {"scale": mx.array([0.37])},
         "experts": {"experts": (normal(tokens, 3, k, dtype=dtypes[1], seed=7), share, norm1, norm2)},
     }
     chosen = norms.NormOptions(EPS, **{name: a for option in options for name, a in kwargs[option].items()})
     got, want = norms.add_norm(launcher, x, h, post, chosen), norms.add_norm_reference(x, h, post, chosen)
     check(got[0], want[0], dtypes[0])
-    if "next" in options:
+    if {"next", "copy"} & {*options}:
         check(got[1], want[1], dtypes[1])
     else:
         assert got[1] is got[0] and want[1] is want[0]
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("next",), ("scale",), ("next", "scale"), ("experts", "next", "scale")], ids="+".join
+    "options", [(), ("next",), ("scale",), ("copy",), ("next", "scale"), ("experts", "next", "scale")], ids="+".join
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_add_norm_variants(options: Sequence[str], dtype: mx.Dtype) -> None:
@@ -324,7 +325,7 @@ def test_dense_with_norm_and_times(dtype: mx.Dtype) -> None:
     x, w = normal(2, 264, dtype=dtype) * 5, normal(33, 264, seed=1) * 0.1
     router = Epilogue(factor=264**-0.5, out=mx.float32, eps=EPS), Folded(norm=1 + normal(264, seed=2))
     check(dense.dense(metal, x, w, *router), product_reference(x, w, *router), mx.float32)
-    gate = Epilogue(factor=1 / 16), Folded(times=normal(2, 33, dtype=dtype, seed=3))
+    gate = Epilogue(factor=1 / 16, given=1 / 4), Folded(times=normal(2, 33, dtype=dtype, seed=3))
     check(dense.dense(metal, x, w, *gate), product_reference(x, w, *gate), dtype)
 
 
