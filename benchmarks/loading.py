@@ -38,7 +38,7 @@ PARTS = {
     "start": "Python and the imports",
     "gpu": "MLX's first use of the GPU",
     "open": ("the header", "loading.loader:open_gguf"),
-    "copy": ("the file's bytes to where a kernel reads them", "ops.pack:_copied"),
+    "copy": ("the file's bytes to where a kernel reads them", "ops.pack:copied"),
     "pack": ("the rest of packing", "ops.pack:pack_on_gpu"),
     "read": ("other tensors", "loading.from_gguf:GGUFSource.read"),
     "load": ("the rest of loading: accounting, memory's plan", "measure.bench:load_model"),

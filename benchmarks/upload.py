@@ -40,11 +40,11 @@ ROW = 15360  # weights
 def sizes(piece: int, copy: int, threads: int) -> Iterator[None]:
     """Pack in pieces of so many bytes, and copy in stretches of so many, by so many threads."""
     pack.done()
-    repack._threads.cache_clear()
+    repack.pool.cache_clear()
     with patch.multiple(pack, PIECE=piece, COPY=copy), patch.object(repack, "THREADS", threads):
         yield
         pack.done()
-    repack._threads.cache_clear()
+    repack.pool.cache_clear()
 
 
 def bits(a: mx.array | None) -> bytes:
@@ -91,7 +91,7 @@ def wrong(run: Kernels, piece: int) -> list[str]:
 
 def rate(raw: np.ndarray, run: Kernels) -> tuple[float, float]:
     """GB/s of packing some rows of Q4_K: of the copy to where the kernel reads alone, and of all."""
-    copied, copies = pack._copied, []
+    copied, copies = pack.copied, []
 
     def timed(*arguments: Any) -> mx.array:
         start = time.perf_counter()
@@ -100,7 +100,7 @@ def rate(raw: np.ndarray, run: Kernels) -> tuple[float, float]:
         return made
 
     rates = []
-    with patch.object(pack, "_copied", timed):
+    with patch.object(pack, "copied", timed):
         for i in range(4):  # the first makes what is kept
             copies.clear()
             start = time.perf_counter()
@@ -145,7 +145,7 @@ def main() -> int:
                 f"copy {alone:5.1f} GB/s, all {all_of_it:5.1f} GB/s",
                 flush=True,
             )
-        with sizes(*own), patch.object(pack, "_places", lambda _: [pack._Place(np.empty(pack.PIECE, np.uint8))]):
+        with sizes(*own), patch.object(pack, "places", lambda _: [pack.Place(np.empty(pack.PIECE, np.uint8))]):
             print(f"MLX's own way: copy {(both := rate(raw, run))[0]:5.1f} GB/s, all {both[1]:5.1f} GB/s")
         del raw
     return int(bool(faults))

@@ -76,7 +76,7 @@ def done() -> None:
     mx.clear_cache()
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where PIECE bytes of blocks go: written by threads of the host, then read by a kernel."""
 
     bytes: Bytes
@@ -85,18 +85,18 @@ class _Place(NamedTuple):
     upload: Upload | None = None  # sends it there
 
 
-def _places(launcher: Launcher) -> list[_Place]:
+def places(launcher: Launcher) -> list[Place]:
     """Return places that take turns: while the kernel is at one, the host is at the other."""
     if launcher is cuda_launcher:
         try:
             upload = Upload(PIECE)
-            return [_Place(upload.stage, *upload.array((PIECE,)), upload) for _ in range(2)]
+            return [Place(upload.stage, *upload.array((PIECE,)), upload) for _ in range(2)]
         except RuntimeError as error:
             _tell(error)
     elif formats.writes_show():
         arrays = [mx.zeros(PIECE, mx.uint8) for _ in range(2)]
-        return [_Place(np.asarray(a), a) for a in arrays]
-    return [_Place(np.empty(PIECE, np.uint8))]
+        return [Place(np.asarray(a), a) for a in arrays]
+    return [Place(np.empty(PIECE, np.uint8))]
 
 
 def _tell(error: Exception) -> None:
@@ -207,7 +207,7 @@ def _by_kernel(
         mx.eval(whole)
     for start in range(0, total, step):
         stop = min(start + step, total)
-        piece = _copied(slabs, start, stop, launcher)  # while the GPU is at the one before
+        piece = copied(slabs, start, stop, launcher)  # while the GPU is at the one before
         if on_read is not None and len(parts) == 1:
             on_read(start, stop)
         if made:
@@ -249,18 +249,18 @@ def _slabs(parts: Sequence[np.ndarray]) -> list[Bytes]:
     return [np.ascontiguousarray(part).reshape(-1) for part in parts]
 
 
-def _copied(slabs: list[Bytes], start: int, stop: int, launcher: Launcher) -> mx.array:
+def copied(slabs: list[Bytes], start: int, stop: int, launcher: Launcher) -> mx.array:
     """Bytes [start, stop) of all slabs one after the other, where a kernel reads them: until the call after next."""
     place = _next_place(launcher)
     if not _fill(place, slabs, start, stop, place.address):
-        return _copied(slabs, start, stop, launcher)
+        return copied(slabs, start, stop, launcher)
     return mx.array(place.bytes[: stop - start]) if place.array is None else place.array[: stop - start]
 
 
 def floats_on_gpu(parts: Sequence[np.ndarray], type: str, shape: Shape, run: Kernels | None) -> mx.array | None:
     """Tensors of a type in FLOATS, joined as `pack_on_gpu` joins them. None: MLX's own way is the only one."""
     slabs = _slabs(parts)
-    total, place = sum(slab.size for slab in slabs), _next_place(run.launcher) if run else _Place(slabs[0])
+    total, place = sum(slab.size for slab in slabs), _next_place(run.launcher) if run else Place(slabs[0])
     if place.upload is None or total < COPY:
         return None
     whole, address = place.upload.array(shape, formats.FLOATS[type])
@@ -269,15 +269,15 @@ def floats_on_gpu(parts: Sequence[np.ndarray], type: str, shape: Shape, run: Ker
     return whole if sent else None
 
 
-def _next_place(launcher: Launcher) -> _Place:
+def _next_place(launcher: Launcher) -> Place:
     if "places" not in _local.__dict__:
-        _local.places = _places(launcher)
+        _local.places = places(launcher)
     _local.places.reverse()
-    place: _Place = _local.places[0]
+    place: Place = _local.places[0]
     return place
 
 
-def _fill(place: _Place, slabs: list[Bytes], start: int, stop: int, address: int) -> bool:
+def _fill(place: Place, slabs: list[Bytes], start: int, stop: int, address: int) -> bool:
     """Copy bytes [start, stop) of all slabs to a place, and from there to an address. False: CUDA refuses, for good."""
     copies = list(_stretches(slabs, start, stop))
 
@@ -297,7 +297,7 @@ def _fill(place: _Place, slabs: list[Bytes], start: int, stop: int, address: int
         if not place.upload:
             raise
         _tell(error)
-        _local.places = [_Place(np.empty(PIECE, np.uint8))]
+        _local.places = [Place(np.empty(PIECE, np.uint8))]
         return False
     return True
 

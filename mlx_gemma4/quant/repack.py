@@ -267,7 +267,8 @@ def rearrange(
 
 
 @cache
-def _threads() -> ThreadPoolExecutor:
+def pool() -> ThreadPoolExecutor:
+    """Return the threads of `in_threads`."""
     return ThreadPoolExecutor(min(cores(), THREADS), thread_name_prefix="pack")
 
 
@@ -280,7 +281,7 @@ def in_threads(work: Callable[[int], None], starts: range) -> None:
         for start in starts:
             work(start)
         return
-    under_way = [_threads().submit(work, start) for start in starts]
+    under_way = [pool().submit(work, start) for start in starts]
     try:
         for one in under_way:
             one.result()
