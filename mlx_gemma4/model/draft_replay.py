@@ -94,7 +94,7 @@ class ReplayedDrafts:
             self._broken = True
             log.debug("Drafts are not replayed: %s: %s", type(error).__name__, error)
             return None
-        self._batcher.note_recording()
+        self._batcher.replayer.recordings += 1
         return self._kept[key]
 
     def _record(self, count: int, tables: dict[bool, np.ndarray], pieces: dict[bool, int]) -> _Recorded:

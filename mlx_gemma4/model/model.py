@@ -333,7 +333,7 @@ class Model:
     @property
     def recordings(self) -> int:
         """Steps over the pool recorded so far: what includes one takes far longer than it will."""
-        return self.batcher.recordings if self.batcher else 0
+        return self.batcher.replayer.recordings if self.batcher else 0
 
     def _one(self, token: int, state: KVState) -> tuple[mx.array, mx.array]:
         """Return logits after a token, [1, vocab] (of a part, those of its rows), and the head's input, [1, hidden]."""
