@@ -234,6 +234,11 @@ class Drafting:
         self.modelled = True  # the model drafts, as long as it can here
         self._probes = False
 
+    def recorded(self) -> None:
+        """Take note that steps that check drafts have been recorded: the next ones cost no more than their time."""
+        if self.least_alike <= LONGEST:  # else repetition never drafts
+            self.least_alike = min(NGRAM, self.least_alike)
+
     def ready(self, tokens: Sequence[int]) -> bool:
         """Return True if it is worth waiting for the token after these, or for the last one, to draft those after it.
 

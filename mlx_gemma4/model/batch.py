@@ -30,7 +30,7 @@ from ..ops.sample import LIKELIEST, Draw
 from .batch_replay import BatchReplayer, Key, ReplayedBatch
 from .decode import TRACES, Attend, Constants, forward
 from .forward import head, run_layers
-from .step import BatchStep, LazyBatchStep, Tokens, count_of, tokens_as_array
+from .step import BatchStep, LazyBatchStep, NextToken, RowStep, Tokens, count_of, known, tokens_as_array
 from .weights import Loaded
 
 MAX_BATCH = 32  # states of a step
@@ -126,6 +126,12 @@ class Batcher:
             logits = self._together(ids[mx.array(together)], *some).logits()
             rows |= {n: logits[i : i + 1] for i, n in enumerate(together)}
         return LazyBatchStep(mx.concatenate([rows[n] for n in range(len(states))]), draws, self._run)
+
+    def start_one(self, token: NextToken, state: KVState, draw: Draw) -> RowStep:
+        """Start a step of one state that is in the pool."""
+        chains = isinstance(token, RowStep) and token.of.rows == 1
+        tokens: Tokens = token.of if isinstance(token, RowStep) and chains else [known(token)]
+        return RowStep(self.start(tokens, [state], [draw]), 0)
 
     def replays(self, rows: int, state: KVState) -> bool:
         """Return True if steps of so many rows, some of them this state's, are replayed."""

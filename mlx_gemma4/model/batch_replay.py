@@ -76,10 +76,6 @@ class HiddenRow(NamedTuple):
         """False once another step has gone over it."""
         return self.of.starts == self.start
 
-    def array(self) -> mx.array:
-        """Return a copy, fp32 [hidden]."""
-        return self.of.player.read(self.region)[0].astype(mx.float32)
-
     @property
     def region(self) -> Region:
         """Its place, [1, hidden]."""

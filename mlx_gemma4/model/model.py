@@ -39,19 +39,7 @@ from .forward import head, logits_of, rope_wavelengths, run_layers
 from .numpy_step import NumpyStep, numpy_steps
 from .replay import Replayer
 from .soft import SoftRows, SoftTokens
-from .step import (
-    BatchStep,
-    LazyBatchStep,
-    LazyStep,
-    NextToken,
-    RowStep,
-    Step,
-    Tokens,
-    ids_of,
-    known,
-    known_tokens,
-    tokens_as_array,
-)
+from .step import BatchStep, LazyBatchStep, LazyStep, NextToken, Step, Tokens, ids_of, known_tokens, tokens_as_array
 from .weights import Loaded, Weights
 
 log = logging.getLogger("mlx_gemma4")
@@ -262,9 +250,7 @@ class Model:
 
     def _start(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST) -> Step:
         if self.batcher and self.batcher.holds(state) and self.batcher.replays(1, state) and draw.in_kernel:
-            alone = isinstance(token, RowStep) and token.of.rows == 1
-            tokens: Tokens = token.of if isinstance(token, RowStep) and alone else [known(token)]
-            return RowStep(self.batcher.start(tokens, [state], [draw]), 0)
+            return self.batcher.start_one(token, state, draw)
         replays = self.replayer and self.replays and draw.in_kernel
         replayed = self.replayer.start(token, state, draw) if self.replayer and replays else None
         return replayed or LazyStep(self._read(ids_of(token), state, 1)[0], draw, self.kernels, self.part)
