@@ -385,6 +385,8 @@ class Decoding:
         for _ in tokens:
             self.receive_accepted()
         self.known, self.sure, self.since = False, True, 0.0
+        if self.drafting:
+            self.drafting.hidden = None
         return tokens
 
     def receive_accepted(self) -> Token:

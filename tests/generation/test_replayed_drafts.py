@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mlx_gemma4.generation import drafting
 from mlx_gemma4.generation.decoding import Statistics
 from mlx_gemma4.generation.drafting import MOST, Drafts
 from mlx_gemma4.generation.loop import generate_tokens
+from mlx_gemma4.generation.scheduler import Scheduler
 from mlx_gemma4.loading.assistant import load_assistant
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.ops import dispatch, matvec, paged
@@ -256,3 +258,23 @@ def test_a_step_over_pages_has_as_many_launches_as_a_plain_one(kind: str, tmp_pa
     replayed.step(4, state).token()
     plain, paged = (player.launches for player in HostPlayer.made)
     assert len(plain) == len(paged) and replayed.batcher is not None and replayed.batcher.holds(state)
+
+
+@pytest.mark.slow
+def test_a_reply_that_drafts_is_joined_by_another(tmp_path: Path) -> None:
+    """Alone, beside another, and alone again, by repetition: tokens are those without drafts, steps all replayed."""
+    _, replayed = pair("12b", tmp_path)
+    texts, lengths = [[2, 5, 9, 5, 9, 5, 9, 5], [2, 7, 7, 7, 7, 7]], [26, 8]
+    want = [reply(replayed, text, n, None)[0] for text, n in zip(texts, lengths, strict=True)]
+    states, figures = [replayed.new_state() for _ in texts], [Statistics() for _ in texts]
+    stepped.clear()
+    with Scheduler(replayed, 2, drafts=Drafts(depth=3)) as scheduler, ThreadPoolExecutor(1) as pool:
+        made = [
+            scheduler.generate_tokens(states[i], texts[i], GREEDY, lengths[i], statistics=figures[i]) for i in (0, 1)
+        ]
+        first = [next(made[0]).id for _ in range(3)]
+        other = pool.submit(lambda: [t.id for t in made[1]])
+        first += [t.id for t in made[0]]
+    assert [first, other.result()] == want and figures[0].drafted_tokens >= 3
+    assert all(before < 8 for before in stepped)
+    assert [state.tokens for state in states] == [a + b for a, b in zip(texts, want, strict=True)]
