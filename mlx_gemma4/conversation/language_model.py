@@ -192,7 +192,8 @@ def load(
         least_alike, row = LONGEST if model.replays else NGRAM, ROW if model.kernels else 1.0
         drafts = Drafts(draft_max, assistant, least_alike=least_alike, row=row)
         with suppress(RuntimeError):  # this user has no home folder
-            drafts.keep(cache_folder() / "drafts.json", f"{device_name()}, {path.name}")
+            how = ", replayed" if model.replays else ""  # not as in versions that traced what checks drafts
+            drafts.keep(cache_folder() / "drafts.json", f"{device_name()}, {path.name}{how}")
     return LanguageModel(path, model.config, model, tokenizer, _sampling_defaults(path, metadata), plan, drafts, media)
 
 

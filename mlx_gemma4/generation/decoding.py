@@ -26,7 +26,7 @@ from ..model.model import Model
 from ..model.step import RowStep, Step, ids_of, known
 from ..ops.dispatch import REPLAY
 from ..ops.sample import LIKELIEST
-from .drafting import NGRAM, Check, Drafting, Hidden, lead
+from .drafting import Check, Drafting, Hidden, lead
 from .prompt import give_back, read_chunk
 from .sampling import Sample, Sampler, Token, choose_in_turn, draws_in_turn
 
@@ -303,7 +303,7 @@ class Decoding:
         drafting.dear = self.model.replays and not replayed
         drafting.modelled = not drafting.dear
         if replayed and (self.model.recordings or drafting.drafts.drafter):
-            drafting.least_alike = min(NGRAM, drafting.least_alike)
+            drafting.recorded()
             self.model.seat(self.state)
 
     def start_check(self, drafting: Drafting) -> bool:
@@ -327,7 +327,8 @@ class Decoding:
             draws, after = draws_in_turn(self.sampler, len(ids)) if self.in_step else ([], [])
             replayed = self.model.replayed_check([ids], [self.state], draws)
             if replayed is not None:
-                drafting.least_alike, hidden = min(NGRAM, drafting.least_alike), replayed.hidden
+                drafting.recorded()
+                hidden = replayed.hidden
         self.statistics.drafted_tokens += len(tokens)
         if replayed is not None and draws:
             self.check = Check(drafts, replayed, after, None, hidden, before, start, recordings)
@@ -384,6 +385,8 @@ class Decoding:
         for _ in tokens:
             self.receive_accepted()
         self.known, self.sure, self.since = False, True, 0.0
+        if self.drafting:
+            self.drafting.hidden = None
         return tokens
 
     def receive_accepted(self) -> Token:

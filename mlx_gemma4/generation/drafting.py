@@ -136,6 +136,7 @@ class Drafts:
         self.least_alike, self.row = least_alike, row
         self.seconds: dict[int, float] = {}  # by rows of a step
         self.accepted: dict[str, list[float]] = {}  # by kind of draft: of its n-th, how often, if those before were
+        self._depths: dict[str, int] = {}  # by kind, until something is learned
         self._passed: dict[str, tuple[int, int]] = {}  # by kind: chances that passed, and how many have to
         self._file: Path | None = None
         self._key, self._unwritten = "", 0
@@ -144,8 +145,10 @@ class Drafts:
         """Return how many drafts of a kind are to be checked now; 0: none."""
         if self.fixed is not None:
             return min(self.fixed, self.most)
-        best = max(range(self.most + 1), key=lambda n: self.rate(kind, n))
-        return best if self.rate(kind, best) > GAIN * self.rate(kind, 0) else 0
+        if kind not in self._depths:
+            best = max(range(self.most + 1), key=lambda n: self.rate(kind, n))
+            self._depths[kind] = best if self.rate(kind, best) > GAIN * self.rate(kind, 0) else 0
+        return self._depths[kind]
 
     def probe(self, kind: str) -> bool:
         """Return True if it is time to check one draft that would not pay, to see whether that is still so."""
@@ -177,10 +180,12 @@ class Drafts:
         known = self.seconds.get(rows, seconds)
         change = max(-JUMP * known, min(JUMP * known, seconds - known))
         self.seconds[rows] = known + LEARN_COST * change
+        self._depths.clear()
 
     def found(self, kind: str, right: int, checked: int) -> None:
         """Learn that of so many drafts of a kind the first `right` ones were."""
         known = self.accepted.setdefault(kind, [])
+        self._depths.clear()
         for n in range(min(right + 1, checked)):
             if n == len(known):
                 known.append(known[-1] if known else HOPE.get(kind, 0.5))
@@ -228,6 +233,11 @@ class Drafting:
         self.dear = False  # its steps are replayed, but not those that check: no time is learned
         self.modelled = True  # the model drafts, as long as it can here
         self._probes = False
+
+    def recorded(self) -> None:
+        """Take note that steps that check drafts have been recorded: the next ones cost no more than their time."""
+        if self.least_alike <= LONGEST:  # else repetition never drafts
+            self.least_alike = min(NGRAM, self.least_alike)
 
     def ready(self, tokens: Sequence[int]) -> bool:
         """Return True if it is worth waiting for the token after these, or for the last one, to draft those after it.

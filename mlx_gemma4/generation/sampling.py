@@ -202,10 +202,7 @@ def choose_in_turn(
     """
     samples, after = [], []
     if not sampler.alters:  # then only the draws follow each other, and all rows are drawn at once
-        for _ in masks:
-            after.append(copy.copy(sampler))
-            sampler = copy.copy(sampler)
-            sampler.draw()
+        after = [copy.copy(s) for s in (sampler, *draws_in_turn(sampler, len(masks) - 1)[1])]
         return choose(after, logits, masks), after
     for row, mask in zip(logits, masks, strict=True):
         sampler = copy.copy(sampler)

@@ -134,8 +134,9 @@ class Assistant:
             replayed = self._replayer.draft(tokens[-1], state, hidden, draws or count)
             if replayed is not None:
                 return replayed
+        if isinstance(hidden, HiddenRow):
+            return []
         with execution():
-            hidden = hidden.array() if isinstance(hidden, HiddenRow) else hidden
             inputs, drawn = self.inputs(state), [draws_of(draws)] if draws else []
             shapes = (tuple(k.shape for k, _ in segments) for segments in inputs["segments"].values())
             lazy = not draws or run.off.isdisjoint((SAMPLE.key, ALL))

@@ -30,7 +30,7 @@ from ..ops.sample import LIKELIEST, Draw
 from .batch_replay import BatchReplayer, Key, ReplayedBatch
 from .decode import TRACES, Attend, Constants, forward
 from .forward import head, run_layers
-from .step import BatchStep, LazyBatchStep, Tokens, count_of, tokens_as_array
+from .step import BatchStep, LazyBatchStep, NextToken, RowStep, Tokens, count_of, known, tokens_as_array
 from .weights import Loaded
 
 MAX_BATCH = 32  # states of a step
@@ -97,9 +97,8 @@ class Batcher:
     def __init__(self, model: Loaded, run: Kernels, alone: Alone) -> None:
         self._model, self._run, self._alone = model, run, alone
         self._constants = Constants.of(model)
-        self.recordings = 0  # so far
         self._last: mx.array | None = None  # logits of the latest step that was not replayed
-        self.replayer = BatchReplayer(model, run, self._constants, self.note_recording)
+        self.replayer = BatchReplayer(model, run, self._constants)
         kept = memory_size() // KEPT if run.player else 0
         self.pool = Pool(model.config, model.kv_dtype, self._fill, paged.PAGE, self._wait, kept)
         self.on_moving: list[Callable[[], None]] = []  # called before the pool's arrays go, beside the replayer
@@ -128,9 +127,11 @@ class Batcher:
             rows |= {n: logits[i : i + 1] for i, n in enumerate(together)}
         return LazyBatchStep(mx.concatenate([rows[n] for n in range(len(states))]), draws, self._run)
 
-    def note_recording(self) -> None:
-        """Count a recording over the pool's arrays."""
-        self.recordings += 1
+    def start_one(self, token: NextToken, state: KVState, draw: Draw) -> RowStep:
+        """Start a step of one state that is in the pool."""
+        chains = isinstance(token, RowStep) and token.of.rows == 1
+        tokens: Tokens = token.of if isinstance(token, RowStep) and chains else [known(token)]
+        return RowStep(self.start(tokens, [state], [draw]), 0)
 
     def replays(self, rows: int, state: KVState) -> bool:
         """Return True if steps of so many rows, some of them this state's, are replayed."""
@@ -143,12 +144,7 @@ class Batcher:
     def check(
         self, ids: Sequence[Sequence[int]], states: Sequence[KVState], draws: Sequence[Draw] = ()
     ) -> ReplayedBatch | None:
-        """Start a replayed step in which each state reads some tokens, one behind the other; None: not here.
-
-        Args:
-            ids: of each of the states, MAX_BATCH tokens at most in all.
-            draws: of the token after each of these, `in_kernel`; (): the likeliest.
-        """
+        """`Model.replayed_check`."""
         tokens = [token for some in ids for token in some]
         of_rows = [state for state, some in zip(states, ids, strict=True) for _ in some]
         if not all(self.replays(len(tokens), state) for state in states):

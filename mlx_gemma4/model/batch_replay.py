@@ -81,10 +81,6 @@ class HiddenRow(NamedTuple):
         """False once another step has gone over it."""
         return self.of.starts == self.start
 
-    def array(self) -> mx.array:
-        """Return a copy, fp32 [hidden]."""
-        return self.of.player.read(self.region)[0].astype(mx.float32)
-
     @property
     def region(self) -> Region:
         """Its place, [1, hidden]."""
@@ -132,8 +128,9 @@ class ReplayedBatch:
 class BatchReplayer:
     """A model's recorded steps for several states. To be called under the execution lock."""
 
-    def __init__(self, model: Loaded, run: Kernels, constants: Constants, on_recorded: Callable[[], None]) -> None:
-        self._model, self._run, self._constants, self.on_recorded = model, run, constants, on_recorded
+    def __init__(self, model: Loaded, run: Kernels, constants: Constants) -> None:
+        self._model, self._run, self._constants = model, run, constants
+        self.recordings = 0  # over the pool's arrays, drafts' included
         self._finished = mx.compile(lambda logits: stock.softcap(logits, model.config.softcap))
         self._kept: dict[Key, Recorded] = {}
         self._players: dict[int, Player] = {}  # by rows
@@ -233,7 +230,7 @@ class BatchReplayer:
         try:
             self._drop([k for k, kept in self._kept.items() if kept.rows == rows])
             self._kept[key] = self._record(rows, tables, attend)
-            self.on_recorded()
+            self.recordings += 1
         except Exception as error:  # an operation that runs as its reference, a driver too old ..
             wrong = error
         if exchange := self._exchanges.get(rows):

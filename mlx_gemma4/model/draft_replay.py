@@ -51,14 +51,14 @@ class ReplayedDrafts:
     def draft(
         self, token: int, state: KVState, hidden: mx.array | HiddenRow, draws: Sequence[Draw] | int
     ) -> list[int] | None:
-        """Return drafts as `Assistant.draft` does, none where they can't be replayed; None: the state is not here.
+        """Return drafts as `Assistant.draft` does, none where they can't be replayed; None: the target's steps are not.
 
         Args:
             token: the last one.
             draws: how to draw each; a number: so many, the likeliest.
         """
         batcher = self._batcher
-        if not batcher.holds(state) or not batcher.replays(1, state):
+        if not batcher.replays(1, state):
             return None
         draws = [LIKELIEST] * draws if isinstance(draws, int) else draws
         with execution():
@@ -89,26 +89,22 @@ class ReplayedDrafts:
             return None
         self._kept = {k: kept for k, kept in self._kept.items() if kept.player is not self._players.get(count)}
         try:
-            self._kept[key] = self._record(count, tables, pieces)
+            assert self._run.player is not None
+            player = self._players[count] = self._players.get(count) or self._run.player()
+            recording = Recording(arena := Arena())
+            numbers, ids, places, draws, _ = upload_room(recording, 1, tables, count)
+            hidden: Any = recording.buffer((1, self._hidden), self._own.kv_dtype)
+            run: Any = Kernels(recorder, self._run.off, strict=True)
+            with recorded(recording):
+                best = self._make(run, count, ids, hidden, self._over_pages(run, places, pieces), draws)
+            player.load(recording.launches, arena.nbytes, numbers.size, best.region)
         except Exception as error:  # an operation that runs as its reference, a driver too old ..
             self._broken = True
             log.debug("Drafts are not replayed: %s: %s", type(error).__name__, error)
             return None
-        self._batcher.note_recording()
+        self._batcher.replayer.recordings += 1
+        self._kept[key] = _Recorded(player, hidden.region)
         return self._kept[key]
-
-    def _record(self, count: int, tables: dict[bool, np.ndarray], pieces: dict[bool, int]) -> _Recorded:
-        """Record so many drafts. Raises whatever prevents that."""
-        assert self._run.player is not None
-        player = self._players[count] = self._players.get(count) or self._run.player()
-        recording = Recording(arena := Arena())
-        numbers, ids, places, draws, _ = upload_room(recording, 1, tables, count)
-        hidden: Any = recording.buffer((1, self._hidden), self._own.kv_dtype)
-        run: Any = Kernels(recorder, self._run.off, strict=True)
-        with recorded(recording):
-            best = self._make(run, count, ids, hidden, self._over_pages(run, places, pieces), draws)
-        player.load(recording.launches, arena.nbytes, numbers.size, best.region)
-        return _Recorded(player, hidden.region)
 
     def _over_pages(self, run: Kernels, places: dict[bool, Any], pieces: dict[bool, int]) -> Attend:
         """Return the attention of a draft's layers to the target's pages."""

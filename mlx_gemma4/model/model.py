@@ -39,19 +39,7 @@ from .forward import head, logits_of, rope_wavelengths, run_layers
 from .numpy_step import NumpyStep, numpy_steps
 from .replay import Replayer
 from .soft import SoftRows, SoftTokens
-from .step import (
-    BatchStep,
-    LazyBatchStep,
-    LazyStep,
-    NextToken,
-    RowStep,
-    Step,
-    Tokens,
-    ids_of,
-    known,
-    known_tokens,
-    tokens_as_array,
-)
+from .step import BatchStep, LazyBatchStep, LazyStep, NextToken, Step, Tokens, ids_of, known_tokens, tokens_as_array
 from .weights import Loaded, Weights
 
 log = logging.getLogger("mlx_gemma4")
@@ -274,9 +262,7 @@ class Model:
     def _start(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST, replay: bool = True) -> Step:
         replays = replay and draw.in_kernel
         if self.batcher and replays and self.batcher.holds(state) and self.batcher.replays(1, state):
-            alone = isinstance(token, RowStep) and token.of.rows == 1
-            tokens: Tokens = token.of if isinstance(token, RowStep) and alone else [known(token)]
-            return RowStep(self.batcher.start(tokens, [state], [draw]), 0)
+            return self.batcher.start_one(token, state, draw)
         replayed = None
         if self.replayer and replays and self.replays and self.replayer.takes(state):
             replayed = self.replayer.start(token, state, draw)
@@ -346,7 +332,7 @@ class Model:
     @property
     def recordings(self) -> int:
         """Steps over the pool recorded so far: what includes one takes far longer than it will."""
-        return self.batcher.recordings if self.batcher else 0
+        return self.batcher.replayer.recordings if self.batcher else 0
 
     def _one(self, token: int, state: KVState) -> tuple[mx.array, mx.array]:
         """Return logits after a token, [1, vocab] (of a part, those of its rows), and the head's input, [1, hidden]."""
