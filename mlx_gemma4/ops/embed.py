@@ -15,6 +15,8 @@ from .op import Op
 from .packed import PLANES, format_defines, planes
 from .stock import Affine, Weight
 
+FP32 = mx.float32
+
 
 def _table(table: mx.array | Packed) -> tuple[dict[str, Any], dict[str, mx.array | None]]:
     """A table for embed.metal: constants, and arrays by the names of their inputs."""
@@ -25,20 +27,11 @@ def _table(table: mx.array | Packed) -> tuple[dict[str, Any], dict[str, mx.array
 
 
 def embed(
-    launcher: Launcher,
-    ids: mx.array,
-    table: Weight,
-    factor: float,
-    *,
-    rows: range | None = None,
-    out: mx.Dtype = mx.float32,
+    launcher: Launcher, ids: mx.array, table: Weight, factor: float, rows: range | None = None, out: mx.Dtype = FP32
 ) -> Any:
-    """Rows of a table [V, K] for ids int32 [T], times a factor: [T, K] in `out`.
-
-    `rows`: of a larger table, those that this one has; others give zeros.
-    """
+    """Rows of a table [V, K] for ids int32 [T], times a factor: [T, K] in `out`. `rows`: as of `stock.embed`."""
     if isinstance(table, Affine):
-        return embed_reference(ids, table, factor, rows=rows, out=out)
+        return embed_reference(ids, table, factor, rows, out)
     k = table.shape[-1]
     defines, arrays = _table(table)
     defines |= {"U": out, "FACTOR": factor, "FIRST": rows.start if rows else 0, "STOP": rows.stop if rows else 0}
@@ -48,7 +41,7 @@ def embed(
 
 
 def embed_reference(
-    ids: mx.array, table: Weight, factor: float, *, rows: range | None = None, out: mx.Dtype = mx.float32
+    ids: mx.array, table: Weight, factor: float, rows: range | None = None, out: mx.Dtype = FP32
 ) -> mx.array:
     """`embed` in stock MLX."""
     return (stock.embed(ids, table, rows) * factor).astype(out)
