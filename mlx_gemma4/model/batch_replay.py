@@ -191,7 +191,7 @@ class BatchReplayer:
             at += table.size
         run: Any = Kernels(recorder, self._run.off, strict=True)
         with recorded(recording):
-            model = exchange.recorded(self._model, run, numbers[stop:]) if exchange else self._model
+            model = exchange.recorded(self._model, numbers[stop:]) if exchange else self._model
             logits: Any = forward(model, run, self._constants, numbers[:rows], attend(run, places))[0]
             logits = model.part.gathered(logits) if model.part else logits
             best = run(SAMPLE, logits, numbers[at:stop].reshape(rows, WORDS))
