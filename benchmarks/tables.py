@@ -68,7 +68,8 @@ def read(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     last: dict[tuple[Any, ...], dict[str, Any]] = {}
     for run in runs:
         for cell in run.get("cells", ()):
-            key = (run.get("chip"), cell["model"], cell["kind"], cell["context"], cell["kv"], cell.get("parallel"))
+            which = cell.get("parallel"), cell.get("what")
+            key = (run.get("chip"), cell["model"], cell["kind"], cell["context"], cell["kv"], *which)
             if cell.get("llama_cpp") or not last.get(key, {}).get("llama_cpp"):
                 last[key] = {**cell, "chip": run.get("chip", "?")}
     cells = sorted(
@@ -115,6 +116,7 @@ def markdown(runs: list[dict[str, Any]], cells: list[dict[str, Any]]) -> Iterato
             yield ""
             batch = [c for c in cells if (c["chip"], c["kind"], c["context"]) == (chip, "batch", context)]
             yield from _matrix(batch, "parallel")
+        yield from _two_gpus(chip, [c for c in cells if (c["chip"], c["kind"]) == (chip, "two-gpus")])
     detailed = [c for c in cells if c.get("bytes_per_token")]
     if detailed:
         yield from ["", "## What a decoded token takes", ""]
@@ -128,6 +130,26 @@ def markdown(runs: list[dict[str, Any]], cells: list[dict[str, Any]]) -> Iterato
     yield from _projection(detailed)
     yield from ["", "## Runs", ""]
     yield from _rows(["file", "date", "chip", "versions", "command"], map(_run, runs))
+
+
+def _two_gpus(chip: str, cells: list[dict[str, Any]]) -> Iterator[str]:
+    """Models down; prompts, then replies behind so many tokens, across: of two GPUs, and of one in the same run."""
+    if not cells:
+        return
+    yield from ["", f"## {chip}: a model in two parts, over NCCL / on one of the GPUs", ""]
+    columns = sorted({(c["what"], c["context"]) for c in cells}, key=lambda c: (c[0] != "prompt", c[1]))
+    rows = []
+    for model in dict.fromkeys(c["model"] for c in cells):
+        by = {(c["what"], c["context"]): c for c in cells if c["model"] == model}
+        rows.append([model, *(_beside(by.get(column)) for column in columns)])
+    yield from _rows(["model", *(f"{what} of {n}" if what == "prompt" else f"at {n}" for what, n in columns)], rows)
+
+
+def _beside(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return ""
+    two, one = (f"{rate:.{0 if rate >= 1000 else 1}f}" if rate else "" for rate in (cell["ours"], cell["one"]))
+    return f"{two} / {one} = {cell['ratio']:.2f}" if one else two
 
 
 def _matrix(cells: list[dict[str, Any]], across: str) -> Iterator[str]:

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import mlx.core as mx
 import numpy as np
@@ -179,25 +179,19 @@ class LedModel(Model):
             made: tuple[mx.array, mx.array] = self._call("check", mx.array([*ids]), [state], tokens=[*ids])
             return made
 
-    def step(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST, *, replay: bool = True) -> Step:
+    def step(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST, replay: bool = True) -> Step:
         with execution():
             state.check_room(1)
             key = next(self.keys)
             if replay and self.replays and draw.in_kernel and self.replayer and self.replayer.takes(state):
                 token = self._told_replay("replay", token, key, [state], [draw])
-                replayed: Step = self._replayed(replay_step(self.inner, token, state, draw), key, [draw])
-                return replayed
-            step: LazyStep = self._call("step", ids_of(token), [state], mine={"draw": draw}, key=key)
-            step.batch = LedStep(step.batch, self.leader, key, [draw])
-            return step
+                step = replay_step(self.inner, token, state, draw)
+            else:
+                step = self._call("step", ids_of(token), [state], mine={"draw": draw}, key=key)
+            return cast("Step", self._led(step, key, [draw]))
 
     def batch(
-        self,
-        tokens: Tokens,
-        states: Sequence[KVState],
-        draws: Sequence[Draw] | None = None,
-        *,
-        replay: bool = True,
+        self, tokens: Tokens, states: Sequence[KVState], draws: Sequence[Draw] | None = None, replay: bool = True
     ) -> BatchStep:
         with execution():
             check_batch(tokens, states)
@@ -205,21 +199,21 @@ class LedModel(Model):
             key = next(self.keys)
             if replay and self.batcher and self.batcher.steps_replayed(len(states), draws):
                 tokens = self._told_replay("replay_batch", tokens, key, states, draws)
-                replayed: BatchStep = self._replayed(self.inner.batch(tokens, states, draws), key, draws)
-                return replayed
-            step = self._call("batch", tokens_as_array(tokens), states, mine={"draws": draws}, key=key)
-            return LedStep(step, self.leader, key, draws)
+                step = self.inner.batch(tokens, states, draws)
+            else:
+                step = self._call("batch", tokens_as_array(tokens), states, mine={"draws": draws}, key=key)
+            return cast(BatchStep, self._led(step, key, draws))
 
     def _told_replay(self, op: str, token: Any, key: int, states: Sequence[KVState], draws: Sequence[Draw]) -> Any:
         """Tell of a replayed step; return its token or tokens: another such step, or what is known of them."""
-        before = self.started.get(token) if isinstance(token, ReplayedStep | ReplayedBatch) else None
+        before, number = self.started.get(token) if isinstance(token, ReplayedStep | ReplayedBatch) else None, None
         if before is None:
-            token = known(token) if op == "replay" else known_tokens(token)
-        given = {"token": token if before is None else None, "before": before, "draws": [[*draw] for draw in draws]}
-        self.leader.tell(op, *map(key_of, states), key=key, **given)
+            token = number = known(token) if op == "replay" else known_tokens(token)
+        rows = [[*draw] for draw in draws]
+        self.leader.tell(op, *map(key_of, states), key=key, token=number, before=before, draws=rows)
         return token
 
-    def _replayed(self, step: Any, key: int, draws: Sequence[Draw]) -> Any:
+    def _led(self, step: Any, key: int, draws: Sequence[Draw]) -> Any:
         """Return a step that the others have under its key. Where it was not replayed, they gather what it is asked."""
         if isinstance(step, LazyStep):
             step.batch = LedStep(step.batch, self.leader, key, draws)

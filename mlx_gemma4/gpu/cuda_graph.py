@@ -151,11 +151,7 @@ class Player:
         self.wait()
 
     def box(self, nbytes: int) -> tuple[int, list[int]]:
-        """Take memory, all zeros, that other processes of this machine may write to, until this process ends.
-
-        Returns:
-            Its address, and what `opened` takes in those processes: 16 numbers of 32 bits.
-        """
+        """Take memory, all zeros, until this process ends; return its address, and what `opened` takes in others."""
         enter()
         at, handle = c_uint64(), _Handle()
         do("cuMemAlloc_v2", byref(at), c_uint64(nbytes))
@@ -165,7 +161,7 @@ class Player:
         return at.value, list(handle.numbers)
 
     def opened(self, handle: Sequence[int]) -> int:
-        """Return the address here of another process's `box`."""
+        """Return the address here of another process's `box`, which may lie on another GPU of this machine."""
         enter()
         at = c_uint64()
         do("cuIpcOpenMemHandle_v2", byref(at), _Handle((c_int * 16)(*handle)), c_uint(1))  # peers are let in as needed

@@ -256,7 +256,7 @@ class BatchReplayer:
         )
         run: Any = Kernels(recorder, self._run.off, strict=True)
         with recorded(recording):
-            model = exchange.recorded(self._model, run, flags) if exchange else self._model
+            model = exchange.recorded(self._model, flags) if exchange else self._model
             made: Any = forward(model, run, self._constants, ids, attend(run, places))
             logits, hidden = made
             if model.part:

@@ -1,20 +1,19 @@
 """What ranks exchange within recorded steps: sums and logits, by kernels over memory that their GPUs share.
 
 In: a rank's `Part`, a `Player`. Out: the model as a recording runs it, whose collectives are launches like all others,
-and the flags that each start of the recording uploads. What MLX's engine does for a step that is launched one by one,
-1.1 ms of a 31B's, is done here in a third of it; ranks that are not on one machine have steps of that kind.
+and the flags that each start of the recording uploads. Steps that are launched one by one take MLX's collectives.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..gpu.recording import Player
-from ..ops.dispatch import Kernels
+from ..gpu.recording import Player, recorder
 from ..ops.exchange import Boxes, exchange_rows, exchange_sum
 from ..shard import Part
 from .weights import Loaded
@@ -30,6 +29,8 @@ class Exchange:
     used: int = 0  # by a step, once it is recorded
     _next: int = 1
     _tried: bool = False
+    _flags: Any = None  # of the recording that is being made
+    _before: Any = None  # the latest result in it
 
     @classmethod
     def of(cls, part: Part, player: Player, room: int, flags: int) -> Exchange:
@@ -51,11 +52,17 @@ class Exchange:
         rows_of[:size] = np.array(addresses, np.uint64).view(np.uint32).reshape(size, 2)
         return cls(part, Boxes(mx.array(rows_of), rank, size, room), flags)
 
-    def recorded(self, model: Loaded, run: Kernels, flags: Any) -> Loaded:
+    def recorded(self, model: Loaded, flags: Any) -> Loaded:
         """Return the model as a recording runs it, given the buffer that has a start's flags, int32 [self.flags]."""
-        self.used = 0
-        held = {f.name: getattr(self.part, f.name) for f in fields(Part)}
-        return replace(model, part=RecordedPart(**held, run=run, flags_at=flags, exchange=self))
+        self.used, self._flags, self._before = 0, flags, None
+        return replace(model, part=RecordedPart(**vars(self.part), exchange=self))
+
+    def made(self, kernel: Callable[..., Any], x: Any, *rest: Any) -> Any:
+        """Record the next exchange, behind the one before."""
+        flag = self._flags[self.used : self.used + 1]
+        self._before = kernel(recorder, x, flag, self.boxes, self._before, *rest)
+        self.used += 1
+        return self._before
 
     def next_flags(self) -> np.ndarray:
         """Return the flags of the next start, int32 [self.flags]."""
@@ -87,26 +94,16 @@ def exchange_for(model: Loaded, player: Player, rows: int) -> Exchange | None:
 
 @dataclass(frozen=True)
 class RecordedPart(Part):
-    """A part whose collectives are launches of the recording that is being made, one after the other."""
+    """A part whose collectives are launches of the recording that is being made."""
 
-    run: Kernels = field(kw_only=True)
-    flags_at: Any = field(kw_only=True)
     exchange: Exchange = field(kw_only=True)
-    before: list[Any] = field(default_factory=list, kw_only=True)  # the latest result
 
     def sums(self, *arrays: Any) -> list[Any]:
-        return [self._made(exchange_sum, a) for a in arrays]
+        return [self.exchange.made(exchange_sum, a) for a in arrays]
 
     def sums_with_experts(self, x: Any, outputs: Any, share: Any) -> list[Any]:
-        both = self._made(exchange_sum, x, (outputs, share))
+        both = self.exchange.made(exchange_sum, x, (outputs, share))
         return [both[0], both[1]]
 
     def gathered(self, logits: Any) -> Any:
-        return self._made(exchange_rows, logits, self.vocab)
-
-    def _made(self, kernel: Any, x: Any, *rest: Any) -> Any:
-        at, after = self.exchange.used, self.before[0] if self.before else None
-        made = kernel(self.run.launcher, x, self.flags_at[at : at + 1], self.exchange.boxes, after, *rest)
-        self.before[:] = [made]
-        self.exchange.used = at + 1
-        return made
+        return self.exchange.made(exchange_rows, logits, self.vocab)

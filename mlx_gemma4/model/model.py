@@ -196,11 +196,8 @@ class Model:
         """
         return self.replayer is not None and self.replayer.replays and not (self.kernels and self.kernels.eager)
 
-    def step(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST, *, replay: bool = True) -> Step:
-        """Start `forward` of one token, whose logits, or the token that `draw` takes from them, are asked for later.
-
-        `replay`: False: launch by launch, though steps are replayed.
-        """
+    def step(self, token: NextToken, state: KVState, draw: Draw = LIKELIEST, replay: bool = True) -> Step:
+        """Start `forward` of one token, whose logits, or the token that `draw` takes from them, are asked for later."""
         with execution():
             state.check_room(1)
             return self._start(token, state, draw, replay)
@@ -225,12 +222,7 @@ class Model:
         return logits
 
     def batch(
-        self,
-        tokens: Tokens,
-        states: Sequence[KVState],
-        draws: Sequence[Draw] | None = None,
-        *,
-        replay: bool = True,
+        self, tokens: Tokens, states: Sequence[KVState], draws: Sequence[Draw] | None = None, replay: bool = True
     ) -> BatchStep:
         """Start `batch_step`, whose logits, or the tokens that `draws` take from them, are asked for later.
 
@@ -239,7 +231,7 @@ class Model:
 
         Args:
             draws: B of them; None: the likeliest tokens.
-            replay: as of `step`.
+            replay: False: launch by launch, also where steps are replayed.
         """
         with execution():
             check_batch(tokens, states)
@@ -263,9 +255,8 @@ class Model:
         replays = replay and draw.in_kernel
         if self.batcher and replays and self.batcher.holds(state) and self.batcher.replays(1, state):
             return self.batcher.start_one(token, state, draw)
-        replayed = None
-        if self.replayer and replays and self.replays and self.replayer.takes(state):
-            replayed = self.replayer.start(token, state, draw)
+        replayer = self.replayer if replays and self.replays else None
+        replayed = replayer.start(token, state, draw) if replayer and replayer.takes(state) else None
         return replayed or LazyStep(self._read(ids_of(token), state, 1)[0], draw, self.kernels, self.part)
 
     def most_checked(self, state: KVState) -> int:

@@ -185,7 +185,7 @@ class Replayer:
         buffers: Any = {**inputs, "tails": tails}
         with recorded(recording):
             places = placed(numbers[1 : 1 + spans.size], spans.lengths)
-            model = exchange.recorded(self._model, run, numbers[stop:]) if exchange else self._model
+            model = exchange.recorded(self._model, numbers[stop:]) if exchange else self._model
             attend, _ = over_parts(model, run, buffers, places, 1)
             logits: Any = forward(model, run, self._constants, numbers[:1], attend)[0]
             logits = model.part.gathered(logits) if model.part else logits

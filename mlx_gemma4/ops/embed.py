@@ -15,6 +15,8 @@ from .op import Op
 from .packed import PLANES, format_defines, planes
 from .stock import Affine, Weight
 
+FP32 = mx.float32
+
 
 def _table(table: mx.array | Packed) -> tuple[dict[str, Any], dict[str, mx.array | None]]:
     """A table for embed.metal: constants, and arrays by the names of their inputs."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..gpu.render import Defines, Launcher, absent, prepare, render
+from ..gpu.render import Launcher, absent, prepare, render
 
 THREADS, GROUPS = 256, 256  # of a threadgroup; at most so many, which are on the GPU all at once
 
@@ -35,35 +35,26 @@ def exchange_sum(launcher: Launcher, x: Any, flag: Any, boxes: Boxes, after: Any
     Returns:
         fp32 [T, K], or [2, T, K] with `outputs`.
     """
-    shape, (outputs, share) = tuple(x.shape), outputs or (None, None)
-    defines: Defines = {"USED": 0, "K": shape[-1]}
-    if outputs is not None:
-        shape, defines = (2, *shape), {"USED": outputs.shape[1], "K": shape[-1]}
-    arrays = {"x": x, "outputs": outputs, "share": share, "flag": flag, "boxes": boxes.addresses, "after": after}
-    return _launched(launcher, "exchange_sum", prod(shape), boxes, defines, arrays, shape)
+    outputs, share = outputs or (None, None)
+    shape = tuple(x.shape) if outputs is None else (2, *x.shape)
+    defines = {"USED": 0 if outputs is None else outputs.shape[1], "K": shape[-1], "COUNT": prod(shape)}
+    arrays = {"x": x, "outputs": outputs, "share": share, "flag": flag, "after": after}
+    return _launched(launcher, "exchange_sum", boxes, defines, arrays, shape)
 
 
 def exchange_rows(launcher: Launcher, x: Any, flag: Any, boxes: Boxes, after: Any, columns: int) -> Any:
     """All columns, fp32 [T, columns], of which this rank has x [T, some] and others, by `shard.shares`, the rest."""
-    tokens, mine = x.shape
-    arrays = {"x": x, "flag": flag, "boxes": boxes.addresses, "after": after}
-    shape = tokens, columns
-    return _launched(launcher, "exchange_rows", x.size, boxes, {"ALL": columns, "COLUMNS": mine}, arrays, shape)
+    defines, arrays = {"ALL": columns, "COLUMNS": x.shape[1], "COUNT": x.size}, {"x": x, "flag": flag, "after": after}
+    return _launched(launcher, "exchange_rows", boxes, defines, arrays, (x.shape[0], columns))
 
 
 def _launched(
-    launcher: Launcher,
-    name: str,
-    count: int,
-    boxes: Boxes,
-    defines: Defines,
-    arrays: dict[str, Any],
-    shape: tuple[int, ...],
+    launcher: Launcher, name: str, boxes: Boxes, defines: dict[str, int], arrays: dict[str, Any], shape: tuple[int, ...]
 ) -> Any:
-    if count > boxes.room:
-        raise ValueError(f"{count} numbers do not go into a box of {boxes.room}")
-    groups = min(GROUPS, -(-count // THREADS))
-    constants = {"RANK": boxes.rank, "RANKS": boxes.ranks, "CAP": boxes.room, "COUNT": count}
-    constants |= {"THREADS": THREADS, "STEP": THREADS * groups}
-    kernel = render(name, "exchange.metal", mx.float32, {**constants, **defines}, absent(arrays))
+    if defines["COUNT"] > boxes.room:
+        raise ValueError(f"{defines['COUNT']} numbers do not go into a box of {boxes.room}")
+    groups, arrays = min(GROUPS, -(-defines["COUNT"] // THREADS)), {**arrays, "boxes": boxes.addresses}
+    defines |= {"RANK": boxes.rank, "RANKS": boxes.ranks, "CAP": boxes.room}
+    defines |= {"THREADS": THREADS, "STEP": THREADS * groups}
+    kernel = render(name, "exchange.metal", mx.float32, defines, absent(arrays))
     return prepare(launcher, kernel, (groups, 1, 1), THREADS, (shape, mx.float32)).by_name(arrays)[0]
