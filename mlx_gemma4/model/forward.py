@@ -17,6 +17,7 @@ import mlx.core as mx
 from ..config import Config, LayerConfig
 from ..kv.state import KVState
 from ..ops import stock
+from ..ops.embed import EMBED, embed_reference
 from ..ops.prompt_attention import prompt_attention_reference
 from ..ops.routing import Routing
 from ..ops.stock import Weight
@@ -82,8 +83,9 @@ def inputs(m: Loaded, ids: mx.array, soft: SoftRows | None = None) -> tuple[mx.a
     w, part = m.weights, m.part
     tables = [table for table in (w.token_embd, w.per_layer_token_embd) if table is not None]
     known = ids if soft is None else mx.maximum(ids, PAD)
-    x, *own = rows_by_rank(part, known, tables, stock.embed)  # lazy: not looked up where nothing comes of it
-    x = x * math.sqrt(m.config.hidden)
+    x, *own = rows_by_rank(
+        part, known, tables, partial(scaled_rows, m)
+    )  # lazy: not looked up where nothing comes of it
     if soft is not None:
         x[soft.places] = soft.rows.astype(x.dtype)
     per_layer = per_layer_inputs(m, own[0], x) if own else None
@@ -105,17 +107,25 @@ def rows_by_rank(
     return part.sums(*(look(ids, table, part.rows) for table in tables))
 
 
+def scaled_rows(m: Loaded, ids: mx.array, table: Weight, rows: range | None) -> mx.array:
+    """Return rows of one of the model's two tables, fp32 [T, K], times the root of how many a layer takes of each."""
+    factor = math.sqrt(m.config.hidden if table is m.weights.token_embd else m.config.ple)
+    if m.kernels is None:
+        return embed_reference(ids, table, factor, rows=rows)
+    return m.kernels(EMBED, ids.astype(mx.int32), table, factor, rows=rows)
+
+
 def summed(m: Loaded, what: str, i: int, x: mx.array) -> mx.array:
     """Return a product of layer i, [T, hidden], summed over ranks where each has a part of it."""
     return m.part.sums(x)[0] if m.part is not None and i in m.part.split[what] else x
 
 
 def per_layer_inputs(m: Loaded, own: mx.array, x: mx.array) -> mx.array:
-    """Return the per-layer embeddings, [T, layers, P], of tokens' rows in their table and their embeddings x."""
+    """Return the per-layer embeddings, [T, layers, P], of tokens' `scaled_rows` and their embeddings x."""
     w, c = m.weights, m.config
     assert w.per_layer_model_proj is not None
     shape = (x.shape[0], len(c.layers), c.ple)
-    own = own.reshape(shape) * math.sqrt(c.ple)
+    own = own.reshape(shape)
     projected = linear(m, x, w.per_layer_model_proj).reshape(shape) * c.hidden**-0.5
     return (stock.rms_norm(projected, w.per_layer_proj_norm, c.eps) + own) * 2**-0.5
 
