@@ -24,7 +24,7 @@ from mlx_gemma4.files.repository import best_drafters, choices, choose
 from mlx_gemma4.loading.assistant import SPELLINGS, assistant_beside, load_assistant, open_assistant
 from mlx_gemma4.loading.from_safetensors import gguf_name
 from mlx_gemma4.loading.loader import load_model, open_model
-from mlx_gemma4.model.assistant import Assistant, mismatch, spread
+from mlx_gemma4.model.assistant import Assistant, mismatch
 from mlx_gemma4.model.model import Model
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "assistants"
@@ -86,8 +86,8 @@ def as_gguf(
 def first_logits(a: Assistant, ids: list[int], hidden: np.ndarray) -> np.ndarray:
     state = a.target.new_state()
     a.target.prefill(mx.array(ids[:-1]), state)
-    h = a.step(mx.array(ids[-1:], mx.int32), mx.array(hidden)[None], a.attention(a.inputs(state)))
-    return np.array(spread(*a.scores(h), a.target.config.vocab))
+    h = a.step(a.run, mx.array(ids[-1:], mx.int32), mx.array(hidden)[None], a.attention(a.inputs(state)))
+    return np.array(a.scores(a.run, h))
 
 
 @pytest.mark.parametrize(("kind", "spelling"), [("12b", s) for s in SPELLINGS] + [("e2b", "gemma4_assistant")])
