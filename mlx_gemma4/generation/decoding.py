@@ -137,7 +137,7 @@ class Decoding:
 
     def turn(self) -> Token | None:
         """Receive the next token, the one after it started; None: that was a stop token."""
-        if self.drafting and not self.produced:
+        if self.drafting and not self.drafting.begun:
             self.begin_drafting(self.drafting)
         if self.check is not None:
             self.settle_check(self.check)
@@ -299,7 +299,7 @@ class Decoding:
 
     def begin_drafting(self, drafting: Drafting) -> None:
         """Have the reply's steps replayed from the first on in the way in which those that check drafts are, if any."""
-        replayed = self.model.checks_replayed(self.state)
+        drafting.begun, replayed = True, self.model.checks_replayed(self.state)
         drafting.dear = self.model.replays and not replayed
         drafting.modelled = not drafting.dear
         if replayed and (self.model.recordings or drafting.drafts.drafter):

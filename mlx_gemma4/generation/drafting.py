@@ -229,7 +229,7 @@ class Drafting:
     def __init__(self, drafts: Drafts) -> None:
         self.drafts, self.lookup = drafts, Lookup()
         self.hidden: Hidden | None = None  # which the next token was made from
-        self.least_alike = drafts.least_alike
+        self.least_alike, self.begun = drafts.least_alike, False
         self.dear = False  # its steps are replayed, but not those that check: no time is learned
         self.modelled = True  # the model drafts, as long as it can here
         self._probes = False

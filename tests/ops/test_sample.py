@@ -205,3 +205,12 @@ def test_leads(vocab: int, ties: bool) -> None:
     assert (
         leads[0] == top[0, 1] - top[0, 0] and leads[3] == np.float32(0.25) + np.float32(0) and min(leads[[1, 4]]) > 1e38
     )
+
+
+@pytest.mark.parametrize("draw", DRAWS[:4], ids=str)
+def test_tokens_before(draw: Draw) -> None:
+    """Stand before that of one row, so that the next launch finds it behind them."""
+    logits, before = random_logits(1, 3000, False), mx.array([5, 9, 2], mx.int32)
+    got = SAMPLE.kernel(metal, logits, draws_of([draw]), before=before).tolist()
+    assert got == SAMPLE.reference(logits, draws_of([draw]), before=before).tolist()
+    assert got == [5, 9, 2, *SAMPLE.kernel(metal, logits, draws_of([draw])).tolist()]

@@ -348,6 +348,16 @@ def test_top_k_takes_the_lower_of_equals() -> None:
     assert choose.top_k(metal, scores, 4)[0].tolist() == [[40, 0, 1, 2]]
 
 
+@pytest.mark.parametrize(("used", "centroids", "per"), [(1, 3, 5), (7, 40, 70), (32, 2048, 4)])
+def test_spread(used: int, centroids: int, per: int) -> None:
+    """Tokens of centroids, in an order of their own, among all: several threadgroups, the last one cut."""
+    rng = np.random.default_rng(used)
+    near = mx.array(rng.permutation(centroids)[:used].astype(np.int32))
+    ordering, logits = mx.array(rng.permutation(centroids * per).astype(np.int32)), normal(used, per)
+    got, want = choose.spread(metal, logits, near, ordering), choose.spread_reference(logits, near, ordering)
+    np.testing.assert_array_equal(np.array(got), np.array(want))
+
+
 # ---------------------------------------------------------------- embeddings
 
 
@@ -368,6 +378,13 @@ def test_embed(name: str) -> None:
     ids = mx.array([3, 0, 4], mx.int32)
     weights = table(name, 5, 512)
     check(embed.embed(metal, ids, weights, 7.5), embed.embed_reference(ids, weights, 7.5), mx.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_embed_with_rows_behind(dtype: mx.Dtype) -> None:
+    ids, weights, behind = mx.array([3, 0, 4], mx.int32), table("Q8_0", 5, 512), normal(3, 300, dtype=dtype)
+    got = embed.embed(metal, ids, weights, 7.5, behind=behind)
+    check(got, embed.embed_reference(ids, weights, 7.5, behind=behind), mx.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
