@@ -5,8 +5,8 @@
 Starts its ranks itself, each part of the work in processes of its own with a time limit. Parts: `sums`, what a sum
 over ranks takes by NCCL and in a recorded step; `equal`, greedy tokens of the built-in model and of the tests'
 fixtures, whole and in two parts; `led`, `generate` as `mlx.launch` starts it; and for each FILE `one` and `two` GPUs:
-prompts, and decoding behind them. `profile` shows where a step's time goes (with PyTorch). The exit code is 1 where
-tokens differ.
+prompts, and decoding behind them. `profile` shows where a step's time goes (with PyTorch), `drift` if ranks have the
+same residual all through a long prompt. The exit code is 1 where tokens differ.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from mlx_gemma4.loading.loader import load_model, open_model
 from mlx_gemma4.measure.bench import random_ids, size_label
 from mlx_gemma4.memory import on_cpu
 from mlx_gemma4.model.exchange import Exchange
+from mlx_gemma4.model.forward import run_layers
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.ops.exchange import exchange_sum
 from mlx_gemma4.shard import Part, Shard, collective_stream
@@ -127,12 +128,11 @@ def recorded_sums(part: Part, player: Any, rows: int) -> Any:
     return {"us": min(times) / SUMS * 1e6, "right": right, "made": float(made.flat[0])}
 
 
-def equal() -> Any:
-    """Greedy tokens of small models, whole on this rank and in parts: how many are equal before the first other."""
+def equal(name: str) -> Any:
+    """Greedy tokens of a small model, whole on this rank and in parts: how many are equal before the first other."""
     shard, _ = shard_here()
-    fixtures = {name: ROOT / "tests" / "fixtures" / f"{name}.gguf" for name in FIXTURES}
     found: dict[str, Any] = {}
-    for name, path in {"built-in": None, **fixtures}.items():
+    for path in [None if name == "built-in" else ROOT / "tests" / "fixtures" / f"{name}.gguf"]:
         tokens, replayed, seconds = [], [], []
         for given in (None, shard):
             start = time.perf_counter()
@@ -192,8 +192,10 @@ def speed(file: str, prompts: str, depth: str) -> Any:
         rates = []
         for _ in range(ROUNDS):
             s = Statistics()
-            for _ in generate_tokens(model, state, [*state.tokens, 7], GREEDY, REPLY + 1, statistics=s):
+            fork = state.fork()  # each from the same depth
+            for _ in generate_tokens(model, fork, [7], GREEDY, REPLY + 1, statistics=s):
                 pass
+            fork.close()
             rates.append(s.reply_rate)
         return rates[1:]
 
@@ -207,20 +209,86 @@ def speed(file: str, prompts: str, depth: str) -> Any:
 
 
 def profiled(file: str, depth: str) -> Any:
-    """Where a step's time goes on this GPU: microseconds a token by kernel, without the gaps between them."""
+    """Where the time goes on this GPU, by kernel and without the gaps: of a step, and of a prompt of 2,048 tokens."""
     import step_profile  # PyTorch
+    from torch.profiler import ProfilerActivity, profile
 
     model = led(Path(file))
     state = model.new_state()
     for _ in generate_tokens(model, state, random_ids(model, int(depth)), GREEDY, 1):
         pass
-    return step_profile.summary(step_profile.records(model, state, 1))
+    found: dict[str, Any] = {"step": step_profile.summary(step_profile.records(model, state, 1))}
+
+    def read() -> float:
+        s = Statistics()
+        for _ in generate_tokens(model, model.new_state(), random_ids(model, 2048), GREEDY, 1, statistics=s):
+            pass
+        return s.prompt_time
+
+    read()
+    found["prompt_ms"] = read() * 1e3
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        found["prompt_ms, profiled"] = read() * 1e3
+    spent: dict[str, list[float]] = {}
+    for event in seen.events():
+        took = spent.setdefault(event.name.split("<")[0].split("(")[0][:60], [0.0, 0])
+        took[0], took[1] = took[0] + event.device_time / 1e3, took[1] + 1
+    rows = sorted(spent.items(), key=lambda row: -row[1][0])
+    found["prompt, busy ms"] = sum(took[0] for _, took in rows)
+    found["prompt"] = [[name, round(took[0], 2), took[1]] for name, took in rows[:24]]
+    return found
+
+
+def drift(file: str, tokens: str) -> Any:
+    """If ranks have the same residual, and each the same twice, behind every chunk of a long prompt; and MLX's sums."""
+    shard, group = shard_here()
+    found: dict[str, Any] = {"sums": 0, "sums that differ": 0, "chunks": 0, "odd": []}
+    chance = np.random.default_rng(shard.rank)
+    with execution():
+        for n in range(200):
+            rows = (1, 64, 1024)[n % 3]
+            x = mx.array(chance.standard_normal((rows, 5376), np.float32)).astype((mx.float32, mx.float16)[n // 3 % 2])
+            both = mx.distributed.all_gather(x[None], group=group, stream=collective_stream())
+            mx.eval(both)
+            made = mx.distributed.all_sum(x, group=group, stream=collective_stream())
+            found["sums"] += 1
+            found["sums that differ"] += not mx.array_equal(made, both[0] + both[1]).item()
+    model = model_of(Path(file), shard)
+    part = model.part
+    assert part is not None
+    state, ids = model.new_state(), random_ids(model, int(tokens))
+    while state.length < len(ids):
+        chunk = mx.array(ids[state.length : state.length + model.chunk], mx.int32)
+        model.prefill(chunk, state)
+        with execution():
+            mx.eval(state.arrays)
+            mx.clear_cache()
+            hidden = []
+            for _ in range(2):
+                hidden.append(run_layers(model.loaded, chunk[-1:], [state.fork()], 1).astype(mx.float32).reshape(-1))
+                mx.async_eval(hidden[-1])
+            both = mx.distributed.all_gather(hidden[0][None], group=group, stream=collective_stream())
+            mx.eval(both)
+            by_rank, mine = [*np.array(both)], [np.array(a) for a in hidden]
+        found["chunks"] += 1
+        apart = [int((by_rank[0] != by_rank[1]).sum()), int((mine[0] != mine[1]).sum())]
+        if any(apart) or not np.isfinite(by_rank).all():
+            row: dict[str, Any] = {"at": state.length, "ranks differ in": apart[0], "once more in": apart[1]}
+            row["norm"] = float(np.linalg.norm(by_rank[0]))
+            row["difference"] = float(np.linalg.norm(by_rank[0] - by_rank[1]))
+            row["not finite"] = [int((~np.isfinite(a)).sum()) for a in by_rank]
+            found["odd"].append(row)
+            if shard.rank == 0:
+                print(json.dumps(row), flush=True)
+        if found["chunks"] % 8 == 0:
+            print(TOLD + json.dumps(found), flush=True)
+    return found
 
 
 def rank_main(part: str, *given: str) -> None:
     if os.environ.get("TWO_GPUS_BACKEND") == "ring":  # to try the script without GPUs
         mx.set_default_device(mx.cpu)
-    makers: dict[str, Any] = {"sums": sums, "equal": equal, "speed": speed, "profile": profiled}
+    makers: dict[str, Any] = {"sums": sums, "equal": equal, "speed": speed, "profile": profiled, "drift": drift}
     found = makers[part](*given)
     found = found if part != "speed" else {**found, "peak_gb": mx.get_peak_memory() / 1e9}
     print(TOLD + json.dumps(found), flush=True)
@@ -299,6 +367,7 @@ def main() -> int:
     parser.add_argument("--parts", default="sums,equal,led,one,two")
     parser.add_argument("--prompts", default="2048,32768")
     parser.add_argument("--depth", default="512")
+    parser.add_argument("--tokens", default="65536", help="of the part drift")
     parser.add_argument("--limit", type=float, default=60, help="seconds of a part")
     parser.add_argument("--backend", choices=("nccl", "ring"), default="nccl")
     parser.add_argument("--json", type=Path)
@@ -319,8 +388,9 @@ def main() -> int:
     if "sums" in parts:
         go("sums", [me, "--rank", "sums"], 2)
     if "equal" in parts:
-        found = go("equal", [me, "--rank", "equal"], 2) or {}
-        wrong |= not found or any(row["equal"] < row["of"] for row in found.values())
+        for name in ("built-in", *FIXTURES):
+            row = (go(f"equal: {name}", [me, "--rank", "equal", name], 2) or {}).get(name)
+            wrong |= row is None or row["equal"] < row["of"]
     if "led" in parts:
         asked = [
             "-m",
@@ -348,6 +418,8 @@ def main() -> int:
         report["cells"] += cells_of(size_label(file.stem), one, two)
         for ranks in (1, 2) if "profile" in parts else ():
             go(f"{file.name}: profile on {ranks}", [me, "--rank", "profile", str(file), options.depth], ranks)
+        if "drift" in parts:
+            go(f"{file.name}: drift", [me, "--rank", "drift", str(file), options.tokens], 2)
     report["chip"] = f"2 x {device_name()}" if not on_cpu() else "2 x CPU"
     for cell in report["cells"]:
         ratio = f"{cell['ratio']:.2f} times one's {cell['one']:.1f}" if cell["ratio"] else ""

@@ -72,7 +72,7 @@ def call(model: Model, op: str, shared: mx.array, states: Sequence[KVState], on_
     else:
         made = model.batch(shared, states, **given, replay=False)
     for state, was in zip(states, before, strict=True):
-        if state.length // CHECKED > was // CHECKED:
+        if op != "prefill" and state.length // CHECKED > was // CHECKED:  # a prompt is compared by its last chunk
             # What all layers make of one more token depends on all that the state holds.
             hidden = run_layers(model.loaded, shared[-1:], [KVState.fork(state)], 1).astype(mx.float32)
             sums = mx.pad(hidden.reshape(-1), (0, -hidden.size % SUMS)).reshape(SUMS, -1).sum(axis=1)
@@ -249,9 +249,11 @@ class LedModel(Model):
             time.sleep(0.01)  # this rank is a moment behind
         position, sums = self.sums[theirs["n"]]
         mine, other = np.array(sums), np.array(theirs["sums"])
-        if not np.linalg.norm(mine - other) <= AGREE * np.linalg.norm(mine):  # NaN too
+        apart = np.linalg.norm(mine - other) / np.linalg.norm(mine)
+        if not apart <= AGREE:  # NaN too
             self.leader.fail(
-                f"{self.leader.name(rank)} has drifted from rank 0 by token {position}; run mlx-gemma4 doctor on both"
+                f"{self.leader.name(rank)} has drifted from rank 0 by token {position}; run mlx-gemma4 doctor on both "
+                f"(their sums are {apart:.2g} apart)"
             )
 
 
