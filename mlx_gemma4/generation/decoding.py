@@ -362,9 +362,9 @@ class Decoding:
         rows, drafts = len(tokens), self.drafting.drafts
         if self.model.recordings == check.recordings and not self.drafting.dear:
             drafts.took(rows, time.perf_counter() - check.start)
-        if rows > 1:
-            drafts.found(check.drafts.kind, right, rows - 1)
         last = min(right, unsure - 1)  # the row whose token comes next
+        if rows > 1:  # a draft that was right and too close to call has gained nothing
+            drafts.found(check.drafts.kind, max(last, 0), rows - 1)
         self.state.rewind(check.before + last + 1)
         self.since = 0.0
         if last < 0:  # not even the first is sure: its own token is read once more
