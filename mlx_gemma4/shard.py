@@ -46,6 +46,8 @@ class Part:
     layers: range  # of the model's that are here
     # By "attention", "mlp" and "experts": the layers here whose products are in parts, to be summed over ranks.
     split: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    # By layer of the model with keys of its own: the KV heads here that no rank before has. Only they draft from them.
+    kv_heads: Mapping[int, range] = field(default_factory=dict)
 
     @property
     def receives(self) -> bool:

@@ -24,8 +24,10 @@ from recorded import KINDS, kl, path, prompts
 from mlx_gemma4 import Sampling, load
 from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.generation.loop import generate_tokens
+from mlx_gemma4.loading.assistant import load_assistant
 from mlx_gemma4.loading.loader import load_model, open_model
 from mlx_gemma4.memory import Holding
+from mlx_gemma4.model.assistant import spread
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.op import OpKey
@@ -33,6 +35,8 @@ from mlx_gemma4.shard import Kind, Shard
 
 Found = dict[str, Any]
 SPLITS: tuple[Kind, ...] = ("tensor", "layers")
+ASSISTANTS = path("12b", "f32", Path()).parent / "assistants"
+PROMPTS: list[list[int]] = json.loads((ASSISTANTS / "recorded.json").read_text())["prompts"]
 DEMO_PROMPT = "Once upon a time there was a king who had"
 SMALL = ("embed", "ple_inputs", "rotations", "qkv_post", "attention", "add_norm", "top_k", "matvec", "dense", "expand")
 UNPACKED = frozenset([OpKey("expand")])  # tiles of a prompt round to fp16
@@ -69,11 +73,16 @@ def model_of(file: Path | None, split: Kind | None, weights: Holding | Literal["
 def compared(
     file: Path | None, calls: Callable[[Model], list[mx.array]], splits: tuple[Kind, ...] = SPLITS, **options: Any
 ) -> Found:
-    """The distance of logits on all ranks together from those of one process."""
-    want = [np.array(a) for a in calls(model_of(file, None, **options))] if RANK == 0 else []
+    """The distance of a model's logits on all ranks together from those of one process."""
+    return distances(lambda shard: calls(model_of(file, shard and shard.kind, **options)), splits)
+
+
+def distances(calls: Callable[[Shard | None], list[mx.array]], splits: tuple[Kind, ...] = SPLITS) -> Found:
+    """The distance of logits that are made on all ranks together from those of one process."""
+    want = [np.array(a) for a in calls(None)] if RANK == 0 else []
     found: Found = {}
     for split in splits:
-        got = [np.array(a) for a in calls(model_of(file, split, **options))]
+        got = [np.array(a) for a in calls(Shard(RANK, SIZE, split, group))]
         if RANK == 0:
             pairs = [(w.reshape(-1, w.shape[-1]), g.reshape(-1, g.shape[-1])) for w, g in zip(want, got, strict=True)]
             found[split] = {
@@ -100,6 +109,34 @@ def conversation(model: Model, ids: list[int], kv: str = "full") -> list[mx.arra
 
 def fixtures() -> Found:
     return {k: compared(path(k, "f32", Path()), lambda m, k=k: conversation(m, prompts(k)[2])) for k in KINDS}
+
+
+def assistants() -> Found:
+    """Logits of two drafts' steps, each over keys and values that ranks have apart; and the tokens that are drafted."""
+    found: Found = {}
+    for kind in ("e2b", "12b", "26b-a4b", "31b"):
+        folder, tokens = ASSISTANTS / kind, list[list[int]]()
+        splits = SPLITS[: 1 + (kind != "e2b")]  # its first layers' keys are all that there are
+
+        def calls(shard: Shard | None, folder: Path = folder, tokens: list[list[int]] = tokens) -> list[mx.array]:
+            with open_model(folder / "target") as (config, source, _):
+                target, _ = load_model(config, source, shard=shard)
+            a, ids = load_assistant(folder / "assistant", target, config), PROMPTS[-1]
+            state = target.new_state()
+            target.prefill(mx.array(ids[:-2]), state)
+            hidden = target.check(ids[-2:-1], state)[1][0]
+            tokens.append(a.start(ids[-1], state, hidden, 3).tolist())
+            logits, attend, token, row = [], a.attention(a.inputs(state)), mx.array([ids[-1]], mx.int32), hidden[None]
+            for _ in range(2):
+                h = a.step(token, row, attend)
+                logits.append(spread(*a.scores(h), target.config.vocab))
+                mx.eval(logits)
+                token, row = mx.array([9]), a.run.product(h, a.weights.post_projection)
+            return logits
+
+        found[kind] = distances(calls, splits)
+        found[f"{kind} tokens"] = tokens
+    return found
 
 
 def few() -> Found:

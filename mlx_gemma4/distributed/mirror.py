@@ -10,9 +10,10 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +23,7 @@ from ..execution import execution, host_stream
 from ..kv.quantization import allowed_kinds, check_kind
 from ..kv.segments import SegmentLayout
 from ..kv.state import KVState, Mark
+from ..model.assistant import Assistant
 from ..model.batch import check_batch
 from ..model.forward import run_layers
 from ..model.model import Model
@@ -35,6 +37,8 @@ CHECKED = 256  # tokens of a state after which ranks compare what they have made
 SUMS = 16  # numbers that they compare
 AGREE = 0.02  # of their norm, by which they may differ
 
+PASSES = frozenset(("forward", "prefill", "hidden", "check", "step", "batch"))  # calls that read tokens into states
+
 Checked = Callable[[int, mx.array], None]  # (position, the sums, fp32 [SUMS], under way)
 
 
@@ -43,14 +47,18 @@ def call(model: Model, op: str, shared: mx.array, states: Sequence[KVState], on_
 
     Args:
         shared: the tokens, int32 [T], as rank 0 gave them.
-        given: "all_logits" of `Model.forward`, "tokens" that `Model.check` reads; on rank 0 "draw" or "draws" of steps.
+        given: "all_logits" of `Model.forward`, "tokens" that `Model.check` reads, "soft" of prompts; on rank 0 "draw"
+            or "draws" of steps.
     """
     made: Any = None
     before = [state.length for state in states]
     if op == "forward":
         made = model.forward(shared, states[0], **given)
     elif op == "prefill":
-        model.prefill(shared, states[0])
+        mx.synchronize(host_stream())  # in a split by layers a rank reads a chunk ahead of the next rank, not more
+        model.prefill(shared, states[0], **given)
+    elif op == "hidden":
+        made = model.hidden(shared, states[0])
     elif op == "check":
         made = model.check(given["tokens"], states[0])
         mx.async_eval(made, states[0].arrays)
@@ -58,10 +66,12 @@ def call(model: Model, op: str, shared: mx.array, states: Sequence[KVState], on_
         made = model.step(shared[0], states[0], **given)
     else:
         made = model.batch(shared, states, **given)
+    staged = op == "prefill" and model.part is not None and model.part.shard.kind == "layers"  # no rank is to wait
     for state, was in zip(states, before, strict=True):
-        if state.length // CHECKED > was // CHECKED:
+        if state.length // CHECKED > was // CHECKED and not staged:
             # What all layers make of one more token depends on all that the state holds.
-            hidden = run_layers(model.loaded, shared[-1:], [KVState.fork(state)], 1).astype(mx.float32)
+            known = mx.maximum(shared[-1:], 0)  # no soft token
+            hidden = run_layers(model.loaded, known, [KVState.fork(state)], 1).astype(mx.float32)
             sums = mx.pad(hidden.reshape(-1), (0, -hidden.size % SUMS)).reshape(SUMS, -1).sum(axis=1)
             mx.async_eval(sums)
             on_checked(state.length, sums)
@@ -76,9 +86,10 @@ def _shared(ids: mx.array, group: mx.distributed.Group) -> mx.array:
     return shared
 
 
-def _refuse(soft: SoftRows | None) -> None:
-    if soft is not None:
-        raise InputError("pictures and sounds (--mmproj) are read on one machine; leave out --hosts, or mlx.launch")
+def _shared_soft(rows: mx.array, told: Message, group: mx.distributed.Group) -> SoftRows:
+    """Return rank 0's soft tokens on all ranks."""
+    last = told["last"]
+    return SoftRows(mx.array(told["places"]), _shared(rows, group), None if last is None else mx.array(last))
 
 
 class LedModel(Model):
@@ -92,10 +103,6 @@ class LedModel(Model):
         leader.on_checked = self._compare
         if model.kernels:
             model.kernels.off |= {REPLAY}
-
-    @property
-    def loaded(self) -> NoReturn:  # type: ignore[override]
-        raise InputError("embeddings and perplexity are made on one machine; leave out --hosts, or mlx.launch")
 
     def new_state(
         self,
@@ -144,16 +151,25 @@ class LedModel(Model):
         self, ids: mx.array, state: KVState, *, all_logits: bool = False, soft: SoftRows | None = None
     ) -> mx.array:
         with execution():
-            _refuse(soft)
             state.check_room(ids.size)
-            logits: mx.array = self._call("forward", ids, [state], all_logits=all_logits)
+            logits: mx.array = self._call("forward", ids, [state], soft, all_logits=all_logits)
             return logits
 
     def prefill(self, ids: mx.array, state: KVState, *, soft: SoftRows | None = None) -> None:
         with execution():
-            _refuse(soft)
             state.check_room(ids.size)
-            self._call("prefill", ids, [state])
+            self._call("prefill", ids, [state], soft)
+
+    def hidden(self, ids: mx.array, state: KVState) -> mx.array:
+        with execution():
+            state.check_room(ids.size)
+            hidden: mx.array = self._call("hidden", ids, [state])
+            return hidden
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        with execution():
+            self.leader.tell("head", shape=hidden.shape)
+            return self.inner.logits(_shared(hidden.astype(mx.float32), self.leader.group))
 
     def check(self, ids: Sequence[int], state: KVState) -> tuple[mx.array, mx.array]:
         with execution():
@@ -181,14 +197,27 @@ class LedModel(Model):
         op: str,
         ids: mx.array,
         states: Sequence[KVState],
+        soft: SoftRows | None = None,
         mine: dict[str, Any] | None = None,
         key: int | None = None,
         **given: Any,
     ) -> Any:
-        """Make a call on all ranks. `mine`: what only rank 0 needs; `key`: of the step that it makes."""
-        self.leader.tell(op, *map(key_of, states), n=ids.size, key=key, given=given)
-        shared = _shared(ids.astype(mx.int32), self.leader.group)
+        """Make a call on all ranks. `mine`: what only rank 0 needs; `key`: of the step that it makes.
+
+        A prompt's tokens are known, and told: so no rank waits for another one to read a chunk.
+        """
+        group, told = self.leader.group, ids.tolist() if op == "prefill" and ids.size > 1 else None
+        seen = soft and {"places": soft.places.tolist(), "last": None if soft.last is None else soft.last.tolist()}
+        self.leader.tell(op, *map(key_of, states), n=ids.size, ids=told, soft=seen, key=key, given=given)
+        shared = _shared(ids.astype(mx.int32), group) if told is None else ids
+        if soft and seen:
+            given["soft"] = _shared_soft(soft.rows, seen, group)
         return call(self.inner, op, shared, states, self._checked, **(mine or {}), **given)
+
+    def failed(self, error: Exception) -> None:
+        if str(error).startswith("["):  # MLX's link: it often hears of a dead rank before ours does
+            time.sleep(2)
+            self.leader.fail(f"the link between the ranks is lost: {error}")
 
     def _checked(self, position: int, sums: mx.array) -> None:
         n = next(self.checks)
@@ -283,21 +312,37 @@ class LedState(KVState):
         self._tell("close")
 
 
+class LedAssistant(Assistant):
+    """An assistant on rank 0: the others draft with it, as each has some of the keys and values that it reads."""
+
+    def __init__(self, assistant: Assistant, leader: Leader) -> None:
+        self.__dict__.update(vars(assistant))
+        self.leader = leader
+
+    def start(self, last: int, state: KVState, hidden: mx.array, count: int, draws: Sequence[Draw] = ()) -> mx.array:
+        with execution():
+            self.leader.tell("draft", key_of(state), n=hidden.size, last=last, count=count, draws=draws)
+            return super().start(last, state, _shared(hidden, self.leader.group), count, draws)
+
+
 def key_of(state: KVState) -> int:
     assert isinstance(state, LedState), "a state that another model made"
     return state.key
 
 
-def follow(model: Model, follower: Follower, states: dict[int, KVState] | None = None) -> None:
+def follow(
+    model: Model, follower: Follower, states: dict[int, KVState] | None = None, assistant: Assistant | None = None
+) -> None:
     """Make rank 0's calls on this rank's shard until it is done. `states`: by key, those that rank 0 has."""
     if model.kernels:
         model.kernels.off |= {REPLAY}
     states = {} if states is None else states
-    steps: dict[int, Step | BatchStep] = {}
+    steps: dict[int, LazyBatchStep] = {}
     checks = count()
 
     def on_checked(_: int, sums: mx.array) -> None:
-        follower.checked(n=next(checks), sums=np.array(sums).tolist())
+        n = next(checks)
+        follower.later(lambda: follower.checked(n=n, sums=np.array(sums).tolist()))
 
     for message in follower.calls():
         op, keys = message["op"], message["states"]
@@ -305,22 +350,50 @@ def follow(model: Model, follower: Follower, states: dict[int, KVState] | None =
             for key in keys:
                 states.pop(key, None)
                 steps.pop(key, None)
-        elif op in ("forward", "prefill", "check", "step", "batch"):
-            with execution():
-                shared = _shared(mx.zeros(message["n"], mx.int32), follower.group)
-                made = call(model, op, shared, [states[key] for key in keys], on_checked, **message["given"])
-            if message["key"] is not None:
-                steps[message["key"]] = made
-            if op == "prefill":  # as rank 0 does
-                mx.eval(states[keys[0]].arrays)
-                mx.clear_cache()
+        elif op in PASSES:
+            with follower.at_work(message["n"]):
+                made = _passed(model, follower, states, message, on_checked)
+                if isinstance(made, LazyStep | LazyBatchStep):
+                    steps[message["key"]] = step = made.batch if isinstance(made, LazyStep) else made
+                    made = step.here
+                if op != "prefill":
+                    _await(follower, made)
         elif op in ("logits", "drawn"):
-            step = steps[keys[0]]
-            step = step.batch if isinstance(step, LazyStep) else step
             with execution():
-                getattr(step, op)()
+                getattr(steps[keys[0]], op)()
+        elif op == "head":
+            with follower.at_work(message["shape"][0]), execution():
+                _await(follower, model.logits(_shared(mx.zeros(message["shape"]), follower.group)))
+        elif op == "draft" and assistant is not None:
+            with follower.at_work(message["count"]), execution():
+                hidden, draws = _shared(mx.zeros(message["n"]), follower.group), [Draw(*d) for d in message["draws"]]
+                _await(follower, assistant.start(message["last"], states[keys[0]], hidden, message["count"], draws))
         else:
             _follow(model, follower, states, message)
+
+
+def _await(follower: Follower, made: mx.array | tuple[mx.array, ...]) -> None:
+    """Note later that an array is computed: by another one, as MLX lets no two threads at one at once."""
+    with execution():
+        last = (made if isinstance(made, mx.array) else made[0]).reshape(-1)[:1] + 0
+        mx.async_eval(last)
+    follower.later(partial(mx.eval, last))
+
+
+def _passed(model: Model, follower: Follower, states: dict[int, KVState], message: Message, on_checked: Checked) -> Any:
+    """Make a call that passes the weights and changes states; return what it makes."""
+    op, given, theirs = message["op"], message["given"], [states[key] for key in message["states"]]
+    with execution():
+        told = message["ids"]
+        shared = _shared(mx.zeros(message["n"], mx.int32), follower.group) if told is None else mx.array(told, mx.int32)
+        if seen := message["soft"]:
+            rows = mx.zeros((len(seen["places"]), model.config.hidden))
+            given["soft"] = _shared_soft(rows, seen, follower.group)
+        made = call(model, op, shared, theirs, on_checked, **given)
+    if op == "prefill":  # as rank 0 does
+        mx.eval(theirs[0].arrays)
+        mx.clear_cache()
+    return made
 
 
 def _follow(model: Model, follower: Follower, states: dict[int, KVState], message: Message) -> None:

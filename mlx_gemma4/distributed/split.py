@@ -16,6 +16,7 @@ from ..config import Config
 from ..execution import execution, host_stream
 from ..memory import on_cpu
 from ..model.costs import kv_per_token, weights_per_token
+from ..shard import Kind
 
 LAUNCHES, MORE_LAUNCHES = 8, 4  # of a layer's decode step; more with experts or per-layer embeddings
 REPLICATED = ("norm", "scale", "ffn_gate_inp", "inp_gate", ".proj.", "per_layer_model_proj")  # in names of tensors
@@ -106,12 +107,15 @@ def layers_time(token: Token, machine: Machine, ranks: int, link: Link) -> float
     return alone_time(token, machine) - shared + links + gathering(token, ranks, link)
 
 
-def choose(token: Token, machine: Machine, ranks: int, link: Link) -> tuple[str, str]:
-    """Return the faster split, and a line that says what is expected of either."""
-    times = {"tensor": tensor_time(token, machine, ranks, link), "layers": layers_time(token, machine, ranks, link)}
-    best = min(times, key=lambda kind: times[kind])
+def choose(token: Token, machine: Machine, ranks: int, link: Link) -> tuple[list[Kind], str]:
+    """Return the splits, the faster one first, and a line that says what is expected of either."""
+    times: dict[Kind, float] = {
+        "tensor": tensor_time(token, machine, ranks, link),
+        "layers": layers_time(token, machine, ranks, link),
+    }
+    best, *others = sorted(times, key=lambda kind: times[kind])
     expected = ", ".join(f"{kind} {seconds * 1e3:.1f}" for kind, seconds in times.items())
-    return best, (
+    return [best, *others], (
         f"{ranks} ranks, {link}, {machine.bandwidth / 1e9:.0f} GB/s of memory: --split {best}. Expected, in ms a "
         f"token: {expected}, one machine alone {alone_time(token, machine) * 1e3:.1f}"
     )

@@ -113,6 +113,11 @@ class LazyBatchStep:
             mx.async_eval(self._logits)
         return self._logits
 
+    @property
+    def here(self) -> mx.array:
+        """The logits that are here: of a part those of its rows, until others were asked for."""
+        return self._logits
+
     def schedule(self) -> None:
         """Have the device begin, with no more of the logits than are here."""
         mx.async_eval(self._logits)

@@ -22,10 +22,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return tour(mlx_gemma4.load(), tmp_path_factory.mktemp("alone"))
 
 
-@pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=["tensor", "layers"])
+def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("together")
-    command = [sys.executable, str(TESTS / "ranked.py"), "tour", str(folder), "tensor"]
+    command = [sys.executable, str(TESTS / "ranked.py"), "tour", str(folder), request.param]
     with ranks(folder, command, command) as (first, second):
         code, out, err = end_of(first)
         assert code == 0, err
@@ -35,16 +35,29 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return seen
 
 
-@pytest.mark.parametrize(
-    "what", ["reply", "sampled", "drafted", "schema", "batch", "said", "again", "fork", "held", "loaded", "served"]
-)
+WHATS = ["reply", "sampled", "drafted", "assisted", "cat", "dog", "schema", "batch", "said", "again", "fork", "held"]
+
+
+@pytest.mark.parametrize("what", [*WHATS, "loaded", "served"])
 def test_two_ranks_do_as_one(what: str, alone: dict[str, Any], together: dict[str, Any]) -> None:
     assert together[what] == alone[what]
     assert alone[what]
 
 
-def test_log_probabilities(alone: dict[str, Any], together: dict[str, Any]) -> None:
-    assert together["likely"] == pytest.approx(alone["likely"], abs=1e-4)
+@pytest.mark.parametrize("what", ["likely", "cat likely", "dog likely"])
+def test_log_probabilities(what: str, alone: dict[str, Any], together: dict[str, Any]) -> None:
+    assert together[what] == pytest.approx(alone[what], abs=1e-4)
+
+
+def test_texts_that_are_scored(alone: dict[str, Any], together: dict[str, Any]) -> None:
+    assert together["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-4)
+    assert together["embedding"] == pytest.approx(alone["embedding"], abs=1e-5)
+
+
+def test_drafts_and_pictures_are_no_idle_talk(alone: dict[str, Any]) -> None:
+    """Some drafts are right; what is seen changes the reply."""
+    assert alone["assisted"][1] > 5
+    assert alone["cat likely"] != pytest.approx(alone["dog likely"], abs=1e-2)
 
 
 def test_requests_at_once_are_answered_alike(together: dict[str, Any]) -> None:
