@@ -22,7 +22,7 @@ from serving import serving
 import mlx_gemma4
 from mlx_gemma4.conversation import language_model
 from mlx_gemma4.conversation.language_model import LanguageModel
-from mlx_gemma4.distributed import link
+from mlx_gemma4.distributed import link, split, team
 from mlx_gemma4.distributed.hosts import free_port, read_hosts
 from mlx_gemma4.generation.scoring import embed
 from mlx_gemma4.kv.state import KVState
@@ -164,9 +164,13 @@ def main() -> None:
     mx.set_default_device(mx.cpu)
     what, *rest = sys.argv[1:]
     if what == "tour":  # FOLDER SPLIT [MODEL]
-        folder, split, *model = rest
-        lm = mlx_gemma4.load(*model, split=split)  # type: ignore[arg-type]
+        folder, kind, *model = rest
+        lm = mlx_gemma4.load(*model, split=kind)  # type: ignore[arg-type]
         print(json.dumps(tour(lm, Path(folder))))
+        return
+    if what == "auto":  # MODEL: a link so slow that layers are the better choice
+        team.measure_link = lambda group: split.Link(1.0, 1e6)
+        print(mlx_gemma4.generate(mlx_gemma4.load(rest[0]), "A fox", max_tokens=5, temperature=0))
         return
     if what == "version":
         link.__version__ = "0.0.1"
@@ -186,10 +190,10 @@ def main() -> None:
             return step(self, *args, **given)
 
         Model.step = hanging  # type: ignore[method-assign]
-    if what == "other":  # at a name, another file
+    if what == "other":  # for a file, or those in a folder, others
         named, other = rest
         find = language_model.resolve
-        language_model.resolve = lambda name: find(other if str(name) == named else name)
+        language_model.resolve = lambda name: find(Path(str(name).replace(named, other)))
     mlx_gemma4.load()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 from ranked import LAUNCHED, TESTS, end_of, ranks
 from recorded import HERE
+
+from mlx_gemma4.conversation.language_model import demo_path
 
 pytestmark = pytest.mark.slow
 LONG = [*LAUNCHED, "generate", "-p", "Tell me a tale.", "-n", "1900", "--temperature", "1", "--split", "tensor"]
@@ -98,6 +101,30 @@ def test_another_model(tmp_path: Path) -> None:
         code, out, err = end_of(first)
         assert (code, out) == (2, "")
         assert "is another file than rank 0's" in last_line(err)
+        assert gone(second)
+
+
+def test_an_assistant_that_is_not_everywhere(tmp_path: Path) -> None:
+    """One that lies beside the model is left out; one that was named is not."""
+    demo, here, there = demo_path(), tmp_path / "here", tmp_path / "there"
+    for folder, assistants in ((here, ["mtp-model.gguf", "named.gguf"]), (there, ["named.gguf"])):
+        folder.mkdir()
+        for name in ("model.gguf", *assistants):
+            shutil.copy(demo.with_name(demo.name if name == "model.gguf" else f"mtp-{demo.name}"), folder / name)
+    command = [*LAUNCHED, "generate", "-p", "A", "-n", "2", "--split", "tensor", "-m", str(here / "model.gguf")]
+    with ranks(tmp_path, command, [*FOLLOW, "other", str(here), str(there)]) as (first, second):
+        code, _, err = end_of(first)
+        assert (code, end_of(second)[0]) == (0, 0)
+        assert "No drafts: rank 1 (" in err
+        assert "model.gguf: has no assistant beside it; copy rank 0's there" in err
+    with (there / "named.gguf").open("r+b") as file:
+        file.seek(-9, 2)
+        file.write(b"x")
+    named = [*command, "--draft", str(here / "named.gguf")]
+    with ranks(tmp_path, named, [*FOLLOW, "other", str(here), str(there)]) as (first, second):
+        code, out, err = end_of(first)
+        assert (code, out) == (2, "")
+        assert "named.gguf: is another file than rank 0's" in last_line(err)
         assert gone(second)
 
 

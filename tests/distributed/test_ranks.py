@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ranked import TESTS, end_of, ranks, tour
+from PIL import Image
+from ranked import LAUNCHED, TESTS, end_of, ranks, tour
+from recorded import HERE
 
 import mlx_gemma4
 
@@ -58,6 +61,32 @@ def test_drafts_and_pictures_are_no_idle_talk(alone: dict[str, Any]) -> None:
     """Some drafts are right; what is seen changes the reply."""
     assert alone["assisted"][1] > 5
     assert alone["cat likely"] != pytest.approx(alone["dog likely"], abs=1e-2)
+
+
+@pytest.mark.parametrize("split", ["tensor", "layers"])
+def test_a_picture_through_a_projector(split: str, tmp_path: Path) -> None:
+    """The first rank has the tower, and all read its rows."""
+    folder = HERE / "media" / "uv"
+    Image.new("RGB", (120, 90), (200, 30, 30)).save(tmp_path / "red.png")
+    command = [*LAUNCHED, "generate", "-m", str(folder / "model.gguf"), "--mmproj", str(folder / "mmproj.gguf")]
+    command += ["--image", str(tmp_path / "red.png"), *ASKED]
+    alone = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+    with ranks(tmp_path, [*command, "--split", split], [*command, "--split", split]) as (first, second):
+        code, out, err = end_of(first)
+        assert (code, end_of(second)[0]) == (0, 0), err
+    assert out == alone.stdout != ""
+
+
+def test_auto_takes_the_split_that_can_be(tmp_path: Path) -> None:
+    """By layers two ranks would be faster, but this model's first layers hold the keys of all others."""
+    command = [sys.executable, str(TESTS / "ranked.py"), "auto", str(HERE / "e2b-q8_0.gguf")]
+    with ranks(tmp_path, command, command) as (first, second):
+        code, out, err = end_of(first)
+        assert (code, end_of(second)[0]) == (0, 0), err
+    lm = mlx_gemma4.load(HERE / "e2b-q8_0.gguf")
+    assert out.strip() == mlx_gemma4.generate(lm, "A fox", max_tokens=5, temperature=0).strip()
+    assert "--split layers. Expected" in err
+    assert "2 ranks: this model's layers can be split among 1 at most; so --split tensor" in err
 
 
 def test_requests_at_once_are_answered_alike(together: dict[str, Any]) -> None:

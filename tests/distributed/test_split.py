@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import several_macs
+from recorded import HERE
 from several_macs import MACHINES, token
 
 from mlx_gemma4.distributed.split import Link, alone_time, choose, layers_time, tensor_time
+from mlx_gemma4.distributed.team import plan, possible
 from mlx_gemma4.doctor.published import PUBLISHED
+from mlx_gemma4.errors import InputError
+from mlx_gemma4.loading.loader import open_model
+from mlx_gemma4.shard import Kind, Shard
 
 FAST, SLOW = Link(5e-6, 10e9), Link(1e-3, 1e9)
 
@@ -20,6 +28,20 @@ def test_a_fast_link_is_for_tensors_a_slow_one_for_layers(name: str) -> None:
     assert kinds == ["layers", "tensor"]
     assert "--split layers" in line
     assert "1 ms a sum" in line
+
+
+def test_what_cannot_be_is_said_and_the_other_split_taken(caplog: pytest.LogCaptureFixture) -> None:
+    """By tensors, not where no layer has enough for so many ranks; and of none there is an error."""
+    with open_model(HERE / "31b-f32.gguf") as (config, source, _):
+        plans: dict[Kind, Callable[[], object]] = {
+            kind: partial(plan, config, source, Shard(0, 500, kind)) for kind in ("tensor", "layers")
+        }
+        with pytest.raises(InputError, match="no layer has enough heads or blocks for so many"):
+            plans["tensor"]()
+        with pytest.raises(InputError, match="can be split among"):
+            possible(["tensor", "layers"], plans)
+        assert possible(["tensor", "layers"], plans | {"layers": lambda: None}) == "layers"
+    assert caplog.messages[-1] == "500 ranks: no layer has enough heads or blocks for so many; so --split layers"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.sim]
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 1800  # seconds: far more than an idle machine needs
-CHECKS = ("fixtures", "quantized", "folders", "memory", "demo", "long", "traced", "kernels")
+CHECKS = ("fixtures", "quantized", "folders", "memory", "demo", "long", "traced", "kernels", "assistants")
 
 
 def run(size: int, folder: Path, *checks: str) -> Any:
@@ -68,6 +68,16 @@ def assert_same(found: Any, rows: int, splits: tuple[str, ...] = ("tensor", "lay
 def test_all_kinds_give_the_logits_of_one_process(two: Any, kind: str) -> None:
     """A prompt past the window, steps, a fork, a rewind, a batch."""
     assert_same(two["fixtures"][kind], 45)
+
+
+@pytest.mark.parametrize("kind", ["e2b", "12b", "26b-a4b", "31b"])
+def test_assistants_draft_over_keys_that_ranks_have_apart(two: Any, kind: str) -> None:
+    """Logits of two steps, and the tokens of one process, by either split; E2B's layers can't be split by two."""
+    splits = ("tensor",) if kind == "e2b" else ("tensor", "layers")
+    assert_same(two["assistants"][kind], 2, splits)
+    tokens = two["assistants"][f"{kind} tokens"]
+    assert len(tokens) == 1 + len(splits)
+    assert all(drafted == tokens[0] for drafted in tokens)
 
 
 def test_quantized_files_do(two: Any) -> None:
