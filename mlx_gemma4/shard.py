@@ -18,6 +18,7 @@ from .execution import host_stream
 from .memory import on_cpu
 
 Kind = Literal["tensor", "layers"]
+counted = [0]  # collectives of this process
 
 
 @dataclass(frozen=True)
@@ -105,5 +106,7 @@ class Part:
 
 
 def _stream() -> Any:
-    """Collectives run on the CPU, all on one stream, so in the order in which they are scheduled; NCCL's on the GPU."""
+    """Return where a collective runs: on the CPU, all on one stream, so in the order in which they are scheduled; with
+    NCCL on the GPU."""
+    counted[0] += 1
     return host_stream() if on_cpu() or mx.metal.is_available() else None

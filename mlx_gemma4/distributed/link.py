@@ -31,6 +31,7 @@ from .. import __version__
 from ..doctor.verdict import MLX
 from ..errors import InputError
 from ..memory import on_cpu
+from ..shard import counted
 from .place import Place, from_first, group_of
 
 Message = dict[str, Any]
@@ -76,6 +77,11 @@ class Wire:
     def local(self) -> bool:
         """True if the other end is on this machine."""
         return bool(self.sock.getpeername()[0] == self.sock.getsockname()[0])
+
+
+def of_link(error: Exception) -> bool:
+    """Return True if MLX's link has failed: its backends begin with their names, as in "[ring] .."."""
+    return isinstance(error, RuntimeError) and str(error).startswith("[")
 
 
 def _beat(wires: list[Wire], over: threading.Event, how: Callable[[], Message] = dict) -> None:
@@ -136,7 +142,7 @@ class Leader:
         self._hello: dict[int, Message] = {}
         self._accept()
         self._answers: dict[int, SimpleQueue[Message]] = {rank: SimpleQueue() for rank in self._wires}
-        self._calls = dict.fromkeys(self._wires, 0)  # that each has made, as it said last
+        self._at: dict[int, list[int]] = {rank: [] for rank in self._wires}  # how far each is, as it said last
         for rank, hello in self._hello.items():
             for what, mine in about().items():
                 if hello["about"].get(what) != mine:
@@ -191,7 +197,7 @@ class Leader:
                 if "answer" in message:
                     self._answers[rank].put(message)
                 if beat := message.get("beat"):
-                    self._calls[rank] = beat["calls"]
+                    self._at[rank] = beat["at"]
                     if beat["since"] > stall():
                         self._stuck()
         except TimeoutError:
@@ -201,9 +207,9 @@ class Leader:
 
     def _stuck(self) -> NoReturn:
         """End with a line about those that are behind all others: who waits for them is stuck as well."""
-        least = min(self._calls.values())
-        names = " and ".join(self.name(rank) for rank, calls in self._calls.items() if calls == least)
-        self.fail(f"{names} lives, but has come no further for {stall():g} s; see what holds the program or its GPU")
+        least = min(self._at.values())
+        names = " and ".join(self.name(rank) for rank, at in self._at.items() if at == least)
+        self.fail(f"{names}: alive, but no further for {stall():g} s; see what holds the program or its GPU")
 
     def fail(self, line: str) -> NoReturn:
         """End this process with a line, and the followers."""
@@ -263,6 +269,7 @@ class Follower:
         self._wire.sock.settimeout(stall() + 5)
         self._calls: SimpleQueue[Message] = SimpleQueue()
         self._later: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        self.later = self._later.put  # what waits for evaluations: a thread does it, in this order
         self._made, self._under_way = 0, deque[float]()  # calls, and when those that aren't over were begun
         _thread(self._hear)
         _thread(self._wait)
@@ -293,8 +300,8 @@ class Follower:
             os._exit(FAILED)
 
     def _how(self) -> Message:
-        begun = self._under_way[0] if self._under_way else math.inf
-        return {"calls": self._made, "since": max(0.0, time.monotonic() - begun)}
+        begun = min(self._under_way, default=math.inf)
+        return {"at": [self._made, *counted], "since": max(0.0, time.monotonic() - begun)}
 
     def _wait(self) -> None:
         try:
@@ -310,10 +317,6 @@ class Follower:
         yield
         self._made += 1
         self.later(self._under_way.popleft)
-
-    def later(self, task: Callable[[], object]) -> None:
-        """Have a thread do what waits for evaluations, in this order."""
-        self._later.put(task)
 
     def calls(self) -> Iterator[Message]:
         """Yield rank 0's calls, in order, until it is done."""
@@ -332,6 +335,8 @@ class Follower:
 
     def fail(self, error: Exception) -> NoReturn:
         """Tell rank 0 that this rank can't go on, and end this process."""
+        if of_link(error):
+            time.sleep(2)  # rank 0 hears by itself who has died
         with suppress(OSError):
             self._wire.send(error=" ".join(f"{error}".split()) or type(error).__name__)
             time.sleep(1)

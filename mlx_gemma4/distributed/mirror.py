@@ -31,14 +31,12 @@ from ..model.soft import SoftRows
 from ..model.step import BatchStep, LazyBatchStep, LazyStep, NextToken, Step, Tokens, ids_of, tokens_as_array
 from ..ops.dispatch import REPLAY
 from ..ops.sample import LIKELIEST, Draw
-from .link import Follower, Leader, Message
+from .link import Follower, Leader, Message, of_link
 
 CHECKED = 256  # tokens of a state after which ranks compare what they have made of it
 SUMS = 16  # numbers that they compare
 AGREE = 0.02  # of their norm, by which they may differ
-
-PASSES = frozenset(("forward", "prefill", "hidden", "check", "step", "batch"))  # calls that read tokens into states
-
+PASSES = ("forward", "prefill", "hidden", "check", "step", "batch")  # calls that read tokens into states
 Checked = Callable[[int, mx.array], None]  # (position, the sums, fp32 [SUMS], under way)
 
 
@@ -215,8 +213,8 @@ class LedModel(Model):
         return call(self.inner, op, shared, states, self._checked, **(mine or {}), **given)
 
     def failed(self, error: Exception) -> None:
-        if str(error).startswith("["):  # MLX's link: it often hears of a dead rank before ours does
-            time.sleep(2)
+        if of_link(error):
+            time.sleep(2)  # who has died is told meanwhile
             self.leader.fail(f"the link between the ranks is lost: {error}")
 
     def _checked(self, position: int, sums: mx.array) -> None:
@@ -355,7 +353,7 @@ def follow(
                 made = _passed(model, follower, states, message, on_checked)
                 if isinstance(made, LazyStep | LazyBatchStep):
                     steps[message["key"]] = step = made.batch if isinstance(made, LazyStep) else made
-                    made = step.here
+                    made = step.schedule()
                 if op != "prefill":
                     _await(follower, made)
         elif op in ("logits", "drawn"):

@@ -11,11 +11,11 @@ import hashlib
 import logging
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast, get_args
+from typing import Any, Literal, NoReturn, cast
 
 from ..config import Config
 from ..errors import InputError
@@ -94,7 +94,6 @@ def gather(
     _leading.append(leader)
     atexit.register(leader.close)
     with open_model(path) as (config, source, _):
-        plans = {kind: partial(plan, config, source, Shard(0, place.size, kind)) for kind in get_args(Kind)}
         token = token_of(config, {name: entry.n_bytes for name, entry in source.entries.items()})
         leader.tell("model", name=name, digest=digest(path), given=given)
         leader.answers()
@@ -105,7 +104,7 @@ def gather(
             link = measure_link(leader.group)
             kinds, line = choose(token, measure_machine(), place.size, link)
             log.warning("%s", line)
-            kind = possible(kinds, plans)
+            kind = possible(kinds, lambda kind: plan(config, source, Shard(0, place.size, kind)))
     leader.tell("shard", kind=kind, draft=drafter is not None)
     return Shard(0, place.size, kind, leader.group), drafter
 
@@ -118,17 +117,15 @@ def plan(config: Config, source: Source, shard: Shard) -> PartPlan:
     return found
 
 
-def possible(kinds: Sequence[Kind], plans: Mapping[Kind, Callable[[], object]]) -> Kind:
-    """Return the first kind that can be planned; say so if it is not the first of all. Raises InputError: none can."""
-    for n, kind in enumerate(kinds):
+def possible(kinds: Sequence[Kind], plan: Callable[[Kind], object]) -> Kind:
+    """Return the first kind that can be planned, or the last one; say why none before."""
+    for kind, other in pairwise(kinds):
         try:
-            plans[kind]()
+            plan(kind)
             return kind
         except InputError as error:
-            if n + 1 == len(kinds):
-                raise
-            log.warning("%s; so --split %s", error, kinds[n + 1])
-    raise AssertionError
+            log.warning("%s; so --split %s", error, other)
+    return kinds[-1]
 
 
 def _same_assistant(leader: Leader, path: Path, config: Config, draft: str | Path | None) -> Path | None:
@@ -137,7 +134,7 @@ def _same_assistant(leader: Leader, path: Path, config: Config, draft: str | Pat
     file = assistant_beside(path, config) if beside else draft and Path(draft)
     if not file:
         return None
-    leader.tell("assistant", name="" if beside else portable(file), digest=digest(file))
+    leader.tell("assistant", name=portable(file), digest=digest(file))
     try:
         leader.answers()
     except InputError as error:
@@ -186,14 +183,14 @@ def follow_rank_0(
 
 def _loaded(follower: Follower, find: Callable[[str], Path], load: Load) -> tuple[Model, Assistant | None] | None:
     """Return this rank's model, and assistant; None: rank 0 has ended."""
-    path, draft, given, place = Path(), cast("Path | None", None), {}, follower.place
+    path, draft, given, place = Path(), None, {}, follower.place
     for message in follower.calls():
         try:
             if message["op"] == "model":
                 path, given = _same(find(message["name"]), message), message["given"]
                 follower.answer("same")
             elif message["op"] == "assistant":
-                draft = _same(find(message["name"]) if message["name"] else _beside(path), message)
+                draft = _same(find(message["name"]), message)
                 follower.answer("same")
             elif message["op"] == "measure":
                 measure_link(follower.group)
@@ -212,11 +209,3 @@ def _same(path: Path, message: Message) -> Path:
     if digest(path) != message["digest"]:
         raise InputError(f"{path}: is another file than rank 0's; copy that one here (mlx-gemma4 hosts check does)")
     return path
-
-
-def _beside(path: Path) -> Path:
-    """Return the assistant beside a model. Raises InputError."""
-    with open_model(path) as (config, _, _):
-        if (found := assistant_beside(path, config)) is None:
-            raise InputError(f"{path}: has no assistant beside it; copy rank 0's there")
-    return found

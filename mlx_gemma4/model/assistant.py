@@ -182,12 +182,9 @@ class Assistant:
         """Return the assistant's hidden state after its last norm, [1, h], of a token [1] and a hidden state [1, H]."""
         run, part = self.run, self.target.part
         table, factor = self.target.weights.token_embd, math.sqrt(self.target.config.hidden)
-        if part and part.receives:  # the first rank has the whole table
-            embedded = mx.zeros((1, self.target.config.hidden))
-        else:
-            (embedded,) = rows_by_rank(part, ids, [table], lambda ids, table: run(EMBED, ids, table, factor))
-        if part and part.shard.kind == "layers":
-            (embedded,) = part.sums(embedded)
+        (embedded,) = rows_by_rank(part, ids, [table], lambda ids, table: run(EMBED, ids, table, factor))
+        if part and part.shard.kind == "layers":  # the first rank has the whole table
+            (embedded,) = part.sums(mx.zeros_like(embedded) if part.receives else embedded)
         x = run.product(mx.concatenate([embedded, hidden], axis=1), self.weights.pre_projection, FP32)
         return through_layers(self.loaded, run, self._constants, x, attend)
 
@@ -212,10 +209,9 @@ class Assistant:
             heads, dim = self.heads[shape.sliding], shape.head_dim
             if not heads:
                 return mx.zeros((1, shape.heads * dim), q.dtype)
-            if len(heads) < shape.heads:
-                q = q[:, heads.start : heads.stop]
-            seen = attend_parts(run, c, shape, q, inputs, inputs["tails"][shape.kv_layer], places)
-            return mx.pad(seen, [(0, 0), (heads.start * dim, (shape.heads - heads.stop) * dim)])
+            some = q if len(heads) == shape.heads else q[:, heads.start : heads.stop]
+            seen = attend_parts(run, c, shape, some, inputs, inputs["tails"][shape.kv_layer], places)
+            return seen if some is q else mx.pad(seen, [(0, 0), (heads.start * dim, (shape.heads - heads.stop) * dim)])
 
         return attend
 

@@ -45,16 +45,18 @@ def gone(process: subprocess.Popen[str], seconds: float = SOON) -> bool:
     return True
 
 
-def test_a_killed_rank_ends_the_reply(tmp_path: Path) -> None:
-    with ranks(tmp_path, LONG, LONG) as (first, second):
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_killed_rank_ends_the_reply(tmp_path: Path, size: int) -> None:
+    with ranks(tmp_path, *[LONG] * size) as (first, *others):
         answering(first)
-        os.kill(second.pid, signal.SIGKILL)
+        os.kill(others[-1].pid, signal.SIGKILL)
         start = time.monotonic()
         code, _, err = end_of(first)
         assert time.monotonic() - start < SOON
         assert code == 1
-        assert last_line(err).startswith("mlx-gemma4: rank 1 (")
+        assert last_line(err).startswith(f"mlx-gemma4: rank {size - 1} (")
         assert "died" in last_line(err)
+        assert all(map(gone, others))
 
 
 def test_followers_end_with_rank_0(tmp_path: Path) -> None:
@@ -76,20 +78,22 @@ def test_a_stopped_rank_ends_the_reply_and_is_gone(tmp_path: Path) -> None:
         assert gone(second)
 
 
-@pytest.mark.parametrize("how", ["busy", "waiting"])
-def test_a_rank_that_hangs_but_lives_ends_the_reply_and_is_gone(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize(("how", "size"), [("busy", 3), ("waiting", 2)])
+def test_a_rank_that_hangs_but_lives_ends_the_reply_and_is_gone(tmp_path: Path, how: str, size: int) -> None:
     """Its thread that gives signs of life goes on, while it makes a step for ever, or waits for what never comes."""
-    with ranks(tmp_path, LONG, [*FOLLOW, how, str(tmp_path)], MLX_GEMMA4_STALL=str(STALL)) as (first, second):
+    hangs = [*FOLLOW, how, str(tmp_path)]
+    with ranks(tmp_path, *[LONG] * (size - 1), hangs, MLX_GEMMA4_STALL=str(STALL)) as (first, *others):
         answering(first)
         while not (tmp_path / "hangs").exists():
-            assert second.poll() is None
+            assert others[-1].poll() is None
             time.sleep(0.05)
         start = time.monotonic()
         code, _, err = end_of(first)
         assert STALL - 2 < time.monotonic() - start < STALL + SOON
         assert code == 1
-        assert "lives, but has come no further for 5 s" in last_line(err)
-        assert gone(second)
+        assert last_line(err).startswith(f"mlx-gemma4: rank {size - 1} (")
+        assert "): alive, but no further for 5 s; see what holds" in last_line(err)
+        assert all(map(gone, others))
 
 
 def test_another_model(tmp_path: Path) -> None:
@@ -116,7 +120,7 @@ def test_an_assistant_that_is_not_everywhere(tmp_path: Path) -> None:
         code, _, err = end_of(first)
         assert (code, end_of(second)[0]) == (0, 0)
         assert "No drafts: rank 1 (" in err
-        assert "model.gguf: has no assistant beside it; copy rank 0's there" in err
+        assert "mtp-model.gguf: no such file" in err
     with (there / "named.gguf").open("r+b") as file:
         file.seek(-9, 2)
         file.write(b"x")
