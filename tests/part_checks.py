@@ -24,6 +24,7 @@ from kernel_models import Counting
 from recorded import KINDS, kl, path, prompts
 
 from mlx_gemma4 import Sampling, load
+from mlx_gemma4.conversation.language_model import demo_path
 from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.generation.loop import generate_tokens
 from mlx_gemma4.loading.assistant import load_assistant
@@ -33,6 +34,7 @@ from mlx_gemma4.model.assistant import spread
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.op import OpKey
+from mlx_gemma4.ops.sample import Draw
 from mlx_gemma4.shard import Kind, Shard
 
 Found = dict[str, Any]
@@ -153,6 +155,23 @@ def assistants() -> Found:
     return found
 
 
+def drafted(kernels: Kernels | None, split: Kind | None) -> list[list[int]]:
+    """What the built-in assistant drafts at two places, of packed weights; at the second it draws, where steps aren't
+    traced: references draw on the host."""
+    with open_model(demo_path()) as (config, source, _):
+        model, _ = load_model(config, source, "packed", shard=Shard(RANK, SIZE, split, group) if split else None)
+        model = Model(model.config, model.weights, kernels, part=model.part)
+        a = load_assistant(demo_path().with_name("mtp-gemma4-demo.gguf"), model, config)
+    state, found = model.new_state(), list[list[int]]()
+    for n in range(2):
+        ids = [*range(9 * n + 300, 9 * n + 309)]
+        model.prefill(mx.array(ids[:-1]), state)
+        hidden = model.check(ids[-1:], state)[1][0]
+        draws = [] if kernels and kernels.traced else [Draw(0.8, 20, 0.95, seed=n)] * n
+        found.append(a.start(ids[-1], state, hidden, 3, draws).tolist())
+    return found
+
+
 def few() -> Found:
     """For many ranks: with fewer KV heads than ranks, and too few layers before those that share keys for a fifth."""
     return {k: compared(path(k, "f32", Path()), lambda m, k=k: conversation(m, prompts(k)[1])) for k in ("e2b", "31b")}
@@ -250,7 +269,9 @@ def long() -> Found:
 
 def traced() -> Found:
     """Steps of two states in turns, traced once, collectives included: all operations as references."""
-    found: Found = {}
+    off, found = frozenset([*map(OpKey, SMALL)]), Found()
+    for split in SPLITS:
+        found[f"drafted {split}"] = drafted(Kernels(metal, off, traced=True), split)
     for kind, splits in (("12b", SPLITS), ("26b-a4b", SPLITS), ("e2b", SPLITS[:1])):
 
         def calls(model: Model) -> list[mx.array]:
@@ -270,7 +291,9 @@ def fused(m: Model, launcher: Any = metal) -> Model:
 
 def kernels(folder: Path) -> Found:
     """Steps in kernels on the simulator, beside stock operations alone; launches and collectives of one step."""
-    found: Found = {}
+    found = Found(drafted=alone(lambda: drafted(None, None)))
+    for split in SPLITS:
+        found[f"drafted {split}"] = drafted(Kernels(metal, UNPACKED), split)
     for name in ("26B-A4B", "E2B"):
         file = synthetic(folder, name)
 
