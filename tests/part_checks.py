@@ -132,7 +132,7 @@ def assistants() -> Found:
     found: Found = {}
     for kind in ("e2b", "12b", "26b-a4b", "31b"):
         folder, tokens = ASSISTANTS / kind, list[list[int]]()
-        splits = SPLITS[: 1 + (kind != "e2b")]  # its first layers' keys are all that there are
+        splits = SPLITS[: 1 + (kind != "e2b" and SIZE == 2)]  # its first layers' keys are all that there are
 
         def calls(shard: Shard | None, folder: Path = folder, tokens: list[list[int]] = tokens) -> list[mx.array]:
             with open_model(folder / "target") as (config, source, _):

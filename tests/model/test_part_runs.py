@@ -176,6 +176,8 @@ def test_launches_and_collectives_of_a_step(two: Any, name: str) -> None:
 
 
 def test_four_ranks_give_the_logits_of_one_process(tmp_path: Path) -> None:
-    found = run(4, tmp_path, "few")
+    found = run(4, tmp_path, "few", "assistants")
     for kind in ("e2b", "31b"):
         assert_same(found["few"][kind], 20)
+    for kind in ("e2b", "12b", "26b-a4b", "31b"):  # with 1 and 2 KV heads
+        assert_same(found["assistants"][kind], 2, ("tensor",))
