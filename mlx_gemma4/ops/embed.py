@@ -112,16 +112,21 @@ TOKENS = (1, DEVICE_ELEMENTS)  # ids of so many lie in another address space, an
 
 @cases
 def embed_cases(s: Sizes) -> Iterator[Check]:
-    def make(tokens: int) -> Case:
-        table, ids = weight(s.table, (100, s.hidden)), mx.arange(77, 77 + tokens, dtype=mx.int32)
-        return case(EMBED, tokens * (table.nbytes // 100 + 4 * s.hidden), ids, table, s.hidden**0.5)
+    def make(kind: str, width: int, factor: float, tokens: int) -> Case:
+        table, ids = weight(kind, (100, width)), mx.arange(77, 77 + tokens, dtype=mx.int32)
+        return case(EMBED, tokens * (table.nbytes // 100 + 4 * width), ids, table, factor)
 
     def make_behind(dtype: mx.Dtype) -> Case:
         table, behind = weight(s.table, (100, s.target_hidden)), normal(1, s.target_hidden, dtype=dtype)
-        return case(EMBED, table.nbytes // 100, mx.array([77], mx.int32), table, s.hidden**0.5, behind=behind)
+        return case(EMBED, table.nbytes // 100, mx.array([77], mx.int32), table, s.target_hidden**0.5, behind=behind)
 
     for tokens in TOKENS if s.table and not s.target_hidden else ():
-        yield Check(EMBED.key, f"{s.table} {s.hidden}, T={tokens}", partial(make, tokens))
+        yield Check(
+            EMBED.key, f"{s.table} {s.hidden}, T={tokens}", partial(make, s.table, s.hidden, s.hidden**0.5, tokens)
+        )
+        if s.ple_table:  # of a prompt
+            own = partial(make, s.ple_table, s.layers * s.ple, s.ple**0.5, tokens)
+            yield Check(EMBED.key, f"{s.ple_table} {s.layers}x{s.ple}, T={tokens}", own)
     for dtype in {state_dtype(): 0, mx.float32: 0} if s.table and s.target_hidden else ():
         yield Check(EMBED.key, f"{s.table} {s.target_hidden}, {dtype} behind", partial(make_behind, dtype))
 
