@@ -4,8 +4,8 @@
     mlx.launch -n 2 --backend ring python benchmarks/several_macs.py --check [--model FILE.gguf]
 
 In: shapes of published models in the types of a Q4_K_M file, memory bandwidth as Apple states it, links as published.
-Out: tables. None of it is a measurement of a Mac. --check, on ranks: sums of several sizes beside `Link.sum_time`, sums
-of a step counted, and a rank's bytes beside the model's.
+Out: tables. None of it is a measurement of a Mac. --check, on ranks: sums of several sizes beside `Link.sum_time`, what
+steps and prompts of the published models exchange beside what the model takes for it, and sums of a step counted.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from mlx_gemma4.distributed.split import (
     Machine,
     Token,
     alone_time,
+    gathering,
     layers_time,
     measure_link,
     tensor_time,
@@ -48,6 +49,7 @@ MACHINES = {
 }
 HOP, MESH = 150e-6, 50e-6  # seconds of a message of a TCP ring over Thunderbolt, and of a sum over JACCL's mesh
 LINKS = {"ring 10 Gb/s": 1.25e9, "ring 40 Gb/s": 5e9, "JACCL": 10e9}  # bytes/s in each direction
+PROMPT = 128  # tokens, whose sums --check makes
 SEEN = {"E2B": (177, 210), "E4B": (114, 134), "26B-A4B": (103, 125), "31B": (25.3, 28.3)}  # M5 Max: llama.cpp, mlx-lm
 
 
@@ -133,22 +135,50 @@ def shares_of(model: str, ranks: int) -> str:
     return f"{ranks} ranks {taken / t.weights:.3f} / {max(parts) / t.weights:.3f}"
 
 
+def exchanged(group: Any, numbers: int, sums: int, logits: int, rounds: int) -> tuple[float, float]:
+    """Seconds of so many sums of fp32 numbers, one after the other, and of gathering logits: best, median."""
+    times = []
+    with execution():
+        for _ in range(rounds + 1):
+            x, own = mx.zeros(numbers), mx.zeros((1, logits)) if logits else None
+            mx.eval(x, [] if own is None else own)
+            start = time.perf_counter()
+            for _ in range(sums):
+                x = mx.distributed.all_sum(x, group=group, stream=host_stream())
+            last = (
+                x if own is None else mx.distributed.all_gather(mx.depends(own, x), group=group, stream=host_stream())
+            )
+            mx.eval(last)
+            times.append(time.perf_counter() - start)
+    return min(times[1:]), sorted(times[1:])[rounds // 2]
+
+
 def check(path: str | None) -> None:
     place = placed()
     assert place, "run this under mlx.launch -n 2"
     group, show = group_of(place.backend), place.rank == 0
     link_here = measure_link(group)
     if show:
-        print(f"link: {link_here}\n\n| bytes | measured, ms | latency + bytes / bandwidth, ms |\n|---|---|---|")
-    for n_bytes in (1 << k for k in (10, 12, 14, 16, 18, 20, 22)):
-        x, times = mx.zeros(n_bytes // 4), []
-        with execution():
-            for _ in range(30):
-                start = time.perf_counter()
-                mx.eval(mx.distributed.all_sum(x, group=group, stream=host_stream()))
-                times.append(time.perf_counter() - start)
+        print(f"link: {link_here}\n\n| bytes | measured, ms | usual, ms | taken, ms |\n|---|---|---|---|")
+    for n_bytes in (1 << k for k in range(10, 25, 2)):
+        best, usual = exchanged(group, n_bytes // 4, 1, 0, 30)
+        taken = link_here.sum_time(n_bytes, place.size)
         if show:
-            print(f"| {n_bytes:,} | {min(times) * 1e3:.3f} | {link_here.sum_time(n_bytes, place.size) * 1e3:.3f} |")
+            print(f"| {n_bytes:,} | {best * 1e3:.3f} | {usual * 1e3:.3f} | {taken * 1e3:.3f} |")
+    for tokens, rounds in ((1, 20), (PROMPT, 3)):
+        what = "a step of a tensor split" if tokens == 1 else f"{tokens} tokens of a prompt"
+        if show:
+            print(f"\n| {what} | sums | MB | measured, ms | usual, ms | taken, ms |\n|---|---|---|---|---|---|")
+        for name in PUBLISHED:
+            t = token(name)
+            logits = t.vocab if tokens == 1 else 0  # a prompt's are wanted of its last token alone
+            best, usual = exchanged(group, tokens * t.hidden, t.sums, logits // place.size, rounds)
+            taken = t.sums * link_here.sum_time(4 * tokens * t.hidden, place.size)
+            taken += gathering(t, place.size, link_here) if logits else 0
+            n_bytes = 4 * (t.sums * tokens * t.hidden + logits)
+            if show:
+                times = " | ".join(f"{seconds * 1e3:.1f}" for seconds in (best, usual, taken))
+                print(f"| {name} | {t.sums} | {n_bytes / 1e6:.1f} | {times} |")
     lm = load(path, shard=Shard(place.rank, place.size, "tensor", group))
     state, summed = lm.model.new_state(), mx.distributed.all_sum
     mx.eval(lm.model.forward(mx.array([2, 3]), state))

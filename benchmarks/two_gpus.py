@@ -166,8 +166,8 @@ def led(path: Path) -> Model:
     if place is None:
         return model_of(path, None)
     if place.rank:
-        team.follow_rank_0(place, Path, lambda path, shard, _: model_of(path, shard))
-    return team.lead(model_of(path, team.gather(place, path, str(path.absolute()), "tensor", {})))
+        team.follow_rank_0(place, Path, lambda path, shard, _, __: (model_of(path, shard), None))
+    return team.lead(model_of(path, team.gather(place, path, str(path.absolute()), "tensor", None, {})[0]))
 
 
 def speed(file: str, prompts: str, depth: str) -> Any:

@@ -18,6 +18,7 @@ from .execution import host_stream
 from .memory import on_cpu
 
 Kind = Literal["tensor", "layers"]
+counted = [0]  # collectives of this process
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Part:
     layers: range  # of the model's that are here
     # By "attention", "mlp" and "experts": the layers here whose products are in parts, to be summed over ranks.
     split: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    # By layer of the model with keys of its own: the KV heads here that no rank before has. Only they draft from them.
+    kv_heads: Mapping[int, range] = field(default_factory=dict)
 
     @property
     def records(self) -> bool:
@@ -119,5 +122,7 @@ class Part:
 
 
 def collective_stream() -> Any:
-    """Collectives run on the CPU, all on one stream, so in the order in which they are scheduled; NCCL's on the GPU."""
+    """Return where a collective runs: on the CPU, all on one stream, so in the order in which they are scheduled; with
+    NCCL on the GPU. To be asked once for each."""
+    counted[0] += 1
     return host_stream() if on_cpu() or mx.metal.is_available() else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
 
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 
 from mlx_gemma4 import LanguageModel
-from mlx_gemma4.distributed import mirror
-from mlx_gemma4.distributed.mirror import LedModel, follow
+from mlx_gemma4.distributed import following, mirror
+from mlx_gemma4.distributed.following import follow
+from mlx_gemma4.distributed.mirror import LedModel
 from mlx_gemma4.distributed.place import Place
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.kv.state import KVState
@@ -55,6 +57,13 @@ class Both:
 
     refuse = answer
 
+    @contextmanager
+    def at_work(self, tokens: int) -> Iterator[None]:
+        yield
+
+    def later(self, task: Callable[[], object]) -> None:
+        task()
+
     def checked(self, **values: Any) -> None:
         self.on_checked(1, values)
 
@@ -77,7 +86,8 @@ class Pair:
     def __init__(self, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, other: LanguageModel | None = None) -> None:
         """`other`: the one that follows, by default the same."""
         self.link, self.states = Both(), {}
-        monkeypatch.setattr(mirror, "_shared", self.link.shared)
+        for module in (mirror, following):
+            monkeypatch.setattr(module, "shared_ids", self.link.shared)
         self.model = LedModel(lm.model, self.link)  # type: ignore[arg-type]
         self.thread = threading.Thread(target=self._follow, args=(other or lm,), name="follower")
         self.thread.start()

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +25,10 @@ from kernel_models import Counting
 from recorded import KINDS, kl, path, prompts
 
 from mlx_gemma4 import Sampling, load
+from mlx_gemma4.conversation.language_model import demo_path
 from mlx_gemma4.doctor.published import PUBLISHED
 from mlx_gemma4.generation.loop import generate_tokens
+from mlx_gemma4.loading.assistant import load_assistant
 from mlx_gemma4.loading.loader import load_model, open_model
 from mlx_gemma4.memory import Holding
 from mlx_gemma4.model.model import Model
@@ -35,6 +39,8 @@ from mlx_gemma4.shard import Kind, Shard
 
 Found = dict[str, Any]
 SPLITS: tuple[Kind, ...] = ("tensor", "layers")
+ASSISTANTS = path("12b", "f32", Path()).parent / "assistants"
+PROMPTS: list[list[int]] = json.loads((ASSISTANTS / "recorded.json").read_text())["prompts"]
 DEMO_PROMPT = "Once upon a time there was a king who had"
 SMALL = ("embed", "ple_inputs", "rotations", "qkv_post", "attention", "add_norm", "top_k", "matvec", "dense", "expand")
 UNPACKED = frozenset([OpKey("expand")])  # tiles of a prompt round to fp16
@@ -44,6 +50,7 @@ group = mx.distributed.init(strict=True, backend="ring")
 RANK, SIZE = group.rank(), group.size()
 del os.environ["MLX_RANK"]  # so that `load` without a shard loads the whole model, as one process does
 collectives: Counter[str] = Counter()
+numbers = count()
 
 
 def counted(name: str) -> Callable[..., mx.array]:
@@ -71,11 +78,27 @@ def model_of(file: Path | None, split: Kind | None, weights: Holding | Literal["
 def compared(
     file: Path | None, calls: Callable[[Model], list[mx.array]], splits: tuple[Kind, ...] = SPLITS, **options: Any
 ) -> Found:
-    """The distance of logits on all ranks together from those of one process."""
-    want = [np.array(a) for a in calls(model_of(file, None, **options))] if RANK == 0 else []
+    """The distance of a model's logits on all ranks together from those of one process."""
+    return distances(lambda shard: calls(model_of(file, shard and shard.kind, **options)), splits)
+
+
+def alone(do: Callable[[], Any]) -> Any:
+    """What rank 0 makes by itself. The others sleep: who waits in a collective of the ring's keeps a core busy."""
+    done, made = Path(sys.argv[1]).with_name(f"alone-{next(numbers)}"), None
+    if RANK == 0:
+        made = do()
+        done.touch()
+    while not done.exists():
+        time.sleep(0.02)
+    return made
+
+
+def distances(calls: Callable[[Shard | None], list[mx.array]], splits: tuple[Kind, ...] = SPLITS) -> Found:
+    """The distance of logits that are made on all ranks together from those of one process."""
+    want = alone(lambda: [np.array(a) for a in calls(None)]) or []
     found: Found = {}
     for split in splits:
-        got = [np.array(a) for a in calls(model_of(file, split, **options))]
+        got = [np.array(a) for a in calls(Shard(RANK, SIZE, split, group))]
         if RANK == 0:
             pairs = [(w.reshape(-1, w.shape[-1]), g.reshape(-1, g.shape[-1])) for w, g in zip(want, got, strict=True)]
             found[split] = {
@@ -102,6 +125,51 @@ def conversation(model: Model, ids: list[int], kv: str = "full") -> list[mx.arra
 
 def fixtures() -> Found:
     return {k: compared(path(k, "f32", Path()), lambda m, k=k: conversation(m, prompts(k)[2])) for k in KINDS}
+
+
+def assistants() -> Found:
+    """Logits of two drafts' steps, each over keys and values that ranks have apart; and the tokens that are drafted."""
+    found: Found = {}
+    for kind in ("e2b", "12b", "26b-a4b", "31b"):
+        folder, tokens = ASSISTANTS / kind, list[list[int]]()
+        splits = SPLITS[: 1 + (kind != "e2b" and SIZE == 2)]  # its first layers' keys are all that there are
+
+        def calls(shard: Shard | None, folder: Path = folder, tokens: list[list[int]] = tokens) -> list[mx.array]:
+            with open_model(folder / "target") as (config, source, _):
+                target, _ = load_model(config, source, shard=shard)
+            a, ids = load_assistant(folder / "assistant", target, config), PROMPTS[-1]
+            state = target.new_state()
+            target.prefill(mx.array(ids[:-2]), state)
+            hidden = target.check(ids[-2:-1], state)[1][0]
+            tokens.append(a.start(ids[-1], state, hidden, 3).tolist())
+            logits, attend, token, row = [], a.attention(a.inputs(state)), mx.array([ids[-1]], mx.int32), hidden[None]
+            for _ in range(2):
+                h = a.step(a.run, token, row, attend)
+                logits.append(a.scores(a.run, h))
+                mx.eval(logits)
+                token, row = mx.array([9]), a.run.product(h, a.weights.post_projection)
+            return logits
+
+        found[kind] = distances(calls, splits)
+        found[f"{kind} tokens"] = tokens
+    return found
+
+
+def drafted(kernels: Kernels | None, split: Kind | None) -> list[list[int]]:
+    """What the built-in assistant drafts at two places, of packed weights; at the second it draws, where steps aren't
+    traced: references draw on the host."""
+    with open_model(demo_path()) as (config, source, _):
+        model, _ = load_model(config, source, "packed", shard=Shard(RANK, SIZE, split, group) if split else None)
+        model = Model(model.config, model.weights, kernels, part=model.part)
+        a = load_assistant(demo_path().with_name("mtp-gemma4-demo.gguf"), model, config)
+    state, found = model.new_state(), list[list[int]]()
+    for n in range(2):
+        ids = [*range(9 * n + 300, 9 * n + 309)]
+        model.prefill(mx.array(ids[:-1]), state)
+        hidden = model.check(ids[-1:], state)[1][0]
+        draws = [] if kernels and kernels.traced else [Draw(0.8, 20, 0.95, seed=n)] * n
+        found.append(a.draft(ids, state, hidden, 3, draws))
+    return found
 
 
 def few() -> Found:
@@ -174,10 +242,14 @@ def demo() -> Found:
     found: Found = {}
     for n, sampling in ((500, Sampling(temperature=0)), (60, Sampling(top_k=40, top_p=0.95, seed=7))):
         for split in (None, *SPLITS):
-            model = model_of(None, split)
-            state = model.new_state()
-            tokens = [t.id for t in generate_tokens(model, state, ids, sampling, n)]
-            found[f"{split} {sampling.temperature}"] = {"tokens": tokens, "held": state.tokens}
+
+            def reply(n: int = n, sampling: Sampling = sampling, split: Kind | None = split) -> Found:
+                model = model_of(None, split)
+                state = model.new_state()
+                tokens = [t.id for t in generate_tokens(model, state, ids, sampling, n)]
+                return {"tokens": tokens, "held": state.tokens}
+
+            found[f"{split} {sampling.temperature}"] = reply() if split else alone(reply)
     found["tq4"] = compared(None, lambda m: conversation(m, ids * 40, "tq4"))
     return found
 
@@ -197,7 +269,9 @@ def long() -> Found:
 
 def traced() -> Found:
     """Steps of two states in turns, traced once, collectives included: all operations as references."""
-    found: Found = {}
+    off, found = frozenset([*map(OpKey, SMALL)]), Found()
+    for split in SPLITS:
+        found[f"drafted {split}"] = drafted(Kernels(metal, off, traced=True), split)
     for kind, splits in (("12b", SPLITS), ("26b-a4b", SPLITS), ("e2b", SPLITS[:1])):
 
         def calls(model: Model) -> list[mx.array]:
@@ -217,7 +291,9 @@ def fused(m: Model, launcher: Any = metal) -> Model:
 
 def kernels(folder: Path) -> Found:
     """Steps in kernels on the simulator, beside stock operations alone; launches and collectives of one step."""
-    found: Found = {}
+    found = Found(drafted=alone(lambda: drafted(None, None)))
+    for split in SPLITS:
+        found[f"drafted {split}"] = drafted(Kernels(metal, UNPACKED), split)
     for name in ("26B-A4B", "E2B"):
         file = synthetic(folder, name)
 

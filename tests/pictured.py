@@ -57,8 +57,10 @@ class FakeMedia(Media):
         return self.kept[made.digest]
 
 
-def seeing(lm: LanguageModel, kinds: Sequence[str] = ("image", "audio", "video")) -> LanguageModel:
-    """The demo with Google's template, and a vocabulary and towers for pictures and sounds."""
+def seeing(
+    lm: LanguageModel, kinds: Sequence[str] = ("image", "audio", "video"), model: Model | None = None
+) -> LanguageModel:
+    """The demo with Google's template, and a vocabulary and towers for pictures and sounds. `model`: else a new one."""
     with open_gguf(demo_path()) as gguf:
         metadata: dict[str, Any] = dict(gguf.metadata)
     tokens, types = (
@@ -71,5 +73,5 @@ def seeing(lm: LanguageModel, kinds: Sequence[str] = ("image", "audio", "video")
         tokens[i], types[i] = marker, 3
     metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types, "tokenizer.chat_template": REAL}
     tokenizer = Tokenizer.from_gguf(metadata)
-    model = Model(lm.model.config, lm.model.weights)
+    model = model or Model(lm.model.config, lm.model.weights)
     return replace(lm, model=model, tokenizer=tokenizer, drafts=None, media=FakeMedia(lm.config.hidden, kinds))

@@ -10,19 +10,24 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import httpx
 import mlx.core as mx
+from pictured import seeing
 from serving import serving
 
 import mlx_gemma4
 from mlx_gemma4.conversation import language_model
 from mlx_gemma4.conversation.language_model import LanguageModel
-from mlx_gemma4.distributed import link
+from mlx_gemma4.distributed import link, split, team
 from mlx_gemma4.distributed.hosts import free_port, read_hosts
+from mlx_gemma4.generation.scoring import embed
 from mlx_gemma4.kv.state import KVState
+from mlx_gemma4.measure.perplexity import perplexity
+from mlx_gemma4.model.model import Model
 from mlx_gemma4.server.settings import Settings
 
 TESTS = Path(__file__).parent
@@ -82,6 +87,16 @@ def tour(lm: LanguageModel, folder: Path) -> dict[str, Any]:
     seen["likely"] = [token.logprob for token in reply.tokens]
     seen["drafted"] = mlx_gemma4.generate(lm, "Say it twice: the fox and the goose, the fox and the goose.", greedy)
     seen["sampled"] = mlx_gemma4.generate(lm, "Tell me of the sea.", max_tokens=8, seed=7, temperature=0.9, top_k=20)
+    seen["assisted"] = assisted(lm)
+    for what in ("cat", "dog"):
+        options = replace(greedy, logprobs=2)
+        reply = mlx_gemma4.chat(seeing(lm, model=lm.model), "What is {image}?", options, images=[what.encode()])
+        seen[what] = [token.id for token in reply.tokens]
+        seen[f"{what} likely"] = [token.logprob for token in reply.tokens]
+    text = "It was a fine day in spring, and the birds sang in every tree of the wood by the road. " * 3
+    seen["perplexity"] = perplexity(lm, text, 32).perplexity
+    ids = lm.encode_prompt(text, raw=True)
+    seen["embedding"] = embed(lm.model, ids, lm.model.new_state()).tolist()
     seen["schema"] = mlx_gemma4.generate(lm, "Is the sky blue?", schema={"enum": ["yes", "no"]}, temperature=0)
     seen["batch"] = [r.text for _, r in sorted(mlx_gemma4.batch(lm, ["A fox.", "The sea.", "A goose."], greedy))]
     session = mlx_gemma4.Session(lm, options=greedy, kv="tq4" if tq4(lm) else "full")
@@ -100,6 +115,18 @@ def tour(lm: LanguageModel, folder: Path) -> dict[str, Any]:
     del session, loaded, fork
     seen["served"] = served(lm)
     return seen
+
+
+def assisted(lm: LanguageModel) -> list[Any]:
+    """Tokens of replies whose every step checks three drafts of the assistant's, and how many of these were right."""
+    assert lm.drafts and lm.drafts.drafter and lm.drafts.drafter.needs_hidden
+    found: list[Any] = []
+    for sampling in (mlx_gemma4.Sampling(temperature=0), mlx_gemma4.Sampling(temperature=0.7, top_k=20, seed=5)):
+        lm.drafts.fixed = 3
+        reply = mlx_gemma4.chat(lm, "Tell me of a fox and a goose.", mlx_gemma4.ReplyOptions(40, sampling))
+        found += [[token.id for token in reply.tokens], reply.statistics.accepted_tokens]
+    lm.drafts.fixed = None
+    return found
 
 
 def tq4(lm: LanguageModel) -> bool:
@@ -137,19 +164,36 @@ def main() -> None:
     mx.set_default_device(mx.cpu)
     what, *rest = sys.argv[1:]
     if what == "tour":  # FOLDER SPLIT [MODEL]
-        folder, split, *model = rest
-        lm = mlx_gemma4.load(*model, split=split)  # type: ignore[arg-type]
+        folder, kind, *model = rest
+        lm = mlx_gemma4.load(*model, split=kind)  # type: ignore[arg-type]
         print(json.dumps(tour(lm, Path(folder))))
+        return
+    if what == "auto":  # MODEL: a link so slow that layers are the better choice
+        team.measure_link = lambda group: split.Link(1.0, 1e6)
+        print(mlx_gemma4.generate(mlx_gemma4.load(rest[0]), "A fox", max_tokens=5, temperature=0))
         return
     if what == "version":
         link.__version__ = "0.0.1"
     if what == "drift":
         append = KVState.append
         KVState.append = lambda self, layer, k, v: append(self, layer, k * 1.5, v * 0.5)  # type: ignore[method-assign]
-    if what == "other":  # at a name, another file
+    if what in ("busy", "waiting"):  # FOLDER: hangs in a step, and says there when
+        step, steps = Model.step, count()
+
+        def hanging(self: Model, *args: Any, **given: Any) -> Any:
+            if next(steps) == 20:
+                (Path(rest[0]) / "hangs").touch()
+                while what == "busy":
+                    pass
+                assert self.part
+                mx.async_eval(self.part.receive(1, 1))  # rank 0 sends none
+            return step(self, *args, **given)
+
+        Model.step = hanging  # type: ignore[method-assign]
+    if what == "other":  # for a file, or those in a folder, others
         named, other = rest
         find = language_model.resolve
-        language_model.resolve = lambda name: find(other if str(name) == named else name)
+        language_model.resolve = lambda name: find(Path(str(name).replace(named, other)))
     mlx_gemma4.load()
 
 

@@ -151,8 +151,7 @@ def load(
         split: on several ranks, a part of each layer for each, or so many layers; "auto" measures what is faster.
         draft: the assistant that drafts for it: a file, a folder or `REPO[:QUANT]`; "auto": one that lies beside the
             model and fits, if there is any; None: none.
-        draft_max: drafts of tokens that a step checks, at most; 0: none are made. How many pay is measured. On several
-            ranks they come from the text alone, not from an assistant.
+        draft_max: drafts of tokens that a step checks, at most; 0: none are made. How many pay is measured.
         mmproj: the projector that makes it see or hear, a file or a folder, read now; "auto": one that lies beside the
             model and fits, or the model's own folder, read when the first picture or sound comes; None: none.
 
@@ -168,24 +167,21 @@ def load(
         follow(place)
     path = demo_path() if path is None else resolve(path)
     if place:
-        if draft not in (None, "auto"):
-            raise InputError(f"--draft {draft}: an assistant sees keys and values of one machine alone; leave it out")
-        if mmproj not in (None, "auto"):
-            raise InputError(f"--mmproj {mmproj}: pictures and sounds are read on one machine alone; leave it out")
-        given: dict[str, Any] = {"weights": weights, "fuse": fuse, "context": context, "draft": None}
-        name = "" if path == demo_path() else team.portable(path)
-        shard = team.gather(place, path, name, split, given | {"room": asdict(room)})
-        given |= {"room": room, "draft_max": draft_max}
+        given: dict[str, Any] = {"weights": weights, "fuse": fuse, "context": context}
+        name, named = "" if path == demo_path() else team.portable(path), draft not in (None, "auto")
+        drafter = (resolve(draft) if draft and named else draft) if draft_max else None
+        shard, drafter = team.gather(place, path, name, split, drafter, given | {"room": asdict(room)})
+        given |= {"room": room, "draft": drafter, "draft_max": draft_max, "mmproj": mmproj}
         lm = load(path, progress=progress, preparing=preparing, shard=shard, **given)
-        return replace(lm, model=team.lead(lm.model))
+        return replace(lm, model=team.lead(lm.model, lm.drafts))
     with open_model(path) as (config, source, metadata):
         tokenizer = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_gguf(metadata, str(path))
         renderer.start()  # while the weights are read
         config = config.keep_to(context)
-        media = _media(mmproj, path, config) if shard is None else None
+        media = _media(mmproj, path, config)
         room = replace(room, later=media.unread if media else 0)
         model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room, shard)
-    assistant = _assistant(draft, path, model) if draft_max else None
+    assistant = _assistant(draft, path, model, config) if draft_max else None
     make_ready(model, preparing, assistant)
     drafts = None
     if draft_max:
@@ -193,6 +189,7 @@ def load(
         drafts = Drafts(draft_max, assistant, least_alike=least_alike, row=row)
         with suppress(RuntimeError):  # this user has no home folder
             how = ", replayed" if model.replays else ""  # not as in versions that traced what checks drafts
+            how += f", {shard.size} ranks, {shard.kind}" if shard else ""
             drafts.keep(cache_folder() / "drafts.json", f"{device_name()}, {path.name}{how}")
     return LanguageModel(path, model.config, model, tokenizer, _sampling_defaults(path, metadata), plan, drafts, media)
 
@@ -204,23 +201,24 @@ def follow(place: Place, joined: Callable[[], None] = lambda: None) -> NoReturn:
         joined: called when rank 0 has been found.
     """
 
-    def load_shard(path: Path, shard: Shard, given: dict[str, Any]) -> Model:
-        return load(path, **given | {"room": Room(**given["room"])}, shard=shard, draft_max=0).model
+    def load_shard(path: Path, shard: Shard, draft: Path | None, given: dict[str, Any]) -> tuple[Model, Any]:
+        lm = load(path, **given | {"room": Room(**given["room"])}, shard=shard, draft=draft, mmproj=None)
+        return lm.model, lm.drafts and lm.drafts.drafter
 
     team.follow_rank_0(
         place, lambda name: resolve(Path(name).expanduser()) if name else demo_path(), load_shard, joined
     )
 
 
-def _assistant(draft: str | Path | None, path: Path, model: Model) -> Assistant | None:
+def _assistant(draft: str | Path | None, path: Path, model: Model, config: Config) -> Assistant | None:
     """Return the assistant that `load` asks for. One that was not named is no reason to fail."""
     if draft is None:
         return None
     if str(draft) != "auto":
-        return load_assistant(resolve(draft), model)
-    found = assistant_beside(path, model.config)
+        return load_assistant(resolve(draft), model, config)
+    found = assistant_beside(path, config)
     try:
-        return load_assistant(found, model) if found else None
+        return load_assistant(found, model, config) if found else None
     except InputError as error:
         log.warning("No drafts: %s", error)
         return None

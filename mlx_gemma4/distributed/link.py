@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import math
 import os
 import platform
 import secrets
@@ -29,12 +30,15 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..doctor.verdict import MLX
 from ..errors import InputError
+from ..memory import on_cpu
+from ..shard import counted
 from .place import Place, from_first, group_of
 
 Message = dict[str, Any]
 
 STALL = "MLX_GEMMA4_STALL"  # seconds of silence after which a rank is taken for dead
 JOINING = 90.0  # seconds that ranks may take to find each other
+SLOW = 0.25  # seconds that a CPU may take for a token, beside those
 FAILED = 1  # exit code
 
 
@@ -75,12 +79,17 @@ class Wire:
         return bool(self.sock.getpeername()[0] == self.sock.getsockname()[0])
 
 
-def _beat(wires: list[Wire], over: threading.Event) -> None:
-    """Send a message now and then, so that the other end knows this process alive."""
+def of_link(error: Exception) -> bool:
+    """Return True if MLX's link has failed: its backends begin with their names, as in "[ring] .."."""
+    return isinstance(error, RuntimeError) and str(error).startswith("[")
+
+
+def _beat(wires: list[Wire], over: threading.Event, how: Callable[[], Message] = dict) -> None:
+    """Send a message now and then, so that the other end knows this process alive, and how it is."""
     while not over.wait(min(1.0, stall() / 5)):
         for wire in wires:
             with suppress(OSError):  # who receives there sees it
-                wire.send(beat=1)
+                wire.send(beat=how())
 
 
 def _thread(target: Callable[..., None], *args: Any) -> None:
@@ -133,6 +142,7 @@ class Leader:
         self._hello: dict[int, Message] = {}
         self._accept()
         self._answers: dict[int, SimpleQueue[Message]] = {rank: SimpleQueue() for rank in self._wires}
+        self._at: dict[int, list[int]] = {rank: [] for rank in self._wires}  # how far each is, as it said last
         for rank, hello in self._hello.items():
             for what, mine in about().items():
                 if hello["about"].get(what) != mine:
@@ -186,10 +196,20 @@ class Leader:
                     self.on_checked(rank, message["checked"])
                 if "answer" in message:
                     self._answers[rank].put(message)
+                if beat := message.get("beat"):
+                    self._at[rank] = beat["at"]
+                    if beat["since"] > stall():
+                        self._stuck()
         except TimeoutError:
             self.fail(f"{self.name(rank)} has been silent for {stall():g} s; see whether it sleeps or is cut off")
         except (OSError, EOFError, ValueError):
             self.fail(f"{self.name(rank)} died; start again")
+
+    def _stuck(self) -> NoReturn:
+        """End with a line about those that are behind all others: who waits for them is stuck as well."""
+        least = min(self._at.values())
+        names = " and ".join(self.name(rank) for rank, at in self._at.items() if at == least)
+        self.fail(f"{names}: alive, but no further for {stall():g} s; see what holds the program or its GPU")
 
     def fail(self, line: str) -> NoReturn:
         """End this process with a line, and the followers."""
@@ -200,6 +220,7 @@ class Leader:
             with suppress(OSError):
                 if wire.local:  # one that is stopped doesn't end by itself
                     os.kill(self._hello[rank]["pid"], signal.SIGKILL)
+        time.sleep(0.1)  # what MLX's link prints about it, in pieces, comes before, and not into this line
         end_with(f"{line} (the reply ends here)")
 
     def tell(self, op: str, *states: int, **given: Any) -> None:
@@ -247,8 +268,12 @@ class Follower:
             self._wire.send(secret=str(from_first(self.group, [0] * 4)))
         self._wire.sock.settimeout(stall() + 5)
         self._calls: SimpleQueue[Message] = SimpleQueue()
+        self._later: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        self.later = self._later.put  # what waits for evaluations: a thread does it, in this order
+        self._made, self._under_way = 0, deque[float]()  # calls, and when those that aren't over were begun
         _thread(self._hear)
-        _thread(_beat, [self._wire], threading.Event())
+        _thread(self._wait)
+        _thread(_beat, [self._wire], threading.Event(), self._how)
 
     def _connect(self, place: Place) -> socket.socket:
         end = time.monotonic() + JOINING
@@ -274,6 +299,25 @@ class Follower:
         except (OSError, EOFError, ValueError):  # rank 0 is gone
             os._exit(FAILED)
 
+    def _how(self) -> Message:
+        begun = min(self._under_way, default=math.inf)
+        return {"at": [self._made, *counted], "since": max(0.0, time.monotonic() - begun)}
+
+    def _wait(self) -> None:
+        try:
+            while True:
+                self._later.get()()
+        except Exception as error:  # what an evaluation raises
+            self.fail(error)
+
+    @contextmanager
+    def at_work(self, tokens: int) -> Iterator[None]:
+        """Make a call that reads so many tokens. It is over when all is done that `later` was given meanwhile."""
+        self._under_way.append(time.monotonic() + (SLOW * tokens if on_cpu() else 0.0))
+        yield
+        self._made += 1
+        self.later(self._under_way.popleft)
+
     def calls(self) -> Iterator[Message]:
         """Yield rank 0's calls, in order, until it is done."""
         while (message := self._calls.get())["op"] != "bye":
@@ -291,6 +335,8 @@ class Follower:
 
     def fail(self, error: Exception) -> NoReturn:
         """Tell rank 0 that this rank can't go on, and end this process."""
+        if of_link(error):
+            time.sleep(2)  # rank 0 hears by itself who has died
         with suppress(OSError):
             self._wire.send(error=" ".join(f"{error}".split()) or type(error).__name__)
             time.sleep(1)

@@ -1,6 +1,6 @@
 """A model on several ranks: each call of rank 0's `Model` and of its KV states is made on all ranks, in one order.
 
-In: calls. Out: on rank 0 their results; on the others the same keys and values of their shards. Mirrored are the calls
+In: calls. Out: on rank 0 their results; the others are told of them (following.py). Mirrored are the calls
 that change a state or pass the weights, nothing above them: sessions, batches and the server know nothing of it. Tokens
 go over MLX's link inside the graph, so that a step may start before rank 0's host knows its token.
 """
@@ -12,16 +12,17 @@ import weakref
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import InputError
-from ..execution import execution
+from ..execution import execution, host_stream
 from ..kv.quantization import allowed_kinds, check_kind
 from ..kv.segments import SegmentLayout
 from ..kv.state import KVState, Mark
+from ..model.assistant import Assistant
 from ..model.batch import check_batch
 from ..model.batch_replay import ReplayedBatch
 from ..model.forward import run_layers
@@ -42,12 +43,12 @@ from ..model.step import (
 )
 from ..ops.sample import LIKELIEST, Draw
 from ..shard import collective_stream
-from .link import Follower, Leader, Message
+from .link import Leader, Message, of_link
 
 CHECKED = 256  # tokens of a state after which ranks compare what they have made of it
 SUMS = 16  # numbers that they compare
 AGREE = 0.02  # of their norm, by which they may differ
-
+PASSES = ("forward", "prefill", "hidden", "check", "step", "batch")  # calls that read tokens into states
 Checked = Callable[[int, mx.array], None]  # (position, the sums, fp32 [SUMS], under way)
 
 
@@ -56,14 +57,19 @@ def call(model: Model, op: str, shared: mx.array, states: Sequence[KVState], on_
 
     Args:
         shared: the tokens, int32 [T], as rank 0 gave them.
-        given: "all_logits" of `Model.forward`, "tokens" that `Model.check` reads; on rank 0 "draw" or "draws" of steps.
+        given: "all_logits" of `Model.forward`, "tokens" that `Model.check` reads, "soft" of prompts; on rank 0 "draw"
+            or "draws" of steps.
     """
     made: Any = None
     before = [state.length for state in states]
     if op == "forward":
         made = model.forward(shared, states[0], **given)
     elif op == "prefill":
-        model.prefill(shared, states[0])
+        if model.part and model.part.shard.kind == "layers":  # a rank reads a chunk ahead of the next rank, not more
+            mx.synchronize(host_stream())
+        model.prefill(shared, states[0], **given)
+    elif op == "hidden":
+        made = model.hidden(shared, states[0])
     elif op == "check":
         made = model.check(given["tokens"], states[0])
         mx.async_eval(made, states[0].arrays)
@@ -74,7 +80,8 @@ def call(model: Model, op: str, shared: mx.array, states: Sequence[KVState], on_
     for state, was in zip(states, before, strict=True):
         if op != "prefill" and state.length // CHECKED > was // CHECKED:  # a prompt is compared by its last chunk
             # What all layers make of one more token depends on all that the state holds.
-            hidden = run_layers(model.loaded, shared[-1:], [KVState.fork(state)], 1).astype(mx.float32)
+            last = mx.maximum(shared[-1:], 0)  # no soft token
+            hidden = run_layers(model.loaded, last, [KVState.fork(state)], 1).astype(mx.float32)
             sums = mx.pad(hidden.reshape(-1), (0, -hidden.size % SUMS)).reshape(SUMS, -1).sum(axis=1)
             mx.async_eval(sums)
             on_checked(state.length, sums)
@@ -87,7 +94,7 @@ def replay_step(model: Model, token: NextToken, state: KVState, draw: Draw) -> S
     return model.replayer.start(token, state, draw) or model.step(token, state, draw, replay=False)
 
 
-def _shared(ids: mx.array, group: mx.distributed.Group) -> mx.array:
+def shared_ids(ids: mx.array, group: mx.distributed.Group) -> mx.array:
     """Return rank 0's ids on all ranks, under way; the others give zeros."""
     mx.async_eval(ids)  # before: so that what follows is the same graph on all ranks
     shared = mx.distributed.all_sum(ids, group=group, stream=collective_stream())
@@ -95,9 +102,10 @@ def _shared(ids: mx.array, group: mx.distributed.Group) -> mx.array:
     return shared
 
 
-def _refuse(soft: SoftRows | None) -> None:
-    if soft is not None:
-        raise InputError("pictures and sounds (--mmproj) are read on one machine; leave out --hosts, or mlx.launch")
+def shared_soft(rows: mx.array, told: Message, group: mx.distributed.Group) -> SoftRows:
+    """Return rank 0's soft tokens on all ranks."""
+    last = told["last"]
+    return SoftRows(mx.array(told["places"]), shared_ids(rows, group), None if last is None else mx.array(last))
 
 
 class LedModel(Model):
@@ -110,10 +118,6 @@ class LedModel(Model):
         self.checks = count()
         self.started: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # replayed steps' numbers
         leader.on_checked = self._compare
-
-    @property
-    def loaded(self) -> NoReturn:  # type: ignore[override]
-        raise InputError("embeddings and perplexity are made on one machine; leave out --hosts, or mlx.launch")
 
     def new_state(
         self,
@@ -162,16 +166,25 @@ class LedModel(Model):
         self, ids: mx.array, state: KVState, *, all_logits: bool = False, soft: SoftRows | None = None
     ) -> mx.array:
         with execution():
-            _refuse(soft)
             state.check_room(ids.size)
-            logits: mx.array = self._call("forward", ids, [state], all_logits=all_logits)
+            logits: mx.array = self._call("forward", ids, [state], soft, all_logits=all_logits)
             return logits
 
     def prefill(self, ids: mx.array, state: KVState, *, soft: SoftRows | None = None) -> None:
         with execution():
-            _refuse(soft)
             state.check_room(ids.size)
-            self._call("prefill", ids, [state])
+            self._call("prefill", ids, [state], soft)
+
+    def hidden(self, ids: mx.array, state: KVState) -> mx.array:
+        with execution():
+            state.check_room(ids.size)
+            hidden: mx.array = self._call("hidden", ids, [state])
+            return hidden
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        with execution():
+            self.leader.tell("head", shape=hidden.shape)
+            return self.inner.logits(shared_ids(hidden.astype(mx.float32), self.leader.group))
 
     def check(self, ids: Sequence[int], state: KVState) -> tuple[mx.array, mx.array]:
         with execution():
@@ -229,14 +242,27 @@ class LedModel(Model):
         op: str,
         ids: mx.array,
         states: Sequence[KVState],
+        soft: SoftRows | None = None,
         mine: dict[str, Any] | None = None,
         key: int | None = None,
         **given: Any,
     ) -> Any:
-        """Make a call on all ranks. `mine`: what only rank 0 needs; `key`: of the step that it makes."""
-        self.leader.tell(op, *map(key_of, states), n=ids.size, key=key, given=given)
-        shared = _shared(ids.astype(mx.int32), self.leader.group)
+        """Make a call on all ranks. `mine`: what only rank 0 needs; `key`: of the step that it makes.
+
+        A prompt's tokens are known, and told: so no rank waits for another one to read a chunk.
+        """
+        group, told = self.leader.group, ids.tolist() if op == "prefill" and ids.size > 1 else None
+        seen = soft and {"places": soft.places.tolist(), "last": None if soft.last is None else soft.last.tolist()}
+        self.leader.tell(op, *map(key_of, states), n=ids.size, ids=told, soft=seen, key=key, given=given)
+        shared = shared_ids(ids.astype(mx.int32), group) if told is None else ids
+        if soft and seen:
+            given["soft"] = shared_soft(soft.rows, seen, group)
         return call(self.inner, op, shared, states, self._checked, **(mine or {}), **given)
+
+    def failed(self, error: Exception) -> None:
+        if of_link(error):
+            time.sleep(2)  # who has died is told meanwhile
+            self.leader.fail(f"the link between the ranks is lost: {error}")
 
     def _checked(self, position: int, sums: mx.array) -> None:
         n = next(self.checks)
@@ -333,98 +359,19 @@ class LedState(KVState):
         self._tell("close")
 
 
+class LedAssistant(Assistant):
+    """An assistant on rank 0: the others draft with it, as each has some of the keys and values that it reads."""
+
+    def __init__(self, assistant: Assistant, leader: Leader) -> None:
+        self.__dict__.update(vars(assistant))
+        self.leader = leader
+
+    def start(self, last: int, state: KVState, hidden: mx.array, count: int, draws: Sequence[Draw] = ()) -> mx.array:
+        with execution():
+            self.leader.tell("draft", key_of(state), n=hidden.size, last=last, count=count, draws=draws)
+            return super().start(last, state, shared_ids(hidden, self.leader.group), count, draws)
+
+
 def key_of(state: KVState) -> int:
     assert isinstance(state, LedState), "a state that another model made"
     return state.key
-
-
-def follow(model: Model, follower: Follower, states: dict[int, KVState] | None = None) -> None:
-    """Make rank 0's calls on this rank's shard until it is done. `states`: by key, those that rank 0 has."""
-    states = {} if states is None else states
-    steps: dict[int, Step | BatchStep] = {}
-    checks = count()
-
-    def on_checked(_: int, sums: mx.array) -> None:
-        follower.checked(n=next(checks), sums=np.array(sums).tolist())
-
-    for message in follower.calls():
-        op, keys = message["op"], message["states"]
-        if op == "drop":
-            for key in keys:
-                states.pop(key, None)
-                steps.pop(key, None)
-        elif op in ("forward", "prefill", "check", "step", "batch"):
-            with execution():
-                shared = _shared(mx.zeros(message["n"], mx.int32), follower.group)
-                made = call(model, op, shared, [states[key] for key in keys], on_checked, **message["given"])
-            if message["key"] is not None:
-                steps[message["key"]] = made
-            if op == "prefill":  # as rank 0 does
-                mx.eval(states[keys[0]].arrays)
-                mx.clear_cache()
-        elif op in ("replay", "replay_batch"):
-            before, draws = message["before"], [Draw(*draw) for draw in message["draws"]]
-            token: Any = message["token"] if before is None else steps[before]
-            some = [states[key] for key in keys]
-            with execution():
-                if op == "replay":
-                    steps[message["key"]] = replay_step(model, token, some[0], draws[0])
-                else:
-                    steps[message["key"]] = model.batch(token, some, draws)
-        elif op in ("logits", "drawn"):
-            step = steps[keys[0]]
-            step = step.batch if isinstance(step, LazyStep) else step
-            with execution():
-                getattr(step, op)()
-        else:
-            _follow(model, follower, states, message)
-
-
-def _follow(model: Model, follower: Follower, states: dict[int, KVState], message: Message) -> None:
-    """Make a call that passes no weights, but for those that make quantizers."""
-    op, keys = message["op"], message["states"]
-    if op == "new":
-        layout = message["layout"] and SegmentLayout(*message["layout"])
-        dtype = message["dtype"] and getattr(mx, message["dtype"])
-        states[keys[0]] = model.new_state(None, message["kv"], layout=layout, dtype=dtype)
-    elif op == "quantizers":
-        model.quantizers("tq4")
-    elif op in ("save", "load"):
-        path = Path(f"{message['path']}.rank{follower.place.rank}")
-        try:
-            if op == "save":
-                path.parent.mkdir(parents=True, exist_ok=True)
-                model.save_state(states[keys[0]], path)
-            else:
-                states[keys[0]] = model.load_state(path)
-            follower.answer(states[keys[0]].length)
-        except (InputError, OSError) as error:
-            follower.refuse(error)
-    else:
-        _change(states, op, keys, message.get("at"))
-
-
-def _change(states: dict[int, KVState], op: str, keys: list[int], at: int | None) -> None:
-    """Make a call of a state's own. It has succeeded on rank 0."""
-    state = states[keys[0]]
-    if op == "fork":
-        states[keys[1]] = state.fork()
-    elif op == "adopt":
-        state.adopt(states[keys[1]])
-    elif op == "take_over":
-        assert at is not None
-        state.take_over(states[keys[1]], at)
-    elif op == "mark":
-        state.mark(at)
-    elif op == "unmark":
-        for mark in (mark for mark in state.marks if mark.position == at):
-            state.unmark(mark)
-    elif op == "rewind":
-        assert at is not None
-        state.rewind(at)
-    elif op == "start_over":
-        state.start_over()
-    elif op == "close":
-        state.close()
-    else:
-        raise ValueError(f"rank 0 asks for {op}, which this version doesn't know")

@@ -16,7 +16,7 @@ from ..config import Config
 from ..execution import execution
 from ..memory import on_cpu
 from ..model.costs import kv_per_token, weights_per_token
-from ..shard import collective_stream
+from ..shard import Kind, collective_stream
 
 LAUNCHES, MORE_LAUNCHES = 8, 4  # of a layer's decode step; more with experts or per-layer embeddings
 REPLICATED = ("norm", "scale", "ffn_gate_inp", "inp_gate", ".proj.", "per_layer_model_proj")  # in names of tensors
@@ -107,13 +107,14 @@ def layers_time(token: Token, machine: Machine, ranks: int, link: Link) -> float
     return alone_time(token, machine) - shared + links + gathering(token, ranks, link)
 
 
-def choose(token: Token, machine: Machine, ranks: int, link: Link) -> tuple[str, str]:
-    """Return the faster split, and a line that says what is expected of either."""
-    times = {"tensor": tensor_time(token, machine, ranks, link), "layers": layers_time(token, machine, ranks, link)}
-    best = min(times, key=lambda kind: times[kind])
+def choose(token: Token, machine: Machine, ranks: int, link: Link) -> tuple[list[Kind], str]:
+    """Return the splits, the faster one first, and a line that says what is expected of either."""
+    ways: dict[Kind, Callable[..., float]] = {"tensor": tensor_time, "layers": layers_time}
+    times = {kind: way(token, machine, ranks, link) for kind, way in ways.items()}
+    kinds = sorted(times, key=lambda kind: times[kind])
     expected = ", ".join(f"{kind} {seconds * 1e3:.1f}" for kind, seconds in times.items())
-    return best, (
-        f"{ranks} ranks, {link}, {machine.bandwidth / 1e9:.0f} GB/s of memory: --split {best}. Expected, in ms a "
+    return kinds, (
+        f"{ranks} ranks, {link}, {machine.bandwidth / 1e9:.0f} GB/s of memory: --split {kinds[0]}. Expected, in ms a "
         f"token: {expected}, one machine alone {alone_time(token, machine) * 1e3:.1f}"
     )
 
@@ -125,9 +126,9 @@ def measure_link(group: mx.distributed.Group) -> Link:
         x = mx.zeros(n_bytes // 4)
         return _best_time(lambda: mx.distributed.all_sum(x, group=group, stream=collective_stream()), rounds)
 
-    small, large, n = 256, 4 << 20, group.size()
+    small, large, n = 256, 512 << 10, group.size()  # the large one: as what a step gathers
     with execution():
-        both = mx.array([seconds(small, 50), seconds(large, 10)]) / n
+        both = mx.array([seconds(small, 50), seconds(large, 20)]) / n
         both = mx.distributed.all_sum(both, group=group, stream=collective_stream())
         latency, whole = cast("list[float]", both.tolist())
     return Link(latency, 2 * (n - 1) / n * large / max(whole - latency, 1e-9))

@@ -11,24 +11,33 @@ import hashlib
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
+from ..config import Config
 from ..errors import InputError
 from ..files.gguf import open_gguf, split_paths
-from ..loading.loader import open_model
+from ..generation.drafting import Drafts
+from ..loading.assistant import assistant_beside
+from ..loading.loader import account, open_model
+from ..loading.parts import PartPlan, plan_part
+from ..loading.tensors import Source, tensor_specs
+from ..model.assistant import Assistant
 from ..model.model import Model
 from ..shard import Kind, Shard
-from .link import Follower, Leader
-from .mirror import LedModel, follow
+from .following import follow
+from .link import Follower, Leader, Message
+from .mirror import LedAssistant, LedModel
 from .place import Place
 from .split import choose, measure_link, measure_machine, token_of
 
 log = logging.getLogger("mlx_gemma4")
 
 Split = Literal["auto", "tensor", "layers"]
+Load = Callable[[Path, Shard, "Path | None", dict[str, Any]], "tuple[Model, Assistant | None]"]
 PIECES, PIECE = 64, 1 << 16  # of a file that a digest reads, beside its first bytes
 HEAD = 1 << 20  # of them: metadata and directory
 
@@ -66,15 +75,19 @@ def portable(path: Path) -> str:
     return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
 
 
-def gather(place: Place, path: Path, name: str, split: Split, given: dict[str, Any]) -> Shard:
-    """Have all ranks find the model, and load its shards, which `lead` waits for. Returns rank 0's.
+def gather(
+    place: Place, path: Path, name: str, split: Split, draft: str | Path | None, given: dict[str, Any]
+) -> tuple[Shard, Path | None]:
+    """Have all ranks find the model, and load its shards, which `lead` waits for. Returns rank 0's, and the assistant.
 
     Args:
         name: what the others find the model by (`portable`); "": the built-in one.
-        given: what they load it with.
+        draft: the assistant's file; "auto": one beside the model, if all ranks have the same there; None: none.
+        given: what they load the model with.
 
     Raises:
-        InputError: another rank lacks the file, or has another file, another version of this program or of MLX.
+        InputError: another rank lacks a file, or has another file, another version of this program or of MLX; the model
+            can't be split over so many ranks.
     """
     if _leading:
         raise InputError("several ranks run one model, and this process has loaded one; start another process")
@@ -87,38 +100,78 @@ def gather(place: Place, path: Path, name: str, split: Split, given: dict[str, A
     leader = Leader(place)
     _leading.append(leader)
     atexit.register(leader.close)
-    leader.tell("model", name=name, digest=digest(path), given=given)
-    leader.answers()
-    kind = cast(Kind, split)
-    if split == "auto":
-        with open_model(path) as (config, source, _):
-            token = token_of(config, {name: entry.n_bytes for name, entry in source.entries.items()})
-        leader.tell("measure")
-        link = measure_link(leader.group)
-        best, line = choose(token, measure_machine(), place.size, link)
-        kind = cast(Kind, best)
-        log.warning("%s", line)
-    leader.tell("shard", kind=kind)
-    return Shard(0, place.size, kind, leader.group)
+    with open_model(path) as (config, source, _):
+        token = token_of(config, {name: entry.n_bytes for name, entry in source.entries.items()})
+        leader.tell("model", name=name, digest=digest(path), given=given)
+        leader.answers()
+        drafter = _same_assistant(leader, path, config, draft)
+        kind = cast(Kind, split)
+        if split == "auto":
+            leader.tell("measure")
+            link = measure_link(leader.group)
+            kinds, line = choose(token, measure_machine(), place.size, link)
+            log.warning("%s", line)
+            kind = possible(kinds, lambda kind: plan(config, source, Shard(0, place.size, kind)))
+    leader.tell("shard", kind=kind, draft=drafter is not None)
+    return Shard(0, place.size, kind, leader.group), drafter
 
 
-def lead(model: Model) -> Model:
+def plan(config: Config, source: Source, shard: Shard) -> PartPlan:
+    """Plan a part of a model, whose tensors are not read. Raises InputError: the model can't be split so."""
+    found = plan_part(config, source.entries, account(config, source, tensor_specs(config))[0], shard)
+    if shard.kind == "tensor" and not any(found.part.split.values()):
+        raise InputError(f"{shard.size} ranks: no layer has enough heads or blocks for so many")
+    return found
+
+
+def possible(kinds: Sequence[Kind], plan: Callable[[Kind], object]) -> Kind:
+    """Return the first kind that can be planned, or the last one; say why none before."""
+    for kind, other in pairwise(kinds):
+        try:
+            plan(kind)
+            return kind
+        except InputError as error:
+            log.warning("%s; so --split %s", error, other)
+    return kinds[-1]
+
+
+def _same_assistant(leader: Leader, path: Path, config: Config, draft: str | Path | None) -> Path | None:
+    """Return the assistant that all ranks have. Raises InputError if one that was named is not everywhere."""
+    beside = str(draft) == "auto"
+    file = assistant_beside(path, config) if beside else draft and Path(draft)
+    if not file:
+        return None
+    leader.tell("assistant", name=portable(file), digest=digest(file))
+    try:
+        leader.answers()
+    except InputError as error:
+        if not beside:
+            raise
+        log.warning("No drafts: %s", error)
+        return None
+    return file
+
+
+def lead(model: Model, drafts: Drafts | None = None) -> Model:
     """Return rank 0's model, once the others have loaded theirs, as one that leads them. Raises InputError."""
-    _leading[0].answers()
-    return LedModel(model, _leading[0])
+    leader = _leading[0]
+    leader.answers()
+    if drafts and isinstance(drafts.drafter, Assistant):
+        drafts.drafter = LedAssistant(drafts.drafter, leader)
+    return LedModel(model, leader)
 
 
 def follow_rank_0(
     place: Place,
     find: Callable[[str], Path],
-    load: Callable[[Path, Shard, dict[str, Any]], Model],
+    load: Load,
     joined: Callable[[], None] = lambda: None,
 ) -> NoReturn:
     """Find and load what rank 0 says, make its calls until it is done, and end this process.
 
     Args:
         find: the path of a model by the name that rank 0 gives.
-        load: (path, shard, given) -> this rank's model.
+        load: (path, shard, assistant's file, given) -> this rank's model, and assistant.
         joined: called when rank 0 has been found.
     """
     logging.getLogger().setLevel(logging.ERROR)  # rank 0 says it
@@ -127,34 +180,39 @@ def follow_rank_0(
     follower = Follower(place)
     joined()
     try:
-        model = _loaded(follower, find, load)
-        if model is not None:
-            follow(model, follower)
+        loaded = _loaded(follower, find, load)
+        if loaded is not None:
+            follow(loaded[0], follower, assistant=loaded[1])
     except Exception as error:
         follower.fail(error)
     sys.exit(0)
 
 
-def _loaded(
-    follower: Follower, find: Callable[[str], Path], load: Callable[[Path, Shard, dict[str, Any]], Model]
-) -> Model | None:
-    """Return this rank's model; None: rank 0 has ended."""
-    path, given, place = Path(), {}, follower.place
+def _loaded(follower: Follower, find: Callable[[str], Path], load: Load) -> tuple[Model, Assistant | None] | None:
+    """Return this rank's model, and assistant; None: rank 0 has ended."""
+    path, draft, given, place = Path(), None, {}, follower.place
     for message in follower.calls():
         try:
             if message["op"] == "model":
-                path, given = find(message["name"]), message["given"]
-                if digest(path) != message["digest"]:
-                    raise InputError(
-                        f"{path}: is another file than rank 0's; copy that one here (mlx-gemma4 hosts check does)"
-                    )
+                path, given = _same(find(message["name"]), message), message["given"]
+                follower.answer("same")
+            elif message["op"] == "assistant":
+                draft = _same(find(message["name"]), message)
                 follower.answer("same")
             elif message["op"] == "measure":
                 measure_link(follower.group)
             else:
-                model = load(path, Shard(place.rank, place.size, message["kind"], follower.group), given)
+                shard = Shard(place.rank, place.size, message["kind"], follower.group)
+                loaded = load(path, shard, draft if message["draft"] else None, given)
                 follower.answer("loaded")
-                return model
+                return loaded
         except (InputError, OSError) as error:
             follower.refuse(error)
     return None
+
+
+def _same(path: Path, message: Message) -> Path:
+    """Return the path of a file that is rank 0's. Raises InputError."""
+    if digest(path) != message["digest"]:
+        raise InputError(f"{path}: is another file than rank 0's; copy that one here (mlx-gemma4 hosts check does)")
+    return path

@@ -421,6 +421,7 @@ class Decoding:
         error that is no kernel's is raised.
         """
         model, kernels = self.model, self.model.kernels
+        model.failed(error)
         if kernels is None:
             raise error
         off, replayed = kernels.off, model.replays

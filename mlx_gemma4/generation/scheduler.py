@@ -412,6 +412,7 @@ class Scheduler:
         If it is no kernel's, but the batch's, replies take turns from now on.
         """
         self._last = None
+        self.model.failed(error)
         kernels, replays = self.model.kernels, self.model.replays
         if kernels is None:
             raise error

@@ -12,7 +12,6 @@ import numpy as np
 
 from ..execution import execution
 from ..kv.state import KVState
-from ..model.forward import head, run_layers
 from ..model.model import Model
 from ..ops import stock
 from .prompt import chunk_ahead, fitting_chunk
@@ -37,7 +36,7 @@ def score(
         for row in range(max(first, start - 1), stop, ROWS):
             wanted = ids[row + 1 : min(row + ROWS, stop) + 1]
             with execution():
-                logits = head(model.loaded, hidden[row - first : row - first + len(wanted)])
+                logits = model.logits(hidden[row - first : row - first + len(wanted)])
                 logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
                 chosen = mx.take_along_axis(logprobs, mx.array(wanted)[:, None], axis=-1)[:, 0]
                 likely = (
@@ -74,7 +73,7 @@ def _read(
             check()
         with execution():
             some = mx.array(ids[first : first + chunk_ahead(model, state, ids, chunk)])
-            hidden = run_layers(model.loaded, some, [state], some.size)
+            hidden = model.hidden(some, state)
             mx.eval(hidden, state.arrays)
             mx.clear_cache()
             check_finite(mx.sum(hidden.astype(mx.float32)))

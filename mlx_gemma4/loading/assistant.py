@@ -161,20 +161,20 @@ def assistant_specs(config: AssistantConfig) -> dict[str, Spec]:
     return specs
 
 
-def load_assistant(path: Path, target: Model) -> Assistant:
-    """Load an assistant for a model.
+def load_assistant(path: Path, target: Model, whole: Config | None = None) -> Assistant:
+    """Load an assistant for a model; `whole`: the configuration of all of it, where `target` is a rank's part.
 
     Raises:
         InputError: the file is no assistant, or that of another model; a tensor is missing, has another shape or a type
             that can't be read; too little memory.
     """
     with open_assistant(path) as (config, source):
-        if wrong := mismatch(config, target.config):
+        if wrong := mismatch(config, whole or target.config):
             raise InputError(f"{path}: this assistant is {wrong}; give --draft the model's own, or --no-draft")
-        return read_assistant(config, source, target)
+        return read_assistant(config, source, target, whole)
 
 
-def read_assistant(config: AssistantConfig, source: Source, target: Model) -> Assistant:
+def read_assistant(config: AssistantConfig, source: Source, target: Model, whole: Config | None = None) -> Assistant:
     """Read an assistant that matches its target. Raises InputError."""
     present, scales = account(config.decoder, source, assistant_specs(config))
     packed, dense = sizes(source, present)
@@ -197,7 +197,8 @@ def read_assistant(config: AssistantConfig, source: Source, target: Model) -> As
         decoder = replace(decoder, token_embd=head, output=head)
     if target.plan:
         limit_memory(target.plan)
-    return Assistant(config, AssistantWeights(decoder, **own, centroids=centroids, ordering=ordering), target)
+    made = AssistantWeights(decoder, **own, centroids=centroids, ordering=ordering)
+    return Assistant(config, made, target, whole)
 
 
 def clustered(head: Weight, ordering: mx.array, clusters: int) -> Weight:

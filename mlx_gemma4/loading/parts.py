@@ -104,9 +104,18 @@ def by_tensors(config: Config, entries: Mapping[str, Entry], present: Mapping[st
     kept = {what: len(layers) - len(some) for what, some in split.items() if what != "experts" or c.experts}
     whole = ", ".join(f"{what} of {n} layers" for what, n in kept.items() if n)
     tensors = {name: (name, cuts.get(name.removesuffix(".weight"), Cut())) for name in present}
-    part = Part(shard, c.vocab, rows, range(len(layers)), {what: frozenset(some) for what, some in split.items()})
+    own = {i: _first_kept(heads[i], rank, layer) for i, layer in enumerate(c.layers) if layer.kv_layer == i}
+    part = Part(shard, c.vocab, rows, range(len(layers)), {what: frozenset(some) for what, some in split.items()}, own)
     wide = -(-c.expert_ffn // (1 if kept.get("experts") else size))  # about: memory is planned by it
     return PartPlan(replace(c, layers=tuple(layers), expert_ffn=wide), part, tensors, whole)
+
+
+def _first_kept(heads: list[Heads] | None, rank: int, layer: LayerConfig) -> range:
+    """Return the KV heads of a layer that a rank is the first to have; all of them, where it stays whole."""
+    if heads is None:
+        return range(layer.kv_heads)
+    kv = heads[rank][1]
+    return range(0) if rank and heads[rank - 1][1] == kv else kv
 
 
 def _heads_of(c: Config, i: int, blocks: Mapping[str, int], size: int) -> list[Heads] | None:
@@ -178,7 +187,8 @@ def by_layers(config: Config, entries: Mapping[str, Entry], present: Mapping[str
     for name in present:
         found = _of_layers(c, name, mine, rank, rows, "output.weight" not in present)
         tensors |= {} if found is None else {found[0]: (name, found[1])}
-    part = Part(shard, c.vocab, rows, mine, {what: frozenset() for what in ("attention", "mlp", "experts")})
+    own = {i: range(c.layers[i].kv_heads) for i in mine if c.layers[i].kv_layer == i}
+    part = Part(shard, c.vocab, rows, mine, {what: frozenset() for what in ("attention", "mlp", "experts")}, own)
     return PartPlan(replace(c, layers=layers), part, tensors)
 
 

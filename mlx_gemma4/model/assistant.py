@@ -25,10 +25,11 @@ from ..ops.epilogue import FP32, Folded
 from ..ops.qkv import QKV_POST, ROTATIONS, QKVArrays, QKVOptions
 from ..ops.sample import LIKELIEST, SAMPLE, Draw, draws_of
 from ..ops.stock import Weight
+from ..shard import Part
 from .batch_replay import HiddenRow
 from .decode import TRACES, Attend, Constants, Inputs, attend_parts, can_step, inputs_of, through_layers
 from .draft_replay import ReplayedDrafts
-from .forward import rope_wavelengths
+from .forward import rope_wavelengths, rows_by_rank
 from .model import Model
 from .spans import numbers_at, placed
 from .weights import Loaded, Weights
@@ -95,18 +96,25 @@ class Assistant:
 
     needs_hidden = True
 
-    def __init__(self, config: AssistantConfig, weights: AssistantWeights, target: Model) -> None:
+    def __init__(
+        self, config: AssistantConfig, weights: AssistantWeights, target: Model, whole: Config | None = None
+    ) -> None:
+        """`whole`: the configuration of all of the target, where `target` is a rank's part of it. Then all ranks draft
+        together, each for the heads whose keys and values it has."""
         self.config, self.weights, self.target = config, weights, target
-        own = matched(config, target.config)
+        own, part = matched(config, whole or target.config), None
+        self.heads = {layer.sliding: range(layer.heads) for layer in own.layers}  # that attend here, by kind of layer
+        if target.part and whole:
+            own, self.heads, part = _in_part(own, target.part)
         kinds = {layer.sliding: layer for layer in own.layers}
         waves = {k: rope_wavelengths(own, layer, weights.decoder.rope_freqs) for k, layer in kinds.items()}
         mx.eval(list(waves.values()))
-        self.loaded = Loaded(own, weights.decoder, target.kv_dtype, waves, target.kernels)
+        self.loaded = Loaded(own, weights.decoder, target.kv_dtype, waves, target.kernels, part)
         in_kernels = can_step(own, 1) and can_step(target.config, 1)
         self.run = target.kernels if target.kernels and in_kernels else references()
         self.constants = Constants.of(self.loaded)
         self._replayer: ReplayedDrafts | None = None
-        if target.batcher and target.replayer:
+        if target.batcher and target.replayer and target.part is None:  # of a part they are traced
             self._replayer = ReplayedDrafts(self.loaded, self.run, config.target_hidden, self.tokens, target.batcher)
         self._traced = lru_cache(TRACES)(lambda _, count: mx.compile(partial(self.drafted, count)))
 
@@ -128,7 +136,7 @@ class Assistant:
         """
         if hidden is None or not count or not state.length:
             return []
-        run, draws = self.run, [_drawn_in_kernel(draw) for draw in draws[:count]]
+        draws = [_drawn_in_kernel(draw) for draw in draws[:count]]
         draws += [LIKELIEST] * (count - len(draws) if draws else 0)
         if self._replayer is not None:
             replayed = self._replayer.draft(tokens[-1], state, hidden, draws or count)
@@ -136,19 +144,29 @@ class Assistant:
                 return replayed
         if isinstance(hidden, HiddenRow):
             return []
+        return cast("list[int]", self.start(tokens[-1], state, hidden, count, draws).tolist())
+
+    def start(self, last: int, state: KVState, hidden: mx.array, count: int, draws: Sequence[Draw] = ()) -> mx.array:
+        """Start `draft` after a token, launch by launch; return what it will draft, int32 [count].
+
+        Args:
+            draws: `count` of them, each `in_kernel`, or none.
+        """
+        run = self.run
         with execution():
             inputs, drawn = self.inputs(state), [draws_of(draws)] if draws else []
             shapes = (tuple(k.shape for k, _ in segments) for segments in inputs["segments"].values())
             lazy = not draws or run.off.isdisjoint((SAMPLE.key, ALL))
             traced = run.traced and not run.eager and lazy
             made = self._traced((run.off, len(draws), *shapes), count) if traced else partial(self.drafted, count)
-            drafted = made(mx.array([tokens[-1]], mx.int32), hidden[None], inputs, *drawn)
+            drafted = made(mx.array([last], mx.int32), hidden[None], inputs, *drawn)
             mx.async_eval(drafted)
-        return cast("list[int]", drafted.tolist())
+        return drafted
 
     def inputs(self, state: KVState) -> Inputs:
         """Return what drafts read of a state: that of a query at the position of the token that comes next."""
-        layers, read = state.layers, sorted({layer.kv_layer for layer in self.loaded.config.layers})
+        layers, own = state.layers, self.loaded.config.layers
+        read = sorted({layer.kv_layer for layer in own if self.heads[layer.sliding]}) or [*layers][:1]
         return inputs_of(self.target.loaded, {i: layers[i] for i in read}, 0)[0]
 
     def drafted(
@@ -187,8 +205,19 @@ class Assistant:
 
     def step(self, run: Kernels, ids: mx.array, hidden: mx.array, attend: Attend) -> mx.array:
         """Return the assistant's hidden state after its last norm, [1, h], of a token [1] and a hidden state [1, H]."""
-        target = self.target
-        joined = run(EMBED, ids, target.weights.token_embd, math.sqrt(target.config.hidden), behind=hidden)
+        target, part = self.target, self.target.part
+        table, factor = target.weights.token_embd, math.sqrt(target.config.hidden)
+        if part is None:
+            joined = run(EMBED, ids, table, factor, behind=hidden)
+        else:
+
+            def look(ids: mx.array, table: Weight, rows: range | None) -> mx.array:
+                return run(EMBED, ids, table, factor, rows=rows)
+
+            (embedded,) = rows_by_rank(part, ids, [table], look)
+            if part.shard.kind == "layers":  # the first rank has the whole table
+                (embedded,) = part.sums(mx.zeros_like(embedded) if part.receives else embedded)
+            joined = mx.concatenate([embedded, hidden], axis=1)
         x = run.product(joined, self.weights.pre_projection, FP32)
         return through_layers(self.loaded, run, self.constants, x, attend)
 
@@ -210,7 +239,12 @@ class Assistant:
         def attend(i: int, q: mx.array, k: mx.array | None, v: mx.array | None, options: QKVOptions) -> mx.array:
             shape, norm = c.layers[i], self.weights.decoder.layers[i].attn_q_norm
             q, _, _ = run(QKV_POST, QKVArrays(q, None, None, norm, None, rope[shape.sliding]), options)
-            return attend_parts(run, c, shape, q, inputs, inputs["tails"][shape.kv_layer], places)
+            heads, dim = self.heads[shape.sliding], shape.head_dim
+            if not heads:
+                return mx.zeros((1, shape.heads * dim), q.dtype)
+            some = q if len(heads) == shape.heads else q[:, heads.start : heads.stop]
+            seen = attend_parts(run, c, shape, some, inputs, inputs["tails"][shape.kv_layer], places)
+            return seen if some is q else mx.pad(seen, [(0, 0), (heads.start * dim, (shape.heads - heads.stop) * dim)])
 
         return attend
 
@@ -218,3 +252,17 @@ class Assistant:
 def _drawn_in_kernel(draw: Draw) -> Draw:
     """Return a draw by the same numbers, without filters that no kernel makes."""
     return draw if draw.in_kernel else draw._replace(top_k=0, top_p=1.0, min_p=0.0)
+
+
+def _in_part(own: Config, part: Part) -> tuple[Config, dict[bool, range], Part]:
+    """Return an assistant's configuration with a rank's numbers of layers, the query heads that attend there by kind of
+    layer, and what says which layers' attention is summed over ranks."""
+    heads, summed, by_layers = dict[bool, range](), set[int](), part.shard.kind == "layers"
+    for i, shape in enumerate(own.layers):
+        kv, group = part.kv_heads.get(shape.kv_layer, range(0)), shape.heads // shape.kv_heads
+        heads[shape.sliding] = range(kv.start * group, kv.stop * group)
+        if by_layers or shape.kv_layer in part.split["attention"]:
+            summed.add(i)
+    layers = tuple(replace(shape, kv_layer=shape.kv_layer - part.layers.start) for shape in own.layers)
+    split = {"attention": frozenset(summed), "mlp": frozenset[int](), "experts": frozenset[int]()}
+    return replace(own, layers=layers), heads, replace(part, shard=replace(part.shard, kind="tensor"), split=split)

@@ -13,6 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -89,7 +90,7 @@ class HiddenRow(NamedTuple):
 
 
 class ReplayedBatch:
-    """A replayed step that is under way, or done. All but `tokens` and `leads` under the execution lock."""
+    """A replayed step that is under way, or done. All but `tokens`, `leads` and `end` under the execution lock."""
 
     def __init__(self, replayer: BatchReplayer, of: Recorded, start: int, states: Sequence[KVState]) -> None:
         self._replayer, self.of, self._start, self._number = replayer, of, start, of.starts
@@ -108,6 +109,11 @@ class ReplayedBatch:
         """Return by how much each row's likeliest token is above the next; of a step of one row []: it is plain."""
         words = self._words()[self.of.rows :][: self.rows]
         return cast("list[float]", np.array(words, np.int32).view(np.float32).tolist())
+
+    @property
+    def end(self) -> Callable[[], object]:
+        """What waits for its end, in any thread, and doesn't keep the step."""
+        return partial(self.of.player.best, self._start)
 
     def _words(self) -> list[int]:
         if self._left is None:

@@ -335,6 +335,26 @@ class Model:
         hidden = stock.rms_norm(x, self.weights.output_norm, self.config.eps)
         return logits_of(self.loaded, hidden), hidden
 
+    def hidden(self, ids: mx.array, state: KVState) -> mx.array:
+        """Read tokens, int [T], into the state; return their hidden rows before the last norm, [T, hidden]."""
+        with execution() as outermost:
+            state.check_room(ids.size)
+            x = run_layers(self.loaded, ids, [state], ids.size)
+            if outermost or self.part:
+                mx.async_eval(x, state.arrays)
+        return x
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Return logits, fp32 [T, vocab], of hidden rows [T, hidden]."""
+        with execution() as outermost:
+            logits = self._whole(head(self.loaded, hidden))
+            if outermost or self.part:
+                mx.async_eval(logits)
+        return logits
+
+    def failed(self, error: Exception) -> None:
+        """Hear of an error in an evaluation of what this model made."""
+
     def prefill(self, ids: mx.array, state: KVState, *, soft: SoftRows | None = None) -> None:
         """Read tokens, int [T], into the state without their logits: only keys and values are made."""
         with execution() as outermost:

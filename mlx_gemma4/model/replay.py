@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -38,7 +40,7 @@ WORKING_BYTES = 256 << 20  # of all these tails, at most, where fewer tokens wou
 
 
 class ReplayedStep:
-    """A replayed step that is under way, or done. All but `token` under the execution lock."""
+    """A replayed step that is under way, or done. All but `token` and `end` under the execution lock."""
 
     def __init__(self, replayer: Replayer, player: Player, start: int) -> None:
         self._replayer, self._player, self._start = replayer, player, start
@@ -49,6 +51,11 @@ class ReplayedStep:
         if self._token is None:
             self._token = self._player.best(self._start)[0]
         return self._token
+
+    @property
+    def end(self) -> Callable[[], object]:
+        """What waits for its end, in any thread, and doesn't keep the step."""
+        return partial(self._player.best, self._start)
 
     def logits(self) -> mx.array:
         if self.array is None:

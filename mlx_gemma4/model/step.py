@@ -113,9 +113,10 @@ class LazyBatchStep:
             mx.async_eval(self._logits)
         return self._logits
 
-    def schedule(self) -> None:
-        """Have the device begin, with no more of the logits than are here."""
+    def schedule(self) -> mx.array:
+        """Have the device begin, with no more of the logits than are here, which are returned."""
         mx.async_eval(self._logits)
+        return self._logits
 
     def drawn(self) -> mx.array:
         """Return the tokens, int32 [rows], under way. To be called under the execution lock."""

@@ -118,7 +118,7 @@ def embed_cases(s: Sizes) -> Iterator[Check]:
 
     def make_behind(dtype: mx.Dtype) -> Case:
         table, behind = weight(s.table, (100, s.target_hidden)), normal(1, s.target_hidden, dtype=dtype)
-        return case(EMBED, table.nbytes // 100, mx.array([77], mx.int32), table, s.hidden**0.5, behind=behind)
+        return case(EMBED, table.nbytes // 100, mx.array([77], mx.int32), table, s.target_hidden**0.5, behind=behind)
 
     for type, width, unit in ((s.table, s.hidden, s.hidden), (s.ple_table, s.layers * s.ple, s.ple)):
         for tokens in TOKENS if type and not s.target_hidden else ():

@@ -10,12 +10,12 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mirrored import Pair, same
+from pictured import encoded
 from recorded import HERE
 
 from mlx_gemma4 import LanguageModel, load
 from mlx_gemma4.distributed.mirror import CHECKED, LedState
 from mlx_gemma4.errors import InputError
-from mlx_gemma4.model.soft import SoftRows
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +115,24 @@ def test_states_are_compared_every_so_often(pair: Pair, drift: bool) -> None:
     assert [f"by token {CHECKED};" in line for line in pair.link.failed] == [True] * drift
 
 
-def test_what_is_not_made_on_several_ranks_says_so(pair: Pair) -> None:
-    with pytest.raises(InputError, match="one machine"):
-        _ = pair.model.loaded
+def test_what_cannot_be_is_refused_before_others_hear_of_it(pair: Pair) -> None:
     with pytest.raises(InputError):
         pair.model.new_state(kv="nonsense")
-    soft = SoftRows(mx.array([0]), mx.zeros((1, pair.model.config.hidden)), None)
-    for read in (pair.model.forward, pair.model.prefill):
-        with pytest.raises(InputError, match="pictures and sounds"):
-            read(mx.array([-1]), pair.model.new_state(), soft=soft)
+
+
+def test_pictures_and_texts_that_are_scored(pair: Pair) -> None:
+    """Soft tokens are read as their rows, also as the last one before states are compared; and hidden rows count."""
+    model, hidden = pair.model, pair.model.config.hidden
+    made = encoded(b"cat", 9, hidden)
+    model.soft.add(made)
+    state = model.new_state()
+    for ids in ([5, 6, *made.ids[:8]], [*made.ids[8:], 7], [5] * (CHECKED - 20), made.ids):
+        model.prefill(mx.array(ids), state, soft=model.soft.rows(ids))
+    logits = model.forward(mx.array(made.ids), state, soft=model.soft.rows(made.ids))
+    assert not mx.allclose(logits, model.forward(mx.array([8]), state.fork()))
+    rows = model.hidden(mx.array([5, 6, 7]), state)
+    assert mx.array_equal(model.logits(rows)[-1], model.inner.logits(rows[-1:])[0])
+    pair.end()
+    assert isinstance(state, LedState)
+    same(state, pair.states[state.key])
+    assert pair.link.failed == []

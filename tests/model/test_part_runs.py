@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.sim]
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 1800  # seconds: far more than an idle machine needs
-CHECKS = ("fixtures", "quantized", "folders", "memory", "demo", "long", "traced", "kernels", "replayed")
+CHECKS = ("fixtures", "quantized", "folders", "memory", "demo", "long", "traced", "kernels", "replayed", "assistants")
 
 
 def run(size: int, folder: Path, *checks: str) -> Any:
@@ -68,6 +68,25 @@ def assert_same(found: Any, rows: int, splits: tuple[str, ...] = ("tensor", "lay
 def test_all_kinds_give_the_logits_of_one_process(two: Any, kind: str) -> None:
     """A prompt past the window, steps, a fork, a rewind, a batch."""
     assert_same(two["fixtures"][kind], 45)
+
+
+@pytest.mark.parametrize("kind", ["e2b", "12b", "26b-a4b", "31b"])
+def test_assistants_draft_over_keys_that_ranks_have_apart(two: Any, kind: str) -> None:
+    """Logits of two steps, and the tokens of one process, by either split; E2B's layers can't be split by two."""
+    splits = ("tensor",) if kind == "e2b" else ("tensor", "layers")
+    assert_same(two["assistants"][kind], 2, splits)
+    tokens = two["assistants"][f"{kind} tokens"]
+    assert len(tokens) == 1 + len(splits)
+    assert all(drafted == tokens[0] for drafted in tokens)
+
+
+@pytest.mark.parametrize("split", ["tensor", "layers"])
+def test_drafts_in_kernels_do(two: Any, split: str) -> None:
+    """In kernels on the simulator, greedy and drawn, and greedy in traced steps: as references in one process."""
+    alone, traced = two["kernels"]["drafted"], two["traced"][f"drafted {split}"]
+    assert two["kernels"][f"drafted {split}"] == alone
+    assert len(alone) == 2
+    assert traced[0] == alone[0]
 
 
 def test_quantized_files_do(two: Any) -> None:
@@ -126,6 +145,8 @@ def test_prompts_past_4096_tokens_do(two: Any) -> None:
 
 def test_traced_steps_do(two: Any) -> None:
     for kind, found in two["traced"].items():
+        if "drafted" in kind:
+            continue
         assert_same(found, 20, ("tensor",) if kind == "e2b" else ("tensor", "layers"))
 
 
@@ -164,6 +185,8 @@ def test_launches_and_collectives_of_a_step(two: Any, name: str) -> None:
 
 
 def test_four_ranks_give_the_logits_of_one_process(tmp_path: Path) -> None:
-    found = run(4, tmp_path, "few")
+    found = run(4, tmp_path, "few", "assistants")
     for kind in ("e2b", "31b"):
         assert_same(found["few"][kind], 20)
+    for kind in ("e2b", "12b", "26b-a4b", "31b"):  # with 1 and 2 KV heads
+        assert_same(found["assistants"][kind], 2, ("tensor",))
