@@ -118,6 +118,36 @@ METAL_FUNC uint grid_place(const thread uint* w, uint field, int n) {
 // Bits 0 to 3 as bytes, 0 or 1.
 METAL_FUNC uint bits_as_bytes(uint n) { return (n & 15u) * 0x00204081u & 0x01010101u; }
 
+#if VALUES_IQ1_S || VALUES_IQ1_M
+// True if weights 8 i to 8 i + 7 are an eighth less than their places, not more.
+METAL_FUNC bool is_less(uint field, int i) {
+#if VALUES_IQ1_S
+  return (field >> 15) & 1u;
+#else
+  return (field >> (i / 2 * 11 + i % 2 * 4 + 3)) & 1u;
+#endif
+}
+#elif GRID
+// The signs of weights 8 i to 8 i + 7, a bit each: of the first four in low, with others above, and of the last in high.
+METAL_FUNC void signs_of(const thread uint* w, uint field, int i, thread uint& low, thread uint& high) {
+#if VALUES_IQ2_S || VALUES_IQ3_S
+  low = (w[WORDS - 1] >> (8 * i)) & 127u;
+  high = (w[WORDS - 1] >> (8 * i + 4)) & 15u;
+#else
+  // Seven signs; the eighth makes the number of minus signs even. 0x6996 has the parity of each 4 bits.
+#if VALUES_IQ2_XS
+  low = (w[i / 2] >> (i % 2 * 16 + 9)) & 127u;
+#else
+  low = (field >> (7 * i)) & 127u;
+#endif
+  high = low >> 4 | (((0x6996u << 3) >> ((low ^ low >> 4) & 15u)) & 8u);
+#endif
+}
+#endif
+
+// Bits 0 to 3, of 7 at most, as bytes, 0 or 1.
+METAL_FUNC uint low_bits_as_bytes(uint n) { return n * 0x00204081u & 0x01010101u; }
+
 // Eight weights of a chunk, from 8 i on, but for their scale: as bytes of b, each 128 + 2^BYTE_STEP value. b comes with
 // what the grid has for them.
 METAL_FUNC void eight_bytes(const thread uint* w, uint field, int i, thread uint* b) {
@@ -139,34 +169,20 @@ METAL_FUNC void eight_bytes(const thread uint* w, uint field, int i, thread uint
   }
 #elif VALUES_IQ1_S || VALUES_IQ1_M
   // place - 1, and an eighth more, or less. The places' 2 bits move to bytes of their own.
-#if VALUES_IQ1_S
-  const uint less = field >> 15;
-#else
-  const uint less = field >> (i / 2 * 11 + i % 2 * 4 + 3);
-#endif
   const uint places = b[0];
   UNROLL
   for (int n = 0; n < 2; n++) {
     uint u = (places >> (8 * n)) & 255u;
     u = (u | u << 12) & 0x000F000Fu;
     u = (u | u << 6) & 0x03030303u;
-    b[n] = u * 64 + (less & 1u ? 0x38383838u : 0x48484848u);
+    b[n] = u * 64 + (is_less(field, i) ? 0x38383838u : 0x48484848u);
   }
 #else
-#if VALUES_IQ2_S || VALUES_IQ3_S
-  const uint signs = w[WORDS - 1] >> (8 * i);
-#else
-  // Seven signs; the eighth makes the number of minus signs even. 0x6996 has the parity of each 4 bits.
-#if VALUES_IQ2_XS
-  const uint seven = (w[i / 2] >> (i % 2 * 16 + 9)) & 127u;
-#else
-  const uint seven = (field >> (7 * i)) & 127u;
-#endif
-  const uint signs = seven | ((0x6996u >> ((seven ^ seven >> 4) & 15u)) & 1u) << 7;
-#endif
+  uint signs[2];
+  signs_of(w, field, i, signs[0], signs[1]);
   UNROLL
   for (int n = 0; n < 2; n++) {  // 128 + v is v ^ 128, 128 - v is (v ^ 127) + 1
-    const uint minus = bits_as_bytes(signs >> (4 * n));
+    const uint minus = low_bits_as_bytes(signs[n]);
     b[n] = (b[n] ^ (0x80808080u - minus)) + minus;
   }
 #endif
@@ -190,6 +206,29 @@ METAL_FUNC void eight_bytes(const thread uint* w, uint field, int i, thread uint
   uint b[2];                                           \
   FROM_GRID(grid, w, field, i, b)                      \
   eight_bytes(w, field, i, b);
+
+// The same as signed bytes: 2^BYTE_STEP value.
+#if GRID && !(VALUES_IQ1_S || VALUES_IQ1_M)
+METAL_FUNC void signed_bytes(const thread uint* w, uint field, int i, thread uint* b) {
+  uint signs[2];
+  signs_of(w, field, i, signs[0], signs[1]);
+  UNROLL
+  for (int n = 0; n < 2; n++) {  // no value of a grid is 0
+    const uint minus = low_bits_as_bytes(signs[n]);
+    b[n] = (b[n] ^ (minus * 255u)) + minus;
+  }
+}
+#else
+METAL_FUNC void signed_bytes(const thread uint* w, uint field, int i, thread uint* b) {
+  eight_bytes(w, field, i, b);
+  b[0] ^= 0x80808080u;
+  b[1] ^= 0x80808080u;
+}
+#endif
+#define SIGNED_BYTES(grid, w, field, i, b)             \
+  uint b[2];                                           \
+  FROM_GRID(grid, w, field, i, b)                      \
+  signed_bytes(w, field, i, b);
 
 // Byte j of eight as what it stands for: its bits go into the mantissa of 2^23 / 2^BYTE_STEP, since a conversion is slow.
 METAL_FUNC float value_of(const thread uint* b, int j) {
