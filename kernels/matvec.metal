@@ -112,10 +112,24 @@ METAL_FUNC int places_dot(uint places, const thread uint* x, int sum) {
   return sum;
 }
 #elif RULE
-// sum + values . x for the bytes of 8 weights, 2^BYTE_STEP times what they stand for.
-METAL_FUNC int bytes_dot(const thread uint* b, const thread uint* x, int sum) {
-  sum = dot4(x[0], x[1], b[0], sum);
-  return dot4(x[2], x[3], b[1], sum);
+// sum + values . x of weights 8 i to 8 i + 7 of a chunk, for b of FROM_GRID: 2^BYTE_STEP times what they stand for.
+METAL_FUNC int bytes_dot(const thread uint* w, uint field, int i, thread uint* b, const thread uint* x, int sum) {
+#if GRID
+  uint signs[2];
+  signs_of(w, field, i, signs[0], signs[1]);
+#else
+  eight_bytes(w, field, i, b);
+#endif
+  UNROLL
+  for (int n = 0; n < 2; n++) {
+#if GRID  // as signed bytes: no value of a grid is 0
+    const uint minus = bits_as_bytes(signs[n]);
+    sum = dot4(x[2 * n], x[2 * n + 1], (b[n] ^ (minus * 255u)) + minus, sum);
+#else
+    sum = dot4(x[2 * n], x[2 * n + 1], b[n] ^ 0x80808080u, sum);
+#endif
+  }
+  return sum;
 }
 #else
 // sum + values(codes) . x for 8 codes. A code's low 3 bits choose a byte of either half of the table; of the half that
@@ -308,8 +322,9 @@ for (int step = 0; step < steps; step++) {
             places = places_dot(first | second << 16, pairs + 4 * i, places);
           }
 #elif RULE
-          SIGNED_BYTES(table, now[r].codes, now[r].group_scales, eighth, eight)
-          dot = bytes_dot(eight, pairs + 4 * i, dot);
+          uint eight[2];
+          FROM_GRID(table, now[r].codes, now[r].group_scales, eighth, eight)
+          dot = bytes_dot(now[r].codes, now[r].group_scales, eighth, eight, pairs + 4 * i, dot);
 #else
           dot = table_dot(now[r].codes[eighth], table, pairs + 4 * i, dot);
 #endif

@@ -115,8 +115,8 @@ METAL_FUNC uint grid_place(const thread uint* w, uint field, int n) {
 }
 #endif
 
-// Bits 0 to 3 as bytes, 0 or 1.
-METAL_FUNC uint bits_as_bytes(uint n) { return (n & 15u) * 0x00204081u & 0x01010101u; }
+// Bits 0 to 3, of 7 at most, as bytes, 0 or 1.
+METAL_FUNC uint bits_as_bytes(uint n) { return n * 0x00204081u & 0x01010101u; }
 
 #if VALUES_IQ1_S || VALUES_IQ1_M
 // True if weights 8 i to 8 i + 7 are an eighth less than their places, not more.
@@ -145,15 +145,12 @@ METAL_FUNC void signs_of(const thread uint* w, uint field, int i, thread uint& l
 }
 #endif
 
-// Bits 0 to 3, of 7 at most, as bytes, 0 or 1.
-METAL_FUNC uint low_bits_as_bytes(uint n) { return n * 0x00204081u & 0x01010101u; }
-
 // Eight weights of a chunk, from 8 i on, but for their scale: as bytes of b, each 128 + 2^BYTE_STEP value. b comes with
 // what the grid has for them.
 METAL_FUNC void eight_bytes(const thread uint* w, uint field, int i, thread uint* b) {
 #if VALUES_Q1_0  // 1 or -1
   UNROLL
-  for (int n = 0; n < 2; n++) b[n] = 0x40404040u + 128 * bits_as_bytes(w[0] >> (8 * i + 4 * n));
+  for (int n = 0; n < 2; n++) b[n] = 0x40404040u + 128 * bits_as_bytes((w[0] >> (8 * i + 4 * n)) & 15u);
 #elif VALUES_TQ1_0
   // Trit n of a byte is at the top of byte * 3^n mod 256. Bytes 0 to 3, 4 and 5, and the upper half of 6 have 5 each.
   UNROLL
@@ -182,7 +179,7 @@ METAL_FUNC void eight_bytes(const thread uint* w, uint field, int i, thread uint
   signs_of(w, field, i, signs[0], signs[1]);
   UNROLL
   for (int n = 0; n < 2; n++) {  // 128 + v is v ^ 128, 128 - v is (v ^ 127) + 1
-    const uint minus = low_bits_as_bytes(signs[n]);
+    const uint minus = bits_as_bytes(signs[n]);
     b[n] = (b[n] ^ (0x80808080u - minus)) + minus;
   }
 #endif
@@ -206,29 +203,6 @@ METAL_FUNC void eight_bytes(const thread uint* w, uint field, int i, thread uint
   uint b[2];                                           \
   FROM_GRID(grid, w, field, i, b)                      \
   eight_bytes(w, field, i, b);
-
-// The same as signed bytes: 2^BYTE_STEP value.
-#if GRID && !(VALUES_IQ1_S || VALUES_IQ1_M)
-METAL_FUNC void signed_bytes(const thread uint* w, uint field, int i, thread uint* b) {
-  uint signs[2];
-  signs_of(w, field, i, signs[0], signs[1]);
-  UNROLL
-  for (int n = 0; n < 2; n++) {  // no value of a grid is 0
-    const uint minus = low_bits_as_bytes(signs[n]);
-    b[n] = (b[n] ^ (minus * 255u)) + minus;
-  }
-}
-#else
-METAL_FUNC void signed_bytes(const thread uint* w, uint field, int i, thread uint* b) {
-  eight_bytes(w, field, i, b);
-  b[0] ^= 0x80808080u;
-  b[1] ^= 0x80808080u;
-}
-#endif
-#define SIGNED_BYTES(grid, w, field, i, b)             \
-  uint b[2];                                           \
-  FROM_GRID(grid, w, field, i, b)                      \
-  signed_bytes(w, field, i, b);
 
 // Byte j of eight as what it stands for: its bits go into the mantissa of 2^23 / 2^BYTE_STEP, since a conversion is slow.
 METAL_FUNC float value_of(const thread uint* b, int j) {
