@@ -41,6 +41,11 @@
 #ifdef CUDA
 #define INTEGER ((HAS_LUT || RULE) && TOKENS == 1 && !T_FLOAT && !NORM)
 #endif
+#if VALUES_IQ1_S || VALUES_IQ1_M
+#define DOT_STEP 3  // sums in whole numbers are 2^DOT_STEP times what they stand for
+#else
+#define DOT_STEP BYTE_STEP
+#endif
 
 #if RULE
 // Byte j of eight (packed.metal) as a float from 1 to 2, as codes are below.
@@ -66,6 +71,15 @@ METAL_FUNC float unit_code(const thread uint* w, int i, uint one) {
 #endif
 
 #if INTEGER
+// The weight whose x is number j of a group's: those that one word of bytes meets.
+#if VALUES_Q1_0  // bit i of each byte
+#define WEIGHT(j) (j % 4 * 8 + j / 4)
+#elif VALUES_IQ1_S || VALUES_IQ1_M  // place i of each byte of two entries
+#define WEIGHT(j) (j / 16 * 16 + j % 4 * 4 + j % 16 / 4)
+#else
+#define WEIGHT(j) (j)
+#endif
+
 // The SPAN numbers of a group as 16-bit integers, a pair a word, and their unit: a power of two, 2^-14 to 2^-15 of the largest, or
 // infinity if one of them is not finite.
 METAL_FUNC float as_integers(const thread float* v, thread uint* pairs) {
@@ -76,17 +90,46 @@ METAL_FUNC float as_integers(const thread float* v, thread uint* pairs) {
   const float scale = as_type<float>((268u << 23) - exponent);
   UNROLL
   for (int j = 0; j < SPAN; j += 2) {  // under 1.5 * 2^23 the low bits are the number
-    const uint low = as_type<uint>(v[j] * scale + 12582912.0f), high = as_type<uint>(v[j + 1] * scale + 12582912.0f);
+    const uint low = as_type<uint>(v[WEIGHT(j)] * scale + 12582912.0f);
+    const uint high = as_type<uint>(v[WEIGHT((j + 1))] * scale + 12582912.0f);
     pairs[j / 2] = (low & 0xFFFFu) | high << 16;
   }
   return as_type<float>(exponent) * 6.103515625e-05f;
 }
 
-#if RULE
-// sum + values . x for the bytes of 8 weights, 2^BYTE_STEP times what they stand for.
-METAL_FUNC int bytes_dot(const thread uint* b, const thread uint* x, int sum) {
-  sum = dot4(x[0], x[1], b[0] ^ 0x80808080u, sum);
-  return dot4(x[2], x[3], b[1] ^ 0x80808080u, sum);
+#if VALUES_Q1_0
+// sum + values . x of a group, 64 times what they stand for: half of 128 is in sum, -128 x is added where the bit is 0.
+METAL_FUNC int bits_dot(uint word, const thread uint* x, int sum) {
+  UNROLL
+  for (int i = 0; i < 8; i++) sum = dot4(x[2 * i], x[2 * i + 1], ~(word << (7 - i)) & 0x80808080u, sum);
+  return sum;
+}
+#elif VALUES_IQ1_S || VALUES_IQ1_M
+// sum + places . x of 16 weights.
+METAL_FUNC int places_dot(uint places, const thread uint* x, int sum) {
+  UNROLL
+  for (int i = 0; i < 4; i++) sum = dot4(x[2 * i], x[2 * i + 1], (places >> (2 * i)) & 0x03030303u, sum);
+  return sum;
+}
+#elif RULE
+// sum + values . x of weights 8 i to 8 i + 7 of a chunk, for b of FROM_GRID: 2^BYTE_STEP times what they stand for.
+METAL_FUNC int bytes_dot(const thread uint* w, uint field, int i, thread uint* b, const thread uint* x, int sum) {
+#if GRID
+  uint signs[2];
+  signs_of(w, field, i, signs[0], signs[1]);
+#else
+  eight_bytes(w, field, i, b);
+#endif
+  UNROLL
+  for (int n = 0; n < 2; n++) {
+#if GRID  // as signed bytes: no value of a grid is 0
+    const uint minus = bits_as_bytes(signs[n]);
+    sum = dot4(x[2 * n], x[2 * n + 1], (b[n] ^ (minus * 255u)) + minus, sum);
+#else
+    sum = dot4(x[2 * n], x[2 * n + 1], b[n] ^ 0x80808080u, sum);
+#endif
+  }
+  return sum;
 }
 #else
 // sum + values(codes) . x for 8 codes. A code's low 3 bits choose a byte of either half of the table; of the half that
@@ -260,22 +303,43 @@ for (int step = 0; step < steps; step++) {
       UNROLL
       for (int i = 0; i < SPAN; i += 8) load8(xs + c * CHUNK + g * SPAN + i, v + i);
       uint pairs[SPAN / 2];
-      const float unit = as_integers(v, pairs) / float(1 << BYTE_STEP);
+      const float unit = as_integers(v, pairs) / float(1 << DOT_STEP);
+#if VALUES_Q1_0 || VALUES_IQ1_S || VALUES_IQ1_M
+      int sums[SPAN / 8];  // of the x of 8 weights, an entry's (of bits, in any order)
+      UNROLL
+      for (int i = 0; i < SPAN / 8; i++) {
+        const thread uint* at = pairs + i / 2 * 8 + i % 2;
+        sums[i] = dot4(at[4], at[6], 0x01010101u, dot4(at[0], at[2], 0x01010101u, 0));
+      }
+#endif
       UNROLL
       for (int r = 0; r < ROWS; r++) {
         float a, b;
         scales(now[r].group_scales, now[r].block_scales[g * BLOCK_SCALES / SPANS], g, a, b);
-        int dot = 0;
+        int dot = 0, places = 0;
+#if VALUES_Q1_0
+        dot = bits_dot(now[r].codes[0], pairs, 64 * (sums[0] + sums[1] + sums[2] + sums[3]));
+#else
         UNROLL
         for (int i = 0; i < SPAN / 8; i++) {
-#if RULE
-          EIGHT_BYTES(table, now[r].codes, now[r].group_scales, g * (SPAN / 8) + i, eight)
-          dot = bytes_dot(eight, pairs + 4 * i, dot);
+          const int eighth = g * (SPAN / 8) + i;
+#if VALUES_IQ1_S || VALUES_IQ1_M  // place - 1, and an eighth more, or less
+          dot += (is_less(now[r].group_scales, eighth) ? -9 : -7) * sums[i];
+          if (i % 2 == 0) {
+            const uint first = table[grid_place(now[r].codes, now[r].group_scales, eighth)];
+            const uint second = table[grid_place(now[r].codes, now[r].group_scales, eighth + 1)];
+            places = places_dot(first | second << 16, pairs + 4 * i, places);
+          }
+#elif RULE
+          uint eight[2];
+          FROM_GRID(table, now[r].codes, now[r].group_scales, eighth, eight)
+          dot = bytes_dot(now[r].codes, now[r].group_scales, eighth, eight, pairs + 4 * i, dot);
 #else
-          dot = table_dot(now[r].codes[g * (SPAN / 8) + i], table, pairs + 4 * i, dot);
+          dot = table_dot(now[r].codes[eighth], table, pairs + 4 * i, dot);
 #endif
         }
-        acc[0][r] += a * (unit * float(dot));
+#endif
+        acc[0][r] += a * (unit * float(dot + 8 * places));
       }
 #else
       float dots[TOKENS][ROWS][HALVES], sums[TOKENS][HALVES];

@@ -115,15 +115,42 @@ METAL_FUNC uint grid_place(const thread uint* w, uint field, int n) {
 }
 #endif
 
-// Bits 0 to 3 as bytes, 0 or 1.
-METAL_FUNC uint bits_as_bytes(uint n) { return (n & 15u) * 0x00204081u & 0x01010101u; }
+// Bits 0 to 3, of 7 at most, as bytes, 0 or 1.
+METAL_FUNC uint bits_as_bytes(uint n) { return n * 0x00204081u & 0x01010101u; }
+
+#if VALUES_IQ1_S || VALUES_IQ1_M
+// True if weights 8 i to 8 i + 7 are an eighth less than their places, not more.
+METAL_FUNC bool is_less(uint field, int i) {
+#if VALUES_IQ1_S
+  return (field >> 15) & 1u;
+#else
+  return (field >> (i / 2 * 11 + i % 2 * 4 + 3)) & 1u;
+#endif
+}
+#elif GRID
+// The signs of weights 8 i to 8 i + 7, a bit each: of the first four in low, with others above, and of the last in high.
+METAL_FUNC void signs_of(const thread uint* w, uint field, int i, thread uint& low, thread uint& high) {
+#if VALUES_IQ2_S || VALUES_IQ3_S
+  low = (w[WORDS - 1] >> (8 * i)) & 127u;
+  high = (w[WORDS - 1] >> (8 * i + 4)) & 15u;
+#else
+  // Seven signs; the eighth makes the number of minus signs even. 0x6996 has the parity of each 4 bits.
+#if VALUES_IQ2_XS
+  low = (w[i / 2] >> (i % 2 * 16 + 9)) & 127u;
+#else
+  low = (field >> (7 * i)) & 127u;
+#endif
+  high = low >> 4 | (((0x6996u << 3) >> ((low ^ low >> 4) & 15u)) & 8u);
+#endif
+}
+#endif
 
 // Eight weights of a chunk, from 8 i on, but for their scale: as bytes of b, each 128 + 2^BYTE_STEP value. b comes with
 // what the grid has for them.
 METAL_FUNC void eight_bytes(const thread uint* w, uint field, int i, thread uint* b) {
 #if VALUES_Q1_0  // 1 or -1
   UNROLL
-  for (int n = 0; n < 2; n++) b[n] = 0x40404040u + 128 * bits_as_bytes(w[0] >> (8 * i + 4 * n));
+  for (int n = 0; n < 2; n++) b[n] = 0x40404040u + 128 * bits_as_bytes((w[0] >> (8 * i + 4 * n)) & 15u);
 #elif VALUES_TQ1_0
   // Trit n of a byte is at the top of byte * 3^n mod 256. Bytes 0 to 3, 4 and 5, and the upper half of 6 have 5 each.
   UNROLL
@@ -139,34 +166,20 @@ METAL_FUNC void eight_bytes(const thread uint* w, uint field, int i, thread uint
   }
 #elif VALUES_IQ1_S || VALUES_IQ1_M
   // place - 1, and an eighth more, or less. The places' 2 bits move to bytes of their own.
-#if VALUES_IQ1_S
-  const uint less = field >> 15;
-#else
-  const uint less = field >> (i / 2 * 11 + i % 2 * 4 + 3);
-#endif
   const uint places = b[0];
   UNROLL
   for (int n = 0; n < 2; n++) {
     uint u = (places >> (8 * n)) & 255u;
     u = (u | u << 12) & 0x000F000Fu;
     u = (u | u << 6) & 0x03030303u;
-    b[n] = u * 64 + (less & 1u ? 0x38383838u : 0x48484848u);
+    b[n] = u * 64 + (is_less(field, i) ? 0x38383838u : 0x48484848u);
   }
 #else
-#if VALUES_IQ2_S || VALUES_IQ3_S
-  const uint signs = w[WORDS - 1] >> (8 * i);
-#else
-  // Seven signs; the eighth makes the number of minus signs even. 0x6996 has the parity of each 4 bits.
-#if VALUES_IQ2_XS
-  const uint seven = (w[i / 2] >> (i % 2 * 16 + 9)) & 127u;
-#else
-  const uint seven = (field >> (7 * i)) & 127u;
-#endif
-  const uint signs = seven | ((0x6996u >> ((seven ^ seven >> 4) & 15u)) & 1u) << 7;
-#endif
+  uint signs[2];
+  signs_of(w, field, i, signs[0], signs[1]);
   UNROLL
   for (int n = 0; n < 2; n++) {  // 128 + v is v ^ 128, 128 - v is (v ^ 127) + 1
-    const uint minus = bits_as_bytes(signs >> (4 * n));
+    const uint minus = bits_as_bytes(signs[n]);
     b[n] = (b[n] ^ (0x80808080u - minus)) + minus;
   }
 #endif

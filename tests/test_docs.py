@@ -101,3 +101,11 @@ def test_which_model_for_which_mac() -> None:
     assert fits(("12B", "Q6_K"), 24) and fits(("26B-A4B", "Q4_0"), 24) and fits(("26B-A4B", "Q4_K_M"), 32)
     assert fits(("31B", "Q4_0"), 32) and fits(("31B", "Q6_K"), 48) and not fits(("31B", "Q4_K_M"), 24)
     assert f"{which_mac.LEAST >> 10}K" in page
+
+
+def test_table_of_types() -> None:
+    """docs/files.md has the table that benchmarks/by_type.py prints of its JSON file."""
+    words = ["benchmarks/by_type.py", "--table", "docs/benchmarks/types-12b-h200.json"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    made = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert made.stdout in (ROOT / "docs" / "files.md").read_text()
