@@ -156,12 +156,6 @@ if (EARLY && old > 0) {
   load_keys(k, old - 1, token, 0, lane, keys);
   load_values(v, old - 1, first_key, values);
 }
-#ifdef CUDA
-for (int i = thread_index * 64; !EARLY && i < old * D; i += 32 * SG * 64) {
-  BRING_NEAR(k + i);
-  BRING_NEAR(mine.v + AT(start) + i);
-}
-#endif
 INPUTS_READY();
 if (EARLY && old < n) {
   load_keys(k, n - 1, token, 0, lane, keys);

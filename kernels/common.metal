@@ -32,9 +32,6 @@ METAL_FUNC void load4(const device float* p, thread float* v) {
 #ifndef INPUTS_READY
 #define INPUTS_READY()
 #endif
-#ifndef BRING_NEAR  // on CUDA a line of memory into the cache, which a kernel may ask for where it may read
-#define BRING_NEAR(p)
-#endif
 
 // Eight numbers of any float type, 16-byte aligned.
 METAL_FUNC void load8(const device float* p, thread float* v) {

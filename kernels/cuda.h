@@ -44,9 +44,6 @@ METAL_FUNC V simd_shuffle(V v, ushort lane) { return __shfl_sync(~0u, v, lane); 
 #define INPUTS_READY()
 #endif
 
-// Has the second-level cache read the line that p lies in; waits for nothing and takes no register.
-#define BRING_NEAR(p) asm volatile("prefetch.global.L2 [%0];" :: "l"(p))
-
 // For matrix.metal: what Metal does with simdgroup matrices.
 
 // c += a b for a [16, 16], b [16, 8]. a: rows 0-7 and 8-15 of columns 0-7, then of 8-15; b: rows 0-7, 8-15.

@@ -16,17 +16,6 @@ const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_thr
 const int n = (int(threadgroup_position_in_grid.x) * (SG / SPLIT) + sg / SPLIT) * ROWS, part = sg % SPLIT;
 const int first = int(threadgroup_position_in_grid.y) * TOKENS, tokens = x_shape[0], N = w_shape[0], K = w_shape[1];
 
-#ifdef CUDA
-UNROLL
-for (int i = 0; i < 4; i++) {  // the first weights are brought near
-  UNROLL
-  for (int r = 0; r < ROWS; r++) {
-    const int k = ((part + i * SPLIT) * 32 + lane) * 8;
-    if (k < K) BRING_NEAR(w + ulong(min(n + r, N - 1)) * ulong(K) + k);
-  }
-}
-#endif
-INPUTS_READY();
 float sum[TOKENS][ROWS] = {}, squares[TOKENS] = {};
 #pragma unroll(TOKENS > 1 ? 1 : 4 / ROWS)
 for (int k = (part * 32 + lane) * 8; k < K; k += 256 * SPLIT) {

@@ -178,15 +178,6 @@ for (int i = 0; i < BLOCKS * NB * 4; i++) acc[i / (NB * 4)][i / 4 % NB][i % 4] =
 
 const int steps = (chunks + 4 * SPLIT - 1) / (4 * SPLIT);
 LOAD(now, min(part * 4 + lane_t, chunks - 1))
-#if defined(CUDA) && !EXPERTS
-UNROLL
-for (int i = 1; i <= STEPS_AHEAD; i++) {  // and those of the next steps are brought near
-  UNROLL
-  for (int r = 0; r < 2 * BLOCKS; r++)
-    if (i < steps)
-      BRING_NEAR(codes + row[r] * uint(words) + uint(min(part * 4 + lane_t + i * 4 * SPLIT, chunks - 1) * WORDS));
-}
-#endif
 #if !EXPERTS
 INPUTS_READY();  // the first weights are being loaded
 #endif

@@ -271,15 +271,6 @@ float brought[TOKENS][BRING][8];
 
 const int place = part * LANES + col, steps = (chunks + LANES * SPLIT - 1) / (LANES * SPLIT);
 if (place < chunks) LOAD(now, place)
-#if defined(CUDA) && !EXPERTS
-UNROLL
-for (int i = 1; i <= STEPS_AHEAD; i++) {  // and those of the next steps are brought near
-  UNROLL
-  for (int r = 0; r < ROWS; r++)
-    if (place + i * (LANES * SPLIT) < chunks)
-      BRING_NEAR(codes + row[r] * uint(words) + uint((place + i * (LANES * SPLIT)) * WORDS));
-}
-#endif
 #if !EXPERTS
 INPUTS_READY();  // the first weights are being loaded
 #endif

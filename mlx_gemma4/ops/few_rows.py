@@ -118,7 +118,7 @@ def _prepared(
     config = config or rows_tiling(fmt, n, k, rows, used, glu)
     defines: dict[str, Any] = format_defines(fmt, 32, k)
     defines |= {field.upper(): value for field, value in asdict(config).items()}
-    defines |= {"TOKENS": rows, **epilogue.factors, "TAIL": k % 128 > 0, "STEPS_AHEAD": this_gpu().steps_ahead}
+    defines |= {"TOKENS": rows, **epilogue.factors, "TAIL": k % 128 > 0}
     defines |= {"GLU": glu, "TIMES": times is not None, "SCALED": scaled, "EXPERTS": used > 0}
     defines |= {"USED": 1 if each else max(used, 1), **result_defines(out)}
     there = {"scale": scaled, "order": used, "tiles": used, "times": times is not None}

@@ -132,7 +132,6 @@ def _prepared(
     # Two steps of x in threadgroup memory, of which Metal has 32 KB, and a grid.
     room = 2 * 4 * held * config.lanes * config.split * config.chunk + fmt.table_bytes
     defines["STAGE"] = (norm or dtype == mx.float32) and room <= 30 << 10
-    defines["STEPS_AHEAD"] = this_gpu().steps_ahead
     defines |= {"TOKENS": held, "EPS": epilogue.eps, **epilogue.factors, **result_defines(out)}
     defines |= {"GLU": glu, "TIMES": times, "NORM": norm, "EXPERTS": slots > 0, "EXPERT_X": slots > 0 and rows > 1}
     missing = [plane for plane, there in (("norm", norm), ("ids", slots), ("times", times)) if not there]

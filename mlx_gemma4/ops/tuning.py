@@ -54,7 +54,6 @@ class Tuning:
     last_wave: float = 0.1  # exponent of the penalty for a last wave of threadgroups that is not full
     step_overhead: float = 0.4  # of the first step of a lane, in steps
     tilings: Mapping[TilingKey, Tiling] = field(default_factory=dict, hash=False)  # that `tune` found better
-    steps_ahead: int = 3  # of a lane, whose weights are asked for before the launch ahead has ended; a guess
     # products of a few rows: `few_rows.rows_tiling`
     few_rows_from: int = 2  # rows of x from which on it is faster than the mat-vec
     pair_weights: int = 20 << 20  # of a matrix up to which the mat-vec takes two rows; a guess

@@ -32,7 +32,7 @@ from mlx_gemma4.ops.qkv import QKV_POST, QKVArrays, QKVOptions
 KERNEL_FILES = sorted((Path(__file__).parents[2] / "kernels").glob("*.metal"))
 # What no launch of a step writes, so that a kernel may read it before its inputs are there: weights and how a layer
 # turns its vectors;
-WEIGHTS = {"w", "codes", "group_scales", "block_scales", "grid", "rotation"}
+WEIGHTS = {"codes", "group_scales", "block_scales", "grid", "rotation"}
 WEIGHTS |= {"norm", "post", "next", "norm1", "norm2", "scale", "q_norm", "k_norm"}
 # numbers, which are uploaded before a step's first launch or are there from the beginning;
 NUMBERS = {"spans", "cut", "places", "count", "lengths"}
