@@ -180,7 +180,7 @@ def llama_ms(cli: Path, given: argparse.Namespace, tokens: int, part: dict[str, 
         file.write_bytes(part[part["type"]])
         size = ["--image-min-tokens", str(tokens), "--image-max-tokens", str(tokens)] if image else []
         command = [cli, "-m", given.model, "--mmproj", given.mmproj, "-ngl", "99", "-c", str(COPIES * tokens + 512)]
-        command += ["-b", "2048", "-ub", "2048", "-n", "1", "-p", "What is it?", *size]
+        command += ["-b", "2048", "-ub", "2048", "-n", "1", "--jinja", "-p", "What is it?", *size]
         command += ["--image" if image else "--audio", ",".join([str(file)] * COPIES)]
         run = subprocess.run([str(each) for each in command], capture_output=True, text=True, timeout=300, check=False)
     found = [

@@ -110,7 +110,7 @@ def as_cuda(*, header: str, **declared: Any) -> Any:
     """The simulator, with the text as CUDA sees it."""
     if "void multiply(" in header:
         before, high_half, after = re.split(r"(METAL_FUNC float high_half\(.*\n)", header)  # which PTX needs
-        defines = "#define CUDA 1\n#define INPUTS_READY()\n#define BRING_NEAR(p)\n"
+        defines = "#define CUDA 1\n#define INPUTS_READY()\n"
         header = f"{defines}{before}{high_half}{PTX}{HALVES}{CODES}{after}"
     return metal(header=header, **declared)
 

@@ -265,7 +265,8 @@ def _replay_trouble(model: Model) -> str:
     The second step takes the token of the first, which the host has not seen yet.
     """
     assert model.kernels is not None
-    apart = Model(model.config, model.weights, replace(model.kernels, player=None), part=model.part)
+    # Untraced: MLX would compile what stands between the launches, 4 s for each of three functions.
+    apart = Model(model.config, model.weights, replace(model.kernels, player=None, traced=False), part=model.part)
     ids, wrong = [model.config.vocab // n for n in range(2, 6)], ""
     try:
         state = apart.new_state()

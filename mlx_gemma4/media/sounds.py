@@ -55,7 +55,7 @@ def decode(content: Content) -> np.ndarray:
         _check_riff(file, content.name)
         counted = _counts_frames(file)
         try:
-            with av.open(file, options={"format_whitelist": FORMS}, metadata_errors="replace") as container:
+            with _opened(file) as container:
                 exact = container.format.name not in ("mp3", "aac") or counted  # of these two others are guesses
                 found = list(_chunks(container, content.name, exact))
         except (av.FFmpegError, ValueError, OverflowError) as error:
@@ -64,6 +64,17 @@ def decode(content: Content) -> np.ndarray:
     if not found:
         raise InputError(f"{content.name}: holds no samples; {TAKEN}")
     return np.concatenate(found)
+
+
+def _opened(file: BinaryIO) -> InputContainer:
+    """Open a sound whose title may be in any encoding: PyAV up to 18 is to be told, later ones have no such argument."""
+    import av
+
+    options = {"format_whitelist": FORMS}
+    try:
+        return av.open(file, options=options, metadata_errors="replace")
+    except TypeError:
+        return av.open(file, options=options)
 
 
 def _check_riff(file: BinaryIO, name: str) -> None:

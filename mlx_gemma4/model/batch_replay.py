@@ -137,7 +137,6 @@ class BatchReplayer:
     def __init__(self, model: Loaded, run: Kernels, constants: Constants) -> None:
         self._model, self._run, self._constants = model, run, constants
         self.recordings = 0  # over the pool's arrays, drafts' included
-        self._finished = mx.compile(lambda logits: stock.softcap(logits, model.config.softcap))
         self._kept: dict[Key, Recorded] = {}
         self._players: dict[int, Player] = {}  # by rows
         self._exchanges: dict[int, Exchange | None] = {}  # by rows, with other ranks, of a part
@@ -200,7 +199,8 @@ class BatchReplayer:
         """Wait for the latest step, and give it its logits."""
         if self._started and self._started[-1]() is step and step.array is None:
             step.of.player.wait()
-            step.array = self._finished(step.of.player.read(step.of.logits))[: step.rows]
+            logits = step.of.player.read(step.of.logits)[: step.rows]
+            step.array = stock.softcap(logits, self._model.config.softcap)
 
     def wait(self) -> None:
         """Wait until no step is under way. Their tokens and logits stay."""

@@ -70,7 +70,6 @@ class Replayer:
     def __init__(self, model: Loaded, run: Kernels) -> None:
         self._model, self._run = model, run
         self._constants = Constants.of(model)
-        self._finished = mx.compile(lambda logits: stock.softcap(logits, model.config.softcap).squeeze(0))
         self._player: Player | None = None
         self._exchange: Exchange | None = None  # with other ranks, of a part
         self._arena = Arena()
@@ -124,7 +123,8 @@ class Replayer:
         if self._started and self._started[-1] is step and step.array is None:
             assert self._player is not None and self._logits is not None
             self._player.wait()
-            step.array = self._finished(self._player.read(self._logits))
+            logits = self._player.read(self._logits)
+            step.array = stock.softcap(logits, self._model.config.softcap).squeeze(0)
 
     def _keep_logits(self) -> None:
         """Copy the latest step's logits, which somebody may still ask for, before their memory is written again."""

@@ -56,8 +56,8 @@ class Tuning:
     tilings: Mapping[TilingKey, Tiling] = field(default_factory=dict, hash=False)  # that `tune` found better
     # products of a few rows: `few_rows.rows_tiling`
     few_rows_from: int = 2  # rows of x from which on it is faster than the mat-vec
-    pair_weights: int = 20 << 20  # of a matrix up to which the mat-vec takes two rows; a guess
-    fold_from: int = 64  # rows of x from which on scales are folded into weights; more than 32: never
+    pair_weights: int = 20 << 20  # of a matrix up to which the mat-vec takes two rows
+    fold_from: int = 16  # rows of x from which on scales are folded into weights; more than 32: never
     # attention
     attention_threadgroups: int = 384  # that share the keys and values of a layer
     quantized_threadgroups: int = 396  # the same over quantized keys and values: three a core
@@ -82,7 +82,7 @@ def apple(cores: int) -> Tuning:
     memory can answer. macOS stops launches that take seconds: on a base M1 (2.6e12 operations a second, 60 GB/s) one
     of 4e11 operations takes 0.15 s, or 0.4 s if no cache held anything of the keys and values.
     """
-    row = replace(H100.scaled(cores), measured=False, prompt_attention=True, launch_operations=4e11)
+    row = replace(H100.scaled(cores), measured=False, fold_from=64, prompt_attention=True, launch_operations=4e11)
     return replace(row, attention_threadgroups=5 * cores, quantized_threadgroups=4 * cores)
 
 

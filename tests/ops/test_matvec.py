@@ -222,7 +222,6 @@ def test_cuda_knows_the_types_of_planes(name: str) -> None:
 EMULATED = """
 #define CUDA 1
 #define INPUTS_READY()
-#define BRING_NEAR(p)
 METAL_FUNC uint bytes_or_signs(uint a, uint b, uint selector) {
   uint four = 0;
   for (int i = 0; i < 4; i++) {
