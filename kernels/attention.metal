@@ -20,7 +20,7 @@
 // Most pieces are one block, whose time is a chain of waits: for spans, for k, for v, for q. So all loads of a step are
 // issued together; a simdgroup_barrier keeps them so: without it NVIDIA's compiler waits after every four. And what
 // no launch of a step writes is read before INPUTS_READY: the numbers that tell which tokens are a piece's and, with
-// EARLY, the first block's keys and values, of all tokens but the queries' own. A block with one of these is loaded again.
+// EARLY, the first block's keys and values, of all tokens but the step's own. A block with one of these is loaded again.
 // Each piece leaves its unnormalised sum and (maximum, sum of exponentials) to `merge`, zeros and UNSEEN if no token of
 // it is in use. Sums, maxima and exponentials are fp32, with powers of 2 instead of e.
 //
@@ -115,9 +115,10 @@ const int first_row = int(threadgroup_position_in_grid.x) * ROWS;
 const int piece = int(threadgroup_position_in_grid.y), pieces = int(threadgroups_per_grid.y);
 const int heads = q_shape[1];
 #if PAGED
-const int kv_heads = heads / GQA, g = int(threadgroup_position_in_grid.z) % kv_heads, tokens = 1;
+const int kv_heads = heads / GQA, g = int(threadgroup_position_in_grid.z) % kv_heads;
 const int sequence = int(threadgroup_position_in_grid.z) / kv_heads;
 const device int* place = places + sequence * int(places_shape[1]);
+const int tokens = 1, own = place[PLACE_OWN];
 const Piece mine = {pool_k, pool_v, max(place[PLACE_FROM], piece * place[PLACE_SHARE]),
                     min(place[PLACE_TO], (piece + 1) * place[PLACE_SHARE]), 0, place[PLACE_TO]};
 const int window = mine.total - place[PLACE_FROM];
@@ -132,7 +133,7 @@ if (mine.from >= mine.to) {
 }
 #else
 const int g = int(threadgroup_position_in_grid.z), sequence = 0;
-const int tokens = q_shape[0], window = cut[WINDOW_AT];
+const int tokens = q_shape[0], own = tokens, window = cut[WINDOW_AT];
 const Part parts[MAX_PARTS] = {{k0, v0}, {k1, v1}, {k2, v2}, {k3, v3}, {k4, v4}, {k5, v5}, {k6, v6}, {k7, v7}};
 const Piece mine = find_piece(parts, spans, cut, piece, g, D);
 #endif
@@ -151,7 +152,7 @@ int start = mine.from, n = min(END_OF_BLOCK(start), mine.to) - start;  // a bloc
 const device T* k = mine.k + AT(start);
 const device T* v = mine.v + AT(start) + column;
 Eight keys[K_AHEAD * KEYS], values[V_AHEAD];
-const int old = min(n, mine.total - tokens - mine.before - start);  // tokens of it that are not the queries' own
+const int old = min(n, mine.total - own - mine.before - start);  // tokens of it that this step does not write
 if (EARLY && old > 0) {
   load_keys(k, old - 1, token, 0, lane, keys);
   load_values(v, old - 1, first_key, values);

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
 import numpy as np
 
@@ -67,14 +67,14 @@ def decode(content: Content) -> np.ndarray:
 
 
 def _opened(file: BinaryIO) -> InputContainer:
-    """Open a sound whose title may be in any encoding: PyAV up to 18 is to be told, later ones have no such argument."""
+    """Open a sound whose title may be in any encoding: PyAV up to 18 is to be told, later ones take it as it is."""
     import av
 
-    options = {"format_whitelist": FORMS}
+    given: dict[str, Any] = {"options": {"format_whitelist": FORMS}}
     try:
-        return av.open(file, options=options, metadata_errors="replace")
+        return cast("InputContainer", av.open(file, **given, metadata_errors="replace"))
     except TypeError:
-        return av.open(file, options=options)
+        return cast("InputContainer", av.open(file, **given))
 
 
 def _check_riff(file: BinaryIO, name: str) -> None:

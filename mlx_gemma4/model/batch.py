@@ -221,7 +221,7 @@ class Batcher:
             share = paged.share_for(max(stop for _, stop, _ in seen), pieces[kind])
             table = np.zeros((rows, paged.PAGES + room), np.int32)
             for n, (first, stop, pages) in enumerate(seen):
-                table[n] = paged.place_row(lengths[n], first, stop, pages, room, share)
+                table[n] = paged.place_row(lengths[n], first, stop, pages, room, share, ahead[n] + 1)
             for n in range(len(states), rows):  # without a state: each has a place of its own in page 0
                 table[n] = paged.place_row(0, n, n + 1, [0], room, share)
             tables[kind] = table

@@ -19,7 +19,7 @@ from .parts import KVPart, QueryShape, merge, merge_reference
 from .tuning import this_gpu
 
 PAGE = 128  # tokens
-POSITION, FROM, TO, SHARE, PAGES = range(5)  # in a row of places, as in paged.metal: the last, where pages begin
+POSITION, FROM, TO, SHARE, OWN, PAGES = range(6)  # in a row of places, as in paged.metal: the last, where pages begin
 MIN_PAGES = 8  # of a row's places, so that kernels find them in one address space; for each twice as many a new text
 
 
@@ -105,10 +105,12 @@ def paged_attention_reference(q: mx.array, pool: KVPart, places: mx.array, *, sc
 PAGED_ATTENTION = Op("paged_attention", paged_attention, paged_attention_reference)
 
 
-def place_row(position: int, first: int, stop: int, pages: Sequence[int], room: int, share: int = 0) -> np.ndarray:
-    """Return a row of places with room for so many pages, int32."""
+def place_row(
+    position: int, first: int, stop: int, pages: Sequence[int], room: int, share: int = 0, own: int = 1
+) -> np.ndarray:
+    """Return a row of places with room for so many pages, int32. `own`: its last tokens that a step itself writes."""
     row = np.zeros(PAGES + room, np.int32)
-    row[:PAGES] = position, first, stop, share
+    row[:PAGES] = position, first, stop, share, own
     row[PAGES : PAGES + len(pages)] = pages
     return row
 

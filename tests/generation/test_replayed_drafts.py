@@ -26,7 +26,7 @@ from mlx_gemma4.generation.loop import generate_tokens
 from mlx_gemma4.generation.scheduler import Scheduler
 from mlx_gemma4.loading.assistant import load_assistant
 from mlx_gemma4.model.model import Model
-from mlx_gemma4.ops import dispatch, matvec, paged
+from mlx_gemma4.ops import matvec, paged
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.op import OpKey
 from mlx_gemma4.ops.sample import Draw
@@ -43,7 +43,7 @@ stepped: list[int] = []  # lengths of states before steps that were not replayed
 def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """And products of up to 4 rows by mat-vecs, in fp32: few_rows.py rounds rows to fp16."""
     monkeypatch.setattr(paged, "PAGE", 32)
-    monkeypatch.setattr(dispatch, "this_gpu", lambda: replace(this_gpu(), few_rows_from=matvec.MAX_TOKENS + 1))
+    monkeypatch.setattr(matvec, "this_gpu", lambda: replace(this_gpu(), few_rows_from=matvec.MAX_TOKENS + 1))
 
 
 def pair(kind: str, folder: Path, tag: str = "q8_0") -> tuple[Model, Model]:

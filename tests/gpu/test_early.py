@@ -35,7 +35,7 @@ KERNEL_FILES = sorted((Path(__file__).parents[2] / "kernels").glob("*.metal"))
 WEIGHTS = {"codes", "group_scales", "block_scales", "grid", "rotation"}
 WEIGHTS |= {"norm", "post", "next", "norm1", "norm2", "scale", "q_norm", "k_norm"}
 # numbers, which are uploaded before a step's first launch or are there from the beginning;
-NUMBERS = {"spans", "cut", "places", "count", "lengths"}
+NUMBERS = {"spans", "cut", "places", "count", "lengths", "boxes"}
 # keys and values in codes, which are sealed between steps;
 CODES = {f"{what}{i}" for what in "cs" for i in range(7)}
 # and keys and values, of all tokens but the step's own: that it leaves these alone is up to the steps below.
@@ -128,6 +128,23 @@ def test_a_step_for_several_states(kind: str, tmp_path: Path, monkeypatch: pytes
         states = [read(model, ids) for ids in (prompts(kind)[1], [], (prompts(kind)[2] * 9)[:70])]
         found.append([np.array(model.batch_step([5 + step, 2, 7], states)) for step in range(3)])
         assert isinstance(HostPlayer.made[-1], player) and len(HostPlayer.made[-1].tokens) == 3
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("kind", ["12b", "31b"])
+def test_rows_of_one_state(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts that are checked: what a row sees of earlier rows is written by the step itself, in another block too."""
+    monkeypatch.setattr(paged, "PAGE", 32)
+    found = []
+    for player in PLAYERS:
+        model, rows = model_of(kind, tmp_path, player), []
+        state = read(model, (prompts(kind)[2] * 9)[:62])
+        for tokens in ([5, 2, 7, 11], [3, 9, 4]):
+            step = model.replayed_check([tokens], [state])
+            assert step is not None
+            rows.append(np.array(step.logits()))
+        found.append(np.concatenate(rows))
+        assert isinstance(HostPlayer.made[-1], player)
     np.testing.assert_array_equal(*found)
 
 

@@ -15,7 +15,7 @@ from recorded import path, prompts
 
 from mlx_gemma4 import load
 from mlx_gemma4.model.model import Model
-from mlx_gemma4.ops import dispatch, matvec, paged
+from mlx_gemma4.ops import matvec, paged
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.op import OpKey
 from mlx_gemma4.ops.sample import LIKELIEST, Draw
@@ -33,7 +33,7 @@ def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def _in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of up to 4 rows by mat-vecs: few_rows.py rounds rows to fp16."""
-    monkeypatch.setattr(dispatch, "this_gpu", lambda: replace(this_gpu(), few_rows_from=matvec.MAX_TOKENS + 1))
+    monkeypatch.setattr(matvec, "this_gpu", lambda: replace(this_gpu(), few_rows_from=matvec.MAX_TOKENS + 1))
 
 
 def both(kind: str, folder: Path, tag: str = "q8_0") -> tuple[Model, Model]:
