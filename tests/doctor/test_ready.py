@@ -55,16 +55,16 @@ def test_all_is_compiled_on_all_cores_once(nvidia: Model, tmp_path: Path, monkey
     ready.make_ready(nvidia, lambda *seen: counts.append(seen))
     assert first.met and len(set(first.compiled)) == len(first.compiled) > 30
     assert counts == [(n, len(counts)) for n in range(1, len(counts) + 1)]
-    failed = [text for text in first.compiled if " embed_" in text]
+    failed = {text for text in first.compiled if " embed_" in text}  # of the two tables
     assert len(list(tmp_path.glob("*.ptx"))) == len(first.compiled) - len(failed)
 
     monkeypatch.setattr(cuda_compiler, "compile_text", later)
     ready.make_ready(nvidia)
-    assert later.compiled == failed and len(failed) == 2  # rows of either table
+    assert set(later.compiled) == failed and len(failed) == len(later.compiled) == 2
 
     nvidia.kernels.off |= {OpKey("embed")}  # type: ignore[union-attr]
     ready.make_ready(nvidia)
-    assert later.compiled == failed
+    assert len(later.compiled) == 2
 
 
 def test_what_was_lost_is_compiled_again(nvidia: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
