@@ -18,6 +18,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -82,7 +83,8 @@ def drawn(things: list[tuple[str, str]], rows: int, columns: int, rng: random.Ra
     height, width = 48 * rows, 48 * columns
     pale = tuple(rng.randint(225, 255) for _ in range(3))
     image = Image.new("RGB", (2 * width, 2 * height), pale)
-    draw, least, taken = ImageDraw.Draw(image), 0.1 * min(width, height), []
+    draw, least = ImageDraw.Draw(image), 0.1 * min(width, height)
+    taken: list[Any] = []
     for colour, shape in things:
         r = rng.uniform(1.2, 3.6 if len(things) < 2 else 2.2) * least
         for _ in range(200):
@@ -130,7 +132,7 @@ class Drawings(IterableDataset):  # type: ignore[type-arg]
         rng, tokenizer = random.Random(self.seed * 1000 + (info.id if info else 0)), tokenizer_of(self.model)
 
         def ids(text: str) -> list[int]:
-            return tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
+            return tokenizer.encode(text, add_special_tokens=False).ids
 
         while True:
             (rows, columns), pixels, texts = rng.choice(SIZES), [], []
@@ -147,7 +149,7 @@ class Drawings(IterableDataset):  # type: ignore[type-arg]
             yield torch.from_numpy(np.stack(pixels)), given, labels
 
 
-def tokenizer_of(model: Path) -> object:
+def tokenizer_of(model: Path) -> Any:
     fields = gguf.GGUFReader(model).fields
     tokens, types, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "merges"))
     return build(Vocabulary(tokens, types, merges))
@@ -222,7 +224,8 @@ def logits(model: Gemma4, before: Tensor, soft: Tensor, after: Tensor) -> Tensor
     own = F.embedding(ids, model.get("per_layer_token_embd")).view(b, t, s.layers, s.ple) * math.sqrt(s.ple)
     ple = (rms(ple, model.get("per_layer_proj_norm"), s.eps) + own.type_as(ple)) / math.sqrt(2)
     back = torch.arange(t, device=x.device)[:, None] - torch.arange(t, device=x.device)
-    mask, kv = (back >= 0) & (back < s.window), {}
+    mask = (back >= 0) & (back < s.window)
+    kv: dict[int, Any] = {}
     for i in range(s.layers):
         x = model.block(i, x, ple[:, :, i], mask, kv)
     x = rms(x[:, -after.shape[1] :], model.get("output_norm"), s.eps)
@@ -232,7 +235,7 @@ def logits(model: Gemma4, before: Tensor, soft: Tensor, after: Tensor) -> Tensor
 def frozen(path: Path, device: str) -> tuple[Gemma4, Tensor]:
     """The built-in model, and the ids before a picture."""
     model = load(str(path)).to(device).requires_grad_(False)
-    ids = tokenizer_of(path).encode(f"<|turn>user\n{BEFORE}", add_special_tokens=False).ids  # type: ignore[attr-defined]
+    ids = tokenizer_of(path).encode(f"<|turn>user\n{BEFORE}", add_special_tokens=False).ids
     return model, torch.tensor([[BOS, *ids]], device=device)
 
 
