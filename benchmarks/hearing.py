@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import av
 import mlx.core as mx
 import numpy as np
 
@@ -46,6 +45,7 @@ def random_weight(name: str, spec: Spec) -> mx.array:
 
 def wav_of(seconds: float, seed: int = 0) -> bytes:
     """A WAV file of noise, 44.1 kHz, 16 bits, stereo."""
+    import av  # only for who hears: benchmarks of pictures take this module, too
 
     out = io.BytesIO()
     samples = np.random.default_rng(seed).integers(-9000, 9000, (1, int(2 * 44_100 * seconds)), np.int16)

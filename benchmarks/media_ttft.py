@@ -33,6 +33,7 @@ from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
+from hearing import wav_of
 from PIL import Image
 
 from mlx_gemma4.doctor.verdict import machine
@@ -161,8 +162,6 @@ def sound(model: Model, media: projector.Media, mmproj: Path, rounds: int) -> di
         tower = next(each.tower for each in towers if each.tower.kind == "audio")
     front, whole = [], []
     for seed in range(rounds + 1):
-        from hearing import wav_of  # PyAV is only for who hears
-
         part = {"type": "audio", "audio": wav_of(SOUND, seed)}
         front.append(timed(lambda: tower.inputs(content_of(part), part))[0])  # noqa: B023
         ms, held = timed(lambda: soft(model, media, part))  # noqa: B023
@@ -229,8 +228,6 @@ def main(arguments: list[str] | None = None) -> int:
             f"{heard['front end']:.1f}, tower {heard['tower']:.1f}; first time {heard['first']:.1f})"
         )
         if given.llama:
-            from hearing import wav_of
-
             part = {"type": "audio", "audio": wav_of(SOUND)}
             heard["llama.cpp"] = llama_ms(given.llama, given, heard["rows"], part)
             print(f"llama.cpp: {heard['llama.cpp']:.1f} ms")

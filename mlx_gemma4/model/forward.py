@@ -83,9 +83,8 @@ def inputs(m: Loaded, ids: mx.array, soft: SoftRows | None = None) -> tuple[mx.a
     w, part = m.weights, m.part
     tables = [table for table in (w.token_embd, w.per_layer_token_embd) if table is not None]
     known = ids if soft is None else mx.maximum(ids, PAD)
-    x, *own = rows_by_rank(
-        part, known, tables, partial(scaled_rows, m)
-    )  # lazy: not looked up where nothing comes of it
+    look = partial(scaled_rows, m)  # lazy: nothing is looked up where nothing comes of it
+    x, *own = rows_by_rank(part, known, tables, look)
     if soft is not None:
         x[soft.places] = soft.rows.astype(x.dtype)
     per_layer = per_layer_inputs(m, own[0], x) if own else None

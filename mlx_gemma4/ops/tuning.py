@@ -102,7 +102,7 @@ def row_of(info: Mapping[str, Any]) -> Tuning:
         chip = re.search(r"\bM(\d+)(?: (Pro|Max|Ultra))?\b", name)
         kind = (chip[2] or "") if chip else APPLE_CLASSES.get(architecture[-1:], "")
         return apple(APPLE_CORES[kind][not chip or chip[1] != "1"])
-    return replace(apple(H100.cores), fold_from=16, attention_threadgroups=384, quantized_threadgroups=396)
+    return replace(apple(H100.cores), fold_from=H100.fold_from, attention_threadgroups=384, quantized_threadgroups=396)
 
 
 @cache

@@ -7,6 +7,7 @@ once, so that a kernel that reads too early finds no number.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,47 +106,51 @@ def model_of(kind: str, folder: Path, player: type[HostPlayer]) -> Model:
     return Model(plain.config, plain.weights, Kernels(metal, OFF, player=player))
 
 
+def alike(kind: str, folder: Path, run: Callable[[Model], Any], steps: int) -> None:
+    """Hold what a model makes on either player, in so many replayed steps, to be the same to the bit."""
+    found = []
+    for player in PLAYERS:
+        found.append(run(model_of(kind, folder, player)))
+        assert isinstance(HostPlayer.made[-1], player) and len(HostPlayer.made[-1].tokens) == steps
+    np.testing.assert_array_equal(*found)
+
+
 @pytest.mark.parametrize(
     ("kind", "kv"), [("12b", "full"), ("12b", "tq4"), ("26b-a4b", "full"), ("31b", "full"), ("e2b", "full")]
 )
 def test_a_step(kind: str, kv: str, tmp_path: Path) -> None:
-    found = []
-    for player in PLAYERS:
-        model = model_of(kind, tmp_path, player)
+    def run(model: Model) -> Any:
         state = model.new_state(kv=kv)
         model.prefill(mx.array((prompts(kind)[1] * 64)[:130]), state)
-        found.append([np.array(model.forward(mx.array([i]), state)) for i in (5, 6, 7)])
-        assert isinstance(HostPlayer.made[-1], player) and len(HostPlayer.made[-1].tokens) == 3
-    np.testing.assert_array_equal(*found)
+        return [np.array(model.forward(mx.array([i]), state)) for i in (5, 6, 7)]
+
+    alike(kind, tmp_path, run, 3)
 
 
 @pytest.mark.parametrize("kind", ["12b", "e2b"])
 def test_a_step_for_several_states(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged, "PAGE", 32)
-    found = []
-    for player in PLAYERS:
-        model = model_of(kind, tmp_path, player)
+    def run(model: Model) -> Any:
         states = [read(model, ids) for ids in (prompts(kind)[1], [], (prompts(kind)[2] * 9)[:70])]
-        found.append([np.array(model.batch_step([5 + step, 2, 7], states)) for step in range(3)])
-        assert isinstance(HostPlayer.made[-1], player) and len(HostPlayer.made[-1].tokens) == 3
-    np.testing.assert_array_equal(*found)
+        return [np.array(model.batch_step([5 + step, 2, 7], states)) for step in range(3)]
+
+    monkeypatch.setattr(paged, "PAGE", 32)
+    alike(kind, tmp_path, run, 3)
 
 
 @pytest.mark.parametrize("kind", ["12b", "31b"])
 def test_rows_of_one_state(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts that are checked: what a row sees of earlier rows is written by the step itself, in another block too."""
-    monkeypatch.setattr(paged, "PAGE", 32)
-    found = []
-    for player in PLAYERS:
-        model, rows = model_of(kind, tmp_path, player), []
-        state = read(model, (prompts(kind)[2] * 9)[:62])
+
+    def run(model: Model) -> Any:
+        state, rows = read(model, (prompts(kind)[2] * 9)[:62]), []
         for tokens in ([5, 2, 7, 11], [3, 9, 4]):
             step = model.replayed_check([tokens], [state])
             assert step is not None
             rows.append(np.array(step.logits()))
-        found.append(np.concatenate(rows))
-        assert isinstance(HostPlayer.made[-1], player)
-    np.testing.assert_array_equal(*found)
+        return np.concatenate(rows)
+
+    monkeypatch.setattr(paged, "PAGE", 32)
+    alike(kind, tmp_path, run, 2)
 
 
 @pytest.mark.parametrize("count", [0, 1, 62, 63])
