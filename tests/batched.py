@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import gc
 import random
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from recorded import prompts
 
 from mlx_gemma4.model.model import Model
+from mlx_gemma4.ops import matvec
+from mlx_gemma4.ops.tuning import this_gpu
+
+
+def few_rows_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have products of up to 4 rows done by mat-vecs: few_rows.py rounds rows to fp16."""
+    monkeypatch.setattr(matvec, "this_gpu", lambda: replace(this_gpu(), few_rows_from=matvec.MAX_TOKENS + 1))
 
 
 def read(model: Model, ids: list[int], kv: str = "full") -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import make_synthetic
 import mlx.core as mx
 import numpy as np
 import pytest
+from batched import few_rows_in_fp32
 from constraints import Alternating
 from drafters import Knowing
 from host_player import HostPlayer
@@ -26,11 +26,10 @@ from mlx_gemma4.generation.loop import generate_tokens
 from mlx_gemma4.generation.scheduler import Scheduler
 from mlx_gemma4.loading.assistant import load_assistant
 from mlx_gemma4.model.model import Model
-from mlx_gemma4.ops import matvec, paged
+from mlx_gemma4.ops import paged
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.op import OpKey
 from mlx_gemma4.ops.sample import Draw
-from mlx_gemma4.ops.tuning import this_gpu
 
 GREEDY = Sampling(temperature=0)
 OFF = frozenset([OpKey("expand")])  # tiles of a prompt, which round to fp16
@@ -41,9 +40,8 @@ stepped: list[int] = []  # lengths of states before steps that were not replayed
 
 @pytest.fixture(autouse=True)
 def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And products of up to 4 rows by mat-vecs, in fp32: few_rows.py rounds rows to fp16."""
     monkeypatch.setattr(paged, "PAGE", 32)
-    monkeypatch.setattr(matvec, "this_gpu", lambda: replace(this_gpu(), few_rows_from=matvec.MAX_TOKENS + 1))
+    few_rows_in_fp32(monkeypatch)
 
 
 def pair(kind: str, folder: Path, tag: str = "q8_0") -> tuple[Model, Model]:

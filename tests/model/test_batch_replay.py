@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from batched import alone, read
+from batched import alone, few_rows_in_fp32, read
 from host_player import HostPlayer
 from kernel_cases import metal
 from recorded import path, prompts
 
 from mlx_gemma4 import load
 from mlx_gemma4.model.model import Model
-from mlx_gemma4.ops import matvec, paged
+from mlx_gemma4.ops import paged
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.op import OpKey
 from mlx_gemma4.ops.sample import LIKELIEST, Draw
-from mlx_gemma4.ops.tuning import this_gpu
 
 NEAR = 1e-3
 OFF = frozenset([OpKey("expand")])  # tiles of a prompt, which round to fp16
@@ -32,8 +30,7 @@ def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def _in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of up to 4 rows by mat-vecs: few_rows.py rounds rows to fp16."""
-    monkeypatch.setattr(matvec, "this_gpu", lambda: replace(this_gpu(), few_rows_from=matvec.MAX_TOKENS + 1))
+    few_rows_in_fp32(monkeypatch)
 
 
 def both(kind: str, folder: Path, tag: str = "q8_0") -> tuple[Model, Model]:
