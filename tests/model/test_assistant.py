@@ -170,3 +170,32 @@ def test_the_built_in_pair_accepts() -> None:
     want, got = (chat(replace(lm, drafts=d), said, options) for d in (None, drafts))
     assert got.text == want.text
     assert got.statistics.accepted_tokens >= 0.6 * got.statistics.drafted_tokens > 20
+
+
+@pytest.mark.slow
+def test_llama_cpp_accepts_as_many_drafts() -> None:
+    # Along llama.cpp's own replies: what both draft from differs by its activations in 8 bits alone.
+    recorded = json.loads((FOLDER / "llama-cpp.json").read_text())
+    lm = load()
+    assert lm.drafts is not None and isinstance(lm.drafts.drafter, Assistant)
+    assistant, counted = lm.drafts.drafter, []
+    for reply in recorded["replies"]:
+        prompt, ids = (lm.tokenizer.encode(text) for text in (reply["prompt"], reply["prompt"] + reply["text"]))
+        state, drafted, accepted, hidden = lm.model.new_state(), 0, 0, mx.array(0)
+        lm.model.prefill(mx.array(ids[: len(prompt) - 1]), state)
+        while state.length < len(ids) - 1:
+            if state.length >= len(prompt):
+                drafts = assistant.draft(ids[: state.length + 1], state, hidden, recorded["drafts"])
+                following = ids[state.length + 1 :]
+                pairs = enumerate(zip(drafts, following, strict=False))
+                right = next((n for n, (a, b) in pairs if a != b), min(len(drafts), len(following)))
+                drafted, accepted = drafted + len(drafts), accepted + right
+                unread = ids[state.length : state.length + right + 1]
+            else:
+                unread = ids[state.length : len(prompt)]
+            for token in unread[: len(ids) - 1 - state.length]:
+                hidden = lm.model.check([token], state)[1][0]
+        counted.append((drafted, accepted, reply["drafted"], reply["accepted"]))
+    drafted, accepted, theirs, their_accepted = (sum(column) for column in zip(*counted, strict=True))
+    assert abs(accepted / drafted - their_accepted / theirs) < 0.01, (accepted / drafted, their_accepted / theirs)
+    assert all(abs(row[1] - row[3]) <= 3 for row in counted), counted
