@@ -31,7 +31,7 @@ class HostPlayer:
         self.arena = np.zeros(0, np.uint8)
         self.launches: Sequence[RecordedLaunch] = []
         self.tokens: list[list[int]] = []
-        self.loads = self.chained = 0
+        self.loads = self.chained = self.queued = 0
         self.boxes: list[mmap.mmap] = []  # of memory that other processes write to
         self.loaded = False
         HostPlayer.made.append(self)
@@ -62,12 +62,15 @@ class HostPlayer:
         for region, a in zip(regions, arrays, strict=True):
             self._at(region)[...] = np.array(a)
 
-    def start(self, numbers: np.ndarray, chained: bool) -> int:
+    def start(self, numbers: np.ndarray, chained: bool, after: HostPlayer | None = None) -> int:
         assert self.loaded and numbers.dtype == np.int32 and numbers.size == self.numbers
         if chained:
             tokens = self.best_region.shape[-1]
             numbers = np.concatenate([self._at(self.best_region).reshape(-1)[:tokens], numbers[tokens:]])
-        self.chained += chained
+        if after is not None:
+            ids = after._at(after.best_region).reshape(-1)
+            numbers = np.concatenate([numbers[:1], ids, numbers[1 + ids.size :]])
+        self.chained, self.queued = self.chained + chained, self.queued + (after is not None)
         self.arena[: numbers.nbytes] = numbers.view(np.uint8)
         self.begin()
         for launch in self.launches:

@@ -22,6 +22,7 @@ from ..errors import InputError
 from ..execution import execution
 from ..kv.state import KVState
 from ..model.batch_replay import ReplayedBatch
+from ..model.decode import MAX_CHECKED
 from ..model.model import Model
 from ..model.step import RowStep, Step, ids_of, known
 from ..ops.dispatch import REPLAY
@@ -102,7 +103,9 @@ class Decoding:
     chosen: Sample | Step | int | None = None  # the next token, before it is received
     step: Step | None = None  # or what it is to be chosen from
     check: Check | None = None  # or the step that checks drafts of it
-    accepted: deque[Token] = field(default_factory=deque)  # by that, and read, but not yet received
+    # Not yet received: those that the latest check has found to be right, and if there is another under way, the one
+    # after them, which that has begun with.
+    accepted: deque[Token] = field(default_factory=deque)
     known: bool = False  # the token chosen next is on the host
     sure: bool = True  # False: it is to be read by a step of its own
     since: float = 0.0  # when the latest step of one token could start; 0: unknown
@@ -139,8 +142,10 @@ class Decoding:
         """Receive the next token, the one after it started; None: that was a stop token."""
         if self.drafting and not self.drafting.begun:
             self.begin_drafting(self.drafting)
-        if self.check is not None:
-            self.settle_check(self.check)
+        if self.check is not None and not self.accepted:
+            following = self.settle_check(self.check)
+            if following is not None and self.accepted:
+                self.check_ahead(following)
         if self.accepted:
             token = self.receive_accepted()
         elif self.drafting and self.produced and self.sure and (self.known or self.drafting.ready(self.ids)):
@@ -306,15 +311,19 @@ class Decoding:
             drafting.recorded()
             self.model.seat(self.state)
 
-    def start_check(self, drafting: Drafting) -> bool:
-        """Start the step that reads the latest token with drafts, and chooses after each; False: none are worth it."""
+    def start_check(self, drafting: Drafting, ahead: int = 0) -> bool:
+        """Start the step that reads the latest token with drafts, and chooses after each; False: none are worth it.
+
+        `ahead`: of `ids`, the last ones that the host has not received yet.
+        """
         start, before, recordings = time.perf_counter(), self.state.length, self.model.recordings
-        most = min(self.max_tokens - self.produced, self.model.most_checked(self.state)) - 1
-        drafts = drafting.propose(self.ids, self.state, most, self.sampler)
+        most = min(self.max_tokens - self.produced - ahead, self.model.most_checked(self.state)) - 1
+        drafts = drafting.propose(self.ids, self.state, most, self.sampler, queued=self.in_step)
         if drafts is None:
             return False
-        stops = (n for n, draft in enumerate(drafts.tokens) if draft in self.stop_ids)
-        tokens = drafts.tokens[: next(stops, len(drafts.tokens))]
+        queued, tokens = drafts.queued, drafts.tokens
+        stops = (n for n, draft in enumerate(tokens) if draft in self.stop_ids)
+        tokens = tokens[: next(stops, len(tokens))]
         masks: list[np.ndarray | None] = [None] * (len(tokens) + 1)
         if self.constraint is not None:
             masks = masks_of(self.constraint, tokens)
@@ -322,20 +331,22 @@ class Decoding:
         if not masks or (drafts.tokens and not tokens):
             return False
         drafts = drafts._replace(tokens=tokens)
-        ids, hidden = [self.ids[-1], *tokens], cast("Callable[[int], Hidden]", None)
+        ids, count = [self.ids[-1], *tokens], queued.count if queued else len(tokens)
         with execution():
-            draws, after = draws_in_turn(self.sampler, len(ids)) if self.in_step else ([], [])
-            replayed = self.model.replayed_check([ids], [self.state], draws)
+            draws, after = draws_in_turn(self.sampler, count + 1) if self.in_step else ([], [])
+            replayed = self.model.replayed_check([ids], [self.state], draws, queued)
             if replayed is not None:
                 drafting.recorded()
-                hidden = replayed.hidden
-        self.statistics.drafted_tokens += len(tokens)
+        self.statistics.drafted_tokens += count
         if replayed is not None and draws:
-            self.check = Check(drafts, replayed, after, None, hidden, before, start, recordings)
+            self.check = Check(drafts, replayed, after, None, replayed.hidden, before, start, recordings)
             return True
+        if replayed is None and queued is not None:
+            ids, masks = [*ids, *queued.tokens()], [None] * (count + 1)
+        hidden: Callable[[int], Hidden]
         with execution():
             if replayed is not None:
-                logits = replayed.logits()
+                logits, hidden = replayed.logits(), replayed.hidden
             else:
                 logits, rows_after = self.model.check(ids, self.state)
                 mx.async_eval(rows_after)
@@ -349,8 +360,33 @@ class Decoding:
         self.check = Check(drafts, samples, samplers, leads, hidden, before, start, recordings)
         return True
 
-    def settle_check(self, check: Check) -> None:
-        """Take what a step that checked drafts has found: the drafts that were right, and the token after them."""
+    def check_ahead(self, following: Token) -> None:
+        """Start the next check, or its drafts, before the tokens are handed out that the latest one has found."""
+        assert self.drafting is not None
+        ids = [token.id for token in (*self.accepted, following)]
+        # Whoever leaves a reply early takes back all of these, and what the check reads.
+        far = len(ids) + MAX_CHECKED > self.state.layout.tail
+        if far or following.id in self.stop_ids or self.produced + len(ids) >= self.max_tokens:
+            return
+        self.ids += ids
+        wrong: Exception | None = None
+        try:
+            if self.start_check(self.drafting, len(ids)):
+                self.accepted.append(following)
+                self.chosen = None
+        except FAILURES as error:
+            wrong = error
+        finally:
+            del self.ids[-len(ids) :]
+        if wrong is not None:  # these tokens are chosen once more
+            self.accepted.clear()
+            self.chosen, self.step = None, self.without_drafts(wrong)
+
+    def settle_check(self, check: Check) -> Token | None:
+        """Take what a step that checked drafts has found: the drafts that were right, and the token after them.
+
+        Returns that token, unless its step is to begin when it is received.
+        """
         assert self.drafting is not None
         self.check = None
         try:
@@ -358,42 +394,47 @@ class Decoding:
             right, unsure = check.taken([token.id for token in tokens])
         except FAILURES as error:
             self.step = self.without_drafts(error)
-            return
+            return None
         rows, drafts = len(tokens), self.drafting.drafts
         if self.model.recordings == check.recordings and not self.drafting.dear:
             drafts.took(rows, time.perf_counter() - check.start)
         last = min(right, unsure - 1)  # the row whose token comes next
         if rows > 1:  # a draft that was right and too close to call has gained nothing
             drafts.found(check.drafts.kind, max(last, 0), rows - 1)
+        stop = next((n for n, token in enumerate(tokens[: max(last, 0)]) if token.id in self.stop_ids), None)
+        last = last if stop is None else stop + 1
         self.state.rewind(check.before + last + 1)
         self.since = 0.0
         if last < 0:  # not even the first is sure: its own token is read once more
             self.step = self.model.step(self.ids[-1], self.state)
-            return
+            return None
         self.accepted.extend(tokens[:last])
+        if stop is not None:
+            return None
         replayed = isinstance(check.samples, ReplayedBatch)
         self.chosen = tokens[last].id if replayed else cast("list[Sample]", check.samples)[last]
         self.sampler = check.samplers[last]
         self.known = self.sure = unsure > right
         self.drafting.hidden = check.hidden(last) if self.sure else None
+        at_once = self.constraint is None and (self.in_step or not self.model.replays)  # else starting one waits for it
+        return tokens[last] if self.sure and at_once else None
 
     def settled(self) -> list[Token]:
-        """Receive the tokens that a check of drafts has found; then the reply may step beside others."""
+        """Receive the tokens that checks of drafts have found; unless over, the reply may then step beside others."""
+        tokens = [self.receive_accepted() for _ in range(len(self.accepted))]
         if self.check is not None:
             self.settle_check(self.check)
-        tokens = [*self.accepted]
-        for _ in tokens:
-            self.receive_accepted()
+            tokens += [self.receive_accepted() for _ in range(len(self.accepted))]
         self.known, self.sure, self.since = False, True, 0.0
         if self.drafting:
             self.drafting.hidden = None
         return tokens
 
     def receive_accepted(self) -> Token:
-        """Receive a token that a draft had right. None is the last: the one after the drafts is yet to come."""
+        """Receive a token that is known: one that a draft had right, or the one after these."""
         token = self.accepted.popleft()
         self.count(token)
-        self.statistics.accepted_tokens += 1
+        self.statistics.accepted_tokens += bool(self.accepted) or self.check is None
         self.is_last(token)
         return token
 

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol, TypeAlias, cast
 import mlx.core as mx
 
 from ..kv.state import KVState
-from ..model.batch_replay import HiddenRow, ReplayedBatch
+from ..model.batch_replay import HiddenRow, QueuedTokens, ReplayedBatch
 from ..model.decode import MAX_CHECKED
 from ..ops.sample import Draw
 from ..paths import keep, kept
@@ -70,6 +70,16 @@ class Drafter(Protocol):
             draws: how the target will draw each of these tokens; empty: in another way. A drafter that draws from
                 its own logits by the same numbers agrees with the target more often than one that takes its likeliest.
         """
+
+    def queue(
+        self,
+        tokens: Sequence[int],
+        state: KVState,
+        hidden: Hidden | None,
+        count: int,
+        draws: Sequence[Draw] = (),
+    ) -> QueuedTokens | None:
+        """Start what `draft` makes, for a step to be queued behind it, and return at once; None: `draft` is the way."""
 
 
 class Lookup:
@@ -221,6 +231,11 @@ class Proposal(NamedTuple):
 
     tokens: list[int]  # none: the step is for its hidden row
     kind: str
+    queued: QueuedTokens | None = None  # in their place: drafts that are being made
+
+    def known(self) -> list[int]:
+        """Return the drafts. Waits for the device where they are being made."""
+        return self.tokens if self.queued is None else self.queued.tokens()
 
 
 class Drafting:
@@ -249,8 +264,13 @@ class Drafting:
         self._probes = bool(kind) and not pays and self.drafts.probe(kind)
         return pays or self._probes
 
-    def propose(self, tokens: Sequence[int], state: KVState, most: int, sampler: Sampler) -> Proposal | None:
-        """Return drafts, `most` at most, of what follows these tokens, the last of which is not read; None: no step."""
+    def propose(
+        self, tokens: Sequence[int], state: KVState, most: int, sampler: Sampler, queued: bool = False
+    ) -> Proposal | None:
+        """Return drafts, `most` at most, of what follows these tokens, the last of which is not read; None: no step.
+
+        `queued`: they may be drafts that are being made.
+        """
         kind, drafter = self._kind(tokens), self.drafts.drafter
         count = min(most, self.drafts.depth(kind) or int(self._probes)) if kind else 0
         self._probes = False
@@ -262,7 +282,11 @@ class Drafting:
                 hidden = None
             if hidden is None and drafter.needs_hidden:
                 return Proposal([], kind)
-            drafted = drafter.draft(tokens, state, hidden, count, sampler.following(count))
+            draws = sampler.following(count)
+            made = drafter.queue(tokens, state, hidden, count, draws) if queued else None
+            if made is not None:
+                return Proposal([], kind, made)
+            drafted = drafter.draft(tokens, state, hidden, count, draws)
             self.modelled = self.modelled and (bool(drafted) or hidden is None)
             return Proposal(drafted, kind) if drafted else None
         found = self.lookup.draft(tokens, count)
@@ -298,8 +322,8 @@ class Check(NamedTuple):
 
     def taken(self, tokens: Sequence[int]) -> tuple[int, int]:
         """Return how many drafts were right, and the first row that is too close to call, at most one past those."""
-        right, leads = 0, cast("list[float]", [])
-        while right < len(self.drafts.tokens) and tokens[right] == self.drafts.tokens[right]:
+        right, leads, drafts = 0, cast("list[float]", []), self.drafts.known()
+        while right < len(drafts) and tokens[right] == drafts[right]:
             right += 1
         if isinstance(self.samples, ReplayedBatch):
             leads = self.samples.leads()

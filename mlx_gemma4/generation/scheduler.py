@@ -320,6 +320,8 @@ class Scheduler:
         """Hand out what a step has found that checked drafts while the reply was alone."""
         for token in job.reply.settled():
             self._deliver(job, token, over=False)
+        if job.reply.over:  # it was a stop token
+            self._end(job)
 
     def _step(self, jobs: list[_Job], last: _Chain | None) -> None:
         """Make the next token of several replies by one step.

@@ -45,7 +45,7 @@ def driver() -> Any:
 
 def do(name: str, *arguments: Any) -> None:
     """Call CUDA's driver. Raises RuntimeError if it refuses."""
-    status = driver()[name](*arguments)
+    status = getattr(driver(), name)(*arguments)  # which keeps it: an index looks for it anew
     if status:
         raise RuntimeError(f"CUDA's driver refuses {name} (status {status})")
 

@@ -173,12 +173,14 @@ class Player:
         at, there = c_uint64(self._base + to.start), c_uint64(other._base + of.start)
         do("cuMemcpyDtoDAsync_v2", at, there, c_uint64(of.nbytes), self._stream)
 
-    def start(self, numbers: np.ndarray, chained: bool) -> int:
+    def start(self, numbers: np.ndarray, chained: bool, after: Player | None = None) -> int:
         """Make all launches, after those of the start before; return at once, with the argument for `best`.
 
         Args:
             numbers: int32 [n], which are copied to the arena's beginning first.
             chained: take the tokens that the start before leaves in place of as many of them, the first.
+            after: wait, on the device, for this player's latest start, and take the tokens that it leaves in place of
+                as many of them, behind the first. It must not start again before this start is done.
         """
         enter()
         slot, skip = self._starts % STARTS, 4 * self._rows if chained else 0
@@ -190,6 +192,10 @@ class Player:
             do("cuMemcpyDtoDAsync_v2", c_uint64(self._base), c_uint64(self._best), c_uint64(skip), self._stream)
         size = c_uint64(numbers.nbytes - skip)
         do("cuMemcpyHtoDAsync_v2", c_uint64(self._base + skip), c_void_p(at + skip), size, self._stream)
+        if after is not None:
+            do("cuStreamWaitEvent", self._stream, after._done[(after._starts - 1) % STARTS], 0)
+            of, size = c_uint64(after._best), c_uint64(4 * after._rows)
+            do("cuMemcpyDtoDAsync_v2", c_uint64(self._base + 4), of, size, self._stream)
         do("cuGraphLaunch", self._executable, self._stream)
         left = c_void_p(self._tokens.value + 4 * 2 * ROWS * slot)  # type: ignore[operator]
         do("cuMemcpyDtoHAsync_v2", left, c_uint64(self._best), c_uint64(4 * self._words), self._stream)

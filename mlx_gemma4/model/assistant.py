@@ -26,7 +26,7 @@ from ..ops.qkv import QKV_POST, ROTATIONS, QKVArrays, QKVOptions
 from ..ops.sample import LIKELIEST, SAMPLE, Draw, draws_of
 from ..ops.stock import Weight
 from ..shard import Part
-from .batch_replay import HiddenRow
+from .batch_replay import HiddenRow, QueuedTokens
 from .decode import TRACES, Attend, Constants, Inputs, attend_parts, can_step, inputs_of, through_layers
 from .draft_replay import ReplayedDrafts
 from .forward import rope_wavelengths, rows_by_rank
@@ -136,15 +136,26 @@ class Assistant:
         """
         if hidden is None or not count or not state.length:
             return []
-        draws = [_drawn_in_kernel(draw) for draw in draws[:count]]
-        draws += [LIKELIEST] * (count - len(draws) if draws else 0)
-        if self._replayer is not None:
-            replayed = self._replayer.draft(tokens[-1], state, hidden, draws or count)
-            if replayed is not None:
-                return replayed
+        if self._replayer is not None and self._replayer.takes(state):
+            queued = self.queue(tokens, state, hidden, count, draws)
+            return [] if queued is None else queued.tokens()
         if isinstance(hidden, HiddenRow):
             return []
-        return cast("list[int]", self.start(tokens[-1], state, hidden, count, draws).tolist())
+        return cast("list[int]", self.start(tokens[-1], state, hidden, count, _in_kernel(draws, count)).tolist())
+
+    def queue(
+        self,
+        tokens: Sequence[int],
+        state: KVState,
+        hidden: mx.array | HiddenRow | None,
+        count: int,
+        draws: Sequence[Draw] = (),
+    ) -> QueuedTokens | None:
+        """Start what `draft` makes, and return at once; None: `draft` is the way."""
+        replayer = self._replayer
+        if hidden is None or not count or not state.length or replayer is None or not replayer.takes(state):
+            return None
+        return replayer.start(tokens[-1], state, hidden, _in_kernel(draws, count) or count)
 
     def start(self, last: int, state: KVState, hidden: mx.array, count: int, draws: Sequence[Draw] = ()) -> mx.array:
         """Start `draft` after a token, launch by launch; return what it will draft, int32 [count].
@@ -249,9 +260,10 @@ class Assistant:
         return attend
 
 
-def _drawn_in_kernel(draw: Draw) -> Draw:
-    """Return a draw by the same numbers, without filters that no kernel makes."""
-    return draw if draw.in_kernel else draw._replace(top_k=0, top_p=1.0, min_p=0.0)
+def _in_kernel(draws: Sequence[Draw], count: int) -> list[Draw]:
+    """Return `count` draws by the same numbers, without filters that no kernel makes; of none, none."""
+    made = [draw if draw.in_kernel else draw._replace(top_k=0, top_p=1.0, min_p=0.0) for draw in draws[:count]]
+    return made + [LIKELIEST] * (count - len(made) if made else 0)
 
 
 def _in_part(own: Config, part: Part) -> tuple[Config, dict[bool, range], Part]:

@@ -27,7 +27,7 @@ from ..ops.dispatch import Kernels
 from ..ops.paged import FILL_PAGES, PAGED_ATTENTION
 from ..ops.qkv import QKV_POST, ROTATIONS, QKVArrays, QKVOptions
 from ..ops.sample import LIKELIEST, Draw
-from .batch_replay import BatchReplayer, Key, ReplayedBatch
+from .batch_replay import BatchReplayer, Key, QueuedTokens, ReplayedBatch
 from .decode import TRACES, Attend, Constants, forward
 from .forward import head, run_layers
 from .step import BatchStep, LazyBatchStep, NextToken, RowStep, Tokens, count_of, known, tokens_as_array
@@ -142,14 +142,20 @@ class Batcher:
         return isinstance(state.borrower, Seat) and state.borrower.pool is self.pool
 
     def check(
-        self, ids: Sequence[Sequence[int]], states: Sequence[KVState], draws: Sequence[Draw] = ()
+        self,
+        ids: Sequence[Sequence[int]],
+        states: Sequence[KVState],
+        draws: Sequence[Draw] = (),
+        queued: QueuedTokens | None = None,
     ) -> ReplayedBatch | None:
         """`Model.replayed_check`."""
         tokens = [token for some in ids for token in some]
         of_rows = [state for state, some in zip(states, ids, strict=True) for _ in some]
+        if queued is not None:
+            tokens, of_rows = tokens + [0] * queued.count, of_rows + of_rows * queued.count
         if not all(self.replays(len(tokens), state) for state in states):
             return None
-        return self._replayed(tokens, of_rows, draws or [LIKELIEST] * len(tokens), *self._keyed(of_rows))
+        return self._replayed(tokens, of_rows, draws or [LIKELIEST] * len(tokens), *self._keyed(of_rows), queued)
 
     def _keyed(self, states: Sequence[KVState]) -> tuple[Key, dict[bool, np.ndarray], dict[bool, int]]:
         """Return the places of rows, their pieces, and what a step of them depends on beside the pool's arrays."""
@@ -165,6 +171,7 @@ class Batcher:
         key: Key,
         tables: dict[bool, np.ndarray],
         pieces: dict[bool, int],
+        queued: QueuedTokens | None = None,
     ) -> ReplayedBatch | None:
         if self._last is not None:
             self._wait(False)
@@ -172,7 +179,7 @@ class Batcher:
         def attend(recording: Kernels, places: dict[bool, Any]) -> Attend:
             return over_pages(self._model, recording, {"places": places, "pool": self.pool.arrays}, pieces)[0]
 
-        return self.replayer.start(tokens, states, draws, tables, key, attend)
+        return self.replayer.start(tokens, states, draws, tables, key, attend, queued)
 
     def steps_replayed(self, states: int, draws: Sequence[Draw]) -> bool:
         """Return True if a step for so many states with these draws is replayed, should the pool take them."""

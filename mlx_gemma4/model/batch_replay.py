@@ -89,6 +89,30 @@ class HiddenRow(NamedTuple):
         return Region(start + self.row * width * dtype.size, allocation, (1, width), dtype)
 
 
+class QueuedTokens:
+    """Tokens that a player's latest start leaves: a step may be queued that reads them before the host knows them."""
+
+    def __init__(self, player: Player, start: int, count: int) -> None:
+        self.player, self._start, self.count = player, start, count
+        self.left: list[int] | None = None  # once the host knows them
+
+    def tokens(self) -> list[int]:
+        """Return them. Waits for the device."""
+        if self.left is None:
+            self.left = self.player.best(self._start)
+        return self.left
+
+
+class _Queued(NamedTuple):
+    """One of them, as a state takes note of it."""
+
+    of: QueuedTokens
+    n: int
+
+    def token(self) -> int:
+        return self.of.tokens()[self.n]
+
+
 class ReplayedBatch:
     """A replayed step that is under way, or done. All but `tokens`, `leads` and `end` under the execution lock."""
 
@@ -159,6 +183,7 @@ class BatchReplayer:
         tables: dict[bool, np.ndarray],
         key: Key,
         attend: OverPages,
+        queued: QueuedTokens | None = None,
     ) -> ReplayedBatch | None:
         """Start a replayed step over these places; None: it is to be done the other way.
 
@@ -168,6 +193,7 @@ class BatchReplayer:
             tables: places by kind of layer, int32 [rows, ..].
             key: what a recording depends on beside the pool's arrays (`forget`).
             attend: what is recorded of attention.
+            queued: the tokens behind the first, which the device takes unless the host knows them by now.
         """
         rows = len(next(iter(tables.values())))
         last = self._started[-1]() if self._started else None
@@ -183,16 +209,22 @@ class BatchReplayer:
         if len(self._started) == STARTS - 1 and (oldest := self._started.popleft()()) is not None:
             oldest.tokens()
         ids = [0] * rows if chained else [*numbers, *[0] * (rows - len(states))]
+        if queued is not None and queued.left is not None:
+            ids[1 : 1 + queued.count], queued = queued.left, None
         drawing = [draw._replace(softcap=self._model.config.softcap) for draw in draws]
         uploaded = numbers_of(ids, tables, [*drawing, *[LIKELIEST] * (rows - len(states))])
         if exchange := self._exchanges.get(rows):
             uploaded = np.concatenate([uploaded, exchange.next_flags()]).astype(np.int32)
         made.starts += 1
-        step = ReplayedBatch(self, made, made.player.start(uploaded, chained), states)
+        after = None if queued is None else queued.player
+        step = ReplayedBatch(self, made, made.player.start(uploaded, chained, after), states)
         self._started.append(weakref.ref(step))
         self._latest = made
         for n, state in enumerate(states):
-            state.advance(RowStep(last, n) if chained and last is not None else ids[n])
+            if chained and last is not None:
+                state.advance(RowStep(last, n))
+            else:
+                state.advance(_Queued(queued, n - 1) if n and queued is not None else ids[n])
         return step
 
     def finish(self, step: ReplayedBatch) -> None:

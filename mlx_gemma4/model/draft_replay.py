@@ -1,7 +1,8 @@
 """An assistant's drafts on an NVIDIA GPU, recorded once for a number of them and replayed: one launch for the host.
 
 In: the passes of assistant.py over the pages of its target's pool, a state that is there, a hidden row where the
-target's own replayed step has left it (batch_replay.py). Out: tokens. A draft has ended before anything else starts.
+target's own replayed step has left it (batch_replay.py). Out: tokens, which a step that checks them may read on the
+device. A draft begins when all steps over the pool have ended.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..ops.paged import PAGED_ATTENTION
 from ..ops.qkv import QKV_POST, ROTATIONS, QKVArrays, QKVOptions
 from ..ops.sample import LIKELIEST, Draw
 from .batch import Batcher
-from .batch_replay import HiddenRow, numbers_of, upload_room
+from .batch_replay import HiddenRow, QueuedTokens, numbers_of, upload_room
 from .decode import Attend
 from .weights import Loaded
 
@@ -45,37 +46,43 @@ class ReplayedDrafts:
         self._own, self._run, self._hidden, self._make, self._batcher = own, run, hidden, tokens, batcher
         self._players: dict[int, Player] = {}  # by number of drafts
         self._kept: dict[Any, _Recorded] = {}
+        self._latest: QueuedTokens | None = None  # which the next start may overwrite
         self._broken = False  # they can't be replayed here
         batcher.on_moving.append(self._forget)
 
-    def draft(
+    def takes(self, state: KVState) -> bool:
+        """Return True if a state's drafts are replayed, as its steps are, or are not to be had."""
+        return self._batcher.replays(1, state)
+
+    def start(
         self, token: int, state: KVState, hidden: mx.array | HiddenRow, draws: Sequence[Draw] | int
-    ) -> list[int] | None:
-        """Return drafts as `Assistant.draft` does, none where they can't be replayed; None: the target's steps are not.
+    ) -> QueuedTokens | None:
+        """Start drafts of a state that it takes; None: they can't be replayed.
 
         Args:
             token: the last one.
             draws: how to draw each; a number: so many, the likeliest.
         """
         batcher = self._batcher
-        if not batcher.replays(1, state):
-            return None
         draws = [LIKELIEST] * draws if isinstance(draws, int) else draws
         with execution():
             batcher.replayer.wait()
+            if self._latest is not None:
+                self._latest.tokens()
             tables, pieces = batcher.places([state], 1)
             for table in tables.values():
                 table[:, paged.TO] -= 1  # of its own token the target has no keys yet
             key = (self._run.off, len(draws), *(t.shape[1] for t in tables.values()), *pieces.items())
             made = self._kept.get(key) or self._try_to_record(key, len(draws), tables, pieces)
             if made is None:
-                return []
+                return None
             if isinstance(hidden, HiddenRow):
                 made.player.copy(made.hidden, hidden.of.player, hidden.region)
             else:
                 made.player.write([made.hidden], [hidden[None].astype(made.hidden.dtype)])
             start = made.player.start(numbers_of([token], tables, draws), False)
-        return made.player.best(start)
+            self._latest = QueuedTokens(made.player, start, len(draws))
+            return self._latest
 
     def _forget(self) -> None:
         for player in self._players.values():

@@ -32,7 +32,7 @@ from ..ops.quantize_kv import QUANTIZE_KV
 from ..ops.sample import LIKELIEST, Draw
 from ..shard import Part
 from .batch import Batcher, check_batch, stock_step
-from .batch_replay import ReplayedBatch
+from .batch_replay import QueuedTokens, ReplayedBatch
 from .costs import largest_chunk
 from .decode import MAX_CHECKED, can_step, make_step
 from .forward import head, logits_of, rope_wavelengths, run_layers
@@ -297,7 +297,11 @@ class Model:
         return self.batcher is not None and self.replays and self.batcher.replays(rows, state)
 
     def replayed_check(
-        self, ids: Sequence[Sequence[int]], states: Sequence[KVState], draws: Sequence[Draw] = ()
+        self,
+        ids: Sequence[Sequence[int]],
+        states: Sequence[KVState],
+        draws: Sequence[Draw] = (),
+        queued: QueuedTokens | None = None,
     ) -> ReplayedBatch | None:
         """Start a replayed step that does what `check` does for each of several states; None: `check` is the way.
 
@@ -306,13 +310,14 @@ class Model:
         Args:
             ids: of each of the states, MAX_CHECKED at most each, and MAX_BATCH in all.
             draws: of the tokens after each of these, all `in_kernel`; (): the likeliest.
+            queued: drafts that follow the one token of one state, and that the host need not know yet.
         """
         if self.batcher is None or not self.replays:
             return None
         with execution():
             for state, some in zip(states, ids, strict=True):
-                state.check_room(len(some))
-            return self.batcher.check(ids, states, draws)
+                state.check_room(len(some) + (queued.count if queued else 0))
+            return self.batcher.check(ids, states, draws, queued)
 
     def seat(self, state: KVState) -> None:
         """Have a state's next steps made as those of `replayed_check` are, if memory allows."""
