@@ -9,9 +9,10 @@
 //   EXPERTS  W is [E, N, K]. Threadgroup y of the grid takes tile y of `tiles`, int32 [.., 3]: expert, first and one
 //            past the last of `order`, at most TOKENS. Row order[i] of y is of row order[i] / USED of x.
 //
-// Threads. A simdgroup takes BLOCKS blocks of 16 rows of W, and of K every SPLIT-th stretch of 128; the simdgroups of
-// a threadgroup share the rows and add up at the end over threadgroup memory. Threadgroup of 32 SPLIT, grid
-// (32 SPLIT ceil(N / (16 BLOCKS)), tiles, 1); with GLU half of the blocks are gate's, half up's.
+// Threads. A simdgroup takes BLOCKS blocks of 16 rows of W, and of K every (SPLIT PARTS)-th stretch of 128; the
+// simdgroups of a threadgroup share the rows and add up at the end over threadgroup memory. PARTS threadgroups share
+// rows, too, and y is [PARTS, T, N], whose sum is the product. Threadgroup of 32 SPLIT, grid
+// (32 SPLIT ceil(N / (16 BLOCKS)), tiles, PARTS); with GLU half of the blocks are gate's, half up's.
 //
 // Weights go from memory to the matrix units through registers alone (pairs.metal). The sums of a product may be in any
 // order, so of a row, lane t takes the 32 neighbouring weights from 32 t on, 16 bytes at once where a weight has 4 bits,
@@ -20,8 +21,9 @@
 //
 // Memory. Every byte of the planes is read once; x once for each 16 BLOCKS rows, mostly from the cache; y written once.
 //
-// Rendered before: T (half), U (of y), a format with CHUNK 32, TOKENS, BLOCKS, SPLIT, FOLD, TAIL (K is no
-// multiple of 128), and the variants' names.
+// Rendered before: T (half), U (of y), a format with CHUNK 32, TOKENS, BLOCKS, SPLIT, PARTS (1 with GLU, TIMES and
+// EXPERTS), FOLD, AHEAD (CUDA: codes go through threadgroup memory, too, and all that a step reads is on its way during
+// the step before), TAIL (K is no multiple of 128), and the variants' names.
 // uses: matrix.metal
 // uses: packed.metal
 // uses: pairs.metal
@@ -30,9 +32,11 @@
 #define NB (TOKENS / 8)                       // blocks of 8 rows of x
 #ifdef CUDA
 #define STAGE 1                               // x goes through threadgroup memory
+#define EARLY AHEAD
 #define X_ROWS 1                              // of a block of 8 rows of x, those that a lane reads
 #else
 #define STAGE 0
+#define EARLY 0
 #define X_ROWS 2
 #endif
 
@@ -68,6 +72,28 @@ METAL_FUNC void staged_pairs(const threadgroup uint4* rows, int g, int t, int h,
   const uint u[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
   as_pairs(u, pairs);
 }
+
+#if AHEAD
+// A chunk's codes in threadgroup memory: pieces of VEC words, of all lanes side by side.
+METAL_FUNC void staged_codes(const threadgroup uint* p, thread uint* w) {
+  UNROLL
+  for (int i = 0; i < WORDS; i += VEC) {
+#if VEC == 4
+    const uint4 u = *(const threadgroup uint4*)(p + 32 * i);
+    w[i] = u.x;
+    w[i + 1] = u.y;
+    w[i + 2] = u.z;
+    w[i + 3] = u.w;
+#elif VEC == 2
+    const uint2 u = *(const threadgroup uint2*)(p + 32 * i);
+    w[i] = u.x;
+    w[i + 1] = u.y;
+#else
+    w[i] = p[32 * i];
+#endif
+  }
+}
+#endif
 #else
 // Number e of each of 8 pairs of a row.
 METAL_FUNC void load_row(const device half* x, int h, int e, thread uint* u) {
@@ -144,18 +170,32 @@ for (int i = part * 32 + lane; i < 256; i += 32 * SPLIT) table[i] = pair(values[
 threadgroup_barrier(mem_flags::mem_threadgroup);
 #endif
 
+// Of K this simdgroup takes share `share` of SHARES.
+constexpr int SHARES = SPLIT * PARTS;
+const int share = part + SPLIT * int(threadgroup_position_in_grid.z);
+
 Chunk now[2 * BLOCKS];
-#define LOAD(into, c)                                                            \
-  UNROLL for (int r = 0; r < 2 * BLOCKS; r++) {                                  \
-    load_codes(codes + row[r] * uint(words) + uint((c) * WORDS), into[r].codes); \
-    LOAD_GROUP_SCALES(into, c)                                                   \
-    LOAD_BLOCK_SCALES(into, c)                                                   \
+#define LOAD(into, c)                             \
+  UNROLL for (int r = 0; r < 2 * BLOCKS; r++) {   \
+    LOAD_CODES(into, c)                           \
+    LOAD_GROUP_SCALES(into, c)                    \
+    LOAD_BLOCK_SCALES(into, c)                    \
   }
+#if EARLY
+#define LOAD_CODES(into, c)
+#else
+#define LOAD_CODES(into, c) load_codes(codes + row[r] * uint(words) + uint((c) * WORDS), into[r].codes);
+#endif
 #if GROUP_SCALE_BITS
 #define LOAD_GROUP_SCALES(into, c) \
   into[r].group_scales = load_group_scales(group_scales + row[r] * uint(K / GROUP * GROUP_SCALE_BITS / 8), c);
+#define LOAD_PIECES(c) load_pieces(group_scales + row[r] * uint(K / GROUP * GROUP_SCALE_BITS / 8), c, pieces[r]);
+#define FIELDS(c) fields_of(pieces[r], c)
 #else
 #define LOAD_GROUP_SCALES(into, c) into[r].group_scales = 0;
+#define PIECES 1
+#define LOAD_PIECES(c)
+#define FIELDS(c) 0
 #endif
 #if SCALE_BLOCK
 #define LOAD_BLOCK_SCALES(into, c) \
@@ -165,8 +205,8 @@ Chunk now[2 * BLOCKS];
 #define LOAD_BLOCK_SCALES(into, c) into[r].block_scales[0] = 0;
 #endif
 
-// Threadgroup memory for x, then for sums.
-#define STAGED (STAGE ? SPLIT * NB * 128 : 0)
+// Threadgroup memory for x and codes, then for sums.
+#define STAGED (STAGE ? SPLIT * (NB * 128 + EARLY * 16 * BLOCKS * WORDS) * (1 + EARLY) : 0)
 #define SUMS (SPLIT > 1 ? SPLIT * BLOCKS * NB * 32 : 0)
 #if STAGE || SPLIT > 1
 threadgroup uint4 room[STAGED > SUMS ? STAGED : SUMS];
@@ -176,8 +216,22 @@ float acc[BLOCKS][NB][4];
 UNROLL
 for (int i = 0; i < BLOCKS * NB * 4; i++) acc[i / (NB * 4)][i / 4 % NB][i % 4] = 0;
 
-const int steps = (chunks + 4 * SPLIT - 1) / (4 * SPLIT);
-LOAD(now, min(part * 4 + lane_t, chunks - 1))
+const int steps = (chunks + 4 * SHARES - 1) / (4 * SHARES);
+#if EARLY
+threadgroup uint* staged_words = (threadgroup uint*)(room + SPLIT * NB * 256 + part * (32 * BLOCKS * WORDS));
+#define CODES_AT(step, r) (staged_words + ((step) % 2 * 2 * BLOCKS + (r)) * 32 * WORDS + lane * VEC)
+#define COPY_CODES(step)                                                                           \
+  {                                                                                                \
+    const uint at = uint(min(((step) * SHARES + share) * 4 + lane_t, chunks - 1) * WORDS);         \
+    UNROLL for (int i = 0; i < 2 * BLOCKS * WORDS; i += VEC) copy_words<VEC>(                      \
+        CODES_AT(step, i / WORDS) + i % WORDS * 32, codes + row[i / WORDS] * uint(words) + at + i % WORDS); \
+  }
+#define CODES_OF(r, into) uint into[WORDS]; staged_codes(CODES_AT(step, r), into);
+COPY_CODES(0)
+#else
+#define CODES_OF(r, into) const thread uint* into = now[r].codes;
+#endif
+LOAD(now, min(share * 4 + lane_t, chunks - 1))
 #if !EXPERTS
 INPUTS_READY();  // the first weights are being loaded
 #endif
@@ -206,16 +260,17 @@ const int sums_from = LANE_OF(lane_g / 2, lane_t);
 
 #if STAGE
 // This lane copies 16 bytes of every second row.
-threadgroup uint4* staged = room + part * (NB * 128);
+threadgroup uint4* staged = room + part * (NB * 128 * (1 + EARLY));
+#define X_AT(step) (EARLY * ((step) % 2) * NB * 128)
 threadgroup uint4* copy_to = staged + PIECE(lane / 16, lane % 16 / 4, lane % 4);
 uint copy_from[4 * NB];
 UNROLL
 for (int i = 0; i < 4 * NB; i++) copy_from[i] = uint(X_ROW(2 * i + lane / 16)) * uint(K) + uint(lane % 4 * 8);
 #define COPY_X(step)                                                                               \
   {                                                                                                \
-    const int chunk = min(((step) * SPLIT + part) * 4 + lane % 16 / 4, chunks - 1);                \
+    const int chunk = min(((step) * SHARES + share) * 4 + lane % 16 / 4, chunks - 1);              \
     UNROLL for (int i = 0; i < 4 * NB; i++)                                                        \
-        copy_async(copy_to + 32 * i, x + copy_from[i] + chunk * 32);                               \
+        copy_async(copy_to + X_AT(step) + 32 * i, x + copy_from[i] + chunk * 32);                  \
   }
 COPY_X(0)
 #endif
@@ -223,14 +278,14 @@ COPY_X(0)
 // The second factors of a chunk: 8 pairs of block n of rows, from pair 8 half on.
 #define LOAD_X(step, n, half, pairs)                                                               \
   {                                                                                                \
-    const int chunk = ((step) * SPLIT + part) * 4 + x_chunk, at = (TAIL ? min(chunk, chunks - 1) : chunk) * 32; \
-    LOAD_PAIRS(n, at, half, pairs)                                                                 \
+    const int chunk = ((step) * SHARES + share) * 4 + x_chunk, at = (TAIL ? min(chunk, chunks - 1) : chunk) * 32; \
+    LOAD_PAIRS(step, n, at, half, pairs)                                                           \
     UNROLL for (int p = 0; p < (TAIL ? 8 : 0); p++) pairs[p] = chunk < chunks ? pairs[p] : 0u;     \
   }
 #if STAGE
-#define LOAD_PAIRS(n, at, half, pairs) staged_pairs(staged + n * 128, lane_g, lane_t, half, pairs);
+#define LOAD_PAIRS(step, n, at, half, pairs) staged_pairs(staged + X_AT(step) + n * 128, lane_g, lane_t, half, pairs);
 #else
-#define LOAD_PAIRS(n, at, half, pairs) load_pairs(from[n][0] + at, from[n][X_ROWS - 1] + at, half, which, pairs);
+#define LOAD_PAIRS(step, n, at, half, pairs) load_pairs(from[n][0] + at, from[n][X_ROWS - 1] + at, half, which, pairs);
 #endif
 #if SUMMED
 // Adds the sums of x over a chunk's groups: 8 pairs of them.
@@ -258,9 +313,24 @@ COPY_X(0)
 // With many rows, half of a chunk at a time: registers.
 constexpr int TURNS = NB > 2 ? 2 : 1, HALVES = 2 / TURNS;
 for (int step = 0; step < steps; step++) {
-  const int c4 = (step * SPLIT + part) * 4, c = c4 + lane_t;
+  const int c4 = (step * SHARES + share) * 4, c = c4 + lane_t;
 #if STAGE
   copies_arrived();
+#endif
+#if EARLY
+  // What is loaded now is not looked at before this step's end.
+  const int c2 = min(c + 4 * SHARES, chunks - 1);
+  Chunk next[2 * BLOCKS];
+  uint pieces[2 * BLOCKS][PIECES];
+  if (step + 1 < steps) {
+    UNROLL
+    for (int r = 0; r < 2 * BLOCKS; r++) {
+      LOAD_PIECES(c2)
+      LOAD_BLOCK_SCALES(next, c2)
+    }
+    COPY_X(step + 1)
+    COPY_CODES(step + 1)
+  }
 #endif
   if (c4 < chunks) {
     float dots[TURNS == 1 ? 1 : BLOCKS][NB][4], sums[NB][GROUPS][4];
@@ -283,7 +353,7 @@ for (int step = 0; step < steps; step++) {
           AS_FACTORS(sums[n], group_sums[n])
         }
       }
-#if STAGE
+#if STAGE && !EARLY
       if (turn == TURNS - 1 && step + 1 < steps) {
         simdgroup_barrier(mem_flags::mem_threadgroup);  // all lanes have read this step's
         COPY_X(step + 1)
@@ -295,8 +365,10 @@ for (int step = 0; step < steps; step++) {
         scale_of(now[2 * b], scale0);
         scale_of(now[2 * b + 1], scale1);
         uint m0[WORDS], m1[WORDS];
-        aligned(now[2 * b].codes, m0);
-        aligned(now[2 * b + 1].codes, m1);
+        CODES_OF(2 * b, codes0)
+        CODES_OF(2 * b + 1, codes1)
+        aligned(codes0, m0);
+        aligned(codes1, m1);
         if (AFTER && turn == 0) {
           UNROLL
           for (int i = 0; i < NB * 4; i++) dots[TURNS == 1 ? 0 : b][i / 4][i % 4] = 0;
@@ -332,7 +404,15 @@ for (int step = 0; step < steps; step++) {
       }
     }
   }
-  if (step + 1 < steps) LOAD(now, min(c + 4 * SPLIT, chunks - 1))
+#if EARLY
+  UNROLL
+  for (int r = 0; r < 2 * BLOCKS; r++) {
+    now[r].group_scales = FIELDS(c2);
+    now[r].block_scales[0] = next[r].block_scales[0];
+  }
+#else
+  if (step + 1 < steps) LOAD(now, min(c + 4 * SHARES, chunks - 1))
+#endif
 }
 
 #if SPLIT > 1
@@ -382,7 +462,7 @@ for (int f = 0; f < OUTS * NB; f++) {
 #endif
         float value = acc[b][n][i] * factor;
         if (GLU) value = gelu(value) * (acc[GLU ? b + OUTS : b][n][i] * factor);
-        const ulong at = ulong(Y_ROW(t)) * ulong(outs) + ulong(out);
+        const ulong at = ulong(Y_ROW(t) + (PARTS > 1 ? int(threadgroup_position_in_grid.z) * tokens : 0)) * ulong(outs) + ulong(out);
 #if TIMES
         value = gelu(value) * float(times[at]);
 #endif

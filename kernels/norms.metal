@@ -1,15 +1,16 @@
 // The residual connection with the norms around it, in one launch:
 //   c = h,  or with BRANCHES  c = rms(h) norm1 + rms(e) norm2,  e = sum over i < USED of share[i] experts[i]
+// where h is the sum of PARTS arrays, and
 //   y = (x + rms(c) post) scale,    normed = rms(y) next,  or with COPIES  y COPIED
-// with rms(a) = a / sqrt(mean(a²) + EPS), of h and e with EPS_H. x and y [tokens, K] in dtype R, h and experts
-// [tokens USED, K] in T, normed in U.
+// with rms(a) = a / sqrt(mean(a²) + EPS), of h and e with EPS_H. x and y [tokens, K] in dtype R, h
+// [PARTS, tokens, K] and experts [tokens USED, K] in T, normed in U.
 //
 // Threads. One threadgroup of SG simdgroups a token, 8 neighbouring elements a thread and a step, all kept in
 // registers between the sums; grid (32 SG, tokens, 1). K a multiple of 8.
 //
 // Memory. Everything read once and written once, 16 bytes a lane.
 //
-// Rendered before: T, R, U, K, SG, EPS, EPS_H, BRANCHES, USED, SCALED (scale is there), NEXT (next is there),
+// Rendered before: T, R, U, K, SG, PARTS, EPS, EPS_H, BRANCHES, USED, SCALED (scale is there), NEXT (next is there),
 // COPIES, COPIED.
 
 #define STEPS ((K + 256 * SG - 1) / (256 * SG))
@@ -39,6 +40,13 @@ const float factor_of_layer = scale[0];
 #endif
 INPUTS_READY();
 EACH_STEP load8(h + row + at, c[i]);
+#if PARTS > 1
+float more[STEPS][PARTS - 1][8];
+EACH_STEP {
+  UNROLL
+  for (int p = 1; p < PARTS; p++) load8(h + p * x_shape[0] * K + row + at, more[i][p - 1]);
+}
+#endif
 EACH_STEP load8(x + row + at, v[i]);
 #if BRANCHES
 EACH_STEP {
@@ -49,6 +57,10 @@ EACH_STEP {
 simdgroup_barrier(mem_flags::mem_none);
 
 EACH_STEP {
+#if PARTS > 1
+  UNROLL
+  for (int j = 0; j < 8 * (PARTS - 1); j++) c[i][j % 8] += more[i][j / 8][j % 8];
+#endif
   UNROLL
   for (int j = 0; j < 8; j++) squares += c[i][j] * c[i][j];
 }

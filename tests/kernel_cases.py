@@ -53,6 +53,10 @@ METAL_FUNC uint fma_halves(uint a, uint b, uint c) {
 METAL_FUNC uint mul_halves(uint a, uint b) { return as_type<uint>(as_type<half2>(a) * as_type<half2>(b)); }
 METAL_FUNC uint add_halves(uint a, uint b) { return as_type<uint>(as_type<half2>(a) + as_type<half2>(b)); }
 METAL_FUNC void copy_async(threadgroup uint4* to, const device half* from) { *to = *(const device uint4*)from; }
+template <int COUNT>
+METAL_FUNC void copy_words(threadgroup uint* to, const device uint* from) {
+  for (int i = 0; i < COUNT; i++) to[i] = from[i];
+}
 METAL_FUNC void copies_arrived() { simdgroup_barrier(mem_flags::mem_threadgroup); }
 """
 # Of quantized.metal, by the table.
@@ -106,13 +110,13 @@ def racing(**declared: Any) -> Any:
     return call
 
 
-def as_cuda(*, header: str, **declared: Any) -> Any:
+def as_cuda(*, header: str, base: Any = metal, **declared: Any) -> Any:
     """The simulator, with the text as CUDA sees it."""
     if "void multiply(" in header:
         before, high_half, after = re.split(r"(METAL_FUNC float high_half\(.*\n)", header)  # which PTX needs
         defines = "#define CUDA 1\n#define INPUTS_READY()\n"
         header = f"{defines}{before}{high_half}{PTX}{HALVES}{CODES}{after}"
-    return metal(header=header, **declared)
+    return base(header=header, **declared)
 
 
 def eager(header: str, base: Any = metal, **declared: Any) -> Any:

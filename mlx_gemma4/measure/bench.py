@@ -176,11 +176,15 @@ def measure(model: Model, plan: BenchPlan, cells: list[Cell], repetitions: int) 
                 rate, cell.peak_memory = _prompt_rate(model, plan, cell.context)
                 cell.samples.append(rate)
         elif cell.kind == "batch":
+            held = model.new_state(kv=plan.kv)  # a pool that has none would go with the last reply, and its recordings
+            if cell.parallel > 1:
+                model.seat(held)
             _warm_until_steady(lambda n=cell.parallel: _batch_rate(model, plan, n)[0])  # type: ignore[misc]
             for _ in range(repetitions):
                 rate, took, cell.peak_memory = _batch_rate(model, plan, cell.parallel)
                 cell.samples.append(rate)
                 cell.prompt_times.append(took)
+            held.close()
         else:
             fill(base, cell.context)
             _warm_up(model, base, plan.reply)
@@ -227,7 +231,8 @@ def _warm_until_steady(run: Callable[[], float]) -> None:
 def _batch_rate(model: Model, plan: BenchPlan, n: int) -> tuple[float, float, int]:
     """Read n prompts one after the other, then decode n greedy replies at once: each step starts with the one before.
 
-    One reply alone is decoded as `generate` does.
+    On a GPU a state's way into the pool of those that step together counts as part of its prompt. One reply alone is
+    decoded as `generate` does.
 
     Returns:
         Decoded tokens per second of all together, seconds for the prompts, peak memory in bytes.
@@ -240,6 +245,8 @@ def _batch_rate(model: Model, plan: BenchPlan, n: int) -> tuple[float, float, in
         while read is None:
             read = read_chunk(model, state, ids, [], model.chunk)
         first.append(read.token())
+        if n > 1:
+            model.seat(state)
     took, start = time.perf_counter() - start, time.perf_counter()
     if n == 1:
         s = Statistics()

@@ -22,7 +22,7 @@ from ..ops import matvec, parts, stock
 from ..ops.choose import TOP_K
 from ..ops.dispatch import Kernels
 from ..ops.embed import EMBED, PLE_INPUTS
-from ..ops.epilogue import FP32, SHRINK, Epilogue, Folded
+from ..ops.epilogue import ADDED, FP32, SHRINK, Epilogue, Folded
 from ..ops.few_rows import MAX_ROWS
 from ..ops.norms import ADD_NORM, NormOptions
 from ..ops.qkv import QKV_POST, ROTATIONS, QKVArrays, QKVOptions
@@ -144,7 +144,7 @@ def through_layers(
         a = summed(model, "attention", i, _attention(run, model, i, h, attend))
         x, h = run(ADD_NORM, x, a, layer.post_attention_norm, NormOptions(eps, layer.ffn_norm, out=out))
         experts = None if layer.ffn_gate_inp is None else _experts(run, model, layer, x)
-        m, norm, shrunk = _mlp(run, layer, h), layer.post_ffw_norm, SHRINK
+        m, norm, shrunk = _mlp(run, layer, h, FP32 if part else ADDED), layer.post_ffw_norm, SHRINK
         if experts is None:
             m = summed(model, "mlp", i, m)
         elif model.part is not None:
@@ -198,7 +198,7 @@ def _summed_experts(model: Loaded, i: int, m: mx.array, experts: Experts) -> tup
 
 
 def _attention(run: Kernels, model: Loaded, i: int, h: mx.array, attend: Attend) -> mx.array:
-    """Return layer i's attention, fp32 [T, hidden], of h [T, hidden] after its norm."""
+    """Return layer i's attention, fp32 [T, hidden] or in parts (ADDED), of h [T, hidden] after its norm."""
     c, layer, shape = model.config, model.weights.layers[i], model.config.layers[i]
     q_weight = layer.attn_q if layer.attn_qk is None else layer.attn_qk
     assert q_weight is not None
@@ -212,7 +212,7 @@ def _attention(run: Kernels, model: Loaded, i: int, h: mx.array, attend: Attend)
     options = QKVOptions(
         shape.heads, shape.kv_heads, c.eps, model.kv_dtype, c.value_norm, own and v is None and not joined_v
     )
-    return run.product(attend(i, q, k, v, options), layer.attn_output, FP32)
+    return run.product(attend(i, q, k, v, options), layer.attn_output, FP32 if model.part else ADDED)
 
 
 def over_parts(model: Loaded, run: Kernels, inputs: Inputs, places: Places, tokens: int) -> tuple[Attend, Tails]:
@@ -246,8 +246,8 @@ def attend_parts(
     return run.attention(q, seen, spans, scale=scale, window=c.window if shape.sliding else 0)
 
 
-def _mlp(run: Kernels, layer: Layer, h: mx.array) -> mx.array:
-    """Return down(gelu(gate(h)) * up(h)) times SHRINK, fp32 [T, hidden], of h [T, hidden] after its norm."""
+def _mlp(run: Kernels, layer: Layer, h: mx.array, out: Epilogue) -> mx.array:
+    """Return down(gelu(gate(h)) * up(h)) times SHRINK, fp32 as `out` says, of h [T, hidden] after its norm."""
     joined, gate, up = layer.ffn_gate_up, layer.ffn_gate, layer.ffn_up
     if isinstance(joined, mx.array):  # `dense` takes one after the other
         gate, up = mx.split(joined, 2)
@@ -256,7 +256,7 @@ def _mlp(run: Kernels, layer: Layer, h: mx.array) -> mx.array:
     else:
         assert joined is not None
         product = run.product(h, joined, Epilogue(glu=True, factor=SHRINK))
-    return run.product(product, layer.ffn_down, FP32)
+    return run.product(product, layer.ffn_down, out)
 
 
 def _per_layer(run: Kernels, layer: Layer, h: mx.array, p: mx.array) -> mx.array:

@@ -320,8 +320,11 @@ class Model:
             return self.batcher.check(ids, states, draws, queued)
 
     def seat(self, state: KVState) -> None:
-        """Have a state's next steps made as those of `replayed_check` are, if memory allows."""
-        if self.batcher is not None:
+        """Have a state join the pool, where steps of several states and those of `replayed_check` are made.
+
+        Nothing happens without a GPU, for a state that the pool doesn't take, and if there is too little memory.
+        """
+        if self.batcher is not None and self.batcher.pool.takes(state):
             with execution(), suppress(RuntimeError, ValueError):
                 self.batcher.pool.seat(state)
 

@@ -19,6 +19,7 @@ class Epilogue(NamedTuple):
     out: mx.Dtype | None = None  # of the result, x's by default; what fp16 can't hold becomes its largest number
     eps: float = 1e-6  # of the norm of x, where there is one
     given: float = 1.0  # x is so many times its true value
+    added: bool = False  # who takes the result adds up parts of it, should it come in some: [parts, T, N]
 
     @property
     def factors(self) -> dict[str, float]:
@@ -37,6 +38,7 @@ class Folded(NamedTuple):
 
 PLAIN = Epilogue()
 FP32 = Epilogue(out=mx.float32)
+ADDED = Epilogue(out=mx.float32, added=True)
 ALONE = Folded()
 
 

@@ -5,6 +5,7 @@ In and out: MLX arrays for one token, or a handful (T up to 8). Knows no model. 
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from . import stock
 from .cases import EPS, Case, Check, Sizes, case, cases, norm_weight, normal, state_dtype
 from .epilogue import SHRINK
 from .op import Op
+from .tuning import this_gpu
 
 
 class NormOptions(NamedTuple):
@@ -36,7 +38,7 @@ def add_norm(launcher: Launcher, x: mx.array, h: mx.array, post: mx.array, optio
 
     Args:
         x: [T, K], the residual; K a multiple of 8.
-        h: [T, K], in any float type.
+        h: [T, K], in any float type; or [parts, T, K], of which the sum counts (`Epilogue.added`).
         post: fp32 [K].
 
     Returns:
@@ -50,6 +52,7 @@ def add_norm(launcher: Launcher, x: mx.array, h: mx.array, post: mx.array, optio
     arrays |= {"scale": scale, "next": next_norm}
     defines: dict[str, Any] = {"R": x.dtype, "K": k, "SG": simdgroups, "EPS": eps, "EPS_H": eps * shrunk**2}
     defines |= {"BRANCHES": outputs is not None, "USED": 0 if outputs is None else outputs.shape[1]}
+    defines["PARTS"] = h.shape[0] if h.ndim == 3 else 1
     defines |= {"SCALED": scale is not None, **result_defines(out), "NEXT": next_norm is not None}
     defines |= {"COPIES": copied > 0, "COPIED": float(copied)}
     missing = absent(arrays) + (["normed"] if next_norm is None and not copied else [])
@@ -64,6 +67,7 @@ def add_norm_reference(x: mx.array, h: mx.array, post: mx.array, options: NormOp
     """`add_norm` in stock MLX."""
     eps, next_norm, scale, experts, shrunk, out, copied = options
     c = h.astype(mx.float32)
+    c = c.sum(axis=0) if c.ndim == 3 else c
     if experts is not None:
         outputs, share, norm1, norm2 = experts
         e = (outputs.astype(mx.float32) * share[..., None]).sum(axis=1)
@@ -84,7 +88,7 @@ ADD_NORM = Op("add_norm", add_norm, add_norm_reference)
 def add_norm_cases(s: Sizes) -> Iterator[Check]:
     k = s.hidden
 
-    def make(scaled: bool, used: int, shrunk: float, following: bool) -> Case:
+    def make(scaled: bool, used: int, shrunk: float, following: bool, parts: int) -> Case:
         # What a per-layer embedding's product takes follows where no norm does.
         # [4]: MLX keeps less than that in the host's memory (CUDA)
         scale, experts = mx.full((4,), 0.37) if scaled else None, None
@@ -93,12 +97,14 @@ def add_norm_cases(s: Sizes) -> Iterator[Check]:
         follow = {"next_norm": norm_weight(k)} if following else {"copied": SHRINK}
         options = NormOptions(EPS, scale=scale, experts=experts, shrunk=shrunk, out=state_dtype(), **follow)
         n_bytes = 4 * k * (5 + (used + 2 if used else 0)) + state_dtype().size * k
-        return case(ADD_NORM, n_bytes, normal(1, k) * 20, normal(1, k), norm_weight(k), options)
+        h = normal(1, k) if parts == 1 else normal(parts, 1, k)
+        return case(ADD_NORM, n_bytes, normal(1, k) * 20, h, norm_weight(k), options)
 
     # After attention; after the MLP, where the layer may have a scale, experts, or an embedding's share to come.
     kinds = [(False, 0, 1.0, True), (False, 0, SHRINK, True), (True, s.used, SHRINK, True), (True, 0, SHRINK, True)]
     kinds += [(False, 0, SHRINK, False)] if s.ple else []
-    for scaled, used, shrunk, following in dict.fromkeys(kinds) if k else ():
+    several = range(1, this_gpu().rows_parts + 1)  # parts of a product
+    for (scaled, used, shrunk, following), parts in product(dict.fromkeys(kinds) if k else (), several):
         shape = f"{k}" + ", scaled" * scaled + f", {used} experts" * (used > 0) + ", shrunk" * (shrunk != 1)
-        shape += ", last" * (not following)
-        yield Check(ADD_NORM.key, shape, partial(make, scaled, used, shrunk, following))
+        shape += ", last" * (not following) + f", {parts} parts" * (parts > 1)
+        yield Check(ADD_NORM.key, shape, partial(make, scaled, used, shrunk, following, parts))

@@ -126,11 +126,17 @@ def fill_pages(launcher: Launcher, new: KVPart, pool: KVPart, row: np.ndarray) -
     Returns:
         the pool, [pages, G, page, D] each, and an array that is computed when it has been written.
     """
-    (_, kv_heads, _, dim), dtype, page, n = new[0].shape, pool[0].dtype, pool[0].shape[2], int(row[TO] - row[FROM])
-    defines: dict[str, Any] = {"G": kv_heads, "D": dim, "C": dtype, "C_BYTES": dtype.size, "PAGE": page}
+    launch = _fill_prepared(launcher, pool[0].shape[1:], pool[0].dtype, int(row[TO] - row[FROM]))
+    return pool, launch(*new, mx.array(row), *pool)[0]
+
+
+@lru_cache(maxsize=4096)
+def _fill_prepared(launcher: Launcher, page: tuple[int, int, int], dtype: mx.Dtype, tokens: int) -> Launch:
+    kv_heads, size, dim = page
+    defines: dict[str, Any] = {"G": kv_heads, "D": dim, "C": dtype, "C_BYTES": dtype.size, "PAGE": size}
     kernel = render("fill_pages", "qkv.metal", dtype, defines)
-    groups = (-(-n * dim * dtype.size // 16 // 128), kv_heads, 1)
-    return pool, prepare(launcher, kernel, groups, 128, ((1,), mx.int32))(*new, mx.array(row), *pool)[0]
+    groups = (-(-tokens * dim * dtype.size // 16 // 128), kv_heads, 1)
+    return prepare(launcher, kernel, groups, 128, ((1,), mx.int32))
 
 
 def fill_pages_reference(new: KVPart, pool: KVPart, row: np.ndarray) -> tuple[KVPart, mx.array]:

@@ -89,12 +89,30 @@ def test_replies_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert min(cell.samples) > 0 and min(cell.prompt_times) > 0 and cell.peak_memory > 0
 
 
-def test_in_kernels(tmp_path: Path) -> None:
-    """On the simulator."""
+def test_in_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On the simulator. States are in the pool before the first step, which stays until all runs are made."""
     _, fused = both("31b", UNIFORM["31b"], tmp_path)
+    monkeypatch.setattr(bench, "STEADY", float("inf"))
+    assert fused.batcher
+    pool, batch, made, held = fused.batcher.pool, fused.batch, [], list[bool]()
+    move_in = pool._move_in
+
+    def moved_in(*args: Any) -> None:
+        made.append("in")
+        move_in(*args)
+
+    def noted(tokens: Any, states: Any) -> Any:
+        held.append(all(map(fused.batcher.holds, states)))  # type: ignore[union-attr]
+        made.append("step")
+        return batch(tokens, states)
+
+    monkeypatch.setattr(pool, "_move_in", moved_in)
+    monkeypatch.setattr(fused, "batch", noted)
     plan = bench.BenchPlan((), (), 2, 1, parallel=(2,))
     (cell,) = bench.measure(fused, plan, bench.cells_of(plan), 1)
     assert cell.rate > 0 and cell.prompt_times[0] > 0
+    assert all(held) and made == ["in", *["in", "in", "step", "step"] * 3]
+    assert not pool.seats
 
 
 def test_warm_ups_go_on_while_runs_get_faster() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +17,7 @@ from recorded import prompts
 
 from mlx_gemma4.kv.state import total_nbytes
 from mlx_gemma4.model.model import Model
-from mlx_gemma4.ops import paged
+from mlx_gemma4.ops import few_rows, paged, tuning
 from mlx_gemma4.ops.dispatch import Kernels
 from mlx_gemma4.ops.op import OpKey
 
@@ -71,6 +73,28 @@ def test_launches_do_not_grow_with_states(kind: str, tmp_path: Path, monkeypatch
         counted["few_rows"] += counted.pop("matvec", 0)
     assert two == six
     assert alone.total() <= two.total() <= alone.total() + 3 * len(fused.config.layers)
+
+
+@pytest.mark.parametrize("kind", ["e2b", "26b-a4b"])
+def test_products_in_parts(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the norm after them adds up is what they make otherwise."""
+    plain, fused = both(kind, UNIFORM[kind], tmp_path)
+    states = [read(plain, prompts(kind)[1]) for _ in range(3)]
+    want = np.array(fused.batch_step([5, 2, 7], [state.fork() for state in states]))
+    rule, in_parts = few_rows.rows_tiling, list[bool]()
+
+    def tiling(*args: Any, added: bool = False, **options: Any) -> few_rows.RowsTiling:
+        in_parts.append(added)
+        return replace(rule(*args, **options), parts=1 + added)
+
+    monkeypatch.setattr(few_rows, "rows_tiling", tiling)
+    tuning.use(None)  # forget launches
+    try:
+        got = np.array(fused.batch_step([5, 2, 7], states))
+    finally:
+        tuning.use(None)
+    assert any(in_parts) and not all(in_parts)
+    np.testing.assert_allclose(got, want, atol=NEAR)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -145,6 +145,14 @@ def test_so_it_is_when_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
         tuning.use(None)
 
 
+def test_so_it_is_where_products_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        tuning.use(tuning.Tuning(rows_parts=4, rows_ahead=True))
+        launched_less_checked("E2B", monkeypatch)
+    finally:
+        tuning.use(None)
+
+
 def launched_less_checked(kind: str, monkeypatch: pytest.MonkeyPatch, quantized: int = 10) -> None:
     launched: dict[str, Launched] = {}
     checked: Launched = set()

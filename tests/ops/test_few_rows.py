@@ -7,6 +7,7 @@ weights are rounded to fp16 once: 1e-6 and 5e-4 of the result, as norms.
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -32,6 +33,10 @@ TILINGS = [  # by turns, so that every kind of tiling meets several formats; the
     (RowsTiling(4, 2), 16),
     (RowsTiling(2, 3), 27),
 ]
+
+AHEAD = [(RowsTiling(2, 2, ahead=True), 5), (RowsTiling(1, 2, ahead=True), 13), (RowsTiling(3, 1, True, ahead=True), 2)]
+PARTS = [(RowsTiling(2, 2, parts=3), 4), (RowsTiling(1, 1, parts=2, ahead=True), 13), (RowsTiling(3, 2, parts=4), 2)]
+RACING_CUDA = partial(as_cuda, base=racing)
 
 
 def near(got: mx.array, want: np.ndarray, limit: float = 5e-4) -> None:
@@ -76,6 +81,29 @@ def test_scales_before_the_product(name: str, launcher: Any) -> None:
     for config, rows in ((RowsTiling(4, 2, True), 31), (RowsTiling(2, 1, True), 16)):
         x = random(8, rows, 768, dtype=mx.float16)
         near(few_rows(launcher, x, w, FP32, config=config), exact(x) @ values.T)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_a_step_reads_comes_a_step_ahead(name: str) -> None:
+    """On CUDA, over several steps, the last of which some simdgroups don't have."""
+    turn, size = list(FORMATS).index(name), FORMATS[name].layout.size
+    w, values = weight(name, 37, 1376 // size * size if size < 256 else 1280)
+    config, rows = AHEAD[turn % 3]
+    x = random(1, rows, w.shape[-1], dtype=mx.float16)
+    got = few_rows(as_cuda, x, w, FP32, config=config)
+    near(got, exact(x) @ values.T, 1e-6 if name in EXACT and not config.fold else 5e-4)
+
+
+@LAUNCHERS
+@pytest.mark.parametrize(("config", "rows"), PARTS)
+def test_parts(config: RowsTiling, rows: int, launcher: Any) -> None:
+    """Threadgroups that share rows leave sums of their own, also where one has nothing to do."""
+    for name, k in (("Q4_K", 1280), ("Q6_K", 512), ("Q8_0", 352)):
+        w, values = weight(name, 69, k)
+        x = random(2, rows, k, dtype=mx.float16)
+        got = few_rows(launcher, x, w, FP32, config=config)
+        assert got.shape == (config.parts, rows, 69)
+        near(got.sum(axis=0), exact(x) @ values.T)
 
 
 @LAUNCHERS
@@ -195,6 +223,8 @@ def test_races_and_bounds(name: str) -> None:
     w, values = weight(name, 37, 512)
     x = random(5, 19, 512, dtype=mx.float16)
     near(few_rows(racing, x, w, FP32, config=RowsTiling(1, 2)), exact(x) @ values.T)
+    few = few_rows(RACING_CUDA, x[:7], w, FP32, config=RowsTiling(1, 2, ahead=True))
+    near(few, exact(x[:7]) @ values.T)
 
 
 def test_routes_have_no_race() -> None:

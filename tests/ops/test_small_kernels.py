@@ -272,10 +272,12 @@ def add_norm(
     dtypes: tuple[mx.Dtype, mx.Dtype], k: int, tokens: int, options: Sequence[str], launcher: Any = metal
 ) -> None:
     """dtypes: of the residual and of the rest."""
-    x, h = normal(tokens, k, dtype=dtypes[0]) * 30, normal(tokens, k, dtype=dtypes[1], seed=1)
+    parts = (3,) * ("parts" in options)
+    x, h = normal(tokens, k, dtype=dtypes[0]) * 30, normal(*parts, tokens, k, dtype=dtypes[1], seed=1)
     post, next_norm, norm1, norm2 = (1 + normal(k, seed=s) for s in (2, 3, 4, 5))
     share = mx.softmax(normal(tokens, 3, seed=6), axis=-1)
     kwargs: dict[str, Any] = {
+        "parts": {},
         "next": {"next_norm": next_norm},
         "copy": {"copied": 1 / 16},
         "scale": {"scale": mx.array([0.37])},
@@ -291,7 +293,10 @@ def add_norm(
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("next",), ("scale",), ("copy",), ("next", "scale"), ("experts", "next", "scale")], ids="+".join
+    "options",
+    [(), ("next",), ("scale",), ("copy",), ("next", "scale"), ("experts", "next", "scale"), ("next", "parts")]
+    + [("experts", "next", "parts")],
+    ids="+".join,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_add_norm_variants(options: Sequence[str], dtype: mx.Dtype) -> None:
@@ -427,6 +432,7 @@ def test_no_races_and_no_access_out_of_bounds() -> None:
     qkv.rotations(racing, mx.array([5]), wavelengths(96), tokens=2)
     add_norm((mx.float32, mx.float16), 2816, 1, ("next", "experts", "scale"), launcher=racing)
     add_norm((mx.float32, mx.float16), 96, 2, ("next",), launcher=racing)
+    add_norm((mx.float32, mx.float32), 5376, 2, ("next", "parts"), launcher=racing)
     ids, weights = mx.array([3, 0, 4], mx.int32), table("Q6_K", 5, 512)
     embed.embed(racing, ids, weights, 7.5)
     embed.ple_inputs(racing, ids, normal(3, 512), normal(256), weights, 1.0, eps=EPS)
