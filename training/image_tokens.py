@@ -2,8 +2,8 @@
 
     python training/image_tokens.py mlx_gemma4/demo/gemma4-demo.gguf OUT.gguf
 
-In: a file made before `vocabulary.py` had PICTURE. Out: the same with the texts and types of three unused tokens changed
-and the template of this folder. All else, the weights among it, stays byte for byte.
+In: a file made before `vocabulary.py` had PICTURE. Out: the same with the texts and types of three unused tokens
+changed, and the template of this folder. All else, the weights among it, stays byte for byte.
 """
 
 from __future__ import annotations
