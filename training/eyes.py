@@ -5,7 +5,7 @@
     python training/eyes.py export OUT.pt mmproj-gemma4-demo.gguf
 
 In: the GGUF of the built-in model, whose weights stay as they are, and nothing else: pictures are drawn as they are
-needed (drawings.py). The tower learns through the model, that its answers become likely, and at first also by itself:
+needed (scenes.py). The tower learns through the model, that its answers become likely, and at first also by itself:
 what lies at each soft token and how many things there are must follow from its rows by one product. Forward pass as in
 mlx_gemma4/media/vision.py. Out: the tower's weights, the best so far each minute, and as a GGUF (F16, positions and
 norms F32) of about 1 MB. Made for a GPU; a CPU takes it for a trial.
@@ -26,9 +26,9 @@ import gguf
 import numpy as np
 import torch
 import torch.nn.functional as F
-from drawings import COLOURS, KINDS, LARGE, MOST, SHAPES, SMALL, asked, drawn, packed, rendered, scene, seen_at
 from evaluate import load
 from model import Gemma4, rms
+from scenes import COLOURS, KINDS, LARGE, MOST, SHAPES, SMALL, asked, drawn, packed, rendered, scene, seen_at
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from train import Muon

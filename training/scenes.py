@@ -44,7 +44,7 @@ KINDS = ("one", "same", "two", "number", "colour", "shape", "of one")  # of ques
 # Rows and columns of soft tokens: what pictures of usual forms become at budgets of 70 and 280.
 SMALL = [(7, 9), (9, 7), (8, 8), (6, 10), (10, 6), (6, 11), (11, 6), (5, 11), (7, 10)]
 LARGE = [(14, 19), (19, 14), (16, 16), (13, 20), (20, 13), (12, 22), (22, 12), (11, 23), (14, 20)]
-HELD_OUT = {(c, s) for i, c in enumerate(COLOURS) for j, s in enumerate(SHAPES) if (i + 3 * j) % 8 == 0}
+HELD_OUT = {(c, s) for i, c in enumerate(COLOURS) for j, s in enumerate(SHAPES) if (i + 3 * j) % 8 == 6}
 
 
 @dataclass(frozen=True)
