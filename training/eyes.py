@@ -1,6 +1,6 @@
 """Train eyes for the built-in model: a tower of kind gemma4v that names drawn shapes, their colours and how many.
 
-    python training/eyes.py train mlx_gemma4/demo/gemma4-demo.gguf OUT.pt [--minutes 12] [--batch 256] [--workers 12]
+    python training/eyes.py train mlx_gemma4/demo/gemma4-demo.gguf OUT.pt [--minutes 9] [--start OUT.pt]
     python training/eyes.py test mlx_gemma4/demo/gemma4-demo.gguf OUT.pt
     python training/eyes.py export OUT.pt mmproj-gemma4-demo.gguf
 
@@ -8,7 +8,7 @@ In: the GGUF of the built-in model, whose weights stay as they are, and nothing 
 needed (scenes.py). The tower learns through the model, that its answers become likely, and at first also by itself:
 what lies at each soft token and how many things there are must follow from its rows by one product. Forward pass as in
 mlx_gemma4/media/vision.py. Out: the tower's weights, the best so far each minute, and as a GGUF (F16, positions and
-norms F32) of about 1 MB. Made for a GPU; a CPU takes it for a trial.
+norms F32) of 1.1 MB. Made for a GPU; a CPU takes it for a trial.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from train import Muon
 from vocabulary import BOS, PAD, Vocabulary, build
 
 START = time.monotonic()
-WIDTH, FFN, HEADS, LAYERS, PLACES = 96, 192, 4, 4, 128
+WIDTH, FFN, HEADS, LAYERS, PLACES = 96, 192, 4, 4, 192
 PATCH, POOL, THETA, EPS = 16, 3, 100.0, 1e-6
 TURN = "<turn|>\n<|turn>model\n"
 
@@ -231,7 +231,8 @@ def train(given: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("high")
     device, end = "cuda" if torch.cuda.is_available() else "cpu", 60 * given.minutes
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would make a plan for each length
-    model, tower = frozen(given.model, device, device == "cuda"), Tower(256).to(device)
+    model = frozen(given.model, device, device == "cuda")
+    tower = (trained(given.start, 256) if given.start else Tower(256)).to(device)
     heads = nn.Linear(WIDTH, len(COLOURS) + len(SHAPES) + MOST + 3).to(device)
     print(f"{sum(p.numel() for p in tower.parameters()):,} parameters on {device}", flush=True)
 
@@ -254,6 +255,8 @@ def train(given: argparse.Namespace) -> None:
 
     made = optimizers(tower, heads, given.lr)
     first, step, best, told, kept, chance = time.monotonic(), 0, -1.0, START, START, random.Random(0)
+    if given.start:
+        best = keep(tower, sum(tried()), best, given.out)
     while True:
         done = (time.monotonic() - first) / max(1.0, end - (first - START) - given.reserve)
         if done >= 1:
@@ -268,7 +271,7 @@ def train(given: argparse.Namespace) -> None:
             said = logits(model, opening, soft, after)
             seen = rows_loss(heads, rows, batch[0].to(device), batch[2], batch[3])
         loss = F.cross_entropy(said.flatten(0, 1), labels.flatten(), ignore_index=-100)
-        (loss + max(0.1, 1 - 2 * done) * seen).backward()
+        (loss + (0.1 if given.start else max(0.1, 1 - 2 * done)) * seen).backward()
         nn.utils.clip_grad_norm_([*tower.parameters(), *heads.parameters()], 1.0)
         for each in made:
             each.step()
@@ -377,7 +380,8 @@ def main() -> None:
     parser.add_argument("what", choices=["train", "test", "export"])
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=12, help="from the start of this program to its end")
+    parser.add_argument("--minutes", type=float, default=9, help="from the start of this program to its end")
+    parser.add_argument("--start", type=Path, help="weights to go on from")
     parser.add_argument("--batch", type=int, default=256, help="small pictures; of large ones a quarter")
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--lr", type=float, default=2e-3)
