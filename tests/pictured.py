@@ -68,7 +68,7 @@ def seeing(
         [int(kind) for kind in metadata["tokenizer.ggml.token_type"]],
     )
     free = (i for i, text in enumerate(tokens) if text.startswith("<unused"))
-    for marker in MARKERS:
+    for marker in (each for each in MARKERS if each not in tokens):
         i = next(free)
         tokens[i], types[i] = marker, 3
     metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types, "tokenizer.chat_template": REAL}

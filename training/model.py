@@ -72,8 +72,7 @@ def rope_table(shape: Shape, sliding: bool, length: int) -> Tensor:
 
 def rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """RMS norm in fp32; `weight` multiplies as it is (no 1 +)."""
-    y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
-    return (y if weight is None else y * weight).type_as(x)
+    return F.rms_norm(x.float(), x.shape[-1:], weight, eps).type_as(x)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:

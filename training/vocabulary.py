@@ -23,6 +23,7 @@ NAMED = {
     49: "<tool_call|>", 50: "<|tool_response>", 51: "<tool_response|>", 52: '<|"|>', 98: "<|think|>", 100: "<|channel>",
     101: "<channel|>", 105: "<|turn>", 106: "<turn|>",
 }  # fmt: skip
+PICTURE = {53: "<|image>", 54: "<|image|>", 55: "<image|>"}  # by id: unused ones until the model got its eyes
 SPOKEN = {48, 49, 50, 51, 52, 100, 101}  # part of the reply's text: user-defined rather than control
 RUNS = 31  # newlines 107..137 (1 to 31 of them), spaces 138..167 (2 to 31)
 FIRST_BYTE, FIRST_OWN = 238, 494
@@ -59,8 +60,8 @@ def low_ids() -> tuple[list[str], list[int]]:
             tokens.append(f"<0x{i - FIRST_BYTE:02X}>")
             types.append(BYTE)
         else:
-            tokens.append(f"<unused{unused}>")
-            types.append(NORMAL)
+            tokens.append(PICTURE.get(i, f"<unused{unused}>"))
+            types.append(CONTROL if i in PICTURE else NORMAL)
             unused += 1
     return tokens, types
 
@@ -96,5 +97,5 @@ def build(vocabulary: Vocabulary) -> Tokenizer:
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("\n+"), "isolated")
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in NAMED.values()])
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (NAMED | PICTURE).values()])
     return tokenizer
