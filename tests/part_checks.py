@@ -22,6 +22,7 @@ import numpy as np
 from host_player import HostPlayer
 from kernel_cases import metal
 from kernel_models import Counting
+from patient import wait_for_peers
 from recorded import KINDS, kl, path, prompts
 
 from mlx_gemma4 import Sampling, load
@@ -47,6 +48,7 @@ UNPACKED = frozenset([OpKey("expand")])  # tiles of a prompt round to fp16
 
 mx.set_default_device(mx.cpu)
 group = mx.distributed.init(strict=True, backend="ring")
+wait_for_peers()
 RANK, SIZE = group.rank(), group.size()
 del os.environ["MLX_RANK"]  # so that `load` without a shard loads the whole model, as one process does
 collectives: Counter[str] = Counter()

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import mlx.core as mx
+from patient import wait_for_peers
 from pictured import seeing
 from serving import serving
 
@@ -24,6 +25,7 @@ from mlx_gemma4.conversation import language_model
 from mlx_gemma4.conversation.language_model import LanguageModel
 from mlx_gemma4.distributed import link, split, team
 from mlx_gemma4.distributed.hosts import free_port, read_hosts
+from mlx_gemma4.distributed.place import group_of
 from mlx_gemma4.generation.scoring import embed
 from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.measure.perplexity import perplexity
@@ -160,9 +162,17 @@ def served(lm: LanguageModel) -> list[str]:
 # What a rank is started as, in place of the command line
 
 
+def patient(backend: str) -> mx.distributed.Group:
+    group = group_of(backend)
+    wait_for_peers()
+    return group
+
+
 def main() -> None:
     mx.set_default_device(mx.cpu)
     what, *rest = sys.argv[1:]
+    if what in ("tour", "auto"):
+        link.group_of = patient
     if what == "tour":  # FOLDER SPLIT [MODEL]
         folder, kind, *model = rest
         lm = mlx_gemma4.load(*model, split=kind)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from typing import Any
 
 import click.testing
 import pytest
+from once import once
 from ranked import LAUNCHED
 from recorded import HERE
 
@@ -36,8 +37,9 @@ def run(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def alone() -> str:
-    return run([*LAUNCHED, *ASKED]).stdout
+def alone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    said: str = once(tmp_path_factory, "asked", lambda folder: run([*LAUNCHED, *ASKED]).stdout)
+    return said
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from once import once
 from PIL import Image
 from ranked import LAUNCHED, TESTS, end_of, ranks, tour
 from recorded import HERE
@@ -21,21 +22,22 @@ ASKED = ["-p", "Once upon a time", "-n", "20", "--temperature", "0"]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return tour(mlx_gemma4.load(), tmp_path_factory.mktemp("alone"))
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return once(tmp_path_factory, "tour-alone", lambda folder: tour(mlx_gemma4.load(), folder))
 
 
 @pytest.fixture(scope="module", params=["tensor", "layers"])
-def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("together")
-    command = [sys.executable, str(TESTS / "ranked.py"), "tour", str(folder), request.param]
-    with ranks(folder, command, command) as (first, second):
-        code, out, err = end_of(first)
-        assert code == 0, err
-        assert end_of(second)[:2] == (0, "")
-    assert (folder / "talk.json.kv.rank1").is_file()
-    seen: dict[str, Any] = json.loads(out)
-    return seen
+def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    def toured(folder: Path) -> Any:
+        command = [sys.executable, str(TESTS / "ranked.py"), "tour", str(folder), request.param]
+        with ranks(folder, command, command) as (first, second):
+            code, out, err = end_of(first)
+            assert code == 0, err
+            assert end_of(second)[:2] == (0, "")
+        assert (folder / "talk.json.kv.rank1").is_file()
+        return json.loads(out)
+
+    return once(tmp_path_factory, f"tour-{request.param}", toured)
 
 
 WHATS = ["reply", "sampled", "drafted", "assisted", "cat", "dog", "schema", "batch", "said", "again", "fork", "held"]

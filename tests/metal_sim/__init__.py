@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import re
 import shutil
 import struct
 import subprocess
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from .compile import ATTRIBUTES, MetalError, build, parameters
+from .compile import ATTRIBUTES, MetalError, build, cache_dir, parameters
 from .frontend import check
 
 __all__ = ["MetalError", "check", "kernel", "library", "unwritten"]
@@ -97,6 +99,27 @@ def _run(
             results.append(np.frombuffer(done.stdout, array.dtype, array.size, at).reshape(array.shape).copy())
             at += array.nbytes
     return results
+
+
+class _NotBuilt(Exception):
+    pass
+
+
+def _not_built() -> None:
+    raise _NotBuilt
+
+
+def _built(
+    text: str, name: str, arguments: str, sanitize: bool, constants: dict[int, object] | None,
+    check: Callable[[], object],
+) -> Path:  # fmt: skip
+    """`build`, by one of several processes that come to a kernel at the same time, as ranks do; the others wait."""
+    try:
+        return build(text, name, arguments, sanitize, constants, _not_built)
+    except _NotBuilt:
+        with (cache_dir() / f"building-{zlib.crc32(text.encode()) % 64}").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return build(text, name, arguments, sanitize, constants, check)
 
 
 def _with_line(exe: Path, message: str) -> str:
@@ -191,7 +214,7 @@ def kernel(
         )
         arguments = f"<{', '.join(_template_value(v) for _, v in template)}>" if template else ""
         check_it = partial(check, text, function + arguments, preamble=True)
-        exe = build(text, function, arguments, sanitize is not None, check=check_it)
+        exe = _built(text, function, arguments, sanitize is not None, None, check_it)
         buffers: list[tuple[str, Any, bool]] = []
         for key, array in zip(input_names, arrays, strict=True):
             buffers.append((key, array, key in in_place))
@@ -243,7 +266,7 @@ def library(
             if index:
                 declared[int(index[1])] = declaration
         check_it = partial(check, source, name + arguments, include=[include] if include else [])
-        exe = build(text, name, arguments, sanitize is not None, constants, check_it)
+        exe = _built(text, name, arguments, sanitize is not None, constants, check_it)
         triples = []
         for i, value in enumerate(buffers):
             declaration = declared[i]
