@@ -34,6 +34,7 @@ class Both:
         self.replies: SimpleQueue[Any] = SimpleQueue()
         self.on_checked: Callable[[int, dict[str, Any]], None] = lambda rank, theirs: None
         self.failed: list[str] = []
+        self.allowed: list[float] = []  # seconds more, by call
         self.error: BaseException | None = None
 
     def tell(self, op: str, *states: int, **given: Any) -> None:
@@ -58,7 +59,8 @@ class Both:
     refuse = answer
 
     @contextmanager
-    def at_work(self, tokens: int) -> Iterator[None]:
+    def at_work(self, tokens: int, more: float = 0.0) -> Iterator[None]:
+        self.allowed.append(more)
         yield
 
     def later(self, task: Callable[[], object]) -> None:

@@ -22,7 +22,7 @@ from ..model.assistant import Assistant
 from ..model.model import Model
 from ..model.step import LazyBatchStep, LazyStep
 from ..ops.sample import Draw
-from .link import Follower, Message
+from .link import RECORDING, Follower, Message
 from .mirror import PASSES, Checked, call, replay_step, shared_ids, shared_soft
 
 
@@ -37,6 +37,7 @@ def follow(
     """
     states = {} if states is None else states
     steps: dict[int, Any] = {}
+    recorded: set[tuple[str, int]] = set()  # kinds of replayed steps: the call, and its rows
     checks = count()
 
     def on_checked(_: int, sums: mx.array) -> None:
@@ -58,7 +59,9 @@ def follow(
                 if op != "prefill":
                     _await(follower, made)
         elif op in ("replay", "replay_batch"):
-            with follower.at_work(1):
+            kind = op, len(keys)
+            with follower.at_work(1, 0.0 if kind in recorded else RECORDING):
+                recorded.add(kind)
                 steps[message["key"]] = step = _gathering(_replayed(model, states, steps, message))
                 if isinstance(step, LazyBatchStep):
                     _await(follower, step.schedule())

@@ -39,6 +39,7 @@ Message = dict[str, Any]
 STALL = "MLX_GEMMA4_STALL"  # seconds of silence after which a rank is taken for dead
 JOINING = 90.0  # seconds that ranks may take to find each other
 SLOW = 0.25  # seconds that a CPU may take for a token, beside those
+RECORDING = 120.0  # seconds that the first step of a kind may take to be recorded, beside those
 FAILED = 1  # exit code
 
 
@@ -311,9 +312,13 @@ class Follower:
             self.fail(error)
 
     @contextmanager
-    def at_work(self, tokens: int) -> Iterator[None]:
-        """Make a call that reads so many tokens. It is over when all is done that `later` was given meanwhile."""
-        self._under_way.append(time.monotonic() + (SLOW * tokens if on_cpu() else 0.0))
+    def at_work(self, tokens: int, more: float = 0.0) -> Iterator[None]:
+        """Make a call that reads so many tokens. It is over when all is done that `later` was given meanwhile.
+
+        Args:
+            more: seconds that it may take beside those of every call.
+        """
+        self._under_way.append(time.monotonic() + more + (SLOW * tokens if on_cpu() else 0.0))
         yield
         self._made += 1
         self.later(self._under_way.popleft)

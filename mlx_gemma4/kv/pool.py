@@ -60,6 +60,12 @@ class Seat:
         return state is not None and max(self.joined, state.length - state.layout.tail) <= position
 
 
+def first_bytes(config: Config, dtype: mx.Dtype, page: int) -> int:
+    """Return the bytes that a pool takes as soon as a state is in it."""
+    own = [shape for i, shape in enumerate(config.layers) if shape.kv_layer == i]
+    return sum(2 * SOME * page * shape.kv_heads * shape.head_dim * dtype.size for shape in own)
+
+
 class Pool:
     """Pages of all layers with keys and values of their own. To be used under the execution lock."""
 

@@ -17,11 +17,12 @@ import mlx.core as mx
 from ..config import Config, config_from_gguf, config_from_json
 from ..errors import InputError
 from ..files.gguf import open_gguf
+from ..kv.pool import first_bytes
 from ..memory import DEFAULT_CONTEXT, SOME_ROOM, Holding, MemoryPlan, Room, kv_dtype, limit_memory, make_plan, on_cpu
 from ..model.costs import largest_chunk, needs_of, own_attention
 from ..model.model import Model
 from ..model.weights import Layer, Weights
-from ..ops import pack
+from ..ops import pack, paged
 from ..ops.dispatch import Kernels
 from ..ops.stock import Weight, rows_of
 from ..paths import read_object
@@ -95,6 +96,8 @@ def load_model(
     chunk = largest_chunk(config, kernels)
     largest = max(source.entries[name].n_bytes for name in present)
     needs = needs_of(config, kv_dtype(), chunk, own_attention(kernels), largest if on_cpu() else 4 * pack.PIECE)
+    if kernels is not None and kernels.player and room.kind == "full":  # checks of drafts put a state into the pool
+        room = replace(room, n_bytes=max(room.n_bytes, first_bytes(config, kv_dtype(), paged.PAGE)))
     plan = make_plan(packed, dense, holding, source.name, needs, room)
     _tell(plan, chunk, min(room.context or DEFAULT_CONTEXT, config.context))
     # A scale is one tensor's; rows that have factors of their own may be joined all the same.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from recorded import path, prompts
 
 from mlx_gemma4 import load
 from mlx_gemma4.conversation.language_model import LanguageModel
+from mlx_gemma4.distributed.link import RECORDING, Follower
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.model.replay import ReplayedStep
 from mlx_gemma4.ops.dispatch import REPLAY, Kernels
@@ -57,6 +60,26 @@ def test_followers_replay_what_rank_0_does(pair: Pair) -> None:
     mine, theirs = ([p.tokens for p in HostPlayer.made[i::2]] for i in (0, 1))
     assert sorted(map(str, mine)) == sorted(map(str, theirs))
     assert [player.chained for player in HostPlayer.made].count(1) == 4  # one of a state and one of a batch, twice
+
+
+def test_a_recording_is_no_hang(pair: Pair) -> None:
+    """The first step of a kind, of one state or of so many rows, may take longer than what counts as hung."""
+    state = pair.model.new_state()
+    other = state.fork()
+    for states in ([state], [state, other], [state], [state, other]):
+        pair.model.batch([5] * len(states), states).tokens() if len(states) > 1 else pair.model.step(5, state).token()
+    pair.end()
+    assert pair.link.allowed == [RECORDING, RECORDING, 0, 0]
+
+
+def test_time_allowed_is_not_under_way() -> None:
+    follower = object.__new__(Follower)
+    follower._made, follower._under_way, follower.later = 0, deque(), lambda task: None
+    with follower.at_work(1, RECORDING):
+        assert follower._how()["since"] == 0
+    with follower.at_work(0):
+        time.sleep(0.02)
+        assert 0.02 <= follower._how()["since"] < RECORDING
 
 
 def test_rank_0_alone_decides(pair: Pair) -> None:

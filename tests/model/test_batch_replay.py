@@ -13,6 +13,9 @@ from kernel_cases import metal
 from recorded import path, prompts
 
 from mlx_gemma4 import load
+from mlx_gemma4.kv.pool import first_bytes
+from mlx_gemma4.loading.loader import load_model, open_model
+from mlx_gemma4.memory import Room, kv_dtype
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.ops import paged
 from mlx_gemma4.ops.dispatch import Kernels
@@ -197,3 +200,17 @@ def test_rows_that_the_pool_does_not_take_draw_as_well(tmp_path: Path) -> None:
     steps = [plain.step(5 + n, state, draw) for n, (state, draw) in enumerate(zip(solo, draws, strict=True))]
     assert got == [step.token() for step in steps]
     assert [player.loads for player in HostPlayer.made] == [1]
+
+
+def test_what_the_pool_begins_with_is_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where steps are replayed, since drafts' checks put even a single state there; states in 4 bits never are."""
+    monkeypatch.setattr(paged, "PAGE", 128)
+    _, replayed = both("12b", tmp_path)
+    replayed.batch_step([5, 6], [replayed.new_state() for _ in range(2)])
+    assert replayed.batcher is not None
+    assert replayed.batcher.pool.nbytes == first_bytes(replayed.config, replayed.kv_dtype, 128)
+    kernels, plans = Kernels(metal, OFF, player=HostPlayer), []
+    for run, kind in ((kernels, "full"), (kernels, "tq4"), (Kernels(metal, OFF), "full")):
+        with open_model(path("12b", "f32", tmp_path)) as (config, source, _):
+            plans.append(load_model(config, source, kernels=run, room=Room(64, kind))[1].kv)
+    assert plans[0] == first_bytes(config, kv_dtype(), 128) > max(plans[1:])
