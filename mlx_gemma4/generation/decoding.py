@@ -340,6 +340,7 @@ class Decoding:
         self.statistics.drafted_tokens += count
         if replayed is not None and draws:
             self.check = Check(drafts, replayed, after, None, replayed.hidden, before, start, recordings)
+            drafting.drafts.write()
             return True
         if replayed is None and queued is not None:
             ids, masks = [*ids, *queued.tokens()], [None] * (count + 1)
@@ -358,6 +359,7 @@ class Decoding:
                 leads = mx.stack([lead(sampler.altered(row, mask), each.token) for sampler, row, mask, each in rows])
             mx.async_eval(samples, *([] if leads is None else [leads]))
         self.check = Check(drafts, samples, samplers, leads, hidden, before, start, recordings)
+        drafting.drafts.write()  # while the device works
         return True
 
     def check_ahead(self, following: Token) -> None:

@@ -116,6 +116,11 @@ class Sampler:
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed % 2**64
         self._next = Draw(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, seed)
 
+    def __copy__(self) -> "Sampler":
+        other = object.__new__(Sampler)
+        other.__dict__.update(self.__dict__)
+        return other
+
     @property
     def in_step(self) -> bool:
         """True if a `Draw` is all that a choice takes, so that a recorded step makes it."""

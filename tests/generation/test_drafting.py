@@ -213,6 +213,7 @@ def test_what_was_learned_is_kept_by_model_and_machine(tmp_path: Any) -> None:
     for _ in range(32):
         drafts.took(3, 0.5)
         drafts.found("alike 4", 2, 2)
+    drafts.write()
     again, other = Drafts(), Drafts()
     again.keep(file, "a")
     other.keep(file, "b")
