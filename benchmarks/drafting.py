@@ -10,8 +10,8 @@ repeats a passage of 500 tokens of its prompt. Without an assistant drafts cost 
 Random weights agree with no draft, so what is right is imposed: by depth and where "70% right", on the checks; where
 "70% known", on drafts that the host makes, and these replies must be those without drafts; for the passage, on all
 tokens: what is measured there are the steps of a reply whose repetitions are right. Random weights also leave the best
-two tokens close together at every second place, where a trained model's are at one of fifty, and such places are decided
-by a step of their own: not here.
+two tokens close together at every second place, where a trained model's are at one of fifty, and such places
+are decided by a step of their own: not here.
 """
 
 from __future__ import annotations
