@@ -156,7 +156,7 @@ class Drafts:
         if self.fixed is not None:
             return min(self.fixed, self.most)
         if kind not in self._depths:
-            rates = self._rates(kind, self.most)
+            rates = self.rates(kind, self.most)
             best = rates.index(max(rates))
             self._depths[kind] = best if rates[best] > GAIN * rates[0] else 0
         return self._depths[kind]
@@ -168,12 +168,8 @@ class Drafts:
         self._passed[kind] = (0, min(2 * until, RARELY)) if due else (passed + 1, until)
         return due
 
-    def rate(self, kind: str, drafts: int) -> float:
-        """Return the tokens expected of a step with so many drafts, over its seconds."""
-        return self._rates(kind, drafts)[-1]
-
-    def _rates(self, kind: str, most: int) -> list[float]:
-        """Return `rate` of 0 to `most` drafts."""
+    def rates(self, kind: str, most: int) -> list[float]:
+        """Return the tokens expected of a step with 0 to `most` drafts, over its seconds."""
         known, tokens, all_right, costs = self.accepted.get(kind, []), 1.0, 1.0, self._costs(most + 1)
         rates = [tokens / costs[0]]
         for n in range(most):

@@ -142,23 +142,23 @@ def test_the_next_check_begins_before_tokens_are_handed_out(tmp_path: Path, monk
 def test_a_reply_that_is_left_between_two_tokens(queued: bool, tmp_path: Path) -> None:
     """While a check is under way that has read more: the state holds what was handed out, and goes on as ever."""
     model = replayed("12b", tmp_path) if queued else small_model("12b", 64, SegmentLayout())
-    drafter, prompt, n = OnDevice if queued else Knowing, a_prompt(20), 14
-    sampling = Sampling(seed=3)
+    drafter, prompt, n = OnDevice if queued else Knowing, a_prompt(20 if queued else 50), 18  # at 64 a tail ends
+    sampling, aheads = Sampling(seed=3), list[int]()
     want, _, _ = reply(model, prompt, n, None, sampling)
     for taken in (2, 3, 4, 7) if queued else range(1, n):
         state, statistics = model.new_state(), Statistics()
         drafts = Drafts(drafter=drafter(prompt + want, 1.0), depth=4)
         made = generate_tokens(model, state, prompt, sampling, n, drafts=drafts, statistics=statistics)
         got = [next(made).id for _ in range(taken)]
-        ahead = state.length - len(prompt) - taken
+        aheads.append(state.length - len(prompt) - taken)
         made.close()
         assert got == want[:taken] and state.tokens == prompt + got
         assert statistics.reply_tokens == taken and statistics.accepted_tokens < taken
-        assert taken == 1 or ahead >= 4 or taken >= n - 4, "no check was under way"
         fresh = model.new_state()
         model.prefill(mx.array(prompt + got), fresh)
         more = [list(generate_tokens(model, each, [9, 17], GREEDY, 3)) for each in (state, fresh)]
         assert more[0] == more[1]
+    assert sum(ahead > 4 for ahead in aheads) > 1, "no check was under way behind tokens not handed out"
 
 
 @pytest.mark.slow
