@@ -83,7 +83,7 @@ class Drafter(Protocol):
 
 
 class Lookup:
-    """Finds where the latest tokens of a sequence came before. Serves one sequence, which only grows."""
+    """Finds where the latest tokens of a sequence came before. Serves one sequence, or beginnings of it."""
 
     def __init__(self) -> None:
         self._latest: dict[tuple[int, ...], int] = {}  # NGRAM tokens -> where they last ended
@@ -98,6 +98,8 @@ class Lookup:
             self._before.append(self._latest.get(key, 0))
             self._latest[key] = at
         place = self._latest.get(tuple(tokens[-NGRAM:]), 0) if end > NGRAM else 0
+        while place >= end:  # it has seen more, which is yet to be handed out
+            place = self._before[place]
         for _ in range(PLACES):
             if not place:
                 break

@@ -172,6 +172,7 @@ def test_lookup_goes_on_where_most_is_alike() -> None:
     tokens = [1, 2, 3, 4, 5, 6, 7, 9, 2, 3, 4, 8, 1, 2, 3, 4]
     assert lookup.search(tokens) == 4 and lookup.draft(tokens, count=3) == [5, 6, 7]
     assert lookup.search([*tokens, 5]) == 5
+    assert lookup.search(tokens) == 4 and lookup.draft(tokens, count=2) == [5, 6]  # as before it had seen more
     assert lookup.search([*tokens, 5, 99]) == 0 and lookup.draft([*tokens, 5, 99], count=3) == []
     assert Lookup().draft([1, 2, 7, 7, 7, 7], count=4) == [7, 7, 7, 7]  # what repeats itself goes on
     assert Lookup().draft([4, 1, 2, 1, 2, 1, 2], count=5) == [1, 2, 1, 2, 1]
