@@ -3,7 +3,8 @@
     python training/accepted.py mtp-gemma4-demo.gguf [--replies 12]
 
 In: the assistant, and requests made by rule with a seed that training does not use. Out: a line for each way to choose
-tokens and each number of drafts: the share accepted, and tokens a step. Repetition drafts nothing here.
+tokens and each number of drafts: tokens a second, the share accepted, tokens a step; first without drafts, last with
+their number by measurement. Repetition drafts nothing here.
 """
 
 from __future__ import annotations
@@ -56,17 +57,25 @@ def main() -> None:
         "defaults": lm.sampling,
     }
     for name, sampling in ways.items():
-        for depth in (1, 3, 7):
-            drafted = accepted = tokens = 0
+        plain = 0.0
+        for depth in (0, 1, 3, 7, None):
+            drafts = Drafts(7, assistant, depth=depth, least_alike=1 << 30)
+            drafted = accepted = tokens = rated = 0
+            seconds = 0.0
             for seed, request in enumerate(requests(args.replies)):
-                drafts = Drafts(7, assistant, depth=depth, least_alike=1 << 30)
                 options = ReplyOptions(args.tokens, replace(sampling, seed=seed))
                 said = [{"role": "user", "content": request}]
-                s = chat(replace(lm, drafts=drafts), said, options).statistics
+                s = chat(replace(lm, drafts=drafts if depth != 0 else None), said, options).statistics
                 drafted, accepted = drafted + s.drafted_tokens, accepted + s.accepted_tokens
                 tokens += s.reply_tokens
-            steps = tokens - accepted
-            print(f"{name}, {depth} drafts: {accepted / drafted:.3f} accepted, {tokens / steps:.2f} tokens a step")
+                if seed:  # the first one records steps on a GPU
+                    rated, seconds = rated + s.reply_tokens - 1, seconds + s.reply_time
+            rate, steps = rated / seconds, tokens - accepted
+            plain = plain or rate
+            print(
+                f"{name}, {'measured' if depth is None else depth} drafts: {rate:.1f} tokens/s ({rate / plain:.2f}), "
+                f"{accepted / max(1, drafted):.3f} accepted, {tokens / steps:.2f} tokens a step"
+            )
 
 
 if __name__ == "__main__":

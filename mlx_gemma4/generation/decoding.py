@@ -11,46 +11,26 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, cast
+from typing import Literal, cast
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import InputError
 from ..execution import execution
 from ..kv.state import KVState
 from ..model.batch_replay import ReplayedBatch
-from ..model.decode import MAX_CHECKED
 from ..model.model import Model
 from ..model.step import RowStep, Step, ids_of, known
 from ..ops.dispatch import REPLAY
 from ..ops.sample import LIKELIEST
 from .drafting import Check, Drafting, Hidden, lead
 from .prompt import give_back, read_chunk
-from .sampling import Sample, Sampler, Token, choose_in_turn, draws_in_turn
+from .sampling import Constraint, Sample, Sampler, Token, choose_in_turn, draws_in_turn, masks_of
 
 log = logging.getLogger("mlx_gemma4")
 
 FAILURES = (RuntimeError, ValueError)  # that an evaluation may raise: a kernel that this GPU's compiler refuses, ..
-
-
-class Constraint(Protocol):
-    """Restricts one reply, token by token. `grammar.Grammar` is one; none serves two replies."""
-
-    def mask(self) -> np.ndarray | None:
-        """Return the tokens that may come next: uint32 words, the lowest bit of the first one for token 0."""
-
-    def accept(self, token: int) -> None:
-        """Take note of the token that was chosen."""
-
-    @property
-    def finished(self) -> bool:
-        """True if the reply is complete and nothing may follow."""
-
-    def fork(self) -> Constraint:
-        """Return one that goes on from here by itself, for drafts."""
 
 
 @dataclass
@@ -340,6 +320,7 @@ class Decoding:
         self.statistics.drafted_tokens += count
         if replayed is not None and draws:
             self.check = Check(drafts, replayed, after, None, replayed.hidden, before, start, recordings)
+            drafting.drafts.write()
             return True
         if replayed is None and queued is not None:
             ids, masks = [*ids, *queued.tokens()], [None] * (count + 1)
@@ -358,15 +339,16 @@ class Decoding:
                 leads = mx.stack([lead(sampler.altered(row, mask), each.token) for sampler, row, mask, each in rows])
             mx.async_eval(samples, *([] if leads is None else [leads]))
         self.check = Check(drafts, samples, samplers, leads, hidden, before, start, recordings)
+        drafting.drafts.write()  # while the device works
         return True
 
     def check_ahead(self, following: Token) -> None:
         """Start the next check, or its drafts, before the tokens are handed out that the latest one has found."""
         assert self.drafting is not None
         ids = [token.id for token in (*self.accepted, following)]
-        # Whoever leaves a reply early takes back all of these, and what the check reads.
-        far = len(ids) + MAX_CHECKED > self.state.layout.tail
-        if far or following.id in self.stop_ids or self.produced + len(ids) >= self.max_tokens:
+        tail = self.state.layout.tail
+        sealed = self.state.length // tail > len(self.ids) // tail  # else who leaves early takes a count back
+        if sealed or following.id in self.stop_ids or self.produced + len(ids) >= self.max_tokens:
             return
         self.ids += ids
         wrong: Exception | None = None
@@ -495,20 +477,3 @@ class Decoding:
             self.sampler = self.new_sampler()
             for token in self.ids[len(self.ids) - self.produced :]:
                 self.sampler.skip(token)
-
-
-def masks_of(constraint: Constraint, drafts: list[int]) -> list[np.ndarray | None]:
-    """Return what a constraint lets come next, and after each draft, up to one that it forbids or that ends it."""
-    trial, masks = constraint.fork(), cast("list[np.ndarray | None]", [])
-    with suppress(InputError):  # a mask that can't be made is for who comes to it to tell
-        words = trial.mask()
-        masks.append(words)
-        for draft in drafts:
-            if words is not None and (draft // 32 >= words.size or not words[draft // 32] >> draft % 32 & 1):
-                break
-            trial.accept(draft)
-            if trial.finished:
-                break
-            words = trial.mask()
-            masks.append(words)
-    return masks

@@ -83,7 +83,7 @@ class Drafter(Protocol):
 
 
 class Lookup:
-    """Finds where the latest tokens of a sequence came before. Serves one sequence, which only grows."""
+    """Finds where the latest tokens of a sequence came before. Serves one sequence, or beginnings of it."""
 
     def __init__(self) -> None:
         self._latest: dict[tuple[int, ...], int] = {}  # NGRAM tokens -> where they last ended
@@ -98,6 +98,8 @@ class Lookup:
             self._before.append(self._latest.get(key, 0))
             self._latest[key] = at
         place = self._latest.get(tuple(tokens[-NGRAM:]), 0) if end > NGRAM else 0
+        while place >= end:  # it has seen more, which is yet to be handed out
+            place = self._before[place]
         for _ in range(PLACES):
             if not place:
                 break
@@ -156,8 +158,9 @@ class Drafts:
         if self.fixed is not None:
             return min(self.fixed, self.most)
         if kind not in self._depths:
-            best = max(range(self.most + 1), key=lambda n: self.rate(kind, n))
-            self._depths[kind] = best if self.rate(kind, best) > GAIN * self.rate(kind, 0) else 0
+            rates = self.rates(kind, self.most)
+            best = rates.index(max(rates))
+            self._depths[kind] = best if rates[best] > GAIN * rates[0] else 0
         return self._depths[kind]
 
     def probe(self, kind: str) -> bool:
@@ -167,23 +170,24 @@ class Drafts:
         self._passed[kind] = (0, min(2 * until, RARELY)) if due else (passed + 1, until)
         return due
 
-    def rate(self, kind: str, drafts: int) -> float:
-        """Return the tokens expected of a step with so many drafts, over its seconds."""
-        known, tokens, all_right = self.accepted.get(kind, []), 1.0, 1.0
-        for n in range(drafts):
+    def rates(self, kind: str, most: int) -> list[float]:
+        """Return the tokens expected of a step with 0 to `most` drafts, over its seconds."""
+        known, tokens, all_right, costs = self.accepted.get(kind, []), 1.0, 1.0, self._costs(most + 1)
+        rates = [tokens / costs[0]]
+        for n in range(most):
             all_right *= known[n] if n < len(known) else known[-1] if known else HOPE.get(kind, 0.5)
             tokens += all_right
-        return tokens / self.cost(drafts + 1)
+            rates.append(tokens / costs[n + 1])
+        return rates
 
-    def cost(self, rows: int) -> float:
-        """Return the seconds of a step of so many rows: as measured, or between or beyond what was."""
+    def _costs(self, most: int) -> list[float]:
+        """Return the seconds of a step of 1 to `most` rows: as measured, or between or beyond what was."""
         one = self.seconds.get(1, min(self.seconds.values(), default=1.0))
-        known = sorted({1: one, **self.seconds}.items())
-        below, above = [k for k in known if k[0] <= rows][-1], [k for k in known if k[0] >= rows][:1]
-        if not above:
-            return below[1] + self.row * one * (rows - below[0])
-        (r, s), (to, then) = below, above[0]
-        return s if to == r else s + (then - s) * (rows - r) / (to - r)
+        costs, row = [one], 1
+        for to, then in sorted(self.seconds.items()):
+            costs += [costs[-1] + (then - costs[-1]) * (r - row) / (to - row) for r in range(row + 1, to + 1)]
+            row = to
+        return [*costs, *(costs[-1] + self.row * one * n for n in range(1, most - row + 1))][:most]
 
     def took(self, rows: int, seconds: float) -> None:
         """Learn how long a step of so many rows took, from its start until the next one could start."""
@@ -203,8 +207,6 @@ class Drafts:
         if right:
             self._passed.pop(kind, None)
         self._unwritten += 1
-        if self._unwritten >= KEEP_EVERY:
-            self.write()
 
     def keep(self, file: Path, key: str) -> None:
         """Begin with what is known there of this model and machine, and keep it up to date."""
@@ -218,10 +220,10 @@ class Drafts:
                 self.seconds, self.accepted = seconds, accepted
 
     def write(self) -> None:
-        """Write what was learned, if it is kept; a file that can't be written is none."""
-        self._unwritten = 0
-        if self._file is None:
+        """Write what was learned, if it is kept and that much; a file that can't be written is none."""
+        if self._file is None or self._unwritten < KEEP_EVERY:
             return
+        self._unwritten = 0
         with suppress(OSError):
             keep(self._file, self._key, {"seconds": self.seconds, "accepted": self.accepted}, MODELS_KEPT)
 

@@ -29,12 +29,12 @@ from ..model.model import Model
 from ..model.step import BatchStep, LazyBatchStep, RowStep
 from ..ops.dispatch import REPLAY
 from ..ops.sample import LIKELIEST
-from .decoding import FAILURES, Constraint, Decoding, Statistics
+from .decoding import FAILURES, Decoding, Statistics
 from .drafting import Drafts
 from .loop import begin
 from .prefix import common_length
 from .prompt import chunk_ahead
-from .sampling import Sample, Sampling, Token, choose
+from .sampling import Constraint, Sample, Sampling, Token, choose
 
 log = logging.getLogger("mlx_gemma4")
 

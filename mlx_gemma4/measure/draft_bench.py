@@ -17,6 +17,7 @@ import mlx.core as mx
 from ..execution import execution
 from ..generation.drafting import MOST, Drafter, Hidden
 from ..kv.state import KVState
+from ..model.batch_replay import QueuedTokens
 from ..model.model import Model
 from .bench import fill, random_ids, reply_rate
 
@@ -84,9 +85,10 @@ def run_steps(
     start = time.perf_counter()
     while state.length < before + reply:
         count = min(drafts, model.most_checked(state) - 1)
-        guessed = random_ids(model, count) if drafter is None else drafter.draft(tokens, state, hidden, count)
-        rows = checked(model, [tokens[-1], *guessed], state)
-        right = 0
+        queued = drafter.queue(tokens, state, hidden, count) if drafter else None
+        guessed = [] if queued else drafter.draft(tokens, state, hidden, count) if drafter else random_ids(model, count)
+        rows = checked(model, [tokens[-1], *guessed], state, queued)
+        guessed, right = queued.tokens() if queued else guessed, 0
         while right < len(guessed) and chance.random() < share:
             right += 1
         hidden, steps = rows(right), steps + 1
@@ -95,11 +97,18 @@ def run_steps(
     return state.length - before, steps, time.perf_counter() - start
 
 
-def checked(model: Model, tokens: Sequence[int], state: KVState) -> Callable[[int], Hidden]:
-    """Check tokens as a reply does, wait until the likeliest after each are known, and return the rows they are of."""
-    if replayed := model.replayed_check([tokens], [state]):
+def checked(
+    model: Model, tokens: Sequence[int], state: KVState, queued: QueuedTokens | None = None
+) -> Callable[[int], Hidden]:
+    """Check tokens as a reply does, wait until the likeliest after each are known, and return the rows they are of.
+
+    `queued`: drafts that are being made, behind the one token.
+    """
+    if replayed := model.replayed_check([tokens], [state], (), queued):
         replayed.tokens()
-        return replayed.hidden
+        # Not its method: who keeps the step asks for its logits, which the next one would have to copy first.
+        return [replayed.hidden(row) for row in range(replayed.rows)].__getitem__
+    tokens = [*tokens, *(queued.tokens() if queued else [])]
     with execution():
         logits, rows = model.check(tokens, state)
         best = mx.argmax(logits, axis=1)

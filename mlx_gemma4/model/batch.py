@@ -101,6 +101,7 @@ class Batcher:
         self.replayer = BatchReplayer(model, run, self._constants)
         kept = memory_size() // KEPT if run.player else 0
         self.pool = Pool(model.config, model.kv_dtype, self._fill, paged.PAGE, self._wait, kept)
+        self._shapes = {kind: next(s for s in model.config.layers if s.sliding == kind) for kind in self.pool.kinds}
         self.on_moving: list[Callable[[], None]] = []  # called before the pool's arrays go, beside the replayer
 
         def traceable(pieces: dict[bool, int], ids: mx.array, inputs: Inputs) -> tuple[mx.array, dict[int, Pair]]:
@@ -214,24 +215,23 @@ class Batcher:
 
         `states`: of rows; one that has several reads as many tokens, one behind the other.
         """
-        pool, c = self.pool, self._model.config
+        pool, tables, pieces = self.pool, dict[bool, np.ndarray](), dict[bool, int]()
         count = Counter(map(id, states))
-        seats = [pool.seat(state, count[id(state)]) for state in states]
-        ahead = [sum(other is state for other in states[:n]) for n, state in enumerate(states)]
-        lengths = [state.length + more for state, more in zip(states, ahead, strict=True)]
-        tables, pieces = {}, {}
-        for kind in pool.kinds:
-            shape = next(layer for layer in c.layers if layer.sliding == kind)
-            room = paged.page_room(max(pool.most_pages(kind, length) for length in lengths))
+        seats = {key: pool.seat(state, count[key]) for key, state in {id(state): state for state in states}.items()}
+        at: list[tuple[Seat, int, int]] = []  # of rows: where the state is, its length then, tokens of this step
+        for state in reversed(states):
+            key = id(state)
+            at.insert(0, (seats[key], state.length + count[key] - 1, count[key]))
+            count[key] -= 1
+        longest = max(length for _, length, _ in at)
+        for kind, shape in self._shapes.items():
+            room = paged.page_room(pool.most_pages(kind, longest))
             pieces[kind] = paged.pieces_for(rows, shape.heads, shape.kv_heads, room, pool.page)
-            seen = [pool.row(seat, kind, length) for seat, length in zip(seats, lengths, strict=True)]
-            share = paged.share_for(max(stop for _, stop, _ in seen), pieces[kind])
-            table = np.zeros((rows, paged.PAGES + room), np.int32)
-            for n, (first, stop, pages) in enumerate(seen):
-                table[n] = paged.place_row(lengths[n], first, stop, pages, room, share, ahead[n] + 1)
-            for n in range(len(states), rows):  # without a state: each has a place of its own in page 0
-                table[n] = paged.place_row(0, n, n + 1, [0], room, share)
-            tables[kind] = table
+            seen = [(length, *pool.row(seat, kind, length), own) for seat, length, own in at]
+            share = paged.share_for(max(row[2] for row in seen), pieces[kind])
+            # Rows without a state: each has a place of its own in page 0.
+            seen += [(0, n, n + 1, [0], 1) for n in range(len(states), rows)]
+            tables[kind] = paged.place_rows(seen, room, share)
         return tables, pieces
 
     def _fill(self, new: Pair, pool: Pair, place: tuple[int, int, int], pages: Sequence[int]) -> tuple[Pair, mx.array]:

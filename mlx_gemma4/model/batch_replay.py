@@ -38,8 +38,8 @@ Key = tuple[Any, ...]
 
 def numbers_of(ids: Sequence[int], tables: dict[bool, np.ndarray], draws: Sequence[Draw]) -> np.ndarray:
     """Return what a start uploads, int32: tokens, their places, how the next ones are drawn."""
-    numbers = [np.array(ids), *(table.reshape(-1) for table in tables.values()), *(draw.numbers for draw in draws)]
-    return np.concatenate(numbers).astype(np.int32)
+    numbers = [np.array(ids, np.int32), *tables.values(), *(draw.numbers for draw in draws)]
+    return np.frombuffer(b"".join(a.tobytes() for a in numbers), np.int32)
 
 
 def upload_room(

@@ -115,6 +115,19 @@ def place_row(
     return row
 
 
+def place_rows(rows: Sequence[tuple[int, int, int, Sequence[int], int]], room: int, share: int) -> np.ndarray:
+    """Return rows of places, int32: of each position, first, stop, pages and own as `place_row` has them."""
+    table, before = np.zeros((len(rows), PAGES + room), np.int32), None
+    for n, (position, first, stop, pages, own) in enumerate(rows):
+        row = table[n]
+        row[:PAGES] = position, first, stop, share, own
+        if pages == before:  # of the same state
+            row[PAGES:] = table[n - 1, PAGES:]
+        else:
+            row[PAGES : PAGES + len(pages)] = before = pages
+    return table
+
+
 def fill_pages(launcher: Launcher, new: KVPart, pool: KVPart, row: np.ndarray) -> tuple[KVPart, mx.array]:
     """Copy some of a sequence's keys and values into its pages, which nobody may be reading.
 

@@ -185,14 +185,14 @@ class Dazed(HostPlayer):
 
     how: ClassVar[str] = ""
 
-    def start(self, numbers: np.ndarray, chained: bool) -> int:
+    def start(self, numbers: np.ndarray, chained: bool, after: HostPlayer | None = None) -> int:
         for launch in self.launches:
             for spot, name in zip(launch.outputs, launch.kernel.outputs, strict=True):
                 if name == "new_k" and self.how == "wrong":
                     self._at(spot)[...] = 1
         if self.how == "refuses" and chained:
             raise RuntimeError("CUDA's driver refuses cuGraphLaunch (status 1)")
-        return super().start(numbers, chained)
+        return super().start(numbers, chained, after)
 
 
 @pytest.mark.parametrize(
