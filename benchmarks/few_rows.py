@@ -74,6 +74,8 @@ def tilings(rows: int, quick: bool, fmt: Format, alone: bool) -> list[RowsTiling
     every = likely if quick else itertools.product((1, 2, 3, 4), (1, 2, 3, 4, 6, 8, 12))
     made = [RowsTiling(*sizes) for sizes in every]
     made += [RowsTiling(*sizes, fold=True) for sizes in itertools.product((2, 4), (2, 3, 4, 6, 8)) if rows > 8]
+    if rows == 16:
+        made += [RowsTiling(*sizes, fold=True, ahead=True) for sizes in ((2, 3), (2, 4), (4, 2), (4, 3))]
     if rows == 8:
         ahead = [(1, 4), (1, 6), (2, 2), (2, 3), (2, 4), (2, 6), (3, 4), (4, 3)]
         in_parts = [(2, 4, 2), (2, 4, 3), (2, 4, 4), (2, 3, 4), (3, 4, 2), (3, 4, 3), (1, 4, 2), (2, 2, 6)]
