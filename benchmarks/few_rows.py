@@ -1,11 +1,12 @@
 """Times products of a few rows on this machine's GPU, in many tilings, beside the mat-vec of one row.
 
-    python benchmarks/few_rows.py [--models 31B E2B] [--types Q4_K] [--rows 8 16 32] [--quick] [--json OUT.json]
+    python benchmarks/few_rows.py [--models 31B E2B] [--types Q4_K] [--rows 4 16 32] [--quick] [--json OUT.json]
 
 In: nothing; random weights are made here, at the shapes of the published models. Out: for each weight the mat-vec's
-time, and for 2 to 32 rows the fastest tilings, that of `rows_tiling`, and their ratios to the mat-vec's; the exit code
-is 1 if one gives another result. As in a decode step on NVIDIA, launches wait for each other in a CUDA graph; copies of
-the weight take turns, so that no cache holds them. Experts: routes of random experts take turns.
+time, and for 2 to 32 rows the fastest tilings, that of `rows_tiling`, and their ratios to the mat-vec's, at the end all
+in one table; the exit code is 1 if one gives another result. Up to 8 rows some tilings leave products in parts; what
+a norm takes to add these up stands behind each model. As in a decode step on NVIDIA, launches wait for each other in a
+CUDA graph; copies of the weight take turns, so that no cache holds them. Experts: routes of random experts take turns.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ from mlx_gemma4.ops.cases import normal, weight
 from mlx_gemma4.ops.epilogue import ALONE, Epilogue, Folded
 from mlx_gemma4.ops.few_rows import RowsTiling, few_rows
 from mlx_gemma4.ops.matvec import MAX_TOKENS, matvec
+from mlx_gemma4.ops.norms import NormOptions, add_norm
 from mlx_gemma4.ops.routing import route
-from mlx_gemma4.quant.formats import FORMATS, Packed
+from mlx_gemma4.quant.formats import FORMATS, Format, Packed
 
 LIMIT = 1e-3  # of the difference from the mat-vec's results, as norms
 Call = Callable[[Launcher, Any, int], Any]  # (launcher, x, number of the launch)
@@ -66,14 +68,22 @@ def weights(model: str) -> Iterator[tuple[str, tuple[int, ...], bool, list[str]]
     assert all(t in FORMATS for t in types)
 
 
-def tilings(rows: int, quick: bool) -> list[RowsTiling]:
-    """The tilings to try for so many rows of x; quick: those that are likely."""
+def tilings(rows: int, quick: bool, fmt: Format, alone: bool) -> list[RowsTiling]:
+    """The tilings to try for so many rows of x (8, 16 or 32); quick: those that are likely. alone: not in parts."""
     likely = {8: [(2, 4), (2, 8), (3, 8)], 16: [(4, 4), (4, 8), (2, 3)], 32: [(2, 3), (2, 4)]}[rows]
     every = likely if quick else itertools.product((1, 2, 3, 4), (1, 2, 3, 4, 6, 8, 12))
     made = [RowsTiling(*sizes) for sizes in every]
     made += [RowsTiling(*sizes, fold=True) for sizes in itertools.product((2, 4), (2, 3, 4, 6, 8)) if rows > 8]
+    if rows == 16:
+        made += [RowsTiling(*sizes, fold=True, ahead=True) for sizes in ((2, 3), (2, 4), (4, 2), (4, 3))]
+    if rows == 8:
+        ahead = [(1, 4), (1, 6), (2, 2), (2, 3), (2, 4), (2, 6), (3, 4), (4, 3)]
+        in_parts = [(2, 4, 2), (2, 4, 3), (2, 4, 4), (2, 3, 4), (3, 4, 2), (3, 4, 3), (1, 4, 2), (2, 2, 6)]
+        made += [RowsTiling(*sizes, ahead=True) for sizes in ahead]
+        made += [RowsTiling(*sizes, fold=True, ahead=True) for sizes in ((2, 3), (2, 4), (3, 4))]
+        made += [RowsTiling(b, s, False, p, a) for b, s, p in in_parts for a in (False, True) if not alone]
     most = {False: 64, True: 128}  # registers
-    return [t for t in made if t.room(rows, FORMATS["IQ4_NL"]) <= ROOM and t.blocks * rows <= most[t.fold]]
+    return [t for t in made if t.room(rows, fmt) <= ROOM and t.blocks * rows <= most[t.fold]]
 
 
 class Weight:
@@ -171,8 +181,8 @@ def _timer(launcher: Launcher) -> Timer:
 
 def tune(name: str, made: Weight, options: argparse.Namespace, launcher: Launcher) -> dict[str, Any]:
     """Print the lines of one weight and return them; "worst" is the largest difference from the mat-vec's rows."""
-    classes = [r for r in (8, 16, 32) if r in options.rows] if not made.experts else list(options.rows)
-    configs = {r: tilings(8 if made.experts else r, options.quick) for r in classes}
+    classes, fmt, alone = list(options.rows), FORMATS[made.type], made.glu or made.experts > 0
+    configs = {r: tilings(8 if made.experts or r <= 8 else 16 << (r > 16), options.quick, fmt, alone) for r in classes}
     configs = {r: [c for c in cs if not (made.glu and c.blocks % 2)] for r, cs in configs.items()}
     if launcher is cuda_launcher:
         compile_all([(made.several(r, c), made.x) for r, cs in configs.items() for c in [None, *cs]])
@@ -197,6 +207,7 @@ def tune(name: str, made: Weight, options: argparse.Namespace, launcher: Launche
             call = made.several(rows, config)
             try:
                 got = call(launcher, made.x, 0).astype(mx.float32)
+                got = got.sum(axis=0) if config and config.parts > 1 else got
                 error = (mx.linalg.norm(got.reshape(want.shape) - want) / mx.linalg.norm(want)).item()
                 found.append((timed(call, rows), config, error))
             except Exception as reason:  # too many registers, say
@@ -222,7 +233,9 @@ def tune(name: str, made: Weight, options: argparse.Namespace, launcher: Launche
 
 
 def _brief(t: RowsTiling | None) -> str:
-    return f"{t.blocks}x{t.split}" + " folded" * t.fold if t else ""
+    if t is None:
+        return ""
+    return f"{t.blocks}x{t.split}" + f" in {t.parts}" * (t.parts > 1) + " folded" * t.fold + " ahead" * t.ahead
 
 
 def _rows_by_matvec(launcher: Launcher, made: Weight, rows: int) -> mx.array:
@@ -233,6 +246,35 @@ def _rows_by_matvec(launcher: Launcher, made: Weight, rows: int) -> mx.array:
         folded = Folded(ids=mx.contiguous(made.ids[0][t]) if made.ids else None)
         done.append(matvec(launcher, mx.contiguous(x), made.copies[0], made.epilogue, folded).astype(mx.float32))
     return mx.stack(done).reshape(rows, -1)
+
+
+def adding_time(launcher: Launcher, hidden: int, rows: int) -> None:
+    """Print what a norm takes behind a product in one part, or in several."""
+    x, post, told = normal(rows, hidden), normal(hidden), []
+    options = NormOptions(1e-6, post, out=mx.float16)
+    for parts in (1, 2, 3, 4):
+        h = normal(parts, rows, hidden)
+        mx.eval(x, post, h)
+
+        def call(launcher: Launcher, x: mx.array, i: int, h: mx.array = h) -> Any:
+            return add_norm(launcher, x, h, post, options)
+
+        told.append(f"{parts}: {seconds(call, x, 1e7, launcher) * 1e6:.1f}")
+    print(f"norm of {rows} rows of {hidden} behind a product in so many parts, us: {', '.join(told)}")
+
+
+def summary(lines: list[dict[str, Any]]) -> Iterator[str]:
+    """The fastest tiling of each weight and number of rows: lines of a table in Markdown."""
+    yield "| weight | type | rows x length | rows of x | one row, us | as now | fastest | us | ratio |"
+    yield "|---" * 9 + "|"
+    for line in lines:
+        for cell in (c for c in line["rows"] if c.get("times")):
+            name, took = min(cell["times"], key=lambda each: each[1])
+            sizes, one = " x ".join(map(str, line["shape"])), line["one"]
+            yield (
+                f"| {line['name']} | {line['type']} | {sizes} | {cell['rows']} | {one:.1f} | {cell['own']:.1f} "
+                f"({cell['own'] / one:.2f}) | {name} | {took:.1f} | {took / one:.2f} |"
+            )
 
 
 def routing_time(launcher: Launcher) -> None:
@@ -278,7 +320,9 @@ def main() -> int:
                         options.json.write_text(json.dumps({"device": device_name(), "mlx": MLX, "lines": lines}))
         if PUBLISHED[model].experts:
             routing_time(launcher)
+        adding_time(launcher, PUBLISHED[model].hidden, min(options.rows))
         print(f"{model}: {time.perf_counter() - begun:.0f} s", flush=True)
+    print(*summary(lines), sep="\n")
     return int(any(line["worst"] > LIMIT for line in lines))
 
 

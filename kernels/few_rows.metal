@@ -72,28 +72,6 @@ METAL_FUNC void staged_pairs(const threadgroup uint4* rows, int g, int t, int h,
   const uint u[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
   as_pairs(u, pairs);
 }
-
-#if AHEAD
-// A chunk's codes in threadgroup memory: pieces of VEC words, of all lanes side by side.
-METAL_FUNC void staged_codes(const threadgroup uint* p, thread uint* w) {
-  UNROLL
-  for (int i = 0; i < WORDS; i += VEC) {
-#if VEC == 4
-    const uint4 u = *(const threadgroup uint4*)(p + 32 * i);
-    w[i] = u.x;
-    w[i + 1] = u.y;
-    w[i + 2] = u.z;
-    w[i + 3] = u.w;
-#elif VEC == 2
-    const uint2 u = *(const threadgroup uint2*)(p + 32 * i);
-    w[i] = u.x;
-    w[i + 1] = u.y;
-#else
-    w[i] = p[32 * i];
-#endif
-  }
-}
-#endif
 #else
 // Number e of each of 8 pairs of a row.
 METAL_FUNC void load_row(const device half* x, int h, int e, thread uint* u) {
@@ -193,7 +171,6 @@ Chunk now[2 * BLOCKS];
 #define FIELDS(c) fields_of(pieces[r], c)
 #else
 #define LOAD_GROUP_SCALES(into, c) into[r].group_scales = 0;
-#define PIECES 1
 #define LOAD_PIECES(c)
 #define FIELDS(c) 0
 #endif
@@ -224,12 +201,12 @@ threadgroup uint* staged_words = (threadgroup uint*)(room + SPLIT * NB * 256 + p
   {                                                                                                \
     const uint at = uint(min(((step) * SHARES + share) * 4 + lane_t, chunks - 1) * WORDS);         \
     UNROLL for (int i = 0; i < 2 * BLOCKS * WORDS; i += VEC) copy_words<VEC>(                      \
-        CODES_AT(step, i / WORDS) + i % WORDS * 32, codes + row[i / WORDS] * uint(words) + at + i % WORDS); \
+        CODES_AT(step, i / WORDS) + i % WORDS * 32, codes + (row[i / WORDS] * uint(words) + at + uint(i % WORDS))); \
   }
-#define CODES_OF(r, into) uint into[WORDS]; staged_codes(CODES_AT(step, r), into);
+#define ALIGNED(r, m) aligned_staged(CODES_AT(step, r), m);
 COPY_CODES(0)
 #else
-#define CODES_OF(r, into) const thread uint* into = now[r].codes;
+#define ALIGNED(r, m) aligned(now[r].codes, m);
 #endif
 LOAD(now, min(share * 4 + lane_t, chunks - 1))
 #if !EXPERTS
@@ -259,7 +236,7 @@ const int sums_from = LANE_OF(lane_g / 2, lane_t);
 #endif
 
 #if STAGE
-// This lane copies 16 bytes of every second row.
+// This lane copies 16 bytes of every second row (EARLY: rows that are missing are whatever is there).
 threadgroup uint4* staged = room + part * (NB * 128 * (1 + EARLY));
 #define X_AT(step) (EARLY * ((step) % 2) * NB * 128)
 threadgroup uint4* copy_to = staged + PIECE(lane / 16, lane % 16 / 4, lane % 4);
@@ -270,7 +247,8 @@ for (int i = 0; i < 4 * NB; i++) copy_from[i] = uint(X_ROW(2 * i + lane / 16)) *
   {                                                                                                \
     const int chunk = min(((step) * SHARES + share) * 4 + lane % 16 / 4, chunks - 1);              \
     UNROLL for (int i = 0; i < 4 * NB; i++)                                                        \
-        copy_async(copy_to + X_AT(step) + 32 * i, x + copy_from[i] + chunk * 32);                  \
+        if (!EARLY || 2 * i < tokens)                                                              \
+          copy_async(copy_to + X_AT(step) + 32 * i, x + (copy_from[i] + uint(chunk * 32)));        \
   }
 COPY_X(0)
 #endif
@@ -365,10 +343,8 @@ for (int step = 0; step < steps; step++) {
         scale_of(now[2 * b], scale0);
         scale_of(now[2 * b + 1], scale1);
         uint m0[WORDS], m1[WORDS];
-        CODES_OF(2 * b, codes0)
-        CODES_OF(2 * b + 1, codes1)
-        aligned(codes0, m0);
-        aligned(codes1, m1);
+        ALIGNED(2 * b, m0)
+        ALIGNED(2 * b + 1, m1)
         if (AFTER && turn == 0) {
           UNROLL
           for (int i = 0; i < NB * 4; i++) dots[TURNS == 1 ? 0 : b][i / 4][i % 4] = 0;

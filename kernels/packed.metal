@@ -41,43 +41,29 @@ METAL_FUNC void load_codes(const device uint* p, thread uint* w) {
 }
 
 #if GROUP_SCALE_BITS
+// The per-group fields of chunk c of a row, first group in the lowest bits.
+METAL_FUNC uint load_group_scales(const device uchar* p, int c) {
 #define FIELD (SPANS * GROUP_SCALE_BITS)
-#define PIECES (FIELD == 8 || FIELD == 16 || FIELD == 32 ? 1 : FIELD == 24 ? 3 : FIELD == 20 || FIELD == 22 ? 4 : 2)
-// What holds the per-group fields of chunk c of a row, in PIECES loads.
-METAL_FUNC void load_pieces(const device uchar* p, int c, thread uint* pieces) {
 #if CHUNK < GROUP
   c /= GROUP / CHUNK;
 #endif
 #if FIELD == 8
-  pieces[0] = p[c];
+  return p[c];
 #elif FIELD == 16
-  pieces[0] = ((const device ushort*)p)[c];
+  return ((const device ushort*)p)[c];
 #elif FIELD == 32
-  pieces[0] = ((const device uint*)p)[c];
+  return ((const device uint*)p)[c];
+#elif FIELD == 24
+  return uint(p[3 * c]) | uint(p[3 * c + 1]) << 8 | uint(p[3 * c + 2]) << 16;
+#elif FIELD == 20 || FIELD == 22
+  const int o = c * FIELD / 8, shift = c * FIELD % 8;
+  const uint three = uint(p[o]) | uint(p[o + 1]) << 8 | uint(p[o + 2]) << 16;
+  return (shift + FIELD > 24 ? three | uint(p[o + 3]) << 24 : three) >> shift;
 #else
-  // Of 6 or 12 bits two bytes that hold them and end inside the row.
-  const int o = FIELD == 6 ? c / 4 * 3 + (c / 2) % 2 : c * FIELD / 8;
-  UNROLL
-  for (int i = 0; i < PIECES; i++) pieces[i] = i < 3 || c * FIELD % 8 + FIELD > 24 ? p[o + i] : 0;
+  // 6 or 12 bits: two bytes that hold them and end inside the row.
+  const int o = FIELD == 12 ? c * 12 / 8 : c / 4 * 3 + (c / 2) % 2;
+  return (uint(p[o]) | uint(p[o + 1]) << 8) >> (c * FIELD - o * 8);
 #endif
-}
-
-// The fields, first group in the lowest bits.
-METAL_FUNC uint fields_of(const thread uint* pieces, int c) {
-#if CHUNK < GROUP
-  c /= GROUP / CHUNK;
-#endif
-  if (PIECES == 1) return pieces[0];
-  uint u = pieces[0];
-  UNROLL
-  for (int i = 1; i < PIECES; i++) u |= pieces[i] << (8 * i);
-  return u >> (FIELD == 6 ? c * 6 - (c / 4 * 3 + (c / 2) % 2) * 8 : c * FIELD % 8);
-}
-
-METAL_FUNC uint load_group_scales(const device uchar* p, int c) {
-  uint pieces[PIECES];
-  load_pieces(p, c, pieces);
-  return fields_of(pieces, c);
 }
 #endif
 

@@ -6,7 +6,7 @@
 // Exactness. Of k-quants a pair is code * scale as whole numbers that fp16 holds; their blocks' fp16 d is for after the
 // product, of 128 weights or 256. Of other types, and with FOLD, it is d * (code - OFFSET), rounded to fp16 once or twice.
 //
-// Rendered before: a format with CHUNK 32, as for packed.metal, which stands before this; FOLD. Needs matrix.metal.
+// Rendered before: a format with CHUNK 32, as for packed.metal, which stands before this; FOLD, AHEAD. Needs matrix.metal.
 
 // With FOLD also of k-quants, mins and all: what many rows of x would do after each product is done before.
 #if FOLD && (GROUP_SCALE_SCALE_MIN || GROUP_SCALE_INT8 || GROUP_SCALE_SCALE_32)
@@ -196,3 +196,54 @@ METAL_FUNC uint weight_pair(
   return mul_halves(add_halves(raised_pair(m, q, ones), both(half(-float((1 << BITS) + OFFSET)))), s.by[group]);
 #endif
 }
+
+#if AHEAD && defined(CUDA)  // for what is read a step before it is looked at
+#if GROUP_SCALE_BITS
+// What load_group_scales (packed.metal) does, in two: PIECES loads, and the fields of what they bring.
+#define PIECES (FIELD == 8 || FIELD == 16 || FIELD == 32 ? 1 : FIELD == 24 ? 3 : FIELD == 20 || FIELD == 22 ? 4 : 2)
+#define FIELD_BYTE(c) (FIELD == 6 ? c / 4 * 3 + (c / 2) % 2 : c * FIELD / 8)
+METAL_FUNC void load_pieces(const device uchar* p, int c, thread uint* pieces) {
+  if (CHUNK < GROUP) c /= GROUP / CHUNK;
+#if FIELD == 16
+  pieces[0] = ((const device ushort*)p)[c];
+#elif FIELD == 32
+  pieces[0] = ((const device uint*)p)[c];
+#else
+  UNROLL
+  for (int i = 0; i < PIECES; i++) pieces[i] = i < 3 || c * FIELD % 8 + FIELD > 24 ? p[FIELD_BYTE(c) + i] : 0;
+#endif
+}
+
+METAL_FUNC uint fields_of(const thread uint* pieces, int c) {
+  if (CHUNK < GROUP) c /= GROUP / CHUNK;
+  uint u = pieces[0];
+  UNROLL
+  for (int i = 1; i < PIECES; i++) u |= pieces[i] << (8 * i);
+  return PIECES == 1 ? u : u >> (c * FIELD - 8 * FIELD_BYTE(c));
+}
+#else
+#define PIECES 1
+#endif
+
+// `aligned` of a chunk's codes in threadgroup memory: VEC words of all lanes side by side, then the next.
+METAL_FUNC void aligned_staged(const threadgroup uint* p, thread uint* m) {
+  uint w[WORDS];
+  UNROLL
+  for (int i = 0; i < WORDS; i += VEC) {
+#if VEC == 4
+    const uint4 u = *(const threadgroup uint4*)(p + 32 * i);
+    w[i] = u.x;
+    w[i + 1] = u.y;
+    w[i + 2] = u.z;
+    w[i + 3] = u.w;
+#elif VEC == 2
+    const uint2 u = *(const threadgroup uint2*)(p + 32 * i);
+    w[i] = u.x;
+    w[i + 1] = u.y;
+#else
+    w[i] = p[32 * i];
+#endif
+  }
+  aligned(w, m);
+}
+#endif

@@ -68,7 +68,8 @@ def rows_tiling(
     split = 8 if few and rows < 32 and RowsTiling(blocks, 8).room(rows, fmt) <= ROOM else 4
     if split == 8 and rows <= 8 and gpu.measured and not glu and not used:
         blocks = 3
-    ahead, most = gpu.rows_ahead and rows <= 8, gpu.rows_parts if added and not used and rows <= 8 else 1
+    ahead = gpu.rows_ahead and rows <= 8 and not used
+    most = gpu.rows_parts if added and rows <= 8 and not used else 1
     parts = max(1, min(most, 128 * gpu.cores // n, stretches // 8))  # four threadgroups a core; two steps of each
     if parts > 1:
         return RowsTiling(2, 4, fold, parts, ahead)

@@ -85,6 +85,7 @@ def apple(cores: int) -> Tuning:
     of 4e11 operations takes 0.15 s, or 0.4 s if no cache held anything of the keys and values.
     """
     row = replace(H100.scaled(cores), measured=False, fold_from=64, prompt_attention=True, launch_operations=4e11)
+    row = replace(row, rows_ahead=False, rows_parts=1)
     return replace(row, attention_threadgroups=5 * cores, quantized_threadgroups=4 * cores)
 
 

@@ -21,6 +21,7 @@ from mlx_gemma4.ops.epilogue import FP32, PLAIN, Epilogue, Folded, product_refer
 from mlx_gemma4.ops.few_rows import MAX_ROWS, RowsTiling, few_rows, rows_tiling
 from mlx_gemma4.ops.halve import halve, halve_reference
 from mlx_gemma4.ops.routing import route, route_reference
+from mlx_gemma4.ops.tuning import Tuning
 from mlx_gemma4.quant.formats import FORMATS
 
 LAUNCHERS = pytest.mark.parametrize("launcher", [metal, as_cuda], ids=["metal", "cuda"])
@@ -242,6 +243,10 @@ def test_tilings_fit_threadgroup_memory() -> None:
                 tiling = rows_tiling(fmt, n, k, rows, used)
                 assert tiling.room(rows, fmt) <= 32 << 10
                 assert tiling.split == 1 or 256 * tiling.split <= k + 255  # two steps or so
+                early = rows_tiling(fmt, n, k, rows, used, added=True, gpu=Tuning(rows_parts=4, rows_ahead=True))
+                assert early.room(rows, fmt) <= 48 << 10 and early.ahead == (rows == 8 and not used)
+                shares = early.split * early.parts
+                assert early.parts == 1 or (rows == 8 and not used and n < 16896 and 256 * shares <= k + 255)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, MAX_ROWS, MAX_ROWS + 1])
