@@ -321,7 +321,7 @@ def test(path: Path, weights: Path) -> None:
     for i in range(20):
         kind = KINDS[i % len(KINDS)]
         pairs, found = asked(i % 2 == 1, rng, kind)
-        picture = torch.from_numpy(drawn(scene(pairs, *(SMALL if i % 3 else LARGE)[0], rng)))[None].to(device)
+        picture = torch.from_numpy(drawn(scene(pairs, *(SMALL if i % 3 else LARGE)[0], rng)).copy())[None].to(device)
         question = rng.choice(found[kind][0])
         said = answer(model, tower, tokenizer, picture, question)
         print(f"{question} {said!r}{'' if said == found[kind][1] else f', not {found[kind][1]!r}'}", flush=True)
