@@ -125,7 +125,7 @@ class Tower(nn.Module):
             made |= {f"v/blk/{i}/{name}": torch.ones(WIDTH) for name in ("ln1", "ln2")}
             made |= {f"v/blk/{i}/{name}": torch.full((WIDTH,), late) for name in ("attn_post_norm", "ffn_post_norm")}
             made |= {f"v/blk/{i}/attn_{x}_norm": torch.full((d,), d**-0.25) for x in "qk"}
-        made["mm/input_projection"] = torch.randn(hidden, WIDTH) * WIDTH**-0.5
+        made["mm/input_projection"] = 2 * torch.randn(hidden, WIDTH) * WIDTH**-0.5  # the size of the model's embeddings
         self.w = nn.ParameterDict(made)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,8 +209,12 @@ def right(tower: Tower, model: Gemma4, batch: tuple[Any, ...], pixels: Tensor, d
 def optimizers(tower: Tower, heads: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for all else."""
     matrices = [p for name, p in tower.w.items() if "/blk/" in name and p.ndim == 2]
-    others = [p for name, p in tower.w.items() if "/blk/" not in name or p.ndim != 2]
-    adam = torch.optim.AdamW([*others, *heads.parameters()], lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    others = [p for name, p in tower.w.items() if name.startswith("v/") and ("/blk/" not in name or p.ndim != 2)]
+    groups = [
+        {"params": [*others, *heads.parameters()], "lr": lr},
+        {"params": [tower.w["mm/input_projection"]], "lr": 2.5 * lr},
+    ]
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
     made: list[torch.optim.Optimizer] = [adam, Muon(matrices, 10 * lr, 0.95, 0.01)]
     for group in (g for o in made for g in o.param_groups):
         group["initial"] = group["lr"]
@@ -305,7 +309,7 @@ def keep(tower: Tower, share: float, best: float, path: Path) -> float:
 def test(path: Path, weights: Path) -> None:
     """Print the share of exact answers by kind of question, for pairs that were learned and others, and some more."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tower, count = frozen(path, device), trained(weights, 256).to(device), 128 if device == "cuda" else 12
+    model, tower, count = frozen(path, device), trained(weights, 256).to(device), 128 if device == "cuda" else 2
     print(f"exact answers of {count} each, pictures of up to 70 and 280 soft tokens")
     for kind, held in itertools.product(KINDS, (False, True)):
         shares = []
@@ -317,7 +321,7 @@ def test(path: Path, weights: Path) -> None:
     for i in range(20):
         kind = KINDS[i % len(KINDS)]
         pairs, found = asked(i % 2 == 1, rng, kind)
-        picture = torch.from_numpy(drawn(scene(pairs, *(SMALL if i % 3 else LARGE)[0], rng)))[None].to(device)
+        picture = torch.from_numpy(drawn(scene(pairs, *(SMALL if i % 3 else LARGE)[0], rng)).copy())[None].to(device)
         question = rng.choice(found[kind][0])
         said = answer(model, tower, tokenizer, picture, question)
         print(f"{question} {said!r}{'' if said == found[kind][1] else f', not {found[kind][1]!r}'}", flush=True)

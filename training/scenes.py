@@ -184,7 +184,7 @@ def rendered(things: Tensor, grounds: Tensor, rows: int, columns: int, device: s
             cos, sin = (at[:, 5].cos(), at[:, 5].sin()) if shape not in ("circle", "ring") else (1.0, 0.0)
             out = distance(shape, u * cos + v * sin, v * cos - u * sin) * at[:, 4]
             cover = (0.5 - out / soft[some]).clamp_(0, 1)[:, None]
-            image[some] = torch.lerp(image[some], at[:, 6:, None].squeeze(-1), cover)
+            image[some] = torch.lerp(image[some], at[:, 6:], cover)
     noise = 4 * (torch.rand(b, 1, 1, 1, device=device) - 0.6).clamp_(0) / 0.4
     image = image + noise * torch.randn(image.shape, device=device)
     return image.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -81,7 +81,7 @@ def test_results_of_tools_have_theirs_after_them(seer: LanguageModel) -> None:
 
 def test_what_a_model_does_not_take_is_refused_in_a_line(lm: LanguageModel, seer: LanguageModel) -> None:
     with pytest.raises(InputError, match=r"message 1: has a picture.*--mmproj"):
-        chat(lm, told(IMAGE))
+        chat(replace(lm, media=None), told(IMAGE))
     with pytest.raises(InputError, match="a sound, and this model takes none, only: text, image"):
         chat(seeing(lm, ["image"]), told(SOUND))
     with pytest.raises(InputError, match="type 'file'; only text"):
@@ -89,8 +89,8 @@ def test_what_a_model_does_not_take_is_refused_in_a_line(lm: LanguageModel, seer
     with pytest.raises(InputError, match="--raw"):
         seer.encode_prompt([IMAGE], raw=True)
     plain = Actor(seer, lm.tokenizer.chat_template).lm
-    with pytest.raises(InputError, match="no place for a picture"):
-        chat(plain, told(IMAGE))
+    with pytest.raises(InputError, match="no place for a sound"):
+        chat(plain, told(SOUND))
     with pytest.raises(InputError, match=r"no token -5, .*give that again"):
         chat(seer, [5, -5, 7])
     with pytest.raises(InputError, match="no token -2147483649"):
