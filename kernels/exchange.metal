@@ -7,27 +7,8 @@
 // Sums are added in the order of ranks, so they are the same to the bit everywhere.
 //
 // Rendered before: RANK, RANKS, CAP, COUNT (numbers of this rank), STEP (threads of the grid).
-
-METAL_FUNC volatile device ulong* box_of(const device uint* boxes, int rank) {
-  return (volatile device ulong*)(ulong(boxes[2 * rank + 1]) << 32 | ulong(boxes[2 * rank]));
-}
-
-// Where number i of rank `from` lies in a box.
-METAL_FUNC ulong place(uint flag, int from, int i) { return ulong((flag & 1) * RANKS + from) * CAP + i; }
-
-METAL_FUNC void tell(const device uint* boxes, uint flag, int i, float value) {
-  const ulong word = ulong(flag) << 32 | ulong(as_type<uint>(value));
-  for (int r = 0; r < RANKS; r++) {
-    if (r != RANK) box_of(boxes, r)[place(flag, RANK, i)] = word;
-  }
-}
-
-METAL_FUNC float told(volatile device ulong* box, uint flag, int from, int i) {
-  ulong word;
-  do word = box[place(flag, from, i)];
-  while (uint(word >> 32) != flag);
-  return as_type<float>(uint(word));
-}
+//
+// uses: boxes.metal
 
 // kernel: exchange_sum(x, outputs?, share?, flag, boxes, after?) -> (out)
 // out = x, summed over ranks. With outputs [T, USED, K] and share [T, USED], out [2, T, K] holds sums of x and of

@@ -21,7 +21,7 @@ class Boxes(NamedTuple):
     addresses: mx.array  # uint32 [ranks or more, 2]: low and high half
     rank: int
     ranks: int
-    room: int  # numbers that a rank may send at once
+    room: int  # numbers that a rank may send at once; for many rows words of each threadgroup
 
 
 def exchange_sum(launcher: Launcher, x: Any, flag: Any, boxes: Boxes, after: Any, outputs: Any = None) -> Any:

@@ -52,7 +52,7 @@ def run(size: int, folder: Path, *checks: str) -> Any:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return run(2, tmp_path_factory.mktemp("two"), *CHECKS)
+    return run(2, tmp_path_factory.mktemp("two"), *CHECKS, "shared")
 
 
 def assert_same(found: Any, rows: int, splits: tuple[str, ...] = ("tensor", "layers")) -> None:
@@ -165,6 +165,18 @@ def test_recorded_steps_do(two: Any, kind: str) -> None:
     assert found["players"] == [{"steps": [6, 2]}] * 2
     assert found["tensor"]["worst"] <= 1e-2
     assert abs(found["tensor"]["kl"]) <= 2e-6
+
+
+@pytest.mark.parametrize("kind", ["12b", "26b-a4b", "e2b"])
+def test_prompts_and_launched_steps_sum_in_shared_memory(two: Any, kind: str) -> None:
+    """Two chunks and two steps: no sum of MLX's, and as many launches as there would be of those; of the first chunk
+    only as far as its last keys and values need."""
+    found = two["shared"][kind]
+    assert_same({"tensor": found["tensor"]}, 23, ("tensor",))
+    for rank in found["launches"]:
+        assert rank["all_sum"] == 0
+        assert 3 * rank["sums"] < rank["exchange_many"] < 4 * rank["sums"]
+        assert rank.keys() == {"all_sum", "exchange_many", "sums"}
 
 
 @pytest.mark.parametrize("name", ["26B-A4B", "E2B"])
