@@ -20,6 +20,7 @@ from ..gpu.render import Launcher
 from ..ops.dispatch import Kernels
 from ..ops.exchange import Boxes, exchange_rows, exchange_sum
 from ..ops.exchange_many import ROOM, box_bytes, exchange_many
+from ..ops.norms import ADD_NORM, NormOptions
 from ..shard import Part, counted
 from .weights import Loaded
 
@@ -116,10 +117,19 @@ class Exchange:
 
     def made(self, kernel: Callable[..., Any], x: Any, *rest: Any) -> Any:
         """Record the next exchange, behind the one before."""
-        flag = self._flags[self.used : self.used + 1]
-        self._before = kernel(recorder, x, flag, self.boxes, self._before, *rest)
-        self.used += 1
+        self._before = kernel(recorder, x, *self.next(), *rest)
         return self._before
+
+    def next(self) -> tuple[Any, Boxes, Any]:
+        """Return the next exchange's flag, the boxes, and what it is to follow."""
+        self.used += 1
+        return self._flags[self.used - 1 : self.used], self.boxes, self._before
+
+    def normed(self, run: Kernels, x: Any, h: Any, post: Any, options: NormOptions) -> tuple[Any, Any]:
+        """Record `add_norm` of the sum of h over ranks, which is the next exchange."""
+        made = run(ADD_NORM, x, h, post, options._replace(exchange=self.next()))
+        self._before = made[0]
+        return made
 
     def next_flags(self) -> np.ndarray:
         """Return the flags of the next start, int32 [self.flags]."""

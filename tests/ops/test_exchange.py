@@ -11,11 +11,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import shared_boxes
-from kernel_cases import metal
+from kernel_cases import metal, normal
 
 from mlx_gemma4.ops import exchange_many as many
 from mlx_gemma4.ops.exchange import Boxes, exchange_rows, exchange_sum
 from mlx_gemma4.ops.exchange_many import box_bytes, exchange_many
+from mlx_gemma4.ops.norms import NormOptions, add_norm
 from mlx_gemma4.shard import shares
 
 ROOM = 4096  # numbers
@@ -166,3 +167,30 @@ def test_sums_of_many_rows_at_the_size_of_gpus() -> None:
     given = [(np.full((64, 192), rank + 1, np.float32),) for rank in range(2)]
     for made in many_on_ranks(given, many.ROOM):
         assert all((round_ == 3 * (n + 1)).all() for n, round_ in enumerate(made))
+
+
+@pytest.mark.parametrize(("width", "ranks"), [(96, 2), (264, 2), (96, 3)])
+def test_a_norm_sums_on_its_way(width: int, ranks: int) -> None:
+    """To the bit what a sum gives and the norm behind it, for several rows, next to sums by launches of their own."""
+    chance = np.random.default_rng(5)
+    given = [(chance.standard_normal((3, width), np.float32),) for _ in range(ranks)]
+    x, post, following = normal(3, width, seed=1), normal(width, seed=2), normal(width, seed=3)
+    options = NormOptions(1e-6, following, mx.full((4,), 0.37), None, 0.125, mx.float16)
+    mx.eval(x, post, following, options.scale)
+
+    def with_norm(h: mx.array, flag: np.ndarray, boxes: Boxes) -> np.ndarray:
+        return np.concatenate(add_norm(launcher, x, h, post, options._replace(exchange=(flag, boxes, None))), axis=-1)
+
+    def summed(h: mx.array, flag: np.ndarray, boxes: Boxes) -> np.ndarray:
+        return exchange_sum(launcher, h, flag, boxes, None)
+
+    def in_turns(h: mx.array, flag: np.ndarray, boxes: Boxes) -> np.ndarray:
+        return (summed, with_norm)[int(flag[0]) & 1](h, flag, boxes)
+
+    sums = on_ranks(given, summed)[0]
+    want = [np.concatenate(add_norm(launcher, x, mx.array(h), post, options), axis=-1) for h in sums]
+    for made in on_ranks(given, with_norm):
+        assert all(np.array_equal(a, b) for a, b in zip(made, want, strict=True))
+    for made in on_ranks(given, in_turns):
+        assert np.array_equal(made[0], want[0]) and np.array_equal(made[1], sums[1])
+        assert np.array_equal(made[2], want[2])
