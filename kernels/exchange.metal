@@ -34,6 +34,7 @@ for (int i = first; i < COUNT; i += STEP) {
   out[i] = value;
   tell(boxes, turn, i, value);
 }
+simdgroup_barrier(mem_flags::mem_none);  // all lanes have told before one waits
 for (int i = first; i < COUNT; i += STEP) {
   float sum = 0;
   for (int r = 0; r < RANKS; r++) sum += r == RANK ? out[i] : told(box, turn, r, i);
@@ -47,6 +48,7 @@ volatile device ulong* box = box_of(boxes, RANK);
 INPUTS_READY();
 const uint turn = uint(flag[0]);
 for (int i = first; i < COUNT; i += STEP) tell(boxes, turn, i, x[i]);
+simdgroup_barrier(mem_flags::mem_none);
 for (int r = 0; r < RANKS; r++) {
   const int start = int(long(r) * ALL / RANKS), columns = int(long(r + 1) * ALL / RANKS) - start;
   for (int i = first; i < COUNT / COLUMNS * columns; i += STEP) {

@@ -70,6 +70,7 @@ EACH_STEP {
       if (r != RANK) box[r][place(turn, RANK, BESIDE(j))] = word_of(turn, c[i][j]);
   }
 }
+simdgroup_barrier(mem_flags::mem_none);  // all lanes have told before one waits
 EACH_STEP {
   float sum[8];
   UNROLL
