@@ -3,10 +3,11 @@
     python benchmarks/two_gpus.py [FILE.gguf ..] [--json OUT.json] [--parts sums,equal,led,one,two] [--limit 60]
 
 Starts its ranks itself, each part of the work in processes of its own with a time limit. Parts: `sums`, what a sum
-over ranks takes by NCCL and in a recorded step; `equal`, greedy tokens of the built-in model and of the tests'
-fixtures, whole and in two parts; `led`, `generate` as `mlx.launch` starts it; and for each FILE `one` and `two` GPUs:
-prompts, and decoding behind them. `profile` shows where a step's time goes (with PyTorch), `drift` if ranks have the
-same residual all through a long prompt. The exit code is 1 where tokens differ.
+over ranks takes by MLX over NCCL, by kernels over shared memory, and in a recorded step; `equal`, greedy tokens of the
+built-in model and of the tests' fixtures, whole and in two parts, behind a short prompt and one of several chunks;
+`led`, `generate` as `mlx.launch` starts it; and for each FILE `one` and `two` GPUs: prompts, and decoding behind them.
+`profile` shows where a step's time goes (with PyTorch), `drift` if ranks have the same residual all through a long
+prompt. The exit code is 1 where tokens differ.
 """
 
 from __future__ import annotations
@@ -38,11 +39,13 @@ from mlx_gemma4.generation.loop import generate_tokens
 from mlx_gemma4.generation.sampling import Sampling
 from mlx_gemma4.gpu.recording import Arena, Recording, recorded, recorder
 from mlx_gemma4.loading.loader import load_model, open_model
-from mlx_gemma4.measure.bench import random_ids, size_label
+from mlx_gemma4.measure.bench import random_ids, size_label, warm_until_steady
 from mlx_gemma4.memory import on_cpu
-from mlx_gemma4.model.exchange import Exchange
+from mlx_gemma4.model import forward
+from mlx_gemma4.model.exchange import Exchange, SharedPart, sharing
 from mlx_gemma4.model.forward import run_layers
 from mlx_gemma4.model.model import Model
+from mlx_gemma4.ops import exchange_many
 from mlx_gemma4.ops.exchange import exchange_sum
 from mlx_gemma4.shard import Part, Shard, collective_stream
 
@@ -51,7 +54,8 @@ HERE = "127.0.0.1"
 ROOT = Path(__file__).parents[1]
 FIXTURES = [f"{kind}-q8_0" for kind in ("e2b", "e4b", "12b", "26b-a4b", "31b", "gemma3")]
 TOKENS = 200  # that are compared
-REPLY, ROUNDS = 96, 3  # tokens of a reply that is timed; replies, of which the first warms up
+LONG, FEW, CHUNK = 1500, 32, 256  # the longer prompt of `equal`, at most; its reply; small models' chunk
+REPLY, ROUNDS = 96, 3  # tokens of a reply that is timed; replies, of which the first warms up; prompts that are timed
 SUMS = 120  # of a step of 60 layers
 TOLD = "TWO_GPUS "  # before a line of results
 
@@ -76,32 +80,59 @@ def model_of(path: Path | None, shard: Shard | None) -> Model:
 
 
 def sums() -> Any:
-    """Microseconds of sums: by MLX, one alone and in a chain; in a recorded step, with nothing between them."""
-    shard, group = shard_here()
+    """Microseconds of sums: one alone, in a chain that is evaluated as a whole, and in one that runs as it is built; by
+    MLX, and by kernels of some numbers of threads over shared memory. In a recorded step, with nothing between them."""
+    shard, _ = shard_here()
     found: dict[str, Any] = {}
-    for rows, rounds in ((1, SUMS), (512, 20)):
-        x = mx.ones((rows, 5376))
-        alone, chain = [], []
-        with execution():
-            for _ in range(10):
-                start = time.perf_counter()
-                mx.eval(mx.distributed.all_sum(x, group=group, stream=collective_stream()))
-                alone.append(time.perf_counter() - start)
-            for _ in range(5):
-                start, y = time.perf_counter(), x
-                for _ in range(rounds):
-                    y = mx.distributed.all_sum(y * 0.5, group=group, stream=collective_stream())
-                mx.eval(y)
-                chain.append((time.perf_counter() - start) / rounds)
-        found[f"mlx, {rows} rows"] = {"alone_us": min(alone) * 1e6, "chained_us": min(chain) * 1e6}
+    part = Part(shard, 1000, range(500), range(1))
     kernels = usable_kernels()
+    sizes = [(1, 5376), (512, 5376), (1024, 2816), (1024, 3840), (1024, 5376)]
+    found |= {f"mlx, {rows} x {width}": timed_sums(part, rows, width) for rows, width in sizes}
     if kernels is None or kernels.player is None:
         return found
-    part = Part(shard, 1000, range(500), range(1))
+    table, usual = sizes, (exchange_many.GROUPS, exchange_many.THREADS)
+    for way in (usual, (32, 1024), (64, 512), (128, 512), (128, 1024)):
+        exchange_many.GROUPS, exchange_many.THREADS = way
+        ours = sharing(part, kernels)
+        name = f"kernel of {way[0]} x {way[1]}"
+        if not isinstance(ours, SharedPart):
+            found[name] = "ranks sum by MLX"
+            continue
+        for rows, width in table:
+            found[f"{name}, {rows} x {width}"] = timed_sums(ours, rows, width)
+        found[f"{name}, 1024 x 5376 fp16"] = timed_sums(ours, 1024, 5376, mx.float16)
+        table = sizes[-2:]
+    exchange_many.GROUPS, exchange_many.THREADS = usual
     for rows in (1, 8):
         with execution():
             found[f"recorded, {rows} rows"] = recorded_sums(part, kernels.player(), rows)
     return found
+
+
+def timed_sums(part: Part, rows: int, width: int, dtype: mx.Dtype = mx.float32) -> Any:
+    """`sums` of [rows, width], where rank r has r + 1 everywhere, and if they are right."""
+    x = mx.full((rows, width), 1 + part.shard.rank, dtype)
+    rounds = SUMS if rows == 1 else 40
+    times: dict[str, list[float]] = {"alone_us": [], "chained_us": [], "running_us": []}
+    with execution():
+        mx.eval(x)
+        (made,) = part.sums(x)
+        right = bool(mx.array_equal(made, mx.full((rows, width), 3, dtype)).item())
+        for _ in range(10):
+            part.agreed(True)  # all begin together
+            start = time.perf_counter()
+            mx.eval(part.sums(x))
+            times["alone_us"].append(time.perf_counter() - start)
+        for name, run in (("chained_us", lambda _: None), ("running_us", mx.async_eval)):
+            for _ in range(5):
+                part.agreed(True)
+                start, y = time.perf_counter(), x
+                for _ in range(rounds):
+                    (y,) = part.sums(y * 0.5)
+                    run(y)
+                mx.eval(y)
+                times[name].append((time.perf_counter() - start) / rounds)
+    return {"right": right, **{name: round(min(some) * 1e6, 1) for name, some in times.items()}}
 
 
 def recorded_sums(part: Part, player: Any, rows: int) -> Any:
@@ -129,26 +160,35 @@ def recorded_sums(part: Part, player: Any, rows: int) -> Any:
 
 
 def equal(name: str) -> Any:
-    """Greedy tokens of a small model, whole on this rank and in parts: how many are equal before the first other."""
+    """Greedy tokens of a small model, whole on this rank and in parts: how many are equal before the first other.
+
+    Behind a short prompt, and behind one of several chunks, or as many tokens as the model's context allows.
+    """
     shard, _ = shard_here()
-    found: dict[str, Any] = {}
-    for path in [None if name == "built-in" else ROOT / "tests" / "fixtures" / f"{name}.gguf"]:
-        tokens, replayed, seconds = [], [], []
-        for given in (None, shard):
-            start = time.perf_counter()
-            model = alone(path) if given is None else model_of(path, given)
-            state = model.new_state()
-            ids = [2, *random_ids(model, 40)]
-            tokens.append([t.id for t in generate_tokens(model, state, ids, GREEDY, TOKENS)])
-            replayed.append(model.replays)
-            seconds.append(time.perf_counter() - start)
-        same = next((i for i, (a, b) in enumerate(zip(*tokens, strict=True)) if a != b), TOKENS)
-        found[name] = {"equal": same, "of": TOKENS, "replayed": replayed, "seconds": seconds}
-        if same < TOKENS and shard.rank == 0:
-            found[name]["tokens"] = [t[max(0, same - 1) : same + 3] for t in tokens]
-        if shard.rank == 0:
-            print(f"{name}: {same} of {TOKENS} equal, replayed {replayed}", flush=True)
-    return found
+    path = None if name == "built-in" else ROOT / "tests" / "fixtures" / f"{name}.gguf"
+    found: dict[str, Any] = {"replayed": [], "seconds": []}
+    tokens: dict[str, list[list[int]]] = {"short": [], "long": []}
+    for given in (None, shard):
+        start = time.perf_counter()
+        model = alone(path) if given is None else model_of(path, given)
+        model.chunk = min(model.chunk, CHUNK)
+        length = min(LONG, model.config.context - FEW - 2)
+        for what, n, reply in (("short", 40, TOKENS), ("long", length, FEW)):
+            ids = [2, *random_ids(model, n)]
+            made = generate_tokens(model, model.new_state(), ids, GREEDY, reply)
+            tokens[what].append([t.id for t in made])
+        found["replayed"].append(model.replays)
+        found["seconds"].append(round(time.perf_counter() - start, 1))
+    found["sums by kernel"] = isinstance(model.loaded.part, SharedPart)
+    for what, (whole, parted) in tokens.items():
+        same = next((i for i, (a, b) in enumerate(zip(whole, parted, strict=True)) if a != b), len(whole))
+        found[what] = {"equal": same, "of": len(whole)}
+        if same < len(whole):
+            found[what]["tokens"] = [some[max(0, same - 1) : same + 3] for some in (whole, parted)]
+    found["long"]["prompt"] = length + 1
+    if shard.rank == 0:
+        print(f"{name}: {json.dumps(found)}", flush=True)
+    return {name: found}
 
 
 def alone(path: Path | None) -> Model:
@@ -170,16 +210,17 @@ def led(path: Path) -> Model:
     return team.lead(model_of(path, team.gather(place, path, str(path.absolute()), "tensor", None, {})[0]))
 
 
-def speed(file: str, prompts: str, depth: str) -> Any:
+def speed(file: str, prompts: str, depth: str, ahead: str) -> Any:
     """Tokens a second of prompts, and of replies behind `depth` tokens and behind the longest prompt."""
     start = time.perf_counter()
+    forward.AHEAD = int(ahead)
     model = led(Path(file))
     found: dict[str, Any] = {"load_s": time.perf_counter() - start, "prompt": {}, "decode": {}, "samples": {}}
     lengths = [int(n) for n in prompts.split(",")]
 
     def show(what: str, n: int, rates: list[float]) -> None:
         found[what][n], found["samples"][f"{what} {n}"] = median(rates), rates
-        found["replays"] = model.replays
+        found["replays"], found["sums by kernel"] = model.replays, isinstance(model.loaded.part, SharedPart)
         print(TOLD + json.dumps(found), flush=True)  # what there is, should time run out
 
     def read(n: int) -> tuple[Any, float]:
@@ -199,11 +240,17 @@ def speed(file: str, prompts: str, depth: str) -> Any:
             rates.append(s.reply_rate)
         return rates[1:]
 
+    warm_until_steady(lambda: read(lengths[0])[1])
     for n in lengths[:-1]:
-        show("prompt", n, [read(n)[1] for _ in range(3)][1:])
+        show("prompt", n, [read(n)[1] for _ in range(ROUNDS)])
     show("decode", int(depth), decode(read(int(depth))[0]))
-    state, rate = read(lengths[-1])
-    show("prompt", lengths[-1], [rate])
+    if lengths[1:]:  # behind more tokens other kernels may run
+        read(2 * model.chunk)
+    rates = []
+    for _ in range(ROUNDS):
+        state, rate = read(lengths[-1])
+        rates.append(rate)
+        show("prompt", lengths[-1], rates)
     show("decode", lengths[-1], decode(state))
     return found
 
@@ -367,6 +414,7 @@ def main() -> int:
     parser.add_argument("--parts", default="sums,equal,led,one,two")
     parser.add_argument("--prompts", default="2048,32768")
     parser.add_argument("--depth", default="512")
+    parser.add_argument("--ahead", default=str(forward.AHEAD), help="layers of a prompt that the host may be ahead")
     parser.add_argument("--tokens", default="65536", help="of the part drift")
     parser.add_argument("--limit", type=float, default=60, help="seconds of a part")
     parser.add_argument("--backend", choices=("nccl", "ring"), default="nccl")
@@ -390,7 +438,7 @@ def main() -> int:
     if "equal" in parts:
         for name in ("built-in", *FIXTURES):
             row = (go(f"equal: {name}", [me, "--rank", "equal", name], 2) or {}).get(name)
-            wrong |= row is None or row["equal"] < row["of"]
+            wrong |= row is None or any(row[what]["equal"] < row[what]["of"] for what in ("short", "long"))
     if "led" in parts:
         asked = [
             "-m",
@@ -412,7 +460,7 @@ def main() -> int:
         wrong |= texts[0] != texts[1] or not texts[0]
         print("generate gives the same text" if texts[0] == texts[1] else "generate gives ANOTHER text", flush=True)
     for file in options.files:
-        given = [me, "--rank", "speed", str(file), options.prompts, options.depth]
+        given = [me, "--rank", "speed", str(file), options.prompts, options.depth, options.ahead]
         one = go(f"{file.name} on one", given, 1) if "one" in parts else None
         two = go(f"{file.name} on two", given, 2) if "two" in parts else None
         report["cells"] += cells_of(size_label(file.stem), one, two)

@@ -44,6 +44,10 @@ METAL_FUNC V simd_shuffle(V v, ushort lane) { return __shfl_sync(~0u, v, lane); 
 #define INPUTS_READY()
 #endif
 
+// For exchange_many.metal: what this thread knows of has been written before what it writes next, and what it reads next
+// was written after what it has read, also by other GPUs.
+#define SYSTEM_FENCE() asm volatile("fence.acq_rel.sys;" ::: "memory")
+
 // For matrix.metal: what Metal does with simdgroup matrices.
 
 // c += a b for a [16, 16], b [16, 8]. a: rows 0-7 and 8-15 of columns 0-7, then of 8-15; b: rows 0-7, 8-15.

@@ -7,27 +7,8 @@
 // Sums are added in the order of ranks, so they are the same to the bit everywhere.
 //
 // Rendered before: RANK, RANKS, CAP, COUNT (numbers of this rank), STEP (threads of the grid).
-
-METAL_FUNC volatile device ulong* box_of(const device uint* boxes, int rank) {
-  return (volatile device ulong*)(ulong(boxes[2 * rank + 1]) << 32 | ulong(boxes[2 * rank]));
-}
-
-// Where number i of rank `from` lies in a box.
-METAL_FUNC ulong place(uint flag, int from, int i) { return ulong((flag & 1) * RANKS + from) * CAP + i; }
-
-METAL_FUNC void tell(const device uint* boxes, uint flag, int i, float value) {
-  const ulong word = ulong(flag) << 32 | ulong(as_type<uint>(value));
-  for (int r = 0; r < RANKS; r++) {
-    if (r != RANK) box_of(boxes, r)[place(flag, RANK, i)] = word;
-  }
-}
-
-METAL_FUNC float told(volatile device ulong* box, uint flag, int from, int i) {
-  ulong word;
-  do word = box[place(flag, from, i)];
-  while (uint(word >> 32) != flag);
-  return as_type<float>(uint(word));
-}
+//
+// uses: boxes.metal
 
 // kernel: exchange_sum(x, outputs?, share?, flag, boxes, after?) -> (out)
 // out = x, summed over ranks. With outputs [T, USED, K] and share [T, USED], out [2, T, K] holds sums of x and of
@@ -53,6 +34,7 @@ for (int i = first; i < COUNT; i += STEP) {
   out[i] = value;
   tell(boxes, turn, i, value);
 }
+simdgroup_barrier(mem_flags::mem_none);  // all lanes have told before one waits
 for (int i = first; i < COUNT; i += STEP) {
   float sum = 0;
   for (int r = 0; r < RANKS; r++) sum += r == RANK ? out[i] : told(box, turn, r, i);
@@ -66,6 +48,7 @@ volatile device ulong* box = box_of(boxes, RANK);
 INPUTS_READY();
 const uint turn = uint(flag[0]);
 for (int i = first; i < COUNT; i += STEP) tell(boxes, turn, i, x[i]);
+simdgroup_barrier(mem_flags::mem_none);
 for (int r = 0; r < RANKS; r++) {
   const int start = int(long(r) * ALL / RANKS), columns = int(long(r + 1) * ALL / RANKS) - start;
   for (int i = first; i < COUNT / COLUMNS * columns; i += STEP) {

@@ -3,7 +3,8 @@
 // where h is the sum of PARTS arrays, and
 //   y = (x + rms(c) post) scale,    normed = rms(y) next,  or with COPIES  y COPIED
 // with rms(a) = a / sqrt(mean(a²) + EPS), of h and e with EPS_H. x and y [tokens, K] in dtype R, h
-// [PARTS, tokens, K] and experts [tokens USED, K] in T, normed in U.
+// [PARTS, tokens, K] and experts [tokens USED, K] in T, normed in U. With RANKS h, in one part, is this rank's part of a
+// sum over ranks: exchange.metal says how.
 //
 // Threads. One threadgroup of SG simdgroups a token, 8 neighbouring elements a thread and a step, all kept in
 // registers between the sums; grid (32 SG, tokens, 1). K a multiple of 8.
@@ -11,13 +12,19 @@
 // Memory. Everything read once and written once, 16 bytes a lane.
 //
 // Rendered before: T, R, U, K, SG, PARTS, EPS, EPS_H, BRANCHES, USED, SCALED (scale is there), NEXT (next is there),
-// COPIES, COPIED.
+// COPIES, COPIED; RANKS, and with it RANK, CAP.
+//
+// uses: boxes.metal
 
 #define STEPS ((K + 256 * SG - 1) / (256 * SG))
 // For each i, the thread's 8 elements of step i, from element `at`.
 #define EACH_STEP UNROLL for (int i = 0, at = thread_index * 8; i < STEPS; i++, at += 256 * SG) if (at < K)
+#if RANKS
+// Where a step's number j lies among a row's: neighbouring threads' beside each other.
+#define BESIDE(j) (row + (j) * (K / 8) + at / 8)
+#endif
 
-// kernel: add_norm(x, h, post, experts?, share?, norm1?, norm2?, scale?, next?) -> (y, normed?)
+// kernel: add_norm(x, h, post, experts?, share?, norm1?, norm2?, scale?, next?, flag?, boxes?, after?) -> (y, normed?)
 const int lane = int(thread_index_in_simdgroup), sg = int(simdgroup_index_in_threadgroup);
 const int thread_index = int(thread_index_in_threadgroup);
 const int token = int(threadgroup_position_in_grid.y), row = token * K;
@@ -38,6 +45,12 @@ EACH_STEP load8(norm2 + at, w2[i]);
 #if SCALED
 const float factor_of_layer = scale[0];
 #endif
+#if RANKS
+const uint turn = uint(flag[0]);
+volatile device ulong* box[RANKS];
+UNROLL
+for (int r = 0; r < RANKS; r++) box[r] = box_of(boxes, r);
+#endif
 INPUTS_READY();
 EACH_STEP load8(h + row + at, c[i]);
 #if PARTS > 1
@@ -55,6 +68,44 @@ EACH_STEP {
 }
 #endif
 simdgroup_barrier(mem_flags::mem_none);
+
+#if RANKS
+EACH_STEP {
+  UNROLL
+  for (int j = 0; j < 8; j++) {
+    UNROLL
+    for (int r = 0; r < RANKS; r++)
+      if (r != RANK) box[r][place(turn, RANK, BESIDE(j))] = word_of(turn, c[i][j]);
+  }
+}
+simdgroup_barrier(mem_flags::mem_none);  // all lanes have told before one waits
+EACH_STEP {
+  float sum[8];
+  UNROLL
+  for (int j = 0; j < 8; j++) sum[j] = 0;
+  UNROLL
+  for (int r = 0; r < RANKS; r++) {
+    if (r != RANK) {
+      ulong words[8];
+      bool there;
+      do {  // all loads at once
+        UNROLL
+        for (int j = 0; j < 8; j++) words[j] = box[RANK][place(turn, r, BESIDE(j))];
+        there = true;
+        UNROLL
+        for (int j = 0; j < 8; j++) there = there && uint(words[j] >> 32) == turn;
+      } while (!there);
+      UNROLL
+      for (int j = 0; j < 8; j++) sum[j] += as_type<float>(uint(words[j]));
+    } else {
+      UNROLL
+      for (int j = 0; j < 8; j++) sum[j] += c[i][j];
+    }
+  }
+  UNROLL
+  for (int j = 0; j < 8; j++) c[i][j] = sum[j];
+}
+#endif
 
 EACH_STEP {
 #if PARTS > 1

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import os
-import struct
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
-import exchange_host
 import mlx.core as mx
 import numpy as np
+import shared_boxes
 from kernel_cases import POOL, metal, to_mlx
 from metal_sim import kernel as simulator
 
@@ -32,7 +26,6 @@ class HostPlayer:
         self.launches: Sequence[RecordedLaunch] = []
         self.tokens: list[list[int]] = []
         self.loads = self.chained = self.queued = 0
-        self.boxes: list[mmap.mmap] = []  # of memory that other processes write to
         self.loaded = False
         HostPlayer.made.append(self)
 
@@ -45,18 +38,10 @@ class HostPlayer:
         self.loaded = False
 
     def box(self, nbytes: int) -> tuple[int, list[int]]:
-        with tempfile.NamedTemporaryFile(prefix="box-", delete=False) as file:  # the last one to open it removes it
-            file.truncate(nbytes)
-        name = Path(file.name).name.removeprefix("box-").encode().ljust(64, b"\0")
-        handle = list(struct.unpack("<16i", name))
-        return self.opened(handle), handle
+        return shared_boxes.box(nbytes)
 
     def opened(self, handle: Sequence[int]) -> int:
-        name = struct.pack("<16i", *handle).rstrip(b"\0").decode()
-        path = Path(tempfile.gettempdir(), f"box-{name}")
-        memory = mmap.mmap(os.open(path, os.O_RDWR), 0)
-        self.boxes.append(memory)
-        return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        return shared_boxes.opened(handle)
 
     def write(self, regions: Sequence[Region], arrays: Sequence[mx.array]) -> None:
         for region, a in zip(regions, arrays, strict=True):
@@ -74,10 +59,6 @@ class HostPlayer:
         self.arena[: numbers.nbytes] = numbers.view(np.uint8)
         self.begin()
         for launch in self.launches:
-            if launch.kernel.name.startswith("exchange_"):
-                given = [np.array(a) if isinstance(a, mx.array) else self._at(a) for a in launch.inputs]
-                exchange_host.run(launch, given, self._at(launch.outputs[0]))
-                continue
             inputs = [a if isinstance(a, mx.array) else mx.array(self._at(a)) for a in launch.inputs]
             done = self.kernel(launch, inputs)(
                 inputs=inputs,

@@ -33,7 +33,8 @@ from mlx_gemma4.loading.assistant import load_assistant
 from mlx_gemma4.loading.loader import load_model, open_model
 from mlx_gemma4.memory import Holding
 from mlx_gemma4.model.model import Model
-from mlx_gemma4.ops.dispatch import Kernels
+from mlx_gemma4.ops import exchange_many
+from mlx_gemma4.ops.dispatch import ALL, Kernels
 from mlx_gemma4.ops.op import OpKey
 from mlx_gemma4.ops.sample import Draw
 from mlx_gemma4.shard import Kind, Shard
@@ -45,6 +46,7 @@ PROMPTS: list[list[int]] = json.loads((ASSISTANTS / "recorded.json").read_text()
 DEMO_PROMPT = "Once upon a time there was a king who had"
 SMALL = ("embed", "ple_inputs", "rotations", "qkv_post", "attention", "add_norm", "top_k", "matvec", "dense", "expand")
 UNPACKED = frozenset([OpKey("expand")])  # tiles of a prompt round to fp16
+exchange_many.GROUPS, exchange_many.THREADS = 4, 64  # as few as small models' rows need
 
 mx.set_default_device(mx.cpu)
 group = mx.distributed.init(strict=True, backend="ring")
@@ -340,8 +342,33 @@ def replayed() -> Found:
             return [*logits, model.step(82, states[1]).logits()]
 
         found[kind] = compared(path(kind, tag, Path()), calls, SPLITS[:1], weights="packed")
-        made = HostPlayer.made[players:]
+        made = [player for player in HostPlayer.made[players:] if player.loads]
         found[kind]["players"] = others({"steps": [len(player.tokens) for player in made]})
+    return found
+
+
+def shared() -> Found:
+    """Prompts in two chunks and launched steps, whose sums the ranks exchange over memory that they share."""
+    found: Found = {}
+    for kind in ("12b", "26b-a4b", "e2b"):
+        launcher = Counting()
+
+        def calls(model: Model, launcher: Counting = launcher) -> list[mx.array]:
+            if part := model.part:
+                kernels = Kernels(launcher, frozenset([ALL]), player=HostPlayer)  # else the ranks' products are rounded
+                model = Model(model.config, model.weights, kernels, part=part)
+                launcher.launches.clear()
+                split = part.split
+                launcher.launches["sums"] = 1 + len(split["attention"]) + len(split["mlp"] | split["experts"])
+            before, state = collectives["all_sum"], model.new_state()
+            model.prefill(mx.array([*range(60, 79)]), state)
+            logits = [model.forward(mx.array([*range(79, 100)]), state, all_logits=True)]
+            logits += [model.step(t, state, replay=False).logits() for t in (70, 71)]
+            launcher.launches["all_sum"] = collectives["all_sum"] - before
+            return logits
+
+        found[kind] = compared(path(kind, "q8_0", Path()), calls, SPLITS[:1], weights="packed")
+        found[kind]["launches"] = others(dict(launcher.launches))
     return found
 
 

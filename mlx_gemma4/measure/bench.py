@@ -169,7 +169,7 @@ def measure(model: Model, plan: BenchPlan, cells: list[Cell], repetitions: int) 
     for cell in cells:
         if cell.kind == "prefill":
             short = min(cell.context, 2 * prefill_chunk(model))
-            _warm_until_steady(lambda n=short: _prompt_rate(model, plan, n)[0])  # type: ignore[misc]
+            warm_until_steady(lambda n=short: _prompt_rate(model, plan, n)[0])  # type: ignore[misc]
             if cell.context > short:  # behind more tokens other kernels may run
                 _prompt_rate(model, plan, cell.context)
             for _ in range(repetitions):
@@ -179,7 +179,7 @@ def measure(model: Model, plan: BenchPlan, cells: list[Cell], repetitions: int) 
             held = model.new_state(kv=plan.kv)  # a pool that has none would go with the last reply, and its recordings
             if cell.parallel > 1:
                 model.seat(held)
-            _warm_until_steady(lambda n=cell.parallel: _batch_rate(model, plan, n)[0])  # type: ignore[misc]
+            warm_until_steady(lambda n=cell.parallel: _batch_rate(model, plan, n)[0])  # type: ignore[misc]
             for _ in range(repetitions):
                 rate, took, cell.peak_memory = _batch_rate(model, plan, cell.parallel)
                 cell.samples.append(rate)
@@ -218,7 +218,7 @@ def _prompt_rate(model: Model, plan: BenchPlan, n: int) -> tuple[float, int]:
     return s.prompt_rate, s.peak_memory
 
 
-def _warm_until_steady(run: Callable[[], float]) -> None:
+def warm_until_steady(run: Callable[[], float]) -> None:
     """Run what gives a rate until it is as fast as before: what is compiled or made at first use is then there."""
     before = run()
     for _ in range(WARM_RUNS - 1):

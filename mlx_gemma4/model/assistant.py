@@ -104,8 +104,8 @@ class Assistant:
         self.config, self.weights, self.target = config, weights, target
         own, part = matched(config, whole or target.config), None
         self.heads = {layer.sliding: range(layer.heads) for layer in own.layers}  # that attend here, by kind of layer
-        if target.part and whole:
-            own, self.heads, part = _in_part(own, target.part)
+        if target.loaded.part and whole:
+            own, self.heads, part = _in_part(own, target.loaded.part)
         kinds = {layer.sliding: layer for layer in own.layers}
         waves = {k: rope_wavelengths(own, layer, weights.decoder.rope_freqs) for k, layer in kinds.items()}
         mx.eval(list(waves.values()))
@@ -216,7 +216,7 @@ class Assistant:
 
     def step(self, run: Kernels, ids: mx.array, hidden: mx.array, attend: Attend) -> mx.array:
         """Return the assistant's hidden state after its last norm, [1, h], of a token [1] and a hidden state [1, H]."""
-        target, part = self.target, self.target.part
+        target, part = self.target, self.target.loaded.part
         table, factor = target.weights.token_embd, math.sqrt(target.config.hidden)
         if part is None:
             joined = run(EMBED, ids, table, factor, behind=hidden)

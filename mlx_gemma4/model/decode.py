@@ -28,6 +28,7 @@ from ..ops.norms import ADD_NORM, NormOptions
 from ..ops.qkv import QKV_POST, ROTATIONS, QKVArrays, QKVOptions
 from ..ops.quantized_attention import QUANTIZED_ATTENTION
 from ..ops.stock import Weight
+from .exchange import RecordedPart
 from .forward import rows_by_rank, summed
 from .spans import Places, Spans, in_sight, numbers_at, placed, spans_of
 from .weights import Layer, Loaded
@@ -141,23 +142,35 @@ def through_layers(
     x, h = run(ADD_NORM, x, x, constants.nothing, NormOptions(c.eps, w.layers[0].attn_norm, out=model.kv_dtype))
     eps, out = c.eps, model.kv_dtype
     for i, layer in enumerate(w.layers):
-        a = summed(model, "attention", i, _attention(run, model, i, h, attend))
-        x, h = run(ADD_NORM, x, a, layer.post_attention_norm, NormOptions(eps, layer.ffn_norm, out=out))
+        a = _attention(run, model, i, h, attend)
+        options = NormOptions(eps, layer.ffn_norm, out=out)
+        x, h = _summed_norm(run, model, "attention", i, x, a, layer.post_attention_norm, options)
         experts = None if layer.ffn_gate_inp is None else _experts(run, model, layer, x)
-        m, norm, shrunk = _mlp(run, layer, h, FP32 if part else ADDED), layer.post_ffw_norm, SHRINK
-        if experts is None:
-            m = summed(model, "mlp", i, m)
-        elif model.part is not None:
-            m, experts = _summed_experts(model, i, m, experts)
+        m, norm, what = _mlp(run, layer, h, FP32 if part else ADDED), layer.post_ffw_norm, "mlp"
+        if experts is not None and part is not None:
+            (m, experts), what = _summed_experts(model, i, m, experts), ""
         if per_layer:
             assert layer.post_norm is not None
-            x, h = run(ADD_NORM, x, m, norm, NormOptions(eps, shrunk=shrunk, out=out, copied=SHRINK))
-            m, norm = _per_layer(run, layer, h, per_layer[i]), layer.post_norm
+            options = NormOptions(eps, shrunk=SHRINK, out=out, copied=SHRINK)
+            x, h = _summed_norm(run, model, what, i, x, m, norm, options)
+            m, norm, what = _per_layer(run, layer, h, per_layer[i]), layer.post_norm, ""
         following, scale = w.layers[i + 1].attn_norm if i + 1 < len(w.layers) else w.output_norm, constants.scales[i]
-        x, h = run(ADD_NORM, x, m, norm, NormOptions(eps, following, scale, experts, shrunk, out))
+        x, h = _summed_norm(run, model, what, i, x, m, norm, NormOptions(eps, following, scale, experts, SHRINK, out))
     if part and part.shard.kind == "layers":
         h = part.of_last(h, part.hand_on(x) if part.sends else None)
     return h
+
+
+def _summed_norm(
+    run: Kernels, model: Loaded, what: str, i: int, x: mx.array, h: mx.array, post: mx.array, options: NormOptions
+) -> tuple[mx.array, mx.array]:
+    """Return `add_norm` of a product of layer i, summed over ranks where each has a part of it; `what` "": none has."""
+    part = model.part
+    if part is None or not what or i not in part.split[what]:
+        return run(ADD_NORM, x, h, post, options)
+    if isinstance(part, RecordedPart):
+        return part.exchange.normed(run, x, h, post, options)
+    return run(ADD_NORM, x, part.sums(h)[0], post, options)
 
 
 def _inputs(run: Kernels, model: Loaded, ids: mx.array) -> tuple[mx.array, list[mx.array]]:

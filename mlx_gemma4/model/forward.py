@@ -9,6 +9,7 @@ heads, G key/value heads, D head size.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -26,6 +27,7 @@ from .soft import SoftRows
 from .weights import Layer, Loaded
 
 PAD = 0  # id of the padding token
+AHEAD = 1  # layers of a prompt that a GPU has not got to yet: they hold memory
 
 
 def run_layers(
@@ -38,7 +40,7 @@ def run_layers(
     pass ends). `soft`: of one state's tokens.
     """
     x, per_layer = inputs(m, ids, soft)
-    before, part = x, m.part
+    ahead, part = deque([x]), m.part
     last_kv = -1 if part and part.sends else m.config.own_kv_layers - 1  # the next rank reads all tokens
     for i, layer in enumerate(m.weights.layers):
         shape = m.config.layers[i]
@@ -60,10 +62,11 @@ def run_layers(
             x = x + per_layer_step(m, layer, x, per_layer[:, i])
         if layer.layer_output_scale is not None:
             x = x * layer.layer_output_scale
-        if m.kernels:  # what a GPU has not got to yet holds memory: at most a layer ahead
+        if m.kernels:
             mx.async_eval(x)
-            mx.eval(before)
-            before = x
+            ahead.append(x)
+            if len(ahead) > AHEAD:
+                mx.eval(ahead.popleft())
     for n, state in enumerate(states):
         state.advance(ids if len(states) == 1 else ids[n : n + 1])
     if part is None or part.shard.kind != "layers":

@@ -35,6 +35,7 @@ from .batch import Batcher, check_batch, stock_step
 from .batch_replay import QueuedTokens, ReplayedBatch
 from .costs import largest_chunk
 from .decode import MAX_CHECKED, can_step, make_step
+from .exchange import sharing
 from .forward import head, logits_of, rope_wavelengths, run_layers
 from .numpy_step import NumpyStep, numpy_steps
 from .replay import Replayer
@@ -71,7 +72,7 @@ class Model:
         kinds = {layer.sliding: layer for layer in config.layers}
         waves = {k: rope_wavelengths(config, kinds[k], weights.rope_freqs) for k in (True, False) if k in kinds}
         mx.eval(list(waves.values()))
-        self.loaded = Loaded(config, weights, self.kv_dtype, waves, kernels, part)
+        self.loaded = Loaded(config, weights, self.kv_dtype, waves, kernels, sharing(part, kernels))
         self.rotations: dict[int, mx.array] | None = None  # of quantized keys and values; made for the first such state
         together = kernels and can_step(config, 1)
         self.batcher = (

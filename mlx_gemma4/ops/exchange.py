@@ -21,7 +21,13 @@ class Boxes(NamedTuple):
     addresses: mx.array  # uint32 [ranks or more, 2]: low and high half
     rank: int
     ranks: int
-    room: int  # numbers that a rank may send at once
+    room: int  # numbers that a rank may send at once; for many rows words of each threadgroup
+
+    def defines(self, count: int) -> dict[str, int]:
+        """Constants of kernels that exchange so many numbers. Raises ValueError: these are too many."""
+        if count > self.room:
+            raise ValueError(f"{count} numbers do not go into a box of {self.room}")
+        return {"RANK": self.rank, "RANKS": self.ranks, "CAP": self.room}
 
 
 def exchange_sum(launcher: Launcher, x: Any, flag: Any, boxes: Boxes, after: Any, outputs: Any = None) -> Any:
@@ -51,10 +57,7 @@ def exchange_rows(launcher: Launcher, x: Any, flag: Any, boxes: Boxes, after: An
 def _launched(
     launcher: Launcher, name: str, boxes: Boxes, defines: dict[str, int], arrays: dict[str, Any], shape: tuple[int, ...]
 ) -> Any:
-    if defines["COUNT"] > boxes.room:
-        raise ValueError(f"{defines['COUNT']} numbers do not go into a box of {boxes.room}")
     groups, arrays = min(GROUPS, -(-defines["COUNT"] // THREADS)), {**arrays, "boxes": boxes.addresses}
-    defines |= {"RANK": boxes.rank, "RANKS": boxes.ranks, "CAP": boxes.room}
-    defines |= {"THREADS": THREADS, "STEP": THREADS * groups}
+    defines |= boxes.defines(defines["COUNT"]) | {"THREADS": THREADS, "STEP": THREADS * groups}
     kernel = render(name, "exchange.metal", mx.float32, defines, absent(arrays))
     return prepare(launcher, kernel, (groups, 1, 1), THREADS, (shape, mx.float32)).by_name(arrays)[0]

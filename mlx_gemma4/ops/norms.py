@@ -14,6 +14,7 @@ from ..gpu.render import Launcher, absent, prepare, render, result_defines
 from . import stock
 from .cases import EPS, Case, Check, Sizes, case, cases, norm_weight, normal, state_dtype
 from .epilogue import SHRINK
+from .exchange import Boxes
 from .op import Op
 from .tuning import this_gpu
 
@@ -31,6 +32,8 @@ class NormOptions(NamedTuple):
     # Of the second result, h's by default. What fp16 can't hold becomes the largest number that it can.
     out: mx.Dtype | None = None
     copied: float = 0.0  # without next_norm: so many times the residual are the second result
+    # (flag, boxes, after) as in `exchange_sum`: h, fp32, is this rank's part of what is summed over ranks first.
+    exchange: tuple[mx.array, Boxes, mx.array | None] | None = None
 
 
 def add_norm(launcher: Launcher, x: mx.array, h: mx.array, post: mx.array, options: NormOptions) -> tuple[Any, Any]:
@@ -44,17 +47,20 @@ def add_norm(launcher: Launcher, x: mx.array, h: mx.array, post: mx.array, optio
     Returns:
         the new residual [T, K] in x's dtype; rms of it times next_norm, or it times `copied`, or itself again.
     """
-    eps, next_norm, scale, experts, shrunk, out, copied = options
+    eps, next_norm, scale, experts, shrunk, out, copied, exchange = options
     (tokens, k), out = x.shape, out or h.dtype
+    flag, boxes, after = exchange or (None,) * 3
     simdgroups = min(32, -(-k // 256))
     outputs, share, norm1, norm2 = experts or (None,) * 4
     arrays = {"x": x, "h": h, "post": post, "experts": outputs, "share": share, "norm1": norm1, "norm2": norm2}
     arrays |= {"scale": scale, "next": next_norm}
+    arrays |= {"flag": flag, "boxes": boxes.addresses if boxes else None, "after": after}
     defines: dict[str, Any] = {"R": x.dtype, "K": k, "SG": simdgroups, "EPS": eps, "EPS_H": eps * shrunk**2}
     defines |= {"BRANCHES": outputs is not None, "USED": 0 if outputs is None else outputs.shape[1]}
     defines["PARTS"] = h.shape[0] if h.ndim == 3 else 1
     defines |= {"SCALED": scale is not None, **result_defines(out), "NEXT": next_norm is not None}
     defines |= {"COPIES": copied > 0, "COPIED": float(copied)}
+    defines |= boxes.defines(tokens * k) if boxes else {}
     missing = absent(arrays) + (["normed"] if next_norm is None and not copied else [])
     kernel = render("add_norm", "norms.metal", h.dtype, defines, missing)
     results = ((tokens, k), x.dtype), ((tokens, k), out)
@@ -65,7 +71,8 @@ def add_norm(launcher: Launcher, x: mx.array, h: mx.array, post: mx.array, optio
 
 def add_norm_reference(x: mx.array, h: mx.array, post: mx.array, options: NormOptions) -> tuple[mx.array, mx.array]:
     """`add_norm` in stock MLX."""
-    eps, next_norm, scale, experts, shrunk, out, copied = options
+    eps, next_norm, scale, experts, shrunk, out, copied, exchange = options
+    assert exchange is None, "ranks exchange in kernels alone"
     c = h.astype(mx.float32)
     c = c.sum(axis=0) if c.ndim == 3 else c
     if experts is not None:

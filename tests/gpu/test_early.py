@@ -36,7 +36,7 @@ KERNEL_FILES = sorted((Path(__file__).parents[2] / "kernels").glob("*.metal"))
 WEIGHTS = {"codes", "group_scales", "block_scales", "grid", "rotation"}
 WEIGHTS |= {"norm", "post", "next", "norm1", "norm2", "scale", "q_norm", "k_norm"}
 # numbers, which are uploaded before a step's first launch or are there from the beginning;
-NUMBERS = {"spans", "cut", "places", "count", "lengths", "boxes"}
+NUMBERS = {"spans", "cut", "places", "count", "lengths", "boxes", "flag"}
 # keys and values in codes, which are sealed between steps;
 CODES = {f"{what}{i}" for what in "cs" for i in range(7)}
 # and keys and values, of all tokens but the step's own: that it leaves these alone is up to the steps below.

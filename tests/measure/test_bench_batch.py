@@ -118,10 +118,10 @@ def test_in_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_warm_ups_go_on_while_runs_get_faster() -> None:
     """As when kernels are compiled in the first, and still in the second."""
     rates = [512.0, 9000.0, 33_000.0, 34_000.0, 1.0]
-    bench._warm_until_steady(lambda: rates.pop(0))
+    bench.warm_until_steady(lambda: rates.pop(0))
     assert rates == [1.0]
     rates = [1.0, 2.0, 4.0, 8.0, 16.0]
-    bench._warm_until_steady(lambda: rates.pop(0))
+    bench.warm_until_steady(lambda: rates.pop(0))
     assert rates == [16.0]
 
 

@@ -8,12 +8,15 @@
 // arrays lie between pages that fault. A kernel built with AddressSanitizer's calls also reports each access
 // here: then bounds are exact to the byte, and two accesses of a byte by two threads, one of them a
 // write, with no barrier for that memory between them, are a race in every schedule.
+#include <fcntl.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -303,6 +306,25 @@ static void on_fault(int sig, siginfo_t* info, void*) {
   snprintf(t, sizeof t, "fault at address %p: wild or misaligned pointer, null buffer or stack overflow", (const void*)p);
   stop_here(t);
 }
+static void on_time(int) { sched_yield(); }
+// METAL_SIM_SHARED: "file@address,..", memory that runs share, of as many bytes as the file has. Runs may wait for each
+// other there, and be more than this machine's cores.
+static void map_shared(const char* at) {
+  char path[256];
+  u64 address;
+  for (int n; *at; at += n + (at[n] == ',')) {
+    if (sscanf(at, "%255[^@]@%lx%n", path, (unsigned long*)&address, &n) != 2) stop("METAL_SIM_SHARED: no file@address");
+    int file = open(path, O_RDWR);
+    off_t bytes = lseek(file, 0, SEEK_END);
+    if (bytes < 0 || mmap((void*)address, (u64)bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0) == MAP_FAILED) stop(path);
+    close(file);
+  }
+  struct sigaction sa = {};
+  sa.sa_handler = on_time, sa.sa_flags = SA_RESTART;
+  sigaction(SIGALRM, &sa, nullptr);
+  const struct itimerval often = {{0, 100}, {0, 100}};
+  setitimer(ITIMER_REAL, &often, nullptr);
+}
 int main() {
   read_all(&J, sizeof J);
   n_buffers = (int)J.buffers;
@@ -338,6 +360,7 @@ int main() {
   }
   if (threads_per_group() > 1024) stop("more than 1024 threads in a threadgroup");
   stacks = (char*)map(threads_per_group() * STACK);
+  if (const char* shared = getenv("METAL_SIM_SHARED")) map_shared(shared);
   rng = J.seed * 0x9E3779B97F4A7C15ull + 1;
   u32 n = groups[0] * groups[1] * groups[2], *order = (u32*)map(n * sizeof(u32) + 1);
   for (u32 i = 0; i < n; i++) order[i] = i;

@@ -27,7 +27,7 @@ LIMIT = 1800  # seconds: far more than an idle machine needs
 TOGETHER = (  # checks that one pair of processes makes
     ("fixtures", "quantized", "folders", "memory", "long", "replayed", "assistants"),
     ("demo",),
-    ("kernels", "traced"),
+    ("kernels", "traced", "shared"),
 )
 Two = Callable[[str], Any]
 
@@ -180,6 +180,18 @@ def test_recorded_steps_do(two: Two, kind: str) -> None:
     assert found["players"] == [{"steps": [6, 2]}] * 2
     assert found["tensor"]["worst"] <= 1e-2
     assert abs(found["tensor"]["kl"]) <= 2e-6
+
+
+@pytest.mark.parametrize("kind", ["12b", "26b-a4b", "e2b"])
+def test_prompts_and_launched_steps_sum_in_shared_memory(two: Two, kind: str) -> None:
+    """Two chunks and two steps: no sum of MLX's, and as many launches as there would be of those; of the first chunk
+    only as far as its last keys and values need."""
+    found = two("shared")[kind]
+    assert_same({"tensor": found["tensor"]}, 23, ("tensor",))
+    for rank in found["launches"]:
+        assert rank["all_sum"] == 0
+        assert 3 * rank["sums"] < rank["exchange_many"] < 4 * rank["sums"]
+        assert rank.keys() == {"all_sum", "exchange_many", "sums"}
 
 
 @pytest.mark.parametrize("name", ["26B-A4B", "E2B"])
