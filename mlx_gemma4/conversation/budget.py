@@ -7,7 +7,7 @@ import copy
 
 import numpy as np
 
-from ..generation.decoding import Constraint
+from ..generation.sampling import Constraint
 from ..tokens.tokenizer import Tokenizer
 
 

@@ -19,10 +19,10 @@ import numpy as np
 from ..chat_format.replies import Event, ReplyParser, Text, Thinking, ToolCall, ends_in_thinking
 from ..chat_format.template import Message
 from ..errors import InputError
-from ..generation.decoding import Constraint, Statistics
+from ..generation.decoding import Statistics
 from ..generation.loop import generate_tokens
 from ..generation.prefix import PrefixCache, common_length
-from ..generation.sampling import Sampling, Token
+from ..generation.sampling import Constraint, Sampling, Token
 from ..generation.scheduler import Scheduler
 from ..generation.stops import StopStrings
 from ..kv.state import KVState

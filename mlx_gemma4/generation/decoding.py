@@ -11,14 +11,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, cast
+from typing import Literal, cast
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import InputError
 from ..execution import execution
 from ..kv.state import KVState
 from ..model.batch_replay import ReplayedBatch
@@ -26,30 +24,13 @@ from ..model.model import Model
 from ..model.step import RowStep, Step, ids_of, known
 from ..ops.dispatch import REPLAY
 from ..ops.sample import LIKELIEST
-from .drafting import Check, Drafting, Hidden, lead
+from .drafting import Check, Drafting, Hidden, Proposal, lead
 from .prompt import give_back, read_chunk
-from .sampling import Sample, Sampler, Token, choose_in_turn, draws_in_turn
+from .sampling import Constraint, Sample, Sampler, Token, choose_in_turn, draws_in_turn, masks_of
 
 log = logging.getLogger("mlx_gemma4")
 
 FAILURES = (RuntimeError, ValueError)  # that an evaluation may raise: a kernel that this GPU's compiler refuses, ..
-
-
-class Constraint(Protocol):
-    """Restricts one reply, token by token. `grammar.Grammar` is one; none serves two replies."""
-
-    def mask(self) -> np.ndarray | None:
-        """Return the tokens that may come next: uint32 words, the lowest bit of the first one for token 0."""
-
-    def accept(self, token: int) -> None:
-        """Take note of the token that was chosen."""
-
-    @property
-    def finished(self) -> bool:
-        """True if the reply is complete and nothing may follow."""
-
-    def fork(self) -> Constraint:
-        """Return one that goes on from here by itself, for drafts."""
 
 
 @dataclass
@@ -313,23 +294,18 @@ class Decoding:
         drafts = drafting.propose(self.ids, self.state, most, self.sampler)
         if drafts is None:
             return False
-        stops = (n for n, draft in enumerate(drafts.tokens) if draft in self.stop_ids)
-        tokens = drafts.tokens[: next(stops, len(drafts.tokens))]
-        masks: list[np.ndarray | None] = [None] * (len(tokens) + 1)
-        if self.constraint is not None:
-            masks = masks_of(self.constraint, tokens)
-            tokens = tokens[: max(0, len(masks) - 1)]
-        if not masks or (drafts.tokens and not tokens):
+        any_drafts = bool(drafts.tokens)
+        drafts, masks = self.checkable(drafts)
+        if not masks or (any_drafts and not drafts.tokens):
             return False
-        drafts = drafts._replace(tokens=tokens)
-        ids, hidden = [self.ids[-1], *tokens], cast("Callable[[int], Hidden]", None)
+        ids, hidden = [self.ids[-1], *drafts.tokens], cast("Callable[[int], Hidden]", None)
         with execution():
             draws, after = draws_in_turn(self.sampler, len(ids)) if self.in_step else ([], [])
             replayed = self.model.replayed_check([ids], [self.state], draws)
             if replayed is not None:
                 drafting.recorded()
                 hidden = replayed.hidden
-        self.statistics.drafted_tokens += len(tokens)
+        self.statistics.drafted_tokens += len(drafts.tokens)
         if replayed is not None and draws:
             self.check = Check(drafts, replayed, after, None, hidden, before, start, recordings)
             return True
@@ -340,14 +316,35 @@ class Decoding:
                 logits, rows_after = self.model.check(ids, self.state)
                 mx.async_eval(rows_after)
                 hidden = rows_after.__getitem__
-            samples, samplers = choose_in_turn(self.sampler, logits, masks)
-            leads = None
-            if self.model.kernels is not None and self.sampler.sampling.temperature == 0:
-                rows = zip([self.sampler, *samplers], logits, masks, samples, strict=False)
-                leads = mx.stack([lead(sampler.altered(row, mask), each.token) for sampler, row, mask, each in rows])
-            mx.async_eval(samples, *([] if leads is None else [leads]))
+            samples, samplers, leads = self.choose_rows(logits, masks)
         self.check = Check(drafts, samples, samplers, leads, hidden, before, start, recordings)
         return True
+
+    def checkable(self, drafts: Proposal) -> tuple[Proposal, list[np.ndarray | None]]:
+        """Return drafts up to a stop token and to what the constraint forbids, and the masks of all rows of a step that
+        checks them; [] where the first can't be made."""
+        stops = (n for n, draft in enumerate(drafts.tokens) if draft in self.stop_ids)
+        tokens = drafts.tokens[: next(stops, len(drafts.tokens))]
+        masks: list[np.ndarray | None] = [None] * (len(tokens) + 1)
+        if self.constraint is not None:
+            masks = masks_of(self.constraint, tokens)
+            tokens = tokens[: max(0, len(masks) - 1)]
+        return drafts._replace(tokens=tokens), masks
+
+    def choose_rows(
+        self, logits: mx.array, masks: list[np.ndarray | None]
+    ) -> tuple[list[Sample], list[Sampler], mx.array | None]:
+        """Choose a token from each row of a check, logits fp32 [T, vocab]: `Check`'s samples, samplers, leads.
+
+        To be called under the execution lock.
+        """
+        samples, samplers = choose_in_turn(self.sampler, logits, masks)
+        leads = None
+        if self.model.kernels is not None and self.sampler.sampling.temperature == 0:
+            rows = zip([self.sampler, *samplers], logits, masks, samples, strict=False)
+            leads = mx.stack([lead(sampler.altered(row, mask), each.token) for sampler, row, mask, each in rows])
+        mx.async_eval(samples, *([] if leads is None else [leads]))
+        return samples, samplers, leads
 
     def settle_check(self, check: Check) -> None:
         """Take what a step that checked drafts has found: the drafts that were right, and the token after them."""
@@ -371,8 +368,7 @@ class Decoding:
             self.step = self.model.step(self.ids[-1], self.state)
             return
         self.accepted.extend(tokens[:last])
-        replayed = isinstance(check.samples, ReplayedBatch)
-        self.chosen = tokens[last].id if replayed else cast("list[Sample]", check.samples)[last]
+        self.chosen = check.samples[last] if isinstance(check.samples, list) else tokens[last].id
         self.sampler = check.samplers[last]
         self.known = self.sure = unsure > right
         self.drafting.hidden = check.hidden(last) if self.sure else None
@@ -454,20 +450,3 @@ class Decoding:
             self.sampler = self.new_sampler()
             for token in self.ids[len(self.ids) - self.produced :]:
                 self.sampler.skip(token)
-
-
-def masks_of(constraint: Constraint, drafts: list[int]) -> list[np.ndarray | None]:
-    """Return what a constraint lets come next, and after each draft, up to one that it forbids or that ends it."""
-    trial, masks = constraint.fork(), cast("list[np.ndarray | None]", [])
-    with suppress(InputError):  # a mask that can't be made is for who comes to it to tell
-        words = trial.mask()
-        masks.append(words)
-        for draft in drafts:
-            if words is not None and (draft // 32 >= words.size or not words[draft // 32] >> draft % 32 & 1):
-                break
-            trial.accept(draft)
-            if trial.finished:
-                break
-            words = trial.mask()
-            masks.append(words)
-    return masks

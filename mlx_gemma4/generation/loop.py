@@ -17,10 +17,10 @@ from ..errors import InputError, TooLong
 from ..execution import execution
 from ..kv.state import KVState
 from ..model.model import Model
-from .decoding import Constraint, Decoding, Statistics
+from .decoding import Decoding, Statistics
 from .drafting import Drafting, Drafts
 from .prompt import fitting_chunk, marks_wanted
-from .sampling import REPETITION_WINDOW, Sampler, Sampling, Token
+from .sampling import REPETITION_WINDOW, Constraint, Sampler, Sampling, Token
 
 
 def generate_tokens(

@@ -5,13 +5,16 @@ the device: nothing here waits for a result, except `Sample.on_host`. A token fo
 by, its seed and its position in the reply, whatever else is chosen beside it (ops/sample.py).
 """
 
+from __future__ import annotations
+
 import copy
 import math
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import mlx.core as mx
 import numpy as np
@@ -86,6 +89,23 @@ class Sample(NamedTuple):
         of_token, ids, of_top = self.logprobs
         top = zip(np.array(ids).tolist(), np.array(of_top).tolist(), strict=True)
         return Token(int(self.token), float(of_token), tuple(top))
+
+
+class Constraint(Protocol):
+    """Restricts one reply, token by token. `grammar.Grammar` is one; none serves two replies."""
+
+    def mask(self) -> np.ndarray | None:
+        """Return the tokens that may come next: uint32 words, the lowest bit of the first one for token 0."""
+
+    def accept(self, token: int) -> None:
+        """Take note of the token that was chosen."""
+
+    @property
+    def finished(self) -> bool:
+        """True if the reply is complete and nothing may follow."""
+
+    def fork(self) -> Constraint:
+        """Return one that goes on from here by itself, for drafts."""
 
 
 class Sampler:
@@ -219,6 +239,23 @@ def draws_in_turn(sampler: Sampler, n: int) -> tuple[list[Draw], list[Sampler]]:
         draws.append(sampler.draw())
         after.append(sampler)
     return draws, after
+
+
+def masks_of(constraint: Constraint, drafts: list[int]) -> list[np.ndarray | None]:
+    """Return what a constraint lets come next, and after each draft, up to one that it forbids or that ends it."""
+    trial, masks = constraint.fork(), cast("list[np.ndarray | None]", [])
+    with suppress(InputError):  # a mask that can't be made is for who comes to it to tell
+        words = trial.mask()
+        masks.append(words)
+        for draft in drafts:
+            if words is not None and (draft // 32 >= words.size or not words[draft // 32] >> draft % 32 & 1):
+                break
+            trial.accept(draft)
+            if trial.finished:
+                break
+            words = trial.mask()
+            masks.append(words)
+    return masks
 
 
 def penalise(logits: mx.array, recent: mx.array, penalty: float) -> mx.array:
