@@ -138,6 +138,8 @@ class BatchDrafts:
     def wanted(self, replies: Sequence[Decoding]) -> bool:
         """Return True if it is worth waiting for the latest token of each reply, to draft those after it."""
         kinds = set[str]()
+        if len(replies) >= MAX_BATCH:
+            return False
         for reply in replies:
             if reply.drafting is None or not self.model.checks_replayed(reply.state, len(replies)):
                 return False
@@ -160,7 +162,9 @@ class BatchDrafts:
             tried = [next((kind for kind in some if kind in due), "") for some in kinds]
             some = [i for i, kind in enumerate(tried) if kind][: min(PROBED, MAX_BATCH - len(replies))]
             return [(kind, int(i in some)) for i, kind in enumerate(tried)]
-        found, best = [("", 0)] * len(replies), 0.0
+        found, best, plain = [("", 0)] * len(replies), 0.0, self.plain.get(rows_for(len(replies)))
+        if plain is None and self.drafts.fixed is None:
+            return found
         for modelled in (False, True) if any(MODEL in some for some in kinds) else (False,):
             picked = [
                 max((kind for kind in some if modelled or kind != MODEL), key=self._first_share, default="")
@@ -171,7 +175,7 @@ class BatchDrafts:
                 most = min(self.drafts.fixed, MAX_BATCH // len(replies) - 1)
                 counts, rate = [min(most, len(offer.shares)) for offer in offers], 1.0 + modelled
             else:
-                counts, rate = allotted(offers, self.plain[rows_for(len(replies))], self.cost)
+                counts, rate = allotted(offers, plain or math.inf, self.cost)
             if rate > best:
                 found, best = [*zip(picked, counts, strict=True)], rate
         return found
