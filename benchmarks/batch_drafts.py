@@ -67,7 +67,7 @@ def imposing(right: float) -> Any:
         found = check(self)
         tokens = [token.id for token in found.tokens()]
         for row, draft in enumerate(found.drafts.tokens):
-            tokens[row] = draft if chance.random() < right else draft + 1
+            tokens[row] = draft if chance.random() < right else draft ^ 1
         return found._replace(samples=Told(tokens))
 
     return patch.object(Started, "check", imposed)
@@ -120,7 +120,7 @@ def main() -> None:
                 rate, per_step = run(scheduler, bases, options.steps)
                 known = scheduler._drafts
             assert known is not None
-            cell = {"parallel": n, "right": right, "plain": plain, "rate": rate, "gain": rate / plain}
+            cell: dict[str, Any] = {"parallel": n, "right": right, "plain": plain, "rate": rate, "gain": rate / plain}
             cell |= {"tokens_per_step": per_step, "draft_ms": 1000 * known.each}
             cell |= {"plain_ms": {rows: 1000 * s for rows, s in sorted(known.plain.items())}}
             cell |= {"check_ms": {rows: 1000 * s for rows, s in sorted(known.checks.items())}}

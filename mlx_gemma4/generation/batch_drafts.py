@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -38,13 +38,13 @@ class Offer(NamedTuple):
     chance: float = 1.0  # that there are any
 
 
-def allotted(offers: Sequence[Offer], plain: float, cost: Callable[[int], float]) -> tuple[list[int], float]:
+def allotted(offers: Sequence[Offer], plain: float, costs: Sequence[float]) -> tuple[list[int], float]:
     """Return how many drafts each reply has if all together make the most tokens a second, and how many those are.
 
     Args:
         offers: one of each reply.
         plain: seconds of a step without drafts, which are to gain something over it.
-        cost: seconds of a step that checks so many rows: each reply's drafts, and one.
+        costs: seconds of a step that checks 1, 2, 4 .. 32 rows: each reply's drafts, and one.
     """
     n, counts = len(offers), [0] * len(offers)
     found, best, tokens, seconds = [*counts], GAIN * n / plain, float(n), 0.0
@@ -55,23 +55,26 @@ def allotted(offers: Sequence[Offer], plain: float, cost: Callable[[int], float]
         i = gains.index(gain)
         tokens, seconds, counts[i] = tokens + gain, seconds + offers[i].seconds, counts[i] + 1
         gains[i] *= offers[i].shares[counts[i]] if counts[i] < len(offers[i].shares) else 0.0
-        if (rate := tokens / (cost(rows) + seconds)) > best:
+        if (rate := tokens / (costs[(rows - 1).bit_length()] + seconds)) > best:
             found, best = [*counts], rate
     return found, best
 
 
 def receive_all(reply: Decoding) -> tuple[list[Token], bool]:
     """Receive the tokens that a check has found, and the one after them; return them, and whether the reply ends."""
+    tokens = [reply.receive_accepted() for _ in range(len(reply.accepted))]
     if reply.check is not None:
         reply.settle_check(reply.check)
+        tokens += [reply.receive_accepted() for _ in range(len(reply.accepted))]
+    if reply.over:
+        return tokens, True
     if reply.drafting and not reply.known:  # else the check has said it
         of, reply.drafting.hidden = reply.chosen or reply.step, None
         if isinstance(of, RowStep) and isinstance(of.of, ReplayedBatch):
             reply.drafting.hidden = of.of.hidden(of.row)
-    accepted = [reply.receive_accepted() for _ in range(len(reply.accepted))]
     _, token = reply.received()
     reply.chosen, reply.step, reply.known, reply.since = None, None, False, 0.0
-    return [*accepted, token], reply.is_last(token)
+    return [*tokens, token], reply.is_last(token)
 
 
 class Share(NamedTuple):
@@ -167,7 +170,7 @@ class BatchDrafts:
             return found
         for modelled in (False, True) if any(MODEL in some for some in kinds) else (False,):
             picked = [
-                max((kind for kind in some if modelled or kind != MODEL), key=self._first_share, default="")
+                max((k for k in some if modelled or k != MODEL), key=lambda k: self.drafts.share(k, 0), default="")
                 for some in kinds
             ]
             offers = [self._offer(reply, kind, known) for reply, kind in zip(replies, picked, strict=True)]
@@ -175,13 +178,10 @@ class BatchDrafts:
                 most = min(self.drafts.fixed, MAX_BATCH // len(replies) - 1)
                 counts, rate = [min(most, len(offer.shares)) for offer in offers], 1.0 + modelled
             else:
-                counts, rate = allotted(offers, plain or math.inf, self.cost)
+                counts, rate = allotted(offers, plain or math.inf, self.costs())
             if rate > best:
                 found, best = [*zip(picked, counts, strict=True)], rate
         return found
-
-    def _first_share(self, kind: str) -> float:
-        return self.drafts.share(kind, 0)
 
     def _kinds(self, reply: Decoding, known: bool) -> list[str]:
         """Return the kinds of drafts that a reply can have in the next step."""
@@ -198,11 +198,14 @@ class BatchDrafts:
             return Offer(shares, self.each)
         return Offer(shares, chance=1.0 if known or not shares else shares[0])  # the token to come is a draft, too
 
-    def cost(self, rows: int) -> float:
-        """Return the seconds of a step that checks so many rows: as measured, or as rows are taken to cost."""
-        rows, known, row = rows_for(rows), self.plain | self.checks, self.drafts.row
-        near = max((size for size in known if size <= rows), default=min(known))
-        return known[near] * (1 + row * (rows - 1)) / (1 + row * (near - 1))
+    def costs(self) -> list[float]:
+        """Return the seconds of steps that check 1, 2, 4 .. 32 rows: as measured, or as rows are taken to cost."""
+        known, row, costs = self.plain | self.checks, self.drafts.row, list[float]()
+        near = min(known)
+        for rows in (1, 2, 4, 8, 16, 32):
+            near = rows if rows in known else near
+            costs.append(known[near] * (1 + row * (rows - 1)) / (1 + row * (near - 1)))
+        return costs
 
     def asked(self, reply: Decoding, kind: str, count: int, over: bool) -> Asked:
         """Have a reply's drafts made, `count` of a kind. `over`: its last token is only to be read."""

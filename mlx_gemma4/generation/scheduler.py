@@ -393,13 +393,13 @@ class Scheduler:
             self._guarded([job], lambda job=job: received.update({job: receive_all(job.reply)}))
         plan = drafts.plan([job.reply for job in received]) if received else []
         for (job, (_, over)), each in zip(received.items(), plan, strict=True):
-            self._guarded([job], lambda *a, job=job: asked.update({job: drafts.asked(job.reply, *a)}), *each, over)
+            if job.reply.state.length < len(job.reply.ids):
+                self._guarded([job], lambda *a, job=job: asked.update({job: drafts.asked(job.reply, *a)}), *each, over)
         try:
             started = drafts.start([*asked.values()]) if asked else []
         except FAILURES as error:
             self._again([*asked], error)
-        for job in asked:
-            tokens, over = received[job]
+        for job, (tokens, over) in [each for each in received.items() if not each[0].done.is_set()]:
             for n, token in enumerate(tokens, 1):
                 self._deliver(job, token, over and n == len(tokens))
         going = [(job, each) for job, each in zip(asked, started, strict=False) if not job.done.is_set()]

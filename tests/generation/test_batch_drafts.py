@@ -33,6 +33,7 @@ from mlx_gemma4.kv.segments import SegmentLayout
 from mlx_gemma4.kv.state import KVState
 from mlx_gemma4.model.batch import rows_for
 from mlx_gemma4.model.decode import MAX_CHECKED
+from mlx_gemma4.model.step import BatchStep, Tokens
 from mlx_gemma4.ops.dispatch import REPLAY
 from mlx_gemma4.ops.sample import LIKELIEST, Draw, drawn
 
@@ -68,6 +69,7 @@ class Checking(SmallModel):
     """A model that steps as where checks are replayed."""
 
     rows: list[list[int]]  # of each step that checked drafts, by state
+    plain: list[int]  # of each step without drafts of several states, how many with drafts were before it
 
     @property
     def replays(self) -> bool:
@@ -85,6 +87,12 @@ class Checking(SmallModel):
         self.rows.append([len(some) for some in ids])
         return Checked(self, ids, states, draws)
 
+    def batch(
+        self, tokens: Tokens, states: Sequence[KVState], draws: Sequence[Draw] | None = None, replay: bool = True
+    ) -> BatchStep:
+        self.plain.append(len(self.rows))
+        return super().batch(tokens, states, draws, replay)
+
 
 @pytest.fixture(scope="module")
 def model() -> Checking:
@@ -95,7 +103,7 @@ def model() -> Checking:
 def checking() -> Checking:
     small = small_model("e2b", 64, SegmentLayout())
     made = Checking(small.config, small.weights)
-    made.layout, made._numpy_step, made.rows = small.layout, None, []
+    made.layout, made._numpy_step, made.rows, made.plain = small.layout, None, [], []
     return made
 
 
@@ -177,7 +185,7 @@ def test_each_is_as_alone(model: Checking, count: int, right: float) -> None:
 @pytest.mark.parametrize("right", [0.5, 1.0])
 def test_by_measurement(model: Checking, right: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where rows cost nothing: by a model and by repetition, as many as there is room for, and equal replies."""
-    monkeypatch.setattr(BatchDrafts, "cost", lambda self, rows: 1.0)
+    monkeypatch.setattr(BatchDrafts, "costs", lambda self: [1.0] * 6)
     monkeypatch.setattr(BatchDrafts, "stepped", lambda self, replies, drafted: None)
     want = [alone(i, i, 40) for i in range(6)]
     knows = KnowingAll({100 + i: prompt(i) + w[0] for i, w in enumerate(want)}, right)
@@ -213,14 +221,16 @@ def test_states_that_are_not_in_pages_have_none(model: Checking) -> None:
 def test_near_ties_take_a_row_of_their_own(model: Checking, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where each place is one, drafts gain nothing, every second step has none, and replies are the same."""
     monkeypatch.setattr(drafting, "NEAR", 1e9)
+    model.plain.clear()
     want = [alone(i, 0, 30) for i in range(3)]
     knows = KnowingAll({100 + i: prompt(i) + w[0] for i, w in enumerate(want)}, 1.0)
     model.rows.clear()
     with Scheduler(model, 8, drafts=Drafts(depth=3, drafter=knows, least_alike=NEVER)) as scheduler:
         got = together([lambda i=i: made(model, i, 0, 30, scheduler.generate_tokens) for i in range(3)])
     assert [g[:3] for g in got] == want and not any(g[3].accepted_tokens for g in got)
-    three = [(a, b) for a, b in pairwise(model.rows) if len(a) == len(b) == 3]
-    assert len(three) > 5 and any(max(a) > 1 for a, _ in three)
+    pairs = enumerate(pairwise(model.rows), 1)
+    three = [(a, b) for n, (a, b) in pairs if len(a) == len(b) == 3 and n not in model.plain]
+    assert any(len(rows) == 3 and max(rows) > 1 for rows in model.rows)
     assert not any(before > 1 and after > 1 for a, b in three for before, after in zip(a, b, strict=True))
 
 
@@ -279,31 +289,33 @@ def test_they_join_and_leave_at_any_token(replies: list[tuple[int, int, int, int
         assert together([lambda i=i: one(i) for i in range(len(replies))]) == [None] * len(replies)
 
 
-def plain_search(offers: list[Offer], plain: float, cost: Callable[[int], float]) -> float:
+def plain_search(offers: list[Offer]) -> float:
     """The most tokens a second that any numbers of drafts make."""
-    best = len(offers) / plain
+    best = len(offers) / STEPS[rows_for(len(offers))]
     for counts in itertools.product(*(range(len(offer.shares) + 1) for offer in offers)):
         tokens = len(offers) + sum(
             offer.chance * sum(itertools.accumulate(offer.shares[:n], lambda a, b: a * b))
             for offer, n in zip(offers, counts, strict=True)
         )
-        seconds = cost(len(offers) + sum(counts)) + sum(o.seconds * n for o, n in zip(offers, counts, strict=True))
+        seconds = STEPS[rows_for(len(offers) + sum(counts))] + sum(
+            o.seconds * n for o, n in zip(offers, counts, strict=True)
+        )
         best = max(best, tokens / seconds)
     return best
 
 
 def test_numbers_of_drafts_are_the_best() -> None:
     """Of replies whose drafts cost the same, all numbers tried; others within what the order of adding loses."""
-    cost = lambda rows: STEPS[rows_for(rows)]  # noqa: E731
+    costs = [*STEPS.values()]
     chance = random.Random(0)
     for _ in range(60):
         offers = [
             Offer([chance.choice([0.2, 0.5, 0.7, 0.9])] * chance.randrange(5), chance=chance.choice([1.0, 0.6]))
             for _ in range(chance.choice([1, 2, 3, 4]))
         ]
-        plain = cost(len(offers))
-        counts, rate = allotted(offers, plain, cost)
-        best = plain_search(offers, plain, cost)
+        plain = STEPS[rows_for(len(offers))]
+        counts, rate = allotted(offers, plain, costs)
+        best = plain_search(offers)
         if any(counts):
             assert rate == pytest.approx(best) and all(n <= len(o.shares) for n, o in zip(counts, offers, strict=True))
         else:
@@ -311,17 +323,17 @@ def test_numbers_of_drafts_are_the_best() -> None:
 
 
 def test_numbers_of_drafts() -> None:
-    cost = lambda rows: STEPS[rows_for(rows)]  # noqa: E731
+    costs = [*STEPS.values()]
     sure, half, never = Offer([0.9] * 7), Offer([0.5] * 7), Offer([0.02] * 7)
-    assert allotted([sure, sure], 10.2, cost)[0] == [7, 7]
-    assert allotted([Offer([0.7] * 7, 0.25)] * 4, 10.5, cost)[0] == [3, 3, 3, 3]
-    assert allotted([sure, never], 10.2, cost)[0] == [6, 0]
-    assert allotted([never, never, half], 10.5, cost)[0] == [0, 0, 5]
-    assert allotted([Offer(), Offer()], 10.2, cost)[0] == [0, 0]
-    counts, _ = allotted([sure] * 8, 11.1, cost)
+    assert allotted([sure, sure], 10.2, costs)[0] == [7, 7]
+    assert allotted([Offer([0.7] * 7, 0.25)] * 4, 10.5, costs)[0] == [3, 3, 3, 3]
+    assert allotted([sure, never], 10.2, costs)[0] == [6, 0]
+    assert allotted([never, never, half], 10.5, costs)[0] == [0, 0, 5]
+    assert allotted([Offer(), Offer()], 10.2, costs)[0] == [0, 0]
+    counts, _ = allotted([sure] * 8, 11.1, costs)
     assert sum(counts) == 24 and min(counts) == 3
-    assert allotted([Offer([0.5] * 7, 0.3)] * 8, 11.1, cost)[0] == [0] * 8
-    assert allotted([half] * 8, 11.1, cost)[0] == [1] * 8
+    assert allotted([Offer([0.5] * 7, 0.3)] * 8, 11.1, costs)[0] == [0] * 8
+    assert allotted([half] * 8, 11.1, costs)[0] == [1] * 8
 
 
 class Clock:
