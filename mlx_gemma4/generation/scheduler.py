@@ -266,7 +266,7 @@ class Scheduler:
         job.items.put(error)
         job.done.set()
 
-    def _guarded(self, jobs: list[_Job], do: Callable[..., None], *args: Any) -> None:
+    def _guarded(self, jobs: list[_Job], do: Callable[..., object], *args: Any) -> None:
         """Do something for replies; what it raises ends them."""
         try:
             do(*args)
