@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+from mlx_gemma4.execution import execution
 from mlx_gemma4.generation.batch_drafts import Started
 from mlx_gemma4.generation.decoding import Statistics
 from mlx_gemma4.generation.drafting import Check, Drafts
@@ -82,7 +83,8 @@ def run(scheduler: Scheduler, bases: list[KVState], n: int) -> tuple[float, floa
         prompt = random_ids(scheduler.model, 8 + i)
         made = scheduler.generate_tokens(state, prompt, GREEDY, n, statistics=figures[i])
         times = [time.perf_counter() for _ in made]
-        state.close()
+        with execution():
+            state.close()
         return times
 
     with ThreadPoolExecutor(len(bases)) as pool:
