@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -36,3 +36,19 @@ class Knowing:
 
     def queue(self, *_: Any) -> None:
         """It knows them on the host."""
+
+
+class KnowingAll:
+    """`Knowing` for several replies, told apart by their prompts' second tokens."""
+
+    def __init__(self, replies: Mapping[int, Sequence[int]], right: float, needs_hidden: bool = False) -> None:
+        self.needs_hidden = needs_hidden
+        self.each = {key: Knowing(coming, right, key, needs_hidden) for key, coming in replies.items()}
+
+    def draft(
+        self, tokens: Sequence[int], state: KVState, hidden: mx.array | None, count: int, draws: Sequence[Draw] = ()
+    ) -> list[int]:
+        return self.each[tokens[1]].draft(tokens, state, hidden, count, draws)
+
+    def queue(self, *_: Any) -> None:
+        """As `Knowing`'s."""

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -24,7 +24,7 @@ from ..model.model import Model
 from ..model.step import RowStep, Step, ids_of, known
 from ..ops.dispatch import REPLAY
 from ..ops.sample import LIKELIEST
-from .drafting import Check, Drafting, Hidden, lead
+from .drafting import Check, Drafting, Hidden, Proposal, lead
 from .prompt import give_back, read_chunk
 from .sampling import Constraint, Sample, Sampler, Token, choose_in_turn, draws_in_turn, masks_of
 
@@ -301,17 +301,11 @@ class Decoding:
         drafts = drafting.propose(self.ids, self.state, most, self.sampler, queued=self.in_step)
         if drafts is None:
             return False
-        queued, tokens = drafts.queued, drafts.tokens
-        stops = (n for n, draft in enumerate(tokens) if draft in self.stop_ids)
-        tokens = tokens[: next(stops, len(tokens))]
-        masks: list[np.ndarray | None] = [None] * (len(tokens) + 1)
-        if self.constraint is not None:
-            masks = masks_of(self.constraint, tokens)
-            tokens = tokens[: max(0, len(masks) - 1)]
-        if not masks or (drafts.tokens and not tokens):
+        any_drafts, queued = bool(drafts.tokens), drafts.queued
+        drafts, masks = self.checkable(drafts)
+        if not masks or (any_drafts and not drafts.tokens):
             return False
-        drafts = drafts._replace(tokens=tokens)
-        ids, count = [self.ids[-1], *tokens], queued.count if queued else len(tokens)
+        ids, count = [self.ids[-1], *drafts.tokens], queued.count if queued else len(drafts.tokens)
         with execution():
             draws, after = draws_in_turn(self.sampler, count + 1) if self.in_step else ([], [])
             replayed = self.model.replayed_check([ids], [self.state], draws, queued)
@@ -332,12 +326,7 @@ class Decoding:
                 logits, rows_after = self.model.check(ids, self.state)
                 mx.async_eval(rows_after)
                 hidden = rows_after.__getitem__
-            samples, samplers = choose_in_turn(self.sampler, logits, masks)
-            leads = None
-            if self.model.kernels is not None and self.sampler.sampling.temperature == 0:
-                rows = zip([self.sampler, *samplers], logits, masks, samples, strict=False)
-                leads = mx.stack([lead(sampler.altered(row, mask), each.token) for sampler, row, mask, each in rows])
-            mx.async_eval(samples, *([] if leads is None else [leads]))
+            samples, samplers, leads = self.choose_rows(logits, masks)
         self.check = Check(drafts, samples, samplers, leads, hidden, before, start, recordings)
         drafting.drafts.write()  # while the device works
         return True
@@ -363,6 +352,32 @@ class Decoding:
         if wrong is not None:  # these tokens are chosen once more
             self.accepted.clear()
             self.chosen, self.step = None, self.without_drafts(wrong)
+
+    def checkable(self, drafts: Proposal) -> tuple[Proposal, list[np.ndarray | None]]:
+        """Return drafts up to a stop token and to what the constraint forbids, and the masks of all rows of a step that
+        checks them; [] where the first can't be made."""
+        stops = (n for n, draft in enumerate(drafts.tokens) if draft in self.stop_ids)
+        tokens = drafts.tokens[: next(stops, len(drafts.tokens))]
+        masks: list[np.ndarray | None] = [None] * (len(tokens) + 1)
+        if self.constraint is not None:
+            masks = masks_of(self.constraint, tokens)
+            tokens = tokens[: max(0, len(masks) - 1)]
+        return drafts._replace(tokens=tokens), masks
+
+    def choose_rows(
+        self, logits: mx.array, masks: list[np.ndarray | None]
+    ) -> tuple[list[Sample], list[Sampler], mx.array | None]:
+        """Choose a token from each row of a check, logits fp32 [T, vocab]: `Check`'s samples, samplers, leads.
+
+        To be called under the execution lock.
+        """
+        samples, samplers = choose_in_turn(self.sampler, logits, masks)
+        leads = None
+        if self.model.kernels is not None and self.sampler.sampling.temperature == 0:
+            rows = zip([self.sampler, *samplers], logits, masks, samples, strict=False)
+            leads = mx.stack([lead(sampler.altered(row, mask), each.token) for sampler, row, mask, each in rows])
+        mx.async_eval(samples, *([] if leads is None else [leads]))
+        return samples, samplers, leads
 
     def settle_check(self, check: Check) -> Token | None:
         """Take what a step that checked drafts has found: the drafts that were right, and the token after them.
@@ -393,20 +408,24 @@ class Decoding:
         self.accepted.extend(tokens[:last])
         if stop is not None:
             return None
-        replayed = isinstance(check.samples, ReplayedBatch)
-        self.chosen = tokens[last].id if replayed else cast("list[Sample]", check.samples)[last]
+        self.chosen = check.samples[last] if isinstance(check.samples, list) else tokens[last].id
         self.sampler = check.samplers[last]
         self.known = self.sure = unsure > right
         self.drafting.hidden = check.hidden(last) if self.sure else None
         at_once = self.constraint is None and (self.in_step or not self.model.replays)  # else starting one waits for it
         return tokens[last] if self.sure and at_once else None
 
-    def settled(self) -> list[Token]:
-        """Receive the tokens that checks of drafts have found; unless over, the reply may then step beside others."""
+    def checked(self) -> list[Token]:
+        """Receive the tokens that checks of drafts have found."""
         tokens = [self.receive_accepted() for _ in range(len(self.accepted))]
         if self.check is not None:
             self.settle_check(self.check)
             tokens += [self.receive_accepted() for _ in range(len(self.accepted))]
+        return tokens
+
+    def settled(self) -> list[Token]:
+        """Receive the tokens that checks of drafts have found; unless over, the reply may then step beside others."""
+        tokens = self.checked()
         self.known, self.sure, self.since = False, True, 0.0
         if self.drafting:
             self.drafting.hidden = None

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol, TypeAlias, cast
 import mlx.core as mx
 
 from ..kv.state import KVState
-from ..model.batch_replay import HiddenRow, QueuedTokens, ReplayedBatch
+from ..model.batch_replay import HiddenRow, QueuedTokens
 from ..model.decode import MAX_CHECKED
 from ..ops.sample import Draw
 from ..paths import keep, kept
@@ -32,7 +32,8 @@ PLACES = 4  # places that are compared, the latest ones
 SURE = 8  # tokens alike from which on a place is asked before a model
 
 MOST = MAX_CHECKED - 1  # drafts that a step checks
-HOPE = {"alike 16": 0.9, "alike 8": 0.8, "model": 0.7}  # share of drafts accepted, before any was checked; else 0.5
+MODEL = "model"  # the kind of drafts that a drafter makes
+HOPE = {"alike 16": 0.9, "alike 8": 0.8, MODEL: 0.7}  # share of drafts accepted, before any was checked; else 0.5
 ROW = 0.1  # of a step of one row: what each more row takes, before it was measured
 NEAR = 0.1  # of logits: rows of a step on a GPU whose best are as close are decided by a step of their own
 LEARN_COST, LEARN_ACCEPTED = 0.3, 0.1  # weights of a new measurement
@@ -172,13 +173,18 @@ class Drafts:
 
     def rates(self, kind: str, most: int) -> list[float]:
         """Return the tokens expected of a step with 0 to `most` drafts, over its seconds."""
-        known, tokens, all_right, costs = self.accepted.get(kind, []), 1.0, 1.0, self._costs(most + 1)
+        tokens, all_right, costs = 1.0, 1.0, self._costs(most + 1)
         rates = [tokens / costs[0]]
         for n in range(most):
-            all_right *= known[n] if n < len(known) else known[-1] if known else HOPE.get(kind, 0.5)
+            all_right *= self.share(kind, n)
             tokens += all_right
             rates.append(tokens / costs[n + 1])
         return rates
+
+    def share(self, kind: str, n: int) -> float:
+        """Return how often the n-th draft of a kind is right, from 0 on, if those before it are."""
+        known = self.accepted.get(kind, [])
+        return known[n] if n < len(known) else known[-1] if known else HOPE.get(kind, 0.5)
 
     def _costs(self, most: int) -> list[float]:
         """Return the seconds of a step of 1 to `most` rows: as measured, or between or beyond what was."""
@@ -191,9 +197,7 @@ class Drafts:
 
     def took(self, rows: int, seconds: float) -> None:
         """Learn how long a step of so many rows took, from its start until the next one could start."""
-        known = self.seconds.get(rows, seconds)
-        change = max(-JUMP * known, min(JUMP * known, seconds - known))
-        self.seconds[rows] = known + LEARN_COST * change
+        learn(self.seconds, rows, seconds)
         self._depths.clear()
 
     def found(self, kind: str, right: int, checked: int) -> None:
@@ -226,6 +230,12 @@ class Drafts:
         self._unwritten = 0
         with suppress(OSError):
             keep(self._file, self._key, {"seconds": self.seconds, "accepted": self.accepted}, MODELS_KEPT)
+
+
+def learn(known: dict[int, float], rows: int, seconds: float) -> None:
+    """Learn what a step of so many rows took."""
+    before = known.get(rows, seconds)
+    known[rows] = before + LEARN_COST * max(-JUMP * before, min(JUMP * before, seconds - before))
 
 
 class Proposal(NamedTuple):
@@ -273,12 +283,17 @@ class Drafting:
 
         `queued`: they may be drafts that are being made.
         """
-        kind, drafter = self._kind(tokens), self.drafts.drafter
+        kind = self._kind(tokens)
         count = min(most, self.drafts.depth(kind) or int(self._probes)) if kind else 0
         self._probes = False
-        if count < 1:
-            return None
-        if kind == "model" and drafter is not None:
+        return self.drafted(kind, count, tokens, state, sampler, queued) if count > 0 else None
+
+    def drafted(
+        self, kind: str, count: int, tokens: Sequence[int], state: KVState, sampler: Sampler, queued: bool = False
+    ) -> Proposal | None:
+        """Return `count` drafts of a kind, as `propose` does."""
+        drafter = self.drafts.drafter
+        if kind == MODEL and drafter is not None:
             hidden, self.hidden = self.hidden, None
             if isinstance(hidden, HiddenRow) and not hidden.there:
                 hidden = None
@@ -294,40 +309,53 @@ class Drafting:
         found = self.lookup.draft(tokens, count)
         return Proposal(found, kind) if found else None
 
-    def _kind(self, tokens: Sequence[int]) -> str:
-        """Return whose drafts are to be had: the model's, or those of repetition by how much is alike; "": none."""
+    def kinds(self, tokens: Sequence[int]) -> list[str]:
+        """Return whose drafts are to be had: those of repetition by how much is alike, and the model's."""
         alike = self.lookup.search(tokens)
-        alike = alike if alike >= self.least_alike else 0
-        kind = f"alike {1 << alike.bit_length() - 1}" if alike else ""
-        if self.drafts.drafter is None or not self.modelled or alike >= SURE:
-            return kind
-        return kind if kind and not self.drafts.depth("model") else "model"
+        kinds = [f"alike {1 << alike.bit_length() - 1}"] if alike >= self.least_alike else []
+        modelled = self.drafts.drafter is not None and self.modelled and not (kinds and alike >= SURE)
+        return [*kinds, *[MODEL] * modelled]
+
+    def _kind(self, tokens: Sequence[int]) -> str:
+        """Return whose drafts one reply alone has; "": nobody's."""
+        kinds = self.kinds(tokens)
+        return kinds[-1 if kinds[1:] and self.drafts.depth(MODEL) else 0] if kinds else ""
+
+
+class Rows(Protocol):
+    """A replayed step, or the rows of one that are a reply's."""
+
+    def tokens(self) -> list[int]:
+        """Return what is drawn after each row. Waits for the device."""
+
+    def leads(self) -> list[float]:
+        """Return by how much each row's likeliest token is above the next; []: rows are sure."""
 
 
 class Check(NamedTuple):
     """A step that checks drafts, under way."""
 
     drafts: Proposal
-    samples: list[Sample] | ReplayedBatch  # of each row: what would be chosen there, or the step that draws it
+    samples: list[Sample] | Rows  # of each row: what would be chosen there, or the step that draws it
     samplers: list[Sampler]  # as they are after each
     leads: mx.array | None  # of each row's token before the next best, fp32; None: rows are exact, or the step says it
     hidden: Callable[[int], Hidden]  # of a row
     before: int  # length of the state
     start: float  # seconds
-    recordings: int  # `Model.recordings` then
+    recordings: int  # `Model.recordings` then; -1: its time says nothing of a reply alone
 
     def tokens(self) -> list[Token]:
         """Return each row's token. Waits for the device."""
-        if isinstance(self.samples, ReplayedBatch):
-            return [Token(token) for token in self.samples.tokens()]
-        return [sample.on_host() for sample in self.samples]
+        if isinstance(self.samples, list):
+            return [sample.on_host() for sample in self.samples]
+        return [Token(token) for token in self.samples.tokens()]
 
     def taken(self, tokens: Sequence[int]) -> tuple[int, int]:
         """Return how many drafts were right, and the first row that is too close to call, at most one past those."""
         right, leads, drafts = 0, cast("list[float]", []), self.drafts.known()
         while right < len(drafts) and tokens[right] == drafts[right]:
             right += 1
-        if isinstance(self.samples, ReplayedBatch):
+        if not isinstance(self.samples, list):
             leads = self.samples.leads()
         elif self.leads is not None:
             leads = cast("list[float]", self.leads.tolist())

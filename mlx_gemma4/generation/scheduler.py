@@ -29,6 +29,7 @@ from ..model.model import Model
 from ..model.step import BatchStep, LazyBatchStep, RowStep
 from ..ops.dispatch import REPLAY
 from ..ops.sample import LIKELIEST
+from .batch_drafts import Asked, BatchDrafts, Started, receive_all
 from .decoding import FAILURES, Decoding, Statistics
 from .drafting import Drafts
 from .loop import begin
@@ -86,12 +87,13 @@ class Scheduler:
             parallel: replies at a time, 1 to MAX_BATCH.
             exact: they take turns, each with steps of its own, so that each is to the bit what it is alone. Otherwise
                 all step at once, faster by far, and near ties between tokens may be decided otherwise.
-            drafts: for replies while they are alone, or take turns; beside others, one reads as many rows as drafts.
+            drafts: for replies while they are alone, or take turns, and beside others where checks are replayed.
         """
         if not 1 <= parallel <= MAX_BATCH:
             raise ValueError(f"parallel must be from 1 to {MAX_BATCH}, not {parallel}")
         self.model, self.parallel, self.exact = model, parallel, exact
         self.drafts = None if exact and model.kernels else drafts  # a step that checks some is exact on a CPU alone
+        self._drafts = BatchDrafts(model, drafts) if drafts and not exact else None
         self.rows = self.steps = 0
         self._inbox: SimpleQueue[_Job | None] = SimpleQueue()  # None: look again at what has changed
         self._closed, self._lock = False, threading.Lock()
@@ -202,7 +204,7 @@ class Scheduler:
             for job in jobs:
                 self._guarded([job], self._turn, job)
         elif jobs:
-            self._guarded(jobs, self._step, jobs, last)
+            self._guarded(jobs, self._together, jobs, last)
         return bool(jobs or self._reading)
 
     def _take(self, job: _Job | None) -> None:
@@ -264,7 +266,7 @@ class Scheduler:
         job.items.put(error)
         job.done.set()
 
-    def _guarded(self, jobs: list[_Job], do: Callable[..., None], *args: Any) -> None:
+    def _guarded(self, jobs: list[_Job], do: Callable[..., object], *args: Any) -> None:
         """Do something for replies; what it raises ends them."""
         try:
             do(*args)
@@ -323,6 +325,18 @@ class Scheduler:
         if job.reply.over:  # it was a stop token
             self._end(job)
 
+    def _together(self, jobs: list[_Job], last: _Chain | None) -> None:
+        """Make the next token of several replies, or the next tokens, by one step."""
+        replies, drafts = [job.reply for job in jobs], self._drafts
+        if drafts is None:
+            return self._step(jobs, last)
+        drafted = drafts.wanted(replies)
+        if drafted:
+            self._check(jobs, drafts)
+        else:
+            self._step(jobs, last)
+        drafts.stepped([] if self._reading else replies, drafted)
+
     def _step(self, jobs: list[_Job], last: _Chain | None) -> None:
         """Make the next token of several replies by one step.
 
@@ -368,6 +382,35 @@ class Scheduler:
             self._choose(going, step, masks)
         except FAILURES as error:
             self._again([jobs[row] for row in masks], error)
+
+    def _check(self, jobs: list[_Job], drafts: BatchDrafts) -> None:
+        """Make the next tokens of several replies by one step, which checks drafts of them.
+
+        What the step before has found is handed out while the device is at this one.
+        """
+        received: dict[_Job, tuple[list[Token], bool]] = {}
+        asked: dict[_Job, Asked] = {}
+        started: list[Started] = []
+        for job in jobs:
+            self._guarded([job], lambda job=job: received.update({job: receive_all(job.reply)}))
+        plan = drafts.plan([job.reply for job in received]) if received else []
+        for (job, (_, over)), each in zip(received.items(), plan, strict=True):
+            if job.reply.state.length < len(job.reply.ids):
+                self._guarded([job], lambda *a, job=job: asked.update({job: drafts.asked(job.reply, *a)}), *each, over)
+        try:
+            started = drafts.start([*asked.values()]) if asked else []
+        except FAILURES as error:
+            self._again([*asked], error)
+        for job, (tokens, over) in [each for each in received.items() if not each[0].done.is_set()]:
+            for n, token in enumerate(tokens, 1):
+                self._deliver(job, token, over and n == len(tokens))
+        going = [(job, each) for job, each in zip(asked, started, strict=False) if not job.done.is_set()]
+        try:
+            checks = [each.check() for _, each in going]
+        except FAILURES as error:
+            return self._again([job for job, _ in going], error)
+        for (job, _), check in zip(going, checks, strict=True):
+            self._guarded([job], job.reply.settle_check, check)
 
     def _received(self, job: _Job, sample: Sample) -> Token | None:
         """Return a chosen token; None, and the reply ends, if its logits are no numbers."""

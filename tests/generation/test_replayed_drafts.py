@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from batched import few_rows_in_fp32
 from constraints import Alternating
-from drafters import Knowing
+from drafters import Knowing, KnowingAll
 from host_player import HostPlayer
 from kernel_cases import metal
 from recorded import path, prompts
@@ -276,3 +276,55 @@ def test_a_reply_that_drafts_is_joined_by_another(tmp_path: Path) -> None:
     assert [first, other.result()] == want and figures[0].drafted_tokens >= 3
     assert all(before < 8 for before in stepped)
     assert [state.tokens for state in states] == [a + b for a, b in zip(texts, want, strict=True)]
+
+
+def beside(model: Model, count: int, drafts: Drafts, asked: Any) -> list[tuple[list[int], Any, Statistics]]:
+    """What `reply` returns of each of several that begin at once. `asked`: arguments behind the model, of each."""
+    with Scheduler(model, count, drafts=drafts) as scheduler, ThreadPoolExecutor(count) as pool:
+
+        def one(i: int) -> tuple[list[int], Any, Statistics]:
+            (prompt, n, sampling, more), state, statistics = asked(i), model.new_state(), Statistics()
+            made = scheduler.generate_tokens(state, prompt, sampling, n, statistics=statistics, **more)
+            return [token.id for token in made], state, statistics
+
+        return list(pool.map(one, range(count)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["12b", "e2b"])
+def test_replies_that_step_together_are_as_alone(kind: str, tmp_path: Path) -> None:
+    """Four of other lengths: greedy, under a constraint, drawn in the step, and with penalties. Nothing is traced."""
+    _, replayed = pair(kind, tmp_path)
+
+    def asked(i: int) -> tuple[list[int], int, Sampling, dict[str, Any]]:
+        given, more = WAYS[(3, 4, 0, 2)[i]]
+        given, more = (GREEDY, {}) if i == 0 else (given, {"constraint": Alternating(9)} if more else {})
+        return [2, 20 + i, *map(an_id, range(9 * i + 5))], (20, 30, 11, 14)[i], given, more
+
+    want = [reply(replayed, prompt, n, None, way, **more)[0] for prompt, n, way, more in map(asked, range(4))]
+    knows = {20 + i: asked(i)[0] + want[i] for i in range(4)}
+    HostPlayer.made.clear()
+    stepped.clear()
+    got = beside(replayed, 4, Drafts(drafter=KnowingAll(knows, 0.8, needs_hidden=True), depth=3), asked)
+    assert [g[0] for g in got] == want
+    assert [g[1].tokens for g in got] == [asked(i)[0] + want[i] for i in range(4)]
+    assert all(g[2].drafted_tokens > g[2].accepted_tokens > 0 for g in got)
+    assert all(before < len(asked(3)[0]) for before in stepped), "a step that is not replayed"
+    assert {rows for rows, starts in starts() if starts} >= {16}
+
+
+@pytest.mark.slow
+def test_an_assistant_drafts_for_several() -> None:
+    """From hidden rows that one step has left for all; each reply is what it is alone without drafts."""
+    lm = load(demo_path(), weights="packed", draft=None)
+    replayed = Model(lm.config, lm.model.weights, Kernels(metal, OFF, player=HostPlayer), lm.plan)
+    texts = [lm.tokenizer.encode(text) for text in ("Once upon a time a goose", "The miller and")]
+
+    def asked(i: int) -> tuple[list[int], int, Sampling, dict[str, Any]]:
+        return texts[i], 8 + 2 * i, (GREEDY, Sampling(seed=3, top_k=30))[i], {}
+
+    want = [reply(lm.model, prompt, n, None, way)[0] for prompt, n, way, _ in map(asked, range(2))]
+    drafter = load_assistant(demo_path().with_name("mtp-gemma4-demo.gguf"), replayed)
+    got = beside(replayed, 2, Drafts(drafter=drafter, depth=3, least_alike=1 << 30), asked)
+    assert [g[0] for g in got] == want
+    assert all(g[2].drafted_tokens > 3 for g in got) and sum(g[2].accepted_tokens for g in got) > 3
