@@ -32,12 +32,13 @@ from mlx_gemma4.generation.loop import generate_tokens
 from mlx_gemma4.loading.assistant import load_assistant
 from mlx_gemma4.loading.loader import load_model, open_model
 from mlx_gemma4.memory import Holding
+from mlx_gemma4.model.exchange import SharedPart, sharing
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.ops import exchange_many
 from mlx_gemma4.ops.dispatch import ALL, Kernels
 from mlx_gemma4.ops.op import OpKey
 from mlx_gemma4.ops.sample import Draw
-from mlx_gemma4.shard import Kind, Shard
+from mlx_gemma4.shard import Kind, Part, Shard
 
 Found = dict[str, Any]
 SPLITS: tuple[Kind, ...] = ("tensor", "layers")
@@ -369,6 +370,23 @@ def shared() -> Found:
 
         found[kind] = compared(path(kind, "q8_0", Path()), calls, SPLITS[:1], weights="packed")
         found[kind]["launches"] = others(dict(launcher.launches))
+    return found
+
+
+def sums() -> Found:
+    """Sums of many rows over memory that ranks share, beside MLX's, and how many are not alike on all."""
+    part = Part(Shard(RANK, SIZE, "tensor", group), 1000, range(500), range(1))
+    ours = sharing(part, Kernels(metal, frozenset([ALL]), player=HostPlayer))
+    assert isinstance(ours, SharedPart)
+    found: Found = {"worst": 0.0, "unlike": 0, "sums": 0}
+    for rows, widths in ((1, (8,)), (3, (100, 36)), (1000, (36,)), (3, (7,)), (3, (30, 3)), (2, (4,))):
+        chance = np.random.default_rng(RANK)
+        arrays = [mx.array(chance.standard_normal((rows, width), np.float32)) for width in widths]
+        for made, want in zip(ours.sums(*arrays), part.sums(*arrays), strict=True):
+            everywhere = mx.distributed.all_gather(made[None], group=group)
+            found["worst"] = max(found["worst"], mx.abs(made - want).max().item())
+            found["unlike"] += sum(not mx.array_equal(made, other).item() for other in everywhere)
+            found["sums"] += 1
     return found
 
 

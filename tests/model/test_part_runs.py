@@ -194,6 +194,13 @@ def test_prompts_and_launched_steps_sum_in_shared_memory(two: Two, kind: str) ->
         assert rank.keys() == {"all_sum", "exchange_many", "sums"}
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_sums_in_shared_memory_are_those_of_mlx(tmp_path: Path, ranks: int) -> None:
+    found = run(ranks, tmp_path, "sums")["sums"]
+    assert found["worst"] <= 1e-6
+    assert (found["unlike"], found["sums"]) == (0, 8)
+
+
 @pytest.mark.parametrize("name", ["26B-A4B", "E2B"])
 def test_launches_and_collectives_of_a_step(two: Two, name: str) -> None:
     """In parts a layer takes two sums, and the kernels that it takes alone; by layers a step goes from rank to rank."""
