@@ -68,10 +68,10 @@ METAL_FUNC uint fma_halves(uint a, uint b, uint c) {
 METAL_FUNC uint mul_halves(uint a, uint b) { return as_type<uint>(__hmul2(as_type<__half2>(a), as_type<__half2>(b))); }
 METAL_FUNC uint add_halves(uint a, uint b) { return as_type<uint>(__hadd2(as_type<__half2>(a), as_type<__half2>(b))); }
 
-// Copies 16 bytes, or some words, to shared memory, without waiting for them; and waits for all of this lane's, and for the other lanes.
-METAL_FUNC void copy_async(uint4* to, const __half* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;"
-               :: "r"(uint(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+// Copies 16 bytes (zeros, unless `there`), or some words, to shared memory, without waiting for them; and waits for all of this lane's, and for the other lanes.
+METAL_FUNC void copy_async(uint4* to, const __half* from, bool there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;"
+               :: "r"(uint(__cvta_generic_to_shared(to))), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 template <int COUNT>  // of words, 1, 2 or 4
 METAL_FUNC void copy_words(uint* to, const uint* from) {

@@ -153,17 +153,12 @@ constexpr int SHARES = SPLIT * PARTS;
 const int share = part + SPLIT * int(threadgroup_position_in_grid.z);
 
 Chunk now[2 * BLOCKS];
-#define LOAD(into, c)                             \
-  UNROLL for (int r = 0; r < 2 * BLOCKS; r++) {   \
-    LOAD_CODES(into, c)                           \
-    LOAD_GROUP_SCALES(into, c)                    \
-    LOAD_BLOCK_SCALES(into, c)                    \
+#define LOAD(into, c)                                                            \
+  UNROLL for (int r = 0; r < 2 * BLOCKS; r++) {                                  \
+    load_codes(codes + row[r] * uint(words) + uint((c) * WORDS), into[r].codes); \
+    LOAD_GROUP_SCALES(into, c)                                                   \
+    LOAD_BLOCK_SCALES(into, c)                                                   \
   }
-#if EARLY
-#define LOAD_CODES(into, c)
-#else
-#define LOAD_CODES(into, c) load_codes(codes + row[r] * uint(words) + uint((c) * WORDS), into[r].codes);
-#endif
 #if GROUP_SCALE_BITS
 #define LOAD_GROUP_SCALES(into, c) \
   into[r].group_scales = load_group_scales(group_scales + row[r] * uint(K / GROUP * GROUP_SCALE_BITS / 8), c);
@@ -204,11 +199,20 @@ threadgroup uint* staged_words = (threadgroup uint*)(room + SPLIT * NB * 256 + p
         CODES_AT(step, i / WORDS) + i % WORDS * 32, codes + (row[i / WORDS] * uint(words) + at + uint(i % WORDS))); \
   }
 #define ALIGNED(r, m) aligned_staged(CODES_AT(step, r), m);
+Chunk next[2 * BLOCKS];
+uint pieces[2 * BLOCKS][PIECES];
+#define LOAD_NEXT(c) UNROLL for (int r = 0; r < 2 * BLOCKS; r++) { LOAD_PIECES(c) LOAD_BLOCK_SCALES(next, c) }
+#define TAKE_NEXT(c)                                          \
+  UNROLL for (int r = 0; r < 2 * BLOCKS; r++) {               \
+    now[r].group_scales = FIELDS(c);                          \
+    now[r].block_scales[0] = next[r].block_scales[0];         \
+  }
 COPY_CODES(0)
+LOAD_NEXT(min(share * 4 + lane_t, chunks - 1))
 #else
 #define ALIGNED(r, m) aligned(now[r].codes, m);
-#endif
 LOAD(now, min(share * 4 + lane_t, chunks - 1))
+#endif
 #if !EXPERTS
 INPUTS_READY();  // the first weights are being loaded
 #endif
@@ -236,7 +240,7 @@ const int sums_from = LANE_OF(lane_g / 2, lane_t);
 #endif
 
 #if STAGE
-// This lane copies 16 bytes of every second row (EARLY: rows that are missing are whatever is there).
+// This lane copies 16 bytes of every second row (EARLY: or zeros, where rows are missing).
 threadgroup uint4* staged = room + part * (NB * 128 * (1 + EARLY));
 #define X_AT(step) (EARLY * ((step) % 2) * NB * 128)
 threadgroup uint4* copy_to = staged + PIECE(lane / 16, lane % 16 / 4, lane % 4);
@@ -247,10 +251,13 @@ for (int i = 0; i < 4 * NB; i++) copy_from[i] = uint(X_ROW(2 * i + lane / 16)) *
   {                                                                                                \
     const int chunk = min(((step) * SHARES + share) * 4 + lane % 16 / 4, chunks - 1);              \
     UNROLL for (int i = 0; i < 4 * NB; i++)                                                        \
-        if (!EARLY || 2 * i < tokens)                                                              \
-          copy_async(copy_to + X_AT(step) + 32 * i, x + (copy_from[i] + uint(chunk * 32)));        \
+        copy_async(copy_to + X_AT(step) + 32 * i, x + (copy_from[i] + uint(chunk * 32)),           \
+                   !EARLY || 2 * i < tokens);                                                      \
   }
 COPY_X(0)
+#endif
+#if EARLY
+TAKE_NEXT(min(share * 4 + lane_t, chunks - 1))
 #endif
 
 // The second factors of a chunk: 8 pairs of block n of rows, from pair 8 half on.
@@ -296,16 +303,9 @@ for (int step = 0; step < steps; step++) {
   copies_arrived();
 #endif
 #if EARLY
-  // What is loaded now is not looked at before this step's end.
   const int c2 = min(c + 4 * SHARES, chunks - 1);
-  Chunk next[2 * BLOCKS];
-  uint pieces[2 * BLOCKS][PIECES];
-  if (step + 1 < steps) {
-    UNROLL
-    for (int r = 0; r < 2 * BLOCKS; r++) {
-      LOAD_PIECES(c2)
-      LOAD_BLOCK_SCALES(next, c2)
-    }
+  if (step + 1 < steps) {  // what is loaded here is not looked at before this step's end
+    LOAD_NEXT(c2)
     COPY_X(step + 1)
     COPY_CODES(step + 1)
   }
@@ -381,11 +381,7 @@ for (int step = 0; step < steps; step++) {
     }
   }
 #if EARLY
-  UNROLL
-  for (int r = 0; r < 2 * BLOCKS; r++) {
-    now[r].group_scales = FIELDS(c2);
-    now[r].block_scales[0] = next[r].block_scales[0];
-  }
+  TAKE_NEXT(c2)
 #else
   if (step + 1 < steps) LOAD(now, min(c + 4 * SHARES, chunks - 1))
 #endif

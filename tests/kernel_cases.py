@@ -52,7 +52,9 @@ METAL_FUNC uint fma_halves(uint a, uint b, uint c) {
 }
 METAL_FUNC uint mul_halves(uint a, uint b) { return as_type<uint>(as_type<half2>(a) * as_type<half2>(b)); }
 METAL_FUNC uint add_halves(uint a, uint b) { return as_type<uint>(as_type<half2>(a) + as_type<half2>(b)); }
-METAL_FUNC void copy_async(threadgroup uint4* to, const device half* from) { *to = *(const device uint4*)from; }
+METAL_FUNC void copy_async(threadgroup uint4* to, const device half* from, bool there) {
+  for (int i = 0; i < 4; i++) ((threadgroup uint*)to)[i] = there ? ((const device uint*)from)[i] : 0;
+}
 template <int COUNT>
 METAL_FUNC void copy_words(threadgroup uint* to, const device uint* from) {
   for (int i = 0; i < COUNT; i++) to[i] = from[i];
