@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlx_gemma4"
 LINES = 500  # of a file, at most
-BUDGET = 32_800
+BUDGET = 33_550
 MODULES_IN_THE_ROOT = 12
 # Lowest first: a folder imports only what stands before it, and itself. "": the modules in the package's root.
 LAYERS = (
