@@ -252,6 +252,7 @@ class BatchDrafts:
             each.reply.statistics.drafted_tokens += rows - 1
             if each.reply.drafting:
                 each.reply.drafting.recorded()
+        self.drafts.write()  # while the device works
         return started
 
     def stepped(self, replies: Sequence[Decoding], drafted: bool) -> None:
