@@ -82,8 +82,9 @@ class Checking(SmallModel):
         return min(MAX_CHECKED, state.layout.tail - state.length % state.layout.tail)
 
     def replayed_check(
-        self, ids: Sequence[Sequence[int]], states: Sequence[KVState], draws: Sequence[Draw] = ()
+        self, ids: Sequence[Sequence[int]], states: Sequence[KVState], draws: Sequence[Draw] = (), queued: Any = None
     ) -> Any:
+        assert queued is None
         self.rows.append([len(some) for some in ids])
         return Checked(self, ids, states, draws)
 
