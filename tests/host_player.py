@@ -29,7 +29,9 @@ class HostPlayer:
         self.loaded = False
         HostPlayer.made.append(self)
 
-    def load(self, launches: Sequence[RecordedLaunch], nbytes: int, numbers: int, best: Region) -> None:
+    def load(
+        self, launches: Sequence[RecordedLaunch], nbytes: int, numbers: int, best: Region, several: bool = False
+    ) -> None:
         self.arena = np.full(nbytes, 0xCD, np.uint8)  # what nobody wrote is no number
         self.launches, self.best_region, self.loads, self.loaded = list(launches), best, self.loads + 1, True
         self.numbers = numbers

@@ -24,6 +24,9 @@ from .render import Kernel, to_cuda_text
 
 ROOM = 16 << 20  # bytes that the arena has to spare: attention in more pieces needs more
 ROWS = 32  # tokens that a start may leave
+# Percent of a multiprocessor's first-level memory that is threadgroup memory, where kernels differ in what they ask for:
+# from one division to another takes a multiprocessor's work to end, some microseconds a launch.
+SHARED = 60
 TAKE = "take_words"
 TAKE_TEXT = f"""extern "C" __global__ void {TAKE}(const unsigned* arena, unsigned* out, int first, int n) {{
   const int i = blockIdx.x * 256 + threadIdx.x;
@@ -108,7 +111,9 @@ class Player:
         self._arrays: list[mx.array] = []  # read by the launches
         self._room = 0  # of _numbers, for one start
 
-    def load(self, launches: Sequence[RecordedLaunch], nbytes: int, numbers: int, best: Region) -> None:
+    def load(
+        self, launches: Sequence[RecordedLaunch], nbytes: int, numbers: int, best: Region, several: bool = False
+    ) -> None:
         """Make a graph of launches, or change the present one into it.
 
         Until `forget`, the host must not read the arrays that they read: MLX would move them.
@@ -117,6 +122,7 @@ class Player:
             nbytes: of the arena.
             numbers: count of int32 numbers that each `start` writes to the arena's beginning.
             best: where the launches leave tokens, int32 [up to ROWS], or [2, up to ROWS] with other words behind them.
+            several: they are a step of several rows: all kernels get SHARED.
         """
         enter()
         self.wait()
@@ -132,7 +138,8 @@ class Player:
         arrays = {id(a): a for launch in launches for a in launch.inputs if isinstance(a, mx.array)}
         self._arrays = list(arrays.values())
         found = dict(zip(arrays, addresses(self._arrays), strict=True))
-        calls, waits = [self._call(launch, found) for launch in launches], dependencies(launches)
+        shared = SHARED if several else None
+        calls, waits = [self._call(launch, found, shared) for launch in launches], dependencies(launches)
         if not (waits == self._waits and self._change(calls)):
             self._build(calls, waits)
         self._calls, self._waits = calls, waits
@@ -240,11 +247,11 @@ class Player:
                 driver().cuEventDestroy_v2(event)
             driver().cuStreamDestroy_v2(self._stream)
 
-    def _call(self, launch: RecordedLaunch, found: dict[int, int]) -> Call:
+    def _call(self, launch: RecordedLaunch, found: dict[int, int], shared: int | None) -> Call:
         """Return a launch as CUDA takes it. `found`: addresses of arrays, by id()."""
         pointers = [found[id(a)] if isinstance(a, mx.array) else self._base + a.start for a in launch.inputs]
         pointers += [self._base + region.start for region in launch.outputs]
-        function = _function(*text_arguments(launch))
+        function = _function(*text_arguments(launch), shared)
         shaped = cuda_compiler.shaped_inputs(launch.kernel.inputs, launch.kernel.source)
         sizes = tuple(n for i in shaped for n in launch.inputs[i].shape)
         blocks = tuple(-(-g // t) for g, t in zip(launch.grid, launch.threadgroup, strict=True))
@@ -296,10 +303,12 @@ def text(kernel: Kernel, types: tuple[mx.Dtype, ...], ranks: tuple[int, ...]) ->
 
 
 @cache
-def _function(kernel: Kernel, types: tuple[mx.Dtype, ...], ranks: tuple[int, ...]) -> int:
+def _function(kernel: Kernel, types: tuple[mx.Dtype, ...], ranks: tuple[int, ...], shared: int | None) -> int:
     """Return a kernel's CUfunction."""
     module, function = c_void_p(), c_void_p()
     do("cuModuleLoadData", byref(module), cuda_compiler.machine_code(text(kernel, types, ranks), kernel.name))
     do("cuModuleGetFunction", byref(function), module, kernel.name.encode())
     assert function.value
+    if shared is not None:
+        do("cuFuncSetAttribute", function, c_int(9), c_int(shared))  # ..PREFERRED_SHARED_MEMORY_CARVEOUT
     return function.value

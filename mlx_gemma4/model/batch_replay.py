@@ -300,5 +300,5 @@ class BatchReplayer:
             if model.part:
                 logits = model.part.gathered(logits)
             best: Any = run(SAMPLE, logits, draws, leads=rows > 1)
-        player.load(recording.launches, arena.nbytes, numbers.size, best.region)
+        player.load(recording.launches, arena.nbytes, numbers.size, best.region, several=rows > 1)
         return Recorded(player, rows, logits.region, hidden.region)

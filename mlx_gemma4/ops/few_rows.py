@@ -66,9 +66,9 @@ def rows_tiling(
     blocks = 4 if (rows == 16 and gpu.measured) or (rows == 32 and fold) else 2
     few = n * max(1, 2 * used) < 48 * blocks * gpu.cores  # threadgroups: more simdgroups in each
     split = 8 if few and rows < 32 and RowsTiling(blocks, 8).room(rows, fmt) <= ROOM else 4
-    if split == 8 and rows <= 8 and gpu.measured and not glu and not used:
+    ahead = gpu.rows_ahead and rows <= 8 and not used and fmt.bits <= 5
+    if split == 8 and rows <= 8 and gpu.measured and not glu and not used and not ahead:
         blocks = 3
-    ahead = gpu.rows_ahead and rows <= 8 and not used
     most = gpu.rows_parts if added and rows <= 8 and not used else 1
     parts = max(1, min(most, 128 * gpu.cores // n, stretches // 8))  # four threadgroups a core; two steps of each
     if parts > 1:

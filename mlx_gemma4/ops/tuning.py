@@ -58,8 +58,8 @@ class Tuning:
     few_rows_from: int = 2  # rows of x from which on it is faster than the mat-vec
     pair_weights: int = 20 << 20  # of a matrix up to which the mat-vec takes two rows
     fold_from: int = 16  # rows of x from which on scales are folded into weights; more than 32: never
-    rows_ahead: bool = False  # up to 8 rows: `RowsTiling.ahead`
-    rows_parts: int = 1  # `RowsTiling.parts` of up to 8 rows, at most
+    rows_ahead: bool = True  # up to 8 rows: `RowsTiling.ahead`
+    rows_parts: int = 4  # `RowsTiling.parts` of up to 8 rows, at most
     # attention
     attention_threadgroups: int = 384  # that share the keys and values of a layer
     quantized_threadgroups: int = 396  # the same over quantized keys and values: three a core
