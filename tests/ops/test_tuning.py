@@ -66,7 +66,9 @@ def test_nvidia_has_an_h100s_numbers(info: dict[str, Any], measured: bool) -> No
 
 @pytest.mark.parametrize("info", [{}, {"device_name": "x86_64"}, {"architecture": "", "device_name": ""}])
 def test_what_nobody_knows_has_an_h100s_numbers_too(info: dict[str, Any]) -> None:
-    unknown = replace(Tuning(), measured=False, prompt_attention=True, launch_operations=4e11)
+    unknown = replace(
+        Tuning(), measured=False, prompt_attention=True, launch_operations=4e11, rows_ahead=False, rows_parts=1
+    )
     assert row_of(info) == unknown
 
 
