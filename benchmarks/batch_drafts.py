@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-from mlx_gemma4.execution import execution
+from mlx_gemma4.execution import execution, leave
 from mlx_gemma4.generation.batch_drafts import Started
 from mlx_gemma4.generation.decoding import Statistics
 from mlx_gemma4.generation.drafting import Check, Drafts
@@ -88,6 +88,7 @@ def run(scheduler: Scheduler, bases: list[KVState], n: int) -> tuple[float, floa
         times = [time.perf_counter() for _ in made]
         with execution():
             state.close()
+        leave()
         return times
 
     with ThreadPoolExecutor(len(bases)) as pool:
