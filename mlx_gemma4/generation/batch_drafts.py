@@ -29,9 +29,7 @@ from .sampling import Sampler, Token, draws_in_turn
 log = logging.getLogger("mlx_gemma4")
 
 PROBED = 4  # replies that try a draft which would not pay, at most
-# What each further draft takes, of the first, before it was measured: 12B's assistant on one H200, 0.23 of 0.62 ms. The
-# first has the host's part in it.
-FURTHER = 0.37
+FURTHER = 0.37  # of a reply's first draft: what each more takes, until it is measured; on an H200 0.23 of 0.62 ms
 
 
 class Offer(NamedTuple):
