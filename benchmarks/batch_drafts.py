@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-from mlx_gemma4.execution import execution
+from mlx_gemma4.execution import execution, leave
 from mlx_gemma4.generation.batch_drafts import Started
 from mlx_gemma4.generation.decoding import Statistics
 from mlx_gemma4.generation.drafting import Check, Drafts
@@ -88,6 +88,7 @@ def run(scheduler: Scheduler, bases: list[KVState], n: int) -> tuple[float, floa
         times = [time.perf_counter() for _ in made]
         with execution():
             state.close()
+        leave()
         return times
 
     with ThreadPoolExecutor(len(bases)) as pool:
@@ -126,14 +127,15 @@ def main() -> None:
                 known = scheduler._drafts
             assert known is not None
             cell: dict[str, Any] = {"parallel": n, "right": right, "plain": plain, "rate": rate, "gain": rate / plain}
-            cell |= {"tokens_per_step": per_step, "draft_ms": 1000 * known.each}
+            cell |= {"tokens_per_step": per_step, "making_ms": {n: 1000 * s for n, s in sorted(known.making.items())}}
             cell |= {"plain_ms": {rows: 1000 * s for rows, s in sorted(known.plain.items())}}
             cell |= {"check_ms": {rows: 1000 * s for rows, s in sorted(known.checks.items())}}
             cells.append(cell)
             print(
                 f"[{time.perf_counter() - began:5.1f} s] {n} replies, {right:.0%} right: {rate:.1f} tokens/s, "
                 f"{plain:.1f} without drafts ({rate / plain:.2f}); {per_step:.2f} tokens a step; "
-                f"draft {1000 * known.each:.2f} ms; checks "
+                + "".join(f"{n} drafts {1000 * s:.2f} ms; " for n, s in sorted(known.making.items()))
+                + "checks "
                 + ", ".join(f"{rows} rows {1000 * s:.2f} ms" for rows, s in sorted(known.checks.items())),
                 flush=True,
             )

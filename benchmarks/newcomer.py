@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any
 
 from mlx_gemma4.conversation.language_model import demo_path
+from mlx_gemma4.execution import leave
 from mlx_gemma4.generation.prompt import read_chunk
 from mlx_gemma4.generation.sampling import Sampling
 from mlx_gemma4.generation.scheduler import Scheduler
@@ -77,6 +78,7 @@ def measured(model: Model, parallel: int, prompt: int, rounds: int) -> dict[str,
                 for _ in scheduler.generate_tokens(state, random_ids(model, behind, which + 1), GREEDY, room):
                     if ends.is_set():
                         break
+            leave()
 
         threads = [threading.Thread(target=reply, args=(which,)) for which in range(parallel)]
         for thread in threads:

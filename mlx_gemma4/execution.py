@@ -55,6 +55,15 @@ def cores() -> int:
     return min(int(wanted), there) if wanted.isdecimal() and int(wanted) else there
 
 
+def leave() -> None:
+    """Free what MLX keeps for this thread: the last thing that one does which has computed, other than the main thread.
+
+    MLX would free it itself, after the thread's last line and so after `join`, and takes Python's lock for it. Where
+    the interpreter is ending by then, the process aborts: "terminate called without an active exception" (mlx #4110).
+    """
+    mx.clear_streams()
+
+
 @contextmanager
 def _turn() -> Iterator[None]:
     """Wait for the thread before in the queue, and hold a lock that the next one waits for.

@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import InputError
-from ..execution import execution
+from ..execution import execution, leave
 from ..kv.state import KVState
 from ..memory import SMALLEST_CHUNK
 from ..model.batch import MAX_BATCH
@@ -192,6 +192,7 @@ class Scheduler:
         self._look()
         for job in [*self._waiting, *self._reading, *self._answering]:
             self._end(job, RuntimeError("the scheduler is closed"))
+        leave()
 
     def _round(self) -> bool:
         """Read some of the prompts, then make a token of each reply; return False if there was nothing to do."""

@@ -24,8 +24,8 @@ from .render import Kernel, to_cuda_text
 
 ROOM = 16 << 20  # bytes that the arena has to spare: attention in more pieces needs more
 ROWS = 32  # tokens that a start may leave
-# Percent of a multiprocessor's first-level memory that is threadgroup memory, where kernels differ in what they ask for:
-# from one division to another takes a multiprocessor's work to end, some microseconds a launch.
+# Percent of a multiprocessor's first-level memory that is threadgroup memory, where kernels differ in what they ask
+# for: from one division to another it must run empty first, some microseconds a launch.
 SHARED = 60
 TAKE = "take_words"
 TAKE_TEXT = f"""extern "C" __global__ void {TAKE}(const unsigned* arena, unsigned* out, int first, int n) {{

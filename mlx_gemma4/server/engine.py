@@ -19,6 +19,7 @@ from ..chat_format.replies import Event
 from ..conversation.language_model import LanguageModel
 from ..conversation.reply import Chunk, Reply, ReplyOptions, stream
 from ..errors import InputError, NoRoom, TooLong
+from ..execution import leave
 from ..generation.prefix import PrefixCache
 from ..generation.sampling import Token
 from ..generation.scheduler import Scheduler
@@ -263,7 +264,7 @@ class Engine:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if self._closed:
-                    return
+                    return leave()
                 job = self._waiting.popleft()
                 self._running.add(job)
                 job.waiting = False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -305,3 +307,32 @@ def test_closing_ends_all(model: SmallModel) -> None:
         next(scheduler.generate_tokens(model.new_state(), some_tokens(9), GREEDY, 4))
     with pytest.raises(ValueError, match="33"):
         Scheduler(model, 33)
+
+
+ENDING = """
+import mlx.core as mx
+
+from mlx_gemma4.generation.scheduler import Scheduler
+
+class Compiling(Scheduler):
+    def _round(self):
+        for i in range(200):  # each is freed with Python's lock
+            compiled.append(mx.compile(lambda x, i=i: [x + i]))
+            compiled[-1](mx.zeros(3))
+        return False
+
+class Nothing:
+    kernels = None
+
+compiled = []
+schedulers = [Compiling(Nothing()) for _ in range(4)]
+for scheduler in schedulers:
+    assert scheduler.close()
+"""
+
+
+def test_python_ends_after_it_was_closed() -> None:
+    """Without waiting: what MLX keeps for the scheduler's thread is freed by then."""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, "")
