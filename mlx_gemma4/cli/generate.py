@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError, reason
-from ..media.kind import KINDS, NO_EYES
+from ..media.kind import KINDS
 from ..paths import check_target
 from .attachments import attachment, most_tokens
 from .options import (
@@ -139,8 +139,6 @@ def generate(
         raise InputError("--raw sends a text as it is, and no pictures or sounds: leave it out")
     if parts and prompts_file is not None:
         raise InputError(f"--{order[0]} goes with --prompt; with --prompts, parts of messages name files")
-    if parts and model is None:
-        raise InputError(f"--{order[0]}: {NO_EYES}")
     if prompts_file is not None:
         if state_file or logprobs is not None:
             raise InputError("--state and --logprobs go with a single --prompt")

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple, Protocol
 from ..chat_format.messages import media_parts
 from ..chat_format.replies import Event, Text, Thinking, ToolCall
 from ..conversation.background import OnPrompt
-from ..conversation.language_model import LanguageModel, demo_path
+from ..conversation.language_model import LanguageModel
 from ..conversation.parts import content_of
 from ..conversation.reply import ReplyOptions
 from ..conversation.session import Session
 from ..errors import InputError
 from ..kv.state import total_nbytes
-from ..media.kind import KINDS, NO_EYES
+from ..media.kind import KINDS
 from .attachments import attachment, dropped, opened, preview, text_of
 from .options import SamplingOf
 
@@ -123,8 +123,7 @@ class Repl:
         lm = self.session.lm
         part = attachment(kind, name, f"/{kind}", self.env.image_tokens)
         if lm.media is None:
-            why = NO_EYES if lm.path == demo_path() else "no mmproj file is loaded; start with --mmproj FILE"
-            raise InputError(f"/{kind} {name}: {why}")
+            raise InputError(f"/{kind} {name}: no mmproj file is loaded; start with --mmproj FILE")
         picture = opened(part)
         pieces = lm.media.encode(part, picture)
         tokens = sum(len(piece.ids) for piece in pieces if not isinstance(piece, str))

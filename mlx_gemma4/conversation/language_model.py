@@ -25,6 +25,7 @@ from ..generation.drafting import LONGEST, MOST, NGRAM, ROW, Drafts
 from ..generation.sampling import Sampling
 from ..loading.assistant import assistant_beside, load_assistant
 from ..loading.loader import Progress, load_model, open_model
+from ..media.kind import KINDS
 from ..media.projector import Media, media_beside, open_media
 from ..memory import SOME_ROOM, MemoryPlan, Room
 from ..model.assistant import Assistant
@@ -179,6 +180,8 @@ def load(
         renderer.start()  # while the weights are read
         config = config.keep_to(context)
         media = _media(mmproj, path, config)
+        if media:  # of what its projector takes, what the vocabulary has a token for
+            media.kinds &= {kind for kind in KINDS if tokenizer.token_id(f"<|{kind}|>") is not None}
         room = replace(room, later=media.unread if media else 0)
         model, plan = load_model(config, source, weights, fuse, progress, usable_kernels(), room, shard)
     assistant = _assistant(draft, path, model, config) if draft_max else None

@@ -1,1 +1,1 @@
-"""The model that ships with the package: `gemma4-demo.gguf`, described in `MODEL_CARD.md`."""
+"""The model that ships with the package, its assistant and its eyes, described in `MODEL_CARD.md`."""

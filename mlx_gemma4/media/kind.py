@@ -13,7 +13,6 @@ from ..config import Kind
 KINDS: tuple[Kind, ...] = ("image", "audio", "video")
 BUDGETS = (70, 140, 280, 560, 1120)  # soft tokens of a picture, at most
 HEAD = 16  # bytes that decide
-NO_EYES = "the built-in model has no eyes and no ears; take a Gemma 4 with its mmproj file (--model FILE)"
 
 _STARTS: dict[Kind, re.Pattern[bytes]] = {  # of ISO files ("ftyp") the brand decides
     "image": re.compile(

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from ..config import Kind
-from ..conversation.language_model import LanguageModel, demo_path
-from ..media.kind import BUDGETS, HEAD, NO_EYES, kind_of
+from ..conversation.language_model import LanguageModel
+from ..media.kind import BUDGETS, HEAD, kind_of
 from ..media.projector import kinds_of
 from . import fields
 from .engine import Engine
@@ -225,7 +225,5 @@ def _refusal(lm: LanguageModel, kind: Kind) -> str:
     what = WORDS[kind]
     if lm.media is not None:
         return f"can't be read: this model takes {' and '.join(WORDS[x] for x in kinds_of(lm.media))}, no {what}"
-    if lm.path == demo_path():
-        return f"can't be read: {NO_EYES}"
     skip = "with --skip-media it is left out"
     return f"can't be read: this model is served without an mmproj file, so it takes no {what} (--mmproj FILE; {skip})"

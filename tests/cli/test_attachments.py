@@ -83,7 +83,8 @@ def test_a_conversation_goes_on_with_another_picture(cat: Path, tmp_path: Path) 
     ("flags", "says"),
     [
         (("--image", "none.png"), "--image none.png: there is no such file"),
-        (("--image", "CAT"), "the built-in model has no eyes"),
+        (("--audio", "CAT"), "takes none, only: text, image"),
+        (("--image", "CAT", "--no-mmproj"), "the mmproj file that the model sees and hears with is not loaded"),
         (("-m", HEARING, "--image", "CAT"), "takes none, only: text, audio"),
         (("-m", SEEING, "--audio", "CAT"), "takes none, only: text, image, video"),
         (("-m", SEEING, "--image", "CAT", "--raw"), "--raw"),
@@ -197,9 +198,14 @@ def test_what_is_no_picture_is_said_when_it_is_attached(repl: Repl, tmp_path: Pa
     assert not repl.attached
 
 
-def test_the_built_in_model_has_no_eyes(repl: Repl, cat: Path) -> None:
+def test_the_built_in_model_sees_pictures_alone(repl: Repl, heard: Heard, cat: Path) -> None:
     repl.branches["main"] = Session(load(), options=repl.options)
-    with pytest.raises(InputError, match="the built-in model has no eyes"):
+    repl.take(f"/image {cat}")
+    assert heard.lines[-1] == "[image] a cat.png 96x48, 55 tokens"
+    with pytest.raises(InputError, match="takes image, no video"):
+        repl.take(f"/video {cat}")
+    repl.branches["main"] = Session(load(mmproj=None), options=repl.options)
+    with pytest.raises(InputError, match="no mmproj file is loaded"):
         repl.take(f"/image {cat}")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
+import json
 import re
 import socket
 import threading
@@ -19,6 +21,7 @@ import httpx
 import mlx.core as mx
 import pytest
 from pictured import FakeMedia, seeing
+from PIL import Image
 from recorded import HERE
 from serving import Serving, serving, until
 
@@ -345,12 +348,18 @@ def test_pictures_from_the_web_share_their_bounds(web: str, monkeypatch: pytest.
         chat(part, part, part, allow_remote_images=True)
 
 
-# Over HTTP, with the model that has no eyes
+# Over HTTP, with the built-in model, and without its projector
 
 
 @pytest.fixture(scope="module")
 def server(lm: LanguageModel) -> Iterator[Serving]:
-    with serving(lm, Settings(max_tokens=8)) as running:
+    with serving(lm, Settings(max_tokens=8, image_tokens=70)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def blind() -> Iterator[Serving]:
+    with serving(load(mmproj=None), Settings(max_tokens=8)) as running:
         yield running
 
 
@@ -366,26 +375,32 @@ ASKED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("path", ASKED)
-def test_the_built_in_model_has_no_eyes(server: Serving, path: str) -> None:
-    reply = httpx.post(server.url + path, json=ASKED[path], timeout=60)
-    assert reply.status_code == 400 and "the built-in model has no eyes" in reply.text
+def test_the_built_in_model_sees(server: Serving, blind: Serving, path: str) -> None:
+    Image.new("RGB", (64, 64), "red").save(file := io.BytesIO(), "PNG")
+    real = json.dumps(ASKED[path]).replace(B64[PNG], base64.b64encode(file.getvalue()).decode())
+    seen = httpx.post(server.url + path, content=real, headers={"content-type": "application/json"}, timeout=60)
+    assert seen.status_code == 200, seen.text
+    reply = httpx.post(blind.url + path, json=ASKED[path], timeout=60)
+    assert reply.status_code == 400 and "is served without an mmproj file, so it takes no pictures" in reply.text
 
 
-def test_lists_say_what_a_model_takes(server: Serving) -> None:
-    (card,) = httpx.get(f"{server.url}/v1/models").json()["data"]
-    assert card["architecture"] == {"input_modalities": ["text"], "output_modalities": ["text"]}
-    (tag,) = httpx.get(f"{server.url}/api/tags").json()["models"]
-    assert tag["capabilities"][0] == "completion" and "vision" not in tag["capabilities"]
-    assert httpx.get(f"{server.url}/props").json()["modalities"] == {"vision": False, "audio": False, "video": False}
+def test_lists_say_what_a_model_takes(server: Serving, blind: Serving) -> None:
+    for url, sees in ((server.url, True), (blind.url, False)):
+        (card,) = httpx.get(f"{url}/v1/models").json()["data"]
+        takes = ["text", "image"] if sees else ["text"]
+        assert card["architecture"] == {"input_modalities": takes, "output_modalities": ["text"]}
+        (tag,) = httpx.get(f"{url}/api/tags").json()["models"]
+        assert tag["capabilities"][0] == "completion" and ("vision" in tag["capabilities"]) == sees
+        modalities = httpx.get(f"{url}/props").json()["modalities"]
+        assert modalities == {"vision": sees, "audio": False, "video": False}
 
 
 @pytest.mark.slow
-def test_few_large_bodies_are_held_at_a_time(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_large_bodies_are_held_at_a_time(blind: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlx_gemma4.server.models.MOST_LARGE", 1)
     body = {"messages": [{"role": "user", "content": "x" * 9_000_000}]}
-    with serving(lm, Settings()) as running:  # which has no use for them
-        reply = httpx.post(running.url + CHAT, json=body, timeout=60)
-        assert reply.status_code == 413 and "is over 8000000 bytes" in reply.text
+    reply = httpx.post(blind.url + CHAT, json=body, timeout=60)  # which has no use for them
+    assert reply.status_code == 413 and "is over 8000000 bytes" in reply.text
     with serving(load(HERE / "media" / "uv" / "model.gguf"), Settings()) as running:
         models = running.app.state.models
         with models.large_body():

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ TIMES = ("total_duration", "load_duration", "prompt_eval_duration", "eval_durati
 
 @pytest.fixture(scope="module")
 def server(lm: LanguageModel) -> Iterator[Serving]:
-    with serving(lm, Settings(model_name="demo", max_tokens=300)) as running:
+    with serving(replace(lm, media=None), Settings(model_name="demo", max_tokens=300)) as running:
         yield running
 
 

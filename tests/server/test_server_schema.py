@@ -34,13 +34,14 @@ def without_long_lists(part: Any) -> Any:
 
 
 schema = schemathesis.openapi.from_dict(without_long_lists(DOCUMENT))
-# What can be wrong in ways that a JSON Schema can't tell: pictures where there are no eyes, schemas, grammars, JSON in
+# What can be wrong in ways that a JSON Schema can't tell: pictures where no projector is, schemas, grammars, JSON in
 # strings, 0.0 as a token's id or a count, prompts over the context, messages of which nothing is left, lengths of time;
 # of Anthropic's messages the last one's role, and the ids of calls.
 UNKNOWABLE = ("response_format", "text.format", "tools", "arguments", "prompt", "context")
 UNKNOWABLE += ("calls wait for their results", "max_tokens", "at least one message of the user", "the id of no call")
 UNKNOWABLE += ("the one model that it was started with", "input[", "tokens", "text only")
-UNKNOWABLE += ("no messages to reply to", "keep_alive", "dimensions", "no eyes", "can't go with raw or context")
+UNKNOWABLE += ("no messages to reply to", "keep_alive", "dimensions", "without an mmproj file")
+UNKNOWABLE += ("can't go with raw or context",)
 # What makes a reply take long, with the most that is allowed; the test asks for one.
 LENGTHS = {"max_tokens": 2**31, "max_completion_tokens": 2**31, "max_output_tokens": 2**31, "n": 16}
 
@@ -48,7 +49,7 @@ LENGTHS = {"max_tokens": 2**31, "max_completion_tokens": 2**31, "max_output_toke
 @pytest.fixture(scope="module")
 def server() -> Iterator[Serving]:
     """A server whose context is short, so that no reply takes long."""
-    lm = load()
+    lm = load(mmproj=None)  # it refuses pictures before it opens them
     config = replace(lm.config, context=200)
     lm = replace(lm, config=config, model=Model(config, lm.model.weights))
     with serving(lm, Settings(max_tokens=2)) as running:

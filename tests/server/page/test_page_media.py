@@ -160,12 +160,20 @@ def test_what_is_not_taken_is_said(sees: Page, name: str, kind: str, says: str) 
     expect(sees.locator("#attached li")).to_have_count(0)
 
 
-def test_nothing_of_it_shows_where_none_is_taken(page: Page) -> None:
-    for name in ("#attach", "#speak", "#attached", "#pick"):
-        expect(page.locator(name)).to_be_hidden()
-    held = page.evaluate_handle(HELD, URL)
-    page.dispatch_event("#log", "drop", {"dataTransfer": held})
-    expect(page.locator("#attached li")).to_have_count(0)
+def test_nothing_of_it_shows_where_none_is_taken(browser: Browser) -> None:
+    with serving(load(mmproj=None), Settings(model_name=NAME)) as blind, windows(browser) as window:
+        page = opened(window, blind)
+        for name in ("#attach", "#speak", "#attached", "#pick"):
+            expect(page.locator(name)).to_be_hidden()
+        held = page.evaluate_handle(HELD, URL)
+        page.dispatch_event("#log", "drop", {"dataTransfer": held})
+        expect(page.locator("#attached li")).to_have_count(0)
+
+
+def test_the_built_in_model_takes_pictures_alone(page: Page) -> None:
+    expect(page.locator("#attach")).to_be_visible()
+    expect(page.locator("#speak")).to_be_hidden()
+    assert page.locator("#pick").get_attribute("accept") == "image/*"
 
 
 def test_exports_have_pictures_and_imports_check_them(sees: Page, tmp_path: Path) -> None:
