@@ -180,8 +180,8 @@ def test_each_is_as_alone(model: Checking, count: int, right: float) -> None:
     assert all(f.drafted_tokens >= f.accepted_tokens for f in figures)
     assert all((f.accepted_tokens > 0) == (right > 0) for f in figures if f.reply_tokens > 8)
     # On a busy machine the first may be over before the last has come.
-    together_at_once = max(map(len, model.rows))
-    assert count // 2 < together_at_once <= count and max(map(sum, model.rows)) > together_at_once
+    at_once = max(map(len, model.rows))
+    assert count // 2 < at_once <= count and max(map(sum, model.rows)) > at_once
 
 
 @pytest.mark.slow
