@@ -30,7 +30,7 @@ def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.chmod(0o755)
     made = figures("uv", tmp_path, "--tokens", "70", "--llama", str(cli))
     (row,), asked = made["pictures"], made["questions"]  # type: ignore[misc, has-type]
-    assert row["tokens"] == 70 and row["ratio"] > 0 and row["tower"] < row["encode"] < row["picture"]
+    assert row["tokens"] == 70 and row["ratio"] > 0 and 0 < row["tower"] < row["encode"] and row["picture"] > 0
     assert row["llama.cpp"] == 11
     assert "--image-max-tokens 70" in log.read_text() and log.read_text().count("part.png") == media_ttft.COPIES
     assert asked["tower ran"] == 1 and max(asked["tokens read"][1:]) <= media_ttft.QUESTION < asked["tokens read"][0]
