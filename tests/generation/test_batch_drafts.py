@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
 from itertools import pairwise
@@ -21,6 +20,7 @@ from drafters import KnowingAll
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_state import SmallModel, small_model
+from threaded import together
 
 from mlx_gemma4.generation import batch_drafts, drafting
 from mlx_gemma4.generation.batch_drafts import BatchDrafts, Offer, allotted
@@ -142,24 +142,6 @@ def made(model: Checking, i: int, way: int, n: int, generate: Any, take: int = 1
     tokens = [token.id for token, _ in zip(reply, range(take), strict=False)]
     reply.close()
     return tokens, state.tokens, (statistics.reply_tokens, statistics.stop_reason), statistics
-
-
-def together(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
-    found: list[Any] = [None] * len(tasks)
-
-    def run(i: int) -> None:
-        try:
-            found[i] = tasks[i]()
-        except Exception as error:
-            found[i] = error
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(tasks))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-        assert not thread.is_alive()
-    return found
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from constraints import Alternating
 from plain_state import SmallModel, small_model
+from threaded import together
 
 from mlx_gemma4.errors import InputError
 from mlx_gemma4.generation.decoding import Decoding, Statistics
@@ -54,25 +55,6 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
 
 def some_tokens(n: int, seed: int = 0) -> list[int]:
     return [2, *np.random.default_rng(seed).integers(110, 317, n - 1).tolist()]
-
-
-def together(tasks: list[Callable[[], Any]]) -> list[Any]:
-    """What each returns, or raises, in a thread of its own."""
-    found: list[Any] = [None] * len(tasks)
-
-    def run(i: int) -> None:
-        try:
-            found[i] = tasks[i]()
-        except Exception as error:
-            found[i] = error
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(tasks))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-        assert not thread.is_alive()
-    return found
 
 
 def made(generate: Any, model: SmallModel, i: int, n: int, **more: Any) -> tuple[Any, ...]:
