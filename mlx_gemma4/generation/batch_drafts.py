@@ -23,7 +23,7 @@ from ..model.model import Model
 from ..model.step import RowStep
 from ..ops.sample import LIKELIEST
 from .decoding import FAILURES, Decoding
-from .drafting import GAIN, MODEL, Check, Drafts, Proposal, learn
+from .drafting import GAIN, MODEL, Check, Drafts, Proposal, learn, row_behind
 from .sampling import Sampler, Token, draws_in_turn
 
 log = logging.getLogger("mlx_gemma4")
@@ -69,9 +69,7 @@ def receive_all(reply: Decoding) -> tuple[list[Token], bool]:
     if reply.over:
         return tokens, True
     if reply.drafting and not reply.known:  # else the check has said it
-        of, reply.drafting.hidden = reply.chosen or reply.step, None
-        if isinstance(of, RowStep) and isinstance(of.of, ReplayedBatch):
-            reply.drafting.hidden = of.of.hidden(of.row)
+        reply.drafting.hidden = row_behind(reply.chosen or reply.step)
     _, token = reply.received()
     reply.chosen, reply.step, reply.known, reply.since = None, None, False, 0.0
     return [*tokens, token], reply.is_last(token)

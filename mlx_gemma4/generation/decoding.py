@@ -19,12 +19,11 @@ import numpy as np
 
 from ..execution import execution
 from ..kv.state import KVState
-from ..model.batch_replay import ReplayedBatch
 from ..model.model import Model
-from ..model.step import RowStep, Step, ids_of, known
+from ..model.step import Step, ids_of, known
 from ..ops.dispatch import REPLAY
 from ..ops.sample import LIKELIEST
-from .drafting import Check, Drafting, Hidden, Proposal, lead
+from .drafting import Check, Drafting, Hidden, Proposal, lead, row_behind
 from .prompt import give_back, read_chunk
 from .sampling import Constraint, Sample, Sampler, Token, choose_in_turn, draws_in_turn, masks_of
 
@@ -252,11 +251,9 @@ class Decoding:
 
     def _drafted(self, drafting: Drafting) -> Token:
         """Receive the next token, and start the step that reads it with drafts of those after it, if any are made."""
-        of = self.chosen or self.step
-        if isinstance(of, RowStep) and isinstance(of.of, ReplayedBatch):
-            drafting.hidden = of.of.hidden(of.row)
+        drafting.hidden = row_behind(self.chosen or self.step) or drafting.hidden
         chosen, token = self.received()
-        of = self.chosen = self.step = None  # nobody has that step any more: its logits need not be kept
+        self.chosen = self.step = None  # nobody has that step any more: its logits need not be kept
         self.known, last = False, self.is_last(token)
         try:
             if not last and self.start_check(drafting):

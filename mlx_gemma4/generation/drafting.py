@@ -18,8 +18,9 @@ from typing import NamedTuple, Protocol, TypeAlias, cast
 import mlx.core as mx
 
 from ..kv.state import KVState
-from ..model.batch_replay import HiddenRow, QueuedTokens
+from ..model.batch_replay import HiddenRow, QueuedTokens, ReplayedBatch
 from ..model.decode import MAX_CHECKED
+from ..model.step import RowStep
 from ..ops.sample import Draw
 from ..paths import keep, kept
 from .sampling import Sample, Sampler, Token
@@ -236,6 +237,11 @@ def learn(known: dict[int, float], rows: int, seconds: float) -> None:
     """Learn what a step of so many rows took."""
     before = known.get(rows, seconds)
     known[rows] = before + LEARN_COST * max(-JUMP * before, min(JUMP * before, seconds - before))
+
+
+def row_behind(of: object) -> HiddenRow | None:
+    """Return the row that a chosen token, or the next one of a step, is made from, if a replayed step has left it."""
+    return of.of.hidden(of.row) if isinstance(of, RowStep) and isinstance(of.of, ReplayedBatch) else None
 
 
 class Proposal(NamedTuple):
